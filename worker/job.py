@@ -154,7 +154,7 @@ class Job(BaseModel):
     scheduler: Annotated[Scheduler, BeforeValidator(_choice)] = Scheduler.DEFAULT
     #: The model's name; `default` is the fleet's.
     model: str = Field(default=DEFAULT_MODEL, min_length=1, max_length=MAX_MODEL, strict=True)
-    #: The model's revision, filled in at submission from what the workers announced.
+    #: The model's revision. Not given: filled in at submission from what the workers announced.
     revision: str = Field(default="", max_length=100, strict=True)
     #: The picture's encoding.
     format: Annotated[ImageFormat, BeforeValidator(_choice)] = ImageFormat.PNG
@@ -203,17 +203,10 @@ class Job(BaseModel):
             raise InvalidJobError(_explain(error)) from None
 
     def resolved(self, served: ServedModel) -> Self:
-        """This job for `served`: what it left open is filled in from the model, its revision is pinned.
-
-        An open job (see `is_open`) keeps its own revision, and with it its id.
-        """
-        given = {name: getattr(self, name) for name in Defaults.model_fields}
-        filled: dict[str, Any] = {
-            name: getattr(served.defaults, name) for name, value in given.items() if value is None
-        }
-        if not self.is_open:
-            filled |= {"model": served.name, "revision": served.revision}
-        return self.model_copy(update=filled)
+        """This job for `served`: what it left open is filled in from the model, its revision is pinned."""
+        silent = [name for name in Defaults.model_fields if getattr(self, name) is None]
+        filled = {name: getattr(served.defaults, name) for name in silent}
+        return self.model_copy(update={**filled, "model": served.name, "revision": served.revision})
 
     def opened(self) -> Self:
         """This job for a model that nobody has announced yet: an id of its own, whatever revision renders it.

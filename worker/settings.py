@@ -59,6 +59,8 @@ class Settings(BaseModel):
     s3_prefix: Annotated[str, AfterValidator(_prefix)] = ""
     #: Seconds, > 0, that a job's record stays in Redis after its last change (default: 7 days).
     record_ttl_s: int = Field(default=604_800, gt=0)
+    #: Seconds, >= 1, until a dead worker's jobs go to another one. The same on every worker of a queue.
+    lease_s: float = Field(default=30, ge=1)
 
     @classmethod
     def variable(cls, field: str) -> str:
@@ -91,7 +93,7 @@ class ProducerSettings(Settings):
     """What a process that submits jobs reads."""
 
     #: Seconds, > 0, that `submit_job` tries to reach Redis before it gives up.
-    submit_timeout_s: float = Field(default=10, gt=0)
+    submit_timeout_s: float = Field(default=5, gt=0)
 
 
 class WorkerSettings(Settings):
@@ -127,8 +129,8 @@ class WorkerSettings(Settings):
     max_attempts: int = Field(default=3, ge=1)
     #: Seconds, >= 0, that a stopping worker goes on with the jobs on board before it gives them back.
     drain_s: float = Field(default=30, ge=0)
-    #: Seconds, > 0, until a dead worker's jobs go to another one.
-    lease_s: float = Field(default=30, gt=0)
+    #: Seconds, > 0, that a finished picture is put again while the storage fails, before the job fails.
+    upload_timeout_s: float = Field(default=600, gt=0)
     #: Port of the Prometheus metrics, 1 to 65535. Not set: none.
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
 

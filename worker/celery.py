@@ -1,0 +1,65 @@
+"""The Celery app: `celery -A worker worker`.
+
+Imports nothing but Celery, the settings and the transport: Celery reports an import that fails here as
+"Module 'worker' has no attribute 'celery'".
+"""
+
+from __future__ import annotations
+
+import os
+
+from celery import Celery
+
+from worker.errors import SettingsError
+from worker.job import FORMAT_VERSION, MAX_PRIORITY, Job
+from worker.settings import Settings
+
+try:
+    _settings = Settings.from_environment(os.environ)
+except SettingsError as error:
+    # A producer has read the same settings before it comes here: this is the `celery` command.
+    raise SystemExit(f"smallcat: {error}") from None
+
+#: The one task.
+RENDER = "smallcat.render"
+
+app = Celery("smallcat", broker=_settings.redis_url, include=["worker.tasks"])
+app.conf.update(
+    task_acks_late=True,
+    task_ignore_result=True,
+    # A job's state is its record; Celery's own result backend would be a second truth.
+    result_backend=None,
+    task_serializer="json",
+    accept_content=["json"],
+    worker_pool="threads",
+    # A number is set when the model is loaded: twice the batch cap, so that a seat never waits for a job.
+    worker_concurrency="auto",
+    worker_prefetch_multiplier=1,
+    # Jobs run on when the connection is lost, and are acknowledged over the next one.
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    worker_send_task_events=True,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_transport_options={
+        # Until the transport renews its lease, longer than any job may take.
+        "visibility_timeout": 3_600,
+        "queue_order_strategy": "priority",
+        "priority_steps": list(range(MAX_PRIORITY + 1)),
+        "socket_connect_timeout": 5,
+        "socket_timeout": 30,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+    },
+    # A producer learns at once, and retries by itself, when Redis is away.
+    task_publish_retry=False,
+)
+
+
+def message_of(job: Job) -> dict[str, object]:
+    """What travels through Redis for `job`: versioned, and nothing but JSON."""
+    return {"version": FORMAT_VERSION, "id": job.id, "job": job.model_dump(mode="json")}
+
+
+def message_priority(job: Job) -> int:
+    """Redis' priorities count backwards: 0 is fetched first."""
+    return MAX_PRIORITY - job.priority

@@ -1,0 +1,64 @@
+"""Fetches the two npm packages that the training data comes from, checked by their published digests.
+
+Microsoft's Fluent emoji, 3D style (MIT), as `@lobehub/fluent-emoji-3d`; names and tags from `emojibase-data` (MIT).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import tarfile
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Package:
+    """One npm package at one version."""
+
+    #: File name of the tarball, as `npm pack` writes it.
+    filename: str
+    #: Where the registry serves it.
+    url: str
+    #: SHA-512 digest, base64, as the registry publishes it (`npm view NAME dist.integrity`).
+    sha512: str
+
+
+PICTURES = Package(
+    "lobehub-fluent-emoji-3d-1.1.0.tgz",
+    "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz",
+    "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+)
+NAMES = Package(
+    "emojibase-data-17.0.0.tgz",
+    "https://registry.npmjs.org/emojibase-data/-/emojibase-data-17.0.0.tgz",
+    "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
+)
+
+
+def fetch(package: Package, folder: Path) -> Path:
+    """The package's tarball in `folder`, downloaded unless it is there.
+
+    Raises `ValueError` when the bytes are not the published ones.
+    """
+    path = folder / package.filename
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(package.url, timeout=60) as response:  # noqa: S310 (constant https address)
+            path.write_bytes(response.read())
+    digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+    if digest != package.sha512:
+        raise ValueError(f"{path} is not {package.url}: its SHA-512 is {digest}. Delete it and run again.")
+    return path
+
+
+def members(path: Path, suffix: str) -> dict[str, bytes]:
+    """The tarball's files whose path ends in `suffix`: path inside the package -> content."""
+    found: dict[str, bytes] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            stream = archive.extractfile(member) if member.name.endswith(suffix) else None
+            if stream is not None:
+                found[member.name.removeprefix("package/")] = stream.read()
+    return found

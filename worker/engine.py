@@ -1,0 +1,350 @@
+"""The loop that owns the device: one thread, one denoising step a turn.
+
+    submit ─► inbox ─► admit ─► batcher ─► step ─► finished? ─► decode ─► the job's future
+                        prepare             │
+                                            └─ cancelled, late, failed: leaves now, alone
+
+Jobs join at the next step and leave at their last. Whatever happens to one job happens to it alone: a
+forward that fails is run again in halves from the same latents until the one that cannot run is found;
+one that does not fit in memory lowers the lane's cap. Every future is resolved, whatever happens.
+
+The engine is given its runner (all of torch is behind it) and imports none itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from worker.batcher import Batcher
+from worker.errors import (
+    EngineStoppedError,
+    JobCancelledError,
+    JobTimeoutError,
+    JobTooLargeError,
+    OutOfMemoryError,
+    RenderError,
+    SmallcatError,
+)
+from worker.images import Picture
+from worker.job import Job
+
+logger = logging.getLogger("smallcat.engine")
+
+
+class Render(Protocol):
+    """A job on board, as its runner keeps it."""
+
+    @property
+    def lane(self) -> Hashable:
+        """Renders of equal lanes may share a step."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in a forward of the UNet: 2 with guidance, 1 without."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+
+    @property
+    def steps(self) -> int:
+        """Steps in all; some schedulers take more than the job's."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know although the picture is fine."""
+
+
+R = TypeVar("R", bound=Render)
+
+
+class Runner(Protocol[R]):
+    """What computes. See `worker.model_runner.ModelRunner`."""
+
+    @property
+    def max_rows(self) -> int:
+        """Rows in one step, at most."""
+
+    def prepare(self, job: Job) -> R:
+        """Encode the text, draw the noise. Raises for this job alone."""
+
+    def step(self, renders: Sequence[R]) -> list[SmallcatError | None]:
+        """Run one step of renders of one lane. Those whose outcome is an error are as they were before."""
+
+    def decode(self, renders: Sequence[R]) -> list[Picture | SmallcatError]:
+        """The finished renders' pictures."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a job's future resolves to."""
+
+    picture: Picture
+    #: What the caller should know although the picture is fine.
+    warnings: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class _Ticket(Generic[R]):
+    """A job in the engine, from submission to its future's result."""
+
+    job_id: str
+    job: Job
+    deadline_s: float
+    future: Future[Rendered] = field(default_factory=Future)
+    render: R | None = None
+    cancelled: bool = False
+
+    def resolve(self, outcome: Rendered | BaseException) -> None:
+        try:
+            if isinstance(outcome, Rendered):
+                self.future.set_result(outcome)
+            else:
+                self.future.set_exception(outcome)
+        except InvalidStateError:
+            pass  # Resolved already: given back by a stop, while its last step ran.
+
+
+class Engine(Generic[R]):
+    """Renders jobs together, a step at a time, on one thread of its own.
+
+    `job_timeout_s` (> 0) bounds each job's stay. `on_death` is called once, from the engine's thread, if
+    the loop itself fails: all jobs have been given back by then, and the process should exit.
+    `clock` returns monotonic seconds. All public methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        runner: Runner[R],
+        *,
+        job_timeout_s: float,
+        on_death: Callable[[BaseException], None],
+        on_step: Callable[[int, float], None] = lambda rows, seconds: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._job_timeout_s = job_timeout_s
+        self._on_death = on_death
+        self._on_step = on_step
+        self._clock = clock
+        self._batcher: Batcher[_Ticket[R]] = Batcher(runner.max_rows)
+        self._inbox: deque[_Ticket[R]] = deque()
+        self._tickets: dict[str, _Ticket[R]] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows in one step, at most."""
+        return self._runner.max_rows
+
+    def start(self) -> None:
+        """Begin to render."""
+        self._thread.start()
+
+    def submit(self, job_id: str, job: Job) -> Future[Rendered]:
+        """Take a job on board. Its future resolves to a `Rendered`, or to the job's own `SmallcatError`.
+
+        A job of an id that is on board already joins it. A stopped engine answers `EngineStoppedError`.
+        """
+        with self._changed:
+            if (ticket := self._tickets.get(job_id)) is None:
+                ticket = _Ticket(job_id, job, self._clock() + self._job_timeout_s)
+                if self._stopped:
+                    ticket.resolve(EngineStoppedError("The engine has stopped: the job goes back to the queue."))
+                    return ticket.future
+                self._tickets[job_id] = ticket
+                self._inbox.append(ticket)
+                self._changed.notify()
+            return ticket.future
+
+    def cancel(self, job_id: str) -> None:
+        """Let a job leave at the next step with `JobCancelledError`. One that is not on board: nothing."""
+        with self._changed:
+            if ticket := self._tickets.get(job_id):
+                ticket.cancelled = True
+                self._changed.notify()
+
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """(steps done, steps in all) of each job on board, by id; in all is 0 before its first turn."""
+        with self._changed:
+            tickets = list(self._tickets.values())
+        return {
+            ticket.job_id: (ticket.render.step, ticket.render.steps) if ticket.render else (0, 0)
+            for ticket in tickets
+        }
+
+    def is_alive(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.is_alive()
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until all jobs on board are done, at most `timeout_s` seconds; then `stop`."""
+        deadline = self._clock() + timeout_s
+        with self._changed:
+            self._changed.wait_for(lambda: not self._tickets, timeout=max(0.0, deadline - self._clock()))
+        self.stop()
+
+    def stop(self) -> None:
+        """Give back all jobs on board, with `EngineStoppedError`, and end the loop after its current step."""
+        self._give_all_back(EngineStoppedError("The worker is stopping: the job goes back to the queue."))
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout=60)
+
+    # What follows runs on the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._admit()
+                self._evict()
+                if batch := self._batcher.next_batch(self._clock()):
+                    self._step(batch)
+                    self._retire(batch)
+        except BaseException as error:
+            logger.critical("The engine is lost: %r", error, exc_info=True)
+            self._give_all_back(EngineStoppedError(f"The engine is lost ({error!r}): the job goes back."))
+            self._on_death(error)
+
+    def _wait_for_work(self) -> bool:
+        """Sleep while there is none. False: stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._inbox or len(self._batcher))
+            return not self._stopped
+
+    def _admit(self) -> None:
+        """Prepare what came in since the last step and let it wait for a seat."""
+        while True:
+            with self._changed:
+                if not self._inbox:
+                    return
+                ticket = self._inbox.popleft()
+            try:
+                ticket.render = self._runner.prepare(ticket.job)
+            except Exception as error:
+                self._leave(ticket, _as_job_error(error), seated=False)
+                continue
+            self._batcher.add(
+                ticket,
+                lane=ticket.render.lane,
+                rows=ticket.render.rows,
+                priority=ticket.job.priority,
+                now_s=self._clock(),
+            )
+
+    def _evict(self) -> None:
+        """Let go of those who were cancelled or are past their time."""
+        with self._changed:
+            tickets = list(self._tickets.values())
+        now_s = self._clock()
+        for ticket in tickets:
+            if ticket.render is None:
+                continue  # Came in after `_admit`: its turn is next.
+            if ticket.cancelled:
+                self._leave(ticket, JobCancelledError("The job was cancelled."))
+            elif now_s > ticket.deadline_s:
+                limit = f"{self._job_timeout_s:g} s (SMALLCAT_JOB_TIMEOUT_S)"
+                done = f"step {ticket.render.step} of {ticket.render.steps}"
+                self._leave(ticket, JobTimeoutError(f"The job was at {done} after its limit of {limit}."))
+
+    def _step(self, batch: Sequence[_Ticket[R]]) -> None:
+        """One step of `batch`. On failure: again in halves, from the same latents, until it works."""
+        renders = [ticket.render for ticket in batch if ticket.render is not None]
+        rows = sum(render.rows for render in renders)
+        started_s = self._clock()
+        try:
+            outcomes = self._runner.step(renders)
+        except OutOfMemoryError as error:
+            if len(batch) == 1:
+                self._leave(batch[0], _too_large(batch[0].job, error))
+                return
+            self._batcher.lower_cap(renders[0].lane, rows)
+            logger.warning("%d rows do not fit: the cap is %d now.", rows, self._batcher.cap(renders[0].lane))
+            self._step_halves(batch)
+            return
+        except Exception as error:
+            if len(batch) == 1:
+                self._leave(batch[0], _as_job_error(error))
+                return
+            logger.warning("A step of %d jobs failed (%r): finding the job that did it.", len(batch), error)
+            self._step_halves(batch)
+            return
+        self._on_step(rows, self._clock() - started_s)
+        for ticket, failure in zip(batch, outcomes, strict=True):
+            if failure is not None:
+                self._leave(ticket, failure)
+
+    def _step_halves(self, batch: Sequence[_Ticket[R]]) -> None:
+        middle = len(batch) // 2
+        self._step(batch[:middle])
+        self._step(batch[middle:])
+
+    def _retire(self, batch: Iterable[_Ticket[R]]) -> None:
+        """Decode those of `batch` that are finished and resolve their futures."""
+        finished = [
+            (ticket, ticket.render)
+            for ticket in batch
+            if ticket.render is not None and not ticket.future.done() and ticket.render.step >= ticket.render.steps
+        ]
+        if not finished:
+            return
+        for (ticket, render), outcome in zip(finished, self._decode([r for _, r in finished]), strict=True):
+            if isinstance(outcome, Picture):
+                self._leave(ticket, Rendered(outcome, render.warnings))
+            else:
+                self._leave(ticket, outcome)
+
+    def _decode(self, renders: Sequence[R]) -> list[Picture | SmallcatError]:
+        """Decode together; on failure in halves, until the one that cannot be decoded is found."""
+        try:
+            return self._runner.decode(renders)
+        except Exception as error:
+            if len(renders) == 1:
+                return [_as_job_error(error)]
+            logger.warning("Decoding %d pictures together failed (%r): trying halves.", len(renders), error)
+            middle = len(renders) // 2
+            return self._decode(renders[:middle]) + self._decode(renders[middle:])
+
+    def _leave(self, ticket: _Ticket[R], outcome: Rendered | SmallcatError, *, seated: bool = True) -> None:
+        """The only way out: off the batcher, off the books, its future resolved."""
+        if seated:
+            self._batcher.remove(ticket)
+        with self._changed:
+            if self._tickets.get(ticket.job_id) is ticket:
+                del self._tickets[ticket.job_id]
+            self._changed.notify_all()
+        ticket.resolve(outcome)
+
+    def _give_all_back(self, error: EngineStoppedError) -> None:
+        with self._changed:
+            self._stopped = True
+            tickets = list(self._tickets.values())
+            self._tickets.clear()
+            self._inbox.clear()
+            self._changed.notify_all()
+        for ticket in tickets:
+            ticket.resolve(error)
+
+
+def _as_job_error(error: Exception) -> SmallcatError:
+    """What failed for one job alone, as that job's own error."""
+    if isinstance(error, OutOfMemoryError):
+        return JobTooLargeError(f"The job does not fit in the device's memory, even alone: {error}")
+    if isinstance(error, SmallcatError):
+        return error
+    failure = RenderError(f"The model failed on this job alone: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _too_large(job: Job, error: OutOfMemoryError) -> JobTooLargeError:
+    size = f"{job.width}x{job.height}"
+    return JobTooLargeError(f"A job of {size} does not fit in the device's memory, even alone: {error}")

@@ -1,0 +1,118 @@
+"""The `parameters` text of a picture, as AUTOMATIC1111 writes it and many tools read it.
+
+    a small cat
+    Negative prompt: blurry
+    Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 5, Size: 512x512, Model: ..., Model hash: ...
+
+The format cannot hold every prompt (one with a line that starts with "Steps: ", say). Where reading the
+text back would not give the same job, the texts are added once more as JSON, which reading prefers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from worker.errors import InvalidJobError
+from worker.job import Job, Scheduler
+
+#: AUTOMATIC1111's names for diffusers' schedulers.
+SAMPLERS = {
+    Scheduler.DDIM: "DDIM",
+    Scheduler.EULER: "Euler",
+    Scheduler.EULER_ANCESTRAL: "Euler a",
+    Scheduler.DPMPP_2M: "DPM++ 2M",
+    Scheduler.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
+    Scheduler.PNDM: "PLMS",
+    Scheduler.UNIPC: "UniPC",
+    Scheduler.LCM: "LCM",
+    Scheduler.DEFAULT: "Default",
+}
+_SCHEDULERS = {name: scheduler for scheduler, name in SAMPLERS.items()}
+
+_NEGATIVE = "Negative prompt: "
+_TEXTS = "Texts"
+#: One `name: value`; a value with a comma or colon is quoted as JSON (modules/infotext_utils.py there).
+_PAIR = re.compile(r'\s*(\w[\w \-/]*): ("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def write(job: Job) -> str:
+    """The text for a resolved job. `read` of it gives back all that determines the picture."""
+    pairs: dict[str, object] = {
+        "Steps": job.steps,
+        "Sampler": SAMPLERS[job.scheduler],
+        "CFG scale": job.guidance_scale,
+        "Seed": job.seed,
+        "Size": f"{job.width}x{job.height}",
+        "Model": _quote(job.model),
+        "Model hash": _quote(job.revision),
+        "Format": job.format,
+        "Version": "smallcat",
+    }
+    text = _join(job, pairs)
+    if _texts(text) != (job.prompt, job.negative_prompt):
+        pairs[_TEXTS] = json.dumps(json.dumps([job.prompt, job.negative_prompt]))
+        text = _join(job, pairs)
+    return text
+
+
+def read(text: str) -> Job:
+    """The job that a picture's `parameters` text describes. Other tools' texts are read as far as they go.
+
+    Raises `InvalidJobError` where a value is outside a job's limits.
+    """
+    prompt, negative = _texts(text)
+    pairs = _pairs(text.rpartition("\n")[2])
+    fields: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
+    try:
+        if "Size" in pairs:
+            fields["width"], fields["height"] = (int(side) for side in pairs["Size"].split("x"))
+        for name, field, kind in (
+            ("Steps", "steps", int),
+            ("CFG scale", "guidance_scale", float),
+            ("Seed", "seed", int),
+            ("Model", "model", str),
+            ("Model hash", "revision", str),
+            ("Format", "format", str),
+        ):
+            if name in pairs:
+                fields[field] = kind(pairs[name])
+    except ValueError as error:
+        raise InvalidJobError(f"The parameters text cannot be read: {error}.") from None
+    if sampler := pairs.get("Sampler"):
+        fields["scheduler"] = _SCHEDULERS.get(sampler, sampler)
+    if pairs.get("Version") != "smallcat":
+        # Another tool's hash and model file name mean nothing here.
+        fields.pop("revision", None)
+        fields.pop("model", None)
+    return Job.parse(fields)
+
+
+def _join(job: Job, pairs: dict[str, object]) -> str:
+    lines = [job.prompt]
+    if job.negative_prompt:
+        lines.append(_NEGATIVE + job.negative_prompt)
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in pairs.items())])
+
+
+def _texts(text: str) -> tuple[str, str]:
+    """Prompt and negative prompt of a parameters text."""
+    body, _, last = text.rpartition("\n")
+    if not last.startswith("Steps: "):
+        body, last = text, ""
+    if texts := _pairs(last).get(_TEXTS):
+        prompt, negative = json.loads(texts)
+        return prompt, negative
+    prompt, mark, negative = ("\n" + body).partition("\n" + _NEGATIVE)
+    return prompt[1:], negative if mark else ""
+
+
+def _pairs(line: str) -> dict[str, str]:
+    return {
+        name: json.loads(value) if value.startswith('"') else value for name, value in _PAIR.findall(line)
+    }
+
+
+def _quote(value: str) -> str:
+    return json.dumps(value) if re.search(r'[,:\n"]', value) or value != value.strip() else value

@@ -1,0 +1,269 @@
+"""A diffusers pipeline from `SMALLCAT_MODEL`: found, checked, hashed and loaded, without running code of it.
+
+Served are the text-to-image pipelines of the Stable Diffusion UNet family (1.x, 2.x, XL and their latent
+consistency models), from safetensors alone. Whatever cannot be served is a `SettingsError` of one sentence.
+Each `choose_...` returns its choice with the reason, for the log.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from worker import model_files
+from worker.errors import SettingsError
+from worker.job import (
+    DEFAULT_MODEL,
+    MAX_GUIDANCE,
+    MAX_MODEL,
+    MAX_SIZE,
+    MAX_STEPS,
+    MIN_SIZE,
+    SIZE_STEP,
+    Defaults,
+    ServedModel,
+)
+from worker.settings import WorkerSettings
+
+#: Steps and guidance where neither the settings nor the model say.
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 30, 7.5
+#: What diffusers' own call uses for a latent consistency model, which more steps make no better.
+LCM_STEPS, LCM_GUIDANCE = 4, 8.5
+#: Rows in one UNet forward where the settings do not say.
+CPU_ROWS, GPU_ROWS = 8, 32
+#: Beside model_index.json: what the model's maker recommends, `{"steps": 8, "guidance_scale": 2.0}`.
+RECOMMENDED = "smallcat.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that was chosen at start, for the log."""
+
+    #: What was to be chosen: "device", "dtype", "attention", "max rows", "model", "safety checker", ...
+    what: str
+    #: What was taken.
+    choice: str
+    #: Why.
+    reason: str
+
+
+class Recommended(BaseModel):
+    """What a model's maker recommends for jobs that do not say, from `smallcat.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Denoising steps, 1 to 150.
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    #: Classifier-free guidance, 0 to 30; 1 and below is none.
+    guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline on its device, ready to run, and what there is to say about it."""
+
+    pipeline: Any
+    served: ServedModel
+    device: torch.device
+    dtype: torch.dtype
+    choices: tuple[Choice, ...]
+
+
+def load(settings: WorkerSettings) -> Loaded:
+    """The pipeline that the settings name, on its device, in evaluation mode.
+
+    Raises `SettingsError` when the model is missing, out of reach, truncated, pickled or of another kind,
+    or when the device or dtype asked for is not to be had.
+    """
+    device, device_reason = choose_device(settings.device)
+    dtype, dtype_reason = choose_dtype(settings.dtype, device)
+    files = model_files.find(settings, half=dtype == torch.float16)
+    # Progress bars of many short loads are noise in a worker's log.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    pipeline = _load(files, settings, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    _check(pipeline, files.source)
+    _place(pipeline, device)
+    served = ServedModel(
+        name=_name(settings, files), revision=files.revision, defaults=_defaults(pipeline, files, settings)
+    )
+    choices = (
+        Choice("device", _device_name(device), device_reason),
+        Choice("dtype", str(dtype).removeprefix("torch."), dtype_reason),
+        Choice(
+            "model",
+            f"{served.name} at {served.revision}",
+            f"{type(pipeline).__name__} from {files.source}, {files.reason}",
+        ),
+        Choice("safety checker", *choose_safety_checker(pipeline, settings)),
+    )
+    return Loaded(pipeline, served, device, dtype, choices)
+
+
+def choose_device(asked: str) -> tuple[torch.device, str]:
+    """Where to run, and why. Raises `SettingsError` when a GPU is asked for and there is none."""
+    has_gpu = torch.cuda.is_available()
+    if asked == "auto":
+        return (
+            (torch.device("cuda"), "there is a GPU")
+            if has_gpu
+            else (torch.device("cpu"), "torch finds no CUDA GPU")
+        )
+    if asked == "cuda" and not has_gpu:
+        raise SettingsError(
+            f"SMALLCAT_DEVICE is cuda, but torch {torch.__version__} finds no CUDA GPU: install a CUDA build of "
+            "torch and the driver, or set SMALLCAT_DEVICE=cpu."
+        )
+    return torch.device(asked), "SMALLCAT_DEVICE asks for it"
+
+
+def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The arithmetic of the UNet, text encoders and VAE, and why. Sampler arithmetic is always fp32."""
+    if asked == "auto":
+        if device.type == "cuda":
+            return torch.float16, "half the memory and many times the speed of fp32 on a GPU"
+        return torch.float32, "the fastest on most CPUs, and exact"
+    if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError(
+            "SMALLCAT_DTYPE is bf16, which this GPU does not have: set SMALLCAT_DTYPE=fp16 or leave it out."
+        )
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    return dtypes[asked], "SMALLCAT_DTYPE asks for it"
+
+
+def choose_rows(asked: int | None, device: torch.device) -> tuple[int, str]:
+    """The most rows in one UNet forward, and why."""
+    if asked is not None:
+        return asked, "SMALLCAT_MAX_BATCH asks for it"
+    if device.type == "cuda":
+        return GPU_ROWS, "beyond it a GPU gains little"
+    return CPU_ROWS, "beyond it a CPU gains nothing"
+
+
+def choose_safety_checker(pipeline: Any, settings: WorkerSettings) -> tuple[str, str]:
+    """Whether a safety checker looks at every picture, and why."""
+    if getattr(pipeline, "safety_checker", None) is not None:
+        return "on", "the model ships one"
+    if settings.safety_checker:
+        return "none", "the model ships none"
+    return "off", "SMALLCAT_SAFETY_CHECKER switches it off"
+
+
+def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.dtype) -> Any:
+    kind = getattr(diffusers, files.pipeline_class)
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if kind is diffusers.StableDiffusionXLPipeline:
+        # A watermark changes pixels, and diffusers' default depends on what happens to be installed.
+        options["add_watermarker"] = False
+    elif not settings.safety_checker:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        if files.single_file:
+            return kind.from_single_file(
+                str(files.path),
+                config=settings.model_config_dir or None,
+                local_files_only=bool(settings.model_config_dir),
+                **options,
+            )
+        return kind.from_pretrained(
+            files.path, variant=files.variant, use_safetensors=True, local_files_only=True, **options
+        )
+    except Exception as error:  # noqa: BLE001 - whatever the libraries raise on a broken model is one thing here
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        remedy = (
+            "set SMALLCAT_MODEL_CONFIG_DIR to a folder with its components' configs"
+            if files.single_file and not settings.model_config_dir
+            else "get its files again"
+        )
+        raise SettingsError(f"The model {files.source} does not load ({first_line[:300]}): {remedy}.") from error
+
+
+def _check(pipeline: Any, source: str) -> None:
+    """Refuse what loads, but is no text-to-image model."""
+    unet, vae = pipeline.unet, pipeline.vae
+    for name in ("unet", "vae", "tokenizer", "text_encoder"):
+        if getattr(pipeline, name, None) is None:
+            raise SettingsError(f"The model {source} has no {name}: get its files again.")
+    if not isinstance(unet, diffusers.UNet2DConditionModel):
+        raise SettingsError(
+            f"The model {source} has a {type(unet).__name__}: use one with a UNet2DConditionModel."
+        )
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise SettingsError(
+            f"The model {source} has a UNet of {unet.config.in_channels} input channels and a VAE of "
+            f"{vae.config.latent_channels}: inpainting and image-to-image models are not served, use a "
+            "text-to-image one."
+        )
+
+
+def _place(pipeline: Any, device: torch.device) -> None:
+    """Move all to the device, ready for inference."""
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+    if is_xl and pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+        # SDXL's VAE overflows in fp16: diffusers raises it to fp32 for each decode, here it stays there.
+        pipeline.vae.to(torch.float32)
+    pipeline.to(device)
+
+
+def _name(settings: WorkerSettings, files: model_files.ModelFiles) -> str:
+    name = settings.model_name or files.name
+    if name == DEFAULT_MODEL or len(name) > MAX_MODEL or not name.isprintable():
+        raise SettingsError(
+            f'The model\'s name is "{name[:60]}", which jobs cannot ask for: set SMALLCAT_MODEL_NAME to another, '
+            f"up to {MAX_MODEL} printable characters."
+        )
+    return name
+
+
+def _defaults(pipeline: Any, files: model_files.ModelFiles, settings: WorkerSettings) -> Defaults:
+    """What jobs that do not say get: the settings, else the model's own, else 30 steps and guidance 7.5."""
+    recommended = _recommended(files)
+    is_lcm = isinstance(pipeline, diffusers.LatentConsistencyModelPipeline)
+    steps = (settings.default_steps, recommended.steps, LCM_STEPS if is_lcm else DEFAULT_STEPS)
+    guidance = (
+        settings.default_guidance_scale,
+        recommended.guidance_scale,
+        LCM_GUIDANCE if is_lcm else DEFAULT_GUIDANCE,
+    )
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return Defaults(
+        width=_pixels(width * pipeline.vae_scale_factor),
+        height=_pixels(height * pipeline.vae_scale_factor),
+        steps=next(value for value in steps if value is not None),
+        guidance_scale=next(value for value in guidance if value is not None),
+    )
+
+
+def _recommended(files: model_files.ModelFiles) -> Recommended:
+    path = files.path / RECOMMENDED
+    if files.single_file or not path.is_file():
+        return Recommended()
+    try:
+        return Recommended.model_validate(json.loads(path.read_text("utf-8")))
+    except (ValidationError, ValueError) as error:
+        raise SettingsError(
+            f'{path} must be like {{"steps": 8, "guidance_scale": 2.0}} and nothing else: {error}'
+        ) from None
+
+
+def _pixels(side: int) -> int:
+    """The nearest side that a job may have."""
+    return max(MIN_SIZE, min(MAX_SIZE, side // SIZE_STEP * SIZE_STEP))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"

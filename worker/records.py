@@ -1,0 +1,407 @@
+"""Each job's state, in one Redis hash with an expiry; and the news of it, on one channel a job.
+
+    smallcat:job:<id>        hash    see `JobRecord`; expires `record_ttl_s` after its last change
+    smallcat:job:<id>        channel the new state, published at every change of state
+    smallcat:cancel          channel the id of a job that was cancelled while it ran
+
+A job is `queued`, then `running`, then `done`, `failed` or `cancelled`. Changes that two processes could
+make at once are Lua scripts, and all times are Redis' own clock. The lasting record is the JSON beside
+the picture in the bucket; this one is for those who wait.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import redis
+from pydantic import BaseModel, ConfigDict, Field
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+
+from worker.errors import QueueError, SmallcatError, UnknownJobError, named
+from worker.job import Job
+from worker.settings import hidden
+
+if TYPE_CHECKING:
+    from redis.client import Redis
+
+#: Channel on which workers hear that a running job was cancelled.
+CANCEL_CHANNEL = "smallcat:cancel"
+#: Seconds between two tries to reach Redis.
+RETRY_EVERY_S = 0.25
+#: Seconds between two looks at a record by one who waits, in case a message was lost with a connection.
+RECHECK_S = 5.0
+
+
+class State(StrEnum):
+    """Where a job is."""
+
+    #: In Redis, waiting for a worker.
+    QUEUED = "queued"
+    #: On board of a worker: waiting for a seat, rendering, encoding or uploading.
+    RUNNING = "running"
+    #: Its picture and its record are in the bucket.
+    DONE = "done"
+    #: It failed for good; the error says why.
+    FAILED = "failed"
+    #: The caller took it back.
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more happens to the job unless it is submitted again."""
+        return self in (State.DONE, State.FAILED, State.CANCELLED)
+
+
+class Claim(StrEnum):
+    """What a worker that holds a job's message should do with it."""
+
+    #: Render it.
+    RENDER = "render"
+    #: Nothing: another message for the same job is on board somewhere.
+    TAKEN = "taken"
+    #: Nothing: the job is done, was cancelled, or has failed for good.
+    FINAL = "final"
+    #: Set it aside: it was tried too often.
+    POISON = "poison"
+
+
+class Timings(BaseModel):
+    """Seconds a job spent in each stage; None where it did not come to it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    #: From submission until a worker took it.
+    queued: float | None = None
+    #: From then until its picture was decoded.
+    rendered: float | None = None
+    #: From then until its picture was in the bucket, encoding included.
+    uploaded: float | None = None
+
+
+class JobRecord(BaseModel):
+    """What is known of one job. Frozen: a later state is another record."""
+
+    model_config = ConfigDict(frozen=True)
+
+    #: The job's id.
+    id: str
+    #: Where it is.
+    state: State
+    #: The job as submitted, or, once done, as rendered: with the model's defaults and revision filled in.
+    job: Job
+    #: Denoising steps done.
+    step: int = 0
+    #: Denoising steps in all; 0 until a worker took the job.
+    steps: int = 0
+    #: Times a worker took it.
+    attempts: int = 0
+    #: s3://bucket/key of the picture.
+    uri: str | None = None
+    #: Seconds in each stage.
+    timings: Timings = Timings()
+    #: The worker that took it last.
+    worker: str | None = None
+    #: Class name of the error it failed with; see `worker.errors`.
+    error_type: str | None = None
+    #: What went wrong and what to do.
+    error: str | None = None
+    #: What the caller should know although the picture is there, such as a cut prompt.
+    warnings: tuple[str, ...] = ()
+    #: The safety checker's verdict; None: the model has none or it is off.
+    nsfw: bool | None = None
+    #: Whether the picture was already in the bucket.
+    cached: bool = False
+    #: The queue its message went to.
+    queue: str = ""
+    #: Unix seconds by Redis' clock when it was submitted.
+    submitted_at: float = Field(default=0.0)
+
+    def raise_for_state(self) -> None:
+        """Raise the job's own error if it failed or was cancelled."""
+        if self.state in (State.FAILED, State.CANCELLED):
+            raise named(self.error_type or "JobError", self.error or f"Job {self.id} is {self.state}.")
+
+
+# KEYS[1] the record. ARGV: job, queue, ttl. A job that is in flight stays as it is; any other starts anew.
+_SUBMIT = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then
+  redis.call('DEL', KEYS[1])
+  local now = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', ARGV[1], 'queue', ARGV[2],
+             'submitted_at', now[1] .. '.' .. string.format('%06d', now[2]))
+end
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+"""
+
+# KEYS[1] the record. ARGV: message, worker, lease, max attempts, ttl, job, queue, delivery.
+# The claim belongs to a message, not to a worker: the same message delivered again takes it over at once.
+# The same delivery asking again (its answer was lost with a connection) is one attempt.
+_CLAIM = """
+local t = redis.call('TIME')
+local now = tonumber(t[1] .. '.' .. string.format('%06d', t[2]))
+local function get(field) return redis.call('HGET', KEYS[1], field) end
+local state = get('state')
+if state == 'done' or state == 'failed' or state == 'cancelled' then return {'final', 0, 0} end
+if get('cancel') then
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
+             'error', 'The job was cancelled.')
+  redis.call('PUBLISH', KEYS[1], 'cancelled')
+  return {'final', 0, 0}
+end
+local holder = get('claim')
+if holder and holder ~= ARGV[1] and tonumber(get('claim_until')) > now then return {'taken', 0, 0} end
+local attempts = tonumber(get('attempts') or 0)
+if get('delivery') ~= ARGV[8] then attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1) end
+if not state then redis.call('HSET', KEYS[1], 'job', ARGV[6], 'queue', ARGV[7], 'submitted_at', now) end
+redis.call('HSET', KEYS[1], 'claim', ARGV[1], 'claim_until', now + ARGV[3], 'delivery', ARGV[8])
+redis.call('EXPIRE', KEYS[1], ARGV[5])
+local verdict = 'render'
+if attempts > tonumber(ARGV[4]) then
+  verdict = 'poison'
+else
+  redis.call('HSET', KEYS[1], 'state', 'running', 'worker', ARGV[2], 'step', 0)
+  redis.call('PUBLISH', KEYS[1], 'running')
+end
+return {verdict, attempts, tostring(now - tonumber(get('submitted_at')))}
+"""
+
+# KEYS[1] the record. ARGV: state, ttl, then field and value in turn. A final state is written once.
+_FINISH = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state == 'done' or state == ARGV[1] then return 0 end
+for i = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'state', ARGV[1])
+redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'cancel')
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+return 1
+"""
+
+# KEYS[1] the record. ARGV: message. Back to the queue; the attempt was not the job's fault.
+_GIVE_BACK = """
+if redis.call('HGET', KEYS[1], 'claim') ~= ARGV[1] then return 0 end
+redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery')
+redis.call('HSET', KEYS[1], 'state', 'queued', 'step', 0)
+redis.call('PUBLISH', KEYS[1], 'queued')
+return 1
+"""
+
+# KEYS[1] the record, ARGV[1] the id, ARGV[2] the channel. Returns the state after it.
+_CANCEL = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state == 'queued' then
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
+             'error', 'The job was cancelled.')
+  redis.call('PUBLISH', KEYS[1], 'cancelled')
+  return 'cancelled'
+elseif state == 'running' then
+  redis.call('HSET', KEYS[1], 'cancel', 1)
+  redis.call('PUBLISH', ARGV[2], ARGV[1])
+end
+return state
+"""
+
+# KEYS: the records. ARGV: lease, then step and steps for each. Returns for each whether it was cancelled.
+_PROGRESS = """
+local t = redis.call('TIME')
+local now = tonumber(t[1] .. '.' .. string.format('%06d', t[2]))
+local cancelled = {}
+for i, key in ipairs(KEYS) do
+  if redis.call('HGET', key, 'state') == 'running' then
+    redis.call('HSET', key, 'step', ARGV[2 * i], 'steps', ARGV[2 * i + 1], 'claim_until', now + ARGV[1])
+    if redis.call('HEXISTS', key, 'cancel') == 1 then cancelled[#cancelled + 1] = i end
+  end
+end
+return cancelled
+"""
+
+
+def key(job_id: str) -> str:
+    """The record's key, and the channel of its news."""
+    return f"smallcat:job:{job_id}"
+
+
+def connect(redis_url: str, retry_s: float) -> Redis:
+    """A Redis client, thread-safe, not yet connected.
+
+    A command whose connection is lost is sent again for about `retry_s` seconds; every command of this
+    module may be.
+    """
+    return redis.Redis.from_url(
+        redis_url,
+        decode_responses=True,
+        socket_connect_timeout=min(5.0, max(1.0, retry_s)),
+        socket_timeout=min(10.0, max(1.0, retry_s)),
+        socket_keepalive=True,
+        health_check_interval=10,
+        retry=Retry(ConstantBackoff(RETRY_EVERY_S), int(retry_s / RETRY_EVERY_S)),
+    )
+
+
+@contextmanager
+def queue_errors(redis_url: str) -> Iterator[None]:
+    """Turn what redis-py raises inside into one `QueueError` with the cause and the remedy."""
+    where = hidden(redis_url)
+    try:
+        yield
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+        raise QueueError(f"Redis at {where} refuses the user or password ({error}): check REDIS_URL.") from error
+    except redis.exceptions.OutOfMemoryError as error:
+        raise QueueError(f"Redis at {where} is full ({error}): wait for workers to drain it.") from error
+    except redis.exceptions.ReadOnlyError as error:
+        raise QueueError(f"Redis at {where} is read-only ({error}): use the primary's address.") from error
+    except (redis.RedisError, OSError) as error:
+        raise QueueError(
+            f"Redis at {where} is out of reach ({error}): start it, or set REDIS_URL."
+        ) from error
+
+
+class Records:
+    """The jobs' records in one Redis. Thread-safe. Each call is one round trip."""
+
+    def __init__(self, client: Redis, ttl_s: int) -> None:
+        self._redis = client
+        self._ttl_s = ttl_s
+        self._submit = client.register_script(_SUBMIT)
+        self._claim = client.register_script(_CLAIM)
+        self._finish = client.register_script(_FINISH)
+        self._give_back = client.register_script(_GIVE_BACK)
+        self._cancel = client.register_script(_CANCEL)
+        self._progress = client.register_script(_PROGRESS)
+
+    def submitted(self, job: Job, queue: str) -> None:
+        """Note that `job` goes to `queue`. In flight already: its record stays as it is."""
+        self._submit(keys=[key(job.id)], args=[job.model_dump_json(), queue, self._ttl_s])
+
+    def get(self, job_id: str) -> JobRecord:
+        """The record of a job. Raises `UnknownJobError` where there is none (any more)."""
+        fields: dict[str, str] = self._redis.hgetall(key(job_id))  # type: ignore[assignment]
+        if "job" not in fields:
+            raise UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
+        return _record(job_id, fields)
+
+    def claim(
+        self, job: Job, message: str, *, worker: str, lease_s: float, max_attempts: int, queue: str
+    ) -> tuple[Claim, int, float]:
+        """Take the job for `message`, or learn why not. Returns the verdict, the attempt, seconds queued.
+
+        Each claim that renders counts as an attempt, also one that ends with the death of the process.
+        """
+        text, delivery = job.model_dump_json(), secrets.token_hex(8)
+        verdict, attempt, queued = self._claim(
+            keys=[key(job.id)],
+            args=[message, worker, lease_s, max_attempts, self._ttl_s, text, queue, delivery],
+        )
+        return Claim(verdict), int(attempt), max(0.0, float(queued))
+
+    def progress(self, steps: Mapping[str, tuple[int, int]], lease_s: float) -> list[str]:
+        """Write each job's (step, steps) and extend its claim. Returns the ids that were cancelled."""
+        ids = list(steps)
+        if not ids:
+            return []
+        args = [lease_s, *(number for job_id in ids for number in steps[job_id])]
+        cancelled = self._progress(keys=[key(job_id) for job_id in ids], args=args)
+        return [ids[index - 1] for index in cancelled]
+
+    def done(self, record: JobRecord) -> bool:
+        """Mark the job done. False: it was already, and stays as it was."""
+        return self._final(record.id, State.DONE, _fields(record))
+
+    def failed(self, job_id: str, error: SmallcatError) -> bool:
+        """Mark the job failed, or cancelled, by `error`. False: it is done or failed already."""
+        name = type(error).__name__
+        state = State.CANCELLED if name == "JobCancelledError" else State.FAILED
+        return self._final(job_id, state, {"error_type": name, "error": str(error)})
+
+    def give_back(self, job_id: str, message: str) -> None:
+        """Undo the claim of `message`, and its attempt: the job goes to another worker."""
+        self._give_back(keys=[key(job_id)], args=[message])
+
+    def cancel(self, job_id: str) -> State:
+        """Ask that the job stops. Returns its state now: a running job becomes cancelled at its next step."""
+        state = self._cancel(keys=[key(job_id)], args=[job_id, CANCEL_CHANNEL])
+        if state is None:
+            raise UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
+        return State(state)
+
+    def wait(
+        self, job_id: str, timeout_s: float | None, idle: Callable[[JobRecord], None] = lambda _: None
+    ) -> JobRecord:
+        """Sleep until the job's state is final and return its record. Woken by Redis, not by polling.
+
+        `idle` is called with the record at least every 5 seconds of waiting. A lost connection is made
+        again. Raises `TimeoutError` after `timeout_s` seconds (None: never), `UnknownJobError`.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            try:
+                with self.listen(key(job_id)) as news:
+                    while not (record := self.get(job_id)).state.is_final:
+                        left = RECHECK_S if deadline is None else deadline - time.monotonic()
+                        if left <= 0:
+                            raise TimeoutError(f"Job {job_id} is still {record.state} after {timeout_s:g} s.")
+                        if not _final_news(news, min(left, RECHECK_S)):
+                            idle(record)
+                    return record
+            except redis.ConnectionError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.2)
+
+    @contextmanager
+    def listen(self, channel: str) -> Iterator[Callable[[float], str | None]]:
+        """A function that waits up to so many seconds for the next message on `channel`."""
+        with self._redis.pubsub(ignore_subscribe_messages=True) as news:
+            news.subscribe(channel)
+
+            def receive(timeout_s: float) -> str | None:
+                message = news.get_message(timeout=timeout_s)
+                return None if message is None else str(message["data"])
+
+            yield receive
+
+    def _final(self, job_id: str, state: State, fields: Mapping[str, str]) -> bool:
+        pairs = [item for pair in fields.items() for item in pair]
+        return bool(self._finish(keys=[key(job_id)], args=[state, self._ttl_s, *pairs]))
+
+
+def _final_news(news: Callable[[float], str | None], timeout_s: float) -> bool:
+    """Whether the job's state became final within `timeout_s`, as far as the news tells."""
+    until = time.monotonic() + timeout_s
+    while (left := until - time.monotonic()) > 0:
+        state = news(left)
+        if state is not None and State(state).is_final:
+            return True
+    return False
+
+
+def _fields(record: JobRecord) -> dict[str, str]:
+    """What a finished job's record adds to its hash."""
+    values = record.model_dump(mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts"})
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+#: Fields of the hash that are text as they stand; all others are JSON.
+_TEXT = {"state", "uri", "worker", "error_type", "error", "queue"}
+
+
+def _record(job_id: str, fields: Iterable[tuple[str, str]] | Mapping[str, str]) -> JobRecord:
+    values = {
+        name: value if name in _TEXT else json.loads(value)
+        for name, value in dict(fields).items()
+        if name in JobRecord.model_fields
+    }
+    return JobRecord.model_validate({"id": job_id, **values})

@@ -1,0 +1,249 @@
+"""The way of one job through a worker, from its message to its picture in the bucket.
+
+    message ─► claim ─► in the bucket already? ─► engine ─► encode ─► put ─► done mark ─► acknowledgement
+
+The message is acknowledged when `handle` returns, so whatever kills the process before that leaves the job
+in Redis for another worker. What goes wrong is decided by whose fault it is (`worker.errors`):
+
+    the caller's or the job's   the record says so, and the message is done with
+    the machine's               the message goes back to the queue (`MachineError` leaves `handle`)
+    the storage's               the picture stays in memory and is put again, until `upload_timeout_s`
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from worker import metrics, parameters
+from worker.engine import Engine, Rendered
+from worker.errors import (
+    EngineStoppedError,
+    InvalidJobError,
+    JobCancelledError,
+    MachineError,
+    PoisonJobError,
+    SmallcatError,
+    StorageError,
+    UnknownModelError,
+)
+from worker.fleet import queue_of
+from worker.images import CONTENT_TYPES, encode
+from worker.job import FORMAT_VERSION, Job, ServedModel
+from worker.records import Claim, JobRecord, Records, State, Timings
+from worker.storage import PermanentStorageError, Storage
+
+logger = logging.getLogger("smallcat.jobs")
+
+#: Seconds between two tries of a PUT: the first, and the most it grows to. Each is drawn at random from
+#: half of that to all of it, so that a fleet does not come back all at once.
+PUT_BACKOFF_S = (0.5, 10.0)
+
+
+class NewerMessageError(SmallcatError):
+    """Raised when a message is of a newer version than this worker reads. It must go back untouched."""
+
+
+class Message(BaseModel):
+    """What travels through Redis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: `FORMAT_VERSION` of the producer.
+    version: int
+    #: The job's id, as the producer computed it.
+    id: str
+    #: The job.
+    job: Job
+
+    @classmethod
+    def parse(cls, payload: Mapping[str, Any]) -> Message:
+        """The message in `payload`. Raises `NewerMessageError`, `InvalidJobError`."""
+        version = payload.get("version") if isinstance(payload, Mapping) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise NewerMessageError(
+                f"A message is of version {version}, this worker reads up to {FORMAT_VERSION}: update the worker."
+            )
+        try:
+            message = cls.model_validate(payload)
+        except ValidationError as error:
+            raise InvalidJobError(f"A message is not a job: {error.errors(include_url=False)[0]['msg']}.") from None
+        if message.id != message.job.id:
+            raise InvalidJobError(f"A message says id {message.id}, its job's id is {message.job.id}.")
+        return message
+
+
+class RenderService:
+    """Handles jobs for one worker process. Thread-safe: each pool thread calls `handle`."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        served: ServedModel,
+        engine: Engine[Any],
+        records: Records,
+        storage: Storage,
+        lease_s: float,
+        max_attempts: int,
+        upload_timeout_s: float,
+    ) -> None:
+        self._name = name
+        #: The model this worker serves.
+        self.served = served
+        self._engine = engine
+        self._records = records
+        self._storage = storage
+        self._lease_s = lease_s
+        self._max_attempts = max_attempts
+        self._upload_timeout_s = upload_timeout_s
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        #: (steps done, steps in all) of the jobs this process holds, where the engine does not know better.
+        self._on_board: dict[str, tuple[int, int]] = {}
+
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """(steps done, steps in all) by id of all jobs this process holds, also while they upload."""
+        rendering = self._engine.progress()
+        with self._lock:
+            return {job_id: rendering.get(job_id, steps) for job_id, steps in self._on_board.items()}
+
+    def stop(self) -> None:
+        """Give back also those jobs whose picture waits for the storage."""
+        self._stopping.set()
+
+    def handle(self, payload: Mapping[str, Any], message_id: str) -> None:
+        """Do the job in `payload`, or note why not. Returns when its message can be acknowledged.
+
+        Raises `MachineError` where the message must go back to the queue, `NewerMessageError` where it must
+        go back untouched.
+        """
+        try:
+            message = Message.parse(payload)
+        except InvalidJobError as error:
+            logger.error("Dropped: %s", error)
+            metrics.JOBS.labels("failed").inc()
+            return
+        verdict, attempt, queued_s = self._records.claim(
+            message.job,
+            message_id,
+            worker=self._name,
+            lease_s=self._lease_s,
+            max_attempts=self._max_attempts,
+            queue=queue_of(message.job),
+        )
+        if verdict in (Claim.TAKEN, Claim.FINAL):
+            metrics.JOBS.labels("taken").inc()
+            return
+        with self._lock:
+            self._on_board[message.id] = (0, 0)
+        try:
+            if verdict is Claim.POISON:
+                tries = f"{self._max_attempts} times (SMALLCAT_MAX_ATTEMPTS)"
+                raise PoisonJobError(f"The job was taken {tries} and its worker died each time.")
+            metrics.QUEUED.observe(queued_s)
+            self._render(message, queued_s)
+        except MachineError:
+            self._records.give_back(message.id, message_id)
+            metrics.JOBS.labels("given_back").inc()
+            raise
+        except SmallcatError as error:
+            self._note_failure(message.id, attempt, error)
+        finally:
+            with self._lock:
+                self._on_board.pop(message.id, None)
+
+    def _render(self, message: Message, queued_s: float) -> None:
+        """Answer from the bucket, or render and put. Raises `SmallcatError`."""
+        if not message.job.is_open and message.job.revision != self.served.revision:
+            raise UnknownModelError(
+                f"The job wants {message.job.model} at revision {message.job.revision}, "
+                f"this worker serves {self.served.name} at {self.served.revision}: send it to its own queue."
+            )
+        job = message.job.resolved(self.served)
+        stored = self._storage.find(message.id, job.format)
+        if stored is not None:
+            self._answer_from(message, stored, queued_s)
+            return
+        started_s = time.monotonic()
+        rendered: Rendered = self._engine.submit(message.id, job).result()
+        rendered_s = time.monotonic()
+        metrics.RENDERED.observe(rendered_s - started_s)
+        steps = job.steps or 0
+        with self._lock:
+            self._on_board[message.id] = (steps, steps)
+        record = JobRecord(
+            id=message.id,
+            state=State.DONE,
+            job=job,
+            step=steps,
+            steps=steps,
+            uri=self._storage.uri(message.id, job.format),
+            timings=Timings(queued=queued_s, rendered=rendered_s - started_s),
+            worker=self._name,
+            warnings=rendered.warnings,
+            nsfw=rendered.picture.nsfw,
+        )
+        picture = encode(rendered.picture, job.format, parameters.write(job))
+        self._put(record, picture)
+        uploaded_s = time.monotonic() - rendered_s
+        metrics.UPLOADED.observe(uploaded_s)
+        timings = record.timings.model_copy(update={"uploaded": uploaded_s})
+        self._records.done(record.model_copy(update={"timings": timings}))
+        metrics.JOBS.labels("rendered").inc()
+
+    def _answer_from(self, message: Message, stored: bytes, queued_s: float) -> None:
+        """Mark the job done with what the bucket holds; priority and metadata are this submission's own."""
+        try:
+            record = JobRecord.model_validate_json(stored)
+        except ValidationError as error:
+            raise StorageError(f"The record beside the picture of job {message.id} cannot be read: {error}") from error
+        own = {"priority": message.job.priority, "metadata": message.job.metadata}
+        self._records.done(
+            record.model_copy(
+                update={
+                    "job": record.job.model_copy(update=own),
+                    "timings": record.timings.model_copy(update={"queued": queued_s}),
+                    "cached": True,
+                }
+            )
+        )
+        metrics.JOBS.labels("cached").inc()
+
+    def _put(self, record: JobRecord, picture: bytes) -> None:
+        """Put record and picture, again and again while the storage fails in a way that may pass."""
+        job = record.job
+        lasting = record.model_dump_json(exclude={"queue", "submitted_at", "attempts", "step"}).encode()
+        deadline_s = time.monotonic() + self._upload_timeout_s
+        pause_s, longest_s = PUT_BACKOFF_S
+        while True:
+            try:
+                self._storage.put(record.id, job.format, picture, lasting, CONTENT_TYPES[job.format])
+                return
+            except PermanentStorageError:
+                raise
+            except StorageError as error:
+                if time.monotonic() + pause_s > deadline_s:
+                    limit = f"{self._upload_timeout_s:g} s (SMALLCAT_UPLOAD_TIMEOUT_S)"
+                    raise StorageError(f"The picture could not be put for {limit}: {error}") from error
+                logger.warning("Job %s: the picture waits in memory: %s", record.id, error)
+            if self._stopping.wait(pause_s * random.uniform(0.5, 1.0)):
+                raise EngineStoppedError("The worker is stopping: the job goes back to the queue.")
+            pause_s = min(2 * pause_s, longest_s)
+
+    def _note_failure(self, job_id: str, attempt: int, error: SmallcatError) -> None:
+        self._records.failed(job_id, error)
+        cancelled = isinstance(error, JobCancelledError)
+        metrics.JOBS.labels("cancelled" if cancelled else "failed").inc()
+        logger.log(
+            logging.INFO if cancelled else logging.ERROR,
+            "%s",
+            json.dumps({"job": job_id, "attempt": attempt, "error": type(error).__name__, "text": str(error)}),
+        )

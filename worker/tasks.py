@@ -1,0 +1,184 @@
+"""The Celery task, and the one place where a worker is put together and taken apart.
+
+Only this module knows the real runner and the real storage. It holds no decisions of its own: `RenderService`
+has the way of a job, `Engine` the loop.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Task, signals
+from celery.exceptions import Reject
+from celery.worker import state as worker_state
+
+from worker import metrics
+from worker.celery import RENDER, app
+from worker.engine import Engine
+from worker.errors import MachineError, SmallcatError
+from worker.fleet import Fleet, WorkerInfo, queues_of
+from worker.heartbeat import Heartbeat
+from worker.records import Records, connect, queue_errors
+from worker.render_service import NewerMessageError, RenderService
+from worker.settings import WorkerSettings, hidden, worker_settings
+from worker.storage import Storage
+
+logger = logging.getLogger("smallcat.worker")
+
+#: Seconds that a command of a running worker waits for a Redis that is away. A job outlives that.
+REDIS_RETRY_S = 600.0
+#: Jobs on board for each row of a batch: the next ones are prepared and the last ones uploaded meanwhile.
+JOBS_PER_ROW = 2
+#: Packages whose versions a worker announces.
+VERSIONS = ("smallcat", "torch", "diffusers", "transformers", "xformers", "celery", "kombu")
+
+
+@dataclass(frozen=True)
+class _Process:
+    """What one worker process is made of."""
+
+    settings: WorkerSettings
+    engine: Engine[Any]
+    service: RenderService
+    heartbeat: Heartbeat
+
+
+_process: _Process | None = None
+
+
+@app.task(name=RENDER, bind=True)
+def render(task: Task[Any, Any], payload: dict[str, Any]) -> None:
+    """Render the job in `payload` (see `worker.celery.message_of`) and store its picture.
+
+    Whatever is raised inside becomes a `Reject` or nothing: Celery acknowledges a message whose task raised
+    anything else, and a `SystemExit` or `MemoryError` would leak the pool's slot for good.
+    """
+    assert _process is not None, "the pool starts after the worker is put together"
+    try:
+        _process.service.handle(payload, task.request.id)
+    except NewerMessageError as error:
+        logger.error("%s", error)
+        raise Reject(str(error), requeue=True) from None
+    except MachineError as error:
+        raise Reject(str(error), requeue=True) from None
+    except BaseException as error:
+        logger.critical("The message goes back to the queue: %r", error, exc_info=True)
+        raise Reject(repr(error), requeue=True) from None
+
+
+@signals.worker_init.connect
+def _start(sender: Any, **_: Any) -> None:
+    """Put the worker together before it takes work, or refuse with one sentence that says what to do."""
+    global _process
+    sender.setup_logging()
+    # One line for each choice is for everyone, whatever the level of Celery's own log.
+    logging.getLogger("smallcat").setLevel(min(logging.INFO, sender.loglevel))
+    try:
+        _process = _assemble(sender.hostname)
+    except SmallcatError as error:
+        raise SystemExit(f"smallcat: {error}") from None
+    served, max_rows = _process.service.served, _process.engine.max_rows
+    app.amqp.queues.select(queues_of(served))
+    if sender.concurrency == "auto":
+        sender.concurrency = JOBS_PER_ROW * max_rows
+
+
+def _assemble(name: str) -> _Process:
+    """Everything, checked in the order of what is quick to check. Raises `SmallcatError`."""
+    settings = worker_settings()
+    client = connect(settings.redis_url, REDIS_RETRY_S)
+    with queue_errors(settings.redis_url):
+        # Asked on a client that does not wait: at start Redis is there or it is not.
+        connect(settings.redis_url, retry_s=1).ping()
+    storage = Storage(settings.s3_bucket, settings.s3_prefix, connections=64)
+    storage.check()
+    _say("queue", hidden(settings.redis_url), "REDIS_URL")
+    _say("storage", storage.uri("<id>", "png"), "S3_BUCKET and S3_PREFIX; written, read and deleted a test object")
+
+    from worker.model_runner import ModelRunner  # Torch takes seconds to load; what fails above need not wait.
+
+    runner = ModelRunner(settings)
+    for choice in runner.choices:
+        _say(choice.what, choice.choice, choice.reason)
+    runner.warm_up()
+    engine = Engine(
+        runner, job_timeout_s=settings.job_timeout_s, on_death=_engine_died, on_step=metrics.observe_step
+    )
+    records = Records(client, settings.record_ttl_s)
+    fleet = Fleet(client, settings.record_ttl_s)
+    service = RenderService(
+        name=name,
+        served=runner.served,
+        engine=engine,
+        records=records,
+        storage=storage,
+        lease_s=settings.lease_s,
+        max_attempts=settings.max_attempts,
+        upload_timeout_s=settings.upload_timeout_s,
+    )
+    chosen = {choice.what: choice.choice for choice in runner.choices}
+    info = WorkerInfo(
+        name=name,
+        served=runner.served,
+        started_at=fleet.now(),
+        device=chosen["device"],
+        attention=chosen["attention"],
+        max_rows=runner.max_rows,
+        versions=_versions(),
+    )
+    heartbeat = Heartbeat(
+        records, fleet, info, lease_s=settings.lease_s, jobs=service.progress, cancel=engine.cancel
+    )
+    return _Process(settings, engine, service, heartbeat)
+
+
+@signals.worker_ready.connect
+def _ready(**_: Any) -> None:
+    """Begin: from here on the worker is announced and takes jobs."""
+    assert _process is not None
+    if _process.settings.metrics_port:
+        metrics.serve(_process.settings.metrics_port)
+    _process.engine.start()
+    _process.heartbeat.start()
+    served = _process.service.served
+    logger.info("ready: takes jobs for %s at revision %s", served.name, served.revision)
+
+
+@signals.worker_shutting_down.connect
+def _drain(**_: Any) -> None:
+    """Finish the jobs on board within the drain time, give back the rest. Celery waits for the pool."""
+    if _process is None:
+        return
+    process = _process
+
+    def drain() -> None:
+        process.heartbeat.stop()
+        process.engine.drain(process.settings.drain_s)
+        process.service.stop()
+
+    logger.info("stopping: %d jobs on board, at most %g s", len(process.service.progress()), process.settings.drain_s)
+    threading.Thread(target=drain, name="drain", daemon=True).start()
+
+
+def _engine_died(_: BaseException) -> None:
+    """All jobs are back in the queue: leave, so that what supervises the worker starts a new one."""
+    worker_state.should_stop = 70  # EX_SOFTWARE of sysexits.h
+
+
+def _say(what: str, choice: str, reason: str) -> None:
+    logger.info("%s: %s (%s)", what, choice, reason)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in VERSIONS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
