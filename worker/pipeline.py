@@ -131,7 +131,11 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
         if device.type == "cuda":
             return torch.float16, "half the memory and many times the speed of fp32 on a GPU"
         return torch.float32, "the fastest on most CPUs, and exact"
-    if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        asked == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise SettingsError(
             "SMALLCAT_DTYPE is bf16, which this GPU does not have: set SMALLCAT_DTYPE=fp16 or leave it out."
         )
@@ -159,7 +163,7 @@ def choose_safety_checker(pipeline: Any, settings: WorkerSettings) -> tuple[str,
 
 def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.dtype) -> Any:
     kind = getattr(diffusers, files.pipeline_class)
-    options: dict[str, Any] = {"torch_dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype}
     if kind is diffusers.StableDiffusionXLPipeline:
         # A watermark changes pixels, and diffusers' default depends on what happens to be installed.
         options["add_watermarker"] = False
@@ -183,7 +187,9 @@ def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.
             if files.single_file and not settings.model_config_dir
             else "get its files again"
         )
-        raise SettingsError(f"The model {files.source} does not load ({first_line[:300]}): {remedy}.") from error
+        raise SettingsError(
+            f"The model {files.source} does not load ({first_line[:300]}): {remedy}."
+        ) from error
 
 
 def _check(pipeline: Any, source: str) -> None:

@@ -60,12 +60,16 @@ class Sampler:
         scaled: torch.Tensor = self._scheduler.scale_model_input(latents, self.timesteps[step])
         return scaled
 
-    def advance(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> tuple[torch.Tensor, Sampler]:
+    def advance(
+        self, prediction: torch.Tensor, latents: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, Sampler]:
         """The latents after step `step`, given the UNet's guided prediction, and the sampler for the next one.
 
         Neither `latents` nor this sampler is changed.
         """
-        following = replace(self, _scheduler=_twin(self._scheduler), _generator=_twin_generator(self._generator))
+        following = replace(
+            self, _scheduler=_twin(self._scheduler), _generator=_twin_generator(self._generator)
+        )
         options = dict(self._options)
         if "generator" in options:
             options["generator"] = following._generator
@@ -118,7 +122,10 @@ class Samplers:
 
     @staticmethod
     def _refuse_too_many(name: Scheduler, scheduler: Any, steps: int) -> None:
-        limit = getattr(scheduler.config, "original_inference_steps", None) or scheduler.config.num_train_timesteps
+        limit = (
+            getattr(scheduler.config, "original_inference_steps", None)
+            or scheduler.config.num_train_timesteps
+        )
         if isinstance(scheduler, diffusers.LCMScheduler) and steps > limit:
             raise InvalidJobError(
                 f'steps is {steps}, the limit of scheduler "{name}" with this model is {limit}: use 4 to 8.'

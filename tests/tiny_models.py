@@ -1,0 +1,219 @@
+"""Tiny text-to-image models, built and saved on the spot: a few hundred KB each, the same bytes each time.
+
+They have the shape of the real ones in everything that smallcat's code can get wrong (components, latent
+channels, VAE factor, tokens, prediction type, second text encoder, distilled guidance) and random weights.
+Each builder writes a folder that `diffusers` loads, and returns it. Pictures are 64 x 64 pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+#: Width of each tiny text encoder.
+_TEXT_WIDTH = 32
+#: Betas of Stable Diffusion.
+_NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def tiny_sd1(folder: Path, *, safety_checker: str = "none") -> Path:
+    """Stable Diffusion 1.x: predicts noise, PNDM, 77 tokens, 4 latent channels, VAE factor 8.
+
+    `safety_checker` is "none", or one that finds fault with "all" pictures or with "nothing".
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        checked = safety_checker != "none"
+        pipeline = diffusers.StableDiffusionPipeline(
+            vae=_vae(channels=4, levels=4),
+            text_encoder=_text_encoder(77),
+            tokenizer=_tokenizer(77),
+            unet=_unet(channels=4, sample_size=8),
+            scheduler=diffusers.PNDMScheduler(
+                **_NOISE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+            ),
+            safety_checker=_safety_checker(finds_all=safety_checker == "all") if checked else None,
+            feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+            if checked
+            else None,
+            requires_safety_checker=checked,
+        )
+    return _save(pipeline, folder)
+
+
+def tiny_sd2(folder: Path, *, zero_terminal_snr: bool = False) -> Path:
+    """Stable Diffusion 2.x: predicts v, DDIM, 16 tokens, 8 latent channels, VAE factor 4, upcast attention."""
+    zero: dict[str, Any] = (
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_terminal_snr else {}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        pipeline = diffusers.StableDiffusionPipeline(
+            vae=_vae(channels=8, levels=3),
+            text_encoder=_text_encoder(16),
+            tokenizer=_tokenizer(16),
+            unet=_unet(channels=8, sample_size=16, use_linear_projection=True, upcast_attention=True),
+            scheduler=diffusers.DDIMScheduler(
+                **_NOISE, **zero, prediction_type="v_prediction", clip_sample=False, steps_offset=1
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _save(pipeline, folder)
+
+
+def tiny_sdxl(folder: Path, *, latents_mean: bool = False) -> Path:
+    """SDXL: two text encoders, pooled text, time ids, Euler, zeros for an empty negative prompt."""
+    moments: dict[str, Any] = (
+        {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.1, 0.9, 1.2, 0.8]} if latents_mean else {}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            vae=_vae(channels=4, levels=4, **moments),
+            text_encoder=_text_encoder(77),
+            tokenizer=_tokenizer(77),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(77, projection_dim=_TEXT_WIDTH)),
+            tokenizer_2=_tokenizer(77, pad_token="!"),
+            unet=_unet(
+                channels=4,
+                sample_size=8,
+                cross_attention_dim=2 * _TEXT_WIDTH,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + _TEXT_WIDTH,
+                use_linear_projection=True,
+            ),
+            scheduler=diffusers.EulerDiscreteScheduler(**_NOISE, steps_offset=1, timestep_spacing="leading"),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
+        )
+    return _save(pipeline, folder)
+
+
+def tiny_lcm(folder: Path, *, pipeline_class: str = "LatentConsistencyModelPipeline") -> Path:
+    """A latent consistency model: its UNet takes the guidance as an embedding, and one row does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        pipeline = getattr(diffusers, pipeline_class)(
+            vae=_vae(channels=4, levels=4),
+            text_encoder=_text_encoder(77),
+            tokenizer=_tokenizer(77),
+            unet=_unet(channels=4, sample_size=8, time_cond_proj_dim=16),
+            scheduler=diffusers.LCMScheduler(**_NOISE),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _save(pipeline, folder)
+
+
+def _unet(*, channels: int, sample_size: int, **more: Any) -> diffusers.UNet2DConditionModel:
+    config: dict[str, Any] = {
+        "sample_size": sample_size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": _TEXT_WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return diffusers.UNet2DConditionModel(**config | more)
+
+
+def _vae(*, channels: int, levels: int, **more: Any) -> diffusers.AutoencoderKL:
+    """A VAE that uses the whole range of pixel values, so that pictures differ where latents do."""
+    vae = diffusers.AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        sample_size=64,
+        **more,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 2
+    return vae
+
+
+def _text_config(tokens: int, **more: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=_TEXT_WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokens,
+        bos_token_id=512,
+        eos_token_id=513,
+        **more,
+    )
+
+
+def _text_encoder(tokens: int) -> CLIPTextModel:
+    return CLIPTextModel(_text_config(tokens)).eval()
+
+
+def _tokenizer(tokens: int, **more: Any) -> CLIPTokenizer:
+    """CLIP's tokenizer without merges: a token a byte."""
+    characters = list(bytes_to_unicode().values())
+    names = [
+        *characters,
+        *(f"{character}</w>" for character in characters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tokens, **more)
+
+
+def _safety_checker(*, finds_all: bool) -> StableDiffusionSafetyChecker:
+    """One whose thresholds on the cosine, -2 or 2, no picture can miss or reach."""
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
+    config = CLIPConfig(
+        vision_config={**tower, "image_size": 32, "patch_size": 16},
+        text_config={**tower, "vocab_size": 16},
+        projection_dim=8,
+    )
+    checker = StableDiffusionSafetyChecker(config).eval()
+    with torch.no_grad():
+        checker.concept_embeds.copy_(torch.randn(17, 8))
+        checker.special_care_embeds.copy_(torch.randn(3, 8))
+        checker.concept_embeds_weights.fill_(-2.0 if finds_all else 2.0)
+        checker.special_care_embeds_weights.fill_(2.0)
+    return checker
+
+
+def _save(pipeline: diffusers.DiffusionPipeline, folder: Path) -> Path:
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def set_defaults(folder: Path, **values: float) -> None:
+    """Write the model's own steps and guidance_scale beside its model_index.json."""
+    (folder / "smallcat.json").write_text(json.dumps(values))
