@@ -159,7 +159,9 @@ class Engine(Generic[R]):
             if (ticket := self._tickets.get(job_id)) is None:
                 ticket = _Ticket(job_id, job, self._clock() + self._job_timeout_s)
                 if self._stopped:
-                    ticket.resolve(EngineStoppedError("The engine has stopped: the job goes back to the queue."))
+                    ticket.resolve(
+                        EngineStoppedError("The engine has stopped: the job goes back to the queue.")
+                    )
                     return ticket.future
                 self._tickets[job_id] = ticket
                 self._inbox.append(ticket)
@@ -229,7 +231,7 @@ class Engine(Generic[R]):
                 ticket = self._inbox.popleft()
             try:
                 ticket.render = self._runner.prepare(ticket.job)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - a job fails alone
                 self._leave(ticket, _as_job_error(error), seated=False)
                 continue
             self._batcher.add(
@@ -270,7 +272,7 @@ class Engine(Generic[R]):
             logger.warning("%d rows do not fit: the cap is %d now.", rows, self._batcher.cap(renders[0].lane))
             self._step_halves(batch)
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a job fails alone
             if len(batch) == 1:
                 self._leave(batch[0], _as_job_error(error))
                 return
@@ -292,7 +294,9 @@ class Engine(Generic[R]):
         finished = [
             (ticket, ticket.render)
             for ticket in batch
-            if ticket.render is not None and not ticket.future.done() and ticket.render.step >= ticket.render.steps
+            if ticket.render is not None
+            and not ticket.future.done()
+            and ticket.render.step >= ticket.render.steps
         ]
         if not finished:
             return
@@ -306,7 +310,7 @@ class Engine(Generic[R]):
         """Decode together; on failure in halves, until the one that cannot be decoded is found."""
         try:
             return self._runner.decode(renders)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a job fails alone
             if len(renders) == 1:
                 return [_as_job_error(error)]
             logger.warning("Decoding %d pictures together failed (%r): trying halves.", len(renders), error)

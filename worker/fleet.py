@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from worker.job import DEFAULT_MODEL, Job, ServedModel
+from worker.job import DEFAULT_MODEL, MAX_PRIORITY, Job, ServedModel
+from worker.records import QUEUES
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -60,6 +61,11 @@ def queues_of(served: ServedModel) -> list[str]:
     return [_queue(served.name, served.revision), _queue(served.name, None), _queue(DEFAULT_MODEL, None)]
 
 
+def lists_of(queue: str) -> list[str]:
+    """The Redis lists that hold `queue`, one a priority (named as in kombu/transport/redis.py)."""
+    return [queue, *(f"{queue}\x06\x16{priority}" for priority in range(1, MAX_PRIORITY + 1))]
+
+
 def _queue(model: str, revision: str | None) -> str:
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", model)
     if slug != model or len(slug) > 60:
@@ -77,7 +83,7 @@ class Fleet:
 
     def now(self) -> float:
         """Unix seconds by Redis' clock."""
-        seconds, micros = self._redis.time()  # type: ignore[misc]
+        seconds, micros = self._redis.time()
         return float(seconds + micros / 1e6)
 
     def announce(self, worker: WorkerInfo) -> None:
@@ -87,8 +93,8 @@ class Fleet:
             pipe.sadd(_WORKERS, worker.name)
             pipe.expire(_WORKERS, self._ttl_s)
             pipe.execute()
-        live = self.workers()
-        self._redis.set(_SERVED, json.dumps([each.model_dump(mode="json") for each in live]), ex=self._ttl_s)
+        live = json.dumps([each.model_dump(mode="json") for each in self.workers()])
+        self._redis.set(_SERVED, live, ex=self._ttl_s)
 
     def withdraw(self, name: str) -> None:
         """Say that the worker is leaving."""
@@ -99,14 +105,14 @@ class Fleet:
 
     def workers(self) -> list[WorkerInfo]:
         """The live workers, longest up first."""
-        names = sorted(self._redis.smembers(_WORKERS))  # type: ignore[arg-type]
+        names = sorted(str(name) for name in self._redis.smembers(_WORKERS))
         if not names:
             return []
         texts = self._redis.mget([f"smallcat:worker:{name}" for name in names])
-        silent = [name for name, text in zip(names, texts, strict=True) if text is None]  # type: ignore[arg-type]
+        silent = [name for name, text in zip(names, texts, strict=True) if text is None]
         if silent:
             self._redis.srem(_WORKERS, *silent)
-        live = [WorkerInfo.model_validate_json(text) for text in texts if text is not None]  # type: ignore[union-attr]
+        live = [WorkerInfo.model_validate_json(text) for text in texts if text is not None]
         return sorted(live, key=lambda worker: (worker.started_at, worker.name))
 
     def resolve(self, job: Job) -> Job:
@@ -129,6 +135,18 @@ class Fleet:
         """The live workers that take jobs from `queue`."""
         return [worker for worker in self.workers() if queue in queues_of(worker.served)]
 
+    def waiting(self) -> dict[str, int]:
+        """Messages that wait, by queue, of every queue that jobs were sent to lately."""
+        queues = sorted(str(queue) for queue in self._redis.smembers(QUEUES))
+        return {queue: self.length(queue) for queue in queues}
+
+    def length(self, queue: str) -> int:
+        """Messages that wait in `queue`, of all priorities."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for name in lists_of(queue):
+                pipe.llen(name)
+            return sum(pipe.execute())
+
     def _last_seen(self) -> list[WorkerInfo]:
         text = self._redis.get(_SERVED)
-        return [WorkerInfo.model_validate(each) for each in json.loads(text)] if text else []  # type: ignore[arg-type]
+        return [WorkerInfo.model_validate(each) for each in json.loads(text)] if text else []

@@ -54,7 +54,7 @@ class Heartbeat:
         self._thread.join(timeout=5)
         try:
             self._fleet.withdraw(self._info.name)
-        except Exception as error:  # The announcement expires by itself.
+        except Exception as error:  # noqa: BLE001 - the announcement expires by itself
             logger.warning("The worker's announcement could not be withdrawn: %s", error)
 
     def _run(self) -> None:
@@ -73,7 +73,7 @@ class Heartbeat:
                         while (left := until - time.monotonic()) > 0:
                             if job_id := news(left):
                                 self._cancel(job_id)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - it must go on beating
                 if not away:
                     logger.warning("Progress and announcements wait for Redis: %s", error)
                 away = True

@@ -8,21 +8,29 @@ from prometheus_client import Counter, Histogram, start_http_server
 JOBS = Counter("smallcat_jobs", "Jobs, by how they ended on this worker", ["outcome"])
 #: Seconds a job waited in the queue.
 QUEUED = Histogram(
-    "smallcat_queued_seconds", "From submission until a worker took the job", buckets=(0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)
+    "smallcat_queued_seconds",
+    "From submission until a worker took the job",
+    buckets=(0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600),
 )
 #: Seconds a job spent in the engine.
 RENDERED = Histogram(
-    "smallcat_rendered_seconds", "From then until its picture was decoded", buckets=(0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+    "smallcat_rendered_seconds",
+    "From then until its picture was decoded",
+    buckets=(0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
 )
 #: Seconds encoding and upload took.
 UPLOADED = Histogram(
     "smallcat_uploaded_seconds", "Encoding and upload", buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300)
 )
 #: Rows of the UNet in a step: how full the batches are.
-ROWS = Histogram("smallcat_step_rows", "Rows of the UNet in a step", buckets=(1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256))
+ROWS = Histogram(
+    "smallcat_step_rows", "Rows of the UNet in a step", buckets=(1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256)
+)
 #: Seconds a step took.
 STEP = Histogram(
-    "smallcat_step_seconds", "One denoising step of a batch", buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    "smallcat_step_seconds",
+    "One denoising step of a batch",
+    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
 )
 
 

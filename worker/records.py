@@ -3,6 +3,7 @@
     smallcat:job:<id>        hash    see `JobRecord`; expires `record_ttl_s` after its last change
     smallcat:job:<id>        channel the new state, published at every change of state
     smallcat:cancel          channel the id of a job that was cancelled while it ran
+    smallcat:queues          set     the queues that jobs were sent to; expires likewise
 
 A job is `queued`, then `running`, then `done`, `failed` or `cancelled`. Changes that two processes could
 make at once are Lua scripts, and all times are Redis' own clock. The lasting record is the JSON beside
@@ -17,24 +18,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import redis
 from pydantic import BaseModel, ConfigDict, Field
-from redis.backoff import ConstantBackoff
-from redis.retry import Retry
 
-from worker.errors import QueueError, SmallcatError, UnknownJobError, named
+from worker.errors import SmallcatError, UnknownJobError, named
 from worker.job import Job
-from worker.settings import hidden
 
 if TYPE_CHECKING:
     from redis.client import Redis
 
 #: Channel on which workers hear that a running job was cancelled.
 CANCEL_CHANNEL = "smallcat:cancel"
-#: Seconds between two tries to reach Redis.
-RETRY_EVERY_S = 0.25
+#: The set of queues that jobs were sent to.
+QUEUES = "smallcat:queues"
 #: Seconds between two looks at a record by one who waits, in case a message was lost with a connection.
 RECHECK_S = 5.0
 
@@ -129,7 +126,7 @@ class JobRecord(BaseModel):
             raise named(self.error_type or "JobError", self.error or f"Job {self.id} is {self.state}.")
 
 
-# KEYS[1] the record. ARGV: job, queue, ttl. A job that is in flight stays as it is; any other starts anew.
+# KEYS[1] the record, KEYS[2] the queues. ARGV: job, queue, ttl. A job that is in flight stays as it is; any other starts anew.
 _SUBMIT = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then
@@ -139,6 +136,8 @@ if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'c
              'submitted_at', now[1] .. '.' .. string.format('%06d', now[2]))
 end
 redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('SADD', KEYS[2], ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
 """
 
 # KEYS[1] the record. ARGV: message, worker, lease, max attempts, ttl, job, queue, delivery.
@@ -173,11 +172,14 @@ end
 return {verdict, attempts, tostring(now - tonumber(get('submitted_at')))}
 """
 
-# KEYS[1] the record. ARGV: state, ttl, then field and value in turn. A final state is written once.
+# KEYS[1] the record. ARGV: state, ttl, message, then field and value in turn. A final state is written once.
+# A picture is done whoever made it; a failure counts only from the message that holds the claim, so that a
+# job that was cancelled and submitted again is not cancelled twice.
 _FINISH = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if state == 'done' or state == ARGV[1] then return 0 end
-for i = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+if ARGV[1] ~= 'done' and redis.call('HGET', KEYS[1], 'claim') ~= ARGV[3] then return 0 end
+for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'state', ARGV[1])
 redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'cancel')
 redis.call('EXPIRE', KEYS[1], ARGV[2])
@@ -230,41 +232,6 @@ def key(job_id: str) -> str:
     return f"smallcat:job:{job_id}"
 
 
-def connect(redis_url: str, retry_s: float) -> Redis:
-    """A Redis client, thread-safe, not yet connected.
-
-    A command whose connection is lost is sent again for about `retry_s` seconds; every command of this
-    module may be.
-    """
-    return redis.Redis.from_url(
-        redis_url,
-        decode_responses=True,
-        socket_connect_timeout=min(5.0, max(1.0, retry_s)),
-        socket_timeout=min(10.0, max(1.0, retry_s)),
-        socket_keepalive=True,
-        health_check_interval=10,
-        retry=Retry(ConstantBackoff(RETRY_EVERY_S), int(retry_s / RETRY_EVERY_S)),
-    )
-
-
-@contextmanager
-def queue_errors(redis_url: str) -> Iterator[None]:
-    """Turn what redis-py raises inside into one `QueueError` with the cause and the remedy."""
-    where = hidden(redis_url)
-    try:
-        yield
-    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-        raise QueueError(f"Redis at {where} refuses the user or password ({error}): check REDIS_URL.") from error
-    except redis.exceptions.OutOfMemoryError as error:
-        raise QueueError(f"Redis at {where} is full ({error}): wait for workers to drain it.") from error
-    except redis.exceptions.ReadOnlyError as error:
-        raise QueueError(f"Redis at {where} is read-only ({error}): use the primary's address.") from error
-    except (redis.RedisError, OSError) as error:
-        raise QueueError(
-            f"Redis at {where} is out of reach ({error}): start it, or set REDIS_URL."
-        ) from error
-
-
 class Records:
     """The jobs' records in one Redis. Thread-safe. Each call is one round trip."""
 
@@ -280,7 +247,7 @@ class Records:
 
     def submitted(self, job: Job, queue: str) -> None:
         """Note that `job` goes to `queue`. In flight already: its record stays as it is."""
-        self._submit(keys=[key(job.id)], args=[job.model_dump_json(), queue, self._ttl_s])
+        self._submit(keys=[key(job.id), QUEUES], args=[job.model_dump_json(), queue, self._ttl_s])
 
     def get(self, job_id: str) -> JobRecord:
         """The record of a job. Raises `UnknownJobError` where there is none (any more)."""
@@ -314,13 +281,16 @@ class Records:
 
     def done(self, record: JobRecord) -> bool:
         """Mark the job done. False: it was already, and stays as it was."""
-        return self._final(record.id, State.DONE, _fields(record))
+        return self._final(record.id, State.DONE, "", _fields(record))
 
-    def failed(self, job_id: str, error: SmallcatError) -> bool:
-        """Mark the job failed, or cancelled, by `error`. False: it is done or failed already."""
+    def failed(self, job_id: str, message: str, error: SmallcatError) -> bool:
+        """Mark the job failed, or cancelled, by `error`, for the message that claimed it.
+
+        False: it is final already, or another message holds it by now.
+        """
         name = type(error).__name__
         state = State.CANCELLED if name == "JobCancelledError" else State.FAILED
-        return self._final(job_id, state, {"error_type": name, "error": str(error)})
+        return self._final(job_id, state, message, {"error_type": name, "error": str(error)})
 
     def give_back(self, job_id: str, message: str) -> None:
         """Undo the claim of `message`, and its attempt: the job goes to another worker."""
@@ -338,24 +308,18 @@ class Records:
     ) -> JobRecord:
         """Sleep until the job's state is final and return its record. Woken by Redis, not by polling.
 
-        `idle` is called with the record at least every 5 seconds of waiting. A lost connection is made
-        again. Raises `TimeoutError` after `timeout_s` seconds (None: never), `UnknownJobError`.
+        `idle` is called with the record about every 5 seconds of waiting. A lost connection is made again
+        by the client. Raises `TimeoutError` after `timeout_s` seconds (None: never), `UnknownJobError`.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            try:
-                with self.listen(key(job_id)) as news:
-                    while not (record := self.get(job_id)).state.is_final:
-                        left = RECHECK_S if deadline is None else deadline - time.monotonic()
-                        if left <= 0:
-                            raise TimeoutError(f"Job {job_id} is still {record.state} after {timeout_s:g} s.")
-                        if not _final_news(news, min(left, RECHECK_S)):
-                            idle(record)
-                    return record
-            except redis.ConnectionError:
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.2)
+        with self.listen(key(job_id)) as news:
+            while not (record := self.get(job_id)).state.is_final:
+                left = RECHECK_S if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"Job {job_id} is still {record.state} after {timeout_s:g} s.")
+                if not _final_news(news, min(left, RECHECK_S)):
+                    idle(record)
+        return record
 
     @contextmanager
     def listen(self, channel: str) -> Iterator[Callable[[float], str | None]]:
@@ -369,9 +333,9 @@ class Records:
 
             yield receive
 
-    def _final(self, job_id: str, state: State, fields: Mapping[str, str]) -> bool:
+    def _final(self, job_id: str, state: State, message: str, fields: Mapping[str, str]) -> bool:
         pairs = [item for pair in fields.items() for item in pair]
-        return bool(self._finish(keys=[key(job_id)], args=[state, self._ttl_s, *pairs]))
+        return bool(self._finish(keys=[key(job_id)], args=[state, self._ttl_s, message, *pairs]))
 
 
 def _final_news(news: Callable[[float], str | None], timeout_s: float) -> bool:

@@ -74,7 +74,9 @@ class Message(BaseModel):
         try:
             message = cls.model_validate(payload)
         except ValidationError as error:
-            raise InvalidJobError(f"A message is not a job: {error.errors(include_url=False)[0]['msg']}.") from None
+            raise InvalidJobError(
+                f"A message is not a job: {error.errors(include_url=False)[0]['msg']}."
+            ) from None
         if message.id != message.job.id:
             raise InvalidJobError(f"A message says id {message.id}, its job's id is {message.job.id}.")
         return message
@@ -155,7 +157,7 @@ class RenderService:
             metrics.JOBS.labels("given_back").inc()
             raise
         except SmallcatError as error:
-            self._note_failure(message.id, attempt, error)
+            self._note_failure(message.id, message_id, attempt, error)
         finally:
             with self._lock:
                 self._on_board.pop(message.id, None)
@@ -204,7 +206,9 @@ class RenderService:
         try:
             record = JobRecord.model_validate_json(stored)
         except ValidationError as error:
-            raise StorageError(f"The record beside the picture of job {message.id} cannot be read: {error}") from error
+            raise StorageError(
+                f"The record beside the picture of job {message.id} cannot be read: {error}"
+            ) from error
         own = {"priority": message.job.priority, "metadata": message.job.metadata}
         self._records.done(
             record.model_copy(
@@ -238,12 +242,14 @@ class RenderService:
                 raise EngineStoppedError("The worker is stopping: the job goes back to the queue.")
             pause_s = min(2 * pause_s, longest_s)
 
-    def _note_failure(self, job_id: str, attempt: int, error: SmallcatError) -> None:
-        self._records.failed(job_id, error)
+    def _note_failure(self, job_id: str, message_id: str, attempt: int, error: SmallcatError) -> None:
+        self._records.failed(job_id, message_id, error)
         cancelled = isinstance(error, JobCancelledError)
         metrics.JOBS.labels("cancelled" if cancelled else "failed").inc()
         logger.log(
             logging.INFO if cancelled else logging.ERROR,
             "%s",
-            json.dumps({"job": job_id, "attempt": attempt, "error": type(error).__name__, "text": str(error)}),
+            json.dumps(
+                {"job": job_id, "attempt": attempt, "error": type(error).__name__, "text": str(error)}
+            ),
         )

@@ -89,6 +89,11 @@ class Storage:
             self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
+    @property
+    def root(self) -> str:
+        """The s3:// address below which everything lies."""
+        return f"s3://{self.bucket}/{self._prefix}"
+
     def uri(self, job_id: str, image_format: ImageFormat) -> str:
         """Where the picture of that job lies, or will."""
         return f"s3://{self.bucket}/{self._key(job_id, image_format)}"
@@ -113,7 +118,9 @@ class Storage:
         """The record of a job as it lies in the bucket, or None. Raises `StorageError`."""
         with self._errors():
             try:
-                return self._client.get_object(Bucket=self.bucket, Key=self._key(job_id, "json"))["Body"].read()
+                return self._client.get_object(Bucket=self.bucket, Key=self._key(job_id, "json"))[
+                    "Body"
+                ].read()
             except self._client.exceptions.NoSuchKey:
                 return None
 
@@ -136,15 +143,20 @@ class Storage:
                 "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=expires_s
             )
 
+    def delete(self, job_id: str, image_format: ImageFormat) -> None:
+        """Remove a job's picture and record; nothing where nothing is. Raises `StorageError`."""
+        with self._errors():
+            # The picture first: where it is, all is.
+            for key in (self._key(job_id, image_format), self._key(job_id, "json")):
+                self._client.delete_object(Bucket=self.bucket, Key=key)
+
     def _key(self, job_id: str, ending: str) -> str:
         return f"{self._prefix}images/{job_id[:2]}/{job_id}.{ending}"
 
     def _put(self, key: str, body: bytes, mime: str) -> None:
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         with self._errors():
-            self._client.put_object(
-                Bucket=self.bucket, Key=key, Body=body, ContentType=mime, ContentMD5=md5
-            )
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=body, ContentType=mime, ContentMD5=md5)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -23,7 +23,8 @@ from worker.engine import Engine
 from worker.errors import MachineError, SmallcatError
 from worker.fleet import Fleet, WorkerInfo, queues_of
 from worker.heartbeat import Heartbeat
-from worker.records import Records, connect, queue_errors
+from worker.records import Records
+from worker.redis_client import connect, queue_errors
 from worker.render_service import NewerMessageError, RenderService
 from worker.settings import WorkerSettings, hidden, worker_settings
 from worker.storage import Storage
@@ -98,9 +99,10 @@ def _assemble(name: str) -> _Process:
     storage = Storage(settings.s3_bucket, settings.s3_prefix, connections=64)
     storage.check()
     _say("queue", hidden(settings.redis_url), "REDIS_URL")
-    _say("storage", storage.uri("<id>", "png"), "S3_BUCKET and S3_PREFIX; written, read and deleted a test object")
+    _say("storage", storage.root, "S3_BUCKET, S3_PREFIX; a test object was written, read and deleted")
 
-    from worker.model_runner import ModelRunner  # Torch takes seconds to load; what fails above need not wait.
+    # Torch takes seconds to load: what fails above need not wait for it.
+    from worker.model_runner import ModelRunner
 
     runner = ModelRunner(settings)
     for choice in runner.choices:
@@ -161,7 +163,8 @@ def _drain(**_: Any) -> None:
         process.engine.drain(process.settings.drain_s)
         process.service.stop()
 
-    logger.info("stopping: %d jobs on board, at most %g s", len(process.service.progress()), process.settings.drain_s)
+    on_board = len(process.service.progress())
+    logger.info("stopping: %d jobs on board, at most %g s", on_board, process.settings.drain_s)
     threading.Thread(target=drain, name="drain", daemon=True).start()
 
 

@@ -1,0 +1,221 @@
+"""`python -m producer` and `smallcat`: submit, status, cancel, fetch, doctor.
+
+Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output,
+all else to standard error. Every command takes `--json`: one JSON document on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from producer.client import JobHandle, JobResult, submit_job
+from worker.errors import CallerError, JobCancelledError, JobError, ServiceError, SmallcatError
+from worker.job import DEFAULT_PRIORITY, ImageFormat, Scheduler
+
+#: Job parameters as options: their type and help. `seed` and the like default to what `Job` says.
+JOB_OPTIONS: dict[str, tuple[Any, str]] = {
+    "negative_prompt": (str, "What to keep out of the picture."),
+    "seed": (int, "0 to 2^63-1; drawn when not given."),
+    "width": (int, "Pixels, 64 to 2048, a multiple of 8; the model's own when not given."),
+    "height": (int, "Pixels, as for width."),
+    "steps": (int, "Denoising steps, 1 to 150; the model's own when not given."),
+    "guidance_scale": (float, "0 to 30; 1 and below is none; the model's own when not given."),
+    "scheduler": (str, f"One of {', '.join(Scheduler)}."),
+    "model": (str, "The fleet's default when not given."),
+    "revision": (str, "The newest one served when not given."),
+    "format": (str, f"One of {', '.join(ImageFormat)}."),
+    "priority": (int, f"0 to 9, higher is sooner; {DEFAULT_PRIORITY} when not given."),
+    "metadata": (str, "A JSON object of your own, up to 4 KiB, returned untouched."),
+}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _job_options(command: F) -> F:
+    for name, (kind, text) in reversed(JOB_OPTIONS.items()):
+        command = click.option(f"--{name.replace('_', '-')}", name, type=kind, default=None, help=text)(
+            command
+        )
+    return command
+
+
+def _json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="smallcat")
+def cli() -> None:
+    """Submit text-to-image jobs, follow them, and fetch their pictures."""
+
+
+@cli.command()
+@click.argument("prompt")
+@_job_options
+@click.option("--wait", is_flag=True, help="Wait for the picture.")
+@click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
+@click.option("--output", type=click.Path(path_type=Path), help="Wait, and save the picture in this folder.")
+@click.option("--timeout", type=float, default=None, help="Seconds to wait; without end when not given.")
+@_json_option
+def submit(
+    prompt: str,
+    wait: bool,
+    show: bool,
+    output: Path | None,
+    timeout: float | None,
+    as_json: bool,
+    **fields: Any,
+) -> None:
+    """Enqueue one job."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "metadata" in given:
+        given["metadata"] = _parse_metadata(given["metadata"])
+    handle = submit_job(prompt, **given)
+    if not (wait or show or output):
+        _print_json({"id": handle.id}) if as_json else click.echo(handle.id)
+        return
+    result = _follow(handle, timeout)
+    _report(result, save_in=output, show=show, as_json=as_json)
+
+
+@cli.command()
+@click.argument("job_id")
+@_json_option
+def status(job_id: str, as_json: bool) -> None:
+    """Say where a job is."""
+    handle = JobHandle(job_id)
+    record, progress = handle.record(), handle.progress()
+    if as_json:
+        _print_json(record.model_dump(mode="json") | {"queued": progress.queued, "note": progress.note})
+        return
+    click.echo(f"{record.id}  {record.state}")
+    if record.steps:
+        click.echo(f"step       {progress.step} of {progress.steps}")
+    if progress.queued:
+        click.echo(f"queue      {progress.queued} waiting, {progress.workers} workers")
+    for name in ("worker", "uri", "error"):
+        if value := getattr(record, name):
+            click.echo(f"{name:10} {value}")
+    for warning in (*record.warnings, progress.note):
+        if warning:
+            click.echo(f"note       {warning}")
+
+
+@cli.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@_json_option
+def cancel(job_ids: tuple[str, ...], as_json: bool) -> None:
+    """Take jobs back: queued ones at once, running ones at their next step."""
+    states = {job_id: JobHandle(job_id).cancel() for job_id in job_ids}
+    if as_json:
+        _print_json(states)
+        return
+    for job_id, state in states.items():
+        click.echo(f"{job_id}  {'cancelling' if state == 'running' else state}")
+
+
+@cli.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path(), help="Folder to save in.")
+@click.option("--timeout", type=float, default=None, help="Seconds to wait; without end when not given.")
+@click.option("--show", is_flag=True, help="Show the pictures in the terminal.")
+@_json_option
+def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: bool, as_json: bool) -> None:
+    """Save jobs' pictures, waiting for those that are not done."""
+    for job_id in job_ids:
+        _report(_follow(JobHandle(job_id), timeout), save_in=output, show=show, as_json=as_json)
+
+
+@cli.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Check Redis, the bucket, the workers, and on a worker's machine the GPU."""
+    from producer.doctor import examine
+
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not as_json:
+            mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
+            click.echo(f"{mark}  {finding.what:10} {finding.text}")
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+    if not all(finding.ok for finding in findings):
+        sys.exit(3)
+
+
+def main() -> NoReturn:
+    """Run the command line: one sentence and an exit code, never a traceback, for what is not a bug."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except (SmallcatError, TimeoutError) as error:
+        click.secho(f"{error}", fg="red" if sys.stderr.isatty() else None, err=True)
+        sys.exit(_exit_code(error))
+    sys.exit(0)
+
+
+def _exit_code(error: Exception) -> int:
+    match error:
+        case ServiceError():
+            return 3
+        case JobError() | JobCancelledError() | TimeoutError():
+            return 1
+        case CallerError():
+            return 2
+        case _:
+            return 1
+
+
+def _parse_metadata(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"it is not JSON ({error})", param_hint="--metadata") from None
+
+
+def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
+    """Wait for the job; on a terminal with a bar on standard error. Ctrl-C leaves the job in the queue."""
+    from producer.display import follow
+
+    try:
+        return follow(handle, timeout)
+    except KeyboardInterrupt:
+        click.echo(f"\nThe job goes on. Fetch it later: smallcat fetch {handle.id}", err=True)
+        raise
+
+
+def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: bool) -> None:
+    path = None
+    if save_in is not None:
+        save_in.mkdir(parents=True, exist_ok=True)
+        path = save_in / f"{result.id}.{result.job.format}"
+        path.write_bytes(result.data())
+    if as_json:
+        _print_json(result.model_dump(mode="json") | {"url": result.url(), "path": path and str(path)})
+        return
+    if show:
+        from producer.display import show_picture
+
+        show_picture(result)
+    for warning in result.warnings:
+        click.echo(f"note  {warning}", err=True)
+    click.echo(f"uri   {result.uri}")
+    click.echo(f"url   {result.url()}")
+    if path:
+        click.echo(f"file  {path.resolve()}")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))

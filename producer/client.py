@@ -1,0 +1,299 @@
+"""`submit_job` and what it returns."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import secrets
+import time
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from worker.errors import QueueError, UnknownJobError
+from worker.job import Job
+from worker.records import JobRecord, Records, State
+from worker.settings import ProducerSettings, producer_settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from redis.client import Redis
+
+    from worker.fleet import Fleet
+    from worker.storage import Storage
+
+logger = logging.getLogger("smallcat.producer")
+
+
+class JobResult(JobRecord):
+    """A finished job: its record, and the way to its picture."""
+
+    @property
+    def seed(self) -> int:
+        """The seed that was used, given or drawn."""
+        return self.job.seed
+
+    @property
+    def width(self) -> int | None:
+        """Pixels."""
+        return self.job.width
+
+    @property
+    def height(self) -> int | None:
+        """Pixels."""
+        return self.job.height
+
+    def url(self, expires_s: int = 3_600) -> str:
+        """A link to the picture that any browser opens for `expires_s` seconds (1 to 604,800)."""
+        return _storage().url(self._where(), expires_s)
+
+    def data(self) -> bytes:
+        """The picture's file as it lies in the bucket. Raises `StorageError`, `UnknownJobError`."""
+        return _storage().get(self._where())
+
+    def image(self) -> Image.Image:
+        """The picture. Raises `StorageError`, `UnknownJobError`."""
+        import io
+
+        from PIL import Image
+
+        image = Image.open(io.BytesIO(self.data()))
+        image.load()
+        return image
+
+    def _where(self) -> str:
+        if self.uri is None:
+            raise UnknownJobError(f"Job {self.id} is {self.state}: it has no picture.")
+        return self.uri
+
+    def _repr_png_(self) -> bytes:
+        """The picture in a notebook."""
+        import io
+
+        file = io.BytesIO()
+        self.image().save(file, "PNG")
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    #: Where it is.
+    state: State
+    #: Denoising steps done.
+    step: int
+    #: Denoising steps in all; 0 until a worker took the job.
+    steps: int
+    #: Messages in the job's queue, its own among them; 0 once it runs.
+    queued: int
+    #: Live workers that take jobs from its queue.
+    workers: int
+    #: What stands in its way, and what to do; empty when nothing does.
+    note: str = ""
+
+    @property
+    def fraction(self) -> float:
+        """0 to 1."""
+        return 1.0 if self.state is State.DONE else self.step / self.steps if self.steps else 0.0
+
+
+class JobHandle:
+    """A job by its id, in this process or any other that reaches the same Redis."""
+
+    def __init__(self, job_id: str) -> None:
+        self.id = job_id
+
+    def __repr__(self) -> str:
+        return f"JobHandle({self.id!r})"
+
+    def record(self) -> JobResult:
+        """What is known of the job now. An expired record is read from the bucket.
+
+        Raises `UnknownJobError`, `QueueError`, `StorageError`.
+        """
+        client = _client()
+        try:
+            with client.queue_errors():
+                record = client.records.get(self.id)
+        except UnknownJobError:
+            if not client.settings.s3_bucket or (stored := _storage().record(self.id)) is None:
+                raise
+            return JobResult.model_validate_json(stored)
+        return JobResult.model_validate(record.model_dump())
+
+    def state(self) -> State:
+        """Where the job is. Raises as `record`."""
+        return self.record().state
+
+    def progress(self) -> Progress:
+        """Steps done, and what the job waits for. Raises as `record`."""
+        record = self.record()
+        queued = workers = 0
+        note = ""
+        if not record.state.is_final:
+            client = _client()
+            with client.queue_errors():
+                workers = len(client.fleet.serving(record.queue))
+                queued = client.fleet.length(record.queue) if record.state is State.QUEUED else 0
+            if not workers:
+                note = _nobody(record)
+        return Progress(record.state, record.step, record.steps, queued, workers, note)
+
+    def result(self, timeout: float | None = None) -> JobResult:
+        """Wait for the picture, at most `timeout` seconds (None: without end).
+
+        While nobody serves the job's queue, a warning says so. Raises the job's own error (`JobError`,
+        `CallerError`, `StorageError`; see `worker.errors`) where it failed, `JobCancelledError`,
+        `TimeoutError`, `UnknownJobError`, `QueueError`.
+        """
+        client = _client()
+        warned = False
+
+        def idle(record: JobRecord) -> None:
+            nonlocal warned
+            if not warned and not client.fleet.serving(record.queue):
+                warned = True
+                warnings.warn(_nobody(record), stacklevel=2)
+
+        if timeout is not None and not (timeout >= 0 and math.isfinite(timeout)):
+            raise ValueError(f"timeout is {timeout}: it must be None or seconds >= 0.")
+        try:
+            with client.queue_errors():
+                record = client.records.wait(self.id, timeout, idle)
+        except UnknownJobError:
+            return self.record()
+        record.raise_for_state()
+        return JobResult.model_validate(record.model_dump())
+
+    def image(self, timeout: float | None = None) -> Image.Image:
+        """Wait for the picture and fetch it. Raises as `result`."""
+        return self.result(timeout).image()
+
+    def cancel(self) -> State:
+        """Take the job back. Returns its state: a running one is cancelled at its next step.
+
+        A job that is done, failed or cancelled stays what it is. Raises `UnknownJobError`, `QueueError`.
+        """
+        client = _client()
+        with client.queue_errors():
+            return client.records.cancel(self.id)
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture in a notebook, once it is done."""
+        record = self.record()
+        return record._repr_png_() if record.state is State.DONE else None
+
+
+def submit_job(prompt: str | Job, **fields: Any) -> JobHandle:
+    """Enqueue one job and return at once.
+
+    `prompt` is a text, with the other fields of `worker.job.Job` as keywords, or a whole `Job`. Every
+    field is checked before anything is sent. Equal jobs have equal ids, and are rendered once.
+
+    Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
+    cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an
+    error nothing is enqueued, unless the connection was lost after the message was sent: submitting again
+    is safe.
+    """
+    if isinstance(prompt, Job):
+        job = Job.parse(prompt.model_dump(exclude_unset=False) | fields)
+    else:
+        job = Job.parse({"prompt": prompt, **fields})
+    return _client().submit(job)
+
+
+def job_from_image(data: bytes) -> Job:
+    """The job that a picture's own papers describe: submitting it gives the same picture.
+
+    `data` is a PNG, WebP or JPEG file with a `parameters` text. Raises `InvalidJobError` without one.
+    """
+    from worker.errors import InvalidJobError
+    from worker.images import read_parameters
+    from worker.parameters import read
+
+    if (text := read_parameters(data)) is None:
+        raise InvalidJobError(
+            "The picture holds no parameters text: it was not made by smallcat, or was edited."
+        )
+    return read(text)
+
+
+class _Client:
+    """One Redis as a producer sees it. Thread-safe."""
+
+    def __init__(self, settings: ProducerSettings) -> None:
+        from worker.fleet import Fleet
+        from worker.redis_client import connect
+
+        self.settings = settings
+        self._redis: Redis = connect(settings.redis_url, settings.submit_timeout_s)
+        self.records = Records(self._redis, settings.record_ttl_s)
+        self.fleet: Fleet = Fleet(self._redis, settings.record_ttl_s)
+
+    def queue_errors(self) -> Any:
+        """Context that turns redis-py's errors into `QueueError`."""
+        from worker.redis_client import queue_errors
+
+        return queue_errors(self.settings.redis_url)
+
+    def submit(self, job: Job) -> JobHandle:
+        from worker.celery import RENDER, app, message_of, message_priority
+        from worker.fleet import queue_of
+
+        with self.queue_errors():
+            job = self.fleet.resolve(job)
+            queue = queue_of(job)
+            self.records.submitted(job, queue)
+        # One message id for all tries: a message that arrived twice is claimed once.
+        message_id = f"{job.id}-{secrets.token_hex(4)}"
+        deadline = time.monotonic() + self.settings.submit_timeout_s
+        while True:
+            try:
+                with self.queue_errors(), app.producer_or_acquire() as producer:
+                    app.send_task(
+                        RENDER,
+                        args=[message_of(job)],
+                        task_id=message_id,
+                        queue=queue,
+                        priority=message_priority(job),
+                        producer=producer,
+                    )
+                return JobHandle(job.id)
+            except QueueError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.2)
+
+
+@functools.lru_cache(maxsize=4)
+def _client_for(settings: ProducerSettings) -> _Client:
+    return _Client(settings)
+
+
+def _client() -> _Client:
+    """The client for the environment as it is now: a changed one gets a client of its own."""
+    return _client_for(producer_settings())
+
+
+@functools.lru_cache(maxsize=4)
+def _storage_for(bucket: str, prefix: str) -> Storage:
+    from worker.storage import Storage
+
+    return Storage(bucket, prefix)
+
+
+def _storage() -> Storage:
+    settings = producer_settings()
+    return _storage_for(settings.s3_bucket, settings.s3_prefix)
+
+
+def _nobody(record: JobRecord) -> str:
+    job = record.job
+    if job.is_open:
+        return f'No worker serves the model "{job.model}": start one with `celery -A worker worker`.'
+    return (
+        f'No worker serves the model "{job.model}" at revision {job.revision}: '
+        "start one that does, or submit again to use what the live workers serve."
+    )

@@ -1,0 +1,72 @@
+"""What a person at a terminal sees: a bar while a job runs, and its picture."""
+
+from __future__ import annotations
+
+import threading
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from producer.client import JobHandle, JobResult
+
+#: Seconds between two looks at a job's progress.
+LOOK_EVERY_S = 0.25
+
+
+def follow(handle: JobHandle, timeout: float | None) -> JobResult:
+    """Wait for a job's result; raises as `JobHandle.result`.
+
+    On a terminal a bar shows its steps. Elsewhere each change of state is a line on standard error.
+    """
+    console = Console(stderr=True)
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(handle, console, over), daemon=True)
+    watcher.start()
+    try:
+        return handle.result(timeout)
+    finally:
+        over.set()
+        watcher.join(timeout=5)
+
+
+def show_picture(result: JobResult) -> None:
+    """Draw the picture in the terminal; where standard output is none, one line says what it is."""
+    console = Console()
+    if console.is_terminal:
+        # Asks the terminal at import what it can draw.
+        from textual_image.renderable import Image
+
+        console.print(Image(result.image(), width=min(48, console.width), height="auto"))
+    else:
+        job = result.job
+        console.print(
+            f'"{job.prompt}", {job.width}x{job.height}, seed {job.seed}, {job.steps} steps',
+            markup=False,
+            highlight=False,
+        )
+
+
+def _watch(handle: JobHandle, console: Console, over: threading.Event) -> None:
+    """Show progress until `over`. What goes wrong here, `result` raises to the caller."""
+    said = ""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("queued", total=None, text="")
+        while not over.is_set():
+            try:
+                now = handle.progress()
+            except Exception as error:  # noqa: BLE001 - the waiting thread reports it with its type
+                bar.update(task, text=str(error))
+                over.wait(LOOK_EVERY_S)
+                continue
+            text = now.note or (f"step {now.step} of {now.steps}" if now.steps else "")
+            bar.update(task, description=now.state, total=now.steps or None, completed=now.step, text=text)
+            if not console.is_terminal and (line := f"{now.state}  {now.note}".strip()) != said:
+                console.print(line, markup=False, highlight=False)
+                said = line
+            over.wait(LOOK_EVERY_S)
