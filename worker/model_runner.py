@@ -19,6 +19,7 @@ from typing import Any
 import diffusers
 import torch
 
+from worker import attention
 from worker import pipeline as pipelines
 from worker.errors import (
     InvalidJobError,
@@ -98,7 +99,11 @@ class ModelRunner:
         self.served = loaded.served
         self.max_rows, reason = pipelines.choose_rows(settings.max_batch, self._device)
         #: Each choice made at start, with its reason.
-        self.choices = (*loaded.choices, Choice("max rows", str(self.max_rows), reason))
+        self.choices = (
+            *loaded.choices,
+            attention.install(self._pipeline, settings.attention_backend, self._device),
+            Choice("max rows", str(self.max_rows), reason),
+        )
 
     def warm_up(self) -> None:
         """One small render through everything. Raises `SettingsError` when that fails."""

@@ -1,0 +1,294 @@
+"""Attention in the UNet and the VAE: one processor, three exact backends behind one switch.
+
+`naive` is softmax(QK^T)V with the matrix of all pairs in memory, as in 2022; `sdpa` is torch's; `xformers` is
+memory-efficient attention (Rabe and Staats, 2021; Dao et al., 2022) as the origin of this project used it.
+All get queries, keys and values as (batch, tokens, heads, head width) views of what the projections wrote:
+nothing is copied on the way in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import import_utils
+
+from worker.errors import SettingsError
+from worker.pipeline import Choice
+
+Backend = Literal["auto", "xformers", "sdpa", "naive"]
+#: (queries, keys, values, scale) to their attention, all (batch, tokens, heads, head width).
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+#: Rows in the forward that `auto` times: enough that launches do not hide the kernels.
+TIMED_ROWS = 8
+#: How far, relative to values around 1, an xformers result may be from naive's in half precision.
+_TOLERANCE = 2e-2
+_REMEDY = (
+    "install the worker with its cuda extra (pip install '.[cuda]': xformers and nvidia-cuda-runtime-cu12), or "
+    "leave SMALLCAT_ATTENTION and USE_MEMORY_EFFICIENT_ATTENTION out"
+)
+
+# diffusers imports xformers wherever it is installed: on a CPU for a warning, and on a GPU before the CUDA
+# runtime below is loaded, after which no operator of it works. Here is the one door to it, so diffusers is
+# told that there is none. Its models read this when they are first imported, which is after this module.
+import_utils._xformers_available = False
+
+
+def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(QK^T)V with the (tokens x tokens) matrix in memory: the baseline of 2022."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    weights = torch.softmax((query * scale) @ key.transpose(-1, -2), dim=-1)
+    return (weights @ value).transpose(1, 2)
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """torch's scaled_dot_product_attention, which picks its own kernel."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+
+
+def load_xformers() -> Kernel:
+    """xformers' memory-efficient attention. Raises `ImportError` or `OSError` when it does not load.
+
+    Its wheels are linked against CUDA 12. Where torch brings CUDA 13, the runtime of 12 comes from the wheel
+    nvidia-cuda-runtime-cu12 and must be in the process before xformers is first imported; otherwise xformers
+    imports with a warning and then refuses every call.
+    """
+    if not (torch.version.cuda or "").startswith("12."):
+        ctypes.CDLL(str(_cuda_12_runtime()), mode=ctypes.RTLD_GLOBAL)
+    # Not at the top: importing it on a CPU prints a warning, and it may be absent.
+    import xformers.ops
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        result: torch.Tensor = xformers.ops.memory_efficient_attention(query, key, value, scale=scale)
+        return result
+
+    return attend
+
+
+def _cuda_12_runtime() -> Path | str:
+    """libcudart.so.12: the wheel's, or for the system's loader to find."""
+    try:
+        package = importlib.util.find_spec("nvidia.cuda_runtime")
+    except ModuleNotFoundError:
+        package = None
+    for folder in (package.submodule_search_locations or []) if package else []:
+        library = Path(folder) / "lib" / "libcudart.so.12"
+        if library.is_file():
+            return library
+    return "libcudart.so.12"
+
+
+class Processor:
+    """diffusers' attention processor for plain attention, self and cross, of UNets and VAEs.
+
+    The order of operations is `AttnProcessor2_0`'s (diffusers/models/attention_processor.py).
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of `hidden_states`, (batch, tokens, width) or (batch, width, height, width).
+
+        Keys and values come from `encoder_hidden_states` where given. Masks are not supported: none of the
+        pipelines that are served uses one.
+        """
+        if attention_mask is not None:
+            raise ValueError("This attention takes no mask.")
+        residual, shape = hidden_states, hidden_states.shape
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        heads = (query.shape[0], -1, attn.heads, query.shape[-1] // attn.heads)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads)
+        if attn.upcast_attention and self._kernel is naive:
+            # Stable Diffusion 2.1's products overflow fp16; the other kernels add up in fp32 by themselves.
+            result = naive(query.float(), key.float(), value.float(), attn.scale).to(query.dtype)
+        else:
+            result = self._kernel(query, key, value, attn.scale)
+        hidden_states = attn.to_out[0](result.flatten(2))
+        if residual.ndim == 4:
+            hidden_states = hidden_states.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        if attn.rescale_output_factor != 1.0:
+            hidden_states = hidden_states / attn.rescale_output_factor
+        return hidden_states
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention of a forward of one row."""
+
+    query_tokens: int
+    key_tokens: int
+    heads: int
+    head_width: int
+    dtype: torch.dtype
+
+    def draw(self, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Random queries, keys and values of this shape."""
+        tokens = (self.query_tokens, self.key_tokens, self.key_tokens)
+        query, key, value = (
+            torch.randn(rows, n, self.heads, self.head_width, device=device, dtype=self.dtype) for n in tokens
+        )
+        return query, key, value
+
+
+def install(pipeline: Any, backend: Backend, device: torch.device) -> Choice:
+    """Let every attention of the pipeline's UNet and VAE run on `backend`, and say which and why.
+
+    `auto` takes sdpa on a CPU and the fastest on a GPU. Raises `SettingsError` with the remedy when the
+    backend was asked for by name and does not work.
+    """
+    kernels, reason = _choose(pipeline, backend, device)
+    for module, shape in _attentions(pipeline):
+        module.set_processor(Processor(kernels[shape]))
+    names = sorted({_name(kernel) for kernel in kernels.values()})
+    return Choice("attention", backend if backend != "auto" else " and ".join(names), reason)
+
+
+def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict[Shape, Kernel], str]:
+    shapes = Counter(shape for _, shape in _attentions(pipeline))
+    if backend == "naive":
+        return dict.fromkeys(shapes, naive), "asked for: the baseline of 2022, which keeps N x N matrices in memory"
+    if backend == "sdpa":
+        return dict.fromkeys(shapes, sdpa), "asked for"
+    if device.type == "cpu":
+        if backend == "xformers":
+            raise SettingsError(
+                "The attention backend xformers was asked for, but it has no operator for a CPU: set "
+                "SMALLCAT_ATTENTION=sdpa and leave USE_MEMORY_EFFICIENT_ATTENTION out."
+            )
+        return dict.fromkeys(shapes, sdpa), "xformers has no operator for a CPU"
+    kernels, refused = _probe(shapes, device)
+    if backend == "xformers":
+        if not any(kernel is not sdpa for kernel in kernels.values()):
+            raise SettingsError(
+                f"The attention backend xformers was asked for, but does not work ({refused}): {_REMEDY}."
+            )
+        return kernels, "asked for" + (f"; sdpa where it refuses: {refused}" if refused else "")
+    if all(kernel is sdpa for kernel in kernels.values()):
+        return kernels, f"xformers does not work: {refused}"
+    times = {
+        "sdpa": _time(dict.fromkeys(shapes, sdpa), shapes, device),
+        "xformers": _time(kernels, shapes, device),
+    }
+    table = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in times.items())
+    reason = f"the fastest for a forward of {TIMED_ROWS} rows with its decoding: {table}"
+    return (kernels if times["xformers"] < times["sdpa"] else dict.fromkeys(shapes, sdpa)), reason
+
+
+def _probe(shapes: Counter[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:
+    """xformers for each shape that it computes rightly, sdpa for the others, with the first reason why not."""
+    try:
+        kernel = load_xformers()
+    except Exception as error:
+        return dict.fromkeys(shapes, sdpa), f"it does not load: {_first_line(error)}"
+    kernels: dict[Shape, Kernel] = {}
+    refused = ""
+    for shape in shapes:
+        try:
+            drawn = shape.draw(1, device)
+            scale = shape.head_width**-0.5
+            wrong = (kernel(*drawn, scale).float() - sdpa(*drawn, scale).float()).abs().max().item()
+            if not wrong < _TOLERANCE:
+                raise RuntimeError(f"its result is off by {wrong:.2g}")  # noqa: TRY301 - one way out
+            kernels[shape] = kernel
+        except Exception as error:
+            kernels[shape] = sdpa
+            refused = refused or f"heads of {shape.head_width} in {shape.dtype}: {_first_line(error)}"
+    return kernels, refused
+
+
+def _time(kernels: dict[Shape, Kernel], shapes: Counter[Shape], device: torch.device) -> float:
+    """Milliseconds of all attention in one forward of `TIMED_ROWS` rows."""
+    total = 0.0
+    for shape, times in shapes.items():
+        drawn = shape.draw(TIMED_ROWS, device)
+        scale = shape.head_width**-0.5
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for repetition in range(13):
+            if repetition == 3:
+                start.record()
+            kernels[shape](*drawn, scale)
+        end.record()
+        end.synchronize()
+        total += start.elapsed_time(end) / 10 * times
+    return total
+
+
+def _attentions(pipeline: Any) -> Iterator[tuple[Any, Shape]]:
+    """Each attention of the UNet and of the VAE's decoder and encoder, with its shape at the default size.
+
+    Raises `SettingsError` for attention of another kind than Stable Diffusion's.
+    """
+    unet, vae = pipeline.unet, pipeline.vae
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    text = pipeline.tokenizer.model_max_length
+    lowest = len(unet.down_blocks) - 1
+    levels = [(block, level) for level, block in enumerate(unet.down_blocks)]
+    levels += [(unet.mid_block, lowest)]
+    levels += [(block, lowest - level) for level, block in enumerate(unet.up_blocks)]
+    places = [(block, -(-height // 2**level) * -(-width // 2**level)) for block, level in levels]
+    places += [(vae, height * width)]
+    attention = _attention_class()
+    for place, tokens in places:
+        for module in place.modules() if place is not None else ():
+            if not isinstance(module, attention):
+                continue
+            unknown = (
+                module.added_kv_proj_dim is not None
+                or any((module.norm_q, module.norm_k, module.norm_cross, module.spatial_norm))
+                or module.fused_projections
+                or module.inner_kv_dim != module.inner_dim
+            )
+            if unknown:
+                raise SettingsError(
+                    "The model has attention of another kind than Stable Diffusion's: use another model."
+                )
+            yield (
+                module,
+                Shape(
+                    query_tokens=tokens,
+                    key_tokens=text if module.is_cross_attention else tokens,
+                    heads=module.heads,
+                    head_width=module.inner_dim // module.heads,
+                    dtype=module.to_q.weight.dtype,
+                ),
+            )
+
+
+def _attention_class() -> type[torch.nn.Module]:
+    # Not at the top: the first import of diffusers' models must come after xformers is hidden from them.
+    from diffusers.models.attention_processor import Attention
+
+    return Attention
+
+
+def _name(kernel: Kernel) -> str:
+    return {naive: "naive", sdpa: "sdpa"}.get(kernel, "xformers")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
