@@ -1,0 +1,121 @@
+"""Fixtures that tests share: real servers, and an environment that owes nothing to the user's own.
+
+    valkey      a Valkey server, empty at the start of each test
+    s3          a bucket of its own for each test, on a real S3 server
+    stack_env   the environment that leads to both
+    new_stack   makes stacks that belong to one test, for tests that kill or freeze parts
+
+A server that is not installed skips the test at home and fails it in CI (`CI=true`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from deploy.home import StackError
+from deploy.parts import ValkeyProcess, rclone, valkey_server
+from deploy.stack import Stack, clean_environment
+
+#: What tests may not take from whoever runs them.
+_FOREIGN = (
+    "AWS_",
+    "CELERY_",
+    "HF_",
+    "RCLONE_",
+    "REDIS_",
+    "S3_",
+    "SMALLCAT_",
+    "USE_MEMORY_EFFICIENT_ATTENTION",
+)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """An empty bucket on a real S3 server."""
+
+    #: Its name.
+    name: str
+    #: The variables that boto3 and smallcat read to use it.
+    environment: dict[str, str]
+
+
+def pytest_configure() -> None:
+    """Forget the user's settings, before any module of the project can read them at its import."""
+    for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+        del os.environ[name]
+    os.environ.update({"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull})
+    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    # Tests bring their own tiny models: one that asks the hub is wrong, and fails at once instead of hanging.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none. Torch is asked only when there is such a test."""
+    needy = [item for item in items if item.get_closest_marker("gpu")]
+    if needy and not _has_gpu():
+        for item in needy:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Stack]:
+    """One Valkey and one S3 server for the whole run. Take `valkey`, `s3` or `stack_env` instead."""
+    _require_servers()
+    with Stack(workers=0) as stack:
+        yield stack
+
+
+@pytest.fixture
+def valkey(servers: Stack) -> ValkeyProcess:
+    """A Valkey server without a key in it; `.url` is its address. It is shared: do not stop or kill it."""
+    with socket.create_connection(("127.0.0.1", servers.valkey.port), timeout=10) as connection:
+        connection.sendall(f"AUTH {servers.valkey.password}\r\nFLUSHALL SYNC\r\n".encode())
+        replies = connection.makefile("rb")
+        assert [replies.readline(), replies.readline()] == [b"+OK\r\n", b"+OK\r\n"]
+    return servers.valkey
+
+
+@pytest.fixture
+def s3(servers: Stack) -> Bucket:
+    """A bucket that no other test has."""
+    name = f"test-{secrets.token_hex(4)}"
+    servers.s3.create_bucket(name)
+    return Bucket(name, servers.s3.environment(name))
+
+
+@pytest.fixture
+def stack_env(valkey: ValkeyProcess, s3: Bucket) -> dict[str, str]:
+    """A whole environment for a worker or a producer: give it to a process, or to `from_environment`."""
+    return {**clean_environment(), "REDIS_URL": valkey.url, **s3.environment}
+
+
+@pytest.fixture
+def new_stack() -> Iterator[Callable[..., Stack]]:
+    """Makes started stacks, with `Stack`'s own arguments, that end with the test. Mistreat them freely."""
+    _require_servers()
+    with ExitStack() as stacks:
+        yield lambda *arguments, **options: stacks.enter_context(Stack(*arguments, **options))
+
+
+def _require_servers() -> None:
+    try:
+        valkey_server()
+        rclone()
+    except StackError as error:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
