@@ -61,7 +61,7 @@ def _redis(settings: ProducerSettings) -> Iterator[Finding]:
         policy == "noeviction",
         "keeps what it holds when it is full (noeviction)"
         if policy == "noeviction"
-        else f"evicts keys when it is full ({policy}), jobs among them: CONFIG SET maxmemory-policy noeviction",
+        else f"evicts jobs when it is full ({policy}): CONFIG SET maxmemory-policy noeviction",
     )
     durable = info.get("aof_enabled") in (1, "1")
     yield Finding(
@@ -116,7 +116,7 @@ def _workers(settings: ProducerSettings) -> Iterator[Finding]:
             yield Finding("workers", False, f"run different versions of {package}: {told}")
     for queue, count in waiting.items():
         if queue not in served:
-            text = f"{count} jobs wait in {queue}, which no live worker serves: start one that does, or cancel them"
+            text = f"{count} jobs wait in {queue}, which no live worker serves: start one that does"
             yield Finding("queues", False, text)
         elif count:
             yield Finding("queues", True, f"{count} jobs wait in {queue}")

@@ -65,7 +65,8 @@ class _Lane(Generic[T]):
 
     def weight(self, now_s: float) -> float:
         """How large its share of the steps is."""
-        return 2.0 ** (max(place.rank(now_s)[0] for place in self.seated.values()) / 2)
+        highest = max(place.rank(now_s)[0] for place in self.seated.values())
+        return float(2.0 ** (highest / 2))
 
 
 class Batcher(Generic[T]):
@@ -110,7 +111,7 @@ class Batcher(Generic[T]):
             del self._lanes[name]
 
     def next_batch(self, now_s: float) -> list[T]:
-        """The jobs to run one step of, all of one lane, in the order they were seated. Empty: none is here."""
+        """The jobs to run one step of, all of one lane, in the order they were seated; empty when idle."""
         if not self._lanes:
             return []
         for lane in self._lanes.values():

@@ -126,7 +126,8 @@ class JobRecord(BaseModel):
             raise named(self.error_type or "JobError", self.error or f"Job {self.id} is {self.state}.")
 
 
-# KEYS[1] the record, KEYS[2] the queues. ARGV: job, queue, ttl. A job that is in flight stays as it is; any other starts anew.
+# KEYS[1] the record, KEYS[2] the queues. ARGV: job, queue, ttl.
+# A job that is in flight stays as it is; any other starts anew.
 _SUBMIT = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then
@@ -324,7 +325,7 @@ class Records:
     @contextmanager
     def listen(self, channel: str) -> Iterator[Callable[[float], str | None]]:
         """A function that waits up to so many seconds for the next message on `channel`."""
-        with self._redis.pubsub(ignore_subscribe_messages=True) as news:
+        with self._redis.pubsub(ignore_subscribe_messages=True) as news:  # type: ignore[no-untyped-call]
             news.subscribe(channel)
 
             def receive(timeout_s: float) -> str | None:

@@ -17,7 +17,6 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -64,12 +63,12 @@ class Message(BaseModel):
     job: Job
 
     @classmethod
-    def parse(cls, payload: Mapping[str, Any]) -> Message:
+    def parse(cls, payload: object) -> Message:
         """The message in `payload`. Raises `NewerMessageError`, `InvalidJobError`."""
-        version = payload.get("version") if isinstance(payload, Mapping) else None
+        version = payload.get("version") if isinstance(payload, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise NewerMessageError(
-                f"A message is of version {version}, this worker reads up to {FORMAT_VERSION}: update the worker."
+                f"A message is of version {version}, this worker reads up to {FORMAT_VERSION}: update it."
             )
         try:
             message = cls.model_validate(payload)
@@ -121,7 +120,7 @@ class RenderService:
         """Give back also those jobs whose picture waits for the storage."""
         self._stopping.set()
 
-    def handle(self, payload: Mapping[str, Any], message_id: str) -> None:
+    def handle(self, payload: object, message_id: str) -> None:
         """Do the job in `payload`, or note why not. Returns when its message can be acknowledged.
 
         Raises `MachineError` where the message must go back to the queue, `NewerMessageError` where it must
@@ -238,7 +237,7 @@ class RenderService:
                     limit = f"{self._upload_timeout_s:g} s (SMALLCAT_UPLOAD_TIMEOUT_S)"
                     raise StorageError(f"The picture could not be put for {limit}: {error}") from error
                 logger.warning("Job %s: the picture waits in memory: %s", record.id, error)
-            if self._stopping.wait(pause_s * random.uniform(0.5, 1.0)):
+            if self._stopping.wait(pause_s * random.uniform(0.5, 1.0)):  # noqa: S311 - jitter
                 raise EngineStoppedError("The worker is stopping: the job goes back to the queue.")
             pause_s = min(2 * pause_s, longest_s)
 

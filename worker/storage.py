@@ -172,11 +172,11 @@ class Storage:
             raise StorageError(f'The bucket "{self.bucket}" fails ({code} {message}).') from error
         except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
             raise PermanentStorageError(
-                f"There are no keys for the bucket ({error}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+                f"The bucket needs keys ({error}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             ) from error
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             raise StorageError(
-                f'The bucket "{self.bucket}" is out of reach ({error}): check AWS_ENDPOINT_URL_S3 and S3_BUCKET.'
+                f'The bucket "{self.bucket}" is out of reach ({error}): check AWS_ENDPOINT_URL_S3.'
             ) from error
 
 

@@ -20,7 +20,7 @@ from celery.worker import state as worker_state
 from worker import metrics
 from worker.celery import RENDER, app
 from worker.engine import Engine
-from worker.errors import MachineError, SmallcatError
+from worker.errors import EngineStoppedError, MachineError, SmallcatError
 from worker.fleet import Fleet, WorkerInfo, queues_of
 from worker.heartbeat import Heartbeat
 from worker.records import Records
@@ -59,9 +59,8 @@ def render(task: Task[Any, Any], payload: dict[str, Any]) -> None:
     Whatever is raised inside becomes a `Reject` or nothing: Celery acknowledges a message whose task raised
     anything else, and a `SystemExit` or `MemoryError` would leak the pool's slot for good.
     """
-    assert _process is not None, "the pool starts after the worker is put together"
     try:
-        _process.service.handle(payload, task.request.id)
+        _here().service.handle(payload, task.request.id)
     except NewerMessageError as error:
         logger.error("%s", error)
         raise Reject(str(error), requeue=True) from None
@@ -142,12 +141,12 @@ def _assemble(name: str) -> _Process:
 @signals.worker_ready.connect
 def _ready(**_: Any) -> None:
     """Begin: from here on the worker is announced and takes jobs."""
-    assert _process is not None
-    if _process.settings.metrics_port:
-        metrics.serve(_process.settings.metrics_port)
-    _process.engine.start()
-    _process.heartbeat.start()
-    served = _process.service.served
+    process = _here()
+    if process.settings.metrics_port:
+        metrics.serve(process.settings.metrics_port)
+    process.engine.start()
+    process.heartbeat.start()
+    served = process.service.served
     logger.info("ready: takes jobs for %s at revision %s", served.name, served.revision)
 
 
@@ -166,6 +165,13 @@ def _drain(**_: Any) -> None:
     on_board = len(process.service.progress())
     logger.info("stopping: %d jobs on board, at most %g s", on_board, process.settings.drain_s)
     threading.Thread(target=drain, name="drain", daemon=True).start()
+
+
+def _here() -> _Process:
+    """This process' parts, which `_start` has put together before Celery starts the pool."""
+    if _process is None:
+        raise EngineStoppedError("This process has no engine: it was not started as a worker.")
+    return _process
 
 
 def _engine_died(_: BaseException) -> None:
