@@ -239,7 +239,9 @@ class _Client:
         return queue_errors(self.settings.redis_url)
 
     def submit(self, job: Job) -> JobHandle:
-        from worker.celery import RENDER, app, message_of, message_priority
+        from kombu.pools import producers
+
+        from worker.celery import RENDER, app, connection, message_of, message_priority
         from worker.fleet import queue_of
 
         with self.queue_errors():
@@ -249,9 +251,10 @@ class _Client:
         # One message id for all tries: a message that arrived twice is claimed once.
         message_id = f"{job.id}-{secrets.token_hex(4)}"
         deadline = time.monotonic() + self.settings.submit_timeout_s
+        pool = producers[connection(self.settings.redis_url)]
         while True:
             try:
-                with self.queue_errors(), app.producer_or_acquire() as producer:
+                with self.queue_errors(), pool.acquire(block=True) as producer:
                     app.send_task(
                         RENDER,
                         args=[message_of(job)],

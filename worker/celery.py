@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 
 from celery import Celery
+from kombu import Connection
 
 from worker.errors import SettingsError
 from worker.job import FORMAT_VERSION, MAX_PRIORITY, Job
 from worker.settings import Settings
+from worker.transport import broker_url, transport_options
 
 try:
     _settings = Settings.from_environment(os.environ)
@@ -23,7 +25,7 @@ except SettingsError as error:
 #: The one task.
 RENDER = "smallcat.render"
 
-app = Celery("smallcat", broker=_settings.redis_url, include=["worker.tasks"])
+app = Celery("smallcat", broker=broker_url(_settings.redis_url), include=["worker.tasks"])
 app.conf.update(
     task_acks_late=True,
     task_ignore_result=True,
@@ -40,19 +42,15 @@ app.conf.update(
     worker_send_task_events=True,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    broker_transport_options={
-        # Until the transport renews its lease, longer than any job may take.
-        "visibility_timeout": 3_600,
-        "queue_order_strategy": "priority",
-        "priority_steps": list(range(MAX_PRIORITY + 1)),
-        "socket_connect_timeout": 5,
-        "socket_timeout": 30,
-        "socket_keepalive": True,
-        "health_check_interval": 10,
-    },
+    broker_transport_options=transport_options(_settings.lease_s),
     # A producer learns at once, and retries by itself, when Redis is away.
     task_publish_retry=False,
 )
+
+
+def connection(redis_url: str) -> Connection:
+    """A connection of this app to that Redis, not yet made. kombu pools those of equal URLs."""
+    return app.connection_for_write(url=broker_url(redis_url))
 
 
 def message_of(job: Job) -> dict[str, object]:

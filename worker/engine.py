@@ -139,6 +139,9 @@ class Engine(Generic[R]):
         self._tickets: dict[str, _Ticket[R]] = {}
         self._changed = threading.Condition()
         self._stopped = False
+        self._died = False
+        #: When the present turn began; None between turns.
+        self._turn_since_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -184,9 +187,10 @@ class Engine(Generic[R]):
             for ticket in tickets
         }
 
-    def is_alive(self) -> bool:
-        """Whether the loop runs."""
-        return self._thread.is_alive()
+    def is_lost(self) -> bool:
+        """Whether the loop has failed, or has been in one turn for longer than any job may take."""
+        turn_s = self._turn_since_s
+        return self._died or (turn_s is not None and self._clock() - turn_s > self._job_timeout_s)
 
     def drain(self, timeout_s: float) -> None:
         """Wait until all jobs on board are done, at most `timeout_s` seconds; then `stop`."""
@@ -206,12 +210,15 @@ class Engine(Generic[R]):
     def _run(self) -> None:
         try:
             while self._wait_for_work():
+                self._turn_since_s = self._clock()
                 self._admit()
                 self._evict()
                 if batch := self._batcher.next_batch(self._clock()):
                     self._step(batch)
                     self._retire(batch)
+                self._turn_since_s = None
         except BaseException as error:
+            self._died = True
             logger.critical("The engine is lost: %r", error, exc_info=True)
             self._give_all_back(EngineStoppedError(f"The engine is lost ({error!r}): the job goes back."))
             self._on_death(error)

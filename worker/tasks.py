@@ -17,7 +17,7 @@ from celery import Task, signals
 from celery.exceptions import Reject
 from celery.worker import state as worker_state
 
-from worker import metrics
+from worker import metrics, transport
 from worker.celery import RENDER, app
 from worker.engine import Engine
 from worker.errors import EngineStoppedError, MachineError, SmallcatError
@@ -82,6 +82,7 @@ def _start(sender: Any, **_: Any) -> None:
         _process = _assemble(sender.hostname)
     except SmallcatError as error:
         raise SystemExit(f"smallcat: {error}") from None
+    transport.set_liveness(lambda: not _here().engine.is_lost())
     served, max_rows = _process.service.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
     if sender.concurrency == "auto":
