@@ -34,6 +34,8 @@ class Home:
 
         Raises `StackError` when another stack is running in `path`.
         """
+        #: Whether the folder stays when the home ends.
+        self.kept = path is not None
         self._lock = -1
         if path is not None:
             self.path = path.resolve()

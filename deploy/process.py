@@ -149,7 +149,8 @@ class Process(ABC):
         """An error that says `sentence` and shows the end of the log."""
         lines = self.output().strip().splitlines()[-TAIL_LINES:]
         tail = "\n".join(f"    {line}" for line in lines) or "    (nothing)"
-        return StackError(f"{sentence} The end of its log, {self.log}:\n{tail}")
+        where = f", {self.log}" if self.home.kept else ""  # else it is gone when this is read
+        return StackError(f"{sentence} The end of its log{where}:\n{tail}")
 
     def lost(self) -> StackError:
         """The error for a part that ended although nobody asked it to."""

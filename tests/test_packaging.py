@@ -1,0 +1,214 @@
+"""What is installed, pinned and run is what the files say."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email.message import Message
+from email.parser import Parser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from worker.settings import WorkerSettings, variables
+
+ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+#: Every pin of constraints.txt, by canonical name.
+PINS = {
+    canonicalize_name(name): Version(version)
+    for name, version in re.findall(
+        r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The built wheel. Built from a copy, so that nothing is left in the checkout."""
+    if find_spec("setuptools") is None:
+        pytest.skip("needs setuptools, which comes with torch")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("worker", "producer", "deploy", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    built = tmp_path_factory.mktemp("built")
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            built,
+            source,
+        ],
+        check=True,
+    )
+    with zipfile.ZipFile(next(built.glob("smallcat-*.whl"))) as wheel:
+        yield wheel
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(each).name) for each in requirements}
+
+
+# What is installed
+
+
+def test_the_wheel_holds_all_of_the_three_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    files = set(wheel.namelist())
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("worker", "producer", "deploy")
+        for path in (ROOT / package).rglob("*.py")
+    }
+
+    assert modules <= files
+    assert {"worker/py.typed", "producer/py.typed", "deploy/py.typed"} <= files
+    assert {name.split("/")[0] for name in files if ".dist-info/" not in name} == {
+        "worker",
+        "producer",
+        "deploy",
+    }
+
+
+def test_the_wheel_holds_the_bundled_model(wheel: zipfile.ZipFile) -> None:
+    data = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "worker" / "demo").rglob("*")
+        if path.suffix in (".safetensors", ".json", ".txt", ".md")
+    }
+
+    assert data <= set(wheel.namelist())
+
+
+def test_the_wheel_has_its_licence_and_its_command(wheel: zipfile.ZipFile, metadata: Message) -> None:
+    licence = next(name for name in wheel.namelist() if name.endswith("/LICENSE"))
+    commands = next(name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "Apache License" in wheel.read(licence).decode()
+    assert "smallcat = producer.cli:main" in wheel.read(commands).decode()
+
+
+def test_the_base_installation_renders_nothing() -> None:
+    heavy = {"torch", "diffusers", "transformers", "accelerate", "xformers", "safetensors", "numpy"}
+
+    assert not heavy & names(PROJECT["dependencies"])
+    assert heavy - {"xformers"} <= names(EXTRAS["worker"]), (
+        "xformers' wheels would pull CUDA into a CPU machine"
+    )
+    assert "xformers" in names(EXTRAS["cuda"])
+
+
+# What is pinned
+
+
+def test_each_dependency_is_pinned_within_its_own_bounds() -> None:
+    for requirement in map(
+        Requirement, [*PROJECT["dependencies"], *(EXTRAS["worker"] + EXTRAS["local"] + EXTRAS["dev"])]
+    ):
+        pin = PINS.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"constraints.txt does not pin {requirement.name}"
+        assert pin in requirement.specifier, f"{requirement} does not allow {pin} of constraints.txt"
+
+
+def test_constraints_say_what_and_never_where_from() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+
+    assert len(lines) == len(PINS), "each line is a pin"
+    assert not [name for name, version in PINS.items() if version.local], "a build suffix ties to one index"
+
+
+def test_each_installation_of_the_makefile_is_constrained() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+
+    assert all("--constraint constraints.txt" in line for line in re.findall(r".*pip install.*", makefile))
+
+
+# What is run
+
+
+def test_make_explains_itself_and_each_of_its_commands() -> None:
+    commands = re.findall(r"^([a-z]+):.*$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert [line.split()[1] for line in shown.splitlines()] == commands
+
+
+def test_ci_runs_the_two_commands_that_people_run() -> None:
+    script = ROOT / ".ci" / "run"
+
+    assert script.stat().st_mode & 0o111
+    assert re.findall(r"^make .*", script.read_text(), re.MULTILINE) == ["make test", "make demo"]
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_the_procfile_is_what_honcho_and_foreman_read() -> None:
+    lines = (ROOT / "Procfile").read_text().splitlines()
+
+    assert dict(re.fullmatch(r"(\w+): (.+)", line).groups() for line in lines) == {  # type: ignore[union-attr]
+        "worker": "celery -A worker worker",
+        "flower": "celery -A worker flower",
+    }
+
+
+# What is deployed
+
+
+def manifests() -> dict[str, dict[str, Any]]:
+    """The Kubernetes objects by kind."""
+    folder = ROOT / "deploy" / "kubernetes"
+    resources = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    assert {path.name for path in folder.iterdir()} == {"kustomization.yaml", *resources}
+    objects = [each for name in resources for each in yaml.safe_load_all((folder / name).read_text())]
+    return {each["kind"]: each for each in objects}
+
+
+def test_deployments_set_only_what_there_is_to_set() -> None:
+    files = [ROOT / "deploy" / "Dockerfile", *(ROOT / "deploy").rglob("*.yaml")]
+    text = "\n".join(file.read_text() for file in files)
+
+    used = set(re.findall(r"\bSMALLCAT_[A-Z_]+", text))
+
+    assert used
+    assert used <= set(variables())
+
+
+def test_deployed_workers_get_the_time_they_need_to_drain() -> None:
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
+    drain_s = WorkerSettings.model_fields["drain_s"].default
+
+    assert pod["terminationGracePeriodSeconds"] > drain_s
+    assert int(compose["services"]["worker"]["stop_grace_period"].removesuffix("s")) > drain_s
+
+
+def test_deployed_workers_have_a_gpu_each_and_are_asked_whether_they_are_ready() -> None:
+    container = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "inspect ping" in container["readinessProbe"]["exec"]["command"][-1]
