@@ -155,7 +155,7 @@ class JobHandle:
             nonlocal warned
             if not warned and not client.fleet.serving(record.queue):
                 warned = True
-                warnings.warn(_nobody(record), stacklevel=2)
+                warnings.warn(_nobody(record), stacklevel=4)
 
         if timeout is not None and not (timeout >= 0 and math.isfinite(timeout)):
             raise ValueError(f"timeout is {timeout}: it must be None or seconds >= 0.")

@@ -42,14 +42,14 @@ def queue_errors(redis_url: str) -> Iterator[None]:
         try:
             yield
         except OperationalError as error:  # kombu's wrapping of the errors below
-            raise error.__cause__ or OSError(str(error)) from None
+            raise error.__cause__ or redis.ConnectionError(str(error)) from None
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
         raise QueueError(f"Redis at {where} refuses the password ({error}): check REDIS_URL.") from error
     except redis.exceptions.OutOfMemoryError as error:
         raise QueueError(f"Redis at {where} is full ({error}): wait for workers to drain it.") from error
     except redis.exceptions.ReadOnlyError as error:
         raise QueueError(f"Redis at {where} is read-only ({error}): use the primary's address.") from error
-    except (redis.RedisError, OSError) as error:
+    except (redis.RedisError, ConnectionError) as error:
         raise QueueError(
             f"Redis at {where} is out of reach ({error}): start it, or set REDIS_URL."
         ) from error
