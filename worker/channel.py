@@ -16,10 +16,9 @@ over kombu's own polled connection, in the place of its BRPOP, so that the event
 from __future__ import annotations
 
 import enum
+import functools
 import logging
-import os
 import ssl
-import threading
 from collections.abc import Callable
 from queue import Empty
 from time import monotonic
@@ -27,12 +26,12 @@ from typing import Any, Final
 
 import redis.exceptions
 from kombu.transport import redis as stock
-from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 
-from worker.lease import Held, Lease
+from worker.lease import Held, Lease, lease_of_process
 from worker.ledger import FETCH, Layout, json_name
-from worker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE, alive
+from worker.qos import QoS
+from worker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE
 
 logger = logging.getLogger("smallcat.transport")
 
@@ -40,60 +39,12 @@ logger = logging.getLogger("smallcat.transport")
 #: connection. Also the rest after a fetch that Redis refused.
 LOOK_AGAIN_S: Final = 1.0
 
-#: Seconds that a closing channel waits for its last acknowledgements to be heard.
-FLUSH_S: Final = 5.0
-
 #: What reading a message of someone else's making may raise, in kombu or in Celery. Anything else that a
 #: callback raises is about the worker.
 MALFORMED: Final = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
 #: What a read of the consuming connection gives when Redis says that a list changed.
 CHANGED: Final = object()
-
-_leases: dict[tuple[object, ...], Lease] = {}
-_leases_lock = threading.Lock()
-# A fork has the parent's leases but not its threads.
-os.register_at_fork(after_in_child=_leases.clear)
-
-
-class QoS(stock.QoS):
-    """What a channel may still fetch, and what becomes of what it fetched: the lease keeps it."""
-
-    def can_consume(self) -> bool:
-        """Whether one more message may be fetched: counted are all that the process holds, on any channel."""
-        limit = self.prefetch_count
-        return not limit or (alive() and self.channel.lease.count < limit)
-
-    def append(self, message: Any, delivery_tag: str) -> None:
-        """Hold a broadcast, which came over publish/subscribe and is registered nowhere."""
-        self.channel.lease.hold(delivery_tag, Held(self, None, ""))
-
-    def ack(self, delivery_tag: str) -> None:
-        """Acknowledge; also long after the connection that delivered the message is gone."""
-        self.channel.lease.acknowledge(delivery_tag)
-
-    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Drop the message, or give it back behind all others of its priority."""
-        if requeue:
-            self.channel.lease.requeue(delivery_tag, first=False)
-        else:
-            self.channel.lease.acknowledge(delivery_tag)
-
-    def restore_unacked(self, client: Any = None) -> None:
-        """Give back what the process holds, and let Redis hear all that it is owed."""
-        returned = self.channel.lease.give_back(self)
-        if returned:
-            logger.info("Gave %d unfinished messages back", returned)
-        self.channel.lease.flush(FLUSH_S)
-
-    def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Give back when the channel closes in order or the process ends; not when the connection is lost."""
-        self._on_collect.cancel()
-        if self.channel.acknowledging:
-            self.restore_unacked()
-
-    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
-        """Left to the lease's thread."""
 
 
 class Poller(stock.MultiChannelPoller):
@@ -184,9 +135,11 @@ class Channel(stock.Channel):
             for consumer_tag in list(self._consumers):
                 self._basic_cancel(consumer_tag)
         self._in_poll = None
-        super().close()
-        if self._lease is not None:
-            self._lease.detach(self)
+        try:
+            super().close()
+        finally:
+            if self._lease is not None:
+                self._lease.detach(self)
 
     def lose(self) -> None:
         """The connection is gone, but no job with it: its messages belong to the process now."""
@@ -203,28 +156,27 @@ class Channel(stock.Channel):
         """What this process holds from the Redis of this channel; outlives the channel."""
         if self._lease is None:
             broker = self.connection.client
-            layout = self._layout()
-            name = (broker.hostname, broker.port, broker.virtual_host, layout.unacked, layout.index)
-            with _leases_lock:
-                if name not in _leases:
-                    _leases[name] = self._new_lease(layout)
-                self._lease = _leases[name]
+            keys = (self.layout.unacked, self.layout.index)
+            name = (broker.hostname, broker.port, broker.virtual_host, *keys)
+            self._lease = lease_of_process(name, self._new_lease)
         return self._lease
 
-    def _new_lease(self, layout: Layout) -> Lease:
+    def _new_lease(self) -> Lease:
         params = self._connparams()
         # An answer later than this is as good as none: the next renewal is due.
         timeout = self.visibility_timeout / 4
         params["socket_timeout"] = timeout
         return Lease(
             lambda: redis.Redis(connection_pool=redis.ConnectionPool(**params)),
-            layout,
+            self.layout,
             timeout_s=self.visibility_timeout,
             sweep_every_s=self.unacked_restore_interval,
             sweep_limit=self.unacked_restore_limit,
         )
 
-    def _layout(self) -> Layout:
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where this channel's Redis has its messages."""
         prefix = self.global_keyprefix
         return Layout(
             unacked=prefix + UNACKED,
@@ -237,6 +189,12 @@ class Channel(stock.Channel):
         )
 
     # Fetching.
+
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        params = super()._connparams(asynchronous=asynchronous)
+        if asynchronous:
+            params["protocol"] = 3  # In which Redis can speak unasked.
+        return params
 
     def track(self) -> None:
         """Ask Redis to say on this new connection when a list that was seen empty changes."""
@@ -264,8 +222,8 @@ class Channel(stock.Channel):
         self._send(Stage.FETCHING, *self._fetch_command(self._lists))
 
     def _fetch_command(self, lists: list[tuple[str, str]], no_ack: bool = False) -> tuple[Any, ...]:
-        layout = self._layout()
-        keys = [layout.unacked, layout.index, layout.undecodable, *(key for _, key in lists)]
+        keys = [self.layout.unacked, self.layout.index, self.layout.undecodable]
+        keys += [key for _, key in lists]
         unacknowledged = {queue for queue, (no_ack_queue, _) in self._receivers.items() if no_ack_queue}
         names = ["" if no_ack or queue in unacknowledged else json_name(queue) for queue, _ in lists]
         return ("EVAL", FETCH, len(keys), *keys, *names)
@@ -319,6 +277,8 @@ class Channel(stock.Channel):
         if reply is CHANGED:
             if self._stage is Stage.WAITING:
                 self._stage = Stage.READY
+        elif reply is None:
+            pass  # Redis has other things to say, too: that it is about to move, for one.
         elif self._stage is Stage.LOOKING:
             self._rest(Stage.READY if reply else Stage.WAITING)
         elif self._stage is Stage.FETCHING and reply:
@@ -341,7 +301,7 @@ class Channel(stock.Channel):
         try:
             if tag is None:
                 raise ValueError("it is not JSON with a delivery tag")
-            return self.Message(loads(bytes_to_str(raw)), channel=self)
+            return self.Message(loads(raw), channel=self)
         except Exception as error:  # noqa: BLE001 -- whatever is wrong is wrong with the message
             self._set_aside(queue, tag, error)
             return None
@@ -372,7 +332,7 @@ class Channel(stock.Channel):
             self.lease.set_aside(tag.decode())
         logger.error(
             "A message in queue %r cannot be read and is set aside in %r: %s: %.200s",
-            queue, self._layout().undecodable, type(error).__name__, error,
+            queue, self.layout.undecodable, type(error).__name__, error,
         )  # fmt: skip
 
     # What a full Redis refuses.

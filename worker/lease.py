@@ -16,7 +16,9 @@ waits for half a lease before it sweeps, so that all others renew first.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -32,6 +34,9 @@ from worker.ledger import EXPIRED, MOVE, RENEW, Layout
 from worker.transport import alive
 
 logger = logging.getLogger("smallcat.transport")
+
+#: Seconds that a closing channel, and an ending process, wait for what Redis has not heard yet.
+FLUSH_S: Final = 5.0
 
 #: Seconds until a command that Redis did not answer is sent again.
 RETRY_S: Final = 0.25
@@ -60,8 +65,9 @@ class Move:
 
 def redelivered(payload: Any) -> str:
     """The message with the marks by which a task knows that it may have run before, as kombu sets them."""
-    payload["headers"]["redelivered"] = True
-    payload["properties"]["delivery_info"]["redelivered"] = True
+    for marks in (payload.get("headers"), payload["properties"].get("delivery_info")):
+        if isinstance(marks, dict):
+            marks["redelivered"] = True
     return str(dumps(payload))
 
 
@@ -146,7 +152,7 @@ class Lease:
                 if held.owner is owner:
                     self._held[tag] = Held(None, held.raw, held.queue)
 
-    def give_back(self, owner: object) -> int:
+    def give_back(self, owner: object | None) -> int:
         """The owner closes: return its messages and all orphans to their queues. Returns how many."""
         with self._changed:
             tags = [tag for tag, held in self._held.items() if held.owner in (owner, None)]
@@ -161,6 +167,11 @@ class Lease:
             if not heard:
                 logger.error("Redis did not hear %d acknowledgements: these jobs come again", len(self._owed))
             return heard
+
+    def end(self, timeout_s: float) -> None:
+        """The process ends, perhaps without a connection to close: say what can still be said."""
+        self.give_back(None)
+        self.flush(timeout_s)
 
     def _return(self, tags: Any, push: str) -> None:
         for tag in tags:
@@ -322,3 +333,26 @@ class Lease:
     def _queue_move(self, pipeline: Any, tag: str | bytes, score: str | bytes, move: Move) -> None:
         keys = [self._layout.index, self._layout.unacked, *move.keys]
         pipeline.eval(MOVE, len(keys), *keys, tag, score, move.push, move.message)
+
+
+_leases: dict[tuple[object, ...], Lease] = {}
+_leases_lock = threading.Lock()
+
+
+def lease_of_process(broker: tuple[object, ...], new: Callable[[], Lease]) -> Lease:
+    """The one lease that this process has from a broker, made by `new` when it is the first to ask."""
+    with _leases_lock:
+        if broker not in _leases:
+            _leases[broker] = new()
+            atexit.register(_leases[broker].end, FLUSH_S)
+        return _leases[broker]
+
+
+def _forget_leases() -> None:
+    """After a fork: the child has the parent's leases, but not its threads."""
+    for lease in _leases.values():
+        atexit.unregister(lease.end)
+    _leases.clear()
+
+
+os.register_at_fork(after_in_child=_forget_leases)

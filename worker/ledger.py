@@ -15,7 +15,7 @@ from typing import Final
 #: Pops the next message and registers it as held, both or neither.
 #: KEYS: hash, index, list for what cannot be read, then the lists in fetching order.
 #: ARGV: for each list its queue as JSON, or '' where messages are not acknowledged.
-#: Returns {which list, message, delivery tag}, the tag null for a message that was set aside, or null.
+#: Returns {which list, message, delivery tag}, the tag null for a message that was set aside; {} for none.
 #: The entry's empty exchange makes the queue its routing key: whoever restores it needs no bindings.
 #: Popping first lets it through when Redis is full: a script that has written may go on writing.
 FETCH: Final = """
@@ -38,13 +38,14 @@ for i = 4, #KEYS do
             done = redis.pcall('HSET', KEYS[1], tag, '[' .. raw .. ',"",' .. queue .. ']')
         end
         if type(done) ~= 'number' then
+            redis.pcall('ZREM', KEYS[2], tag)
             redis.call('RPUSH', KEYS[i], raw)
             return done
         end
         return {i - 4, raw, tag}
     end
 end
-return false
+return {}
 """
 
 #: Sets the score of each message in ARGV to now. KEYS: the index. Returns those that are no longer in it.

@@ -51,7 +51,8 @@ def broker_url(redis_url: str) -> str:
 def _broker_url(redis_url: str) -> str:
     scheme, separator, rest = redis_url.partition("://")
     if not separator or scheme not in SCHEMES:
-        raise ValueError(f"A Redis URL begins with redis:// or rediss://, not with {scheme[:20]!r}")
+        found = f", not with {scheme}://" if separator else ""
+        raise ValueError(f"A Redis URL begins with redis:// or rediss://{found}")
     return f"{SCHEMES[scheme]}://{rest}"
 
 

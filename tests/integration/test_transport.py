@@ -1,0 +1,649 @@
+"""The transport against a real server: what a message may and may not do under each fault.
+
+The first half drives kombu in this process, the second half real workers. `transport_harness` has the
+server, the workers and the oracle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from kombu import Connection, Consumer, Exchange, Queue
+
+from tests.integration.transport_harness import Fleet, Server, wait_until
+from worker import transport
+from worker.ledger import EXPIRED, FETCH
+from worker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE, broker_url, transport_options
+
+LEASE_S = 1.0
+#: A worker process takes seconds to start on a busy machine, and a test may start four.
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("transport") / "valkey")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[redis.Redis]:
+    with server.client() as client:
+        client.flushall()
+        yield client
+
+
+class Party:
+    """A consumer in this process, and the messages that reached it."""
+
+    def __init__(self, server: Server, *queues: str, prefetch: int = 0, **options: Any) -> None:
+        settings = transport_options(LEASE_S) | {"unacked_restore_interval": 0.2} | options
+        self.connection = Connection(broker_url(server.url), transport_options=settings)
+        self.channel: Any = self.connection.channel()
+        self.channel.basic_qos(0, prefetch, False)
+        self.messages: list[Any] = []
+        self.consumer: Any = Consumer(
+            self.channel, [Queue(name) for name in queues or ("q",)], on_message=self.messages.append
+        )
+        self.consumer.consume()
+
+    def drain(self, count: int = 1, timeout_s: float = 5.0) -> list[Any]:
+        """Consume until `count` messages more are here."""
+        wanted = len(self.messages) + count
+        deadline = time.monotonic() + timeout_s
+        while len(self.messages) < wanted and time.monotonic() < deadline:
+            self.tick()
+        assert len(self.messages) >= wanted
+        return self.messages[wanted - count : wanted]
+
+    def tick(self, timeout_s: float = 0.05) -> None:
+        """Consume for a moment."""
+        with contextlib.suppress(TimeoutError):
+            self.connection.drain_events(timeout=timeout_s)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+@pytest.fixture
+def party(server: Server, client: redis.Redis) -> Iterator[Callable[..., Party]]:
+    parties: list[Party] = []
+
+    def new(*queues: str, **options: Any) -> Party:
+        parties.append(Party(server, *queues, **options))
+        return parties[-1]
+
+    yield new
+    for each in parties:
+        for message in each.messages:
+            if not message.acknowledged:
+                message.ack()
+        each.close()
+
+
+def publish(server: Server, body: str, queue: str = "q", **options: Any) -> None:
+    """What a producer with kombu's own transport does."""
+    with Connection(
+        server.url, transport_options=transport_options() | options.pop("transport", {})
+    ) as stock:
+        stock.SimpleQueue(queue).put(body, **options)
+
+
+def message(body: str = "x", **properties: Any) -> dict[str, Any]:
+    """A message as it stands in a list."""
+    return {
+        "body": body,
+        "content-encoding": "utf-8",
+        "content-type": "text/plain",
+        "headers": {},
+        "properties": {
+            "delivery_tag": str(uuid.uuid4()),
+            "delivery_info": {"exchange": "", "routing_key": "q"},
+            "priority": 0,
+            "body_encoding": None,
+            **properties,
+        },
+    }
+
+
+def due(client: redis.Redis, lease_s: float = LEASE_S) -> Any:
+    """What a sweep of anyone would restore now."""
+    return client.eval(EXPIRED, 2, UNACKED_INDEX, UNACKED, str(lease_s), "100")
+
+
+def settled(client: redis.Redis) -> Callable[[], bool]:
+    return lambda: not client.exists(UNACKED, UNACKED_INDEX)
+
+
+# The URL and the module.
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://localhost:6379/0", "smallcat-redis://localhost:6379/0"),
+        (
+            "rediss://u:p%40ss@h:6380/3?ssl_ca_certs=/ca",
+            "smallcat-rediss://u:p%40ss@h:6380/3?ssl_ca_certs=/ca",
+        ),
+        ("redis://a/1;redis://b/1", "smallcat-redis://a/1;smallcat-redis://b/1"),
+    ],
+)
+def test_a_redis_url_is_mapped(url: str, expected: str) -> None:
+    assert broker_url(url) == expected
+
+
+@pytest.mark.parametrize("url", ["amqp://u:secret@h", "sentinel://u:secret@h", "u:secret@h", ""])
+def test_another_url_is_refused_without_repeating_it(url: str) -> None:
+    with pytest.raises(ValueError, match="redis://") as caught:
+        broker_url(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_credentials_database_and_tls_survive_the_mapping() -> None:
+    connection = Connection(broker_url("rediss://me:p%40ss@example.test:6380/3?ssl_ca_certs=/ca.pem"))
+    assert (connection.userid, connection.password) == ("me", "p@ss")
+    assert (connection.hostname, connection.port, connection.virtual_host) == ("example.test", 6380, "3")
+    assert connection.ssl == {"ssl_ca_certs": "/ca.pem"}
+    assert "p@ss" not in connection.as_uri()
+    assert "p%40ss" not in connection.as_uri()
+
+
+def test_tls_is_never_dropped_and_verifies_the_server() -> None:
+    import ssl
+
+    connection = Connection(broker_url("rediss://example.test"))
+    assert connection.transport.client.ssl == {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    unverified = Connection(broker_url("rediss://example.test?ssl_cert_reqs=none"))
+    assert unverified.transport.client.ssl == {"ssl_cert_reqs": ssl.CERT_NONE}
+
+
+def test_importing_the_module_does_not_import_redis() -> None:
+    code = "import sys, worker.transport; sys.exit('redis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
+
+
+# Fetching.
+
+
+def test_a_fetch_registers_what_it_pops(client: redis.Redis) -> None:
+    raw = json.dumps(message())
+    client.lpush("q", raw)
+    index, fetched, tag = client.eval(FETCH, 4, UNACKED, UNACKED_INDEX, UNDECODABLE, "q", '"q"')  # type: ignore[misc]
+    assert (index, fetched.decode()) == (0, raw)
+    assert client.llen("q") == 0
+    assert json.loads(client.hget(UNACKED, tag)) == [json.loads(raw), "", "q"]  # type: ignore[arg-type]
+    seconds, microseconds = client.time()  # type: ignore[misc]
+    assert client.zscore(UNACKED_INDEX, tag) == pytest.approx(seconds + microseconds / 1e6, abs=1)
+
+
+@pytest.mark.parametrize("broken", [UNACKED, UNACKED_INDEX])
+def test_a_message_that_cannot_be_registered_stays_in_its_queue(client: redis.Redis, broken: str) -> None:
+    client.set(broken, "not what it should be")
+    raw = json.dumps(message()).encode()
+    client.lpush("q", raw)
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        client.eval(FETCH, 4, UNACKED, UNACKED_INDEX, UNDECODABLE, "q", '"q"')
+    assert client.lrange("q", 0, -1) == [raw]
+    client.delete(broken)
+    assert settled(client)()
+
+
+def test_the_most_urgent_message_of_all_queues_is_next(server: Server, party: Callable[..., Party]) -> None:
+    for queue, priority in (("a", 9), ("b", 3), ("a", 3), ("b", 0), ("a", 0), ("b", 4)):
+        publish(server, f"{priority}", queue, priority=priority)
+    bodies = [each.payload for each in party("a", "b").drain(6)]
+    assert bodies == sorted(bodies)
+
+
+def test_queues_take_turns_among_equals(client: redis.Redis, party: Callable[..., Party]) -> None:
+    for queue in ("a", "b", "c"):
+        client.lpush(queue, *(json.dumps(message(queue)) for _ in range(20)))
+    bodies = [each.payload for each in party("a", "b", "c").drain(30)]
+    assert {queue: bodies.count(queue) for queue in "abc"} == {"a": 10, "b": 10, "c": 10}
+
+
+def test_an_idle_consumer_wakes_for_every_list(client: redis.Redis, party: Callable[..., Party]) -> None:
+    consumer = party("a", "b", "c", "d")
+    slow = []
+    for queue in ("a", "b", "c", "d"):
+        for step in range(10):
+            consumer.tick()  # All lists are empty, and the consumer knows.
+            client.lpush(f"{queue}\x06\x16{step}" if step else queue, json.dumps(message()))
+            began = time.monotonic()
+            consumer.drain(1)[0].ack()
+            slow.append(time.monotonic() - began)
+    # Without a wake it would be the second after which lists are looked at again.
+    assert sorted(slow)[len(slow) // 2] < 0.1
+
+
+def test_no_more_is_fetched_than_may_be_held(client: redis.Redis, party: Callable[..., Party]) -> None:
+    client.lpush("q", *(json.dumps(message()) for _ in range(10)))
+    consumer = party(prefetch=3)
+    first = consumer.drain(3)
+    consumer.tick()
+    assert (len(consumer.messages), client.llen("q")) == (3, 7)
+    first[0].ack()
+    consumer.drain(1)
+    consumer.tick()
+    assert (len(consumer.messages), client.llen("q")) == (4, 6)
+
+
+def test_one_message_can_be_fetched_without_consuming(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    channel = party("other").channel
+    assert channel.basic_get("q") is None
+    client.lpush("q", "no message", json.dumps(message("found")))
+    found = channel.basic_get("q")
+    assert found.payload == "found"
+    assert client.hlen(UNACKED) == 1
+    found.ack()
+    wait_until("acknowledged", settled(client))
+    assert client.llen(UNDECODABLE) == 1
+
+
+def test_a_queue_without_acknowledgements_holds_nothing(server: Server, client: redis.Redis) -> None:
+    publish(server, "reply")
+    with Connection(broker_url(server.url), transport_options=transport_options()) as connection:
+        got: list[Any] = []
+        with Consumer(connection.channel(), [Queue("q")], on_message=got.append, no_ack=True):
+            connection.drain_events(timeout=1)
+            wait_until("a reply", lambda: bool(got))
+        assert settled(client)()
+
+
+def test_a_fetch_on_its_way_is_given_back_when_consuming_ends(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    consumer = party()
+    raw = message()
+    consumer.tick()
+    client.lpush("q", json.dumps(raw))
+    consumer.channel._brpop_start()
+    wait_until("fetched", lambda: client.hlen(UNACKED) == 1)
+    consumer.consumer.cancel()
+    wait_until("given back", lambda: client.llen("q") == 1)
+    assert settled(client)()
+    assert not consumer.messages
+
+
+NONSENSE = [
+    b"\xff\xfe\x00",
+    b"",
+    b"no json",
+    b"null",
+    b"17",
+    b"[]",
+    b"{}",
+    b'{"properties": null}',
+    b'{"properties": {"delivery_tag": 5}}',
+    b'{"properties": {"delivery_tag": ""}}',
+    b'{"properties": {"delivery_tag": "a"}}' + b" " * 9 + b"}",
+    b"[" * 100_000,
+    json.dumps(message() | {"headers": ["compression"]}).encode(),
+    json.dumps(message(body_encoding="rot13")).encode(),
+    json.dumps(message("abc", body_encoding="base64")).encode(),
+    json.dumps(message()).encode().replace(b'"x"', b'"\xff"'),
+]
+
+
+def test_messages_that_nobody_can_read_are_set_aside(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    for raw in NONSENSE:
+        client.lpush("q", raw)
+    client.lpush("q", json.dumps(message("good")))
+    assert party().drain(1)[0].payload == "good"
+    wait_until("set aside", lambda: client.llen(UNDECODABLE) == len(NONSENSE))
+    assert set(client.lrange(UNDECODABLE, 0, -1)) == set(NONSENSE)  # type: ignore[arg-type]
+    assert client.hlen(UNACKED) == 1
+
+
+def test_a_message_that_celery_chokes_on_is_set_aside(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    consumer = party()
+
+    def choke(received: Any) -> None:
+        raise KeyError("id")
+
+    consumer.consumer.on_message = choke
+    client.lpush("q", json.dumps(message()))
+    consumer.tick()
+    wait_until("set aside", lambda: client.llen(UNDECODABLE) == 1)
+    assert settled(client)()
+
+
+def test_a_message_that_the_worker_cannot_take_goes_back(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    consumer = party()
+
+    def broken(received: Any) -> None:
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    consumer.consumer.on_message = broken
+    client.lpush("q", json.dumps(message()))
+    with pytest.raises(RuntimeError):
+        consumer.drain(1)
+    wait_until("given back", lambda: client.llen("q") == 1)
+    assert settled(client)()
+
+
+# Holding.
+
+
+def test_a_held_message_is_never_due(client: redis.Redis, party: Callable[..., Party]) -> None:
+    client.lpush("q", json.dumps(message()))
+    party().drain(1)
+    ends = time.monotonic() + 2.5 * LEASE_S
+    wait_until("time passes", lambda: bool(due(client)) or time.monotonic() > ends)
+    assert not due(client)
+
+
+def test_a_lost_engine_lets_the_lease_run_out(
+    client: redis.Redis, party: Callable[..., Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.lpush("q", json.dumps(message()), json.dumps(message()))
+    consumer = party(prefetch=2)
+    consumer.drain(1)
+    monkeypatch.setattr(transport, "_is_alive", lambda: 1 / 0)
+    wait_until("due", lambda: bool(due(client)), 3 * LEASE_S)
+    consumer.tick()
+    assert len(consumer.messages) <= 2
+    assert not consumer.channel.qos.can_consume()
+
+
+def test_only_redis_clock_counts(
+    client: redis.Redis, party: Callable[..., Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3_600)
+    client.lpush("q", json.dumps(message()))
+    party().drain(1)
+    wait_until("renewed twice", lambda: renewals(client) >= 2)
+    seconds, _ = client.time()  # type: ignore[misc]
+    [(_, score)] = client.zrange(UNACKED_INDEX, 0, -1, withscores=True)  # type: ignore[misc]
+    assert score == pytest.approx(seconds, abs=2)
+
+
+def renewals(client: redis.Redis, seen: set[float] = set()) -> int:  # noqa: B006 -- it remembers
+    """How many different scores messages have had so far."""
+    seen.update(score for _, score in client.zrange(UNACKED_INDEX, 0, -1, withscores=True))  # type: ignore[union-attr]
+    return len(seen)
+
+
+def abandoned(client: redis.Redis, exchange: str = "", routing_key: str = "q", **properties: Any) -> str:
+    """A message as a dead worker with kombu's own transport leaves it."""
+    raw = message("abandoned", **properties)
+    tag = str(raw["properties"]["delivery_tag"])
+    client.hset(UNACKED, tag, json.dumps([raw, exchange, routing_key]))
+    client.zadd(UNACKED_INDEX, {tag: 1.0})
+    return tag
+
+
+def test_what_a_dead_worker_held_comes_back(client: redis.Redis, party: Callable[..., Party]) -> None:
+    abandoned(client, priority=4)
+    [restored] = party().drain(1)
+    assert restored.headers["redelivered"]
+    assert restored.delivery_info["redelivered"]
+    assert restored.properties["priority"] == 4
+
+
+def test_what_kombus_own_worker_held_finds_its_queue(
+    server: Server, client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    with Connection(server.url) as stock:
+        Queue("q", Exchange("pictures"), routing_key="small")(stock.channel()).declare()
+    abandoned(client, "pictures", "small")
+    assert party().drain(1)[0].payload == "abandoned"
+    abandoned(client, "unknown", "nowhere")
+    wait_until("set aside", lambda: client.llen(UNDECODABLE) == 1)
+
+
+def test_kombus_own_transport_restores_what_this_one_held(
+    server: Server, client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    client.lpush("q", json.dumps(message(priority=7)))
+    party().drain(1)
+    [tag] = client.hkeys(UNACKED)  # type: ignore[misc]
+    with Connection(server.url, transport_options=transport_options()) as stock:
+        stock.channel().qos.restore_by_tag(tag.decode())
+    assert client.llen("q\x06\x167") == 1
+    assert settled(client)()
+
+
+def test_an_entry_that_nobody_can_read_is_set_aside(client: redis.Redis, party: Callable[..., Party]) -> None:
+    client.hset(UNACKED, "tag", b"\xff nonsense")
+    client.zadd(UNACKED_INDEX, {"tag": 1, "index without an entry": 1})
+    party()
+    wait_until("swept", settled(client))
+    assert client.lrange(UNDECODABLE, 0, -1) == [b"\xff nonsense"]
+
+
+def test_closing_gives_back_in_order(client: redis.Redis, party: Callable[..., Party]) -> None:
+    for number in range(5):
+        client.lpush("q", json.dumps(message(str(number))))
+    consumer = party()
+    consumer.drain(5)[1].ack()
+    consumer.close()
+    assert settled(client)()
+    bodies = [each.payload for each in party().drain(4)]
+    assert bodies == ["0", "2", "3", "4"]
+
+
+def test_requeued_messages_wait_behind_the_others(client: redis.Redis, party: Callable[..., Party]) -> None:
+    for number in range(3):
+        client.lpush("q", json.dumps(message(str(number))))
+    consumer = party(prefetch=1)
+    consumer.drain(1)[0].requeue()
+    bodies = []
+    for _ in range(3):
+        [received] = consumer.drain(1)
+        bodies.append(received.payload)
+        received.ack()
+    assert bodies == ["1", "2", "0"]
+
+
+# Losing the connection.
+
+
+def test_a_lost_connection_takes_no_message_with_it(client: redis.Redis, party: Callable[..., Party]) -> None:
+    client.lpush("q", json.dumps(message()))
+    consumer = party()
+    [held] = consumer.drain(1)
+    consumer.connection.collect()
+    wait_until("renewed", lambda: renewals(client) >= 3)
+    assert (client.llen("q"), client.hlen(UNACKED)) == (0, 1)
+    held.ack()  # On a channel that is long closed.
+    wait_until("acknowledged", settled(client))
+
+
+def test_an_acknowledgement_is_sent_until_it_is_heard(
+    server: Server, client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    client.lpush("q", json.dumps(message()), json.dumps(message()))
+    held = party().drain(2)
+    with server.frozen():
+        began = time.monotonic()
+        held[0].ack()
+        assert time.monotonic() - began < 0.5  # Nobody waits for Redis.
+        time.sleep(LEASE_S)  # Frozen for longer than the lease thread waits for an answer.
+    wait_until("the first heard", lambda: client.hlen(UNACKED) == 1)
+    server.kill()
+    held[1].ack()
+    server.start()
+    wait_until("the second heard", settled(client))
+    assert client.llen("q") == 0
+
+
+def test_an_acknowledgement_can_be_part_of_a_transaction(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    client.lpush("q", json.dumps(message()))
+    [held] = party().drain(1)
+    with client.pipeline(transaction=True) as pipeline:
+        pipeline.zadd("delayed", {"job": 1})
+        transport.acknowledge_in(pipeline, held.delivery_tag)
+        pipeline.execute()
+    assert settled(client)()
+    held.ack()
+
+
+def test_a_full_redis_still_hands_out_renews_and_takes_back(
+    server: Server, client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    client.lpush("q", *(json.dumps(message()) for _ in range(3)))
+    client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            client.set("any", "thing")
+        consumer = party()
+        held = consumer.drain(3)
+        wait_until("renewed", lambda: renewals(client) >= 3)
+        held[0].ack()
+        held[1].requeue()
+        wait_until("settled", lambda: client.hlen(UNACKED) >= 1)
+        consumer.drain(1)
+    finally:
+        client.config_set("maxmemory", 0)
+
+
+def test_every_key_has_the_prefix(server: Server, client: redis.Redis, party: Callable[..., Party]) -> None:
+    prefix = {"global_keyprefix": "mine:"}
+    client.lpush("mine:q", "nonsense")
+    publish(server, "prefixed", transport=prefix)
+    consumer = party(**prefix)
+    [held] = consumer.drain(1)
+    wait_until("set aside", lambda: client.llen("mine:" + UNDECODABLE) == 1)
+    assert client.hlen("mine:" + UNACKED) == 1
+    assert all(key.startswith(b"mine:") for key in client.scan_iter())  # type: ignore[union-attr]
+    held.requeue()
+    consumer.drain(1)[0].ack()
+    wait_until("settled", lambda: not client.exists("mine:" + UNACKED))
+
+
+# Real workers.
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
+    fleets: list[Fleet] = []
+
+    def new(**options: Any) -> Fleet:
+        fleets.append(Fleet(tmp_path, **options))
+        return fleets[-1]
+
+    yield new
+    for each in fleets:
+        each.close()
+
+
+def jobs(count: int, name: str = "job") -> list[str]:
+    return [f"{name}{number}" for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two workers that the faults of the next tests must not disturb."""
+    fleet = Fleet(tmp_path_factory.mktemp("pair"), lease_s=2.0)
+    workers = [fleet.worker(ready=False) for _ in range(2)]
+    for worker in workers:
+        worker.wait_ready()
+    yield fleet
+    fleet.close()
+
+
+@pytest.mark.parametrize("fault", ["none", "connections cut", "redis killed", "redis frozen"])
+def test_jobs_longer_than_the_lease_run_once(pair: Fleet, fault: str) -> None:
+    names = jobs(6, fault.replace(" ", "_"))
+    before = len(pair.journal.jobs("end"))
+    pair.submit(names, (2.5 if fault == "redis frozen" else 1.5) * pair.lease_s)
+    wait_until("all started", lambda: set(names) <= set(pair.journal.jobs("start")))
+    if fault == "connections cut":
+        pair.server.cut_connections()
+    elif fault == "redis killed":
+        pair.server.kill()
+        time.sleep(1)
+        pair.server.start()
+    elif fault == "redis frozen":
+        with pair.server.frozen():
+            time.sleep(1.5 * pair.lease_s)
+    pair.journal.wait_for("end", before + len(names))
+    wait_until("settled", lambda: not pair.unsettled(), 10)
+    # Both work on: nothing is left that would run a second time, and nobody's place is taken for good.
+    pair.submit(jobs(16, "after_" + fault.replace(" ", "_")), 0.05)
+    pair.journal.wait_for("end", before + len(names) + 16)
+    assert pair.journal.twice() == []
+    assert all(worker.process.poll() is None for worker in pair.workers)
+
+
+def test_celery_inspect_and_a_broadcast_reach_the_workers(pair: Fleet) -> None:
+    control = pair.producer().control
+    wait_until("both answer", lambda: len(control.ping(timeout=2)) == 2)
+
+
+def test_a_killed_worker_is_followed_within_its_lease(fleet: Callable[..., Fleet]) -> None:
+    group = fleet(lease_s=3.0)
+    first = group.worker(concurrency=20)
+    group.submit(jobs(20), 60)
+    group.journal.wait_for("start", 20)
+    group.worker(concurrency=20)
+    first.kill()
+    took = wait_until("all restarted", lambda: len(group.journal.jobs("start")) == 40)
+    assert took < group.lease_s + 2
+    assert len(group.journal.twice()) == 20
+
+
+def storm(group: Fleet, kills: int, count: int, number: int = signal.SIGKILL) -> None:
+    """Two workers of which one is killed again and again under load. The oracle: all jobs, all settled."""
+    workers = [group.worker(), group.worker()]
+    group.submit(jobs(count), 0.02)
+    for kill in range(kills):
+        progress = len(group.journal.jobs("end"))
+        victim = workers[kill % 2]
+        wait_until("progress", lambda: len(group.journal.jobs("end")) > min(progress + 20, count - 1))  # noqa: B023
+        victim.signal(number)
+        victim.process.wait(20)
+        workers[kill % 2] = group.worker(ready=False)
+    group.journal.wait_for("end", count, 60)
+    wait_until("settled", lambda: not group.unsettled(), 3 * group.lease_s)
+    assert set(group.journal.jobs("end")) == set(jobs(count))
+
+
+def test_sigkills_lose_no_job(fleet: Callable[..., Fleet]) -> None:
+    storm(fleet(lease_s=2.0), kills=3, count=400)
+
+
+def test_a_stopped_worker_gives_back_what_it_has_not_begun(fleet: Callable[..., Fleet]) -> None:
+    group = fleet(lease_s=30.0)
+    worker = group.worker(concurrency=2)
+    group.submit(jobs(6), 1.0)
+    group.journal.wait_for("start", 2)
+    assert worker.stop() == 0
+    client = group.server.client()
+    assert client.llen("celery") == 6 - len(group.journal.jobs("end"))
+    assert not group.unsettled()
+    assert len(group.journal.jobs("end")) >= 2
+    assert group.journal.twice() == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_long_storm_of_sigkills_loses_no_job(fleet: Callable[..., Fleet]) -> None:
+    kills = int(os.environ.get("STORM_KILLS", "60"))
+    storm(fleet(lease_s=2.0), kills=kills, count=kills * 120)
