@@ -1,0 +1,58 @@
+"""Makes the README's settings table from the settings classes: `python -m tests.readme`."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from worker import settings
+from worker.settings import ProducerSettings, Settings, WorkerSettings
+
+README = Path(__file__).parent.parent / "README.md"
+_BETWEEN = re.compile(r"(<!-- settings:[^\n]*-->\n).*?(<!-- end of settings -->)", re.DOTALL)
+
+
+def _lines() -> dict[tuple[str, str], str]:
+    """The `#:` line over each field, by class and field name."""
+    source = Path(settings.__file__).read_text()
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    above = field.lineno - 2
+                    found[node.name, field.target.id] = lines[above].strip().removeprefix("#:").strip()
+    return found
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined or value is None or value == "":
+        return ""
+    if isinstance(value, bool):
+        return f"`{int(value)}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def table() -> str:
+    """The table in Markdown."""
+    rows = ["| Variable | Read by | Default | Meaning |", "|---|---|---|---|"]
+    for kind, reader in ((Settings, "both"), (WorkerSettings, "worker"), (ProducerSettings, "producer")):
+        for name, field in kind.model_fields.items():
+            if (kind.__name__, name) in (lines := _lines()):
+                text = lines[kind.__name__, name].replace("|", "\\|")
+                rows.append(f"| `{kind.variable(name)}` | {reader} | {_default(field.default)} | {text} |")
+    return "\n".join(rows) + "\n"
+
+
+def renewed(text: str) -> str:
+    """The README's text with the table as it should be."""
+    return _BETWEEN.sub(lambda found: f"{found[1]}{table()}{found[2]}", text)
+
+
+if __name__ == "__main__":
+    README.write_text(renewed(README.read_text()))
