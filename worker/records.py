@@ -4,6 +4,7 @@
     smallcat:job:<id>        channel the new state, published at every change of state
     smallcat:cancel          channel the id of a job that was cancelled while it ran
     smallcat:queues          set     the queues that jobs were sent to; expires likewise
+    smallcat:failed          zset    ids of the jobs that failed for good, by time; expires likewise
 
 A job is `queued`, then `running`, then `done`, `failed` or `cancelled`. Changes that two processes could
 make at once are Lua scripts, and all times are Redis' own clock. The lasting record is the JSON beside
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from worker import record_scripts as scripts
 from worker.errors import SmallcatError, UnknownJobError, named
 from worker.job import Job
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 CANCEL_CHANNEL = "smallcat:cancel"
 #: The set of queues that jobs were sent to.
 QUEUES = "smallcat:queues"
+#: The sorted set of jobs that failed for good, scored by when.
+FAILED = "smallcat:failed"
 #: Seconds between two looks at a record by one who waits, in case a message was lost with a connection.
 RECHECK_S = 5.0
 
@@ -82,6 +86,23 @@ class Timings(BaseModel):
     uploaded: float | None = None
 
 
+class Attempt(BaseModel):
+    """One time that a worker took a job."""
+
+    model_config = ConfigDict(frozen=True)
+
+    #: 1 for the first.
+    attempt: int
+    #: The worker that took it.
+    worker: str
+    #: Unix seconds by Redis' clock when it did, or when it failed.
+    at: float
+    #: Class name of the error it ended with; None: it runs, is done, or ended with the worker's death.
+    error_type: str | None = None
+    #: What went wrong.
+    error: str | None = None
+
+
 class JobRecord(BaseModel):
     """What is known of one job. Frozen: a later state is another record."""
 
@@ -97,8 +118,10 @@ class JobRecord(BaseModel):
     step: int = 0
     #: Denoising steps in all; 0 until a worker took the job.
     steps: int = 0
-    #: Times a worker took it.
+    #: Times a worker took it; a worker that gave it back unharmed does not count.
     attempts: int = 0
+    #: Each of those times.
+    tries: tuple[Attempt, ...] = ()
     #: s3://bucket/key of the picture.
     uri: str | None = None
     #: Seconds in each stage.
@@ -126,108 +149,6 @@ class JobRecord(BaseModel):
             raise named(self.error_type or "JobError", self.error or f"Job {self.id} is {self.state}.")
 
 
-# KEYS[1] the record, KEYS[2] the queues. ARGV: job, queue, ttl.
-# A job that is in flight stays as it is; any other starts anew.
-_SUBMIT = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then
-  redis.call('DEL', KEYS[1])
-  local now = redis.call('TIME')
-  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', ARGV[1], 'queue', ARGV[2],
-             'submitted_at', now[1] .. '.' .. string.format('%06d', now[2]))
-end
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-redis.call('SADD', KEYS[2], ARGV[2])
-redis.call('EXPIRE', KEYS[2], ARGV[3])
-"""
-
-# KEYS[1] the record. ARGV: message, worker, lease, max attempts, ttl, job, queue, delivery.
-# The claim belongs to a message, not to a worker: the same message delivered again takes it over at once.
-# The same delivery asking again (its answer was lost with a connection) is one attempt.
-_CLAIM = """
-local t = redis.call('TIME')
-local now = tonumber(t[1] .. '.' .. string.format('%06d', t[2]))
-local function get(field) return redis.call('HGET', KEYS[1], field) end
-local state = get('state')
-if state == 'done' or state == 'failed' or state == 'cancelled' then return {'final', 0, 0} end
-if get('cancel') then
-  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
-             'error', 'The job was cancelled.')
-  redis.call('PUBLISH', KEYS[1], 'cancelled')
-  return {'final', 0, 0}
-end
-local holder = get('claim')
-if holder and holder ~= ARGV[1] and tonumber(get('claim_until')) > now then return {'taken', 0, 0} end
-local attempts = tonumber(get('attempts') or 0)
-if get('delivery') ~= ARGV[8] then attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1) end
-if not state then redis.call('HSET', KEYS[1], 'job', ARGV[6], 'queue', ARGV[7], 'submitted_at', now) end
-redis.call('HSET', KEYS[1], 'claim', ARGV[1], 'claim_until', now + ARGV[3], 'delivery', ARGV[8])
-redis.call('EXPIRE', KEYS[1], ARGV[5])
-local verdict = 'render'
-if attempts > tonumber(ARGV[4]) then
-  verdict = 'poison'
-else
-  redis.call('HSET', KEYS[1], 'state', 'running', 'worker', ARGV[2], 'step', 0)
-  redis.call('PUBLISH', KEYS[1], 'running')
-end
-return {verdict, attempts, tostring(now - tonumber(get('submitted_at')))}
-"""
-
-# KEYS[1] the record. ARGV: state, ttl, message, then field and value in turn. A final state is written once.
-# A picture is done whoever made it; a failure counts only from the message that holds the claim, so that a
-# job that was cancelled and submitted again is not cancelled twice.
-_FINISH = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if state == 'done' or state == ARGV[1] then return 0 end
-if ARGV[1] ~= 'done' and redis.call('HGET', KEYS[1], 'claim') ~= ARGV[3] then return 0 end
-for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
-redis.call('HSET', KEYS[1], 'state', ARGV[1])
-redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'cancel')
-redis.call('EXPIRE', KEYS[1], ARGV[2])
-redis.call('PUBLISH', KEYS[1], ARGV[1])
-return 1
-"""
-
-# KEYS[1] the record. ARGV: message. Back to the queue; the attempt was not the job's fault.
-_GIVE_BACK = """
-if redis.call('HGET', KEYS[1], 'claim') ~= ARGV[1] then return 0 end
-redis.call('HINCRBY', KEYS[1], 'attempts', -1)
-redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery')
-redis.call('HSET', KEYS[1], 'state', 'queued', 'step', 0)
-redis.call('PUBLISH', KEYS[1], 'queued')
-return 1
-"""
-
-# KEYS[1] the record, ARGV[1] the id, ARGV[2] the channel. Returns the state after it.
-_CANCEL = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if state == 'queued' then
-  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
-             'error', 'The job was cancelled.')
-  redis.call('PUBLISH', KEYS[1], 'cancelled')
-  return 'cancelled'
-elseif state == 'running' then
-  redis.call('HSET', KEYS[1], 'cancel', 1)
-  redis.call('PUBLISH', ARGV[2], ARGV[1])
-end
-return state
-"""
-
-# KEYS: the records. ARGV: lease, then step and steps for each. Returns for each whether it was cancelled.
-_PROGRESS = """
-local t = redis.call('TIME')
-local now = tonumber(t[1] .. '.' .. string.format('%06d', t[2]))
-local cancelled = {}
-for i, key in ipairs(KEYS) do
-  if redis.call('HGET', key, 'state') == 'running' then
-    redis.call('HSET', key, 'step', ARGV[2 * i], 'steps', ARGV[2 * i + 1], 'claim_until', now + ARGV[1])
-    if redis.call('HEXISTS', key, 'cancel') == 1 then cancelled[#cancelled + 1] = i end
-  end
-end
-return cancelled
-"""
-
-
 def key(job_id: str) -> str:
     """The record's key, and the channel of its news."""
     return f"smallcat:job:{job_id}"
@@ -239,16 +160,18 @@ class Records:
     def __init__(self, client: Redis, ttl_s: int) -> None:
         self._redis = client
         self._ttl_s = ttl_s
-        self._submit = client.register_script(_SUBMIT)
-        self._claim = client.register_script(_CLAIM)
-        self._finish = client.register_script(_FINISH)
-        self._give_back = client.register_script(_GIVE_BACK)
-        self._cancel = client.register_script(_CANCEL)
-        self._progress = client.register_script(_PROGRESS)
+        self._submit = client.register_script(scripts.SUBMIT)
+        self._claim = client.register_script(scripts.CLAIM)
+        self._finish = client.register_script(scripts.FINISH)
+        self._give_back = client.register_script(scripts.GIVE_BACK)
+        self._cancel = client.register_script(scripts.CANCEL)
+        self._progress = client.register_script(scripts.PROGRESS)
 
     def submitted(self, job: Job, queue: str) -> None:
         """Note that `job` goes to `queue`. In flight already: its record stays as it is."""
-        self._submit(keys=[key(job.id), QUEUES], args=[job.model_dump_json(), queue, self._ttl_s])
+        self._submit(
+            keys=[key(job.id), QUEUES, FAILED], args=[job.model_dump_json(), queue, self._ttl_s, job.id]
+        )
 
     def get(self, job_id: str) -> JobRecord:
         """The record of a job. Raises `UnknownJobError` where there is none (any more)."""
@@ -295,7 +218,34 @@ class Records:
 
     def give_back(self, job_id: str, message: str) -> None:
         """Undo the claim of `message`, and its attempt: the job goes to another worker."""
-        self._give_back(keys=[key(job_id)], args=[message])
+        self._give_back(keys=[key(job_id)], args=[message, ""])
+
+    def retried(self, job_id: str, message: str, attempt: Attempt) -> None:
+        """Undo the claim of `message`, whose attempt failed: the job is tried again later."""
+        self._give_back(keys=[key(job_id)], args=[message, attempt.model_dump_json()])
+
+    def deaths(self, job_id: str) -> int:
+        """How many attempts at the job ended without a word, as when a worker is killed."""
+        return int(self._redis.hget(key(job_id), "deaths") or 0)
+
+    def failures(self) -> list[str]:
+        """Ids of the jobs that failed for good, the latest first. Those whose record expired are left out."""
+        ids = [str(job_id) for job_id in self._redis.zrevrange(FAILED, 0, -1)]
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.exists(key(job_id))
+            there = pipe.execute()
+        gone = [job_id for job_id, is_there in zip(ids, there, strict=True) if not is_there]
+        if gone:
+            self._redis.zrem(FAILED, *gone)
+        return [job_id for job_id in ids if job_id not in gone]
+
+    def drop(self, job_id: str) -> bool:
+        """Forget a job that failed for good. False: it is not one."""
+        if not self._redis.zrem(FAILED, job_id):
+            return False
+        self._redis.delete(key(job_id))
+        return True
 
     def cancel(self, job_id: str) -> State:
         """Ask that the job stops. Returns its state now: a running job becomes cancelled at its next step."""
@@ -336,7 +286,8 @@ class Records:
 
     def _final(self, job_id: str, state: State, message: str, fields: Mapping[str, str]) -> bool:
         pairs = [item for pair in fields.items() for item in pair]
-        return bool(self._finish(keys=[key(job_id)], args=[state, self._ttl_s, message, *pairs]))
+        args: list[str | int] = [state, self._ttl_s, message, job_id, *pairs]
+        return bool(self._finish(keys=[key(job_id), FAILED], args=args))
 
 
 def _final_news(news: Callable[[float], str | None], timeout_s: float) -> bool:
@@ -351,7 +302,9 @@ def _final_news(news: Callable[[float], str | None], timeout_s: float) -> bool:
 
 def _fields(record: JobRecord) -> dict[str, str]:
     """What a finished job's record adds to its hash."""
-    values = record.model_dump(mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts"})
+    values = record.model_dump(
+        mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts", "tries"}
+    )
     return {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in values.items()
@@ -369,4 +322,6 @@ def _record(job_id: str, fields: Iterable[tuple[str, str]] | Mapping[str, str]) 
         for name, value in dict(fields).items()
         if name in JobRecord.model_fields
     }
+    tries = [json.loads(value) for name, value in dict(fields).items() if name.startswith("try:")]
+    values["tries"] = sorted(tries, key=lambda each: int(each["attempt"]))
     return JobRecord.model_validate({"id": job_id, **values})

@@ -1,0 +1,127 @@
+"""The Lua scripts behind `worker.records`: each is one step that is done or not done, by Redis' clock."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# KEYS[1] the record, KEYS[2] the queues, KEYS[3] the failed jobs. ARGV: job, queue, ttl, id.
+# A job that is in flight stays as it is; any other starts anew.
+SUBMIT: Final = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then
+  redis.call('DEL', KEYS[1])
+  local now = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', ARGV[1], 'queue', ARGV[2],
+             'submitted_at', now[1] .. '.' .. string.format('%06d', now[2]))
+end
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('SADD', KEYS[2], ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+redis.call('ZREM', KEYS[3], ARGV[4])
+"""
+
+# KEYS[1] the record. ARGV: message, worker, lease, max attempts, ttl, job, queue, delivery.
+# The claim belongs to a message, not to a worker: the same message delivered again takes it over at once.
+# The same delivery asking again (its answer was lost with a connection) is one attempt.
+# An attempt counts as a death until it is heard how it ended.
+CLAIM: Final = """
+local t = redis.call('TIME')
+local now = tonumber(t[1] .. '.' .. string.format('%06d', t[2]))
+local function get(field) return redis.call('HGET', KEYS[1], field) end
+local state = get('state')
+if state == 'done' or state == 'failed' or state == 'cancelled' then return {'final', 0, 0} end
+if get('cancel') then
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
+             'error', 'The job was cancelled.')
+  redis.call('PUBLISH', KEYS[1], 'cancelled')
+  return {'final', 0, 0}
+end
+local holder = get('claim')
+if holder and holder ~= ARGV[1] and tonumber(get('claim_until')) > now then return {'taken', 0, 0} end
+local attempts = tonumber(get('attempts') or 0)
+local verdict = 'render'
+if not state then redis.call('HSET', KEYS[1], 'job', ARGV[6], 'queue', ARGV[7], 'submitted_at', now) end
+redis.call('HSET', KEYS[1], 'claim', ARGV[1], 'claim_until', now + ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[5])
+if get('delivery') ~= ARGV[8] then
+  if attempts >= tonumber(ARGV[4]) then
+    verdict = 'poison'
+  else
+    attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
+    redis.call('HINCRBY', KEYS[1], 'deaths', 1)
+    redis.call('HSET', KEYS[1], 'delivery', ARGV[8], 'state', 'running', 'worker', ARGV[2], 'step', 0,
+               'try:' .. attempts, cjson.encode({attempt = attempts, worker = ARGV[2], at = now}))
+    redis.call('PUBLISH', KEYS[1], 'running')
+  end
+end
+return {verdict, attempts, tostring(now - tonumber(get('submitted_at')))}
+"""
+
+# KEYS[1] the record, KEYS[2] the failed jobs. ARGV: state, ttl, message, id, then field and value in turn.
+# A final state is written once.
+# A picture is done whoever made it; a failure counts only from the message that holds the claim, so that a
+# job that was cancelled and submitted again is not cancelled twice.
+FINISH: Final = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state == 'done' or state == ARGV[1] then return 0 end
+if ARGV[1] ~= 'done' and redis.call('HGET', KEYS[1], 'claim') ~= ARGV[3] then return 0 end
+for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'state', ARGV[1])
+redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'deaths', 'cancel')
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+if ARGV[1] == 'failed' then
+  redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[4])
+  redis.call('EXPIRE', KEYS[2], ARGV[2])
+else
+  redis.call('ZREM', KEYS[2], ARGV[4])
+end
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+return 1
+"""
+
+# KEYS[1] the record. ARGV: message, then what the attempt ended with as JSON, '' where it was not the job's
+# fault and does not count. Back to the queue.
+GIVE_BACK: Final = """
+if redis.call('HGET', KEYS[1], 'claim') ~= ARGV[1] then return 0 end
+local attempt = redis.call('HGET', KEYS[1], 'attempts')
+if ARGV[2] == '' then
+  redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+  redis.call('HDEL', KEYS[1], 'try:' .. attempt)
+else
+  redis.call('HSET', KEYS[1], 'try:' .. attempt, ARGV[2])
+end
+redis.call('HINCRBY', KEYS[1], 'deaths', -1)
+redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery')
+redis.call('HSET', KEYS[1], 'state', 'queued', 'step', 0)
+redis.call('PUBLISH', KEYS[1], 'queued')
+return 1
+"""
+
+# KEYS[1] the record, ARGV[1] the id, ARGV[2] the channel. Returns the state after it.
+CANCEL: Final = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state == 'queued' then
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
+             'error', 'The job was cancelled.')
+  redis.call('PUBLISH', KEYS[1], 'cancelled')
+  return 'cancelled'
+elseif state == 'running' then
+  redis.call('HSET', KEYS[1], 'cancel', 1)
+  redis.call('PUBLISH', ARGV[2], ARGV[1])
+end
+return state
+"""
+
+# KEYS: the records. ARGV: lease, then step and steps for each. Returns for each whether it was cancelled.
+PROGRESS: Final = """
+local t = redis.call('TIME')
+local now = tonumber(t[1] .. '.' .. string.format('%06d', t[2]))
+local cancelled = {}
+for i, key in ipairs(KEYS) do
+  if redis.call('HGET', key, 'state') == 'running' then
+    redis.call('HSET', key, 'step', ARGV[2 * i], 'steps', ARGV[2 * i + 1], 'claim_until', now + ARGV[1])
+    if redis.call('HEXISTS', key, 'cancel') == 1 then cancelled[#cancelled + 1] = i end
+  end
+end
+return cancelled
+"""
