@@ -15,10 +15,12 @@
     │   └── PoisonJobError          it was on board each time a worker died
     ├── MachineError                the worker's fault: the job goes back to the queue, at once
     │   ├── OutOfMemoryError        a batch did not fit; the engine tries again with fewer rows
-    │   └── EngineStoppedError      the engine is stopping or lost
+    │   ├── EngineStoppedError      the engine is stopping or lost
+    │   └── NewerMessageError       the message is of a newer version than this worker reads
     └── ServiceError                a service is out of reach: tried again for as long as it makes sense
         ├── QueueError              Redis
         └── StorageError            the S3 bucket
+            └── PermanentStorageError   it refuses for a reason that waiting does not mend
 
 Each text names the value, the limit and the remedy. Constructor arguments are positional and go to
 `super().__init__`, so that an error survives pickling and a job's record.
@@ -91,6 +93,10 @@ class EngineStoppedError(MachineError):
     """Raised when the engine is draining, stopped or lost. The job goes back to the queue."""
 
 
+class NewerMessageError(MachineError):
+    """Raised when a message is of a newer version than this worker reads. It goes back untouched."""
+
+
 class ServiceError(SmallcatError):
     """Raised when a service smallcat relies on is out of reach or refuses."""
 
@@ -101,6 +107,10 @@ class QueueError(ServiceError):
 
 class StorageError(ServiceError):
     """Raised when the bucket is out of reach, missing, full or refuses the keys."""
+
+
+class PermanentStorageError(StorageError):
+    """Raised when the bucket refuses for a reason that waiting does not mend."""
 
 
 def _tree(root: type[SmallcatError]) -> dict[str, type[SmallcatError]]:

@@ -32,6 +32,8 @@ MAX_GUIDANCE = 30.0
 MAX_SEED = 2**63 - 1
 #: Bytes of metadata as compact JSON, at most.
 MAX_METADATA = 4_096
+#: Levels of lists and objects in metadata, at most: the readers of JSON on the way stop at 200.
+MAX_METADATA_DEPTH = 64
 #: A job's priority: 0 is last, 9 is next.
 MAX_PRIORITY, DEFAULT_PRIORITY = 9, 5
 #: A model's name, at most this long: a hub id, or the name under which a worker serves a folder or file.
@@ -98,10 +100,26 @@ class ServedModel(BaseModel):
 
 def _text(value: str) -> str:
     """Refuse characters that no prompt means: control characters but tab and newline, lone surrogates."""
+    return _name(value, allowed="\t\n\r")
+
+
+def _name(value: str, allowed: str = "") -> str:
+    """Refuse control characters: in a name also tab and newline."""
     for character in value:
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in allowed:
             raise ValueError(f"holds the control character U+{ord(character):04X}: remove it")
     return value
+
+
+def _depth(value: object) -> int:
+    """Levels of lists and objects in `value`; counted no further than one past the limit."""
+    deepest, below = 0, [(value, 1)]
+    while below and deepest <= MAX_METADATA_DEPTH:
+        each, level = below.pop()
+        if isinstance(each, dict | list | tuple):
+            deepest = max(deepest, level)
+            below += [(inner, level + 1) for inner in (each.values() if isinstance(each, dict) else each)]
+    return deepest
 
 
 def _size(value: int | None) -> int | None:
@@ -119,7 +137,9 @@ def _choice(value: object) -> object:
     if not isinstance(value, str) or isinstance(value, StrEnum):
         return value
     name = value.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
-    return {"euler_a": "euler_ancestral", "dpmpp_2m_k": "dpmpp_2m_karras", "jpg": "jpeg"}.get(name, name)
+    name = {"euler_a": "euler_ancestral", "dpmpp_2m_k": "dpmpp_2m_karras", "jpg": "jpeg"}.get(name, name)
+    # What is none is shown as it was given.
+    return name if name in {*Scheduler, *ImageFormat} else value
 
 
 Size = Annotated[int, Field(strict=True, ge=MIN_SIZE, le=MAX_SIZE)]
@@ -163,10 +183,21 @@ class Job(BaseModel):
     #: The caller's own JSON object, up to 4 KiB, returned untouched.
     metadata: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("prompt", "negative_prompt", "model")
+    @field_validator("prompt", "negative_prompt")
     @classmethod
     def _printable(cls, value: str) -> str:
         return _text(value)
+
+    @field_validator("model", "revision")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        return _name(value)
+
+    @field_validator("guidance_scale")
+    @classmethod
+    def _one_zero(cls, value: float | None) -> float | None:
+        # -0.0 is the same picture, and so must be the same id.
+        return value if value is None else value + 0.0
 
     @field_validator("prompt")
     @classmethod
@@ -183,13 +214,17 @@ class Job(BaseModel):
     @field_validator("metadata")
     @classmethod
     def _plain_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if _depth(value) > MAX_METADATA_DEPTH:
+            raise ValueError(f"is nested deeper than {MAX_METADATA_DEPTH} levels: keep a reference")
         try:
-            size = len(json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode())
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"is not JSON: {error}") from None
+            text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+            size = len(text.encode())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"is not JSON: {_short(str(error))}") from None
         if size > MAX_METADATA:
             raise ValueError(f"is {size:,} bytes of JSON, the limit is {MAX_METADATA:,}: keep a reference")
-        return value
+        # A copy: what the caller changes later is not part of the job.
+        return dict(json.loads(text))
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Self:
@@ -238,24 +273,31 @@ def _explain(error: ValidationError) -> str:
             case "extra_forbidden":
                 near = difflib.get_close_matches(field, Job.model_fields, 1)
                 hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(Job.model_fields)}."
-                sentences.append(f'There is no job field "{field}": {hint}')
+                shown = f'"{field}"' if field.isprintable() and len(field) <= 60 else _short(field)
+                sentences.append(f"There is no job field {shown}: {hint}")
             case "missing":
                 sentences.append(f"{field} is missing: a job needs a prompt.")
             case "value_error":
                 sentences.append(f"{field} {str(finding['msg']).removeprefix('Value error, ')}.")
             case "enum":
                 kind = Scheduler if field == "scheduler" else ImageFormat
-                sentences.append(f"{field} is {value!r}: use one of {', '.join(kind)}.")
+                sentences.append(f"{field} is {_short(value)}: use one of {', '.join(kind)}.")
+            case "string_too_short":
+                remedy = "say what to draw" if field == "prompt" else "leave it out for the fleet's default"
+                sentences.append(f"{field} is empty: {remedy}.")
             case "string_too_long":
                 limit = finding["ctx"]["max_length"]
                 sentences.append(f"{field} is {len(str(value)):,} characters, the limit is {limit:,}.")
             case _:
                 limit = str(finding["msg"]).removeprefix("Input should be ")
-                sentences.append(f"{field} is {_short(value)}: it must be {limit}.")
+                sentences.append(f"{_short(field)[1:-1]} is {_short(value)}: it must be {limit}.")
     return " ".join(sentences)
 
 
 def _short(value: object) -> str:
     """A value as an error can show it."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists without end
+        return f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -52,7 +52,9 @@ def write(job: Job) -> str:
     }
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):
-        pairs[_TEXTS] = json.dumps(json.dumps([job.prompt, job.negative_prompt]))
+        # Not as ASCII: six characters for each of a long prompt's would not fit into a JPEG's Exif.
+        texts = json.dumps([job.prompt, job.negative_prompt], ensure_ascii=False)
+        pairs[_TEXTS] = json.dumps(texts, ensure_ascii=False)
         text = _join(job, pairs)
     return text
 
@@ -65,28 +67,39 @@ def read(text: str) -> Job:
     prompt, negative = _texts(text)
     pairs = _pairs(text.rpartition("\n")[2])
     fields: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
-    try:
-        if "Size" in pairs:
-            fields["width"], fields["height"] = (int(side) for side in pairs["Size"].split("x"))
-        for name, field, kind in (
-            ("Steps", "steps", int),
-            ("CFG scale", "guidance_scale", float),
-            ("Seed", "seed", int),
-            ("Model", "model", str),
-            ("Model hash", "revision", str),
-            ("Format", "format", str),
-        ):
-            if name in pairs:
-                fields[field] = kind(pairs[name])
-    except ValueError as error:
-        raise InvalidJobError(f"The parameters text cannot be read: {error}.") from None
+    if size := pairs.get("Size"):
+        if not (sides := re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)):
+            raise InvalidJobError(
+                f"The parameters text has Size: {size[:40]!r}, which is no size like 512x512."
+            )
+        fields["width"], fields["height"] = int(sides[1]), int(sides[2])
+    for name, field, kind in (
+        ("Steps", "steps", int),
+        ("CFG scale", "guidance_scale", float),
+        ("Seed", "seed", int),
+    ):
+        if name in pairs:
+            fields[field] = _number(kind, name, pairs[name])
+    for name, field in (("Model", "model"), ("Model hash", "revision"), ("Format", "format")):
+        if name in pairs:
+            fields[field] = pairs[name]
     if sampler := pairs.get("Sampler"):
-        fields["scheduler"] = _SCHEDULERS.get(sampler, sampler)
+        # Since its version 1.9 the schedule is apart from the sampler.
+        karras = f"{sampler} Karras" if pairs.get("Schedule type") == "Karras" else sampler
+        fields["scheduler"] = _SCHEDULERS.get(karras, karras)
     if pairs.get("Version") != "smallcat":
         # Another tool's hash and model file name mean nothing here.
         fields.pop("revision", None)
         fields.pop("model", None)
     return Job.parse(fields)
+
+
+def _number(kind: type[int] | type[float], name: str, text: str) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        raise InvalidJobError(f"The parameters text has {name}: {shown!r}, which is no number.") from None
 
 
 def _join(job: Job, pairs: dict[str, object]) -> str:
@@ -102,16 +115,27 @@ def _texts(text: str) -> tuple[str, str]:
     if not last.startswith("Steps: "):
         body, last = text, ""
     if texts := _pairs(last).get(_TEXTS):
-        prompt, negative = json.loads(texts)
+        try:
+            prompt, negative = json.loads(texts)
+        except (ValueError, TypeError, RecursionError):
+            raise InvalidJobError(f"The parameters text has {_TEXTS} that are no pair of texts.") from None
         return prompt, negative
     prompt, mark, negative = ("\n" + body).partition("\n" + _NEGATIVE)
     return prompt[1:], negative if mark else ""
 
 
 def _pairs(line: str) -> dict[str, str]:
-    return {
-        name: json.loads(value) if value.startswith('"') else value for name, value in _PAIR.findall(line)
-    }
+    return {name: _unquote(value) for name, value in _PAIR.findall(line)}
+
+
+def _unquote(value: str) -> str:
+    """What `_quote` quoted; as it stands where another tool's quotes are no JSON."""
+    if not value.startswith('"'):
+        return value
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value
 
 
 def _quote(value: str) -> str:

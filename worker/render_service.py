@@ -28,6 +28,8 @@ from worker.errors import (
     InvalidJobError,
     JobCancelledError,
     MachineError,
+    NewerMessageError,
+    PermanentStorageError,
     PoisonJobError,
     SmallcatError,
     StorageError,
@@ -37,17 +39,13 @@ from worker.fleet import queue_of
 from worker.images import CONTENT_TYPES, encode
 from worker.job import FORMAT_VERSION, Job, ServedModel
 from worker.records import Claim, JobRecord, Records, State, Timings
-from worker.storage import PermanentStorageError, Storage
+from worker.storage import Storage
 
 logger = logging.getLogger("smallcat.jobs")
 
 #: Seconds between two tries of a PUT: the first, and the most it grows to. Each is drawn at random from
 #: half of that to all of it, so that a fleet does not come back all at once.
 PUT_BACKOFF_S = (0.5, 10.0)
-
-
-class NewerMessageError(SmallcatError):
-    """Raised when a message is of a newer version than this worker reads. It must go back untouched."""
 
 
 class Message(BaseModel):

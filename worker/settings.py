@@ -27,10 +27,22 @@ _OTHER_NAMES = {
 }
 
 
+#: Seconds that a setting may be, at most: a year, which is also well below what a lock can wait for.
+_YEAR_S = 31_536_000
+
+
 def _redis_url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname:
-        raise ValueError("must look like redis://[:password@]host:port/db, or rediss:// for TLS")
+    rule = "must look like redis://[:password@]host:port/db, or rediss:// for TLS"
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:  # Its text may hold the password.
+        raise ValueError(rule) from None
+    number = parts.path.removeprefix("/")
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or port == 0:
+        raise ValueError(f"{rule}. Write special characters of the password as %XX")
+    if number and not (number.isascii() and number.isdigit()):
+        raise ValueError(f"{rule}. The database is a number")
     return value
 
 
@@ -58,9 +70,9 @@ class Settings(BaseModel):
     #: Key prefix in the bucket, for sharing it with other things.
     s3_prefix: Annotated[str, AfterValidator(_prefix)] = ""
     #: Seconds, > 0, that a job's record stays in Redis after its last change (default: 7 days).
-    record_ttl_s: int = Field(default=604_800, gt=0)
+    record_ttl_s: int = Field(default=604_800, gt=0, le=_YEAR_S)
     #: Seconds, >= 1, until a dead worker's jobs go to another one. The same on every worker of a queue.
-    lease_s: float = Field(default=30, ge=1)
+    lease_s: float = Field(default=30, ge=1, le=_YEAR_S)
 
     @classmethod
     def variable(cls, field: str) -> str:
@@ -93,7 +105,7 @@ class ProducerSettings(Settings):
     """What a process that submits jobs reads."""
 
     #: Seconds, > 0, that `submit_job` tries to reach Redis before it gives up.
-    submit_timeout_s: float = Field(default=5, gt=0)
+    submit_timeout_s: float = Field(default=5, gt=0, le=_YEAR_S)
 
 
 class WorkerSettings(Settings):
@@ -124,13 +136,13 @@ class WorkerSettings(Settings):
     #: Whether the safety checker of a model that ships one looks at every picture.
     safety_checker: bool = True
     #: Seconds, > 0, that a job may spend in the engine.
-    job_timeout_s: float = Field(default=600, gt=0)
+    job_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
     #: Times, >= 1, that a job is tried before it is set aside.
     max_attempts: int = Field(default=3, ge=1)
     #: Seconds, >= 0, that a stopping worker goes on with the jobs on board before it gives them back.
-    drain_s: float = Field(default=30, ge=0)
+    drain_s: float = Field(default=30, ge=0, le=_YEAR_S)
     #: Seconds, > 0, that a finished picture is put again while the storage fails, before the job fails.
-    upload_timeout_s: float = Field(default=600, gt=0)
+    upload_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
     #: Port of the Prometheus metrics, 1 to 65535. Not set: none.
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
 
@@ -156,6 +168,7 @@ def hidden(redis_url: str) -> str:
     """`redis_url` without its password, for logs and errors."""
     parts = urlsplit(redis_url)
     host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
     if parts.port:
         host = f"{host}:{parts.port}"
     if parts.password:
@@ -173,8 +186,12 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
     known = variables()
     for name in environment:
         if name.startswith("SMALLCAT_") and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"Did you mean {near[0]}?" if near else "The README's settings table has all names."
+            # Without the prefix, which alone would make any name look near.
+            tails = [each.removeprefix("SMALLCAT_") for each in known if each.startswith("SMALLCAT_")]
+            near = difflib.get_close_matches(name.removeprefix("SMALLCAT_"), tails, 1)
+            hint = (
+                f"Did you mean SMALLCAT_{near[0]}?" if near else "The README's settings table has all names."
+            )
             raise SettingsError(f"There is no setting {name}. {hint}")
 
 

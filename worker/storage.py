@@ -22,7 +22,7 @@ import boto3
 import botocore.config
 import botocore.exceptions
 
-from worker.errors import StorageError, UnknownJobError
+from worker.errors import PermanentStorageError, StorageError, UnknownJobError
 from worker.job import ImageFormat
 
 if TYPE_CHECKING:
@@ -45,10 +45,6 @@ _PERMANENT = {
     "QuotaExceeded": "make room on the storage",
     "XMinioStorageFull": "make room on the storage",
 }
-
-
-class PermanentStorageError(StorageError):
-    """Raised when the bucket refuses for a reason that waiting does not mend."""
 
 
 class Storage:

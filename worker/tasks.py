@@ -20,12 +20,12 @@ from celery.worker import state as worker_state
 from worker import metrics, transport
 from worker.celery import RENDER, app
 from worker.engine import Engine
-from worker.errors import EngineStoppedError, MachineError, SmallcatError
+from worker.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
 from worker.fleet import Fleet, WorkerInfo, queues_of
 from worker.heartbeat import Heartbeat
 from worker.records import Records
 from worker.redis_client import connect, queue_errors
-from worker.render_service import NewerMessageError, RenderService
+from worker.render_service import RenderService
 from worker.settings import WorkerSettings, hidden, worker_settings
 from worker.storage import Storage
 
