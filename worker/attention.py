@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers.utils import import_utils
 
 from worker.errors import SettingsError
-from worker.pipeline import Choice
+from worker.pipeline import Choice, first_line
 
 Backend = Literal["auto", "xformers", "sdpa", "naive"]
 #: (queries, keys, values, scale) to their attention, all (batch, tokens, heads, head width).
@@ -32,8 +31,8 @@ TIMED_ROWS = 8
 #: How far, relative to values around 1, an xformers result may be from naive's in half precision.
 _TOLERANCE = 2e-2
 _REMEDY = (
-    "install the worker with its cuda extra (pip install '.[cuda]': xformers and nvidia-cuda-runtime-cu12), or "
-    "leave SMALLCAT_ATTENTION and USE_MEMORY_EFFICIENT_ATTENTION out"
+    "install the worker with its cuda extra (pip install '.[cuda]': xformers and nvidia-cuda-runtime-cu12), "
+    "or leave SMALLCAT_ATTENTION and USE_MEMORY_EFFICIENT_ATTENTION out"
 )
 
 # diffusers imports xformers wherever it is installed: on a CPU for a warning, and on a GPU before the CUDA
@@ -52,7 +51,8 @@ def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """torch's scaled_dot_product_attention, which picks its own kernel."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+    result = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+    return result.transpose(1, 2)
 
 
 def load_xformers() -> Kernel:
@@ -170,13 +170,13 @@ def install(pipeline: Any, backend: Backend, device: torch.device) -> Choice:
 def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict[Shape, Kernel], str]:
     shapes = Counter(shape for _, shape in _attentions(pipeline))
     if backend == "naive":
-        return dict.fromkeys(shapes, naive), "asked for: the baseline of 2022, which keeps N x N matrices in memory"
+        return dict.fromkeys(shapes, naive), "asked for; the baseline of 2022, with N x N matrices in memory"
     if backend == "sdpa":
         return dict.fromkeys(shapes, sdpa), "asked for"
     if device.type == "cpu":
         if backend == "xformers":
             raise SettingsError(
-                "The attention backend xformers was asked for, but it has no operator for a CPU: set "
+                "The attention backend xformers is asked for, but it has no operator for a CPU: set "
                 "SMALLCAT_ATTENTION=sdpa and leave USE_MEMORY_EFFICIENT_ATTENTION out."
             )
         return dict.fromkeys(shapes, sdpa), "xformers has no operator for a CPU"
@@ -184,7 +184,7 @@ def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict
     if backend == "xformers":
         if not any(kernel is not sdpa for kernel in kernels.values()):
             raise SettingsError(
-                f"The attention backend xformers was asked for, but does not work ({refused}): {_REMEDY}."
+                f"The attention backend xformers is asked for, but does not work ({refused}): {_REMEDY}."
             )
         return kernels, "asked for" + (f"; sdpa where it refuses: {refused}" if refused else "")
     if all(kernel is sdpa for kernel in kernels.values()):
@@ -202,8 +202,8 @@ def _probe(shapes: Counter[Shape], device: torch.device) -> tuple[dict[Shape, Ke
     """xformers for each shape that it computes rightly, sdpa for the others, with the first reason why not."""
     try:
         kernel = load_xformers()
-    except Exception as error:
-        return dict.fromkeys(shapes, sdpa), f"it does not load: {_first_line(error)}"
+    except Exception as error:  # noqa: BLE001 - any reason not to load is one, and is told
+        return dict.fromkeys(shapes, sdpa), f"it does not load: {first_line(error)}"
     kernels: dict[Shape, Kernel] = {}
     refused = ""
     for shape in shapes:
@@ -212,11 +212,11 @@ def _probe(shapes: Counter[Shape], device: torch.device) -> tuple[dict[Shape, Ke
             scale = shape.head_width**-0.5
             wrong = (kernel(*drawn, scale).float() - sdpa(*drawn, scale).float()).abs().max().item()
             if not wrong < _TOLERANCE:
-                raise RuntimeError(f"its result is off by {wrong:.2g}")  # noqa: TRY301 - one way out
+                raise RuntimeError(f"its result is off by {wrong:.2g}")
             kernels[shape] = kernel
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - likewise
             kernels[shape] = sdpa
-            refused = refused or f"heads of {shape.head_width} in {shape.dtype}: {_first_line(error)}"
+            refused = refused or f"heads of {shape.head_width} in {shape.dtype}: {first_line(error)}"
     return kernels, refused
 
 
@@ -226,7 +226,8 @@ def _time(kernels: dict[Shape, Kernel], shapes: Counter[Shape], device: torch.de
     for shape, times in shapes.items():
         drawn = shape.draw(TIMED_ROWS, device)
         scale = shape.head_width**-0.5
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
         for repetition in range(13):
             if repetition == 3:
                 start.record()
@@ -252,31 +253,30 @@ def _attentions(pipeline: Any) -> Iterator[tuple[Any, Shape]]:
     levels += [(block, lowest - level) for level, block in enumerate(unet.up_blocks)]
     places = [(block, -(-height // 2**level) * -(-width // 2**level)) for block, level in levels]
     places += [(vae, height * width)]
-    attention = _attention_class()
     for place, tokens in places:
         for module in place.modules() if place is not None else ():
-            if not isinstance(module, attention):
-                continue
-            unknown = (
-                module.added_kv_proj_dim is not None
-                or any((module.norm_q, module.norm_k, module.norm_cross, module.spatial_norm))
-                or module.fused_projections
-                or module.inner_kv_dim != module.inner_dim
-            )
-            if unknown:
-                raise SettingsError(
-                    "The model has attention of another kind than Stable Diffusion's: use another model."
-                )
-            yield (
-                module,
-                Shape(
-                    query_tokens=tokens,
-                    key_tokens=text if module.is_cross_attention else tokens,
-                    heads=module.heads,
-                    head_width=module.inner_dim // module.heads,
-                    dtype=module.to_q.weight.dtype,
-                ),
-            )
+            if isinstance(module, _attention_class()):
+                yield module, _shape(module, tokens, text)
+
+
+def _shape(module: Any, tokens: int, text: int) -> Shape:
+    unknown = (
+        module.added_kv_proj_dim is not None
+        or any((module.norm_q, module.norm_k, module.norm_cross, module.spatial_norm))
+        or module.fused_projections
+        or module.inner_kv_dim != module.inner_dim
+    )
+    if unknown:
+        raise SettingsError(
+            "The model has attention of another kind than Stable Diffusion's: use another model."
+        )
+    return Shape(
+        query_tokens=tokens,
+        key_tokens=text if module.is_cross_attention else tokens,
+        heads=module.heads,
+        head_width=module.inner_dim // module.heads,
+        dtype=module.to_q.weight.dtype,
+    )
 
 
 def _attention_class() -> type[torch.nn.Module]:
@@ -287,8 +287,5 @@ def _attention_class() -> type[torch.nn.Module]:
 
 
 def _name(kernel: Kernel) -> str:
-    return {naive: "naive", sdpa: "sdpa"}.get(kernel, "xformers")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    names: dict[Kernel, str] = {naive: "naive", sdpa: "sdpa"}
+    return names.get(kernel, "xformers")

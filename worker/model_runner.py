@@ -1,7 +1,7 @@
 """All that runs on the device: text encoding, denoising steps over mixed jobs, decoding, safety check.
 
-A job's pixels are what diffusers' own pipeline call gives for it with a CPU generator of its seed (within 1 of
-255 in fp32), whatever other jobs are in its batches. Formulas and their order follow
+A job's pixels are what diffusers' own pipeline call gives for it with a CPU generator of its seed (within 1
+of 255 in fp32), whatever other jobs are in its batches. Formulas and their order follow
 `diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion.py`, its SDXL sibling and
 `latent_consistency_models/pipeline_latent_consistency_text2img.py`. Latents and sampler arithmetic are fp32
 also where the model runs in fp16: the noise is the same on every machine, and rounding does not add up.
@@ -10,11 +10,8 @@ also where the model runs in fp16: the noise is the same on every machine, and r
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections import OrderedDict
+import traceback
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import diffusers
 import torch
@@ -32,32 +29,20 @@ from worker.errors import (
 )
 from worker.images import Picture
 from worker.job import Job, Scheduler
-from worker.pipeline import Choice
+from worker.pipeline import Choice, first_line
 from worker.samplers import Sampler, Samplers
 from worker.settings import WorkerSettings
+from worker.text import Text, TextEncoder
 
-#: Texts whose embeddings are kept, at most: some 300 KiB each for SD 1.x, 1 MiB for SDXL.
-TEXTS_KEPT = 256
-#: Pixels that are decoded at once, at most: 8 pictures of 512 x 512 on a GPU, 1 on a CPU, where more gain nothing.
+#: Pixels that are decoded at once, at most: 8 pictures of 512 x 512 on a GPU; on a CPU, where more gain
+#: nothing, 1 of them.
 GPU_DECODE_PIXELS, CPU_DECODE_PIXELS = 8 * 512 * 512, 512 * 512
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A job's text as the UNet takes it; guided: the negative prompt's row first."""
-
-    #: (rows, tokens, width), in the model's dtype.
-    embeddings: torch.Tensor
-    #: (rows, width) for SDXL, else None.
-    pooled: torch.Tensor | None
-    #: What was left out.
-    warnings: tuple[str, ...]
 
 
 class Render:
     """One job on board. Made by `ModelRunner.prepare`, changed by `ModelRunner.step` alone."""
 
-    def __init__(self, job: Job, text: _Text, conditions: dict[str, torch.Tensor], sampler: Sampler) -> None:
+    def __init__(self, job: Job, text: Text, conditions: dict[str, torch.Tensor], sampler: Sampler) -> None:
         #: The job, with all that it left open filled in.
         self.job = job
         #: Rows in a forward of the UNet: 2 with guidance, else 1.
@@ -68,6 +53,8 @@ class Render:
         self.steps = len(sampler.timesteps)
         #: One sentence for each thing the caller should know.
         self.warnings = text.warnings
+        #: Classifier-free guidance, the job's.
+        self.guidance = job.guidance_scale or 0.0
         self._text = text
         self._conditions = conditions
         self._sampler = sampler
@@ -93,8 +80,7 @@ class ModelRunner:
         self._device, self._dtype = loaded.device, loaded.dtype
         self._is_xl = isinstance(self._pipeline, diffusers.StableDiffusionXLPipeline)
         self._samplers = Samplers(self._pipeline)
-        self._texts: OrderedDict[tuple[str, str, bool], _Text] = OrderedDict()
-        self._text_lock = threading.Lock()
+        self._texts = TextEncoder(self._pipeline, self._device, self._dtype)
         #: The model as it is announced.
         self.served = loaded.served
         self.max_rows, reason = pipelines.choose_rows(settings.max_batch, self._device)
@@ -107,7 +93,9 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """One small render through everything. Raises `SettingsError` when that fails."""
-        job = Job(prompt="a small cat", seed=0, width=64, height=64, steps=2).resolved(self.served)
+        # A GPU picks its kernels by shape, so it is warmed with the one most jobs have.
+        side = None if self._device.type == "cuda" else 64
+        job = Job(prompt="a small cat", seed=0, steps=4, width=side, height=side)
         try:
             render = self.prepare(job)
             while render.step < render.steps:
@@ -119,8 +107,8 @@ class ModelRunner:
                 raise picture
         except SmallcatError as error:
             raise SettingsError(
-                f"The model {self.served.name} failed to render at start ({error}): try another SMALLCAT_DTYPE, "
-                "SMALLCAT_ATTENTION or SMALLCAT_MODEL."
+                f"The model {self.served.name} failed to render at start ({error}): try another "
+                "SMALLCAT_DTYPE, SMALLCAT_ATTENTION or SMALLCAT_MODEL."
             ) from error
 
     @torch.inference_mode()
@@ -131,7 +119,8 @@ class ModelRunner:
         `OutOfMemoryError` when it does not fit. No other render is affected.
         """
         job = job.resolved(self.served)
-        assert job.width and job.height and job.steps and job.guidance_scale is not None  # noqa: S101 - resolved
+        assert job.width and job.height and job.steps  # noqa: S101, PT018 - resolved, which mypy cannot know
+        assert job.guidance_scale is not None  # noqa: S101
         factor = int(self._pipeline.vae_scale_factor)
         if job.width % factor or job.height % factor:
             raise InvalidJobError(
@@ -142,7 +131,7 @@ class ModelRunner:
         embeds_guidance = self._pipeline.unet.config.time_cond_proj_dim is not None
         guided = job.guidance_scale > 1 and not embeds_guidance
         with _mapped("encode the prompt"):
-            text = self._encoded(job.prompt, job.negative_prompt, guided)
+            text = self._texts.encode(job.prompt, job.negative_prompt, guided=guided)
         shape = (1, self._pipeline.unet.config.in_channels, job.height // factor, job.width // factor)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32) * sampler.noise_scale
         conditions: dict[str, torch.Tensor] = {}
@@ -185,8 +174,8 @@ class ModelRunner:
             elif not next(checks):
                 outcomes.append(
                     NotFiniteError(
-                        f"The latents are no longer finite after step {render.step + 1} of {render.steps}: try "
-                        "another scheduler, fewer steps, less guidance, or a worker with SMALLCAT_DTYPE=fp32."
+                        f"The latents are no longer finite after step {render.step + 1} of {render.steps}: "
+                        "try another scheduler, less guidance, or a worker with SMALLCAT_DTYPE=fp32."
                     )
                 )
             else:
@@ -216,57 +205,15 @@ class ModelRunner:
             return_dict=False,
         )[0].float()
         predictions = []
-        for render, rows in zip(renders, output.split([render.rows for render in renders]), strict=True):
+        groups = torch.split_with_sizes(output, [render.rows for render in renders])
+        for render, rows in zip(renders, groups, strict=True):
             if render.rows == 2:
                 # Ho and Salimans (2022), equation 6, in the parametrisation of Saharia et al. (2022).
                 without, with_text = rows.chunk(2)
-                scale = render.job.guidance_scale
-                predictions.append(without + scale * (with_text - without))
+                predictions.append(without + render.guidance * (with_text - without))
             else:
                 predictions.append(rows)
         return predictions
-
-    # --- text -----------------------------------------------------------------------------------------------
-
-    def _encoded(self, prompt: str, negative: str, guided: bool) -> _Text:
-        """The text's embeddings, from the cache where they are there."""
-        key = (prompt, negative if guided else "", guided)
-        with self._text_lock:
-            if (known := self._texts.get(key)) is not None:
-                self._texts.move_to_end(key)
-                return known
-            text = self._encode(*key)
-            self._texts[key] = text
-            while len(self._texts) > TEXTS_KEPT:
-                self._texts.popitem(last=False)
-            return text
-
-    def _encode(self, prompt: str, negative: str, guided: bool) -> _Text:
-        warnings = self._cut("prompt", prompt) + (self._cut("negative prompt", negative) if guided else ())
-        encoded = self._pipeline.encode_prompt(
-            prompt,
-            device=self._device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-            # For diffusers an empty negative prompt is another thing than none: SDXL zeroes only none.
-            negative_prompt=negative or None,
-        )
-        order = (1, 0) if guided else (0,)
-        embeddings = torch.cat([encoded[row] for row in order]).to(self._dtype)
-        pooled = torch.cat([encoded[2 + row] for row in order]).to(self._dtype) if self._is_xl else None
-        return _Text(embeddings, pooled, warnings)
-
-    def _cut(self, what: str, text: str) -> tuple[str, ...]:
-        """What diffusers leaves out of `text`, as a warning: the tokens beyond the text encoder's window."""
-        tokenizer = self._pipeline.tokenizer
-        limit = tokenizer.model_max_length
-        tokens = tokenizer(text, truncation=False, padding=False, verbose=False).input_ids
-        if len(tokens) <= limit:
-            return ()
-        left_out = tokenizer.decode(tokens[limit - 1 : -1])
-        return (f'The {what} was cut after {limit} tokens; left out: "{left_out}"',)
-
-    # --- pictures -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def decode(self, renders: Sequence[Render]) -> list[Picture | SmallcatError]:
@@ -299,16 +246,16 @@ class ModelRunner:
             job = renders[0].job
             return [
                 JobTooLargeError(
-                    f"A picture of {job.width} x {job.height} pixels does not fit in the device's memory while it "
-                    "is decoded: ask for a smaller one."
+                    f"A picture of {job.width} x {job.height} pixels does not fit in the device's memory "
+                    "while it is decoded: ask for a smaller one."
                 )
             ]
 
     def _decode_together(self, renders: Sequence[Render]) -> list[Picture | SmallcatError]:
         vae = self._pipeline.vae
         latents = self._unscaled(torch.cat([render._latents for render in renders]))
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        finite = _finite(list(images.split(1)))
+        images: torch.Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        finite = _finite([images])
         verdicts: list[bool | None] = [None] * len(renders)
         if getattr(self._pipeline, "safety_checker", None) is not None:
             images, verdicts = self._pipeline.run_safety_checker(images, self._device, self._dtype)
@@ -338,9 +285,9 @@ class ModelRunner:
         config = self._pipeline.vae.config
         mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if not self._is_xl or mean is None or deviation is None:
-            return latents / config.scaling_factor
+            return latents / float(config.scaling_factor)
         mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, deviation))
-        return latents * deviation / config.scaling_factor + mean
+        return latents * deviation / float(config.scaling_factor) + mean
 
 
 def _advanced(render: Render, prediction: torch.Tensor) -> tuple[torch.Tensor, Sampler] | SmallcatError:
@@ -351,13 +298,13 @@ def _advanced(render: Render, prediction: torch.Tensor) -> tuple[torch.Tensor, S
         if _is_out_of_memory(error):
             raise
         return RenderError(
-            f'Scheduler "{render.job.scheduler}" failed at step {render.step + 1} of {render.steps} ({error}): use '
-            "another scheduler or another number of steps."
+            f'Scheduler "{render.job.scheduler}" failed at step {render.step + 1} of {render.steps} '
+            f"({first_line(error)}): use another scheduler or another number of steps."
         )
 
 
 def _finite(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    """Whether each of the tensors, of one shape, is finite throughout."""
+    """Whether each row of the tensors, alike but for their rows, is finite throughout."""
     if not tensors:
         return []
     answers: list[bool] = torch.cat(list(tensors)).isfinite().flatten(1).all(1).tolist()
@@ -372,9 +319,14 @@ def _mapped(doing: str) -> Iterator[None]:
     except SmallcatError:
         raise
     except Exception as error:
+        # The frames of the failed forward hold its tensors for as long as somebody holds the error, and the
+        # engine tries again with fewer rows while it does.
+        traceback.clear_frames(error.__traceback__)
         if _is_out_of_memory(error):
-            raise OutOfMemoryError(f"Out of memory while trying to {doing}: {_first_line(error)}") from error
-        raise RenderError(f"The model failed to {doing}: {_first_line(error)}") from error
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise OutOfMemoryError(f"Out of memory while trying to {doing}: {first_line(error)}") from error
+        raise RenderError(f"The model failed to {doing}: {first_line(error)}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -382,7 +334,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -22,8 +22,8 @@ CLASSES: dict[Scheduler, tuple[str, dict[str, Any]]] = {
     Scheduler.DDIM: ("DDIMScheduler", {}),
     Scheduler.EULER: ("EulerDiscreteScheduler", {}),
     Scheduler.EULER_ANCESTRAL: ("EulerAncestralDiscreteScheduler", {}),
-    # Lu et al. (2022), DPM-Solver++(2M): the deterministic second-order multistep solver, whatever variant the
-    # model's own config asks for.
+    # Lu et al. (2022), DPM-Solver++(2M): the deterministic second-order multistep solver, whatever variant
+    # the model's own config asks for.
     Scheduler.DPMPP_2M: (
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
@@ -63,7 +63,7 @@ class Sampler:
     def advance(
         self, prediction: torch.Tensor, latents: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, Sampler]:
-        """The latents after step `step`, given the UNet's guided prediction, and the sampler for the next one.
+        """The latents after step `step`, given the UNet's guided prediction, and the sampler for the next.
 
         Neither `latents` nor this sampler is changed.
         """
@@ -95,14 +95,14 @@ class Samplers:
     def make(self, name: Scheduler, steps: int, generator: torch.Generator) -> Sampler:
         """A sampler for `steps` steps that draws its noise from `generator` (on the CPU).
 
-        Raises `InvalidJobError` when the scheduler cannot do that many steps, or the model not that scheduler.
+        Raises `InvalidJobError` when the scheduler cannot do that many steps, or the model not that one.
         """
         if self._lcm_only and name not in (Scheduler.DEFAULT, Scheduler.LCM):
             raise InvalidJobError(
                 f'scheduler is "{name}", but this is a latent consistency model: use "default" or "lcm".'
             )
         scheduler = copy.deepcopy(self._prototypes[name])
-        self._refuse_too_many(name, scheduler, steps)
+        self._refuse(name, scheduler, steps)
         try:
             scheduler.set_timesteps(steps)
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
@@ -121,14 +121,18 @@ class Samplers:
         return Sampler(scheduler, generator, scheduler.timesteps.cpu(), options)
 
     @staticmethod
-    def _refuse_too_many(name: Scheduler, scheduler: Any, steps: int) -> None:
-        limit = (
-            getattr(scheduler.config, "original_inference_steps", None)
-            or scheduler.config.num_train_timesteps
-        )
-        if isinstance(scheduler, diffusers.LCMScheduler) and steps > limit:
+    def _refuse(name: Scheduler, scheduler: Any, steps: int) -> None:
+        """Refuse with a limit what diffusers refuses without one."""
+        config = scheduler.config
+        if isinstance(scheduler, diffusers.LCMScheduler) and steps > config.original_inference_steps:
             raise InvalidJobError(
-                f'steps is {steps}, the limit of scheduler "{name}" with this model is {limit}: use 4 to 8.'
+                f'steps is {steps}, the limit of scheduler "{name}" with this model is '
+                f"{config.original_inference_steps}: 4 to 8 are enough."
+            )
+        if isinstance(scheduler, diffusers.PNDMScheduler) and steps < 4 and not config.skip_prk_steps:
+            raise InvalidJobError(
+                f'steps is {steps}, but scheduler "{name}" with this model begins with 4 Runge-Kutta steps: '
+                "use 4 or more, or another scheduler."
             )
 
 
