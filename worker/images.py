@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,13 +60,18 @@ def read_parameters(data: bytes) -> str | None:
     if not isinstance(comment, bytes):
         return None
     if comment.startswith(_UNICODE):
-        return comment.removeprefix(_UNICODE).decode("utf-16-be")
+        return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
     return comment.removeprefix(_ASCII).decode("utf-8", "replace")
 
 
-def _exif(parameters: str) -> Image.Exif:
-    exif = Image.Exif()
-    # Big-endian throughout, as the readers named above expect.
-    exif.endian = ">"
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + parameters.encode("utf-16-be")
-    return exif
+def _exif(parameters: str) -> bytes:
+    """An Exif block that holds a UserComment and nothing else.
+
+    Written by hand: Pillow gives the comment the type BYTE, which piexif, and so AUTOMATIC1111, cannot read.
+    Big-endian throughout, as those readers expect; IFD0 at 8, Exif's own IFD at 26, the comment at 44.
+    """
+    comment = _UNICODE + parameters.encode("utf-16-be")
+    header = struct.pack(">2sHI", b"MM", 42, 8)
+    pointer = struct.pack(">HHHIII", 1, ExifTags.IFD.Exif, 4, 1, 26, 0)
+    entry = struct.pack(">HHHIII", 1, ExifTags.Base.UserComment, 7, len(comment), 44, 0)
+    return b"Exif\0\0" + header + pointer + entry + comment
