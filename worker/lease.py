@@ -21,8 +21,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import monotonic, sleep
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ from kombu.utils.json import dumps, loads
 from redis import Redis
 from redis.exceptions import RedisError
 
-from worker.ledger import EXPIRED, MOVE, RENEW, Layout
+from worker.ledger import EXPIRED, MOVE, POSTPONE, RENEW, Layout
 from worker.transport import alive
 
 logger = logging.getLogger("smallcat.transport")
@@ -51,6 +51,15 @@ class Held:
     #: The message as it was in the list; None for a broadcast, which is nowhere in Redis.
     raw: bytes | None
     queue: str
+    #: Seconds until it may be fetched again, once it is given back by `requeue`.
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A message that comes back after a while."""
+
+    delay_s: float
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Lease:
         self._changed = threading.Condition()
         self._consumers: set[object] = set()
         self._held: dict[str, Held] = {}
-        self._owed: dict[str, Move | None] = {}
+        self._owed: dict[str, Move | Wait | None] = {}
         self._lost: set[str] = set()
         self._thread: threading.Thread | None = None
         self._renewed_at: float | None = None
@@ -133,9 +142,20 @@ class Lease:
             self._held.pop(tag, None)
             self._owe({tag: None})
 
+    def postpone(self, tag: str, delay_s: float) -> None:
+        """Let the message wait for `delay_s` seconds, once it is given back by `requeue`."""
+        with self._changed:
+            if (held := self._held.get(tag)) is not None:
+                self._held[tag] = replace(held, delay_s=delay_s)
+
     def requeue(self, tag: str, *, first: bool) -> None:
         """Give the message back: `first` to be fetched next, else after all others of its priority."""
         with self._changed:
+            held = self._held.get(tag)
+            if held is not None and held.raw is not None and held.delay_s > 0:
+                del self._held[tag]
+                self._owe({tag: Wait(held.delay_s)})
+                return
             self._return([tag], "RPUSH" if first else "LPUSH")
 
     def set_aside(self, tag: str) -> None:
@@ -188,7 +208,7 @@ class Lease:
             logger.exception("A message of queue %r cannot be read and is set aside", queue)
             return Move([self._layout.undecodable], raw, "LPUSH")
 
-    def _owe(self, owed: dict[str, Move | None]) -> None:
+    def _owe(self, owed: Mapping[str, Move | Wait | None]) -> None:
         self._owed.update(owed)
         self._ensure_thread()
         self._changed.notify_all()
@@ -249,7 +269,9 @@ class Lease:
             pipeline.zrem(self._layout.index, *done)
             pipeline.hdel(self._layout.unacked, *done)
         for tag, move in owed.items():
-            if move is not None:
+            if isinstance(move, Wait):
+                pipeline.eval(POSTPONE, 1, self._layout.index, tag, str(move.delay_s - self._timeout_s))
+            elif move is not None:
                 self._queue_move(pipeline, tag, "", move)
         pipeline.execute()
         with self._changed:
@@ -346,6 +368,18 @@ def lease_of_process(broker: tuple[object, ...], new: Callable[[], Lease]) -> Le
             _leases[broker] = new()
             atexit.register(_leases[broker].end, FLUSH_S)
         return _leases[broker]
+
+
+def postpone(delivery_tag: str, delay_s: float) -> None:
+    """Let a message that this process holds wait for `delay_s` seconds, once its task is rejected.
+
+    Celery's Reject alone would have it back at once, again and again. While it waits it stays registered
+    as held, so that nothing is lost whoever is killed, and any worker takes it up afterwards. The tag of a
+    running task is `task.request.properties["delivery_tag"]`.
+    """
+    with _leases_lock:
+        for lease in _leases.values():
+            lease.postpone(delivery_tag, delay_s)
 
 
 def _forget_leases() -> None:

@@ -1,4 +1,4 @@
-"""What the transport writes into Redis: where it keeps messages, and the four scripts that move them.
+"""What the transport writes into Redis: where it keeps messages, and the five scripts that move them.
 
 Each script is one step that is done or not done, whoever is killed, and reads Redis' clock only. They are
 sent whole, with EVAL: a Redis that was restarted has forgotten the scripts that it was given before.
@@ -90,6 +90,16 @@ for i = 3, #KEYS do
     redis.call(ARGV[3], KEYS[i], ARGV[4])
 end
 return 1
+"""
+
+
+#: Sets a held message aside until later. KEYS: the index. ARGV: tag, delay minus lease, in s.
+#: Its score is that of a worker whose lease ends then, so whoever sweeps restores it.
+POSTPONE: Final = """
+if redis.call('ZREM', KEYS[1], ARGV[1]) == 1 then
+    local time = redis.call('TIME')
+    redis.call('ZADD', KEYS[1], string.format('%.6f', time[1] + time[2] / 1e6 + ARGV[2]), ARGV[1])
+end
 """
 
 

@@ -104,14 +104,3 @@ def alive() -> bool:
     except Exception:
         logger.exception("The engine's state could not be learnt: it counts as lost")
         return False
-
-
-def acknowledge_in(pipeline: Any, delivery_tag: str, global_keyprefix: str = "") -> None:
-    """Queue a message's acknowledgement on a redis-py pipeline, to move it in one transaction.
-
-    For a retry: put the job into the delayed set and acknowledge it at the same instant. The
-    acknowledgement that Celery sends after it then finds nothing to do. The tag of a running task is
-    `task.request.properties["delivery_tag"]`.
-    """
-    pipeline.zrem(global_keyprefix + UNACKED_INDEX, delivery_tag)
-    pipeline.hdel(global_keyprefix + UNACKED, delivery_tag)

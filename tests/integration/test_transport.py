@@ -24,6 +24,7 @@ from kombu import Connection, Consumer, Exchange, Queue
 
 from tests.integration.transport_harness import Fleet, Server, wait_until
 from worker import transport
+from worker.lease import postpone
 from worker.ledger import EXPIRED, FETCH
 from worker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE, broker_url, transport_options
 
@@ -491,17 +492,32 @@ def test_an_acknowledgement_is_sent_until_it_is_heard(
     assert client.llen("q") == 0
 
 
-def test_an_acknowledgement_can_be_part_of_a_transaction(
+def test_a_postponed_message_comes_back_after_its_delay(
     client: redis.Redis, party: Callable[..., Party]
 ) -> None:
     client.lpush("q", json.dumps(message()))
-    [held] = party().drain(1)
-    with client.pipeline(transaction=True) as pipeline:
-        pipeline.zadd("delayed", {"job": 1})
-        transport.acknowledge_in(pipeline, held.delivery_tag)
-        pipeline.execute()
-    assert settled(client)()
-    held.ack()
+    consumer = party()
+    [held] = consumer.drain(1)
+    postpone(held.delivery_tag, 1.0)
+    held.requeue()
+    given_back = time.monotonic()
+    wait_until("it waits", lambda: client.zscore(UNACKED_INDEX, held.delivery_tag) is not None)
+    [again] = consumer.drain(1)
+    assert 0.9 <= time.monotonic() - given_back < 3
+    assert again.delivery_info.get("redelivered")
+    again.ack()
+    wait_until("it is done", settled(client))
+
+
+def test_a_message_is_not_delayed_unless_it_was_postponed(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    client.lpush("q", json.dumps(message()))
+    consumer = party()
+    [held] = consumer.drain(1)
+    held.requeue()
+    [again] = consumer.drain(1, timeout_s=0.8)
+    again.ack()
 
 
 def test_a_full_redis_still_hands_out_renews_and_takes_back(
