@@ -11,8 +11,9 @@ Rules.
    for the moment until they do. At most one row of a cap is unused this way.
 3. Lanes take turns by stride scheduling (Waldspurger and Weihl, 1995): each lane has a pass; the lane with
    the lowest one runs a step, and its pass grows by the rows it ran over its weight, which doubles with
-   each two ranks. No lane waits for another one to become empty; a lane that was idle starts level with
-   the others instead of catching up.
+   each two ranks, up to the highest priority's. The pass of all grows with every step by its rows over the
+   weight of all lanes: there a new lane starts, neither catching up nor ahead of those who wait. So no lane
+   waits for another one to become empty, whatever arrives.
 4. A lane's cap falls by half when its batch did not fit in memory, for good. Those who lose their seat
    keep their place in line and all their progress.
 """
@@ -22,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from worker.job import MAX_PRIORITY
 
 #: Seconds of waiting that count as one step of priority.
 AGEING_S = 10.0
@@ -64,9 +67,9 @@ class _Lane(Generic[T]):
             free -= first.rows
 
     def weight(self, now_s: float) -> float:
-        """How large its share of the steps is."""
+        """How large its share of the steps is. Bounded, or the oldest lane would in the end run alone."""
         highest = max(place.rank(now_s)[0] for place in self.seated.values())
-        return float(2.0 ** (highest / 2))
+        return float(2.0 ** (min(highest, MAX_PRIORITY) / 2))
 
 
 class Batcher(Generic[T]):
@@ -84,7 +87,7 @@ class Batcher(Generic[T]):
         self._lanes: dict[Hashable, _Lane[T]] = {}
         self._lane_of: dict[T, Hashable] = {}
         self._arrivals = 0
-        #: The pass of the lane that ran last: where a lane that was idle starts.
+        #: The pass of all: where a lane starts that was idle.
         self._pass = 0.0
 
     def __len__(self) -> int:
@@ -117,8 +120,9 @@ class Batcher(Generic[T]):
         for lane in self._lanes.values():
             lane.fill(now_s)
         turn = min(self._lanes.values(), key=lambda lane: lane.pass_)
-        self._pass = turn.pass_
-        turn.pass_ += sum(place.rows for place in turn.seated.values()) / turn.weight(now_s)
+        rows = sum(place.rows for place in turn.seated.values())
+        turn.pass_ += rows / turn.weight(now_s)
+        self._pass += rows / sum(lane.weight(now_s) for lane in self._lanes.values())
         return list(turn.seated)
 
     def cap(self, lane: Hashable) -> int:
