@@ -163,9 +163,9 @@ class Channel(stock.Channel):
 
     def _new_lease(self) -> Lease:
         params = self._connparams()
-        # An answer later than this is as good as none: the next renewal is due.
-        timeout = self.visibility_timeout / 4
-        params["socket_timeout"] = timeout
+        # An answer that is later than the next renewal is as good as none.
+        limits = (self.visibility_timeout / 4, self.socket_timeout)
+        params["socket_timeout"] = min(limit for limit in limits if limit)
         return Lease(
             lambda: redis.Redis(connection_pool=redis.ConnectionPool(**params)),
             self.layout,

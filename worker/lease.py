@@ -244,6 +244,7 @@ class Lease:
                 logger.exception("The lease thread goes on after an error")
                 sleep(RETRY_S)
         client.close()
+        client.connection_pool.disconnect()
 
     def _wait(self, until: float) -> bool:
         """Wait for something to do; False when nothing can come any more."""

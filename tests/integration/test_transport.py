@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,10 +24,10 @@ import pytest
 import redis
 from kombu import Connection, Consumer, Exchange, Queue
 
-from tests.integration.transport_harness import Fleet, Server, wait_until
+from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
 from worker import transport
 from worker.lease import postpone
-from worker.ledger import EXPIRED, FETCH
+from worker.ledger import EXPIRED, FETCH, MOVE, RENEW
 from worker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE, broker_url, transport_options
 
 LEASE_S = 1.0
@@ -50,9 +52,9 @@ def client(server: Server) -> Iterator[redis.Redis]:
 class Party:
     """A consumer in this process, and the messages that reached it."""
 
-    def __init__(self, server: Server, *queues: str, prefetch: int = 0, **options: Any) -> None:
+    def __init__(self, url: str, *queues: str, prefetch: int = 0, **options: Any) -> None:
         settings = transport_options(LEASE_S) | {"unacked_restore_interval": 0.2} | options
-        self.connection = Connection(broker_url(server.url), transport_options=settings)
+        self.connection = Connection(broker_url(url), transport_options=settings)
         self.channel: Any = self.connection.channel()
         self.channel.basic_qos(0, prefetch, False)
         self.messages: list[Any] = []
@@ -84,7 +86,7 @@ def party(server: Server, client: redis.Redis) -> Iterator[Callable[..., Party]]
     parties: list[Party] = []
 
     def new(*queues: str, **options: Any) -> Party:
-        parties.append(Party(server, *queues, **options))
+        parties.append(Party(options.pop("url", server.url), *queues, **options))
         return parties[-1]
 
     yield new
@@ -170,6 +172,24 @@ def test_tls_is_never_dropped_and_verifies_the_server() -> None:
     assert connection.transport.client.ssl == {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     unverified = Connection(broker_url("rediss://example.test?ssl_cert_reqs=none"))
     assert unverified.transport.client.ssl == {"ssl_cert_reqs": ssl.CERT_NONE}
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")
+def test_a_consumer_over_tls_as_a_user_of_another_database(
+    server: Server, client: redis.Redis, party: Callable[..., Party], tmp_path: Path
+) -> None:
+    client.execute_command("ACL", "SETUSER", "me", "on", ">p@ss", "~*", "&*", "+@all")
+    proxy = TLSProxy(server, tmp_path)
+    url = f"rediss://me:p%40ss@localhost:{proxy.port}/3"
+    with server.client(db=3) as third:
+        third.lpush("q", json.dumps(message("over TLS")))
+        [received] = party(url=f"{url}?ssl_ca_certs={proxy.certificate}").drain(1)
+        assert received.payload == "over TLS"
+        received.ack()
+        wait_until("acknowledged", settled(third))
+    with pytest.raises(redis.exceptions.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
+        Connection(broker_url(url)).connect()
+    proxy.close()
 
 
 def test_importing_the_module_does_not_import_redis() -> None:
@@ -428,6 +448,14 @@ def test_kombus_own_transport_restores_what_this_one_held(
     assert settled(client)()
 
 
+def test_a_renewal_is_never_overtaken_by_a_sweep(client: redis.Redis) -> None:
+    tag = abandoned(client)
+    [(_, score, _)] = due(client)
+    client.eval(RENEW, 1, UNACKED_INDEX, tag)
+    assert client.eval(MOVE, 3, UNACKED_INDEX, UNACKED, "q", tag, score, "RPUSH", "x") == 0
+    assert (client.llen("q"), client.hlen(UNACKED)) == (0, 1)
+
+
 def test_an_entry_that_nobody_can_read_is_set_aside(client: redis.Redis, party: Callable[..., Party]) -> None:
     client.hset(UNACKED, "tag", b"\xff nonsense")
     client.zadd(UNACKED_INDEX, {"tag": 1, "index without an entry": 1})
@@ -443,6 +471,9 @@ def test_closing_gives_back_in_order(client: redis.Redis, party: Callable[..., P
     consumer.drain(5)[1].ack()
     consumer.close()
     assert settled(client)()
+    wait_until(
+        "no thread left", lambda: "smallcat-lease" not in {each.name for each in threading.enumerate()}
+    )
     bodies = [each.payload for each in party().drain(4)]
     assert bodies == ["0", "2", "3", "4"]
 
@@ -625,24 +656,10 @@ def test_a_killed_worker_is_followed_within_its_lease(fleet: Callable[..., Fleet
     assert len(group.journal.twice()) == 20
 
 
-def storm(group: Fleet, kills: int, count: int, number: int = signal.SIGKILL) -> None:
-    """Two workers of which one is killed again and again under load. The oracle: all jobs, all settled."""
-    workers = [group.worker(), group.worker()]
-    group.submit(jobs(count), 0.02)
-    for kill in range(kills):
-        progress = len(group.journal.jobs("end"))
-        victim = workers[kill % 2]
-        wait_until("progress", lambda: len(group.journal.jobs("end")) > min(progress + 20, count - 1))  # noqa: B023
-        victim.signal(number)
-        victim.process.wait(20)
-        workers[kill % 2] = group.worker(ready=False)
-    group.journal.wait_for("end", count, 60)
-    wait_until("settled", lambda: not group.unsettled(), 3 * group.lease_s)
-    assert set(group.journal.jobs("end")) == set(jobs(count))
-
-
 def test_sigkills_lose_no_job(fleet: Callable[..., Fleet]) -> None:
-    storm(fleet(lease_s=2.0), kills=3, count=400)
+    group = fleet(lease_s=2.0)
+    assert storm(group, kills=3, number=signal.SIGKILL) == []
+    wait_until("settled", lambda: not group.unsettled(), 3 * group.lease_s)
 
 
 def test_a_stopped_worker_gives_back_what_it_has_not_begun(fleet: Callable[..., Fleet]) -> None:
@@ -658,8 +675,50 @@ def test_a_stopped_worker_gives_back_what_it_has_not_begun(fleet: Callable[..., 
     assert group.journal.twice() == []
 
 
+def test_a_worker_empties_a_full_redis(fleet: Callable[..., Fleet]) -> None:
+    group = fleet(lease_s=2.0)
+    group.submit(jobs(100))
+    client = group.server.client()
+    client.config_set("maxmemory", 1)
+    worker = group.worker()
+    group.journal.wait_for("end", 50)
+    group.server.cut_connections()
+    group.journal.wait_for("end", 100)
+    wait_until("settled", lambda: not group.unsettled())
+    assert worker.process.poll() is None
+    assert group.journal.twice() == []
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_long_storm_of_sigkills_loses_no_job(fleet: Callable[..., Fleet]) -> None:
-    kills = int(os.environ.get("STORM_KILLS", "60"))
-    storm(fleet(lease_s=2.0), kills=kills, count=kills * 120)
+def test_a_worker_that_was_stopped_past_its_lease_goes_on(fleet: Callable[..., Fleet]) -> None:
+    group = fleet(lease_s=2.0)
+    first, _ = group.worker(concurrency=2), group.worker(concurrency=4)
+    group.submit(jobs(6), 1.0)
+    group.journal.wait_for("start", 6)
+    first.signal(signal.SIGSTOP)
+    wait_until("taken over", lambda: len(group.journal.jobs("end")) == 6)
+    first.signal(signal.SIGCONT)
+    wait_until("ended twice", lambda: len(group.journal.jobs("end")) == 8)
+    wait_until("settled", lambda: not group.unsettled())
+    group.submit(jobs(20, "after"), 0.5)
+    group.journal.wait_for("end", 26)
+    assert {line.pid for line in group.journal.lines()[-20:]} == {each.process.pid for each in group.workers}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM"])
+def test_a_long_storm_loses_no_job(fleet: Callable[..., Fleet], signal_name: str) -> None:
+    group = fleet(lease_s=2.0)
+    kills = int(os.environ.get("STORM_KILLS", "30"))
+    assert storm(group, kills=kills, number=signal.Signals[signal_name]) == []
+    wait_until("settled", lambda: not group.unsettled(), 3 * group.lease_s)
+    if signal_name == "SIGTERM":
+        assert group.journal.twice() == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_same_storm_on_kombus_own_transport_loses_some(fleet: Callable[..., Fleet]) -> None:
+    kills = int(os.environ.get("STORM_KILLS", "30"))
+    assert storm(fleet(lease_s=2.0), kills=kills, number=signal.SIGKILL, transport="stock") != []

@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -85,6 +88,47 @@ class Server:
         with self.client() as client:
             client.client_kill_filter(_type="normal", skipme=True)
             client.client_kill_filter(_type="pubsub", skipme=True)
+
+
+class TLSProxy:
+    """Speaks TLS for a server that does not, with a certificate of its own for localhost."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.certificate = folder / "certificate.pem"
+        key = folder / "key.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        command += ["-keyout", str(key), "-out", str(self.certificate)]
+        subprocess.run(command, check=True, capture_output=True, timeout=30)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, key)
+        self._target = server.port
+        self._listener = context.wrap_socket(socket.create_server(("localhost", 0)), server_side=True)
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except ssl.SSLError:  # Whoever came does not trust the certificate.
+                continue
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._target))
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
 
 
 @dataclass(frozen=True)
@@ -209,3 +253,38 @@ class Fleet:
         """Messages that Redis takes for held."""
         client = self.server.client()
         return int(client.hlen("unacked")) + int(client.zcard("unacked_index"))
+
+
+def storm(group: Fleet, *, kills: int, number: int, **options: Any) -> list[str]:
+    """Kill one of two workers again and again, under load, with the signal `number`.
+
+    Jobs of 20 ms come for as long as the storm lasts. Returns those that no worker ended: the lost ones.
+    """
+    ended = threading.Event()
+    submitted: list[str] = []
+
+    def feed() -> None:
+        while not ended.is_set():
+            batch = [f"job{len(submitted) + number}" for number in range(50)]
+            group.submit(batch, 0.02)
+            submitted.extend(batch)
+            waiting = len(submitted) - len(group.journal.jobs("end"))
+            ended.wait(1.0 if waiting > 500 else 0.0)
+
+    workers = [group.worker(ready=False, **options) for _ in range(2)]
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    try:
+        for kill in range(kills):
+            victim = workers[kill % 2].wait_ready()
+            progress = len(group.journal.lines())
+            wait_until("progress", lambda: len(group.journal.lines()) > progress + 40)  # noqa: B023
+            victim.signal(number)
+            victim.process.wait(30)
+            workers[kill % 2] = group.worker(ready=False, **options)
+    finally:
+        ended.set()
+        feeder.join()
+    with contextlib.suppress(AssertionError):
+        group.journal.wait_for("end", len(submitted), 30)
+    return sorted(set(submitted) - set(group.journal.jobs("end")))
