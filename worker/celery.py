@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from celery import Celery
-from kombu import Connection
+from kombu.connection import Connection
 
 from worker.errors import SettingsError
 from worker.job import FORMAT_VERSION, MAX_PRIORITY, Job
@@ -50,7 +50,8 @@ app.conf.update(
 
 def connection(redis_url: str) -> Connection:
     """A connection of this app to that Redis, not yet made. kombu pools those of equal URLs."""
-    return app.connection_for_write(url=broker_url(redis_url))
+    made: Connection = app.connection_for_write(url=broker_url(redis_url))
+    return made
 
 
 def message_of(job: Job) -> dict[str, object]:

@@ -6,7 +6,8 @@
 
 Jobs join at the next step and leave at their last. Whatever happens to one job happens to it alone: a
 forward that fails is run again in halves from the same latents until the one that cannot run is found;
-one that does not fit in memory lowers the lane's cap. Every future is resolved, whatever happens.
+one that does not fit in memory lowers the lane's cap. Every future is resolved, whatever happens. Only a
+`MachineError` of the runner ends the loop: then all jobs go back to the queue, and the process ends.
 
 The engine is given its runner (all of torch is behind it) and imports none itself.
 """
@@ -28,6 +29,7 @@ from worker.errors import (
     JobCancelledError,
     JobTimeoutError,
     JobTooLargeError,
+    MachineError,
     OutOfMemoryError,
     RenderError,
     SmallcatError,
@@ -238,7 +240,8 @@ class Engine(Generic[R]):
                 ticket = self._inbox.popleft()
             try:
                 ticket.render = self._runner.prepare(ticket.job)
-            except Exception as error:  # noqa: BLE001 - a job fails alone
+            except BaseException as error:  # noqa: BLE001 - a job fails alone
+                _raise_if_lost(error)
                 self._leave(ticket, _as_job_error(error), seated=False)
                 continue
             self._batcher.add(
@@ -279,7 +282,8 @@ class Engine(Generic[R]):
             logger.warning("%d rows do not fit: the cap is %d now.", rows, self._batcher.cap(renders[0].lane))
             self._step_halves(batch)
             return
-        except Exception as error:  # noqa: BLE001 - a job fails alone
+        except BaseException as error:  # noqa: BLE001 - a job fails alone
+            _raise_if_lost(error)
             if len(batch) == 1:
                 self._leave(batch[0], _as_job_error(error))
                 return
@@ -317,7 +321,8 @@ class Engine(Generic[R]):
         """Decode together; on failure in halves, until the one that cannot be decoded is found."""
         try:
             return self._runner.decode(renders)
-        except Exception as error:  # noqa: BLE001 - a job fails alone
+        except BaseException as error:  # noqa: BLE001 - a job fails alone
+            _raise_if_lost(error)
             if len(renders) == 1:
                 return [_as_job_error(error)]
             logger.warning("Decoding %d pictures together failed (%r): trying halves.", len(renders), error)
@@ -345,7 +350,13 @@ class Engine(Generic[R]):
             ticket.resolve(error)
 
 
-def _as_job_error(error: Exception) -> SmallcatError:
+def _raise_if_lost(error: BaseException) -> None:
+    """Raise what no other job on this machine would be spared either."""
+    if isinstance(error, MachineError) and not isinstance(error, OutOfMemoryError):
+        raise error
+
+
+def _as_job_error(error: BaseException) -> SmallcatError:
     """What failed for one job alone, as that job's own error."""
     if isinstance(error, OutOfMemoryError):
         return JobTooLargeError(f"The job does not fit in the device's memory, even alone: {error}")

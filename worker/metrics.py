@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Histogram, start_http_server
 
-#: Jobs by how they ended: rendered, cached, failed, cancelled, given_back, taken.
+#: Jobs by how they ended: rendered, cached, failed, retried, cancelled, given_back, taken.
 JOBS = Counter("smallcat_jobs", "Jobs, by how they ended on this worker", ["outcome"])
 #: Seconds a job waited in the queue.
 QUEUED = Histogram(

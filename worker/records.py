@@ -224,9 +224,10 @@ class Records:
         """Undo the claim of `message`, whose attempt failed: the job is tried again later."""
         self._give_back(keys=[key(job_id)], args=[message, attempt.model_dump_json()])
 
-    def deaths(self, job_id: str) -> int:
-        """How many attempts at the job ended without a word, as when a worker is killed."""
-        return int(self._redis.hget(key(job_id), "deaths") or 0)
+    def is_suspect(self, job_id: str, max_attempts: int) -> bool:
+        """Whether one attempt is left and an earlier one ended without a word: its worker was killed."""
+        attempts, deaths = self._redis.hmget(key(job_id), "attempts", "deaths")
+        return int(attempts or 0) == max_attempts - 1 and int(deaths or 0) > 0
 
     def failures(self) -> list[str]:
         """Ids of the jobs that failed for good, the latest first. Those whose record expired are left out."""

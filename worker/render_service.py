@@ -5,7 +5,8 @@
 The message is acknowledged when `handle` returns, so whatever kills the process before that leaves the job
 in Redis for another worker. What goes wrong is decided by whose fault it is (`worker.errors`):
 
-    the caller's or the job's   the record says so, and the message is done with
+    the caller's                the record says so, and the message is done with
+    the job's                   the same, after `max_attempts` tries, each after a longer pause
     the machine's               the message goes back to the queue (`MachineError` leaves `handle`)
     the storage's               the picture stays in memory and is put again, until `upload_timeout_s`
 """
@@ -27,25 +28,31 @@ from worker.errors import (
     EngineStoppedError,
     InvalidJobError,
     JobCancelledError,
+    JobError,
     MachineError,
     NewerMessageError,
     PermanentStorageError,
     PoisonJobError,
+    RenderError,
     SmallcatError,
     StorageError,
     UnknownModelError,
 )
 from worker.fleet import queue_of
-from worker.images import CONTENT_TYPES, encode
+from worker.images import CONTENT_TYPES, Picture, encode
 from worker.job import FORMAT_VERSION, Job, ServedModel
-from worker.records import Claim, JobRecord, Records, State, Timings
+from worker.quarantine import Quarantine
+from worker.records import Attempt, Claim, JobRecord, Records, State, Timings
 from worker.storage import Storage
 
 logger = logging.getLogger("smallcat.jobs")
 
-#: Seconds between two tries of a PUT: the first, and the most it grows to. Each is drawn at random from
-#: half of that to all of it, so that a fleet does not come back all at once.
+#: Seconds between two tries of a PUT: the first, and the most it grows to. See `_jittered`.
 PUT_BACKOFF_S = (0.5, 10.0)
+
+
+#: Seconds between two attempts at a job that failed: the first, and the most it grows to. See `_jittered`.
+RETRY_BACKOFF_S = (2.0, 60.0)
 
 
 class Message(BaseModel):
@@ -104,6 +111,7 @@ class RenderService:
         self._max_attempts = max_attempts
         self._upload_timeout_s = upload_timeout_s
         self._stopping = threading.Event()
+        self._quarantine = Quarantine()
         self._lock = threading.Lock()
         #: (steps done, steps in all) of the jobs this process holds, where the engine does not know better.
         self._on_board: dict[str, tuple[int, int]] = {}
@@ -117,19 +125,28 @@ class RenderService:
     def stop(self) -> None:
         """Give back also those jobs whose picture waits for the storage."""
         self._stopping.set()
+        self._quarantine.stop()
 
-    def handle(self, payload: object, message_id: str) -> None:
-        """Do the job in `payload`, or note why not. Returns when its message can be acknowledged.
+    def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
+        """Do the job in `payload`, or note why not.
 
-        Raises `MachineError` where the message must go back to the queue, `NewerMessageError` where it must
-        go back untouched.
+        Returns None when its message can be acknowledged, or the seconds after which it must come back for
+        the job's next attempt. Raises `MachineError` where the message must go back to the queue,
+        `NewerMessageError` where it must go back untouched. `redelivered` says that the message was
+        fetched before.
         """
         try:
             message = Message.parse(payload)
         except InvalidJobError as error:
             logger.error("Dropped: %s", error)
             metrics.JOBS.labels("failed").inc()
-            return
+            return None
+        suspect = redelivered and self._records.is_suspect(message.id, self._max_attempts)
+        with self._quarantine.place(alone=suspect):
+            return self._attempt(message, message_id)
+
+    def _attempt(self, message: Message, message_id: str) -> float | None:
+        """As `handle`, for a message that can be read."""
         verdict, attempt, queued_s = self._records.claim(
             message.job,
             message_id,
@@ -140,26 +157,27 @@ class RenderService:
         )
         if verdict in (Claim.TAKEN, Claim.FINAL):
             metrics.JOBS.labels("taken").inc()
-            return
+            return None
         with self._lock:
             self._on_board[message.id] = (0, 0)
         try:
             if verdict is Claim.POISON:
-                tries = f"{self._max_attempts} times (SMALLCAT_MAX_ATTEMPTS)"
-                raise PoisonJobError(f"The job was taken {tries} and its worker died each time.")
+                tries = f"{attempt} times (SMALLCAT_MAX_ATTEMPTS)"
+                raise PoisonJobError(f"The job was tried {tries}, and its worker died: see its tries.")
             metrics.QUEUED.observe(queued_s)
-            self._render(message, queued_s)
+            self._render(message, attempt, queued_s)
         except MachineError:
             self._records.give_back(message.id, message_id)
             metrics.JOBS.labels("given_back").inc()
             raise
         except SmallcatError as error:
-            self._note_failure(message.id, message_id, attempt, error)
+            return self._note_failure(message.id, message_id, attempt, error)
         finally:
             with self._lock:
                 self._on_board.pop(message.id, None)
+        return None
 
-    def _render(self, message: Message, queued_s: float) -> None:
+    def _render(self, message: Message, attempt: int, queued_s: float) -> None:
         """Answer from the bucket, or render and put. Raises `SmallcatError`."""
         if not message.job.is_open and message.job.revision != self.served.revision:
             raise UnknownModelError(
@@ -184,13 +202,14 @@ class RenderService:
             job=job,
             step=steps,
             steps=steps,
+            attempts=attempt,
             uri=self._storage.uri(message.id, job.format),
             timings=Timings(queued=queued_s, rendered=rendered_s - started_s),
             worker=self._name,
             warnings=rendered.warnings,
             nsfw=rendered.picture.nsfw,
         )
-        picture = encode(rendered.picture, job.format, parameters.write(job))
+        picture = _encode(rendered.picture, job)
         self._put(record, picture)
         uploaded_s = time.monotonic() - rendered_s
         metrics.UPLOADED.observe(uploaded_s)
@@ -221,7 +240,7 @@ class RenderService:
     def _put(self, record: JobRecord, picture: bytes) -> None:
         """Put record and picture, again and again while the storage fails in a way that may pass."""
         job = record.job
-        lasting = record.model_dump_json(exclude={"queue", "submitted_at", "attempts", "step"}).encode()
+        lasting = record.model_dump_json(exclude={"queue", "submitted_at", "step", "tries"}).encode()
         deadline_s = time.monotonic() + self._upload_timeout_s
         pause_s, longest_s = PUT_BACKOFF_S
         while True:
@@ -235,18 +254,38 @@ class RenderService:
                     limit = f"{self._upload_timeout_s:g} s (SMALLCAT_UPLOAD_TIMEOUT_S)"
                     raise StorageError(f"The picture could not be put for {limit}: {error}") from error
                 logger.warning("Job %s: the picture waits in memory: %s", record.id, error)
-            if self._stopping.wait(pause_s * random.uniform(0.5, 1.0)):  # noqa: S311 - jitter
+            if self._stopping.wait(_jittered(pause_s)):
                 raise EngineStoppedError("The worker is stopping: the job goes back to the queue.")
             pause_s = min(2 * pause_s, longest_s)
 
-    def _note_failure(self, job_id: str, message_id: str, attempt: int, error: SmallcatError) -> None:
+    def _note_failure(self, job_id: str, message_id: str, attempt: int, error: SmallcatError) -> float | None:
+        """Write down that an attempt failed. Returns seconds until the next; None: it was the last."""
+        name, text = type(error).__name__, str(error)
+        told = json.dumps({"job": job_id, "attempt": attempt, "error": name, "text": text})
+        again = isinstance(error, JobError) and not isinstance(error, PoisonJobError)
+        if again and attempt < self._max_attempts:
+            now_s = time.time()
+            failure = Attempt(attempt=attempt, worker=self._name, at=now_s, error_type=name, error=text)
+            self._records.retried(job_id, message_id, failure)
+            metrics.JOBS.labels("retried").inc()
+            logger.warning("%s", told)
+            first_s, longest_s = RETRY_BACKOFF_S
+            return _jittered(min(first_s * 2.0 ** (attempt - 1), longest_s))
         self._records.failed(job_id, message_id, error)
         cancelled = isinstance(error, JobCancelledError)
         metrics.JOBS.labels("cancelled" if cancelled else "failed").inc()
-        logger.log(
-            logging.INFO if cancelled else logging.ERROR,
-            "%s",
-            json.dumps(
-                {"job": job_id, "attempt": attempt, "error": type(error).__name__, "text": str(error)}
-            ),
-        )
+        logger.log(logging.INFO if cancelled else logging.ERROR, "%s", told)
+        return None
+
+
+def _encode(picture: Picture, job: Job) -> bytes:
+    """The picture's file. What an encoder raises is about this job alone."""
+    try:
+        return encode(picture, job.format, parameters.write(job))
+    except Exception as error:
+        raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error
+
+
+def _jittered(seconds: float) -> float:
+    """Half of it to all of it, at random, so that a fleet does not come back all at once."""
+    return seconds * random.uniform(0.5, 1.0)  # noqa: S311 - nothing secret

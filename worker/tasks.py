@@ -23,6 +23,7 @@ from worker.engine import Engine
 from worker.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
 from worker.fleet import Fleet, WorkerInfo, queues_of
 from worker.heartbeat import Heartbeat
+from worker.lease import postpone
 from worker.records import Records
 from worker.redis_client import connect, queue_errors
 from worker.render_service import RenderService
@@ -35,6 +36,8 @@ logger = logging.getLogger("smallcat.worker")
 REDIS_RETRY_S = 600.0
 #: Jobs on board for each row of a batch: the next ones are prepared and the last ones uploaded meanwhile.
 JOBS_PER_ROW = 2
+#: Seconds until a message that this worker cannot read, or does not know why it failed, is fetched again.
+NEWER_DELAY_S, UNKNOWN_DELAY_S = 5.0, 1.0
 #: Packages whose versions a worker announces.
 VERSIONS = ("smallcat", "torch", "diffusers", "transformers", "xformers", "celery", "kombu")
 
@@ -59,16 +62,23 @@ def render(task: Task[Any, Any], payload: dict[str, Any]) -> None:
     Whatever is raised inside becomes a `Reject` or nothing: Celery acknowledges a message whose task raised
     anything else, and a `SystemExit` or `MemoryError` would leak the pool's slot for good.
     """
+    request = task.request
     try:
-        _here().service.handle(payload, task.request.id)
+        delay_s = _here().service.handle(
+            payload, request.id, redelivered=bool(request.delivery_info.get("redelivered"))
+        )
+        reason = "the job is tried again"
     except NewerMessageError as error:
         logger.error("%s", error)
-        raise Reject(str(error), requeue=True) from None
+        delay_s, reason = NEWER_DELAY_S, str(error)
     except MachineError as error:
-        raise Reject(str(error), requeue=True) from None
+        delay_s, reason = 0.0, str(error)
     except BaseException as error:
         logger.critical("The message goes back to the queue: %r", error, exc_info=True)
-        raise Reject(repr(error), requeue=True) from None
+        delay_s, reason = UNKNOWN_DELAY_S, repr(error)
+    if delay_s is not None:
+        postpone(request.properties["delivery_tag"], delay_s)
+        raise Reject(reason, requeue=True)
 
 
 @signals.worker_init.connect
