@@ -199,7 +199,7 @@ def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict
 
 
 def _probe(shapes: Counter[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:
-    """xformers for each shape that it computes rightly, sdpa for the others, with the first reason why not."""
+    """xformers for each shape that it computes rightly, sdpa for the others, with the first reason why."""
     try:
         kernel = load_xformers()
     except Exception as error:  # noqa: BLE001 - any reason not to load is one, and is told

@@ -250,8 +250,8 @@ def _from_hub(repo: str, revision: str, *, half: bool, checked: bool) -> Path:
         ) from None
     except hub_errors.RepositoryNotFoundError:
         raise SettingsError(
-            f"SMALLCAT_MODEL is {repo}, which is neither a folder here nor a public model on the hub: correct "
-            "it, or set HF_TOKEN for a private model."
+            f"SMALLCAT_MODEL is {repo}, which is neither a folder here nor a public model on the hub: "
+            "correct it, or set HF_TOKEN for a private model."
         ) from None
     except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
         raise SettingsError(
@@ -273,7 +273,7 @@ def _fetch(repo: str, revision: str | None, *, half: bool, checked: bool) -> Pat
         index.pop(_CHECKER, None)
     try:
         names = huggingface_hub.list_repo_files(repo, revision=folder.name)
-    except Exception:  # noqa: BLE001 - out of reach; each version of the library has its own HTTP errors
+    except Exception:  # noqa: BLE001 - out of reach, which has other classes in other versions
         return folder  # What is missing from the cache is found, and named, when the folder is checked.
     variant, _ = choose_variant(index, names, repo, half=half)
     others = {

@@ -200,10 +200,9 @@ def _check(pipeline: Any, source: str) -> None:
     for name in ("unet", "vae", "tokenizer", "text_encoder"):
         if getattr(pipeline, name, None) is None:
             raise SettingsError(f"The model {source} has no {name}: get its files again.")
-    if not isinstance(pipeline.unet, diffusers.UNet2DConditionModel):
-        raise SettingsError(
-            f"The model {source} has a {type(pipeline.unet).__name__}: use one with a UNet2DConditionModel."
-        )
+    kind = type(pipeline.unet)
+    if not issubclass(kind, diffusers.UNet2DConditionModel):
+        raise SettingsError(f"The model {source} has a {kind.__name__}: use one with a UNet2DConditionModel.")
     takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if takes != has:
         raise SettingsError(
