@@ -11,7 +11,7 @@ import logging
 import platform
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Task, signals
 from celery.exceptions import Reject
@@ -29,6 +29,9 @@ from worker.redis_client import connect, queue_errors
 from worker.render_service import RenderService
 from worker.settings import WorkerSettings, hidden, worker_settings
 from worker.storage import Storage
+
+if TYPE_CHECKING:
+    from worker.model_runner import ModelRunner
 
 logger = logging.getLogger("smallcat.worker")
 
@@ -99,6 +102,14 @@ def _start(sender: Any, **_: Any) -> None:
         sender.concurrency = JOBS_PER_ROW * max_rows
 
 
+def load_runner(settings: WorkerSettings) -> ModelRunner:
+    """The model, on its device. Raises `SettingsError`."""
+    # Torch takes seconds to load: what fails before need not wait for it.
+    from worker.model_runner import ModelRunner
+
+    return ModelRunner(settings)
+
+
 def _assemble(name: str) -> _Process:
     """Everything, checked in the order of what is quick to check. Raises `SmallcatError`."""
     settings = worker_settings()
@@ -111,10 +122,7 @@ def _assemble(name: str) -> _Process:
     _say("queue", hidden(settings.redis_url), "REDIS_URL")
     _say("storage", storage.root, "S3_BUCKET, S3_PREFIX; a test object was written, read and deleted")
 
-    # Torch takes seconds to load: what fails above need not wait for it.
-    from worker.model_runner import ModelRunner
-
-    runner = ModelRunner(settings)
+    runner = load_runner(settings)
     for choice in runner.choices:
         _say(choice.what, choice.choice, choice.reason)
     runner.warm_up()
