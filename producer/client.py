@@ -128,7 +128,10 @@ class JobHandle:
         return self.record().state
 
     def progress(self) -> Progress:
-        """Steps done, and what the job waits for. Raises as `record`."""
+        """Steps done, and what the job waits for. Raises as `record`.
+
+        While somebody looks, a worker writes its steps twice a second; the first look may see older ones.
+        """
         record = self.record()
         queued = workers = 0
         note = ""
@@ -136,6 +139,8 @@ class JobHandle:
             client = _client()
             with client.queue_errors():
                 workers = len(client.fleet.serving(record.queue))
+                if record.state is State.RUNNING:
+                    client.records.watch()
                 queued = client.fleet.length(record.queue) if record.state is State.QUEUED else 0
             if not workers:
                 note = _nobody(record)

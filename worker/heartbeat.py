@@ -8,17 +8,22 @@ import time
 from collections.abc import Callable, Mapping
 
 from worker.fleet import ANNOUNCE_EVERY_S, Fleet, WorkerInfo
-from worker.records import CANCEL_CHANNEL, Records
+from worker.records import WORKERS_CHANNEL, Records
 
 logger = logging.getLogger("smallcat.heartbeat")
 
-#: Seconds between two looks at the jobs: progress is written at most this often.
+#: Seconds between two writes of the jobs' progress, at least, while somebody looks at it. While nobody does,
+#: it is written with the claims, at every quarter of the lease.
 BEAT_S = 0.5
+#: Seconds that one look at a job's progress counts as looking.
+WATCH_S = 5.0
+#: Seconds within which `stop` is noticed.
+STOP_WITHIN_S = 0.5
 
 
 class Heartbeat:
-    """A thread that writes all jobs' progress in one round trip, extends their claims, and passes
-    cancellations on within a step.
+    """A thread that extends the jobs' claims and writes their progress, for all in one round trip, and
+    passes cancellations on at once.
 
     `jobs` returns (step, steps) by id of all jobs this process holds. `cancel` is called with the id of
     each that was cancelled. Redis being away is logged once and tried again at every beat.
@@ -41,11 +46,13 @@ class Heartbeat:
         self._jobs = jobs
         self._cancel = cancel
         self._stop = threading.Event()
+        self._watched_until_s = self._beaten_s = self._beat_due_s = self._announce_due_s = 0.0
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         """Announce the worker, and go on from a thread."""
         self._fleet.announce(self._info)
+        self._announce_due_s = time.monotonic() + ANNOUNCE_EVERY_S
         self._thread.start()
 
     def stop(self) -> None:
@@ -58,27 +65,40 @@ class Heartbeat:
             logger.warning("The worker's announcement could not be withdrawn: %s", error)
 
     def _run(self) -> None:
-        announced_s = time.monotonic()
         away = False
         while not self._stop.is_set():
             try:
-                with self._records.listen(CANCEL_CHANNEL) as news:
+                with self._records.listen(WORKERS_CHANNEL) as news:
                     while not self._stop.is_set():
-                        self._beat()
-                        if time.monotonic() - announced_s >= ANNOUNCE_EVERY_S:
-                            self._fleet.announce(self._info)
-                            announced_s = time.monotonic()
+                        self._say_what_is_due()
                         away = False
-                        until = time.monotonic() + BEAT_S
-                        while (left := until - time.monotonic()) > 0:
-                            if job_id := news(left):
-                                self._cancel(job_id)
+                        self._hear(news)
             except Exception as error:  # noqa: BLE001 - it must go on beating
                 if not away:
                     logger.warning("Progress and announcements wait for Redis: %s", error)
                 away = True
                 self._stop.wait(BEAT_S)
 
-    def _beat(self) -> None:
-        for job_id in self._records.progress(self._jobs(), self._lease_s):
+    def _say_what_is_due(self) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._beat_due_s:
+            for job_id in self._records.progress(self._jobs(), self._lease_s):
+                self._cancel(job_id)
+            self._beat_due_s = now_s + (BEAT_S if now_s < self._watched_until_s else self._lease_s / 4)
+            self._beaten_s = now_s
+        if now_s >= self._announce_due_s:
+            self._fleet.announce(self._info)
+            self._announce_due_s = now_s + ANNOUNCE_EVERY_S
+
+    def _hear(self, news: Callable[[float], str | None]) -> None:
+        """Wait for one message, but no longer than until something is to be said."""
+        due_s = min(self._beat_due_s, self._announce_due_s)
+        message = news(min(STOP_WITHIN_S, max(0.001, due_s - time.monotonic())))
+        if message is None:
+            return
+        word, _, job_id = message.partition(" ")
+        if word == "cancel":
             self._cancel(job_id)
+        elif word == "watch":
+            self._watched_until_s = time.monotonic() + WATCH_S
+            self._beat_due_s = self._beaten_s + BEAT_S

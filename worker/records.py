@@ -2,9 +2,13 @@
 
     smallcat:job:<id>        hash    see `JobRecord`; expires `record_ttl_s` after its last change
     smallcat:job:<id>        channel the new state, published at every change of state
-    smallcat:cancel          channel the id of a job that was cancelled while it ran
+    smallcat:to-workers      channel to all workers: "cancel <id>" of a running job; "watch": somebody looks
+                                     at a job's progress, so that it is worth writing
     smallcat:queues          set     the queues that jobs were sent to; expires likewise
     smallcat:failed          zset    ids of the jobs that failed for good, by time; expires likewise
+    smallcat:run:<run>       hash    a prompt file's run (`producer.run`), and with it:
+      ...:done, ...:failed   bits    one a job of the run, set by the worker in the step that ends the job
+      ...:news               list    what became of each job, until the run's feeder has written it down
 
 A job is `queued`, then `running`, then `done`, `failed` or `cancelled`. Changes that two processes could
 make at once are Lua scripts, and all times are Redis' own clock. The lasting record is the JSON beside
@@ -30,12 +34,14 @@ from worker.job import Job
 if TYPE_CHECKING:
     from redis.client import Redis
 
-#: Channel on which workers hear that a running job was cancelled.
-CANCEL_CHANNEL = "smallcat:cancel"
+#: Channel on which all workers hear what they should know at once.
+WORKERS_CHANNEL = "smallcat:to-workers"
 #: The set of queues that jobs were sent to.
 QUEUES = "smallcat:queues"
 #: The sorted set of jobs that failed for good, scored by when.
 FAILED = "smallcat:failed"
+#: A job's place in a run: run, index, file, line, when it was sent.
+RUN_MARK = r"[0-9a-z]{1,40}(:[0-9]{1,12}){4}"
 #: Seconds between two looks at a record by one who waits, in case a message was lost with a connection.
 RECHECK_S = 5.0
 
@@ -142,6 +148,8 @@ class JobRecord(BaseModel):
     queue: str = ""
     #: Unix seconds by Redis' clock when it was submitted.
     submitted_at: float = Field(default=0.0)
+    #: The places it has in runs of prompt files; see `run_mark`.
+    runs: tuple[str, ...] = ()
 
     def raise_for_state(self) -> None:
         """Raise the job's own error if it failed or was cancelled."""
@@ -152,6 +160,19 @@ class JobRecord(BaseModel):
 def key(job_id: str) -> str:
     """The record's key, and the channel of its news."""
     return f"smallcat:job:{job_id}"
+
+
+def run_key(run: str) -> str:
+    """The key of a run of prompt files; those of its bits and its news begin with it."""
+    return f"smallcat:run:{run}"
+
+
+def run_mark(run: str, index: int, file: int, line: int, at: int) -> str:
+    """What the message of a run's job says of it. `RUN_MARK` is its form.
+
+    `index` is the job's bit, `file` and `line` say where it stands, `at` is when it was sent (Unix s).
+    """
+    return f"{run}:{index}:{file}:{line}:{at}"
 
 
 class Records:
@@ -181,16 +202,25 @@ class Records:
         return _record(job_id, fields)
 
     def claim(
-        self, job: Job, message: str, *, worker: str, lease_s: float, max_attempts: int, queue: str
+        self,
+        job: Job,
+        message: str,
+        *,
+        worker: str,
+        lease_s: float,
+        max_attempts: int,
+        queue: str,
+        run: str = "",
     ) -> tuple[Claim, int, float]:
         """Take the job for `message`, or learn why not. Returns the verdict, the attempt, seconds queued.
 
         Each claim that renders counts as an attempt, also one that ends with the death of the process.
+        `run` is the message's `run_mark`: that run hears of the job's end, whichever message brings it.
         """
         text, delivery = job.model_dump_json(), secrets.token_hex(8)
         verdict, attempt, queued = self._claim(
             keys=[key(job.id)],
-            args=[message, worker, lease_s, max_attempts, self._ttl_s, text, queue, delivery],
+            args=[message, worker, lease_s, max_attempts, self._ttl_s, text, queue, delivery, run],
         )
         return Claim(verdict), int(attempt), max(0.0, float(queued))
 
@@ -250,10 +280,14 @@ class Records:
 
     def cancel(self, job_id: str) -> State:
         """Ask that the job stops. Returns its state now: a running job becomes cancelled at its next step."""
-        state = self._cancel(keys=[key(job_id)], args=[job_id, CANCEL_CHANNEL])
+        state = self._cancel(keys=[key(job_id)], args=[job_id, WORKERS_CHANNEL])
         if state is None:
             raise UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
         return State(state)
+
+    def watch(self) -> None:
+        """Ask the workers to write their jobs' progress twice a second, for the next seconds."""
+        self._redis.publish(WORKERS_CHANNEL, "watch")
 
     def wait(
         self, job_id: str, timeout_s: float | None, idle: Callable[[JobRecord], None] = lambda _: None
@@ -304,7 +338,7 @@ def _final_news(news: Callable[[float], str | None], timeout_s: float) -> bool:
 def _fields(record: JobRecord) -> dict[str, str]:
     """What a finished job's record adds to its hash."""
     values = record.model_dump(
-        mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts", "tries"}
+        mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts", "tries", "runs"}
     )
     return {
         name: value if isinstance(value, str) else json.dumps(value)
@@ -321,8 +355,9 @@ def _record(job_id: str, fields: Iterable[tuple[str, str]] | Mapping[str, str]) 
     values = {
         name: value if name in _TEXT else json.loads(value)
         for name, value in dict(fields).items()
-        if name in JobRecord.model_fields
+        if name in JobRecord.model_fields and name != "runs"
     }
     tries = [json.loads(value) for name, value in dict(fields).items() if name.startswith("try:")]
+    values["runs"] = dict(fields).get("runs", "").split()
     values["tries"] = sorted(tries, key=lambda each: int(each["attempt"]))
     return JobRecord.model_validate({"id": job_id, **values})
