@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import redis
 from kombu import Connection, Consumer, Exchange, Queue
 
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
-from worker import transport
+from worker import lease, transport
 from worker.lease import postpone
 from worker.ledger import EXPIRED, FETCH, MOVE, RENEW
 from worker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE, broker_url, transport_options
@@ -454,6 +455,27 @@ def test_a_renewal_is_never_overtaken_by_a_sweep(client: redis.Redis) -> None:
     client.eval(RENEW, 1, UNACKED_INDEX, tag)
     assert client.eval(MOVE, 3, UNACKED_INDEX, UNACKED, "q", tag, score, "RPUSH", "x") == 0
     assert (client.llen("q"), client.hlen(UNACKED)) == (0, 1)
+
+
+def test_after_an_outage_everybody_renews_before_anybody_sweeps(
+    client: redis.Redis, party: Callable[..., Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(lease, "monotonic", lambda: clock[0])
+    with closing(party("other").channel) as channel:
+        keeper = channel._new_lease()
+    keeper._renew(client)
+    clock[0] += LEASE_S
+    abandoned(client)
+    keeper._sweep(client)  # Redis was away, or this process was: the others may not have renewed either.
+    keeper._renew(client)
+    keeper._sweep(client)
+    assert client.llen("q") == 0
+    for _ in range(2):
+        clock[0] += LEASE_S / 4
+        keeper._renew(client)
+    keeper._sweep(client)
+    assert client.llen("q") == 1
 
 
 def test_an_entry_that_nobody_can_read_is_set_aside(client: redis.Redis, party: Callable[..., Party]) -> None:
