@@ -54,9 +54,13 @@ def connection(redis_url: str) -> Connection:
     return made
 
 
-def message_of(job: Job) -> dict[str, object]:
-    """What travels through Redis for `job`: versioned, and nothing but JSON."""
-    return {"version": FORMAT_VERSION, "id": job.id, "job": job.model_dump(mode="json")}
+def message_of(job: Job, run: str = "") -> dict[str, object]:
+    """What travels through Redis for `job`: versioned, and nothing but JSON.
+
+    `run` is its place in a prompt file's run (`worker.records.run_mark`), where it has one.
+    """
+    message = {"version": FORMAT_VERSION, "id": job.id, "job": job.model_dump(mode="json")}
+    return message | {"run": run} if run else message
 
 
 def message_priority(job: Job) -> int:

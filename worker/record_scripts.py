@@ -12,7 +12,8 @@ _BULK_TTL_S: Final = 60
 # the news is appended for whoever feeds the run. A run that is gone, or never sent that job, is left alone.
 _MARK: Final = """
 local function mark(runs)
-  local r = redis.call('HMGET', KEYS[1], 'state', 'uri', 'timings', 'error_type', 'error', 'cached', 'attempts')
+  local r = redis.call('HMGET', KEYS[1], 'state', 'uri', 'timings', 'error_type', 'error', 'cached',
+                       'attempts')
   for run, index, file, line in string.gmatch(runs, '(%w+):(%d+):(%d+):(%d+):') do
     local key = 'smallcat:run:' .. run
     local ttl, fed = unpack(redis.call('HMGET', key, 'ttl', 'fed'))
@@ -86,7 +87,8 @@ if holder and holder ~= ARGV[1] and tonumber(get('claim_until')) > now then retu
 local attempts = tonumber(get('attempts') or 0)
 local verdict = 'render'
 if not state then
-  redis.call('HSET', KEYS[1], 'job', ARGV[6], 'queue', ARGV[7], 'submitted_at', string.match(ARGV[9], ':(%d+)$') or now)
+  redis.call('HSET', KEYS[1], 'job', ARGV[6], 'queue', ARGV[7],
+             'submitted_at', string.match(ARGV[9], ':(%d+)$') or now)
   if ARGV[9] ~= '' then redis.call('HSET', KEYS[1], 'bulk', 1) end
 end
 redis.call('HSET', KEYS[1], 'claim', ARGV[1], 'claim_until', now + ARGV[3])

@@ -20,7 +20,7 @@ import threading
 import time
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker import metrics, parameters
 from worker.engine import Engine, Rendered
@@ -42,7 +42,7 @@ from worker.fleet import queue_of
 from worker.images import CONTENT_TYPES, Picture, encode
 from worker.job import FORMAT_VERSION, Job, ServedModel
 from worker.quarantine import Quarantine
-from worker.records import Attempt, Claim, JobRecord, Records, State, Timings
+from worker.records import RUN_MARK, Attempt, Claim, JobRecord, Records, State, Timings
 from worker.storage import Storage
 
 logger = logging.getLogger("smallcat.jobs")
@@ -66,6 +66,8 @@ class Message(BaseModel):
     id: str
     #: The job.
     job: Job
+    #: Its place in a prompt file's run, as `worker.records.run_mark` writes it; empty: it has none.
+    run: str = Field(default="", pattern=rf"^({RUN_MARK})?$")
 
     @classmethod
     def parse(cls, payload: object) -> Message:
@@ -154,6 +156,7 @@ class RenderService:
             lease_s=self._lease_s,
             max_attempts=self._max_attempts,
             queue=queue_of(message.job),
+            run=message.run,
         )
         if verdict in (Claim.TAKEN, Claim.FINAL):
             metrics.JOBS.labels("taken").inc()
@@ -240,7 +243,7 @@ class RenderService:
     def _put(self, record: JobRecord, picture: bytes) -> None:
         """Put record and picture, again and again while the storage fails in a way that may pass."""
         job = record.job
-        lasting = record.model_dump_json(exclude={"queue", "submitted_at", "step", "tries"}).encode()
+        lasting = record.model_dump_json(exclude={"queue", "submitted_at", "step", "tries", "runs"}).encode()
         deadline_s = time.monotonic() + self._upload_timeout_s
         pause_s, longest_s = PUT_BACKOFF_S
         while True:
