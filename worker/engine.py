@@ -171,6 +171,8 @@ class Engine(Generic[R]):
                 self._tickets[job_id] = ticket
                 self._inbox.append(ticket)
                 self._changed.notify()
+            # Whoever submits a job again after its cancellation wants it.
+            ticket.cancelled = False
             return ticket.future
 
     def cancel(self, job_id: str) -> None:
@@ -190,9 +192,13 @@ class Engine(Generic[R]):
         }
 
     def is_lost(self) -> bool:
-        """Whether the loop has failed, or has been in one turn for longer than any job may take."""
+        """Whether the loop will not go on: it has failed, or it hangs."""
+        return self._died or self.is_hung()
+
+    def is_hung(self) -> bool:
+        """Whether the loop has been in one turn for longer than any job may take."""
         turn_s = self._turn_since_s
-        return self._died or (turn_s is not None and self._clock() - turn_s > self._job_timeout_s)
+        return turn_s is not None and self._clock() - turn_s > self._job_timeout_s
 
     def drain(self, timeout_s: float) -> None:
         """Wait until all jobs on board are done, at most `timeout_s` seconds; then `stop`."""

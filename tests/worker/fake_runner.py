@@ -1,0 +1,138 @@
+"""A runner without a model: keeps `worker.engine.Runner`'s contract, and fails where it is told to.
+
+Jobs are told apart by their seed. Everything that a test wants to order is an event or a gate, no sleep.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from worker.errors import NotFiniteError, OutOfMemoryError, SmallcatError
+from worker.images import Picture
+from worker.job import Defaults, Job, ServedModel
+
+#: What the fake serves.
+SERVED = ServedModel(
+    name="fake", revision="f" * 40, defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
+)
+#: Seconds that a test waits for what must come; only a failing test waits so long.
+SOON_S = 20.0
+
+
+@dataclass
+class FakeRender:
+    """A job on board."""
+
+    job: Job
+    steps: int
+    rows: int
+    lane: Hashable
+    step: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class Faults:
+    """What goes wrong for one job."""
+
+    #: Raised by `prepare`.
+    prepare: BaseException | None = None
+    #: Step (from 0) -> the outcome of this job alone, mates unharmed.
+    outcome: dict[int, SmallcatError] = field(default_factory=dict)
+    #: Step (from 0) -> raised, for the whole batch that the job is in.
+    batch: dict[int, BaseException] = field(default_factory=dict)
+    #: Raised by `decode`, for all pictures of that call.
+    decode: BaseException | None = None
+    #: Its latents are not finite, which `decode` says of it alone.
+    nan: bool = False
+
+
+class FakeRunner:
+    """See the module."""
+
+    def __init__(self, max_rows: int = 8, memory_rows: int = 10**6) -> None:
+        self.max_rows = max_rows
+        #: Rows that fit in memory: more are an `OutOfMemoryError`.
+        self.memory_rows = memory_rows
+        #: Calls of `step` (from 0) that are out of memory whatever their rows.
+        self.oom_calls: set[int] = set()
+        #: By seed.
+        self.faults: dict[int, Faults] = {}
+        #: Warnings of each job, by seed.
+        self.warnings: dict[int, tuple[str, ...]] = {}
+        #: While clear, a step waits; `entered` says that it does.
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        #: Called with the seeds in each step before it runs.
+        self.on_step: Callable[[list[int]], None] = lambda seeds: None
+        #: Seeds of each step that worked, in order.
+        self.batches: list[list[int]] = []
+        #: Steps that worked, by seed.
+        self.steps_done: Counter[int] = Counter()
+        #: Seeds in order of `prepare`.
+        self.prepared: list[int] = []
+        self._calls = 0
+
+    def prepare(self, job: Job) -> FakeRender:
+        """As the contract says."""
+        self.prepared.append(job.seed)
+        if error := self._faults(job).prepare:
+            raise error
+        job = job.resolved(SERVED)
+        assert job.steps is not None
+        assert job.guidance_scale is not None
+        rows = 2 if job.guidance_scale > 1 else 1
+        warnings = self.warnings.get(job.seed, ())
+        return FakeRender(job, job.steps, rows, lane=(job.width, job.height), warnings=warnings)
+
+    def step(self, renders: Sequence[FakeRender]) -> list[SmallcatError | None]:
+        """As the contract says: what raises leaves all renders as they were."""
+        call, self._calls = self._calls, self._calls + 1
+        seeds = [render.job.seed for render in renders]
+        assert len({render.lane for render in renders}) == 1, "a step is of one lane"
+        assert all(render.step < render.steps for render in renders), "a finished job takes no step"
+        self.on_step(seeds)
+        self.entered.set()
+        assert self.gate.wait(SOON_S), "nobody opened the gate"
+        rows = sum(render.rows for render in renders)
+        if rows > self.memory_rows or call in self.oom_calls:
+            raise OutOfMemoryError(f"{rows} rows")
+        for render in renders:
+            if error := self._faults(render.job).batch.get(render.step):
+                raise error
+        outcomes = [self._faults(render.job).outcome.get(render.step) for render in renders]
+        self.batches.append(seeds)
+        for render, outcome in zip(renders, outcomes, strict=True):
+            if outcome is None:
+                render.step += 1
+                self.steps_done[render.job.seed] += 1
+        return outcomes
+
+    def decode(self, renders: Sequence[FakeRender]) -> list[Picture | SmallcatError]:
+        """As the contract says."""
+        for render in renders:
+            if error := self._faults(render.job).decode:
+                raise error
+        return [
+            NotFiniteError("NaN") if self._faults(render.job).nan else picture_of(render.job)
+            for render in renders
+        ]
+
+    def _faults(self, job: Job) -> Faults:
+        return self.faults.get(job.seed, Faults())
+
+
+def picture_of(job: Job) -> Picture:
+    """The picture that the fake makes of a job."""
+    return Picture(np.full((8, 8, 3), job.seed % 251, np.uint8))
+
+
+def job_of(seed: int, **fields: object) -> Job:
+    """A job of the fake's model, resolved."""
+    return Job.parse({"prompt": f"picture {seed}", "seed": seed} | fields).resolved(SERVED)
