@@ -26,7 +26,7 @@ class Heartbeat:
     passes cancellations on at once.
 
     `jobs` returns (step, steps) by id of all jobs this process holds. `cancel` is called with the id of
-    each that was cancelled. Redis being away is logged once and tried again at every beat.
+    each that was cancelled. `watchdog` is called about twice a second. Redis being away is logged once and tried again at every beat.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Heartbeat:
         lease_s: float,
         jobs: Callable[[], Mapping[str, tuple[int, int]]],
         cancel: Callable[[str], None],
+        watchdog: Callable[[], None],
     ) -> None:
         self._records = records
         self._fleet = fleet
@@ -45,6 +46,7 @@ class Heartbeat:
         self._lease_s = lease_s
         self._jobs = jobs
         self._cancel = cancel
+        self._watchdog = watchdog
         self._stop = threading.Event()
         self._watched_until_s = self._beaten_s = self._beat_due_s = self._announce_due_s = 0.0
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -70,6 +72,7 @@ class Heartbeat:
             try:
                 with self._records.listen(WORKERS_CHANNEL) as news:
                     while not self._stop.is_set():
+                        self._watchdog()
                         self._say_what_is_due()
                         away = False
                         self._hear(news)

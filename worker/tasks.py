@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import platform
 import threading
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ logger = logging.getLogger("smallcat.worker")
 REDIS_RETRY_S = 600.0
 #: Jobs on board for each row of a batch: the next ones are prepared and the last ones uploaded meanwhile.
 JOBS_PER_ROW = 2
+#: Exit code of a worker whose engine was lost, from sysexits.h.
+EX_SOFTWARE = 70
 #: Seconds until a message that this worker cannot read, or does not know why it failed, is fetched again.
 NEWER_DELAY_S, UNKNOWN_DELAY_S = 5.0, 1.0
 #: Packages whose versions a worker announces.
@@ -152,7 +155,13 @@ def _assemble(name: str) -> _Process:
         versions=_versions(),
     )
     heartbeat = Heartbeat(
-        records, fleet, info, lease_s=settings.lease_s, jobs=service.progress, cancel=engine.cancel
+        records,
+        fleet,
+        info,
+        lease_s=settings.lease_s,
+        jobs=service.progress,
+        cancel=engine.cancel,
+        watchdog=lambda: _leave_if_hung(engine),
     )
     return _Process(settings, engine, service, heartbeat)
 
@@ -195,7 +204,14 @@ def _here() -> _Process:
 
 def _engine_died(_: BaseException) -> None:
     """All jobs are back in the queue: leave, so that what supervises the worker starts a new one."""
-    worker_state.should_stop = 70  # EX_SOFTWARE of sysexits.h
+    worker_state.should_stop = EX_SOFTWARE
+
+
+def _leave_if_hung(engine: Engine[Any]) -> None:
+    """A device that hangs cannot be stopped politely. The leases end, and other workers take the jobs."""
+    if engine.is_hung():
+        logger.critical("The engine has been in one step for longer than SMALLCAT_JOB_TIMEOUT_S: leaving.")
+        os._exit(EX_SOFTWARE)
 
 
 def _say(what: str, choice: str, reason: str) -> None:
