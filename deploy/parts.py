@@ -172,7 +172,7 @@ class WorkerProcess(Process):
     """
 
     #: Loading a model takes its time, and a first download from the hub takes longer.
-    start_timeout_s = 1800.0
+    start_timeout_s = 900.0
     #: As long as a worker drains at most, and a little more.
     grace_s = 40.0
     look_every_s = 0.1

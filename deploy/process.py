@@ -100,7 +100,8 @@ class Process(ABC):
 
     def stop(self, grace_s: float | None = None) -> None:
         """End gracefully; after `grace_s` seconds, or the part's own default, by force."""
-        self.ask_to_end()
+        if not self._asked_to_end:  # once only: to some programs a second SIGTERM means to hurry
+            self.ask_to_end()
         if not self._ended.wait(self.grace_s if grace_s is None else grace_s):
             self.kill()
 

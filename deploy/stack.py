@@ -19,6 +19,8 @@ from deploy.process import Process
 
 #: The bucket that every stack has.
 BUCKET = "smallcat"
+#: Seconds that workers get to end when the stack's data end with it.
+_THROW_AWAY_GRACE_S = 0.5
 #: What may not leak from the user's shell into a stack: other servers, other credentials, other settings.
 _FOREIGN = ("AWS_", "CELERY_", "FLOWER_", "RCLONE_", "S3_", "REDIS_")
 
@@ -104,11 +106,14 @@ class Stack:
 
     def stop(self) -> None:
         """End all parts gracefully, workers before the servers that they use. Nothing is left afterwards."""
-        for batch in (self.workers, [self.valkey, self.s3]):
-            for part in batch:
-                part.ask_to_end()
-            for part in batch:
-                part.stop()
+        # Where nothing is kept, a worker has nothing to bring to an end.
+        grace_s = None if self.home.kept else _THROW_AWAY_GRACE_S
+        for worker in self.workers:
+            worker.ask_to_end()
+        for worker in self.workers:
+            worker.stop(grace_s)
+        for server in (self.valkey, self.s3):
+            server.stop()
         self.home.close()
 
     def kill_now(self) -> None:
