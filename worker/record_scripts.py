@@ -78,6 +78,7 @@ end
 if get('cancel') then
   redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
              'error', 'The job was cancelled.')
+  redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'deaths', 'cancel')
   redis.call('PUBLISH', KEYS[1], 'cancelled')
   mark(get('runs') or '')
   return {'final', 0, 0}
@@ -121,6 +122,7 @@ if ARGV[1] ~= 'done' and redis.call('HGET', KEYS[1], 'claim') ~= ARGV[3] then re
 for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'state', ARGV[1])
 redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'deaths', 'cancel')
+if ARGV[1] == 'done' then redis.call('HDEL', KEYS[1], 'error', 'error_type') end
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 if ARGV[1] == 'failed' then
   redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[4])

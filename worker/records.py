@@ -303,7 +303,7 @@ class Records:
                 left = RECHECK_S if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"Job {job_id} is still {record.state} after {timeout_s:g} s.")
-                if not _final_news(news, min(left, RECHECK_S)):
+                if not _worth_a_look(news, min(left, RECHECK_S)):
                     idle(record)
         return record
 
@@ -325,12 +325,16 @@ class Records:
         return bool(self._finish(keys=[key(job_id), FAILED], args=args))
 
 
-def _final_news(news: Callable[[float], str | None], timeout_s: float) -> bool:
-    """Whether the job's state became final within `timeout_s`, as far as the news tells."""
+def _worth_a_look(news: Callable[[float], str | None], timeout_s: float) -> bool:
+    """Whether the job's state may be final: within `timeout_s` the news said so, or some was missed."""
     until = time.monotonic() + timeout_s
     while (left := until - time.monotonic()) > 0:
         state = news(left)
-        if state is not None and State(state).is_final:
+        if state is None:
+            # Back before its time: the subscription was made just now, at first or after a lost connection,
+            # and what was said before went unheard.
+            return until - time.monotonic() > 0.05
+        if State(state).is_final:
             return True
     return False
 
