@@ -26,7 +26,8 @@ class Heartbeat:
     passes cancellations on at once.
 
     `jobs` returns (step, steps) by id of all jobs this process holds. `cancel` is called with the id of
-    each that was cancelled. `watchdog` is called about twice a second. Redis being away is logged once and tried again at every beat.
+    each that was cancelled. `watchdog` is called about twice a second. Redis being away is logged once and
+    tried again at every beat.
     """
 
     def __init__(
