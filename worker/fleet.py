@@ -2,7 +2,7 @@
 
     smallcat:worker:<name>   string  a worker's announcement as JSON; expires when the worker falls silent
     smallcat:workers         set     names of the workers that announced themselves
-    smallcat:served          string  the last announcements, for submitting while no worker is up
+    smallcat:served          string  the last announcements of each model, for submitting while it is away
 
 Rules. A job that names a model gets the revision of the newest live worker that serves it. A job that
 names none gets the fleet's default: the model of the worker that has been up longest. A worker takes only
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two announcements of a live worker, and until a silent one counts as gone.
 ANNOUNCE_EVERY_S, ANNOUNCE_TTL_S = 5, 15
+#: Announcements that are remembered, at most.
+MAX_SEEN = 1_000
 
 _WORKERS, _SERVED = "smallcat:workers", "smallcat:served"
 
@@ -67,11 +69,21 @@ def lists_of(queue: str) -> list[str]:
 
 
 def _queue(model: str, revision: str | None) -> str:
-    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", model)
-    if slug != model or len(slug) > 60:
-        # Two names may share a slug: what the slug loses, the hash keeps.
-        slug = f"{slug[:60]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
-    return f"smallcat.{slug}" if revision is None else f"smallcat.{slug}@{revision[:16]}"
+    name = f"smallcat.{_slug(model, 60)}"
+    if revision is None:
+        return name
+    # A commit or a hash is told by its first 16 digits.
+    is_hash = re.fullmatch(r"[0-9a-f]{16,}", revision)
+    return f"{name}@{revision[:16] if is_hash else _slug(revision, 16)}"
+
+
+def _slug(name: str, length: int) -> str:
+    """`name` where it is short and plain, else what is left of it with a hash of all of it."""
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    if slug == name and len(slug) <= length:
+        return slug
+    # Two names may share a slug: what the slug loses, the hash keeps.
+    return f"{slug[:length]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 class Fleet:
@@ -93,8 +105,12 @@ class Fleet:
             pipe.sadd(_WORKERS, worker.name)
             pipe.expire(_WORKERS, self._ttl_s)
             pipe.execute()
-        live = json.dumps([each.model_dump(mode="json") for each in self.workers()])
-        self._redis.set(_SERVED, live, ex=self._ttl_s)
+        live = self.workers()
+        models = {each.served.name for each in live}
+        # Models whose workers are all away are remembered behind those that are served.
+        away = [each for each in self._last_seen() if each.served.name not in models]
+        seen = json.dumps([each.model_dump(mode="json") for each in [*live, *away][:MAX_SEEN]])
+        self._redis.set(_SERVED, seen, ex=self._ttl_s)
 
     def withdraw(self, name: str) -> None:
         """Say that the worker is leaving."""
@@ -120,15 +136,16 @@ class Fleet:
 
         A job that names a revision nobody serves stays as it is, and waits for a worker of that revision.
         """
-        workers = self.workers() or self._last_seen()
-        model = workers[0].served.name if workers and job.model == DEFAULT_MODEL else job.model
-        served = [
-            worker.served
-            for worker in workers
-            if worker.served.name == model and job.revision in ("", worker.served.revision)
-        ]
-        if served:
-            return job.resolved(served[-1])
+        live = self.workers()
+        for workers in (live, self._last_seen()):
+            model = workers[0].served.name if workers and job.model == DEFAULT_MODEL else job.model
+            served = [
+                worker.served
+                for worker in workers
+                if worker.served.name == model and job.revision in ("", worker.served.revision)
+            ]
+            if served:
+                return job.resolved(served[-1])
         return job if job.revision else job.opened()
 
     def serving(self, queue: str) -> list[WorkerInfo]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import redis
 from kombu.exceptions import OperationalError
@@ -13,8 +17,60 @@ from redis.retry import Retry
 from worker.errors import QueueError
 from worker.settings import hidden
 
+T = TypeVar("T")
+
 #: Seconds between two tries to reach Redis.
 RETRY_EVERY_S = 0.25
+
+#: Until when the calls of this thread may be tried again: monotonic seconds, or not set.
+_patience = threading.local()
+
+
+class _Patience(Retry):
+    """Tries again for `retry_s` seconds in all, or until the end of `within`.
+
+    redis-py nests its retries: that of a command holds those of its connection. Counted tries multiply, and
+    each may last as long as a connect; so what is shared is the time. A refused password is refused again.
+    """
+
+    def __init__(self, retry_s: float) -> None:
+        super().__init__(ConstantBackoff(RETRY_EVERY_S), int(retry_s / RETRY_EVERY_S))
+        self._retry_s = retry_s
+
+    def call_with_retry(
+        self,
+        do: Callable[[], T],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> T:
+        """As redis-py's own, but for the above."""
+        failures = 0
+        with within(self._retry_s) as until_s:
+            while True:
+                try:
+                    return do()
+                except self._supported_errors as error:
+                    if isinstance(error, redis.AuthenticationError) or (
+                        is_retryable and not is_retryable(error)
+                    ):
+                        raise
+                    failures += 1
+                    fail(error, failures) if with_failure_count else fail(error)
+                    if time.monotonic() + RETRY_EVERY_S > until_s:
+                        raise
+                    time.sleep(RETRY_EVERY_S)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[float]:
+    """Let the calls inside be tried again for so many seconds together; an outer one's end is kept."""
+    outer = getattr(_patience, "until_s", math.inf)
+    _patience.until_s = min(outer, time.monotonic() + seconds)
+    try:
+        yield _patience.until_s
+    finally:
+        _patience.until_s = outer
 
 
 def connect(redis_url: str, retry_s: float) -> redis.Redis:
@@ -30,7 +86,7 @@ def connect(redis_url: str, retry_s: float) -> redis.Redis:
         socket_timeout=min(10.0, max(1.0, retry_s)),
         socket_keepalive=True,
         health_check_interval=10,
-        retry=Retry(ConstantBackoff(RETRY_EVERY_S), int(retry_s / RETRY_EVERY_S)),
+        retry=_Patience(retry_s),
     )
 
 

@@ -249,7 +249,7 @@ Arrival = tuple[str, int, int, int]
 def turns_until_done(
     victim: Arrival, arrivals: Callable[[int], Iterable[Arrival]], *, max_rows: int, step_s: float, limit: int
 ) -> float:
-    """In which turn `victim` is done, when `arrivals(turn)` come before each turn; infinity beyond `limit`."""
+    """In which turn `victim` is done when `arrivals(turn)` come before each; infinity beyond `limit`."""
     batcher: Batcher[int] = Batcher(max_rows)
     left: dict[int, int] = {}
 
