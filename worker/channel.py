@@ -20,6 +20,7 @@ import functools
 import logging
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty
 from time import monotonic
 from typing import Any, Final
@@ -112,15 +113,16 @@ class Channel(stock.Channel):
         result = super()._basic_cancel(consumer_tag)
         if self._stage is Stage.FETCHING and self._in_poll and not self.active_queues:
             # Nobody reads this connection any more, and what it brings would lie until its lease ran out.
-            try:
-                self._brpop_read()
-            except (Empty, *self.connection_errors):
-                pass
+            with suppress(*self.connection_errors):
+                while self._stage is Stage.FETCHING:
+                    with suppress(Empty):
+                        self._brpop_read()
         return result
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         """Fetch one message now, or None."""
         lists = [(queue, self._key(queue, priority)) for priority in self.priority_steps]
+        self.acknowledging = self.acknowledging or not no_ack
         with self._plain_client() as client:
             while reply := client.execute_command(*self._fetch_command(lists, no_ack=no_ack)):
                 index, raw, tag = reply
