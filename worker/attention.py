@@ -281,9 +281,10 @@ def _shape(module: Any, tokens: int, text: int) -> Shape:
 
 def _attention_class() -> type[torch.nn.Module]:
     # Not at the top: the first import of diffusers' models must come after xformers is hidden from them.
-    from diffusers.models.attention_processor import Attention
+    from diffusers.models import attention_processor
 
-    return Attention
+    attention: type[torch.nn.Module] = attention_processor.Attention
+    return attention
 
 
 def _name(kernel: Kernel) -> str:

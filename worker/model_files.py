@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -19,29 +20,14 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
+from worker import model_index
 from worker.errors import SettingsError
 from worker.settings import WorkerSettings
 
-#: The diffusers pipelines that are served.
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
-#: Where a component's class may come from; anything else is code in the model's own repository.
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-#: The file that says what a folder's components are.
-INDEX = "model_index.json"
 #: Beside it: what the model's maker recommends, `{"steps": 8, "guidance_scale": 2.0}`.
 RECOMMENDED = "smallcat.json"
-#: Endings of pickled weights.
-PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-#: Components without weights.
-_NO_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
-#: Weights that diffusers and transformers load by themselves: whole or in shards, plain or of a variant.
-_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(\.fp16)?(-\d{5}-of-\d{5})?\.safetensors")
 _CHECKER = "safety_checker"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PICKLE_REASON = (
-    "pickled weights can run any code while they load, and are refused: convert them to safetensors, or take "
-    "the model's safetensors version"
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,7 @@ class ModelFiles:
     name: str
     #: The hub's commit, or 16 hexadecimal digits over the files.
     revision: str
-    #: One of `PIPELINES`.
+    #: One of `model_index.PIPELINES`.
     pipeline_class: str
     #: Variant of the weights' files, "fp16" or None.
     variant: str | None
@@ -66,6 +52,8 @@ class ModelFiles:
     reason: str
     #: The model ships a safety checker, used or not.
     ships_checker: bool
+    #: Component to the number of values in the weights that will be loaded for it; empty for a single file.
+    values: Mapping[str, int]
 
 
 def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
@@ -75,8 +63,8 @@ def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
     """
     path = Path(settings.model).expanduser() if settings.model else _bundled()
     source = settings.model or "bundled with smallcat"
-    if path.suffix.lower() in PICKLED:
-        raise SettingsError(f"SMALLCAT_MODEL is {source}: {_PICKLE_REASON}.")
+    if path.suffix.lower() in model_index.PICKLED:
+        raise SettingsError(f"SMALLCAT_MODEL is {source}: {model_index.PICKLE_REASON}.")
     is_here = path.exists()
     if is_here and settings.model_revision:
         raise SettingsError(
@@ -96,7 +84,7 @@ def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
     if not _HUB_ID.fullmatch(source) or source.startswith("."):
         raise SettingsError(
             f"SMALLCAT_MODEL is {source}, where there is nothing: use a hub id (owner/name), a folder with "
-            f"{INDEX}, or a .safetensors file."
+            f"{model_index.INDEX}, or a .safetensors file."
         )
     folder = _from_hub(source, settings.model_revision, half=half, checked=settings.safety_checker)
     return _folder(folder, source, source, folder.name, half=half, checked=settings.safety_checker)
@@ -106,7 +94,7 @@ def _bundled() -> Path:
     """The folder of the model that comes with smallcat."""
     demo = Path(__file__).parent / "demo"
     for folder in (demo, demo / "model"):
-        if (folder / INDEX).is_file():
+        if (folder / model_index.INDEX).is_file():
             return folder
     raise SettingsError(
         "No model is bundled with this installation: set SMALLCAT_MODEL to a hub id, a folder or a "
@@ -120,16 +108,19 @@ def _bundled() -> Path:
 def _folder(
     path: Path, source: str, name: str, revision: str | None, *, half: bool, checked: bool
 ) -> ModelFiles:
-    index = read_index(path, source)
-    ships_checker = _CHECKER in _components(index)
+    index = model_index.read_index(path, source)
+    ships_checker = _CHECKER in model_index.components(index)
     if not checked:
         index.pop(_CHECKER, None)
     names = _names(path)
-    variant, reason = choose_variant(index, names, source, half=half)
-    files = {name: path / name for name in wanted(index, names)}
-    for file in files.values():
-        if file.suffix == ".safetensors":
-            read_header(file)
+    variant, reason = model_index.choose_variant(index, names, source, half=half)
+    model_index.refuse_incomplete(index, names, source)
+    files = {name: path / name for name in model_index.wanted(index, names)}
+    headers = {name: read_header(file) for name, file in files.items() if file.suffix == ".safetensors"}
+    values = {
+        component: sum(math.prod(tensor["shape"]) for name in found for tensor in headers[name].values())
+        for component, found in model_index.loaded(index, names, variant).items()
+    }
     return ModelFiles(
         path=path,
         single_file=False,
@@ -140,94 +131,12 @@ def _folder(
         variant=variant,
         reason=reason,
         ships_checker=ships_checker,
+        values=values,
     )
 
 
 def _names(folder: Path) -> list[str]:
     return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-
-
-def read_index(folder: Path, source: str) -> dict[str, Any]:
-    """`folder`'s model_index.json. Raises `SettingsError` unless it is of a pipeline that is served."""
-    path = folder / INDEX
-    if not path.is_file():
-        raise SettingsError(
-            f"The model {source} has no {INDEX}: use a folder that diffusers saved a pipeline to."
-        )
-    try:
-        index: dict[str, Any] = dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"The {INDEX} of {source} is no JSON object ({error}): get it again.") from None
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise SettingsError(
-            f"The model {source} is a {kind}, which is not served: use a {' or '.join(PIPELINES)}."
-        )
-    for component, (library, _) in _components(index).items():
-        if library not in LIBRARIES:
-            raise SettingsError(
-                f"The {component} of {source} comes from {library}, which is code of the model's own and is "
-                f"not run: use a model whose components come from {', '.join(LIBRARIES)}."
-            )
-    return index
-
-
-def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Component to (library, class), without those that the model does not have."""
-    return {
-        name: (entry[0], entry[1])
-        for name, entry in index.items()
-        if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
-    }
-
-
-def _weights(index: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
-    """Component to the names of its weights' files, plain and of variants, for all that have weights."""
-    found: dict[str, list[str]] = {name: [] for name in _components(index) if name not in _NO_WEIGHTS}
-    for name in names:
-        folder, _, file = name.partition("/")
-        if folder in found and _WEIGHTS.fullmatch(file):
-            found[folder].append(name)
-    return found
-
-
-def choose_variant(
-    index: Mapping[str, Any], names: Iterable[str], source: str, *, half: bool
-) -> tuple[str | None, str]:
-    """The variant of the weights to load, "fp16" or None, and why.
-
-    Raises `SettingsError` when a component has no safetensors at all.
-    """
-    names = list(names)
-    weights = _weights(index, names)
-    for component, files in weights.items():
-        if files:
-            continue
-        if any(name.startswith(f"{component}/") and name.endswith(PICKLED) for name in names):
-            raise SettingsError(f"The {component} of {source} has no .safetensors: {_PICKLE_REASON}.")
-        raise SettingsError(f"The model {source} has no weights for its {component}: get its files again.")
-    has_half = all(any(".fp16" in file for file in files) for files in weights.values())
-    has_plain = all(any(".fp16" not in file for file in files) for files in weights.values())
-    if has_half and half:
-        return "fp16", "its fp16 files"
-    if has_plain:
-        return None, "its plain files"
-    return "fp16", "its fp16 files, since it has no others for all of it"
-
-
-def wanted(index: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The names that matter to the picture, sorted: configs, tokenizers and weights of all components."""
-    names = list(names)
-    weights = {file for files in _weights(index, names).values() for file in files}
-    components = _components(index)
-    texts = {
-        name
-        for name in names
-        if name.count("/") == 1
-        and name.partition("/")[0] in components
-        and name.endswith((".json", ".txt", ".model"))
-    }
-    return sorted(weights | texts | {INDEX})
 
 
 # --- the hub ------------------------------------------------------------------------------------------------
@@ -262,27 +171,26 @@ def _from_hub(repo: str, revision: str, *, half: bool, checked: bool) -> Path:
         first_line = next(iter(str(error).strip().splitlines()), "")[:200]
         raise SettingsError(
             f"The model {repo} cannot be fetched as a diffusers pipeline ({first_line}): use one with a "
-            f"{INDEX}."
+            f"{model_index.INDEX}."
         ) from error
 
 
 def _fetch(repo: str, revision: str | None, *, half: bool, checked: bool) -> Path:
-    folder = Path(huggingface_hub.hf_hub_download(repo, INDEX, revision=revision)).parent
-    index = read_index(folder, repo)
+    folder = Path(huggingface_hub.hf_hub_download(repo, model_index.INDEX, revision=revision)).parent
+    index = model_index.read_index(folder, repo)
     if not checked:
         index.pop(_CHECKER, None)
     try:
         names = huggingface_hub.list_repo_files(repo, revision=folder.name)
     except Exception:  # noqa: BLE001 - out of reach, which has other classes in other versions
         return folder  # What is missing from the cache is found, and named, when the folder is checked.
-    variant, _ = choose_variant(index, names, repo, half=half)
-    others = {
+    variant, _ = model_index.choose_variant(index, names, repo, half=half)
+    loaded = {name for files in model_index.loaded(index, names, variant).values() for name in files}
+    patterns = [
         name
-        for files in _weights(index, names).values()
-        for name in files
-        if (".fp16" in name) != (variant == "fp16")
-    }
-    patterns = [name for name in wanted(index, names) if name not in others]
+        for name in model_index.wanted(index, names)
+        if name in loaded or not name.endswith(".safetensors")
+    ]
     return Path(
         huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=[*patterns, RECOMMENDED])
     )
@@ -298,16 +206,19 @@ def _single_file(path: Path, source: str, settings: WorkerSettings) -> ModelFile
     files = {"": path}
     if settings.model_config_dir:
         configs = Path(settings.model_config_dir).expanduser()
-        index = read_index(configs, f"in SMALLCAT_MODEL_CONFIG_DIR={configs}")
+        index = model_index.read_index(configs, f"in SMALLCAT_MODEL_CONFIG_DIR={configs}")
         if ("XL" in kind) != ("XL" in index["_class_name"]):
             raise SettingsError(
                 f"The file {source} is for a {kind}, but SMALLCAT_MODEL_CONFIG_DIR={configs} has the configs "
                 f"of a {index['_class_name']}: set it to a folder that fits."
             )
+        index.pop(_CHECKER, None)  # A single file has none.
+        names = _names(configs)
+        model_index.refuse_incomplete(index, names, f"in SMALLCAT_MODEL_CONFIG_DIR={configs}")
         kind = index["_class_name"]
         files |= {
             name: configs / name
-            for name in wanted(index, _names(configs))
+            for name in model_index.wanted(index, names)
             if not name.endswith(".safetensors")
         }
     return ModelFiles(
@@ -320,6 +231,7 @@ def _single_file(path: Path, source: str, settings: WorkerSettings) -> ModelFile
         variant=None,
         reason="a single file",
         ships_checker=False,
+        values={},
     )
 
 
@@ -350,7 +262,9 @@ def read_header(path: Path) -> dict[str, Any]:
         start = file.read(8)
         # A zip archive is what torch.save writes; the others begin a bare pickle of protocol 2 to 5.
         if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-            raise SettingsError(f"{path} holds a pickle under a .safetensors name: {_PICKLE_REASON}.")
+            raise SettingsError(
+                f"{path} holds a pickle under a .safetensors name: {model_index.PICKLE_REASON}."
+            )
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
             raise SettingsError(

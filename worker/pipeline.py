@@ -84,7 +84,7 @@ def load(settings: WorkerSettings) -> Loaded:
     files = model_files.find(settings, half=dtype == torch.float16)
     _quieten()
     pipeline = _load(files, settings, dtype)
-    _check(pipeline, files.source)
+    _check(pipeline, files)
     layout = _place(pipeline, device)
     served = ServedModel(
         name=_name(settings, files),
@@ -195,12 +195,9 @@ def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.
         ) from error
 
 
-def _check(pipeline: Any, source: str) -> None:
-    """Refuse what loads, but is no text-to-image model."""
-    for name in ("unet", "vae", "tokenizer", "text_encoder"):
-        if getattr(pipeline, name, None) is None:
-            raise SettingsError(f"The model {source} has no {name}: get its files again.")
-    kind = type(pipeline.unet)
+def _check(pipeline: Any, files: model_files.ModelFiles) -> None:
+    """Refuse what loads, but is no text-to-image model or not whole."""
+    source, kind = files.source, type(pipeline.unet)
     if not issubclass(kind, diffusers.UNet2DConditionModel):
         raise SettingsError(f"The model {source} has a {kind.__name__}: use one with a UNet2DConditionModel.")
     takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
@@ -209,6 +206,17 @@ def _check(pipeline: Any, source: str) -> None:
             f"The model {source} has a UNet of {takes} input channels and a VAE of {has}: inpainting and "
             "image-to-image models are not served, use a text-to-image one."
         )
+    for name, component in pipeline.components.items():
+        if not isinstance(component, torch.nn.Module):
+            continue
+        weights = list(component.parameters())
+        needed = sum(weight.numel() for weight in weights)
+        # The libraries leave a tensor that is missing from the files empty or random, and only warn.
+        if any(weight.is_meta for weight in weights) or files.values.get(name, needed) < needed:
+            raise SettingsError(
+                f"The {name} of {source} has {files.values.get(name, 0):,} weights of {needed:,}: get its "
+                "files again."
+            )
 
 
 def _place(pipeline: Any, device: torch.device) -> tuple[str, str]:
