@@ -74,7 +74,7 @@ def _redis(settings: ProducerSettings) -> Iterator[Finding]:
 
 
 def _bucket(settings: ProducerSettings) -> Iterator[Finding]:
-    storage = Storage(settings.s3_bucket, settings.s3_prefix)
+    storage = Storage(settings.s3_bucket, settings.s3_prefix, attempts=2)
     storage.check()
     yield Finding("bucket", True, f"{storage.root} can be written, read and deleted from")
     job_id, body = f"doctor-{secrets.token_hex(8)}", b"smallcat"

@@ -94,9 +94,19 @@ def valkey(servers: Stack) -> ValkeyProcess:
 @pytest.fixture
 def s3(servers: Stack) -> Bucket:
     """A bucket that no other test has."""
+    import boto3
+
     name = f"test-{secrets.token_hex(4)}"
-    servers.s3.create_bucket(name)
-    return Bucket(name, servers.s3.environment(name))
+    environment = servers.s3.environment(name)
+    # By the server, not beside it as a folder: that it would see only when its cache of folders expires.
+    boto3.client(
+        "s3",
+        endpoint_url=servers.s3.endpoint,
+        region_name=servers.s3.region,
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+    ).create_bucket(Bucket=name)
+    return Bucket(name, environment)
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import IO, TYPE_CHECKING, cast
 
 import boto3
 import botocore.config
@@ -50,13 +49,16 @@ _PERMANENT = {
 class Storage:
     """One bucket. Thread-safe: boto3's client is, and there is one.
 
-    `connections` is the most requests at once. Credentials, endpoint and region are boto3's own settings.
+    `connections` is the most requests at once, `attempts` how often one is tried while the server is out of
+    reach or overloaded: 8 last about a minute, 2 a second. Credentials, endpoint and region are boto3's own
+    settings.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", *, connections: int = 16) -> None:
+    def __init__(self, bucket: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
         self.bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._connections = connections
+        self._attempts = attempts
         self._lock = threading.Lock()
 
     @cached_property
@@ -66,7 +68,7 @@ class Storage:
             signature_version="s3v4",
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            retries={"mode": "standard", "max_attempts": 8},
+            retries={"mode": "standard", "max_attempts": self._attempts},
             max_pool_connections=self._connections,
             connect_timeout=5,
             read_timeout=30,
@@ -129,6 +131,16 @@ class Storage:
             except self._client.exceptions.NoSuchKey:
                 raise UnknownJobError(f"Nothing is at {uri}: it was deleted, or never put.") from None
 
+    @contextmanager
+    def open(self, uri: str) -> Iterator[IO[bytes]]:
+        """The bytes at an s3:// address, as a stream. Raises as `get`, also while it is read."""
+        bucket, key = _split(uri)
+        with self._errors():
+            try:
+                yield cast("IO[bytes]", self._client.get_object(Bucket=bucket, Key=key)["Body"])
+            except self._client.exceptions.NoSuchKey:
+                raise UnknownJobError(f"Nothing is at {uri}: it was deleted, or never put.") from None
+
     def url(self, uri: str, expires_s: int = 3_600) -> str:
         """A link to an s3:// address that works without keys for `expires_s` seconds (1 to 604,800)."""
         if not 1 <= expires_s <= MAX_URL_S:
@@ -138,6 +150,18 @@ class Storage:
             return self._client.generate_presigned_url(
                 "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=expires_s
             )
+
+    def below(self, address: str) -> Iterator[tuple[str, float]]:
+        """Every object under s3://bucket/prefix, by key: its address, and the Unix time it was put.
+
+        A prefix ends where a name does: "runs/1" does not mean "runs/10". Raises `StorageError`.
+        """
+        bucket, _, prefix = address.removeprefix("s3://").partition("/")
+        prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        with self._errors():
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for stored in page.get("Contents", ()):
+                    yield f"s3://{bucket}/{stored['Key']}", stored["LastModified"].timestamp()
 
     def delete(self, job_id: str, image_format: ImageFormat) -> None:
         """Remove a job's picture and record; nothing where nothing is. Raises `StorageError`."""
@@ -177,7 +201,8 @@ class Storage:
 
 
 def _split(uri: str) -> tuple[str, str]:
-    parts = urlsplit(uri)
-    if parts.scheme != "s3" or not parts.netloc or not parts.path.strip("/"):
+    # By hand: a key may hold "#" and "?", which mean nothing here.
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket or not key:
         raise ValueError(f"{uri!r} is no s3://bucket/key address.")
-    return parts.netloc, parts.path.removeprefix("/")
+    return bucket, key

@@ -121,7 +121,8 @@ def _assemble(name: str) -> _Process:
         # Asked on a client that does not wait: at start Redis is there or it is not.
         connect(settings.redis_url, retry_s=1).ping()
     storage = Storage(settings.s3_bucket, settings.s3_prefix, connections=64)
-    storage.check()
+    # Asked by one that does not wait, as above.
+    Storage(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
     _say("queue", hidden(settings.redis_url), "REDIS_URL")
     _say("storage", storage.root, "S3_BUCKET, S3_PREFIX; a test object was written, read and deleted")
 
