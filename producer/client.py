@@ -246,7 +246,7 @@ class _Client:
     def submit(self, job: Job) -> JobHandle:
         from kombu.pools import producers
 
-        from worker.celery import RENDER, app, connection, message_of, message_priority
+        from worker.celery import RENDER, app, args_repr, connection, message_of, message_priority
         from worker.fleet import queue_of
 
         with self.queue_errors():
@@ -263,6 +263,7 @@ class _Client:
                     app.send_task(
                         RENDER,
                         args=[message_of(job)],
+                        argsrepr=args_repr(job.prompt, job.seed),
                         task_id=message_id,
                         queue=queue,
                         priority=message_priority(job),

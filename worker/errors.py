@@ -3,6 +3,7 @@
     SmallcatError
     ├── CallerError                 the caller's fault: never tried again
     │   ├── InvalidJobError         a field is outside its limits
+    │   ├── PromptFileError         a file of prompts cannot be read, or does not fit the run
     │   ├── UnknownModelError       no worker may serve that model
     │   ├── UnknownJobError         there is no job of that id
     │   ├── JobCancelledError       the caller took the job back
@@ -39,6 +40,10 @@ class CallerError(SmallcatError):
 
 class InvalidJobError(CallerError):
     """Raised when a field of a job is unknown or outside its limits. Nothing has been sent."""
+
+
+class PromptFileError(CallerError):
+    """Raised when a file of prompts cannot be read, or what is asked of it cannot be done."""
 
 
 class UnknownModelError(CallerError):
