@@ -132,7 +132,7 @@ class S3Process(_Server):
         }
 
     def create_bucket(self, bucket: str) -> None:
-        """Create `bucket`, if it is not there yet. Works before the server's start as well."""
+        """Create `bucket`, if it is not there yet, before the server's start; later, ask the server to."""
         (self.folder / bucket).mkdir(exist_ok=True)
 
     def _argv(self) -> list[str]:

@@ -20,8 +20,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from deploy.home import StackError
 from deploy.local import exports
-from deploy.parts import WorkerProcess
 from deploy.stack import BUCKET, Stack
+from worker.fleet import Fleet, WorkerInfo
+from worker.job import Defaults, ServedModel
 
 pytestmark = pytest.mark.usefixtures("servers")  # skips at home, fails in CI, where they are not installed
 
@@ -362,10 +363,37 @@ def test_a_folder_keeps_queue_and_pictures_between_runs(
     assert (second.s3.folder / BUCKET / "cat.png").read_bytes() == b"cat"
 
 
-def test_a_worker_counts_as_started_when_it_is_announced(new_stack: Callable[..., Stack]) -> None:
-    stack = new_stack(workers=1)
-    worker = stack.workers[0]
-    assert isinstance(worker, WorkerProcess)
+def test_a_worker_is_ready_when_it_is_announced_and_not_by_an_earlier_run(
+    new_stack: Callable[..., Stack],
+) -> None:
+    stack = new_stack(workers=0)
+    worker = stack.new_worker()
+    fleet = Fleet(client(stack), ttl_s=60)
+    worker.launched_at = fleet.now()
+    run = WorkerInfo(
+        name=worker.node,
+        served=ServedModel(
+            name="tiny", revision="1", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
+        ),
+        started_at=worker.launched_at - 1,
+        device="cpu",
+        attention="sdpa",
+        max_rows=8,
+        versions={},
+    )
 
-    assert [line for line in worker.choices() if line.startswith("device: ")]
-    assert worker.running
+    assert not worker._is_ready()
+    fleet.announce(run)
+    assert not worker._is_ready(), "killed a moment ago, it still counts as live"
+    fleet.announce(run.model_copy(update={"started_at": worker.launched_at + 1}))
+    assert worker._is_ready()
+
+
+def test_a_worker_s_choices_are_read_from_its_log(new_stack: Callable[..., Stack]) -> None:
+    worker = new_stack(workers=0).new_worker()
+    stamp = "[2026-11-22 21:31:16,834: "
+    worker.log.write_text(
+        f"banner\n{stamp}INFO/MainProcess] device: cpu (no GPU)\n{stamp}WARNING/MainProcess] hot\n"
+    )
+
+    assert worker.choices() == ["device: cpu (no GPU)"]
