@@ -40,6 +40,10 @@ logger = logging.getLogger("smallcat.transport")
 #: connection. Also the rest after a fetch that Redis refused.
 LOOK_AGAIN_S: Final = 1.0
 
+#: Headers that must be text or absent: Celery counts by them in the pool's thread, where an error would take
+#: the job's place for good.
+TEXT_HEADERS: Final = ("id", "task", "shadow", "root_id", "parent_id", "group")
+
 #: What reading a message of someone else's making may raise, in kombu or in Celery. Anything else that a
 #: callback raises is about the worker.
 MALFORMED: Final = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
@@ -303,7 +307,11 @@ class Channel(stock.Channel):
         try:
             if tag is None:
                 raise ValueError("it is not JSON with a delivery tag")
-            return self.Message(loads(raw), channel=self)
+            message = self.Message(loads(raw), channel=self)
+            for name in TEXT_HEADERS:
+                if not isinstance(message.headers.get(name), (str, type(None))):
+                    raise TypeError(f"its header {name!r} is not text")
+            return message
         except Exception as error:  # noqa: BLE001 -- whatever is wrong is wrong with the message
             self._set_aside(queue, tag, error)
             return None

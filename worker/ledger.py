@@ -15,6 +15,7 @@ from typing import Final
 #: Pops the next message and registers it as held, both or neither.
 #: KEYS: hash, index, list for what cannot be read, then the lists in fetching order.
 #: ARGV: for each list its queue as JSON, or '' where messages are not acknowledged.
+#: A delivery tag is printable ASCII without spaces; kombu's is a UUID.
 #: Returns {which list, message, delivery tag}, the tag null for a message that was set aside; {} for none.
 #: The entry's empty exchange makes the queue its routing key: whoever restores it needs no bindings.
 #: Popping first lets it through when Redis is full: a script that has written may go on writing.
@@ -27,7 +28,7 @@ for i = 4, #KEYS do
             return {i - 4, raw, ''}
         end
         local read, tag = pcall(function() return cjson.decode(raw).properties.delivery_tag end)
-        if not read or type(tag) ~= 'string' or tag == '' then
+        if not read or type(tag) ~= 'string' or not string.find(tag, '^[!-~]+$') then
             redis.call('LPUSH', KEYS[3], raw)
             return {i - 4, raw, false}
         end
