@@ -8,7 +8,7 @@ in Redis for another worker. What goes wrong is decided by whose fault it is (`w
     the caller's                the record says so, and the message is done with
     the job's                   the same, after `max_attempts` tries, each after a longer pause
     the machine's               the message goes back to the queue (`MachineError` leaves `handle`)
-    the storage's               the picture stays in memory and is put again, until `upload_timeout_s`
+    the storage's               it is asked again, with the picture in memory, until `upload_timeout_s`
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import logging
 import random
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,12 +41,14 @@ from worker.errors import (
 )
 from worker.fleet import queue_of
 from worker.images import CONTENT_TYPES, Picture, encode
-from worker.job import FORMAT_VERSION, Job, ServedModel
+from worker.job import DEFAULT_MODEL, FORMAT_VERSION, Job, ServedModel
 from worker.quarantine import Quarantine
 from worker.records import RUN_MARK, Attempt, Claim, JobRecord, Records, State, Timings
 from worker.storage import Storage
 
 logger = logging.getLogger("smallcat.jobs")
+
+T = TypeVar("T")
 
 #: Seconds between two tries of a PUT: the first, and the most it grows to. See `_jittered`.
 PUT_BACKOFF_S = (0.5, 10.0)
@@ -80,9 +83,9 @@ class Message(BaseModel):
         try:
             message = cls.model_validate(payload)
         except ValidationError as error:
-            raise InvalidJobError(
-                f"A message is not a job: {error.errors(include_url=False)[0]['msg']}."
-            ) from None
+            finding = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in finding["loc"]) or "it"
+            raise InvalidJobError(f"A message is not a job: {where}: {finding['msg']}.") from None
         if message.id != message.job.id:
             raise InvalidJobError(f"A message says id {message.id}, its job's id is {message.job.id}.")
         return message
@@ -182,15 +185,18 @@ class RenderService:
 
     def _render(self, message: Message, attempt: int, queued_s: float) -> None:
         """Answer from the bucket, or render and put. Raises `SmallcatError`."""
-        if not message.job.is_open and message.job.revision != self.served.revision:
+        wanted = message.job
+        if wanted.model not in (DEFAULT_MODEL, self.served.name) or not (
+            wanted.is_open or wanted.revision == self.served.revision
+        ):
+            revision = "any revision" if wanted.is_open else f"revision {wanted.revision}"
             raise UnknownModelError(
-                f"The job wants {message.job.model} at revision {message.job.revision}, "
+                f"The job wants {wanted.model} at {revision}, "
                 f"this worker serves {self.served.name} at {self.served.revision}: send it to its own queue."
             )
-        job = message.job.resolved(self.served)
-        stored = self._storage.find(message.id, job.format)
-        if stored is not None:
-            self._answer_from(message, stored, queued_s)
+        job = wanted.resolved(self.served)
+        stored = self._patiently(message.id, lambda: self._storage.find(message.id, job.format))
+        if stored is not None and self._answer_from(message, stored, queued_s):
             return
         started_s = time.monotonic()
         rendered: Rendered = self._engine.submit(message.id, job).result()
@@ -220,43 +226,53 @@ class RenderService:
         self._records.done(record.model_copy(update={"timings": timings}))
         metrics.JOBS.labels("rendered").inc()
 
-    def _answer_from(self, message: Message, stored: bytes, queued_s: float) -> None:
-        """Mark the job done with what the bucket holds; priority and metadata are this submission's own."""
+    def _answer_from(self, message: Message, stored: bytes, queued_s: float) -> bool:
+        """Mark the job done with what the bucket holds; priority and metadata are this submission's own.
+
+        False: what it holds cannot be read, and the job is rendered again.
+        """
         try:
             record = JobRecord.model_validate_json(stored)
         except ValidationError as error:
-            raise StorageError(
-                f"The record beside the picture of job {message.id} cannot be read: {error}"
-            ) from error
+            logger.warning("Job %s: the record beside its picture cannot be read: %s", message.id, error)
+            return False
         own = {"priority": message.job.priority, "metadata": message.job.metadata}
         self._records.done(
             record.model_copy(
                 update={
                     "job": record.job.model_copy(update=own),
+                    "step": record.steps,
+                    # The bucket may be a copy of the one it was put into.
+                    "uri": self._storage.uri(message.id, record.job.format),
                     "timings": record.timings.model_copy(update={"queued": queued_s}),
                     "cached": True,
                 }
             )
         )
         metrics.JOBS.labels("cached").inc()
+        return True
 
     def _put(self, record: JobRecord, picture: bytes) -> None:
-        """Put record and picture, again and again while the storage fails in a way that may pass."""
-        job = record.job
+        """Put record and picture."""
+        image_format = record.job.format
         lasting = record.model_dump_json(exclude={"queue", "submitted_at", "step", "tries", "runs"}).encode()
+        mime = CONTENT_TYPES[image_format]
+        self._patiently(record.id, lambda: self._storage.put(record.id, image_format, picture, lasting, mime))
+
+    def _patiently(self, job_id: str, do: Callable[[], T]) -> T:
+        """What `do` returns, tried again and again while the storage fails in a way that may pass."""
         deadline_s = time.monotonic() + self._upload_timeout_s
         pause_s, longest_s = PUT_BACKOFF_S
         while True:
             try:
-                self._storage.put(record.id, job.format, picture, lasting, CONTENT_TYPES[job.format])
-                return
+                return do()
             except PermanentStorageError:
                 raise
             except StorageError as error:
                 if time.monotonic() + pause_s > deadline_s:
                     limit = f"{self._upload_timeout_s:g} s (SMALLCAT_UPLOAD_TIMEOUT_S)"
-                    raise StorageError(f"The picture could not be put for {limit}: {error}") from error
-                logger.warning("Job %s: the picture waits in memory: %s", record.id, error)
+                    raise StorageError(f"The storage failed for {limit}: {error}") from error
+                logger.warning("Job %s waits for the storage: %s", job_id, error)
             if self._stopping.wait(_jittered(pause_s)):
                 raise EngineStoppedError("The worker is stopping: the job goes back to the queue.")
             pause_s = min(2 * pause_s, longest_s)
