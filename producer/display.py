@@ -32,7 +32,7 @@ def follow(handle: JobHandle, timeout: float | None) -> JobResult:
 def show_picture(result: JobResult) -> None:
     """Draw the picture in the terminal; where standard output is none, one line says what it is."""
     console = Console()
-    if console.is_terminal:
+    if console.is_terminal and min(console.size) > 0:  # Some pseudo-terminals have no size.
         # Asks the terminal at import what it can draw.
         from textual_image.renderable import Image
 
