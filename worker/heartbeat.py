@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -48,24 +49,31 @@ class Heartbeat:
         self._jobs = jobs
         self._cancel = cancel
         self._watchdog = watchdog
+        self._leaving = threading.Event()
+        self._withdrawn = False
         self._stop = threading.Event()
         self._watched_until_s = self._beaten_s = self._beat_due_s = self._announce_due_s = 0.0
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Announce the worker, and go on from a thread."""
-        self._fleet.announce(self._info)
-        self._announce_due_s = time.monotonic() + ANNOUNCE_EVERY_S
+        """Announce the worker, and go on from a thread. Redis being away delays the announcement only."""
+        try:
+            self._fleet.announce(self._info)
+            self._announce_due_s = time.monotonic() + ANNOUNCE_EVERY_S
+        except Exception as error:  # noqa: BLE001 - the thread tries again
+            logger.warning("The worker is not announced yet: %s", error)
         self._thread.start()
 
+    def leave(self) -> None:
+        """Withdraw the announcement, and go on beating for the jobs on board. Returns at once."""
+        self._leaving.set()
+
     def stop(self) -> None:
-        """Withdraw the announcement and end."""
+        """Withdraw the announcement and end, within 5 seconds."""
+        self._leaving.set()
         self._stop.set()
-        self._thread.join(timeout=5)
-        try:
-            self._fleet.withdraw(self._info.name)
-        except Exception as error:  # noqa: BLE001 - the announcement expires by itself
-            logger.warning("The worker's announcement could not be withdrawn: %s", error)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
 
     def _run(self) -> None:
         away = False
@@ -81,7 +89,17 @@ class Heartbeat:
                 if not away:
                     logger.warning("Progress and announcements wait for Redis: %s", error)
                 away = True
+                self._watchdog()
                 self._stop.wait(BEAT_S)
+        try:
+            self._withdraw()
+        except Exception as error:  # noqa: BLE001 - the announcement expires by itself
+            logger.warning("The worker's announcement could not be withdrawn: %s", error)
+
+    def _withdraw(self) -> None:
+        if not self._withdrawn:
+            self._fleet.withdraw(self._info.name)
+            self._withdrawn = True
 
     def _say_what_is_due(self) -> None:
         now_s = time.monotonic()
@@ -90,7 +108,10 @@ class Heartbeat:
                 self._cancel(job_id)
             self._beat_due_s = now_s + (BEAT_S if now_s < self._watched_until_s else self._lease_s / 4)
             self._beaten_s = now_s
-        if now_s >= self._announce_due_s:
+        if self._leaving.is_set():
+            self._withdraw()
+            self._announce_due_s = math.inf
+        elif now_s >= self._announce_due_s:
             self._fleet.announce(self._info)
             self._announce_due_s = now_s + ANNOUNCE_EVERY_S
 
@@ -101,8 +122,10 @@ class Heartbeat:
         if message is None:
             return
         word, _, job_id = message.partition(" ")
-        if word == "cancel":
-            self._cancel(job_id)
+        if word == "cancel" and (steps := self._jobs().get(job_id)) is not None:
+            # Its record has the last word: it may have been submitted again since.
+            for cancelled in self._records.progress({job_id: steps}, self._lease_s):
+                self._cancel(cancelled)
         elif word == "watch":
             self._watched_until_s = time.monotonic() + WATCH_S
             self._beat_due_s = self._beaten_s + BEAT_S

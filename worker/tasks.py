@@ -155,9 +155,11 @@ def _assemble(name: str) -> _Process:
         max_rows=runner.max_rows,
         versions=_versions(),
     )
+    # One that does not wait: the watchdog must go on while Redis is away.
+    beating = connect(settings.redis_url, retry_s=1)
     heartbeat = Heartbeat(
-        records,
-        fleet,
+        Records(beating, settings.record_ttl_s),
+        Fleet(beating, settings.record_ttl_s),
         info,
         lease_s=settings.lease_s,
         jobs=service.progress,
@@ -187,7 +189,8 @@ def _drain(**_: Any) -> None:
     process = _process
 
     def drain() -> None:
-        process.heartbeat.stop()
+        # Jobs on board keep their claims, and can be cancelled, until they are done or given back.
+        process.heartbeat.leave()
         process.engine.drain(process.settings.drain_s)
         process.service.stop()
 
