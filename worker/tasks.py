@@ -98,6 +98,10 @@ def _start(sender: Any, **_: Any) -> None:
         _process = _assemble(sender.hostname)
     except SmallcatError as error:
         raise SystemExit(f"smallcat: {error}") from None
+    except Exception as error:
+        # Celery would log it and go on, as a worker without an engine.
+        logger.critical("The worker cannot start.", exc_info=True)
+        raise SystemExit(EX_SOFTWARE) from error
     transport.set_liveness(lambda: not _here().engine.is_lost())
     served, max_rows = _process.service.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
