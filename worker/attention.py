@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tenso
 TIMED_ROWS = 8
 #: How far, relative to values around 1, an xformers result may be from naive's in half precision.
 _TOLERANCE = 2e-2
+_NO_CPU_OPERATOR = "has no operator for a CPU"
 _REMEDY = (
     "install the worker with its cuda extra (pip install '.[cuda]': xformers and nvidia-cuda-runtime-cu12), "
     "or leave SMALLCAT_ATTENTION and USE_MEMORY_EFFICIENT_ATTENTION out"
@@ -167,6 +168,15 @@ def install(pipeline: Any, backend: Backend, device: torch.device) -> Choice:
     return Choice("attention", backend if backend != "auto" else " and ".join(names), reason)
 
 
+def probe(device: torch.device) -> dict[str, str]:
+    """Each backend with what keeps it from working on `device`; empty: it works."""
+    problem = _NO_CPU_OPERATOR
+    if device.type != "cpu":
+        # The widest attention of Stable Diffusion 1.x that is not the VAE's.
+        _, problem = _probe([Shape(64, 64, heads=8, head_width=160, dtype=torch.float16)], device)
+    return {"naive": "", "sdpa": "", "xformers": problem}
+
+
 def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict[Shape, Kernel], str]:
     shapes = Counter(shape for _, shape in _attentions(pipeline))
     if backend == "naive":
@@ -176,10 +186,10 @@ def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict
     if device.type == "cpu":
         if backend == "xformers":
             raise SettingsError(
-                "The attention backend xformers is asked for, but it has no operator for a CPU: set "
+                f"The attention backend xformers is asked for, but it {_NO_CPU_OPERATOR}: set "
                 "SMALLCAT_ATTENTION=sdpa and leave USE_MEMORY_EFFICIENT_ATTENTION out."
             )
-        return dict.fromkeys(shapes, sdpa), "xformers has no operator for a CPU"
+        return dict.fromkeys(shapes, sdpa), f"xformers {_NO_CPU_OPERATOR}"
     kernels, refused = _probe(shapes, device)
     if backend == "xformers":
         if not any(kernel is not sdpa for kernel in kernels.values()):
@@ -198,7 +208,7 @@ def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict
     return (kernels if times["xformers"] < times["sdpa"] else dict.fromkeys(shapes, sdpa)), reason
 
 
-def _probe(shapes: Counter[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:
+def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:
     """xformers for each shape that it computes rightly, sdpa for the others, with the first reason why."""
     try:
         kernel = load_xformers()

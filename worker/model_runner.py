@@ -42,7 +42,14 @@ GPU_DECODE_PIXELS, CPU_DECODE_PIXELS = 8 * 512 * 512, 512 * 512
 class Render:
     """One job on board. Made by `ModelRunner.prepare`, changed by `ModelRunner.step` alone."""
 
-    def __init__(self, job: Job, text: Text, conditions: dict[str, torch.Tensor], sampler: Sampler) -> None:
+    def __init__(
+        self,
+        job: Job,
+        text: Text,
+        conditions: dict[str, torch.Tensor],
+        sampler: Sampler,
+        latents: torch.Tensor,
+    ) -> None:
         #: The job, with all that it left open filled in.
         self.job = job
         #: Rows in a forward of the UNet: 2 with guidance, else 1.
@@ -58,7 +65,8 @@ class Render:
         self._text = text
         self._conditions = conditions
         self._sampler = sampler
-        self._latents = torch.empty(0)
+        #: (1, channels, height, width), float32.
+        self._latents = latents
 
     @property
     def lane(self) -> Hashable:
@@ -134,22 +142,24 @@ class ModelRunner:
             text = self._texts.encode(job.prompt, job.negative_prompt, guided=guided)
         shape = (1, self._pipeline.unet.config.in_channels, job.height // factor, job.width // factor)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32) * sampler.noise_scale
+        conditions = self._conditions(job, text)
+        return Render(job, text, conditions, sampler, noise.to(self._device))
+
+    def _conditions(self, job: Job, text: Text) -> dict[str, torch.Tensor]:
+        """What the UNet takes besides text and timestep: (rows, width) each, in the model's dtype."""
         conditions: dict[str, torch.Tensor] = {}
-        if embeds_guidance:
-            scale = torch.tensor([job.guidance_scale - 1])
+        width = self._pipeline.unet.config.time_cond_proj_dim
+        if width is not None:
+            scale = torch.tensor([(job.guidance_scale or 0.0) - 1])
             conditions["timestep_cond"] = self._pipeline.get_guidance_scale_embedding(
-                scale, embedding_dim=self._pipeline.unet.config.time_cond_proj_dim
+                scale, embedding_dim=width
             ).to(self._device, self._dtype)
         if text.pooled is not None:
             # SDXL's micro-conditioning: original size, crop, target size (Podell et al., 2023, section 2.2).
-            sizes = [job.height, job.width, 0, 0, job.height, job.width]
+            sizes = torch.tensor([[job.height, job.width, 0, 0, job.height, job.width]] * len(text.pooled))
             conditions["text_embeds"] = text.pooled
-            conditions["time_ids"] = torch.tensor([sizes] * text.pooled.shape[0]).to(
-                self._device, self._dtype
-            )
-        render = Render(job, text, conditions, sampler)
-        render._latents = noise.to(self._device)
-        return render
+            conditions["time_ids"] = sizes.to(self._device, self._dtype)
+        return conditions
 
     @torch.inference_mode()
     def step(self, renders: Sequence[Render]) -> list[SmallcatError | None]:
@@ -163,9 +173,7 @@ class ModelRunner:
             predictions = self._predict(renders)
             advanced = [_advanced(render, guess) for render, guess in zip(renders, predictions, strict=True)]
             # One look at the device for all of them.
-            finite = _finite(
-                [latents for latents, _ in (pair for pair in advanced if isinstance(pair, tuple))]
-            )
+            finite = _finite([pair[0] for pair in advanced if isinstance(pair, tuple)])
         outcomes: list[SmallcatError | None] = []
         checks = iter(finite)
         for render, pair in zip(renders, advanced, strict=True):

@@ -6,6 +6,7 @@ returns its successor, so that a step that fails can be taken again from where i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from dataclasses import dataclass, field, replace
@@ -86,11 +87,11 @@ class Samplers:
         own = pipeline.scheduler
         # A latent consistency pipeline passes arguments that no other scheduler takes.
         self._lcm_only = isinstance(pipeline, diffusers.LatentConsistencyModelPipeline)
-        # diffusers' SDXL call starts at index 0; its SD call looks the index up by the first timestep.
-        self._from_zero = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
         self._prototypes = {Scheduler.DEFAULT: type(own).from_config(own.config)}
         for name, (kind, options) in CLASSES.items():
-            self._prototypes[name] = getattr(diffusers, kind).from_config(own.config, **options)
+            # Some noise schedules are known to some classes alone: `make` refuses the others.
+            with contextlib.suppress(ValueError, NotImplementedError, TypeError):
+                self._prototypes[name] = getattr(diffusers, kind).from_config(own.config, **options)
 
     def make(self, name: Scheduler, steps: int, generator: torch.Generator) -> Sampler:
         """A sampler for `steps` steps that draws its noise from `generator` (on the CPU).
@@ -101,6 +102,10 @@ class Samplers:
             raise InvalidJobError(
                 f'scheduler is "{name}", but this is a latent consistency model: use "default" or "lcm".'
             )
+        if name not in self._prototypes:
+            raise InvalidJobError(
+                f'scheduler is "{name}", which does not know this model\'s noise: use "default".'
+            )
         scheduler = copy.deepcopy(self._prototypes[name])
         self._refuse(name, scheduler, steps)
         try:
@@ -110,7 +115,9 @@ class Samplers:
                 f'steps is {steps}, which scheduler "{name}" refuses with this model '
                 f"({next(iter(str(error).splitlines()), '')[:200]}): use another number or another scheduler."
             ) from None
-        if self._from_zero and hasattr(scheduler, "set_begin_index"):
+        if hasattr(scheduler, "set_begin_index"):
+            # As diffusers' SDXL call does. Its SD call looks the first timestep up, which fails at the last
+            # step where rounding has made the first two timesteps the same (Karras sigmas, zero terminal SNR).
             scheduler.set_begin_index(0)
         takes = inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {}

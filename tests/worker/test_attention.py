@@ -228,6 +228,14 @@ def test_xformers_that_does_not_work_stops_the_start_when_asked_for_and_is_told_
     assert why in choice.reason
 
 
+def test_probing_tells_what_works(on_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention.probe(CPU) == {"naive": "", "sdpa": "", "xformers": "has no operator for a CPU"}
+    monkeypatch.setattr(attention, "load_xformers", fake_xformers)
+    assert attention.probe(on_gpu) == {"naive": "", "sdpa": "", "xformers": ""}
+    monkeypatch.setattr(attention, "load_xformers", lambda: fake_xformers(wrong=1.0))
+    assert "off by 1" in attention.probe(on_gpu)["xformers"]
+
+
 def test_xformers_that_does_not_load(
     pipeline: Any, on_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

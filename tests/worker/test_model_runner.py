@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import random
 import threading
@@ -34,7 +33,6 @@ from worker.samplers import CLASSES
 from worker.settings import WorkerSettings
 
 LONG = "a small cat that sits on a very long wall and looks at a very long list of very long words " * 2
-NAMED = [name for name in Scheduler if name is not Scheduler.DEFAULT]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -431,35 +429,6 @@ def test_a_forward_that_fails_at_any_step_changes_nothing(
         assert sd1.runner.step(running[middle:]) == [None] * (len(running) - middle)
     for job, picture in zip(jobs, sd1.runner.decode(on_board), strict=True):
         sd1.check(job, picture)
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_no_scheduler_is_changed_by_a_step_that_is_taken_back(sdxl: Model, name: Scheduler) -> None:
-    """A sampler never changes: from each one, the same step gives the same latents twice."""
-    render = sdxl.runner.prepare(a_job(scheduler=name, steps=5))
-    latents, sampler = render._latents, render._sampler
-    for step in range(render.steps):
-        guess = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-        before = copy.deepcopy(sampler._scheduler.__dict__)
-        sampler.model_input(latents, step)
-        sampler.model_input(latents, step)
-        first, following = sampler.advance(guess, latents, step)
-        second, _ = sampler.advance(guess, latents, step)
-        assert torch.equal(first, second)
-        assert same_state(before, sampler._scheduler.__dict__, but={"_step_index", "is_scale_input_called"})
-        latents, sampler = first, following
-
-
-def same_state(first: dict[str, Any], second: dict[str, Any], but: set[str]) -> bool:
-    return all(same(value, second[name]) for name, value in first.items() if name not in but)
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, list):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(np.all(first == second))
 
 
 def test_a_failed_forward_lets_go_of_its_tensors(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
