@@ -117,7 +117,7 @@ class Samplers:
             ) from None
         if hasattr(scheduler, "set_begin_index"):
             # As diffusers' SDXL call does. Its SD call looks the first timestep up, which fails at the last
-            # step where rounding has made the first two timesteps the same (Karras sigmas, zero terminal SNR).
+            # step where rounding made the first two timesteps the same (Karras sigmas, zero terminal SNR).
             scheduler.set_begin_index(0)
         takes = inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {}
