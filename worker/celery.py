@@ -42,6 +42,10 @@ app.conf.update(
     worker_send_task_events=True,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    # A Redis that answers with an error, because it is full, say, is no reason to end.
+    broker_channel_error_retry=True,
+    # The transport counts what the process holds, over all its connections.
+    worker_enable_prefetch_count_reduction=False,
     broker_transport_options=transport_options(_settings.lease_s),
     # A producer learns at once, and retries by itself, when Redis is away.
     task_publish_retry=False,
