@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 import secrets
 import time
 import warnings
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from worker.storage import Storage
 
 logger = logging.getLogger("smallcat.producer")
+
+_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class JobResult(JobRecord):
@@ -118,7 +121,10 @@ class JobHandle:
             with client.queue_errors():
                 record = client.records.get(self.id)
         except UnknownJobError:
-            if not client.settings.s3_bucket or (stored := _storage().record(self.id)) is None:
+            # What is no id would be a strange key.
+            if not client.settings.s3_bucket or not _ID.fullmatch(self.id):
+                raise
+            if (stored := _storage().record(self.id)) is None:
                 raise
             return JobResult.model_validate_json(stored)
         return JobResult.model_validate(record.model_dump())
@@ -218,7 +224,11 @@ def job_from_image(data: bytes) -> Job:
     from worker.images import read_parameters
     from worker.parameters import read
 
-    if (text := read_parameters(data)) is None:
+    try:
+        text = read_parameters(data)
+    except (OSError, ValueError, SyntaxError) as error:  # What Pillow raises for what it cannot read.
+        raise InvalidJobError(f"That is no picture that can be read: {error}.") from None
+    if text is None:
         raise InvalidJobError(
             "The picture holds no parameters text: it was not made by smallcat, or was edited."
         )
@@ -248,14 +258,13 @@ class _Client:
 
         from worker.celery import RENDER, app, args_repr, connection, message_of, message_priority
         from worker.fleet import queue_of
+        from worker.redis_client import within
 
-        with self.queue_errors():
+        deadline = time.monotonic() + self.settings.submit_timeout_s
+        with self.queue_errors(), within(self.settings.submit_timeout_s):
             job = self.fleet.resolve(job)
             queue = queue_of(job)
             self.records.submitted(job, queue)
-        # One message id for all tries: a message that arrived twice is claimed once.
-        message_id = f"{job.id}-{secrets.token_hex(4)}"
-        deadline = time.monotonic() + self.settings.submit_timeout_s
         pool = producers[connection(self.settings.redis_url)]
         while True:
             try:
@@ -264,7 +273,8 @@ class _Client:
                         RENDER,
                         args=[message_of(job)],
                         argsrepr=args_repr(job.prompt, job.seed),
-                        task_id=message_id,
+                        # Another one for each try: should both have arrived, the second finds the job taken.
+                        task_id=f"{job.id}-{secrets.token_hex(4)}",
                         queue=queue,
                         priority=message_priority(job),
                         producer=producer,
@@ -290,7 +300,8 @@ def _client() -> _Client:
 def _storage_for(bucket: str, prefix: str) -> Storage:
     from worker.storage import Storage
 
-    return Storage(bucket, prefix)
+    # Who asks waits: a few seconds, not the minute that a worker has.
+    return Storage(bucket, prefix, attempts=4)
 
 
 def _storage() -> Storage:

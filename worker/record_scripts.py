@@ -37,6 +37,9 @@ end
 # KEYS[1] the record, KEYS[2] the queues, KEYS[3] the failed jobs. ARGV: job, queue, ttl, id.
 # A job that is in flight stays as it is; any other starts anew, and belongs to the runs that it did.
 SUBMIT: Final = """
+-- First, because a Redis that is full refuses a script's first write only.
+redis.call('SADD', KEYS[2], ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
 local state = redis.call('HGET', KEYS[1], 'state')
 if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then
   local runs = redis.call('HGET', KEYS[1], 'runs')
@@ -48,8 +51,6 @@ if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'c
 end
 redis.call('HDEL', KEYS[1], 'bulk')
 redis.call('EXPIRE', KEYS[1], ARGV[3])
-redis.call('SADD', KEYS[2], ARGV[2])
-redis.call('EXPIRE', KEYS[2], ARGV[3])
 redis.call('ZREM', KEYS[3], ARGV[4])
 """
 

@@ -1,0 +1,466 @@
+"""`submit_job` and its handles: against a real Redis and bucket, and against a Redis that fails."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from redis import Redis
+
+from deploy.parts import ValkeyProcess
+from deploy.stack import Stack
+from producer import JobHandle, job_from_image, submit_job
+from tests.worker.fake_runner import SERVED, job_of, picture_of
+from worker import parameters
+from worker.errors import (
+    InvalidJobError,
+    JobCancelledError,
+    NotFiniteError,
+    QueueError,
+    SettingsError,
+    UnknownJobError,
+)
+from worker.fleet import Fleet, WorkerInfo, queue_of
+from worker.images import encode
+from worker.job import MAX_SEED, Job
+from worker.records import JobRecord, Records, State
+from worker.redis_client import connect
+from worker.storage import Storage
+
+WORKER = WorkerInfo(
+    name="w1", served=SERVED, started_at=1.0, device="CPU", attention="sdpa", max_rows=8, versions={}
+)
+
+
+@pytest.fixture
+def environment(stack_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    for name, value in stack_env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
+    return stack_env
+
+
+@pytest.fixture
+def client(environment: dict[str, str]) -> Iterator[Redis]:
+    with connect(environment["REDIS_URL"], retry_s=2) as client:
+        yield client
+
+
+@pytest.fixture
+def records(client: Redis) -> Records:
+    return Records(client, 1_000)
+
+
+@pytest.fixture
+def fleet(client: Redis) -> Fleet:
+    """With one worker up."""
+    fleet = Fleet(client, 1_000)
+    fleet.announce(WORKER)
+    return fleet
+
+
+def messages(client: Redis, job: Job) -> list[dict[str, Any]]:
+    """The payloads in the job's queue, whatever their priority, next one first."""
+    lists = sorted(client.scan_iter(f"{queue_of(job)}*"))
+    bodies = [json.loads(text) for name in lists for text in reversed(client.lrange(name, 0, -1))]
+    return [json.loads(base64.b64decode(body["body"]))[0][0] for body in bodies]
+
+
+def finish(records: Records, storage: Storage, job: Job) -> JobRecord:
+    """What a worker does."""
+    records.claim(job, "m1", worker="w1", lease_s=30, max_attempts=3, queue=queue_of(job))
+    record = JobRecord(
+        id=job.id,
+        state=State.DONE,
+        job=job,
+        step=4,
+        steps=4,
+        uri=storage.uri(job.id, job.format),
+        worker="w1",
+    )
+    picture = encode(picture_of(job), job.format, parameters.write(job))
+    storage.put(job.id, job.format, picture, record.model_dump_json().encode(), "image/png")
+    records.done(record)
+    return record
+
+
+@pytest.fixture
+def storage(environment: dict[str, str]) -> Storage:
+    return Storage(environment["S3_BUCKET"])
+
+
+# --- submitting -------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_sent_as_the_worker_reads_it(fleet: Fleet, client: Redis) -> None:
+    handle = submit_job("a small cat", seed=3, steps=9, priority=8, metadata={"mine": 1})
+    job = handle.record().job
+    assert (job.prompt, job.seed, job.steps, job.width) == ("a small cat", 3, 9, 64)
+    assert (job.model, job.revision) == (SERVED.name, SERVED.revision)
+    assert messages(client, job) == [{"version": 1, "id": handle.id, "job": job.model_dump(mode="json")}]
+    assert job.id == handle.id
+    assert handle.state() is State.QUEUED
+
+
+def test_equal_jobs_are_one_job(fleet: Fleet) -> None:
+    first = submit_job("a small cat", seed=3)
+    assert submit_job("a small cat", seed=3, priority=9, metadata={"x": 1}).id == first.id
+    assert submit_job("a small cat", seed=4).id != first.id
+
+
+def test_a_drawn_seed_is_recorded(fleet: Fleet) -> None:
+    handle, other = submit_job("a small cat"), submit_job("a small cat")
+    assert 0 <= handle.record().seed <= MAX_SEED
+    assert handle.id != other.id
+
+
+def test_a_whole_job_can_be_submitted_and_changed(fleet: Fleet) -> None:
+    job = Job(prompt="a small cat", seed=3, steps=9)
+    assert submit_job(job).record().job.steps == 9
+    assert submit_job(job, steps=10).record().job.steps == 10
+
+
+def test_urgent_jobs_are_fetched_first(fleet: Fleet, client: Redis) -> None:
+    for priority in (1, 9, 5):
+        handle = submit_job("a small cat", seed=priority, priority=priority)
+    sent = messages(client, handle.record().job)
+    assert [message["job"]["priority"] for message in sent] == [9, 5, 1]
+
+
+BAD_INPUT: dict[str, dict[str, Any]] = {
+    "blank": {"prompt": " "},
+    "control characters": {"prompt": "\x00\x01"},
+    "no text": {"prompt": None},
+    "misspelt": {"promt": "x"},
+    "size": {"width": 65},
+    "scheduler": {"scheduler": "dim"},
+    "seed": {"seed": -1},
+    "not a number": {"guidance_scale": float("nan")},
+    "metadata": {"metadata": {"x": "y" * 5_000}},
+    "model": {"model": "a\nb"},
+}
+
+
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_bad_input_is_refused_before_anything_is_sent(client: Redis, what: str) -> None:
+    with pytest.raises(InvalidJobError):
+        submit_job(**{"prompt": "a small cat"} | BAD_INPUT[what])
+    assert client.dbsize() == 0
+
+
+def test_a_misspelt_setting_is_refused_before_anything_is_sent(
+    client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMOUT_S", "1")
+    with pytest.raises(SettingsError, match="Did you mean SMALLCAT_SUBMIT_TIMEOUT_S"):
+        submit_job("a small cat")
+    assert client.dbsize() == 0
+
+
+# --- a Redis that fails -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def soon(limit_s: float = 4.0) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < limit_s
+
+
+def test_a_redis_that_is_away_is_told_in_time(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("REDIS_URL", f"redis://:hunter2@127.0.0.1:{held.getsockname()[1]}/0")
+        with soon(), pytest.raises(QueueError) as caught:
+            submit_job("a small cat")
+    assert "is out of reach" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_wrong_password_is_told_in_time(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, valkey: ValkeyProcess
+) -> None:
+    monkeypatch.setenv("REDIS_URL", valkey.url.replace(valkey.password, "hunter2"))
+    with soon(), pytest.raises(QueueError, match="refuses the password") as caught:
+        submit_job("a small cat")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_full_redis_is_told_in_time_and_holds_nothing(client: Redis) -> None:
+    client.config_set("maxmemory", 1)
+    try:
+        with soon(), pytest.raises(QueueError, match="is full"):
+            submit_job("a small cat")
+    finally:
+        client.config_set("maxmemory", 0)
+    assert client.dbsize() == 0
+
+
+def test_a_replica_is_told_in_time(client: Redis) -> None:
+    client.replicaof("127.0.0.1", "1")
+    try:
+        with soon(), pytest.raises(QueueError, match="is read-only"):
+            submit_job("a small cat")
+    finally:
+        client.replicaof("NO", "ONE")
+    assert client.dbsize() == 0
+
+
+def test_a_frozen_redis_is_told_in_time(
+    new_stack: Callable[..., Stack], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valkey = new_stack(workers=0).valkey
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+    submit_job("a small cat", seed=1)
+    os.kill(valkey.pid, signal.SIGSTOP)
+    try:
+        with soon(6.0), pytest.raises(QueueError, match="is out of reach"):
+            submit_job("a small cat", seed=2)
+    finally:
+        os.kill(valkey.pid, signal.SIGCONT)
+
+
+def test_connections_that_were_lost_cost_neither_a_job_nor_a_second_message(
+    fleet: Fleet, client: Redis
+) -> None:
+    submit_job("a small cat", seed=1)
+    for seed in range(2, 6):
+        client.client_kill_filter(_type="normal", skipme=True)
+        handle = submit_job("a small cat", seed=seed)
+    assert [message["job"]["seed"] for message in messages(client, handle.record().job)] == [1, 2, 3, 4, 5]
+
+
+def test_a_redis_that_comes_back_in_time_gets_the_job_once(
+    new_stack: Callable[..., Stack], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valkey = new_stack(workers=0).valkey
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "30")
+    submit_job("a small cat", seed=1)
+    valkey.kill()
+    again = threading.Thread(target=valkey.start)
+    again.start()
+    try:
+        job = submit_job("a small cat", seed=2).record().job
+    finally:
+        again.join()
+    with connect(valkey.url, retry_s=2) as client:
+        # Each is an open job, for no worker was ever up; they share a queue.
+        assert [message["job"]["seed"] for message in messages(client, job)][-1:] == [2]
+        assert [message["job"]["seed"] for message in messages(client, job)].count(2) == 1
+
+
+# --- handles ----------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_the_record_and_the_way_to_the_picture(
+    fleet: Fleet, records: Records, storage: Storage
+) -> None:
+    handle = submit_job("a small cat", seed=3, metadata={"mine": 1})
+    finish(records, storage, handle.record().job)
+    result = handle.result(timeout=5)
+    assert (result.id, result.state, result.seed) == (handle.id, State.DONE, 3)
+    assert (result.width, result.height, result.worker, result.attempts) == (64, 64, "w1", 1)
+    assert result.job.metadata == {"mine": 1}
+    assert result.uri == storage.uri(handle.id, result.job.format)
+    assert result.url().startswith("http://127.0.0.1:")
+    assert np.array_equal(np.asarray(handle.image()), picture_of(result.job).pixels)
+    with Image.open(io.BytesIO(result._repr_png_())) as image:
+        assert image.format == "PNG"
+    assert handle._repr_png_() == result._repr_png_()
+
+
+def test_a_picture_can_be_asked_for_again_by_itself(fleet: Fleet, records: Records, storage: Storage) -> None:
+    handle = submit_job('a "small" cat,\nSteps: 3', seed=3, steps=9)
+    finish(records, storage, handle.record().job)
+    assert submit_job(job_from_image(handle.result(5).data())).id == handle.id
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe1\x00"])
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidJobError, match="no picture"):
+        job_from_image(data)
+
+
+def test_a_picture_without_papers_is_refused() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    with pytest.raises(InvalidJobError, match="holds no parameters text"):
+        job_from_image(file.getvalue())
+
+
+def test_a_failed_job_raises_its_own_error(fleet: Fleet, records: Records) -> None:
+    handle = submit_job("a small cat", seed=3)
+    job = handle.record().job
+    records.claim(job, "m1", worker="w1", lease_s=30, max_attempts=3, queue="q")
+    records.failed(job.id, "m1", NotFiniteError("NaN at step 3"))
+    with pytest.raises(NotFiniteError, match="NaN at step 3"):
+        handle.result(5)
+    assert handle._repr_png_() is None
+
+
+def test_a_storage_error_is_one_on_the_callers_side_too(
+    fleet: Fleet, client: Redis, environment: dict[str, str]
+) -> None:
+    """In a process that never loads the storage's module."""
+    handle = submit_job("a small cat", seed=3)
+    client.hset(
+        f"smallcat:job:{handle.id}",
+        mapping={"state": "failed", "error_type": "PermanentStorageError", "error": "no bucket"},
+    )
+    code = (
+        "import sys; from producer import JobHandle; from worker.errors import StorageError\n"
+        f"try: JobHandle({handle.id!r}).result(5)\n"
+        "except StorageError as error: print(type(error).__name__, error, 'boto3' in sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert told.stdout == "PermanentStorageError no bucket False\n"
+
+
+def test_waiting_too_long_is_a_timeout_and_nothing_else(fleet: Fleet) -> None:
+    handle = submit_job("a small cat", seed=3)
+    for timeout in (0, 0.05):
+        with soon(), pytest.raises(TimeoutError, match="is still queued"):
+            handle.result(timeout)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])
+def test_a_timeout_that_is_none_is_refused(environment: dict[str, str], timeout: float) -> None:
+    with pytest.raises(ValueError, match="it must be None or seconds >= 0"):
+        JobHandle("x").result(timeout)
+
+
+def test_a_job_is_cancelled(fleet: Fleet) -> None:
+    handle = submit_job("a small cat", seed=3)
+    assert handle.cancel() is State.CANCELLED
+    assert handle.state() is State.CANCELLED
+    with pytest.raises(JobCancelledError):
+        handle.result(5)
+    # Wanted again, it is queued again.
+    assert submit_job("a small cat", seed=3).state() is State.QUEUED
+
+
+def test_a_running_job_is_asked_to_stop(fleet: Fleet, records: Records) -> None:
+    handle = submit_job("a small cat", seed=3)
+    records.claim(handle.record().job, "m1", worker="w1", lease_s=30, max_attempts=3, queue="q")
+    assert handle.cancel() is State.RUNNING
+    assert records.progress({handle.id: (1, 4)}, 30) == [handle.id]
+
+
+def test_progress_tells_steps_and_place(fleet: Fleet, records: Records, storage: Storage) -> None:
+    submit_job("a small cat", seed=2)
+    handle = submit_job("a small cat", seed=3)
+    progress = handle.progress()
+    assert (progress.state, progress.queued, progress.workers, progress.note) == (State.QUEUED, 2, 1, "")
+    assert progress.fraction == 0
+    job = handle.record().job
+    records.claim(job, "m1", worker="w1", lease_s=30, max_attempts=3, queue="q")
+    records.progress({handle.id: (1, 4)}, 30)
+    progress = handle.progress()
+    assert (progress.state, progress.step, progress.steps, progress.queued) == (State.RUNNING, 1, 4, 0)
+    assert progress.fraction == 0.25
+    finish(records, storage, job)
+    assert handle.progress().fraction == 1
+
+
+def test_a_job_that_nobody_serves_says_so_everywhere(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.records.RECHECK_S", 0.01)
+    handle = submit_job("a small cat", model="a/model")
+    said = 'No worker serves the model "a/model"'
+    assert handle.progress().note.startswith(said)
+    with pytest.warns(UserWarning, match=said) as caught, pytest.raises(TimeoutError):
+        handle.result(0.2)
+    assert len(caught) == 1
+
+
+def test_a_job_for_a_revision_that_is_gone_says_so(client: Redis, fleet: Fleet) -> None:
+    handle = submit_job("a small cat")
+    fleet.withdraw(WORKER.name)
+    assert f"at revision {SERVED.revision}" in handle.progress().note
+
+
+def test_a_served_job_warns_of_nothing(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.records.RECHECK_S", 0.01)
+    handle = submit_job("a small cat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TimeoutError):
+            handle.result(0.2)
+
+
+def test_a_handle_works_in_another_process_by_its_id(
+    fleet: Fleet, records: Records, storage: Storage, environment: dict[str, str]
+) -> None:
+    handle = submit_job("a small cat", seed=3)
+    finish(records, storage, handle.record().job)
+    code = f"from producer import JobHandle; print(JobHandle({handle.id!r}).result(5).uri)"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert told.stdout.strip() == storage.uri(handle.id, job_of(3).format)
+
+
+def test_a_record_that_expired_is_read_from_the_bucket(
+    fleet: Fleet, records: Records, storage: Storage, client: Redis
+) -> None:
+    handle = submit_job("a small cat", seed=3)
+    finish(records, storage, handle.record().job)
+    client.flushall()
+    assert handle.state() is State.DONE
+    assert handle.result(5).seed == 3
+    assert handle.progress().fraction == 1
+    assert np.array_equal(np.asarray(handle.image(5)), picture_of(job_of(3)).pixels)
+
+
+@pytest.mark.parametrize("job_id", ["0" * 32, "nonsense", "", "../../x", "a b", "ä", "0" * 5_000])
+def test_a_job_that_nobody_knows_is_told_so(environment: dict[str, str], job_id: str) -> None:
+    handle = JobHandle(job_id)
+    for ask in (handle.state, handle.progress, handle.cancel, lambda: handle.result(1), handle.image):
+        with pytest.raises(UnknownJobError):
+            ask()
+
+
+def test_without_a_bucket_an_unknown_job_is_unknown(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("S3_BUCKET")
+    with pytest.raises(UnknownJobError):
+        JobHandle("0" * 32).state()
+
+
+def test_a_picture_that_was_deleted_is_told_so(fleet: Fleet, records: Records, storage: Storage) -> None:
+    handle = submit_job("a small cat", seed=3)
+    job = handle.record().job
+    finish(records, storage, job)
+    storage.delete(job.id, job.format)
+    with pytest.raises(UnknownJobError, match="Nothing is at s3://"):
+        handle.image(5)
+
+
+def test_many_threads_may_submit(fleet: Fleet, client: Redis) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        handles = list(pool.map(lambda seed: submit_job("a small cat", seed=seed), range(64)))
+    assert len({handle.id for handle in handles}) == 64
+    assert len(messages(client, handles[0].record().job)) == 64
