@@ -176,7 +176,8 @@ def test_the_procfile_is_what_honcho_and_foreman_read() -> None:
 
     assert dict(re.fullmatch(r"(\w+): (.+)", line).groups() for line in lines) == {  # type: ignore[union-attr]
         "worker": "celery -A worker worker",
-        "flower": "celery -A worker flower",
+        # Flower knows Redis by its own URL only, not by our transport's.
+        "flower": 'celery -A worker --broker "${REDIS_URL:-redis://localhost:6379/0}" flower',
     }
 
 

@@ -91,6 +91,10 @@ def render(task: Task[Any, Any], payload: dict[str, Any]) -> None:
 def _start(sender: Any, **_: Any) -> None:
     """Put the worker together before it takes work, or refuse with one sentence that says what to do."""
     global _process
+    default, _, host = sender.hostname.partition("@")
+    if default == "celery":
+        # Celery's default name is one a host, but there may be a worker a GPU.
+        sender.hostname = f"smallcat-{os.getpid()}@{host}"
     sender.setup_logging()
     # One line for each choice is for everyone, whatever the level of Celery's own log.
     logging.getLogger("smallcat").setLevel(min(logging.INFO, sender.loglevel))
