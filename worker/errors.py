@@ -16,6 +16,7 @@
     │   └── PoisonJobError          it was on board each time a worker died
     ├── MachineError                the worker's fault: the job goes back to the queue, at once
     │   ├── OutOfMemoryError        a batch did not fit; the engine tries again with fewer rows
+    │   ├── DeviceError             the device failed, and will for every job
     │   ├── EngineStoppedError      the engine is stopping or lost
     │   └── NewerMessageError       the message is of a newer version than this worker reads
     └── ServiceError                a service is out of reach: tried again for as long as it makes sense
@@ -92,6 +93,10 @@ class MachineError(SmallcatError):
 
 class OutOfMemoryError(MachineError):
     """Raised when a batch does not fit in the device's memory. The same batch in halves may."""
+
+
+class DeviceError(MachineError):
+    """Raised when the device itself fails. The process must end: its CUDA context does not recover."""
 
 
 class EngineStoppedError(MachineError):

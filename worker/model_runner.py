@@ -19,6 +19,7 @@ import torch
 from worker import attention
 from worker import pipeline as pipelines
 from worker.errors import (
+    DeviceError,
     InvalidJobError,
     JobTooLargeError,
     NotFiniteError,
@@ -303,7 +304,7 @@ def _advanced(render: Render, prediction: torch.Tensor) -> tuple[torch.Tensor, S
     try:
         return render._sampler.advance(prediction, render._latents, render.step)
     except Exception as error:
-        if _is_out_of_memory(error):
+        if _is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         return RenderError(
             f'Scheduler "{render.job.scheduler}" failed at step {render.step + 1} of {render.steps} '
@@ -334,6 +335,8 @@ def _mapped(doing: str) -> Iterator[None]:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             raise OutOfMemoryError(f"Out of memory while trying to {doing}: {first_line(error)}") from error
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceError(f"The device failed to {doing}: {first_line(error)}") from error
         raise RenderError(f"The model failed to {doing}: {first_line(error)}") from error
 
 

@@ -52,8 +52,6 @@ T = TypeVar("T")
 
 #: Seconds between two tries of a PUT: the first, and the most it grows to. See `_jittered`.
 PUT_BACKOFF_S = (0.5, 10.0)
-
-
 #: Seconds between two attempts at a job that failed: the first, and the most it grows to. See `_jittered`.
 RETRY_BACKOFF_S = (2.0, 60.0)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tests import tiny_models
 from worker.errors import (
+    DeviceError,
     InvalidJobError,
     JobTooLargeError,
     NotFiniteError,
@@ -429,6 +430,17 @@ def test_a_forward_that_fails_at_any_step_changes_nothing(
         assert sd1.runner.step(running[middle:]) == [None] * (len(running) - middle)
     for job, picture in zip(jobs, sd1.runner.decode(on_board), strict=True):
         sd1.check(job, picture)
+
+
+def test_a_device_that_fails_is_nobodys_job(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_board = renders(sd1.runner, a_job(seed=1))
+
+    def fail(*args: object, **more: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        sd1.runner.step(on_board)
 
 
 def test_a_failed_forward_lets_go_of_its_tensors(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
