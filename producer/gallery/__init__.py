@@ -1,0 +1,144 @@
+"""The contact sheet of a run: one self-contained page from a manifest, or from what lies in a bucket.
+
+    lines.py     what is known of each job: manifest lines, or the records beside the pictures
+    frames.py    from that to what the page shows: texts, link, thumbnail
+    page.py      the file: a template, a policy, and blocks of data that cannot become markup
+    page.html, page.css, page.js
+
+Lines become frames in a few threads and are written as they come, in order: memory stays flat.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from producer.gallery.frames import Pictures, frame_of
+from producer.gallery.lines import Line, is_address, read_lines
+from producer.gallery.page import PageWriter
+from worker.errors import CallerError
+
+#: Longest life of a link, seconds: S3's own limit of 7 days.
+MAX_LINK_S = 604_800
+#: Pictures on one page, unless told otherwise: beyond it browsers, not this page, become slow to open it.
+DEFAULT_LIMIT = 20_000
+#: Pictures that are fetched, or records that are read, at once.
+THREADS = 16
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A page that was written."""
+
+    #: Where it is.
+    path: Path
+    #: Jobs on it, failed ones among them.
+    jobs: int
+    #: Of these, jobs with a picture.
+    pictures: int
+    #: Of these, jobs that failed.
+    failed: int
+    #: The file's size, bytes.
+    size: int
+    #: Unix seconds at which its links expire; None where it has none.
+    expires_at: float | None
+    #: What a reader of the page should know, in sentences.
+    notices: tuple[str, ...]
+
+
+def write_gallery(
+    source: str,
+    output: Path | None = None,
+    *,
+    embed: bool = False,
+    title: str | None = None,
+    expires_s: int = MAX_LINK_S,
+    limit: int = DEFAULT_LIMIT,
+) -> Gallery:
+    """Write the contact sheet of `source`, a manifest or an s3:// address below which pictures lie.
+
+    `output` is the page's path; without one it lies beside the manifest, or in the current folder. A page
+    that is there already is replaced once the new one is whole. Links to the pictures work for `expires_s`
+    seconds (1 to 604,800); with `embed` thumbnails of 256 pixels are part of the page, so that it shows
+    all but the full pictures for ever and anywhere. The first `limit` jobs are shown; the page says so.
+
+    Raises `CallerError` where the source cannot be read or the page not be written, `StorageError`.
+    """
+    if not 1 <= expires_s <= MAX_LINK_S:
+        raise CallerError(f"The links cannot last {expires_s} seconds: S3 allows 1 to {MAX_LINK_S:,}.")
+    if limit < 1:
+        raise CallerError(f"The limit is {limit}: show at least one picture.")
+    path = output or _beside(source)
+    notices: list[str] = []
+    lines = read_lines(source, notices.append)
+    made_at = time.time()
+    pictures = Pictures(expires_s, embed=embed)
+    with PageWriter(path) as page:
+        for frame, thumbnail in in_order(partial(frame_of, pictures), islice(lines, limit)):
+            page.add(frame, thumbnail)
+        if page.jobs == limit and next(lines, None) is not None:
+            notices.append(f"Only the first {limit:,} jobs are shown: raise --limit for more.")
+        if not page.jobs:
+            raise CallerError(f"There is no job in {source}: name a manifest, or an address with pictures.")
+        expires_at = made_at + expires_s if page.origins else None
+        size = page.finish(
+            title=title or _title(source),
+            command=f"smallcat gallery {source}" + (" --embed" if embed else ""),
+            made_at=made_at,
+            expires_at=expires_at,
+            notices=notices + pictures.notices(),
+        )
+    counts = page.states
+    return Gallery(
+        path, page.jobs, page.pictures, counts["failed"], size, expires_at, (*notices, *pictures.notices())
+    )
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], threads: int = THREADS) -> Iterator[R]:
+    """`function` of each item, in their order, computed in `threads` threads; few results wait at a time.
+
+    (`Executor.map` reads all items first and keeps all results.) Raises what `function` raises.
+    """
+    with ThreadPoolExecutor(threads, "gallery") as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= 4 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _beside(source: str) -> Path:
+    if is_address(source):
+        return Path("gallery.html")
+    path = Path(source)
+    return path.with_name(f"{_stem(path.name)}.html")
+
+
+def _title(source: str) -> str:
+    return source.rstrip("/") if is_address(source) else _stem(Path(source).name)
+
+
+def _stem(name: str) -> str:
+    """ "run.manifest.jsonl" without what says that it is one."""
+    for ending in (".part", ".gz", ".jsonl", ".csv", ".manifest"):
+        name = name.removesuffix(ending)
+    return name or "gallery"
+
+
+__all__ = ["DEFAULT_LIMIT", "MAX_LINK_S", "Gallery", "Line", "in_order", "write_gallery"]

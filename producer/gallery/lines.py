@@ -1,0 +1,111 @@
+"""What is known of each job on the sheet: the lines of a manifest, or the records in a bucket."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from worker.errors import CallerError
+from worker.records import Timings
+
+#: One job: the manifest's fields, or a record's, with the job's own fields beside them. Any may be missing.
+Line = dict[str, Any]
+
+#: Columns of a CSV manifest that hold JSON.
+_JSON = {"grid", "metadata"}
+#: Columns of a CSV manifest that hold numbers.
+_INTEGERS = {"seed", "width", "height", "steps", "priority"}
+_FLOATS = {"guidance_scale", *Timings.model_fields}
+
+
+def is_address(source: str) -> bool:
+    """Whether `source` is an s3:// address rather than a manifest's path."""
+    return source.startswith("s3://")
+
+
+def read_lines(source: str, warn: Callable[[str], None]) -> Iterator[Line]:
+    """The jobs of a manifest (JSONL; CSV by its ending; gzip too) or below an s3:// address, in order.
+
+    A line that cannot be read is left out, and `warn` is called once with how many there were: the last
+    line of a run that was killed may be half. Raises `CallerError`, and `StorageError` for an address.
+    """
+    if is_address(source):
+        return _bucket_lines(source)
+    path = Path(source)
+    if not path.is_file():
+        raise CallerError(f"There is no manifest {source}: name the file that `smallcat ingest` wrote.")
+    return _manifest_lines(path, warn)
+
+
+def _manifest_lines(path: Path, warn: Callable[[str], None]) -> Iterator[Line]:
+    # A run that is not over has a `.part` in the place of its manifest.
+    name = path.name.removesuffix(".part").removesuffix(".gz")
+    bad: list[int] = []
+    try:
+        with _open(path) as file:
+            yield from _csv_lines(file) if name.endswith(".csv") else _json_lines(file, bad)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise CallerError(f"The manifest {path} cannot be read ({error}).") from error
+    if bad:
+        first = f"line {bad[0]}" if len(bad) == 1 else f"{len(bad):,} lines, the first is line {bad[0]}"
+        warn(f"Not readable in the manifest and left out: {first}.")
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _json_lines(file: TextIO, bad: list[int]) -> Iterator[Line]:
+    for count, text in enumerate(file, 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict):
+            yield line
+        else:
+            bad.append(count)
+
+
+def _csv_lines(file: TextIO) -> Iterator[Line]:
+    csv.field_size_limit(1 << 24)
+    for row in csv.DictReader(file):
+        # What is in more columns than the heading has comes under None.
+        line = {name: _value(name, text) for name, text in row.items() if name and text}
+        yield line | {"timings": {name: line.pop(name) for name in Timings.model_fields if name in line}}
+
+
+def _value(name: str, text: str) -> Any:
+    """A cell as what it stands for; text where it does not stand for that."""
+    try:
+        if name in _JSON:
+            return json.loads(text)
+        if name in _INTEGERS:
+            return int(text)
+        if name in _FLOATS:
+            return float(text)
+    except (ValueError, RecursionError):
+        return text
+    return text
+
+
+def _bucket_lines(address: str) -> Iterator[Line]:
+    """One line a picture, by the names of the objects: the record beside it has the rest."""
+    from worker.job import ImageFormat
+    from worker.storage import Storage
+
+    bucket = address.removeprefix("s3://").partition("/")[0]
+    if not bucket:
+        raise CallerError(f"{address} names no bucket: s3://BUCKET/PREFIX.")
+    for uri, stored_at in Storage(bucket).below(address):
+        stem, _, ending = uri.rpartition("/")[2].rpartition(".")
+        if ending in set(ImageFormat) and "/images/" in uri:
+            yield {"id": stem, "state": "done", "uri": uri, "at": stored_at}

@@ -1,0 +1,199 @@
+"""The page's file: a template, a strict policy, and the data in blocks that cannot become markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import IO, Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+from producer.gallery.frames import Frame
+from worker.errors import CallerError
+
+#: Rows in one block of data.
+_ROWS = 500
+#: Thumbnails in one block: about 1 MB, which a browser reads in the time of a frame.
+_THUMBS = 100
+#: What may stand in the policy as a place that pictures come from.
+_ORIGIN = re.compile(r"https?://[\w.\-\[\]:]+")
+
+
+class PageWriter:
+    """Writes one page, frame by frame; it appears under its name when `finish` is done.
+
+    Data waits in temporary files beside it, for its head, which comes first, says where the links lead.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open = ExitStack()
+        #: Frames so far, and of these those with a picture.
+        self.jobs = self.pictures = 0
+        #: Frames so far by their state.
+        self.states: Counter[str] = Counter()
+        #: Where the links lead: scheme, host and port.
+        self.origins: set[str] = set()
+        self._temporary_keys = False
+        self._embeds = False
+        self._rows: list[Frame] = []
+        self._thumbs: list[str | None] = []
+
+    def __enter__(self) -> Self:
+        with self._errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            folder = self._path.parent
+            self._row_file = self._open.enter_context(tempfile.TemporaryFile(dir=folder))
+            self._thumb_file = self._open.enter_context(tempfile.TemporaryFile(dir=folder))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def add(self, frame: Frame, thumbnail: str | None) -> None:
+        """The next frame, and its thumbnail as base64. Raises `CallerError` when the disk is full."""
+        self.jobs += 1
+        self.states[frame["state"]] += 1
+        self.pictures += "uri" in frame
+        if url := frame.get("url"):
+            self._note_link(url)
+        self._embeds |= thumbnail is not None
+        self._rows.append(frame)
+        self._thumbs.append(thumbnail)
+        if len(self._rows) == _ROWS:
+            self._flush_rows()
+        if len(self._thumbs) == _THUMBS:
+            self._flush_thumbs()
+
+    def finish(
+        self,
+        *,
+        title: str,
+        command: str,
+        made_at: float,
+        expires_at: float | None,
+        notices: Sequence[str],
+    ) -> int:
+        """Put the page together and under its name. Returns its size, bytes. Raises `CallerError`.
+
+        `command` makes the page again; `notices` are sentences for its head; times are Unix seconds.
+        """
+        self._flush_rows()
+        self._flush_thumbs()
+        facts = {
+            "made_at": made_at,
+            "expires_at": expires_at,
+            "temporary_keys": self._temporary_keys,
+            "command": command,
+            "notices": list(notices),
+            "thumbs_in_block": _THUMBS if self._embeds else 0,
+        }
+        style, script = _part("page.css"), _part("page.js")
+        filled = {
+            "policy": html.escape(self._policy(style, script)),
+            "title": html.escape(_whole(title)),
+            "style": style,
+            "script": script,
+            "facts": as_data(facts),
+        }
+        poured: dict[str, IO[bytes]] = {"rows": self._row_file, "thumbs": self._thumb_file}
+        unfinished = self._path.with_name(f".{self._path.name}.part")
+        with self._errors():
+            try:
+                with unfinished.open("wb") as page:
+                    for text, name in _pieces(_part("page.html")):
+                        page.write(text.encode())
+                        if name in poured:
+                            poured[name].seek(0)
+                            shutil.copyfileobj(poured[name], page)
+                        elif name:
+                            page.write(filled[name].encode())
+                    size = page.tell()
+                unfinished.replace(self._path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return size
+
+    def _policy(self, style: str, script: str) -> str:
+        """This script, this style, pictures from where the links lead; nothing else, no markup from text."""
+        pictures = " ".join(["data:" if self._embeds else "", *sorted(self.origins)]).strip() or "'none'"
+        return "; ".join(
+            [
+                "default-src 'none'",
+                f"img-src {pictures}",
+                f"style-src '{_hash(style)}'",
+                f"script-src '{_hash(script)}'",
+                "base-uri 'none'",
+                "form-action 'none'",
+                "require-trusted-types-for 'script'",
+                "trusted-types 'none'",
+            ]
+        )
+
+    def _note_link(self, url: str) -> None:
+        parts = urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        if not _ORIGIN.fullmatch(origin):
+            raise CallerError(f"{origin} is no place that pictures can come from: check AWS_ENDPOINT_URL_S3.")
+        self.origins.add(origin)
+        # Links that were signed with temporary keys end with them, maybe sooner than asked for.
+        self._temporary_keys |= "X-Amz-Security-Token" in parse_qs(parts.query)
+
+    def _flush_rows(self) -> None:
+        self._block(self._row_file, 'class="rows"', self._rows)
+        self._rows = []
+
+    def _flush_thumbs(self) -> None:
+        if any(self._thumbs):
+            self._block(self._thumb_file, f'id="thumbs-{(self.jobs - 1) // _THUMBS}"', self._thumbs)
+        self._thumbs = []
+
+    def _block(self, file: IO[bytes], mark: str, values: Sequence[Any]) -> None:
+        if values:
+            with self._errors():
+                file.write(f'<script type="application/json" {mark}>{as_data(values)}</script>\n'.encode())
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CallerError(f"The page {self._path} cannot be written ({error}).") from error
+
+
+def as_data(value: object) -> str:
+    """JSON that no browser can take for markup, and no text of which can end its block.
+
+    ASCII only, so that half a surrogate pair, which JSON can hold and UTF-8 cannot, comes through.
+    """
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _pieces(template: str) -> Iterator[tuple[str, str]]:
+    """A template's texts, each with the name of the `{{hole}}` after it; empty after the last."""
+    parts = re.split(r"\{\{(\w+)\}\}", template)
+    yield from zip(parts[::2], [*parts[1::2], ""], strict=True)
+
+
+def _part(name: str) -> str:
+    return files("producer.gallery").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """What a Content-Security-Policy names a script or style by (CSP level 3, 6.7.3)."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _whole(text: str) -> str:
+    """`text` without halves of surrogate pairs, which no file can hold."""
+    return text.encode(errors="replace").decode()
