@@ -1,4 +1,4 @@
-"""`python -m producer` and `smallcat`: submit, status, cancel, fetch, doctor.
+"""`python -m producer` and `smallcat`: submit, status, cancel, fetch, gallery, doctor.
 
 Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output,
 all else to standard error. Every command takes `--json`: one JSON document on standard output.
@@ -6,6 +6,7 @@ all else to standard error. Every command takes `--json`: one JSON document on s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -130,6 +131,31 @@ def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: b
     """Save jobs' pictures, waiting for those that are not done."""
     for job_id in job_ids:
         _report(_follow(JobHandle(job_id), timeout), save_in=output, show=show, as_json=as_json)
+
+
+@cli.command()
+@click.argument("source")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The page; beside the manifest when not given."
+)
+@click.option("--embed", is_flag=True, help="Put thumbnails inside: the page shows them without the bucket.")
+@click.option("--title", help="The manifest's name or the address when not given.")
+@click.option("--expires-s", type=int, default=604_800, help="Seconds that the links work, up to 604800.")
+@click.option("--limit", type=int, default=20_000, help="Jobs on the page, at most; 20000 when not given.")
+@_json_option
+def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Write the contact sheet of a manifest, or of what lies below s3://BUCKET/PREFIX, as one page."""
+    from producer.gallery import write_gallery
+
+    page = write_gallery(source, output, **options)
+    if as_json:
+        _print_json(dataclasses.asdict(page) | {"path": str(page.path)})
+        return
+    for notice in page.notices:
+        click.echo(f"note  {notice}", err=True)
+    failed = f", {page.failed:,} failed" if page.failed else ""
+    click.echo(f"page  {page.path.resolve()}")
+    click.echo(f"      {page.pictures:,} pictures{failed}, {page.size / 1e6:.1f} MB")
 
 
 @cli.command()
