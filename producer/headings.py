@@ -78,7 +78,7 @@ class Headings:
                 except (ValueError, TypeError, RecursionError) as error:
                     raise ValueError(f"metadata is not a JSON object ({error}).") from None
             else:
-                fields[field] = _typed(field, cell)
+                fields[field] = typed(field, cell)
         if metadata:
             fields["metadata"] = metadata
         return fields
@@ -95,7 +95,7 @@ class Headings:
             elif field in _INTEGERS and isinstance(value, float) and value.is_integer():
                 fields[field] = int(value)  # A column with gaps is one of floats.
             elif field in (*_INTEGERS, "guidance_scale") and isinstance(value, str):
-                fields[field] = _typed(field, value)
+                fields[field] = typed(field, value)
             else:
                 fields[field] = value
         if metadata:
@@ -114,7 +114,7 @@ class Headings:
                 raise PromptFileError(f"{file} has two columns for {field} among {shown}: rename one.")
 
 
-def _typed(field: str, cell: str) -> Any:
+def typed(field: str, cell: str) -> Any:
     """A cell as its field's type; left as text where it is none, so that the job's own error says so."""
     cell = cell.strip()
     if field in _INTEGERS and _INTEGER.fullmatch(cell):

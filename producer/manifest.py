@@ -1,0 +1,273 @@
+"""What a run leaves behind: the manifest, a line a job, and the lines that were rejected.
+
+    prompts.txt.manifest.jsonl         in input order, written when the run is over; .csv by its ending
+    prompts.txt.manifest.jsonl.part    what has ended so far, in the order in which it did
+    prompts.txt.rejected.jsonl         lines that are no jobs: file, line, field, reason
+
+The part file is the run's journal: news is forgotten in Redis only when it is written there. The manifest is
+made by going through the files again and joining each job with its line of the journal, so that a million
+jobs take no memory but a number each.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Self, TextIO
+
+from producer.plan import Planned, Rejected
+from producer.run import Ended
+from producer.sources import Source
+from worker.errors import PromptFileError
+
+#: Columns of a manifest in CSV.
+COLUMNS = (
+    *("file", "line", "id", "state", "uri", "path", "seed", "prompt", "negative_prompt", "width", "height"),
+    *("steps", "guidance_scale", "scheduler", "model", "revision", "format", "priority", "grid", "cached"),
+    *("error_type", "error", "queued", "rendered", "uploaded", "metadata"),
+)
+
+
+class Journal:
+    """What has ended, appended as it does. Survives a kill at any instant; opened again, it goes on."""
+
+    def __init__(self, manifest: Path, run_id: str) -> None:
+        """Raises `PromptFileError` where the file cannot be written."""
+        self.path = manifest.with_name(f"{manifest.name}.part")
+        self._run = run_id
+        self._offsets = array("q")
+        self._paths = array("q")
+        #: Jobs whose picture was in the bucket already.
+        self.cached = 0
+        #: Jobs that were taken back by the caller.
+        self.cancelled = 0
+        try:
+            self._file: BinaryIO = self.path.open("a+b")
+            self._load()
+        except OSError as error:
+            raise PromptFileError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+
+    def write(self, ended: Iterable[Ended]) -> None:
+        """Append what has ended, and return when it is on its way to the disk."""
+        for each in ended:
+            values = each._asdict()
+            self._note(each.number, values, self._file.tell())
+            self._file.write(_line(values))
+        self._file.flush()
+
+    def write_path(self, number: int, path: Path) -> None:
+        """Append where a job's picture was saved."""
+        self._note_path(number, self._file.tell())
+        self._file.write(_line({"number": number, "path": str(path)}))
+        self._file.flush()
+
+    def result(self, number: int) -> dict[str, Any] | None:
+        """What became of a job; None: it is not written here."""
+        if (offset := _get(self._offsets, number)) < 0:
+            return None
+        result = self._at(offset)
+        if (offset := _get(self._paths, number)) >= 0:
+            result["path"] = self._at(offset)["path"]
+        return result
+
+    def without_path(self) -> Iterator[dict[str, Any]]:
+        """What became of the jobs that are done and whose picture was not saved."""
+        for number in range(len(self._offsets)):
+            if self._offsets[number] >= 0 and _get(self._paths, number) < 0:
+                result = self._at(self._offsets[number])
+                if result["state"] == "done":
+                    yield result
+
+    def adopt(self, manifest: Path) -> None:
+        """Take over the results of a finished manifest in JSONL, for making it anew with what came since."""
+        with manifest.open("rb") as lines:
+            for number, line in enumerate(lines):
+                values = json.loads(line)
+                timings = values.get("timings") or {}
+                kept = {name: values.get(name) for name in Ended._fields if name in values}
+                if self.result(number) is None:
+                    self._note(number, values, self._file.tell())
+                    self._file.write(_line({**kept, "number": number, "file": 0, "timings": timings}))
+                if values.get("path"):
+                    self.write_path(number, Path(values["path"]))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file, which stays."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Close and remove it: the manifest is written."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self) -> None:
+        self._file.seek(0)
+        if self._file.readline() != _line({"run": self._run}):
+            # Of another run, whose lasting records are in the bucket.
+            self._file.truncate(0)
+            self._file.write(_line({"run": self._run}))
+            self._file.flush()
+            return
+        whole = self._file.tell()
+        for line in iter(self._file.readline, b""):
+            if not line.endswith(b"\n"):
+                break  # The last word of a process that was killed: Redis has it still.
+            values = json.loads(line)
+            if "path" in values:
+                self._note_path(values["number"], whole)
+            else:
+                self._note(values["number"], values, whole)
+            whole += len(line)
+        self._file.truncate(whole)
+        self._file.seek(0, 2)
+
+    def _note(self, number: int, values: Mapping[str, Any], offset: int) -> None:
+        if (known := _get(self._offsets, number)) >= 0:
+            before = self._at(known)["state"]
+            if before == "done" or values["state"] != "done":
+                return  # News that was written down, but not yet forgotten, when a feeder was killed.
+            self.cancelled -= before == "cancelled"
+        self.cached += bool(values["cached"])
+        self.cancelled += values["state"] == "cancelled"
+        _set(self._offsets, number, offset)
+
+    def _note_path(self, number: int, offset: int) -> None:
+        _set(self._paths, number, offset)
+
+    def _at(self, offset: int) -> dict[str, Any]:
+        here = self._file.tell()
+        self._file.flush()
+        self._file.seek(offset)
+        values: dict[str, Any] = json.loads(self._file.readline())
+        self._file.seek(here)
+        return values
+
+
+def _get(offsets: array[int], number: int) -> int:
+    return offsets[number] if number < len(offsets) else -1
+
+
+def _set(offsets: array[int], number: int, offset: int) -> None:
+    offsets.extend([-1] * (number + 1 - len(offsets)))
+    offsets[number] = offset
+
+
+class Rejects:
+    """The files of rejected lines, one beside each prompt file; no file where no line was rejected."""
+
+    def __init__(self, sources: Sequence[Source], start: tuple[int, ...]) -> None:
+        """Goes on after entry `start` (file, entry): what was rejected behind it stays, all else goes."""
+        self._sources = sources
+        self._files: dict[int, TextIO] = {}
+        for number, source in enumerate(sources):
+            self._keep(number, source, start)
+
+    def path(self, file: int) -> Path:
+        """Where the rejected lines of a file are."""
+        return self._sources[file].beside("rejected.jsonl")
+
+    def write(self, rejected: Rejected) -> None:
+        """Append one, and return when it is on its way to the disk."""
+        if rejected.file not in self._files:
+            self._files[rejected.file] = self.path(rejected.file).open("a", encoding="utf-8")
+        values = {"file": self._sources[rejected.file].name, "line": rejected.line}
+        values |= {"field": rejected.field, "reason": rejected.reason, "after": str(rejected.cursor)}
+        self._files[rejected.file].write(_line(values).decode())
+        self._files[rejected.file].flush()
+
+    def paths(self) -> list[Path]:
+        """The files there are."""
+        return [path for number in range(len(self._sources)) if (path := self.path(number)).exists()]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _keep(self, number: int, source: Source, start: tuple[int, ...]) -> None:
+        path = self.path(number)
+        if not path.exists():
+            return
+        draft = path.with_name(f"{path.name}.draft")
+        kept = 0
+        with path.open("rb") as lines, draft.open("wb") as file:
+            for line in lines:
+                try:
+                    after = tuple(map(int, json.loads(line)["after"].split(":")))
+                except (ValueError, KeyError):
+                    continue
+                if after <= start:
+                    kept += file.write(line)
+        draft.replace(path)
+        if not kept:
+            path.unlink()
+
+
+def write_manifest(
+    manifest: Path,
+    jobs: Iterable[Planned | Rejected],
+    sources: Sequence[Source],
+    result: Callable[[int, str], Mapping[str, Any]],
+) -> int:
+    """Write the manifest of `jobs` in their order; `result` is asked for what became of each (number, id).
+
+    Returns the number of jobs. The file is there whole or not at all.
+    """
+    draft = manifest.with_name(f"{manifest.name}.draft")
+    number = 0
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS) if manifest.suffix.lower() == ".csv" else None
+        if table:
+            table.writeheader()
+        for each in jobs:
+            if isinstance(each, Rejected):
+                continue
+            values = _manifest_line(each, sources, result(number, each.composed.id))
+            if table:
+                table.writerow(_flat(values))
+            else:
+                file.write(_line(values).decode())
+            number += 1
+    draft.replace(manifest)
+    return number
+
+
+def _manifest_line(job: Planned, sources: Sequence[Source], result: Mapping[str, Any]) -> dict[str, Any]:
+    composed = job.composed
+    return {
+        "file": sources[job.file].name,
+        "line": job.line,
+        "id": composed.id,
+        "state": result["state"],
+        "uri": result.get("uri"),
+        "path": result.get("path"),
+        "seed": composed.seed,
+        "prompt": composed.prompt,
+        **composed.shape,
+        "grid": dict(job.grid),
+        "cached": bool(result.get("cached")),
+        "error_type": result.get("error_type"),
+        "error": result.get("error"),
+        "timings": result.get("timings") or {},
+        "metadata": composed.metadata,
+    }
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    timings = {name: values["timings"].get(name) for name in ("queued", "rendered", "uploaded")}
+    nested = {name: json.dumps(values[name], ensure_ascii=False) for name in ("grid", "metadata")}
+    return {name: value for name, value in {**values, **timings, **nested}.items() if name in COLUMNS}
+
+
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"
