@@ -115,7 +115,7 @@ def _workers(settings: ProducerSettings) -> Iterator[Finding]:
             told = "; ".join(f"{version} on {', '.join(names)}" for version, names in found.items())
             yield Finding("workers", False, f"run different versions of {package}: {told}")
     for queue, count in waiting.items():
-        if queue not in served:
+        if count and queue not in served:
             text = f"{count} jobs wait in {queue}, which no live worker serves: start one that does"
             yield Finding("queues", False, text)
         elif count:
