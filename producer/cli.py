@@ -1,4 +1,4 @@
-"""`python -m producer` and `smallcat`: submit, status, cancel, fetch, gallery, doctor.
+"""`python -m producer` and `smallcat`: submit, ingest, status, cancel, fetch, gallery, doctor.
 
 Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output,
 all else to standard error. Every command takes `--json`: one JSON document on standard output.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -16,7 +18,15 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from producer.client import JobHandle, JobResult, submit_job
-from worker.errors import CallerError, JobCancelledError, JobError, ServiceError, SmallcatError
+from producer.ingest_command import ingest_options, run_ingest
+from worker.errors import (
+    CallerError,
+    JobCancelledError,
+    JobError,
+    ServiceError,
+    SmallcatError,
+    UnknownModelError,
+)
 from worker.job import DEFAULT_PRIORITY, ImageFormat, Scheduler
 
 #: Job parameters as options: their type and help. `seed` and the like default to what `Job` says.
@@ -34,6 +44,24 @@ JOB_OPTIONS: dict[str, tuple[Any, str]] = {
     "priority": (int, f"0 to 9, higher is sooner; {DEFAULT_PRIORITY} when not given."),
     "metadata": (str, "A JSON object of your own, up to 4 KiB, returned untouched."),
 }
+
+
+class _Seconds(click.FloatRange):
+    """Seconds to wait, 0 to a year."""
+
+    name = "seconds"
+
+    def __init__(self) -> None:
+        super().__init__(min=0, max=31_536_000)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
+
+
+SECONDS = _Seconds()
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -62,7 +90,7 @@ def cli() -> None:
 @click.option("--wait", is_flag=True, help="Wait for the picture.")
 @click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
 @click.option("--output", type=click.Path(path_type=Path), help="Wait, and save the picture in this folder.")
-@click.option("--timeout", type=float, default=None, help="Seconds to wait; without end when not given.")
+@click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @_json_option
 def submit(
     prompt: str,
@@ -81,8 +109,9 @@ def submit(
     if not (wait or show or output):
         _print_json({"id": handle.id}) if as_json else click.echo(handle.id)
         return
-    result = _follow(handle, timeout)
-    _report(result, save_in=output, show=show, as_json=as_json)
+    report = _report(_follow(handle, timeout), save_in=output, show=show, as_json=as_json)
+    if as_json:
+        _print_json(report)
 
 
 @cli.command()
@@ -124,13 +153,24 @@ def cancel(job_ids: tuple[str, ...], as_json: bool) -> None:
 @cli.command()
 @click.argument("job_ids", nargs=-1, required=True)
 @click.option("--output", type=click.Path(path_type=Path), default=Path(), help="Folder to save in.")
-@click.option("--timeout", type=float, default=None, help="Seconds to wait; without end when not given.")
+@click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @click.option("--show", is_flag=True, help="Show the pictures in the terminal.")
 @_json_option
 def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: bool, as_json: bool) -> None:
     """Save jobs' pictures, waiting for those that are not done."""
+    reports, errors = [], []
     for job_id in job_ids:
-        _report(_follow(JobHandle(job_id), timeout), save_in=output, show=show, as_json=as_json)
+        try:
+            result = _follow(JobHandle(job_id), timeout)
+            reports.append(_report(result, save_in=output, show=show, as_json=as_json))
+        except (JobError, CallerError, TimeoutError) as error:  # One job's trouble: the others are fetched.
+            errors.append(error)
+    if as_json:
+        _print_json(reports)
+    for error in errors[:-1]:
+        click.echo(str(error), err=True)
+    if errors:
+        raise errors[-1]
 
 
 @cli.command()
@@ -156,6 +196,17 @@ def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> 
     failed = f", {page.failed:,} failed" if page.failed else ""
     click.echo(f"page  {page.path.resolve()}")
     click.echo(f"      {page.pictures:,} pictures{failed}, {page.size / 1e6:.1f} MB")
+
+
+@cli.command()
+@ingest_options(JOB_OPTIONS)
+@_json_option
+def ingest(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Turn files of prompts (txt, csv, tsv, jsonl, parquet; - for standard input) into pictures."""
+    fields = {name: options[name] for name in JOB_OPTIONS if options.get(name) is not None}
+    if "metadata" in fields:
+        fields["metadata"] = _parse_metadata(fields["metadata"])
+    sys.exit(run_ingest(files, fields, options, as_json=as_json))
 
 
 @cli.command()
@@ -186,7 +237,10 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except (SmallcatError, TimeoutError) as error:
+    except BrokenPipeError:  # Whoever read the output has enough, as `head` does.
+        sys.stdout = None  # type: ignore[assignment] - or Python complains when it flushes at the exit
+        sys.exit(0)
+    except (SmallcatError, OSError) as error:
         click.secho(f"{error}", fg="red" if sys.stderr.isatty() else None, err=True)
         sys.exit(_exit_code(error))
     sys.exit(0)
@@ -196,9 +250,11 @@ def _exit_code(error: Exception) -> int:
     match error:
         case ServiceError():
             return 3
-        case JobError() | JobCancelledError() | TimeoutError():
+        # A job asks for a model that its worker does not serve: only a job's record says so.
+        case JobError() | JobCancelledError() | UnknownModelError() | TimeoutError():
             return 1
-        case CallerError():
+        # Such as a folder that cannot be written.
+        case CallerError() | OSError():
             return 2
         case _:
             return 1
@@ -207,7 +263,7 @@ def _exit_code(error: Exception) -> int:
 def _parse_metadata(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"it is not JSON ({error})", param_hint="--metadata") from None
 
 
@@ -216,21 +272,24 @@ def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
     from producer.display import follow
 
     try:
-        return follow(handle, timeout)
+        with warnings.catch_warnings():
+            # That nobody serves the job is said beside its state.
+            warnings.simplefilter("ignore", UserWarning)
+            return follow(handle, timeout)
     except KeyboardInterrupt:
         click.echo(f"\nThe job goes on. Fetch it later: smallcat fetch {handle.id}", err=True)
         raise
 
 
-def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: bool) -> None:
+def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: bool) -> dict[str, Any]:
+    """Save and show the picture as asked. Returns what `--json` prints of it."""
     path = None
     if save_in is not None:
         save_in.mkdir(parents=True, exist_ok=True)
         path = save_in / f"{result.id}.{result.job.format}"
         path.write_bytes(result.data())
     if as_json:
-        _print_json(result.model_dump(mode="json") | {"url": result.url(), "path": path and str(path)})
-        return
+        return result.model_dump(mode="json") | {"url": result.url(), "path": path and str(path)}
     if show:
         from producer.display import show_picture
 
@@ -241,6 +300,7 @@ def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: boo
     click.echo(f"url   {result.url()}")
     if path:
         click.echo(f"file  {path.resolve()}")
+    return {}
 
 
 def _print_json(value: Any) -> None:

@@ -88,7 +88,7 @@ def test_without_a_terminal_each_change_of_state_is_one_line(monkeypatch: pytest
 def test_at_a_terminal_a_bar_shows_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     told = on(True, monkeypatch)
     follow(Running([progress(State.RUNNING, 2), progress(State.RUNNING, 3)], result_of()), 1)
-    assert "step 3 of 4" in told()
+    assert "step 4 of 4" in told()
 
 
 @pytest.mark.usefixtures("quick")

@@ -12,17 +12,6 @@ import pytest
 #: Seconds that `import producer` may take.
 LIMIT_S = 0.5
 HEAVY = ["torch", "diffusers", "transformers", "numpy", "PIL", "boto3", "botocore", "redis", "celery"]
-    "torch",
-    "diffusers",
-    "transformers",
-    "boto3",
-    "botocore",
-    "redis",
-    "celery",
-    "kombu",
-    "PIL",
-    "numpy",
-]
 
 
 def fresh(code: str, *flags: str) -> str:
