@@ -61,17 +61,18 @@
         axis.values.set(value, (axis.values.get(value) ?? 0) + 1);
         if (axis.values.size > MOST_VALUES && axis.kind !== "axis") break;
       }
-      axis.order = inOrder([...axis.values.keys()]);
+      axis.order = inOrder([...axis.values.keys()], axis.kind);
     }
     return [...sources.values()].filter((axis) => axis.values.size > 1 &&
       (axis.kind === "axis" || axis.values.size <= Math.min(MOST_VALUES, rows.length - 1)));
   }
 
-  /** Numbers by size, "512x768" by its first number, all else as it came. */
-  function inOrder(values) {
+  /** Numbers by size, "512x768" by its first number; words of an axis as they were given, others by letter. */
+  function inOrder(values, kind) {
     const told = values.filter((value) => value !== "");
     const numeric = told.length && told.every((value) => /^-?[\d.]+(x\d+)?$/.test(value));
     if (numeric) told.sort((a, b) => parseFloat(a) - parseFloat(b) || a.localeCompare(b, "en", { numeric: true }));
+    else if (kind !== "axis") told.sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
     return told.length < values.length ? [...told, ""] : told;
   }
 
@@ -177,10 +178,16 @@
     sheet.setAttribute("aria-rowcount", lines.length);
     $("columns").hidden = !view.across || !shown.length;
     $("nothing").hidden = shown.length > 0;
-    $("count").textContent = shown.length === rows.length ? "" : `${number.format(shown.length)} of ${number.format(rows.length)}`;
+    sheet.style.setProperty("--room", `${metrics.width}px`);
+    showCount();
     cursor = Math.min(cursor, Math.max(0, order.length - 1));
     if (anchor !== null && !view.query) restore(anchor);
     render();
+  }
+
+  function showCount() {
+    const all = shown.length === rows.length;
+    $("count").textContent = all ? "" : `${number.format(shown.length)} of ${number.format(rows.length)}`;
   }
 
   function groups() {
@@ -421,7 +428,12 @@
     return said;
   }
 
-  const alt = (row) => (row.prompt ?? `Picture ${row.number}`).slice(0, 300);
+  /** What a picture is, in words; in a grid also where it stands. */
+  function alt(row) {
+    const places = [view.across, view.down].map((id) => byId.get(id)).filter(Boolean)
+      .map((axis) => `, ${axis.label} ${axis.get(row) ?? "–"}`);
+    return (row.prompt ?? `Picture ${row.number}`).slice(0, 300) + places.join("");
+  }
 
   // Thumbnails lie in blocks of JSON; a few blocks are kept open.
   const blocks = new Map();
@@ -595,10 +607,12 @@
     // A small picture is not blown up beyond what it can bear.
     image.style.maxWidth = width ? `${width * 5}px` : "";
     image.style.maxHeight = height ? `${height * 5}px` : "";
+    viewer.style.setProperty("--shape", Math.max(0.5, height / width || 1));
     if (!small && !row.url) {
       image.classList.add("broken");
       image.removeAttribute("src");
-      note.textContent = row.state === "done" ? "Its picture was not found." : `This job is ${row.state}: it has no picture.`;
+      note.textContent = row.state === "done" ? "Its picture was not found."
+        : `No picture: this job ${row.state === "failed" ? "failed" : `is ${row.state}`}.`;
       return;
     }
     image.src = small ?? row.url;
@@ -640,8 +654,8 @@
     }
     $("copy").textContent = done ? "Copied" : "Select the text below";
     $("viewer-text").open ||= !done;
-    if (!viewer.open) $("count").textContent = done ? "Parameters copied" : "";
-    setTimeout(() => { $("copy").textContent = "Copy parameters"; }, 1600);
+    if (!viewer.open && done) $("count").textContent = "Parameters copied";
+    setTimeout(() => { $("copy").textContent = "Copy parameters"; showCount(); }, 1600);
   }
 
   $("previous").addEventListener("click", () => showPicture(current - 1));

@@ -231,6 +231,7 @@ def test_crossed_axes_make_a_grid_in_the_order_of_their_values(
     assert titles == ["a cat", "a dog"]
     # 9 steps, guidance 5 is the fourth that was submitted.
     assert browser.run("document.querySelector('.tile .numbers').textContent") == "4"
+    assert browser.run("document.querySelector('.tile img').alt") == "a cat, Steps 9, Guidance 5"
     left = "[...document.querySelectorAll('{}')].slice(0, 3).map((each) => each.getBoundingClientRect().x)"
     assert browser.run(left.format(".value")) == pytest.approx(browser.run(left.format(".tile")), abs=1)
 
