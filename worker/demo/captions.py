@@ -26,7 +26,11 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "brown": (136, 94, 62),
 }
 #: Words for the three sizes. A caption without one means the middle size.
-SIZES: tuple[tuple[str, ...], ...] = (("small", "small", "little", "tiny"), ("",), ("big", "big", "large", "huge"))
+SIZES: tuple[tuple[str, ...], ...] = (
+    ("small", "small", "little", "tiny"),
+    ("",),
+    ("big", "big", "large", "huge"),
+)
 SMALL, MEDIUM, BIG = range(3)
 
 _COLOUR_WORDS = {"gray": ("gray", "grey"), "light blue": ("light blue", "sky blue")}
@@ -98,7 +102,11 @@ class SceneWriter:
             words = SIZES[size := rng.choices((SMALL, MEDIUM), (1, 4))[0]]
             return (left, left), (size, size), f"two {rng.choice(words)} {plural(self._subjects[left].name)}"
         right = rng.choice(self._common) if rng.random() < 0.75 else self._any()
-        sizes = tuple(rng.choices((SMALL, MEDIUM, BIG), (1, 4, 1), k=2)) if rng.random() < 0.4 else (MEDIUM, MEDIUM)
+        sizes = (
+            tuple(rng.choices((SMALL, MEDIUM, BIG), (1, 4, 1), k=2))
+            if rng.random() < 0.4
+            else (MEDIUM, MEDIUM)
+        )
         words_left, words_right = self._phrase(left, sizes[0]), self._phrase(right, sizes[1])
         return (left, right), sizes, f"{words_left} {rng.choice(_JOINS)} {words_right}"
 

@@ -27,7 +27,7 @@ LEVELS = tuple(round(192 / 2 ** (step / 4)) for step in range(12))
 _MIN_NATIVE_PX = 150
 #: Longest side of a subject as a share of the canvas, from and to, by size (small, medium, big).
 _ALONE = ((0.36, 0.42), (0.72, 0.79), (0.93, 0.98))
-_IN_PAIR = ((0.23, 0.27), (0.40, 0.45), (0.49, 0.52))
+_IN_PAIR = ((0.23, 0.27), (0.39, 0.43), (0.46, 0.49))
 #: How far a subject's centre strays, as a share of the canvas, by size.
 _STRAY = (0.09, 0.02, 0.008)
 _STRAY_IN_PAIR = 0.02
@@ -74,7 +74,7 @@ class SceneBatch:
         share = torch.lerp(ranges[..., 0], ranges[..., 1], torch.rand(count, 2, device=device))
         # Side by side, the width is what there is to share out; a wide canvas must not let them outgrow it.
         unit = torch.where(pair, float(min(width, 2 * height)), float(min(width, height)))
-        place = torch.tensor([[0.5, 0.5], [0.27, 0.73]], device=device)[pair[:, 0].long()]
+        place = torch.tensor([[0.5, 0.5], [0.26, 0.74]], device=device)[pair[:, 0].long()]
         base = torch.stack([place, torch.full_like(place, 0.5)], dim=-1)
         stray = torch.tensor(_STRAY, device=device)[self.sizes]
         stray = torch.where(pair, _STRAY_IN_PAIR, stray)[..., None]
@@ -117,24 +117,27 @@ class Composer:
         level = (self._sizes[None] >= side[:, None] - 0.5).sum(dim=1).clamp(min=1) - 1
         size = self._sizes[level]
         first = self._starts[level] + subject.clamp(min=0) * size * size
-        scale = size / side
-        x = (torch.arange(width, device=self.device) + 0.5 - layout.centre[:, layer, :1]) * scale[:, None]
-        y = (torch.arange(height, device=self.device) + 0.5 - layout.centre[:, layer, 1:]) * scale[:, None]
+        scale = (size / side)[:, None]
+        x = (torch.arange(width, device=self.device) + 0.5 - layout.centre[:, layer, :1]) * scale
+        y = (torch.arange(height, device=self.device) + 0.5 - layout.centre[:, layer, 1:]) * scale
         x, y = x + size[:, None] / 2 - 0.5, y + size[:, None] / 2 - 0.5
-        x0, y0 = x.floor(), y.floor()
         total = torch.zeros(len(subject), 4, height, width, device=self.device)
         shifts = torch.arange(0, 32, 8, device=self.device)[None, :, None, None]
         for step_y in range(2):
+            row, weight_y = _tap(y, step_y, size[:, None])
             for step_x in range(2):
-                column, row = (x0 + step_x).long(), (y0 + step_y).long()
-                weight_x = (1 - (x - column).abs()) * ((column >= 0) & (column < size[:, None]))
-                weight_y = (1 - (y - row).abs()) * ((row >= 0) & (row < size[:, None]))
-                column, row = column.clamp(min=0), row.clamp(min=0)
-                column, row = torch.minimum(column, size[:, None] - 1), torch.minimum(row, size[:, None] - 1)
+                column, weight_x = _tap(x, step_x, size[:, None])
                 index = first[:, None, None] + row[:, :, None] * size[:, None, None] + column[:, None, :]
                 texel = (self._texels[index][:, None] >> shifts) & 255
                 total = total + texel * (weight_y[:, :, None] * weight_x[:, None, :])[:, None]
         return total * ((subject >= 0)[:, None, None, None] / 255)
+
+
+def _tap(position: torch.Tensor, step: int, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of the two texels beside each position along one axis: its index, and its weight, 0 beyond the edge."""
+    index = (position.floor() + step).long()
+    weight = (1 - (position - index).abs()) * ((index >= 0) & (index < size))
+    return torch.minimum(index.clamp(min=0), size - 1), weight
 
 
 def _square(webp: bytes) -> torch.Tensor:
@@ -148,7 +151,7 @@ def _square(webp: bytes) -> torch.Tensor:
     pixels = np.asarray(canvas, dtype=np.float32)
     pixels = np.concatenate([pixels[..., :3] * (pixels[..., 3:] / 255), pixels[..., 3:]], axis=-1)
     square = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = F.interpolate(square, size=(256, 256), mode="bicubic", antialias=True) if side != 256 else square
+    resized = F.interpolate(square, size=(256, 256), mode="bicubic", antialias=True)
     return resized[0].clamp(0, 255).round().to(torch.uint8)
 
 
@@ -167,7 +170,14 @@ def _shrunk(native: torch.Tensor, size: int, device: torch.device) -> torch.Tens
 
 def to_images(pictures: torch.Tensor) -> list[Image.Image]:
     """Pictures (n, 3, height, width), -1..1, as PIL images."""
-    pixels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = (
+        ((pictures.float().clamp(-1, 1) + 1) * 127.5)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
     return [Image.fromarray(picture) for picture in pixels]
 
 

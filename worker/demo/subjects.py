@@ -65,15 +65,17 @@ def scored_words() -> list[str]:
 
 
 def clean(text: str) -> str:
-    """A name as captions write it: lower case, plain apostrophes, no colons, quotes or brackets."""
+    """A name as captions write it: lower case, plain apostrophes, no colons, quotes or brackets, single spaces."""
     text = text.lower().replace("’", "'")
-    return re.sub(r"\s+", " ", re.sub(r"[“”\":()!&#*]", " ", text)).strip()
+    return " ".join(re.sub(r"[“”\":()!&]", " ", text).split())
 
 
 def load_subjects(folder: Path) -> list[Subject]:
     """All subjects with a picture, national flags and skin tones left out. `folder` holds the npm tarballs."""
     archive = packages.fetch(packages.NAMES, folder)
-    entries: list[dict[str, Any]] = json.loads(packages.members(archive, "package/en/data.json")["en/data.json"])
+    entries: list[dict[str, Any]] = json.loads(
+        packages.members(archive, "package/en/data.json")["en/data.json"]
+    )
     pictures = packages.members(packages.fetch(packages.PICTURES, folder), ".webp")
     files = {_without_variation(Path(name).stem): Path(name).name for name in pictures}
     kept = []

@@ -1,0 +1,88 @@
+"""Every number of the recipe in one place."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on how much, for how long. The defaults make the shipped weights."""
+
+    #: Seed of captions, layouts, noise and initial weights. GPU kernels still leave runs apart by rounding.
+    seed: int = 0
+    #: Pixels a side of the pictures that are mostly trained on; a multiple of 8.
+    size: int = 128
+    #: Other canvases (width, height) that the denoiser sees, so that sizes from 96 to 192 px work. Few, because
+    #: the search for the fastest convolutions takes some ten seconds for each.
+    other_sizes: tuple[tuple[int, int], ...] = ((96, 96), (160, 160), (192, 192), (192, 128), (128, 192))
+    #: The share of the denoiser's time after which it sees them.
+    other_sizes_from: float = 0.3
+    #: One step in this many is on another canvas.
+    other_size_every: int = 10
+    #: Scenes drawn and put into words, once; each keeps its caption and is drawn anew many times.
+    scenes: int = 200_000
+    #: Scenes kept per other canvas.
+    other_scenes: int = 6_000
+
+    #: Minutes of training per stage, compilation included.
+    autoencoder_minutes: float = 4.5
+    classifier_minutes: float = 1.0
+    denoiser_minutes: float = 11.2
+
+    #: Channels per resolution of the VAE, finest first, and of its latents.
+    autoencoder_channels: tuple[int, ...] = (48, 64, 96, 112)
+    latent_channels: int = 16
+    autoencoder_batch: int = 128
+    autoencoder_rate: float = 1.2e-3
+    #: Weight of the divergence from a standard normal, per latent value, beside an L1 loss of about 0.02.
+    kl_weight: float = 2e-4
+
+    #: Channels per resolution of the UNet; cross attention at the middle one and in the middle block.
+    denoiser_channels: tuple[int, ...] = (96, 144, 192)
+    text_width: int = 192
+    text_layers: int = 2
+    denoiser_batch: int = 512
+    denoiser_rate: float = 8e-4
+    #: Every so many steps 256 old latents are encoded anew, with other chance in place and size.
+    renew_every: int = 3
+
+    classifier_batch: int = 512
+    #: Whether to compile for speed (a minute a model; worth it on a GPU only).
+    compiled: bool = True
+
+
+@dataclass
+class Clock:
+    """Wall-clock time of one stage, over all runs of it."""
+
+    #: Minutes the whole stage may take.
+    minutes: float
+    #: Minutes spent in earlier runs.
+    spent: float = 0.0
+    #: Minutes this run may spend on it.
+    allowed: float = float("inf")
+    _start: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        """Minutes spent, earlier runs included."""
+        return self.spent + (time.monotonic() - self._start) / 60
+
+    @property
+    def progress(self) -> float:
+        """Share of the stage that is over, 0..1."""
+        return min(1.0, self.elapsed / self.minutes)
+
+    @property
+    def over(self) -> bool:
+        """Whether the stage, or this run's share of it, has had its time."""
+        return self.progress >= 1 or self.elapsed - self.spent >= self.allowed
+
+
+def rate_factor(step: int, progress: float, warm_up: int = 200, hold: float = 0.35) -> float:
+    """The learning rate's factor: linear warm-up in steps, constant, then a linear fall to 1% in time."""
+    rise = min(1.0, (step + 1) / warm_up)
+    fall = 1.0 if progress < hold else 1 - 0.99 * (progress - hold) / (1 - hold)
+    return rise * fall
