@@ -1,0 +1,101 @@
+"""How fast a prompt file is published, against plain `apply_async` in the same run.
+
+    python -m tests.benchmarks.ingest                 100,000 lines
+    python -m tests.benchmarks.ingest --lines 1000000 in some 2 GB of Redis
+
+The file is read, varied, checked, hashed into ids and queued; nobody drains it. `apply_async` is given
+finished jobs, one by one, over one connection: before and after, because machines have moods. Prints one
+JSON object: jobs a second of both, the ratio, and the most memory that the feeder took.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from deploy.stack import Stack
+from tests.fast_worker import SERVED, announce
+from worker.job import Job
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Jobs of each of the two samples of `apply_async`.
+PLAIN = 2_000
+
+
+def plain(redis_url: str, jobs: int) -> float:
+    """Jobs a second that Celery's own producer publishes."""
+    from worker.celery import RENDER, app, connection, message_of, message_priority
+    from worker.fleet import queue_of
+
+    ready = [Job(prompt=f"a photo of cat number {n}", seed=n).resolved(SERVED) for n in range(jobs)]
+    with connection(redis_url) as open_connection:
+        producer = app.amqp.Producer(open_connection)
+        began = time.perf_counter()
+        for job in ready:
+            app.send_task(
+                RENDER,
+                args=[message_of(job)],
+                task_id=f"{job.id}-{secrets.token_hex(4)}",
+                queue=queue_of(job),
+                priority=message_priority(job),
+                producer=producer,
+            )
+        return jobs / (time.perf_counter() - began)
+
+
+def fed(stack: Stack, file: Path, lines: int) -> tuple[float, float]:
+    """Jobs a second that `ingest --detach` publishes, from its first to its last, and its peak in MB."""
+    code = (
+        "import sys, time, resource\n"
+        "from producer.ingest import Ingest\n"
+        "from producer.run import Run\n"
+        "times = []\n"
+        "feed = Run.feed\n"
+        "Run.feed = lambda *args: (feed(*args), times.append(time.perf_counter()))\n"
+        "make = Ingest._feed_until_over\n"
+        "Ingest._feed_until_over = lambda *args: (times.append(time.perf_counter()), make(*args))[1]\n"
+        "from producer import submit_file\n"
+        "submit_file(sys.argv[1], detach=True)\n"
+        "print(times[-1] - times[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=stack.environment, check=True, capture_output=True, text=True
+    )
+    seconds, peak = map(float, done.stdout.split())
+    return lines / seconds, peak / (1024 if sys.platform == "linux" else 1 << 20)
+
+
+@click.command()
+@click.option("--lines", default=100_000)
+def main(lines: int) -> None:
+    with Stack(workers=0) as stack, tempfile.TemporaryDirectory() as folder:
+        announce(stack.valkey.url)
+        file = Path(folder) / "prompts.txt"
+        file.write_text("".join(f"a photo of cat number {number}\n" for number in range(lines)))
+        before = plain(stack.valkey.url, PLAIN)
+        rate, peak_mb = fed(stack, file, lines)
+        after = plain(stack.valkey.url, PLAIN)
+    baseline = (before + after) / 2
+    print(
+        json.dumps(
+            {
+                "lines": lines,
+                "apply_async_per_s": [round(before), round(after)],
+                "ingest_per_s": round(rate),
+                "times_faster": round(rate / baseline, 1),
+                "peak_mb": round(peak_mb),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Drains a queue faster than any worker: `python -m tests.drain QUEUE...`, until SIGTERM.
+
+Messages are taken by hundreds, read as a worker reads them, and ended with the workers' own scripts. Each
+message is a line in `DRAIN_JOURNAL`: the number of its job in its run. Nothing is rendered.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sys
+import time
+
+import redis
+
+from worker import record_scripts as scripts
+from worker.fleet import lists_of
+from worker.records import FAILED, key
+from worker.render_service import Message
+
+AT_ONCE = 500
+
+
+def main(queues: list[str]) -> None:
+    client = redis.Redis.from_url(os.environ["REDIS_URL"], decode_responses=True)
+    lists = [name for queue in queues for name in lists_of(queue)]
+    claim, finish = client.script_load(scripts.CLAIM), client.script_load(scripts.FINISH)
+    over: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: over.append(number))
+    with open(os.environ.get("DRAIN_JOURNAL", os.devnull), "a", buffering=1 << 20) as journal:  # noqa: PTH123
+        while not over:
+            with client.pipeline(transaction=False) as pipe:
+                for name in lists:
+                    pipe.rpop(name, AT_ONCE)
+                texts = [text for found in pipe.execute() for text in found or ()]
+            if not texts:
+                journal.flush()
+                time.sleep(0.02)
+                continue
+            messages = [read(text) for text in texts]
+            with client.pipeline(transaction=False) as pipe:
+                for payload, task_id in messages:
+                    record = key(payload["id"])
+                    job = json.dumps(payload["job"])
+                    run = payload["run"]
+                    pipe.evalsha(claim, 1, record, task_id, "drain", 30, 3, 600, job, queues[0], task_id, run)
+                    pipe.evalsha(
+                        finish, 2, record, FAILED, "done", 600, "", payload["id"], "uri", "s3://nowhere/x.png"
+                    )
+                    pipe.delete(record)
+                    journal.write(f"{run.split(':')[1]} {payload['id']}\n")
+                pipe.execute()
+
+
+def read(text: str) -> tuple[dict[str, str], str]:
+    """A message's payload and id. The first of each hundred is checked as a worker would."""
+    message = json.loads(text)
+    [payload], _, _ = json.loads(base64.b64decode(message["body"]))
+    if payload["run"].split(":")[1].endswith("00"):
+        Message.parse(payload)
+    return payload, message["headers"]["id"]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,115 @@
+"""A worker without torch, for tests of what is around it: `celery -A tests.fast_worker worker -Q QUEUE`.
+
+The app's settings, the transport, the records and `RenderService` are the real ones. The engine gives one
+small picture at once, after `FAST_WORKER_S` seconds; the bucket is a real one where S3_BUCKET is set, else
+it remembers nothing. A prompt that starts with "fail" fails. Each render is a line in `FAST_WORKER_JOURNAL`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from celery import Celery
+
+from worker.celery import RENDER
+from worker.celery import app as real
+from worker.engine import Rendered
+from worker.errors import InvalidJobError
+from worker.fleet import Fleet, WorkerInfo
+from worker.images import Picture
+from worker.job import Defaults, ImageFormat, Job, ServedModel
+from worker.records import Records
+from worker.redis_client import connect
+from worker.render_service import RenderService
+from worker.settings import producer_settings
+from worker.storage import Storage
+
+SERVED = ServedModel(
+    name="fast", revision="f" * 40, defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
+)
+SECONDS = float(os.environ.get("FAST_WORKER_S", "0"))
+JOURNAL = os.environ.get("FAST_WORKER_JOURNAL", os.devnull)
+
+settings = producer_settings()
+KEPT = ("task_acks_late", "task_ignore_result", "task_serializer", "accept_content", "worker_pool")
+KEPT += ("worker_prefetch_multiplier", "worker_cancel_long_running_tasks_on_connection_loss")
+KEPT += ("broker_connection_retry_on_startup", "broker_connection_max_retries", "broker_transport_options")
+app = Celery("fast", broker=real.conf.broker_url)
+app.conf.update({name: getattr(real.conf, name) for name in KEPT})
+
+
+class FastEngine:
+    """What `RenderService` needs of an engine."""
+
+    def submit(self, job_id: str, job: Job) -> Future[Rendered]:
+        future: Future[Rendered] = Future()
+        time.sleep(SECONDS)
+        with open(JOURNAL, "a") as journal:  # noqa: PTH123 - one write, so lines do not mix
+            journal.write(f"{job_id} {job.seed} {time.time():.3f} {job.prompt}\n")
+        if job.prompt.startswith("fail"):
+            future.set_exception(InvalidJobError("It was asked to fail."))
+        else:
+            shade = np.full((8, 8, 3), job.seed % 256, np.uint8)
+            future.set_result(Rendered(Picture(shade), ()))
+        return future
+
+    def progress(self) -> dict[str, tuple[int, int]]:
+        return {}
+
+
+class NoStorage:
+    """A bucket that takes everything and remembers nothing."""
+
+    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
+        return None
+
+    def put(self, *_: object) -> None:
+        return None
+
+    def uri(self, job_id: str, image_format: ImageFormat) -> str:
+        return f"s3://nowhere/images/{job_id[:2]}/{job_id}.{image_format}"
+
+
+def announce(redis_url: str, seconds: int = 3_600) -> None:
+    """Let the fleet have a worker of `SERVED`, for as long as a test takes."""
+    client = connect(redis_url, 1)
+    fleet = Fleet(client, seconds)
+    info = WorkerInfo(
+        name="fast@test",
+        served=SERVED,
+        started_at=0,
+        device="none",
+        attention="none",
+        max_rows=1,
+        versions={},
+    )
+    fleet.announce(info)
+    client.expire("smallcat:worker:fast@test", seconds)
+
+
+def _service() -> RenderService:
+    fake: Any = FastEngine()
+    storage: Any = Storage(settings.s3_bucket, settings.s3_prefix) if settings.s3_bucket else NoStorage()
+    return RenderService(
+        name="fast@test",
+        served=SERVED,
+        engine=fake,
+        records=Records(connect(settings.redis_url, 30), settings.record_ttl_s),
+        storage=storage,
+        lease_s=settings.lease_s,
+        max_attempts=3,
+        upload_timeout_s=10,
+    )
+
+
+service = _service()
+
+
+@app.task(name=RENDER, bind=True)  # type: ignore[untyped-decorator]
+def render(task: Any, payload: dict[str, Any]) -> None:
+    """What `worker.tasks.render` does, without its care for what cannot happen here."""
+    service.handle(payload, task.request.id)
