@@ -20,7 +20,7 @@ Rules.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -75,13 +75,11 @@ class _Lane(Generic[T]):
 class Batcher(Generic[T]):
     """Decides which jobs share the next step. Not thread-safe: the engine's thread owns it.
 
-    `max_rows` (>= 1) is each lane's first cap, in rows of a UNet forward.
+    `first_cap` gives each lane's cap to begin with, >= 1, in rows of a UNet forward.
     """
 
-    def __init__(self, max_rows: int) -> None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}: it must be at least 1.")
-        self._max_rows = max_rows
+    def __init__(self, first_cap: Callable[[Hashable], int]) -> None:
+        self._first_cap = first_cap
         #: Caps that were lowered outlive their lane.
         self._caps: dict[Hashable, int] = {}
         self._lanes: dict[Hashable, _Lane[T]] = {}
@@ -127,7 +125,7 @@ class Batcher(Generic[T]):
 
     def cap(self, lane: Hashable) -> int:
         """Rows of a step in `lane`, at most."""
-        return self._caps.get(lane, self._max_rows)
+        return self._caps[lane] if lane in self._caps else self._first_cap(lane)
 
     def lower_cap(self, lane: Hashable, rows: int) -> None:
         """Remember that `rows` rows do not fit in `lane`: half of them from now on, at least one.

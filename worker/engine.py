@@ -72,7 +72,10 @@ class Runner(Protocol[R]):
 
     @property
     def max_rows(self) -> int:
-        """Rows in one step, at most."""
+        """Rows worth having in one step of the size most jobs have."""
+
+    def cap(self, lane: Hashable) -> int:
+        """Rows worth having in one step of `lane`, >= 1."""
 
     def prepare(self, job: Job) -> R:
         """Encode the text, draw the noise. Raises for this job alone."""
@@ -136,7 +139,7 @@ class Engine(Generic[R]):
         self._on_death = on_death
         self._on_step = on_step
         self._clock = clock
-        self._batcher: Batcher[_Ticket[R]] = Batcher(runner.max_rows)
+        self._batcher: Batcher[_Ticket[R]] = Batcher(runner.cap)
         self._inbox: deque[_Ticket[R]] = deque()
         self._tickets: dict[str, _Ticket[R]] = {}
         self._changed = threading.Condition()

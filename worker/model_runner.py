@@ -10,13 +10,15 @@ also where the model runs in fp16: the noise is the same on every machine, and r
 from __future__ import annotations
 
 import contextlib
+import time
 import traceback
 from collections.abc import Hashable, Iterator, Sequence
+from typing import cast
 
 import diffusers
 import torch
 
-from worker import attention
+from worker import attention, batch_cap
 from worker import pipeline as pipelines
 from worker.errors import (
     DeviceError,
@@ -38,6 +40,10 @@ from worker.text import Text, TextEncoder
 #: Pixels that are decoded at once, at most: 8 pictures of 512 x 512 on a GPU; on a CPU, where more gain
 #: nothing, 1 of them.
 GPU_DECODE_PIXELS, CPU_DECODE_PIXELS = 8 * 512 * 512, 512 * 512
+
+
+#: Seconds after which no larger batch is tried at warm-up; and forwards of each size, the fastest counts.
+MEASURE_S, MEASURED_TIMES = 5.0, 3
 
 
 class Render:
@@ -92,16 +98,20 @@ class ModelRunner:
         self._texts = TextEncoder(self._pipeline, self._device, self._dtype)
         #: The model as it is announced.
         self.served = loaded.served
-        self.max_rows, reason = pipelines.choose_rows(settings.max_batch, self._device)
+        self._asked_rows = settings.max_batch
+        #: Rows worth having in a step of the default size; measured by `warm_up` unless asked for.
+        self.max_rows = settings.max_batch or batch_cap.LEAST
         #: Each choice made at start, with its reason.
         self.choices = (
             *loaded.choices,
             attention.install(self._pipeline, settings.attention_backend, self._device),
-            Choice("max rows", str(self.max_rows), reason),
         )
 
-    def warm_up(self) -> None:
-        """One small render through everything. Raises `SettingsError` when that fails."""
+    def warm_up(self) -> Choice:
+        """One small render through everything, then the cost of batches, which sets `max_rows`.
+
+        Returns that choice. Raises `SettingsError` when the render fails.
+        """
         # A GPU picks its kernels by shape, so it is warmed with the one most jobs have.
         side = None if self._device.type == "cuda" else 64
         job = Job(prompt="a small cat", seed=0, steps=4, width=side, height=side)
@@ -119,6 +129,48 @@ class ModelRunner:
                 f"The model {self.served.name} failed to render at start ({error}): try another "
                 "SMALLCAT_DTYPE, SMALLCAT_ATTENTION or SMALLCAT_MODEL."
             ) from error
+        if self._asked_rows is not None:
+            return Choice("max rows", str(self.max_rows), "SMALLCAT_MAX_BATCH asks for it")
+        self.max_rows, reason = batch_cap.choose(self._measure())
+        return Choice("max rows", str(self.max_rows), reason)
+
+    def cap(self, lane: Hashable) -> int:
+        """Rows worth having in one step of `lane`: as many latent pixels as in the measured one, >= 1."""
+        if self._asked_rows is not None:
+            return self._asked_rows
+        _, height, width = cast("tuple[int, int, int]", lane)
+        return batch_cap.scaled(self.max_rows, self._default_area, height * width)
+
+    @property
+    def _default_area(self) -> int:
+        """Latent pixels of the default size."""
+        factor = int(self._pipeline.vae_scale_factor)
+        return (self.served.defaults.width // factor) * (self.served.defaults.height // factor)
+
+    @torch.inference_mode()
+    def _measure(self) -> list[tuple[int, float]]:
+        """Seconds of a forward of the default size by its rows, as far as they fit and seem to pay."""
+        render = self.prepare(Job(prompt="a small cat", seed=0, guidance_scale=1.0))
+        curve: list[tuple[int, float]] = []
+        started_s = time.monotonic()
+        for rows in batch_cap.ROWS:
+            try:
+                with _mapped("measure"):
+                    # The first is a warm-up: kernels are picked by shape.
+                    seconds = min(self._seconds_of([render] * rows) for _ in range(MEASURED_TIMES))
+            except OutOfMemoryError:
+                break
+            curve.append((rows, seconds))
+            if batch_cap.is_over(curve) or time.monotonic() - started_s > MEASURE_S:
+                break
+        return curve
+
+    def _seconds_of(self, renders: Sequence[Render]) -> float:
+        started_s = time.perf_counter()
+        self._predict(renders)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - started_s
 
     @torch.inference_mode()
     def prepare(self, job: Job) -> Render:

@@ -35,8 +35,6 @@ from worker.settings import WorkerSettings
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 30, 7.5
 #: What diffusers' own call uses for a latent consistency model, which more steps make no better.
 LCM_STEPS, LCM_GUIDANCE = 4, 8.5
-#: Rows in one UNet forward where the settings do not say.
-CPU_ROWS, GPU_ROWS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -138,15 +136,6 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
         )
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     return dtypes[asked], "SMALLCAT_DTYPE asks for it"
-
-
-def choose_rows(asked: int | None, device: torch.device) -> tuple[int, str]:
-    """The most rows in one UNet forward, and why."""
-    if asked is not None:
-        return asked, "SMALLCAT_MAX_BATCH asks for it"
-    if device.type == "cuda":
-        return GPU_ROWS, "beyond it a GPU gains little"
-    return CPU_ROWS, "beyond it a CPU gains little"
 
 
 def choose_safety_checker(settings: WorkerSettings, *, ships_one: bool) -> tuple[str, str]:

@@ -131,7 +131,7 @@ class WorkerSettings(Settings):
     attention: Literal["auto", "xformers", "sdpa", "naive"] = "auto"
     #: 0 is attention=naive, 1 is attention=xformers: the origin's switch. SMALLCAT_ATTENTION wins.
     use_memory_efficient_attention: Literal["0", "1"] | None = None
-    #: Rows in one forward of the UNet, 1 to 256; a guided job takes two. Not set: 8 on a CPU, 32 on a GPU.
+    #: Rows in one forward of the UNet, 1 to 256; a guided job takes two. Not set: measured at start.
     max_batch: int | None = Field(default=None, ge=1, le=256)
     #: Whether the safety checker of a model that ships one looks at every picture.
     safety_checker: bool = True

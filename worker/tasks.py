@@ -137,7 +137,8 @@ def _assemble(name: str) -> _Process:
     runner = load_runner(settings)
     for choice in runner.choices:
         _say(choice.what, choice.choice, choice.reason)
-    runner.warm_up()
+    caps = runner.warm_up()
+    _say(caps.what, caps.choice, caps.reason)
     engine = Engine(
         runner, job_timeout_s=settings.job_timeout_s, on_death=_engine_died, on_step=metrics.observe_step
     )

@@ -79,6 +79,10 @@ class FakeRunner:
         self.prepared: list[int] = []
         self._calls = 0
 
+    def cap(self, lane: Hashable) -> int:
+        """The same in each lane."""
+        return self.max_rows
+
     def prepare(self, job: Job) -> FakeRender:
         """As the contract says."""
         self.prepared.append(job.seed)

@@ -320,17 +320,32 @@ def test_defaults_and_choices(sd1: Model, sdxl: Model, lcm: Model) -> None:
         "dtype",
         "model",
         "attention",
-        "max rows",
         "safety checker",
         "memory layout",
     }
     assert all(choice.choice and choice.reason for choice in choices.values())
-    assert (choices["attention"].choice, sdxl.runner.max_rows) == ("sdpa", 8)
+    assert choices["attention"].choice == "sdpa"
 
 
 def test_warm_up(sd1: Model, sdxl: Model, lcm: Model) -> None:
     for tiny in (sd1, sdxl, lcm):
-        tiny.runner.warm_up()
+        choice = tiny.runner.warm_up()
+        assert choice.choice == str(tiny.runner.max_rows)
+        assert tiny.runner.max_rows >= 2
+        assert "1: " in choice.reason
+
+
+def test_a_cap_that_is_asked_for_is_not_measured(tmp_path: Path) -> None:
+    model = str(tiny_models.tiny_sd1(tmp_path / "asked"))
+    runner = ModelRunner(WorkerSettings(model=model, max_batch=3))
+    assert runner.warm_up().choice == "3"
+    assert runner.cap((4, 8, 8)) == runner.cap((4, 64, 64)) == 3
+
+
+def test_larger_pictures_share_a_step_with_fewer(sd1: Model) -> None:
+    lane, large = (4, 8, 8), (4, 16, 16)
+    assert sd1.runner.cap(lane) == sd1.runner.max_rows
+    assert sd1.runner.cap(large) == max(1, sd1.runner.max_rows // 4)
 
 
 def test_warm_up_refuses_a_model_that_gives_nan(tmp_path: Path) -> None:

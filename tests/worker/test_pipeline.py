@@ -445,9 +445,3 @@ def test_choosing_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     with pytest.raises(SettingsError, match="SMALLCAT_DTYPE is bf16, which this GPU does not have"):
         pipeline.choose_dtype("bf16", GPU)
-
-
-def test_choosing_the_rows() -> None:
-    assert pipeline.choose_rows(5, GPU) == (5, "SMALLCAT_MAX_BATCH asks for it")
-    assert pipeline.choose_rows(None, CPU)[0] == 8
-    assert pipeline.choose_rows(None, GPU)[0] == 32
