@@ -178,7 +178,6 @@
     sheet.setAttribute("aria-rowcount", lines.length);
     $("columns").hidden = !view.across || !shown.length;
     $("nothing").hidden = shown.length > 0;
-    sheet.style.setProperty("--room", `${metrics.width}px`);
     showCount();
     cursor = Math.min(cursor, Math.max(0, order.length - 1));
     if (anchor !== null && !view.query) restore(anchor);
@@ -209,7 +208,7 @@
     const room = Math.min(46 * metrics.rem, metrics.width - 3.5 * metrics.rem);
     const rowsOfText = Math.min(3, linesOf(named, room));
     const gap = lines.length ? 2.6 : 0.7;
-    const height = (gap + rowsOfText * 1.604 + 0.6) * metrics.rem;
+    const height = Math.round((gap + rowsOfText * 1.604 + 0.6) * metrics.rem);
     lines.push({ kind: "title", top: plan.top, height, text: named, room, count: members.length, ruled: lines.length > 0 });
     plan.top += height;
   }
@@ -236,7 +235,7 @@
   }
 
   const hasWords = () => view.group !== "prompt" && prompts.size > 1;
-  const captionHeight = (words) => ((words ? 0.3 + 1.27 : 0.2) + 1.04 + 0.1) * metrics.rem;
+  const captionHeight = (words) => Math.round(((words ? 0.3 + 1.27 : 0.2) + 1.04 + 0.1) * metrics.rem);
 
   function tileLines(plan) {
     const gap = metrics.narrow ? 8 : 16;
@@ -281,8 +280,9 @@
         const cells = xs.map((x) => table.get(y).get(x) ?? []);
         const told = down ? { name: down.label, value: y || "–" } : null;
         if (told && !label) {
-          lines.push({ kind: "label", top: plan.top, height: 1.5 * metrics.rem, told });
-          plan.top += 1.5 * metrics.rem;
+          const height = Math.round(1.5 * metrics.rem);
+          lines.push({ kind: "label", top: plan.top, height, told });
+          plan.top += height;
         }
         const height = frame + captionHeight(words) + gap;
         for (let layer = 0; layer < Math.max(...cells.map((cell) => cell.length)); layer++) {
@@ -299,7 +299,8 @@
   function fillColumns(across, xs, { label, width, gap }) {
     const head = $("columns");
     const name = make("span", "axis", metrics.narrow ? "" : across.label);
-    name.style.width = `${label}px`;
+    name.style.width = `${label + metrics.margin}px`;
+    name.hidden = !label;
     head.replaceChildren(name, ...xs.map((x, index) => {
       const value = make("bdi", "value", metrics.narrow && index === 0 ? `${across.label} ${x || "–"}` : x || "–");
       value.title = `${across.label}: ${x || "–"}`;
@@ -353,6 +354,7 @@
   }
 
   function drawTitle(element, line) {
+    const head = make("div", "head");
     const holder = make("div");
     holder.setAttribute("role", "rowheader");
     const heading = make("h2", "", line.text);
@@ -361,7 +363,8 @@
     heading.style.maxWidth = `${line.room + 1}px`;
     holder.append(heading);
     element.style.paddingBottom = `${0.6 * metrics.rem}px`;
-    element.append(holder, make("span", "", number.format(line.count)));
+    head.append(holder, make("span", "", number.format(line.count)));
+    element.append(head);
   }
 
   function drawLabel(told) {
@@ -375,9 +378,8 @@
     element.style.gap = `${line.gap}px`;
     if (line.label) {
       const label = line.told ? drawLabel(line.told) : make("div", "row-label");
-      label.style.width = `${line.label}px`;
+      label.style.width = `${line.label + metrics.margin}px`;
       label.style.marginRight = `${-line.gap}px`;
-      label.style.height = `${line.frame}px`;
       element.append(label);
     }
     for (const place of line.cells) {

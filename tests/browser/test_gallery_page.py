@@ -236,6 +236,15 @@ def test_crossed_axes_make_a_grid_in_the_order_of_their_values(
     assert browser.run(left.format(".value")) == pytest.approx(browser.run(left.format(".tile")), abs=1)
 
 
+def test_the_labels_of_a_wide_grid_stay_in_sight(browser: Chromium, write: Write, pictures: str) -> None:
+    rows = [picture(pictures, "a cat", grid={"x": f"x{n % 30}", "y": f"y{n // 30}"}) for n in range(90)]
+    browser.open(write(*rows))
+    browser.run("scroller.scrollTo(700, 150)")
+    edges = "[...document.querySelectorAll('.row-label, .head, .axis, #bar')]"
+    assert browser.run(f"{edges}.map((each) => each.getBoundingClientRect().x < 60).every(Boolean)")
+    assert browser.run("document.getElementById('bar').offsetWidth === innerWidth")
+
+
 def test_grouping_gives_each_group_its_title(browser: Chromium, write: Write, pictures: str) -> None:
     browser.open(write(*(picture(pictures, f"p{index}", steps=str(10 + index % 2)) for index in range(4))))
     browser.run("document.getElementById('group').value = 'field:steps'")
