@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,8 @@ class Storage:
         """Raise `StorageError` with the remedy unless the bucket is there and can be read and written."""
         if not self.bucket:
             raise StorageError("S3_BUCKET is not set: name the bucket for the pictures.")
-        key = f"{self._prefix}.smallcat-check"
+        # A name of its own: workers that start together must not delete each other's.
+        key = f"{self._prefix}.smallcat-check-{secrets.token_hex(8)}"
         with self._errors():
             self._client.head_bucket(Bucket=self.bucket)
             self._client.put_object(Bucket=self.bucket, Key=key, Body=b"smallcat")

@@ -171,6 +171,11 @@ def test_checking_leaves_nothing(storage: Storage, environment: Bucket) -> None:
     assert storage._client.list_objects_v2(Bucket=environment.name).get("Contents", []) == []
 
 
+def test_workers_that_start_together_do_not_disturb_each_other_s_check(storage: Storage) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: storage.check(), range(40)))
+
+
 def test_many_threads_share_one_client(storage: Storage) -> None:
     with ThreadPoolExecutor(16) as pool:
         clients = set(pool.map(lambda _: id(storage._client), range(16)))
