@@ -137,6 +137,10 @@ def save_half(pipeline: StableDiffusionPipeline, path: Path) -> None:
             original = {key: value.clone() for key, value in part.state_dict().items()}
             part.half().save_pretrained(path / name)
             part.float().load_state_dict(original)
+    # transformers loads in the precision that the configuration names, diffusers in fp32: a plain load must agree.
+    config = path / "text_encoder" / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     pipeline.tokenizer.save_pretrained(path / "tokenizer")
     pipeline.scheduler.save_pretrained(path / "scheduler")
     pipeline.save_config(path)
