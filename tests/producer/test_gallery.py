@@ -17,9 +17,13 @@ from PIL import Image
 
 from producer import gallery
 from producer.cli import cli
+from producer.compose import Composer
 from producer.gallery import frames, in_order, write_gallery
 from producer.gallery.lines import read_lines
 from producer.gallery.page import as_data
+from producer.manifest import write_manifest
+from producer.plan import Cursor, Planned
+from producer.sources import source
 from tests.conftest import Bucket
 from worker.errors import CallerError, PermanentStorageError
 from worker.job import Job
@@ -106,9 +110,9 @@ def stored(storage: Storage, job: Job, picture: bytes | None = None) -> str:
 def test_a_manifest_line_becomes_a_row_with_all_that_people_see(manifest: Callable[..., str]) -> None:
     job = job_of(seed=2**63 - 1, negative_prompt="fog", metadata={"ticket": 10**17, "tags": ["a"]})
     timings = {"queued": 0.25, "rendered": 12.345, "uploaded": None}
-    source = manifest(line_of(job, "s3://b/images/x.png", timings=timings, grid={"steps": 4}))
-    page = write_gallery(source)
-    assert page.path == Path(source).with_name("run.html")
+    run = manifest(line_of(job, "s3://b/images/x.png", timings=timings, grid={"steps": 4}))
+    page = write_gallery(run)
+    assert page.path == Path(run).with_name("run.html")
     assert (page.jobs, page.pictures, page.failed, page.notices) == (1, 1, 0, ())
     (row,) = rows_of(page.path)
     assert row.pop("url").startswith("http://127.0.0.1:1/b/images/x.png?X-Amz")
@@ -135,8 +139,8 @@ def test_a_manifest_line_becomes_a_row_with_all_that_people_see(manifest: Callab
 
 
 def test_failed_jobs_are_shown_with_their_error_and_need_no_bucket(manifest: Callable[..., str]) -> None:
-    source = manifest(line_of(job_of(), error="It broke.", error_type="RenderError"))
-    page = write_gallery(source)
+    run = manifest(line_of(job_of(), error="It broke.", error_type="RenderError"))
+    page = write_gallery(run)
     (row,) = rows_of(page.path)
     assert (row["state"], row["error"], row["error_type"]) == ("failed", "It broke.", "RenderError")
     assert (page.failed, page.pictures, page.expires_at) == (1, 0, None)
@@ -195,9 +199,9 @@ def test_an_older_page_stays_when_the_new_one_fails(manifest: Callable[..., str]
 
 
 def test_no_more_than_the_limit_is_shown_and_the_page_says_so(manifest: Callable[..., str]) -> None:
-    source = manifest(*(line_of(job_of(seed=seed)) for seed in range(3)))
-    assert write_gallery(source, limit=3).notices == ()
-    page = write_gallery(source, limit=2)
+    run = manifest(*(line_of(job_of(seed=seed)) for seed in range(3)))
+    assert write_gallery(run, limit=3).notices == ()
+    page = write_gallery(run, limit=2)
     assert page.jobs == 2
     assert page.notices == ("Only the first 2 jobs are shown: raise --limit for more.",)
     assert page.notices[0] in page.path.read_text()
@@ -240,6 +244,27 @@ def test_csv_and_gzip_say_the_same_as_jsonl(tmp_path: Path) -> None:
         | {"timings": {"rendered": 1.5}}
     ]
     assert not said
+
+
+@pytest.mark.usefixtures("no_bucket")
+@pytest.mark.parametrize("name", ["run.jsonl", "run.csv"])
+def test_what_ingest_writes_is_shown_whole(tmp_path: Path, name: str) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small cat\n")
+    job = job_of("a small\ncat", negative_prompt="fog", metadata={"set": "a"}, seed=2**60)
+    fields = job.model_dump(mode="json", exclude={"priority"})
+    planned = Planned(0, 1, Composer(lambda each: each).compose(fields), {"steps": 4}, Cursor())
+    result = {"state": "done", "uri": "s3://b/images/x.png", "timings": {"rendered": 1.5}}
+    write_manifest(tmp_path / name, [planned], [source(str(prompts))], lambda *_: result)
+    (row,) = rows_of(write_gallery(str(tmp_path / name)).path)
+    assert row.pop("line").endswith("prompts.txt:1")
+    assert row["parameters"] == write(job)
+    assert (row["seed"], row["steps"], row["guidance_scale"]) == (str(2**60), "4", "7.5")
+    assert (row["grid"], row["metadata"], row["timings"]) == (
+        {"steps": "4"},
+        {"set": "a"},
+        {"rendered": "1.5"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -302,8 +327,8 @@ def test_embedded_thumbnails_are_small_webp_in_order(bucket: Storage, manifest: 
     jobs = [job_of(seed=seed) for seed in range(3)]
     uris = [stored(bucket, job, png((512, 256))) for job in jobs[:2]]
     gone = bucket.uri(jobs[2].id, jobs[2].format)
-    source = manifest(*(line_of(job, uri) for job, uri in zip(jobs, [*uris, gone], strict=True)))
-    page = write_gallery(source, embed=True)
+    run = manifest(*(line_of(job, uri) for job, uri in zip(jobs, [*uris, gone], strict=True)))
+    page = write_gallery(run, embed=True)
     assert page.notices == ("1 picture could not be read from the bucket.",)
     found = re.search(r'id="thumbs-0">(.*?)</script>', page.path.read_text())
     assert found is not None
@@ -353,12 +378,12 @@ def test_what_a_thread_raises_ends_the_stream() -> None:
 
 
 def test_the_command_writes_the_page_and_says_where(manifest: Callable[..., str]) -> None:
-    source = manifest(line_of(job_of()))
-    told = CliRunner().invoke(cli, ["gallery", source])
+    run = manifest(line_of(job_of()))
+    told = CliRunner().invoke(cli, ["gallery", run])
     assert told.exit_code == 0
     assert "run.html" in told.output
     assert "0 pictures, 1 failed" in told.output
-    as_json = CliRunner().invoke(cli, ["gallery", source, "--json", "--title", "A run"])
+    as_json = CliRunner().invoke(cli, ["gallery", run, "--json", "--title", "A run"])
     answer = json.loads(as_json.output)
     assert (answer["jobs"], answer["failed"], answer["expires_at"]) == (1, 1, None)
     assert "<title>A run</title>" in Path(answer["path"]).read_text()
