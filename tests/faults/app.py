@@ -1,0 +1,149 @@
+"""The worker that the faults befall: `celery -A tests.faults.app worker`.
+
+It is `worker`'s own app, task, engine, records, transport and storage, with three things added: a runner
+without torch, a journal, and the points at which a process can be made to die. The environment sets them:
+
+    FAULTS_JOURNAL      file that every event of a job goes to, one line each
+    FAULTS_ROWS         rows in a step; twice as many jobs are on board
+    FAULTS_STEP_S       seconds a step takes
+    FAULTS_TRANSPORT    "stock": kombu's own Redis transport, the negative control
+    FAULTS_STORAGE      "folder": pictures go straight into FAULTS_FOLDER, where the S3 server has its bucket
+    FAULTS_CLOCK_S      seconds that this process' clock is ahead
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+if ahead_s := float(os.environ.get("FAULTS_CLOCK_S", "0")):
+    _real = time.time
+    # Before anything else can import it.
+    time.time = lambda: _real() + ahead_s
+
+import json
+import signal
+from pathlib import Path
+
+import worker.record_scripts as scripts
+import worker.tasks as tasks
+from tests.faults.app_names import DIED, MARKS
+from tests.faults.runner import FaultRunner, verbs_of
+from worker.celery import app as app
+from worker.job import ImageFormat
+from worker.records import JobRecord, Records
+from worker.render_service import RenderService
+from worker.settings import WorkerSettings, worker_settings
+from worker.storage import Storage
+
+# A mark is counted in the step that makes it: so that two of them, by whatever way, are seen.
+
+assert scripts.FINISH.endswith("return 1\n")
+scripts.FINISH = (
+    scripts.FINISH.removesuffix("return 1\n")
+    + f"if ARGV[1] == 'done' then redis.call('HINCRBY', '{MARKS}', ARGV[4], 1) end\nreturn 1\n"
+)
+
+if os.environ.get("FAULTS_TRANSPORT") == "stock":
+    app.conf.broker_url = worker_settings().redis_url
+
+_journal = os.open(os.environ["FAULTS_JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+_records: list[Records] = []
+
+
+def note(event: str, job_id: str) -> None:
+    """Append one line to the journal; lines of several processes do not mix."""
+    os.write(_journal, f"{event} {job_id} {os.getpid()} {time.monotonic():.6f}\n".encode())
+
+
+def may_die(job_id: str, times: int) -> bool:
+    """Whether the process may die for this job once more: `times` in all."""
+    count = _records[0]._redis.hincrby(DIED, job_id, 1)
+    if int(count) <= times:
+        note("died", job_id)
+        return True
+    return False
+
+
+def die(point: str, prompt: str, job_id: str) -> None:
+    """Die here, once, if the prompt asks for it."""
+    if verbs_of(prompt).get("die") == point and may_die(job_id, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def load_runner(settings: WorkerSettings) -> FaultRunner:
+    return FaultRunner(
+        int(os.environ.get("FAULTS_ROWS", "4")),
+        float(os.environ.get("FAULTS_STEP_S", "0")),
+        lambda event, job: note(event, job.id),
+        may_die,
+    )
+
+
+tasks.load_runner = load_runner  # type: ignore[assignment]
+
+
+class Service(RenderService):
+    """Notes when a job takes and leaves its place; dies before the acknowledgement."""
+
+    def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
+        job_id = message_id.partition("-")[0]
+        _records[:] = [self._records]
+        note("take", job_id)
+        try:
+            answer = super().handle(payload, message_id, redelivered=redelivered)
+        finally:
+            note("leave", job_id)
+        if isinstance(payload, dict):
+            die("before_ack", str(payload.get("job", {}).get("prompt")), job_id)
+        return answer
+
+
+class DyingStorage(Storage):
+    """Dies between the two objects of a job, and after both."""
+
+    def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
+        prompt = json.loads(record)["job"]["prompt"]
+        if verbs_of(prompt).get("die") == "between_puts":
+            self._put(self._key(job_id, "json"), record, "application/json")
+            die("between_puts", prompt, job_id)
+        super().put(job_id, image_format, picture, record, mime)
+        note("put", job_id)
+        die("after_put", prompt, job_id)
+
+
+class DyingRecords(Records):
+    """Dies after the done mark."""
+
+    def done(self, record: JobRecord) -> bool:
+        marked = super().done(record)
+        die("after_done", record.job.prompt, record.id)
+        return marked
+
+
+class FolderStorage(DyingStorage):
+    """Puts into a folder: for storms faster than the S3 server and the cores that it shares are."""
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
+        if not self._path(self._key(job_id, image_format)).exists():
+            return None
+        return self._path(self._key(job_id, "json")).read_bytes()
+
+    def _put(self, key: str, body: bytes, mime: str) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_bytes(body)
+        unfinished.rename(path)
+
+    @staticmethod
+    def _path(key: str) -> Path:
+        return Path(os.environ["FAULTS_FOLDER"]) / key
+
+
+tasks.RenderService = Service  # type: ignore[misc]
+tasks.Storage = FolderStorage if os.environ.get("FAULTS_STORAGE") == "folder" else DyingStorage  # type: ignore[misc]
+tasks.Records = DyingRecords  # type: ignore[misc]

@@ -1,0 +1,269 @@
+"""Real servers, real workers and producers for tests that break one of them.
+
+`Ground` is where a fault happens: a stack of its own, workers of `tests.faults.app`, and the ids of all
+jobs that were submitted. `tests.faults.oracle` then accounts for every one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+
+from deploy.parts import WorkerProcess
+from deploy.stack import BUCKET, Stack
+from producer import submit_job
+from worker.errors import QueueError
+from worker.fleet import lists_of, queues_of
+from worker.job import Job
+
+from tests.faults.runner import SERVED  # isort: skip
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Seconds of a lease: short, so that what a dead worker held is seen again soon.
+LEASE_S = 3.0
+
+
+def wait_until(what: str, happened: Callable[[], bool], timeout_s: float = 30.0) -> float:
+    """Return the seconds that it took. Fails with `what` when it takes longer than `timeout_s`."""
+    began_s = time.monotonic()
+    while not happened():
+        if time.monotonic() - began_s > timeout_s:
+            raise AssertionError(f"{what}: not within {timeout_s:g} s")
+        time.sleep(0.01)
+    return time.monotonic() - began_s
+
+
+class FaultWorker(WorkerProcess):
+    """A worker of `tests.faults.app`."""
+
+    start_timeout_s = 60.0
+    look_every_s = 0.02
+
+    def _argv(self) -> list[str]:
+        argv = super()._argv()
+        argv[argv.index("-A") + 1] = "tests.faults.app"
+        return argv
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of the journal."""
+
+    #: take, start, end, put, leave: the way of a job. died: its process is about to.
+    what: str
+    job: str
+    pid: int
+    #: Monotonic seconds, the same for all processes of the machine.
+    at_s: float
+
+
+class Journal:
+    """What every job did, in a file, so that no fault of Redis hides it. Reads on from where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+        self._file = path.open()
+        self._lock = threading.Lock()
+        self._rest = ""
+        self._events: list[Event] = []
+        self._counts: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def events(self) -> list[Event]:
+        """All events so far."""
+        with self._lock:
+            text = self._rest + self._file.read()
+            complete, _, self._rest = text.rpartition("\n")
+            for line in complete.splitlines():
+                what, job, pid, at_s = line.split()
+                self._events.append(Event(what, job, int(pid), float(at_s)))
+                self._counts[what][job] += 1
+            return self._events
+
+    def count(self, what: str) -> Counter[str]:
+        """How often each job did that."""
+        self.events()
+        return self._counts[what]
+
+    def wait_for(self, what: str, jobs: Iterable[str], timeout_s: float = 30.0) -> float:
+        """Wait until each of `jobs` has done that."""
+        wanted = set(jobs)
+        return wait_until(
+            f"{len(wanted)} jobs with {what!r}", lambda: wanted <= self.count(what).keys(), timeout_s
+        )
+
+
+class Ground:
+    """A stack, its workers, its journal and its jobs."""
+
+    def __init__(self, stack: Stack, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stack = stack
+        self.folder = folder
+        self.journal = Journal(folder / "journal")
+        self.ids: list[str] = []
+        self.workers: list[FaultWorker] = []
+        self._names = itertools.count()
+        for name, value in stack.coordinates.items():
+            monkeypatch.setenv(name, value)
+
+    @property
+    def redis(self) -> redis.Redis:
+        """A client of the stack's Redis that tries again while it is away."""
+        return redis.Redis.from_url(
+            self.stack.valkey.url,
+            decode_responses=True,
+            retry=redis.retry.Retry(redis.backoff.ConstantBackoff(0.1), 100),
+        )
+
+    @property
+    def images(self) -> Path:
+        """The bucket's pictures, as the S3 server keeps them."""
+        return self.stack.s3.folder / BUCKET / "images"
+
+    # Workers.
+
+    def worker(
+        self,
+        *,
+        ready: bool = True,
+        rows: int = 4,
+        settings: Mapping[str, str] | None = None,
+        **faults: object,
+    ) -> FaultWorker:
+        """One more worker. `faults` become `FAULTS_*` of `tests.faults.app`."""
+        environment = {
+            **self.stack.environment,
+            "PYTHONPATH": str(ROOT),
+            "SMALLCAT_LEASE_S": str(LEASE_S),
+            "SMALLCAT_DRAIN_S": "2",
+            "SMALLCAT_MAX_ATTEMPTS": "3",
+            "FAULTS_JOURNAL": str(self.journal.path),
+            "FAULTS_ROWS": str(rows),
+            "FAULTS_FOLDER": str(self.images.parent),
+            **{f"FAULTS_{name.upper()}": str(value) for name, value in faults.items()},
+            **(settings or {}),
+        }
+        worker = FaultWorker(self.stack.home, f"worker{len(self.workers) + 1}", environment)
+        self.workers.append(worker)
+        self.stack.workers.append(worker)
+        if ready:
+            worker.start()
+        else:
+            worker.launch()
+        return worker
+
+    # Jobs.
+
+    def job(self, verbs: str = "", **fields: object) -> Job:
+        """A job that no other test has."""
+        number = next(self._names)
+        prompt = f"job-{os.getpid()}-{id(self):x}-{number} {verbs}".strip()
+        return Job.parse({"prompt": prompt, "seed": number, **fields}).resolved(SERVED)
+
+    def submit(self, count: int = 1, verbs: str = "", **fields: object) -> list[str]:
+        """Submit so many jobs by `submit_job`; their ids."""
+        ids = [submit_job(self.job(verbs, **fields)).id for _ in range(count)]
+        self.ids += ids
+        return ids
+
+    def feeding(self, rate: float, verbs: Callable[[int], str] = lambda number: "") -> Feeder:
+        """Submit `rate` jobs a second for as long as the with block lasts."""
+        return Feeder(self, rate, verbs)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterable[str]:  # type: ignore[misc]
+        """The verb of jobs that wait until the with block ends."""
+        gate = self.folder / f"gate{next(self._names)}"
+        try:
+            yield f"hold:{gate}"
+        finally:
+            gate.touch()
+
+    def queued(self) -> int:
+        """Messages that wait in the queues of the fake's model."""
+        with self.redis as client:
+            return sum(int(client.llen(each)) for queue in queues_of(SERVED) for each in lists_of(queue))
+
+    def unsettled(self) -> int:
+        """Messages that Redis takes for held."""
+        with self.redis as client:
+            return int(client.hlen("unacked")) + int(client.zcard("unacked_index"))
+
+    def states(self, ids: Iterable[str]) -> Counter[str | None]:
+        """How many jobs are in each state."""
+        with self.redis as client, client.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hget(f"smallcat:job:{job_id}", "state")
+            return Counter(pipe.execute())
+
+    def cut_connections(self) -> None:
+        """Close all connections to Redis but the one that says so."""
+        with self.redis as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+            client.client_kill_filter(_type="pubsub", skipme=True)
+
+
+class Feeder:
+    """A producer: a thread that submits jobs at a rate, also while Redis is away. A context manager.
+
+    It pauses while `BACKLOG` jobs are under way, so that a storm does not end in an hour of draining.
+    """
+
+    BACKLOG = 300
+
+    def __init__(self, ground: Ground, rate: float, verbs: Callable[[int], str]) -> None:
+        self._ground = ground
+        self._rate = rate
+        self._verbs = verbs
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
+        #: Ids that were accepted.
+        self.ids: list[str] = []
+        #: Times that `submit_job` raised; that job is submitted again.
+        self.refused = 0
+        self.failure: BaseException | None = None
+
+    def _run(self) -> None:
+        due_s = time.monotonic()
+        try:
+            for number in itertools.count():
+                job = self._ground.job(self._verbs(number))
+                while True:
+                    try:
+                        self.ids.append(submit_job(job).id)
+                        break
+                    except QueueError:
+                        self.refused += 1
+                        if self._stop.is_set():
+                            return
+                if self._stop.wait(max(0.0, due_s - time.monotonic())):
+                    return
+                # Where it fell behind, it does not hurry to make up for it.
+                due_s = max(due_s, time.monotonic() - 1) + 1 / self._rate
+                while len(self.ids) - len(self._ground.journal.count("put")) > self.BACKLOG:
+                    if self._stop.wait(0.05):
+                        return
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def __enter__(self) -> Feeder:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._ground.ids += self.ids
+        if self.failure is not None:
+            raise self.failure

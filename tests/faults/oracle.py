@@ -1,0 +1,111 @@
+"""Accounts for every id: exactly one object, one done mark; nothing held, no place lost, no key left over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from tests.faults.app_names import MARKS
+from tests.faults.harness import FaultWorker, Ground, wait_until
+from tests.faults.runner import pixel_of
+from worker.records import JobRecord
+
+#: Keys without an expiry, and whose they are.
+OWNED = {
+    "_kombu.binding": "kombu: the bindings of its queues",
+    "faults:": "these tests",
+    "smallcat:undecodable": "whoever looks at messages that nobody can read",
+}
+
+
+@dataclass
+class Account:
+    """What became of the jobs."""
+
+    #: Ids that were asked for.
+    ids: set[str]
+    #: Those without a done mark or without a picture.
+    lost: set[str] = field(default_factory=set)
+    #: Done marks beyond the first.
+    marks_over: int = 0
+    #: Renderings beyond the first, of jobs whose process did not die.
+    renders_over: int = 0
+
+
+def settle(ground: Ground, ids: Iterable[str] | None = None, timeout_s: float = 60.0) -> Account:
+    """Wait until every job is done and nothing is queued or held; then account for `ids` (all of them)."""
+    wanted = list(ground.ids if ids is None else ids)
+    wait_until(
+        f"{len(wanted)} jobs done",
+        lambda: ground.states(wanted).keys() <= {"done"},
+        timeout_s,
+    )
+    settled(ground)
+    found = account(ground, wanted)
+    assert not found.lost
+    assert found.marks_over == 0
+    keys_have_owners(ground)
+    return found
+
+
+def settled(ground: Ground, timeout_s: float = 30.0) -> None:
+    """Wait until no message is queued or held."""
+    wait_until("queues empty", lambda: ground.queued() == 0, timeout_s)
+    wait_until("unacked empty", lambda: ground.unsettled() == 0, timeout_s)
+
+
+def account(ground: Ground, ids: Iterable[str]) -> Account:
+    """Look at every id. Raises where an object is not the one that its job makes."""
+    found = Account(set(ids))
+    with ground.redis as client:
+        marks = {job: int(count) for job, count in client.hgetall(MARKS).items()}
+    starts = ground.journal.count("start")
+    for job_id in found.ids:
+        folder = ground.images / job_id[:2]
+        objects = sorted(path.name for path in folder.glob(f"{job_id}*"))
+        if objects != [f"{job_id}.json", f"{job_id}.png"] or not marks.get(job_id):
+            found.lost.add(job_id)
+            continue
+        _is_its_own(ground, job_id)
+        found.marks_over += marks[job_id] - 1
+        found.renders_over += max(0, starts[job_id] - 1)
+    return found
+
+
+def _is_its_own(ground: Ground, job_id: str) -> None:
+    """The record beside the picture is the job's, and the picture is the one that its seed gives."""
+    stem = ground.images / job_id[:2] / job_id
+    record = JobRecord.model_validate(json.loads(stem.with_suffix(".json").read_bytes()))
+    assert record.job.id == job_id
+    with Image.open(stem.with_suffix(".png")) as picture:
+        assert picture.convert("L").getextrema() == (pixel_of(record.job), pixel_of(record.job))
+
+
+def keys_have_owners(ground: Ground) -> None:
+    """Every key of Redis expires, or belongs to somebody."""
+    with ground.redis as client:
+        keys = list(client.scan_iter(count=1000))
+        with client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.ttl(key)
+            lasting = [key for key, ttl in zip(keys, pipe.execute(), strict=True) if ttl == -1]
+    assert [key for key in lasting if not key.startswith(tuple(OWNED))] == []
+
+
+def no_place_is_lost(ground: Ground, *workers: FaultWorker, rows: int = 4) -> None:
+    """Each worker still takes as many jobs at once as ever: no failed job keeps its place."""
+    places = 2 * rows
+    with ground.holding() as hold:
+        ids = set(ground.submit(places * len(workers), hold))
+
+        def taken() -> bool:
+            pids = [
+                event.pid for event in ground.journal.events() if event.what == "start" and event.job in ids
+            ]
+            return all(pids.count(worker.pid) == places for worker in workers)
+
+        wait_until("every place taken", taken)
+    settle(ground, ids)

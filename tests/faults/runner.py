@@ -1,0 +1,149 @@
+"""A runner without torch for real workers: what a job does is written in its prompt.
+
+name verb:argument verb:argument ...
+
+sleep:SECONDS   its last step comes so much later
+hold:PATH       its last step comes when PATH exists
+steps take FAULTS_STEP_S seconds (default 0), whatever their rows
+raise:KIND@WHERE    KIND in prepare, step or decode: Exception, SystemExit, MemoryError, OutOfMemoryError
+nan:            its latents are not finite
+kill:           its process dies by SIGKILL in its first step; kill:N, only in its first N attempts
+die:POINT       its process dies once at that point of its way: see `tests.faults.app`
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from worker.errors import NotFiniteError, OutOfMemoryError, SmallcatError
+from worker.images import Picture
+from worker.job import Defaults, Job, ServedModel
+
+#: What the fake serves.
+SERVED = ServedModel(
+    name="fake", revision="f" * 40, defaults=Defaults(width=64, height=64, steps=2, guidance_scale=1.0)
+)
+#: What `raise:` can raise. `OutOfMemoryError` is what the real runner makes of the device's.
+RAISED: dict[str, type[BaseException]] = {
+    "Exception": Exception,
+    "SystemExit": SystemExit,
+    "MemoryError": MemoryError,
+    "OutOfMemoryError": OutOfMemoryError,
+    "KeyboardInterrupt": KeyboardInterrupt,
+}
+#: Seconds that a turn takes in which every job only waits.
+IDLE_TURN_S = 0.005
+
+
+@dataclass(frozen=True)
+class Choice:
+    """As `worker.pipeline.Choice`, which comes with torch."""
+
+    what: str
+    choice: str
+    reason: str
+
+
+def verbs_of(prompt: str) -> dict[str, str]:
+    """What a prompt asks for."""
+    words = [word.partition(":") for word in prompt.split()[1:]]
+    return {verb: argument for verb, colon, argument in words if colon}
+
+
+def pixel_of(job: Job) -> int:
+    """The grey that a job's whole picture has."""
+    return job.seed % 251
+
+
+@dataclass
+class FaultRender:
+    """A job on board."""
+
+    job: Job
+    verbs: dict[str, str]
+    steps: int
+    ends_at: float
+    rows: int = 1
+    lane: Hashable = "lane"
+    step: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def waits(self) -> bool:
+        """Whether its last step has to wait."""
+        if self.step < self.steps - 1:
+            return False
+        hold = self.verbs.get("hold")
+        return time.monotonic() < self.ends_at or (hold is not None and not Path(hold).exists())
+
+
+class FaultRunner:
+    """Keeps `worker.engine.Runner`'s contract. `note` is told what happens, `may_die` asked before a kill."""
+
+    served = SERVED
+    choices = (Choice("device", "none", "a fake"), Choice("attention", "none", "a fake"))
+
+    def __init__(
+        self,
+        max_rows: int,
+        step_s: float,
+        note: Callable[[str, Job], None],
+        may_die: Callable[[str, int], bool],
+    ) -> None:
+        self.max_rows = max_rows
+        self._step_s = step_s
+        self._note = note
+        self._may_die = may_die
+
+    def warm_up(self) -> Choice:
+        """Nothing to warm."""
+        return Choice("max rows", str(self.max_rows), "a fake")
+
+    def cap(self, lane: Hashable) -> int:
+        """The same in each lane."""
+        return self.max_rows
+
+    def prepare(self, job: Job) -> FaultRender:
+        """As the contract says."""
+        self._note("start", job)
+        verbs = verbs_of(job.prompt)
+        _raise(verbs, "prepare")
+        assert job.steps is not None
+        return FaultRender(job, verbs, job.steps, time.monotonic() + float(verbs.get("sleep", 0)))
+
+    def step(self, renders: Sequence[FaultRender]) -> list[SmallcatError | None]:
+        """As the contract says: what raises leaves all renders as they were."""
+        for render in renders:
+            _raise(render.verbs, "step")
+            if "kill" in render.verbs and self._may_die(render.job.id, int(render.verbs["kill"] or 10**6)):
+                os.kill(os.getpid(), signal.SIGKILL)
+        going = [render for render in renders if not render.waits()]
+        time.sleep(self._step_s if going else IDLE_TURN_S)
+        for render in going:
+            render.step += 1
+        return [None] * len(renders)
+
+    def decode(self, renders: Sequence[FaultRender]) -> list[Picture | SmallcatError]:
+        """As the contract says."""
+        for render in renders:
+            _raise(render.verbs, "decode")
+        for render in renders:
+            self._note("end", render.job)
+        return [
+            NotFiniteError("NaN")
+            if "nan" in render.verbs
+            else Picture(np.full((8, 8, 3), pixel_of(render.job), np.uint8))
+            for render in renders
+        ]
+
+
+def _raise(verbs: dict[str, str], where: str) -> None:
+    kind, _, place = verbs.get("raise", "").partition("@")
+    if kind and place == where:
+        raise RAISED[kind](f"by {where}")
