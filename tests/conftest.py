@@ -17,12 +17,16 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
 from deploy.home import StackError
 from deploy.parts import ValkeyProcess, rclone, valkey_server
 from deploy.stack import Stack, clean_environment
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 #: What tests may not take from whoever runs them.
 _FOREIGN = (
@@ -91,22 +95,28 @@ def valkey(servers: Stack) -> ValkeyProcess:
     return servers.valkey
 
 
-@pytest.fixture
-def s3(servers: Stack) -> Bucket:
-    """A bucket that no other test has."""
+@pytest.fixture(scope="session")
+def s3_administrator(servers: Stack) -> S3Client:
+    """Who makes buckets. Take `s3` instead."""
     import boto3
 
-    name = f"test-{secrets.token_hex(4)}"
-    environment = servers.s3.environment(name)
-    # By the server, not beside it as a folder: that it would see only when its cache of folders expires.
-    boto3.client(
+    environment = servers.s3.environment("")
+    return boto3.client(
         "s3",
         endpoint_url=servers.s3.endpoint,
         region_name=servers.s3.region,
         aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-    ).create_bucket(Bucket=name)
-    return Bucket(name, environment)
+    )
+
+
+@pytest.fixture
+def s3(servers: Stack, s3_administrator: S3Client) -> Bucket:
+    """A bucket that no other test has."""
+    name = f"test-{secrets.token_hex(4)}"
+    # By the server, not beside it as a folder: that it would see only when its cache of folders expires.
+    s3_administrator.create_bucket(Bucket=name)
+    return Bucket(name, servers.s3.environment(name))
 
 
 @pytest.fixture
