@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Task, signals
 from celery.exceptions import Reject
 from celery.worker import state as worker_state
+from kombu.asynchronous import get_event_loop
 
 from worker import metrics, transport
 from worker.celery import RENDER, app
@@ -198,6 +199,7 @@ def _drain(**_: Any) -> None:
     process = _process
 
     def drain() -> None:
+        _wake_loop()
         # Jobs on board keep their claims, and can be cancelled, until they are done or given back.
         process.heartbeat.leave()
         process.engine.drain(process.settings.drain_s)
@@ -218,6 +220,16 @@ def _here() -> _Process:
 def _engine_died(_: BaseException) -> None:
     """All jobs are back in the queue: leave, so that what supervises the worker starts a new one."""
     worker_state.should_stop = EX_SOFTWARE
+    _wake_loop()
+
+
+def _wake_loop() -> None:
+    """Let Celery see at once that it should stop. Neither a signal nor a flag ends its wait for Redis.
+
+    To be called from any thread but the loop's own.
+    """
+    if (loop := get_event_loop()) is not None:
+        loop.call_soon(lambda: None)
 
 
 def _leave_if_hung(engine: Engine[Any]) -> None:
