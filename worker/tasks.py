@@ -229,7 +229,7 @@ def _wake_loop() -> None:
     To be called from any thread but the loop's own.
     """
     if (loop := get_event_loop()) is not None:
-        loop.call_soon(lambda: None)
+        loop.call_soon(lambda: None)  # type: ignore[no-untyped-call]
 
 
 def _leave_if_hung(engine: Engine[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where a worker is put together and taken apart; what it then does is in tests/integration and tests/faults."""
+"""Where a worker is put together and taken apart; its work is in tests/integration and tests/faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def idle_loop() -> Iterator[threading.Thread]:
 
 def test_a_stopping_worker_does_not_wait_for_its_idle_loop(idle_loop: threading.Thread) -> None:
     tasks._wake_loop()
-    idle_loop.join(10)
+    idle_loop.join(5)
     assert not idle_loop.is_alive()
 
 
@@ -39,7 +39,7 @@ def test_a_worker_whose_engine_is_lost_leaves_at_once(
 ) -> None:
     monkeypatch.setattr(tasks.worker_state, "should_stop", None)
     tasks._engine_died(RuntimeError("lost"))
-    idle_loop.join(10)
+    idle_loop.join(5)
     assert not idle_loop.is_alive()
     assert tasks.worker_state.should_stop == tasks.EX_SOFTWARE
 
