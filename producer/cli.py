@@ -167,8 +167,8 @@ def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: b
             errors.append(error)
     if as_json:
         _print_json(reports)
-    for error in errors[:-1]:
-        click.echo(str(error), err=True)
+    for trouble in errors[:-1]:
+        click.echo(str(trouble), err=True)
     if errors:
         raise errors[-1]
 
@@ -238,7 +238,7 @@ def main() -> NoReturn:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
     except BrokenPipeError:  # Whoever read the output has enough, as `head` does.
-        sys.stdout = None  # type: ignore[assignment] - or Python complains when it flushes at the exit
+        sys.stdout = None  # Or Python complains when it flushes at the exit.
         sys.exit(0)
     except (SmallcatError, OSError) as error:
         click.secho(f"{error}", fg="red" if sys.stderr.isatty() else None, err=True)

@@ -359,7 +359,7 @@ def test_the_machines_own_fault_ends_the_loop_gives_all_jobs_back_and_is_told(
 
 def test_a_bug_in_the_loop_itself_gives_all_jobs_back_and_is_told(runner: FakeRunner) -> None:
     with bench_of(runner) as bench:
-        bench.steps = None  # type: ignore[assignment] - what the loop reports its steps to
+        bench.steps = None  # type: ignore[assignment]  # what it reports to
         futures = bench.submit_together(1, 2)
         bench.engine.start()
         assert bench.died.wait(SOON_S)
