@@ -227,6 +227,85 @@ def doctor(as_json: bool) -> None:
         sys.exit(3)
 
 
+@cli.group()
+def failed() -> None:
+    """Look after jobs that failed for good."""
+
+
+def _failed_options(command: F) -> F:
+    for option in (
+        click.argument("job_ids", nargs=-1),
+        click.option("--error", "error_type", help="Only those that failed with this class of error."),
+        click.option("--run", help="Only those of this run of a prompt file."),
+        _json_option,
+    ):
+        command = option(command)
+    return command
+
+
+@failed.command("list")
+@_failed_options
+def failed_list(job_ids: tuple[str, ...], error_type: str | None, run: str | None, as_json: bool) -> None:
+    """List them, the latest first."""
+    from producer.failed import line, select
+
+    records = select(job_ids, error_type=error_type, run=run)
+    if as_json:
+        _print_json([record.model_dump(mode="json") for record in records])
+        return
+    for record in records:
+        click.echo(line(record))
+
+
+@failed.command("show")
+@click.argument("job_ids", nargs=-1, required=True)
+@_json_option
+def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
+    """Show their parameters and each of their attempts."""
+    from producer.failed import lines, select
+
+    records = select(job_ids)
+    if as_json:
+        _print_json([record.model_dump(mode="json") for record in records])
+        return
+    for record in records:
+        click.echo("\n".join(lines(record)))
+
+
+@failed.command("retry")
+@_failed_options
+@click.option("--all", "everything", is_flag=True, help="Every failed job.")
+def failed_retry(
+    job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
+) -> None:
+    """Submit them again, with all their attempts."""
+    from producer.failed import refuse_all_unasked, retry, select
+
+    refuse_all_unasked(job_ids, (error_type, run), everything)
+    handles = retry(select(job_ids, error_type=error_type, run=run))
+    if as_json:
+        _print_json([handle.id for handle in handles])
+        return
+    click.echo(f"{len(handles)} submitted again")
+
+
+@failed.command("drop")
+@_failed_options
+@click.option("--all", "everything", is_flag=True, help="Every failed job.")
+def failed_drop(
+    job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
+) -> None:
+    """Forget them."""
+    from producer.failed import drop, refuse_all_unasked, select
+
+    refuse_all_unasked(job_ids, (error_type, run), everything)
+    count = drop(select(job_ids, error_type=error_type, run=run))
+    if as_json:
+        _print_json({"dropped": count})
+        return
+    click.echo(f"{count} forgotten")
+
+
 def main() -> NoReturn:
     """Run the command line: one sentence and an exit code, never a traceback, for what is not a bug."""
     try:
