@@ -1,4 +1,4 @@
-"""`python -m producer` and `smallcat`: submit, ingest, status, cancel, fetch, gallery, doctor.
+"""`python -m producer` and `smallcat`: submit, ingest, status, cancel, fetch, gallery, failed, doctor.
 
 Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output,
 all else to standard error. Every command takes `--json`: one JSON document on standard output.
