@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 import redis
 
+from deploy.home import StackError
 from deploy.parts import WorkerProcess
+from deploy.process import Process
 from deploy.stack import BUCKET, Stack
 from producer import submit_job
 from worker.errors import QueueError
@@ -106,14 +108,17 @@ class Journal:
 class Ground:
     """A stack, its workers, its journal and its jobs."""
 
-    def __init__(self, stack: Stack, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, stack: Stack, folder: Path) -> None:
         self.stack = stack
         self.folder = folder
         self.journal = Journal(folder / "journal")
         self.ids: list[str] = []
         self.workers: list[FaultWorker] = []
         self._names = itertools.count()
-        for name, value in stack.coordinates.items():
+
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the producer in this process submit here."""
+        for name, value in self.stack.coordinates.items():
             monkeypatch.setenv(name, value)
 
     @property
@@ -205,6 +210,23 @@ class Ground:
             for job_id in ids:
                 pipe.hget(f"smallcat:job:{job_id}", "state")
             return Counter(pipe.execute())
+
+    def error_types(self, ids: Iterable[str]) -> Counter[str | None]:
+        """How many jobs ended with each error."""
+        with self.redis as client, client.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hget(f"smallcat:job:{job_id}", "error_type")
+            return Counter(pipe.execute())
+
+    def supervise(self, *workers: FaultWorker) -> None:
+        """Start each of `workers` again whenever it dies, as what supervises a worker does."""
+
+        def again(part: Process) -> None:
+            with contextlib.suppress(StackError):
+                part.launch()
+
+        for worker in workers:
+            worker.on_loss = again
 
     def cut_connections(self) -> None:
         """Close all connections to Redis but the one that says so."""

@@ -17,12 +17,14 @@ from tests.faults.harness import LEASE_S, FaultWorker, Ground, wait_until
 
 #: A storm kills the same job more often than a poison job would be tried.
 PATIENT = {"SMALLCAT_MAX_ATTEMPTS": "1000"}
+#: SIGKILLs of a long storm, and jobs between two of them: a worker that starts takes a core from the others.
+KILLS, JOBS_BETWEEN = int(os.environ.get("STORM_KILLS", "200")), 200
 #: Seconds that a stopping worker may take beyond its drain time (2 s here).
 BEYOND_DRAIN_S = 5.0
 
 
-def storm(ground: Ground, kills: int, rate: float, **faults: object) -> None:
-    """Kill one of two workers again and again, under load."""
+def storm(ground: Ground, kills: int, rate: float, between: int = 20, **faults: object) -> None:
+    """Kill one of two workers again and again, under load, each time after `between` more jobs."""
     workers = [ground.worker(ready=False, settings=PATIENT, **faults) for _ in range(2)]
     for worker in workers:
         worker.wait_ready()
@@ -32,7 +34,9 @@ def storm(ground: Ground, kills: int, rate: float, **faults: object) -> None:
             victim = workers[kill % 2]
             victim.wait_ready()
             left = ground.journal.count("leave").total()
-            wait_until("progress", lambda left=left: ground.journal.count("leave").total() > left + 20)
+            wait_until(
+                "progress", lambda left=left: ground.journal.count("leave").total() > left + between, 120
+            )
             victim.kill()
             victim.launch()
     took_s = time.monotonic() - began_s
@@ -50,7 +54,7 @@ def test_sigkills_lose_no_job(ground: Ground) -> None:
 @pytest.mark.timeout(3600)
 def test_200_sigkills_lose_no_job(ground: Ground) -> None:
     """At 100 jobs a second and more, which the bucket's server and two cores do not reach: a folder does."""
-    storm(ground, kills=int(os.environ.get("STORM_KILLS", "200")), rate=120.0, storage="folder")
+    storm(ground, KILLS, rate=150.0, between=JOBS_BETWEEN, storage="folder")
     found = oracle.settle(ground, timeout_s=300)
     print(f"lost {len(found.lost)}, marked twice {found.marks_over}, rendered again {found.renders_over}")
     oracle.no_place_is_lost(ground, *ground.workers)
@@ -59,7 +63,7 @@ def test_200_sigkills_lose_no_job(ground: Ground) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_sigkills_lose_no_job_on_a_real_bucket(ground: Ground) -> None:
-    storm(ground, kills=int(os.environ.get("STORM_KILLS", "50")), rate=120.0)
+    storm(ground, KILLS // 4, rate=120.0)
     found = oracle.settle(ground, timeout_s=300)
     print(f"lost {len(found.lost)}, marked twice {found.marks_over}, rendered again {found.renders_over}")
 

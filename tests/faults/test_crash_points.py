@@ -1,0 +1,27 @@
+"""A worker that dies at each point of a job's way leaves one object and one done mark."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults import oracle
+from tests.faults.harness import Ground
+
+#: Where `tests.faults.app` can die, in the order in which a job passes.
+POINTS = ("between_puts", "after_put", "after_done", "before_ack")
+
+
+@pytest.mark.timeout(150)
+def test_death_at_every_point_leaves_one_object_and_one_mark(ground: Ground) -> None:
+    workers = [ground.worker(ready=False, settings={"SMALLCAT_MAX_ATTEMPTS": "20"}) for _ in range(2)]
+    ground.supervise(*workers)
+    for worker in workers:
+        worker.wait_ready()
+    dying = [job_id for point in POINTS for job_id in ground.submit(1, f"die:{point}")]
+    ground.submit(8)
+    oracle.settle(ground, timeout_s=120)
+    died = ground.journal.count("died")
+    assert {job_id: died[job_id] for job_id in dying} == dict.fromkeys(dying, 1)
+    # What lay in the bucket was not rendered again.
+    for job_id in dying[1:]:
+        assert ground.journal.count("start")[job_id] == 1

@@ -1,0 +1,79 @@
+"""What a job can do to its worker: the next job runs, its mates complete, and it is set aside."""
+
+from __future__ import annotations
+
+import pytest
+
+from producer import JobHandle
+from tests.faults import oracle
+from tests.faults.harness import Ground, wait_until
+from worker.records import State
+
+#: What the job's future ends with, by what its runner raised.
+ERRORS = {
+    "Exception": "RenderError",
+    "SystemExit": "RenderError",
+    "MemoryError": "RenderError",
+    "OutOfMemoryError": "JobTooLargeError",
+}
+
+
+def fail(ground: Ground, count: int) -> None:
+    """Give the worker `count` jobs that raise each kind, with good ones between them."""
+    bad = {
+        kind: [
+            job_id
+            for number in range(count)
+            for job_id in ground.submit(1, f"raise:{kind}@{('prepare', 'step', 'decode')[number % 3]}")
+        ]
+        for kind in ERRORS
+    }
+    every_bad = {job_id for ids in bad.values() for job_id in ids}
+    ground.ids = [job_id for job_id in ground.ids if job_id not in every_bad]
+    ground.submit(10)
+    oracle.settle(ground)
+    wait_until("all failed", lambda: ground.states(every_bad).keys() == {"failed"})
+    for kind, ids in bad.items():
+        assert ground.error_types(ids) == {ERRORS[kind]: count}
+    oracle.no_place_is_lost(ground, *ground.workers)
+
+
+def test_a_job_that_raises_takes_nothing_with_it(calm: Ground) -> None:
+    fail(calm, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_100_jobs_of_each_kind_that_raise_take_nothing_with_them(calm: Ground) -> None:
+    fail(calm, 100)
+
+
+def test_a_picture_that_is_not_finite_fails_alone(calm: Ground) -> None:
+    with calm.holding() as hold:
+        mates = calm.submit(3, hold)
+        [bad] = calm.submit(1, "nan:")
+        wait_until("failed", lambda: calm.states([bad]).keys() == {"failed"})
+    assert calm.error_types([bad]) == {"NotFiniteError": 1}
+    oracle.settle(calm, mates)
+
+
+@pytest.mark.timeout(150)
+def test_a_job_that_kills_its_process_is_set_aside_and_its_mates_complete(ground: Ground) -> None:
+    """Three tries, the last of them alone; what was on board each time is done in the end."""
+    worker = ground.worker()
+    ground.supervise(worker)
+    with ground.holding() as hold:
+        mates = ground.submit(3, hold)  # One seat is left.
+        ground.journal.wait_for("start", mates)
+        [poison] = ground.submit(1, "kill:")
+        wait_until("two deaths with mates on board", lambda: ground.journal.count("died")[poison] == 2, 60)
+    wait_until("set aside", lambda: ground.states([poison]).keys() == {"failed"}, 60)
+    oracle.settle(ground, mates)
+    record = JobHandle(poison).record()
+    assert record.state is State.FAILED
+    assert record.error_type == "PoisonJobError"
+    assert [attempt.worker for attempt in record.tries] == [worker.node] * 3
+    assert ground.journal.count("died")[poison] == 3
+    for mate in mates:
+        assert len(JobHandle(mate).record().tries) <= 3
+    oracle.no_place_is_lost(ground, worker)

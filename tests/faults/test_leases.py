@@ -1,0 +1,113 @@
+"""Leases: a dead worker's jobs go on soon, a living one's never run twice, whatever happens to Redis."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.faults import oracle
+from tests.faults.harness import LEASE_S, Ground, wait_until
+
+
+def take_over(ground: Ground, lease_s: float) -> float:
+    """Kill a worker with 20 jobs on board; seconds until another one has started them all."""
+    settings = {"SMALLCAT_LEASE_S": str(lease_s)}
+    first = ground.worker(rows=10, settings=settings)
+    with ground.holding() as hold:
+        ids = ground.submit(20, hold)
+        ground.journal.wait_for("start", ids)
+        second = ground.worker(rows=10, settings=settings)
+        first.kill()
+        wanted = dict.fromkeys(ids, 2)
+        took_s = wait_until("all restarted", lambda: ground.journal.count("start") == wanted, lease_s + 30)
+    assert second.running
+    oracle.settle(ground)
+    print(f"kill -9 with 20 unacknowledged, lease {lease_s:g} s: all restarted after {took_s:.1f} s")
+    return took_s
+
+
+def test_a_killed_worker_s_jobs_are_taken_over_within_the_lease(ground: Ground) -> None:
+    # Up to 2 s for the sweep, and room for a busy machine.
+    assert take_over(ground, LEASE_S) < LEASE_S + 2 + 5
+
+
+@pytest.mark.slow
+def test_20_jobs_of_a_killed_worker_are_restarted_within_12_s(ground: Ground) -> None:
+    assert take_over(ground, 10.0) < 12
+
+
+def befall(ground: Ground, fault: str, lease_s: float, away_s: float, frozen_s: float) -> None:
+    """Let the fault happen, once."""
+    valkey = ground.stack.valkey
+    if fault == "connections cut":
+        ground.cut_connections()
+    elif fault == "redis killed":
+        valkey.kill()
+        time.sleep(away_s)  # The fault itself.
+        valkey.start()
+    elif fault == "redis frozen":
+        valkey.pause()
+        time.sleep(frozen_s)  # The fault itself.
+        valkey.resume()
+
+
+def long_jobs(ground: Ground, faults: list[str], lease_s: float, away_s: float, frozen_s: float) -> None:
+    """Jobs of 1.5 leases under each fault: none is rendered twice."""
+    settings = {"SMALLCAT_LEASE_S": str(lease_s)}
+    workers = [ground.worker(ready=False, settings=settings) for _ in range(2)]
+    for worker in workers:
+        worker.wait_ready()
+    for fault in faults:
+        # A job that ended while Redis was frozen would not be held when its lease runs out.
+        seconds = max(1.5 * lease_s, frozen_s + 1 if fault == "redis frozen" else 0)
+        ids = ground.submit(6, f"sleep:{seconds}")
+        ground.journal.wait_for("start", ids)
+        befall(ground, fault, lease_s, away_s, frozen_s)
+        found = oracle.settle(ground, ids)
+        assert found.renders_over == 0, fault
+        print(f"6 jobs of {seconds:g} s, lease {lease_s:g} s, {fault}: {found.renders_over} twice")
+    assert all(worker.running for worker in workers)
+    oracle.no_place_is_lost(ground, *workers)
+
+
+FAULTS = ["nothing", "connections cut", "redis killed", "redis frozen"]
+
+
+@pytest.mark.timeout(150)
+def test_jobs_longer_than_the_lease_run_once(ground: Ground) -> None:
+    long_jobs(ground, FAULTS[1:], LEASE_S, away_s=1.0, frozen_s=1.4 * LEASE_S)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_jobs_of_15_s_run_once_with_a_lease_of_10_s(ground: Ground) -> None:
+    long_jobs(ground, FAULTS, 10.0, away_s=3.0, frozen_s=14.0)
+
+
+def test_a_worker_that_was_stopped_past_its_lease_does_no_harm(ground: Ground) -> None:
+    first = ground.worker()
+    with ground.holding() as hold:
+        ids = ground.submit(4, hold)
+        ground.journal.wait_for("start", ids)
+        first.pause()
+        second = ground.worker()
+        wanted = dict.fromkeys(ids, 2)
+        wait_until("taken over", lambda: ground.journal.count("start") == wanted)
+        first.resume()
+    oracle.settle(ground)
+    wait_until("the first is done, too", lambda: ground.journal.count("leave").total() == 8)
+    oracle.settle(ground)
+    assert first.running
+    oracle.no_place_is_lost(ground, first, second)
+
+
+def test_a_worker_whose_clock_is_two_minutes_ahead_takes_nothing_early(ground: Ground) -> None:
+    right = ground.worker(ready=False)
+    ahead = ground.worker(ready=False, clock_s=120)
+    right.wait_ready()
+    ahead.wait_ready()
+    ids = ground.submit(8, f"sleep:{1.5 * LEASE_S}")
+    found = oracle.settle(ground, ids)
+    assert found.renders_over == 0
+    assert {event.pid for event in ground.journal.events()} == {right.pid, ahead.pid}

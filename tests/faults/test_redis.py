@@ -1,0 +1,64 @@
+"""Redis goes and comes back, or is full: workers stay up, and no job is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from producer import submit_job
+from tests.faults import oracle
+from tests.faults.harness import Ground, wait_until
+from worker.errors import QueueError
+
+#: Seconds within which a worker consumes again.
+AGAIN_S = 10.0
+
+
+def restarts(ground: Ground, times: int) -> None:
+    """Kill Redis again and again, while the worker is idle and while it is busy."""
+    worker = ground.worker()
+    slowest_s = 0.0
+    for number in range(2 * times):
+        if number % 2:
+            busy = ground.submit(8, "sleep:1")
+            ground.journal.wait_for("start", busy[:1])
+        ground.stack.valkey.kill()
+        ground.stack.valkey.start()
+        slowest_s = max(slowest_s, ground.journal.wait_for("start", ground.submit(1)))
+    oracle.settle(ground)
+    assert worker.running
+    print(f"{times} restarts of Redis idle, {times} busy: consuming again after {slowest_s:.1f} s at most")
+    assert slowest_s < AGAIN_S
+    oracle.no_place_is_lost(ground, worker)
+
+
+def test_a_worker_consumes_again_after_redis_was_restarted(ground: Ground) -> None:
+    restarts(ground, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_worker_consumes_again_after_each_of_5_restarts(ground: Ground) -> None:
+    restarts(ground, 5)
+
+
+def test_a_full_redis_refuses_jobs_and_loses_none(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs on board, jobs in the queue and jobs that are submitted, while Redis takes nothing new."""
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
+    worker = ground.worker(settings={"SMALLCAT_MAX_ATTEMPTS": "100"})
+    with ground.holding() as hold:
+        ids = ground.submit(20, hold)
+        ground.journal.wait_for("start", ids[:8])
+        with ground.redis as client:
+            client.config_set("maxmemory", 1)
+        with pytest.raises(QueueError, match=r"is full .*: wait for workers to drain it"):
+            submit_job(ground.job())
+    # The pictures are made; their done marks have to wait.
+    ground.journal.wait_for("put", ids[:8])
+    assert worker.running
+    with ground.redis as client:
+        client.config_set("maxmemory", 0)
+    ground.submit(1)
+    oracle.settle(ground)
+    assert worker.running
+    wait_until("nothing was set aside", lambda: not ground.redis.exists("smallcat:undecodable"))
+    oracle.no_place_is_lost(ground, worker)
