@@ -177,7 +177,7 @@ def test_a_misspelt_setting_is_refused_before_anything_is_sent(
 
 
 @contextmanager
-def soon(limit_s: float = 4.0) -> Iterator[None]:
+def soon(limit_s: float = 10.0) -> Iterator[None]:
     began = time.monotonic()
     yield
     assert time.monotonic() - began < limit_s
@@ -232,7 +232,7 @@ def test_a_frozen_redis_is_told_in_time(
     submit_job("a small cat", seed=1)
     os.kill(valkey.pid, signal.SIGSTOP)
     try:
-        with soon(6.0), pytest.raises(QueueError, match="is out of reach"):
+        with soon(), pytest.raises(QueueError, match="is out of reach"):
             submit_job("a small cat", seed=2)
     finally:
         os.kill(valkey.pid, signal.SIGCONT)
