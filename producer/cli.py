@@ -316,9 +316,6 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # Whoever read the output has enough, as `head` does.
-        sys.stdout = None  # Or Python complains when it flushes at the exit.
-        sys.exit(0)
     except (SmallcatError, OSError) as error:
         click.secho(f"{error}", fg="red" if sys.stderr.isatty() else None, err=True)
         sys.exit(_exit_code(error))

@@ -65,7 +65,7 @@ DOORS = {
     "celery": "worker.celery worker.tasks",
     "redis": "worker.redis_client worker.channel worker.lease",
     "kombu": (
-        "worker.celery worker.transport worker.channel worker.qos worker.lease worker.redis_client "
+        "worker.tasks worker.celery worker.transport worker.channel worker.qos worker.lease worker.redis_client "
         "producer.client producer.ingest"
     ),
     "click": "producer.cli producer.ingest_command",
