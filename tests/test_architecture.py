@@ -65,8 +65,8 @@ DOORS = {
     "celery": "worker.celery worker.tasks",
     "redis": "worker.redis_client worker.channel worker.lease",
     "kombu": (
-        "worker.tasks worker.celery worker.transport worker.channel worker.qos worker.lease worker.redis_client "
-        "producer.client producer.ingest"
+        "worker.tasks worker.celery worker.transport worker.channel worker.qos worker.lease "
+        "worker.redis_client producer.client producer.ingest"
     ),
     "click": "producer.cli producer.ingest_command",
     "rich textual_image": "producer.display producer.ingest_display producer.ingest_command",

@@ -111,11 +111,20 @@ def test_every_job_field_is_an_option_and_in_the_help(smallcat: Shell) -> None:
         assert f"--{field.replace('_', '-')}" in told.out
 
 
+def commands(group: click.Group, *path: str) -> Iterator[tuple[list[str], click.Command]]:
+    """All commands, those of groups within the group as well, with the words that call them."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+        else:
+            yield [*path, name], command
+
+
 def test_every_command_has_help_and_json(smallcat: Shell) -> None:
-    for name, command in cli.commands.items():
-        assert smallcat(name, "--help").code == 0
+    for words, command in commands(cli):
+        assert smallcat(*words, "--help").code == 0
         assert command.help
-        assert any("--json" in parameter.opts for parameter in command.params), f"{name} takes --json"
+        assert any("--json" in parameter.opts for parameter in command.params), f"{words} takes --json"
 
 
 def test_submitting_prints_the_id(smallcat: Shell, client: Redis) -> None:
