@@ -33,7 +33,7 @@ local: setup  ## Run queue, bucket and one worker until Ctrl-C, for playing with
 	@$(BIN)/python -m deploy.local --data .smallcat
 
 test: lint  ## Run every check: lint, types, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

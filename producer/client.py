@@ -126,7 +126,11 @@ class JobHandle:
                 raise
             if (stored := _storage().record(self.id)) is None:
                 raise
-            return JobResult.model_validate_json(stored)
+            result = JobResult.model_validate_json(stored)
+            # It is put before the picture, and a worker may have died in between.
+            if _storage().find(self.id, result.job.format) is None:
+                raise
+            return result
         return JobResult.model_validate(record.model_dump())
 
     def state(self) -> State:

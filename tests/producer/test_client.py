@@ -434,6 +434,21 @@ def test_a_record_that_expired_is_read_from_the_bucket(
     assert np.array_equal(np.asarray(handle.image(5)), picture_of(job_of(3)).pixels)
 
 
+def test_a_record_in_the_bucket_without_its_picture_is_no_done_job(
+    fleet: Fleet, records: Records, storage: Storage, client: Redis
+) -> None:
+    handle = submit_job("a small cat", seed=3)
+    job = handle.record().job
+    finish(records, storage, job)
+    stored = storage.record(job.id)
+    assert stored is not None
+    storage.delete(job.id, job.format)
+    storage._put(storage._key(job.id, "json"), stored, "application/json")
+    client.flushall()
+    with pytest.raises(UnknownJobError):
+        handle.state()
+
+
 @pytest.mark.parametrize("job_id", ["0" * 32, "nonsense", "", "../../x", "a b", "ä", "0" * 5_000])
 def test_a_job_that_nobody_knows_is_told_so(environment: dict[str, str], job_id: str) -> None:
     handle = JobHandle(job_id)
