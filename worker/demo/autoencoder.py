@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from torch.nn import functional
 
 from worker.demo.captions import BACKGROUNDS
 from worker.demo.compose import Composer, Layout
@@ -39,7 +39,7 @@ def build_autoencoder(recipe: Recipe) -> AutoencoderKL:
 
 
 def windows(count: int, composer: Composer) -> torch.Tensor:
-    """Training windows (count, 3, 96, 96): one or two subjects of 28 to 130 px, some cut off by the border."""
+    """Training windows (count, 3, 96, 96): one or two subjects of 28 to 130 px, some cut off."""
     device = composer.device
     subjects = torch.randint(composer.count, (count, 2), device=device)
     subjects[:, 1] = torch.where(torch.rand(count, device=device) < 0.3, subjects[:, 1], -1)
@@ -67,7 +67,7 @@ def picture_loss(drawn: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     loss = torch.zeros((), device=wanted.device)
     for scale in range(2):
         if scale:
-            drawn, wanted = F.avg_pool2d(drawn, 2), F.avg_pool2d(wanted, 2)
+            drawn, wanted = functional.avg_pool2d(drawn, 2), functional.avg_pool2d(wanted, 2)
         error = drawn - wanted
         right = error[..., :, 1:] - error[..., :, :-1]
         down = error[..., 1:, :] - error[..., :-1, :]
@@ -80,10 +80,10 @@ def train_autoencoder(vae: AutoencoderKL, composer: Composer, recipe: Recipe, cl
 
     def loss_of(pictures: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(pictures).latent_dist
-        return picture_loss(vae.decode(posterior.sample()).sample.float(), pictures) + recipe.kl_weight * (
-            0.5
-            * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        )
+        excess = posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()
+        loss = picture_loss(vae.decode(posterior.sample()).sample.float(), pictures)
+        total: torch.Tensor = loss + recipe.kl_weight * 0.5 * excess.mean()
+        return total
 
     normalised = False
     optimizer = torch.optim.AdamW(
@@ -119,7 +119,7 @@ def _stepper(
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         with torch.autocast(composer.device.type, torch.bfloat16, enabled=composer.device.type == "cuda"):
             loss = fast(pictures)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -135,9 +135,9 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Folds mean and deviation of each latent channel into the weights, so that latents are about standard normal.
+    """Folds mean and deviation of each latent channel into the weights, so that all are about standard normal.
 
-    `StableDiffusionPipeline` knows one scaling factor for all channels and no shift; so they have to be alike.
+    The pipeline knows one scaling factor for all channels and no shift: so all are made alike.
     """
     latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(128)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)).clamp(min=1e-4)
@@ -152,7 +152,7 @@ def normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
 
 @torch.no_grad()
 def peak_signal_to_noise(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
-    """Decibels between pictures (n, 3, height, width; -1..1) and their reconstructions: one PSNR each, averaged."""
+    """Decibels between pictures (n, 3, height, width; -1..1) and their reconstructions, the mean PSNR."""
     values = []
     for chunk in pictures.split(64):
         drawn = vae.decode(vae.encode(chunk).latent_dist.mode()).sample.float().clamp(-1, 1)

@@ -1,6 +1,6 @@
 """Captions: what a training picture shows, said in one of many ways.
 
-A scene is drawn first (subjects, sizes, background) and then put into words, so that a caption is always true.
+A scene is drawn first (subjects, sizes, background) and then put into words, so a caption is always true.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from worker.demo.subjects import Subject
 
-#: Background colours by name, sRGB 0..255. The first, white, is also what a caption without a background means.
+#: Background colours by name, sRGB 0..255. The first, white, is meant where a caption names none.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "black": (24, 24, 28),
@@ -69,7 +69,7 @@ class SceneWriter:
 
     def __init__(self, subjects: list[Subject], seed: int) -> None:
         self._subjects = subjects
-        self._random = random.Random(seed)
+        self._random = random.Random(seed)  # noqa: S311 (training data, no secret)
         self._everything = range(len(subjects))
         self._weights = _running_sum([subject.weight for subject in subjects])
         self._common = [index for index, subject in enumerate(subjects) if subject.common] or [0]

@@ -1,21 +1,22 @@
 """A small classifier that says which emoji a picture shows: the tests' and the score's judge.
 
-It is trained on the emoji themselves, never on generated pictures, and takes no part in training the generator.
+It is trained on the emoji themselves, never on generated pictures, and has no part in training the generator.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional
 
 from worker.demo.captions import BACKGROUNDS
 from worker.demo.compose import Composer, Layout
@@ -35,8 +36,7 @@ class Classifier(nn.Module):
         widths = (32, 64, 112, 144)
         self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1)
         self.down = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=1)
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in itertools.pairwise(widths)
         )
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths[1:])
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:] for _ in range(2))
@@ -44,16 +44,16 @@ class Classifier(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """The logits."""
-        x = F.relu(self.stem(pictures))
+        x = functional.relu(self.stem(pictures))
         for index, (down, block) in enumerate(zip(self.down, self.blocks, strict=True)):
-            x = F.relu(self.norms[2 * index](down(x)))
-            x = x + F.relu(self.norms[2 * index + 1](block(x)))
+            x = functional.relu(self.norms[2 * index](down(x)))
+            x = x + functional.relu(self.norms[2 * index + 1](block(x)))
         return self.out(x.amax(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
 def examples(count: int, composer: Composer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (count, 3, 96, 96) and their classes: any size, place and background, often a neighbour's edge,
-    some blur and noise, so that the judge does not stumble over what is not the subject."""
+    """Pictures (count, 3, 96, 96) and their classes: any size, place and background, often a neighbour's
+    edge, some blur and noise, so that the judge does not stumble over what is not the subject."""
     device = composer.device
     subjects = torch.randint(composer.count, (count, 2), device=device)
     labels = subjects[:, 0].clone()
@@ -72,7 +72,7 @@ def examples(count: int, composer: Composer) -> tuple[torch.Tensor, torch.Tensor
     colour = torch.where(torch.rand(count, 1, device=device) < 0.45, 1.0, colour)
     colour = (colour + 0.06 * torch.randn_like(colour)).clamp(0, 1)
     pictures = composer.draw(Layout(subjects, side, centre, colour), SIZE, SIZE)
-    soft = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    soft = functional.avg_pool2d(functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     pictures = torch.lerp(pictures, soft, torch.rand(count, 1, 1, 1, device=device).square())
     noise = 0.12 * torch.rand(count, 1, 1, 1, device=device).square()
     tint = 1 + 0.1 * (torch.rand(count, 3, 1, 1, device=device) - 0.5)
@@ -90,15 +90,15 @@ def train_classifier(model: Classifier, composer: Composer, recipe: Recipe, cloc
         pictures, labels = examples(recipe.classifier_batch, composer)
         with torch.autocast(composer.device.type, torch.bfloat16, enabled=composer.device.type == "cuda"):
             logits = fast(pictures.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = functional.cross_entropy(logits.float(), labels)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 250 == 0:
             right = float((logits.argmax(dim=1) == labels).float().mean())
             print(
-                f"classifier step {step} {clock.elapsed:.2f} min loss {float(loss.detach()):.3f} right {right:.3f}",
+                f"classifier step {step} {clock.elapsed:.2f} min loss {loss.item():.3f} right {right:.3f}",
                 flush=True,
             )
         step += 1
@@ -126,7 +126,7 @@ _shipped = functools.cache(load_classifier)
 
 @torch.no_grad()
 def recognise(image: Image.Image, k: int = 1) -> list[str]:
-    """The `k` likeliest names of what the image shows, likeliest first: "cat", "house", ... (all: `names`)."""
+    """The `k` likeliest names of what the image shows, likeliest first: "cat", "house", ..."""
     model, names = _shipped()
     scores = model(as_input(image)[None])[0]
     return [names[index] for index in scores.topk(k).indices.tolist()]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from torch.nn import functional
 
 from worker.demo import packages
 from worker.demo.captions import BACKGROUNDS, Scene
@@ -67,7 +67,7 @@ class SceneBatch:
         return SceneBatch(self.subjects[index], self.sizes[index], self.backgrounds[index])
 
     def layout(self, width: int, height: int) -> Layout:
-        """Places the subjects on a canvas of `width` x `height` pixels, with a little chance in size and place."""
+        """Places the subjects on a canvas of `width` x `height` pixels, with some chance in it."""
         device, count = self.subjects.device, len(self.subjects)
         pair = self.subjects[:, 1:] >= 0
         ranges = torch.tensor((_ALONE, _IN_PAIR), device=device)[pair.long(), self.sizes]
@@ -113,7 +113,7 @@ class Composer:
     def _layer(self, layout: Layout, layer: int, width: int, height: int) -> torch.Tensor:
         """One subject per picture, alone: (n, 4, height, width), premultiplied, 0..1."""
         subject, side = layout.subjects[:, layer], layout.side[:, layer]
-        # The smallest resolution that is at least the wanted one: shrinking by < 2^(1/4) does not alias visibly.
+        # The smallest resolution that is at least the wanted one: shrinking by < 2^(1/4) barely aliases.
         level = (self._sizes[None] >= side[:, None] - 0.5).sum(dim=1).clamp(min=1) - 1
         size = self._sizes[level]
         first = self._starts[level] + subject.clamp(min=0) * size * size
@@ -134,7 +134,7 @@ class Composer:
 
 
 def _tap(position: torch.Tensor, step: int, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One of the two texels beside each position along one axis: its index, and its weight, 0 beyond the edge."""
+    """One of the two texels beside each position on one axis: index and weight, 0 beyond the edge."""
     index = (position.floor() + step).long()
     weight = (1 - (position - index).abs()) * ((index >= 0) & (index < size))
     return torch.minimum(index.clamp(min=0), size - 1), weight
@@ -151,7 +151,7 @@ def _square(webp: bytes) -> torch.Tensor:
     pixels = np.asarray(canvas, dtype=np.float32)
     pixels = np.concatenate([pixels[..., :3] * (pixels[..., 3:] / 255), pixels[..., 3:]], axis=-1)
     square = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = F.interpolate(square, size=(256, 256), mode="bicubic", antialias=True)
+    resized = functional.interpolate(square, size=(256, 256), mode="bicubic", antialias=True)
     return resized[0].clamp(0, 255).round().to(torch.uint8)
 
 
@@ -159,7 +159,9 @@ def _shrunk(native: torch.Tensor, size: int, device: torch.device) -> torch.Tens
     """The squares at `size` px, RGBA in one int32 per pixel (red lowest): (n, size, size)."""
     packed = []
     for chunk in native.split(128):
-        small = F.interpolate(chunk.to(device).float(), size=(size, size), mode="bicubic", antialias=True)
+        small = functional.interpolate(
+            chunk.to(device).float(), size=(size, size), mode="bicubic", antialias=True
+        )
         alpha = small[:, 3:].clamp(0, 255)
         # Bicubic overshoot must not make a colour brighter than its own coverage allows.
         small = torch.cat([torch.minimum(small[:, :3].clamp(min=0), alpha), alpha], dim=1)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from worker.demo.captions import Scene
@@ -19,15 +19,16 @@ from worker.demo.compose import Composer, SceneBatch
 from worker.demo.recipe import Clock, Recipe, rate_factor
 from worker.demo.tokenizer import MAX_TOKENS
 
-#: Share of captions blanked in training, beside the scenes that have none: the unconditional half of guidance.
+#: Share of captions blanked in training, beside the scenes that have none: guidance needs them.
 _BLANKED = 0.04
 
 
 def build_scheduler() -> DDIMScheduler:
     """The noise schedule: DDPM's linear one, whose last step keeps a signal of 0.6%.
 
-    On latents of 16x16 values even a little signal there betrays the background's colour, so Stable Diffusion's
-    own schedule (6.8%) is out; a zero terminal SNR is a special case that not every scheduler supports.
+    On latents of 16x16 values even a little signal there betrays the background's colour, so Stable
+    Diffusion's own schedule (6.8%) is out. Not every scheduler
+    supports a zero terminal SNR.
     """
     return DDIMScheduler(
         beta_start=1e-4,
@@ -123,8 +124,9 @@ class LatentPool:
     def renew(self) -> None:
         """Draws the next `CHUNK` scenes anew, with other chance, and encodes them."""
         device = self.latents.device
-        index = torch.arange(self._next, self._next + self.CHUNK, device=device) % len(self)
-        self._next = (self._next + self.CHUNK) % len(self)
+        count = min(self.CHUNK, len(self))
+        index = torch.arange(self._next, self._next + count, device=device) % len(self)
+        self._next = (self._next + count) % len(self)
         pictures = self._composer.draw(self.scenes[index].layout(*self._canvas), *self._canvas)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -185,7 +187,7 @@ class DenoiserTrainer:
         self._fast: Any = torch.compile(denoiser.unet, dynamic=False) if recipe.compiled else denoiser.unet
 
     def step(self, pool: LatentPool, count: int, unet: Any = None) -> torch.Tensor:
-        """One optimiser step on `count` of the pool's latents; the loss. `unet`: another form of the same UNet."""
+        """One optimiser step on `count` of the pool's latents; the loss. `unet`: the UNet, uncompiled."""
         device = pool.latents.device
         chosen = torch.randint(len(pool), (count,), device=device)
         latents = pool.latents[chosen].float().contiguous(memory_format=torch.channels_last)
@@ -201,8 +203,8 @@ class DenoiserTrainer:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden = self._denoiser.text_encoder(tokens)[0]
             predicted = (unet or self._fast)(noisy, timesteps, hidden, return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), velocity)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = functional.mse_loss(predicted.float(), velocity)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self._denoiser.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

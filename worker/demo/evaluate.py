@@ -164,7 +164,7 @@ def score(
 
 
 def _pairs(pipeline: StableDiffusionPipeline, judge: Judge, words: list[str], **options: Any) -> float:
-    """The share of two-subject prompts whose picture shows the first on the left and the second on the right."""
+    """The share of two-subject prompts that show the first on the left and the second on the right."""
     lefts, rights = words[:100], [words[(37 * index + 11) % len(words)] for index in range(len(words[:100]))]
     prompts = [f"a {left} and a {right}" for left, right in zip(lefts, rights, strict=True)]
     images = [halves(image) for image in draw(pipeline, prompts, range(len(prompts)), **options)]
@@ -203,7 +203,7 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 def seconds_per_picture(pipeline: StableDiffusionPipeline, threads: int = 2) -> float:
-    """Seconds that one guided 128x128 picture of 20 steps takes on `threads` CPU cores: the best of 5, alone."""
+    """Seconds that one guided 128x128 picture of 20 steps takes on `threads` CPU cores: the best of 5."""
     torch.set_num_threads(threads)
     times = []
     for _ in range(6):

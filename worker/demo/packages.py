@@ -1,6 +1,7 @@
 """Fetches the two npm packages that the training data comes from, checked by their published digests.
 
-Microsoft's Fluent emoji, 3D style (MIT), as `@lobehub/fluent-emoji-3d`; names and tags from `emojibase-data` (MIT).
+Microsoft's Fluent emoji, 3D style (MIT), as `@lobehub/fluent-emoji-3d`; names and tags from
+`emojibase-data` (MIT).
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ class Recipe:
     seed: int = 0
     #: Pixels a side of the pictures that are mostly trained on; a multiple of 8.
     size: int = 128
-    #: Other canvases (width, height) that the denoiser sees, so that sizes from 96 to 192 px work. Few, because
-    #: the search for the fastest convolutions takes some ten seconds for each.
+    #: Other canvases (width, height) that the denoiser sees, so that sizes from 96 to 192 px work. Few,
+    #: because the search for the fastest convolutions takes some ten seconds for each.
     other_sizes: tuple[tuple[int, int], ...] = ((96, 96), (160, 160), (192, 192), (192, 128), (128, 192))
     #: The share of the denoiser's time after which it sees them.
     other_sizes_from: float = 0.3

@@ -65,13 +65,13 @@ def scored_words() -> list[str]:
 
 
 def clean(text: str) -> str:
-    """A name as captions write it: lower case, plain apostrophes, no colons, quotes or brackets, single spaces."""
+    """A name as captions write it: lower case, plain apostrophes, no colons, quotes or brackets."""
     text = text.lower().replace("’", "'")
     return " ".join(re.sub(r"[“”\":()!&]", " ", text).split())
 
 
 def load_subjects(folder: Path) -> list[Subject]:
-    """All subjects with a picture, national flags and skin tones left out. `folder` holds the npm tarballs."""
+    """All subjects with a picture, without national flags and skin tones. `folder` holds the npm tarballs."""
     archive = packages.fetch(packages.NAMES, folder)
     entries: list[dict[str, Any]] = json.loads(
         packages.members(archive, "package/en/data.json")["en/data.json"]

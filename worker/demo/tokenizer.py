@@ -1,13 +1,14 @@
 """The tokenizer: CLIP's, with a small vocabulary learnt from the captions.
 
-Byte-level byte-pair encoding (Sennrich et al. 2016, over bytes as in GPT-2), so a word that was never seen falls
-into smaller pieces and is never an error. Frequent words are one token each.
+Byte-level byte-pair encoding (Sennrich et al. 2016, over bytes as in GPT-2), so a word never seen falls into
+smaller pieces and is never an error. Frequent words are one token each.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -43,7 +44,7 @@ def train_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     )
 
 
-def _merges(learner: Tokenizer, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(learner: Tokenizer, vocabulary: dict[str, int]) -> Any:
     """The learnt merges whose parts and result are all in the vocabulary, in the order learnt."""
     merges: list[list[str]] = json.loads(learner.to_str())["model"]["merges"]
     return [

@@ -1,7 +1,7 @@
 """Makes the demo model: `python -m worker.demo.train --out OUT`, one GPU, under 20 minutes.
 
-Three stages, each with its share of the time in `recipe.py`: the autoencoder, the classifier (the judge) and the
-denoiser with its text encoder. The model is saved after each and every two minutes
+Three stages, each with its share of the time in `recipe.py`: the autoencoder, the classifier (the judge) and
+the denoiser with its text encoder. The model is saved after each and every two minutes
 within the long one; `--resume` goes on from what OUT holds. The classifier's score is printed last.
 """
 
@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -132,12 +133,12 @@ class Run:
 
 def save_half(pipeline: StableDiffusionPipeline, path: Path) -> None:
     """Saves the pipeline's weights as fp16 safetensors, leaving the pipeline as it is."""
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            original = {key: value.clone() for key, value in part.state_dict().items()}
-            part.half().save_pretrained(path / name)
-            part.float().load_state_dict(original)
-    # transformers loads in the precision that the configuration names, diffusers in fp32: a plain load must agree.
+    for name in ("vae", "text_encoder", "unet"):
+        part: Any = getattr(pipeline, name)
+        original = {key: value.clone() for key, value in part.state_dict().items()}
+        part.half().save_pretrained(path / name)
+        part.float().load_state_dict(original)
+    # transformers loads in the precision that is named here, diffusers in fp32: a plain load must fit.
     config = path / "text_encoder" / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -147,7 +148,7 @@ def save_half(pipeline: StableDiffusionPipeline, path: Path) -> None:
 
 
 def begin(recipe: Recipe, data: Path, out: Path, minutes: float, limit: int | None = None) -> Run:
-    """Reads the data and builds untrained models. `limit`: only so many subjects, the first ones (for tests)."""
+    """Reads the data and builds untrained models. `limit`: only the first so many subjects (for tests)."""
     started = time.monotonic()
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
@@ -158,10 +159,9 @@ def begin(recipe: Recipe, data: Path, out: Path, minutes: float, limit: int | No
     # The vocabulary is the first thing drawn, so that it is the same whatever the stages do afterwards.
     words = SceneWriter(subjects, recipe.seed)
     tokenizer = train_tokenizer(words.draw().caption for _ in range(min(recipe.scenes, _VOCABULARY_CAPTIONS)))
-    model = denoiser.Denoiser(
-        denoiser.build_unet(recipe).to(device, memory_format=torch.channels_last),
-        denoiser.build_text_encoder(recipe, tokenizer).to(device),
-    )
+    unet: Any = denoiser.build_unet(recipe)
+    text_encoder: Any = denoiser.build_text_encoder(recipe, tokenizer)
+    model = denoiser.Denoiser(unet.to(device, memory_format=torch.channels_last), text_encoder.to(device))
     run = Run(
         recipe=recipe,
         out=out,
