@@ -20,6 +20,7 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from worker.celery import RENDER, app, args_repr, message_priority
+from worker.errors import InvalidJobError
 from worker.fleet import queue_of
 from worker.job import FORMAT_VERSION, MAX_METADATA, MAX_PROMPT, MAX_SEED, Job
 
@@ -67,7 +68,7 @@ class Composer:
 
     def compose(self, fields: Mapping[str, Any]) -> Composed:
         """The job of these fields. Raises `InvalidJobError` as `Job.parse` does."""
-        prompt, seed, metadata = fields.get("prompt"), fields.get("seed"), fields.get("metadata")
+        prompt, seed, metadata = fields.get("prompt"), fields.get("seed"), fields.get("metadata", {})
         if (
             type(prompt) is not str
             or not 1 <= len(prompt) <= MAX_PROMPT
@@ -78,15 +79,16 @@ class Composer:
             or (text := _plain_metadata(metadata)) is None
         ):
             return self._carefully(fields)
-        shape = self._shape(fields)
-        if shape is None:
+        try:
+            shape = self._shape(fields)
+        except (InvalidJobError, TypeError):  # The job's own error may be longer; a list is in no key.
             return self._carefully(fields)
         words, number = quoted(prompt), str(seed)
         before, between, after = shape.hashed
         job_id = hashlib.sha256(f"{before}{words}{between}{number}{after}".encode()).hexdigest()[:32]
         first, second, third, last = shape.job
         job = f"{first}{words}{second}{number}{third}{text}{last}"
-        return Composed(job_id, job, prompt, seed, shape.route, shape.fields, metadata or {})
+        return Composed(job_id, job, prompt, seed, shape.route, shape.fields, metadata)
 
     def _carefully(self, fields: Mapping[str, Any]) -> Composed:
         """By way of the job itself."""
@@ -96,18 +98,15 @@ class Composer:
         prompt, seed, metadata = (values.pop(name) for name in ("prompt", "seed", "metadata"))
         return Composed(job.id, text, prompt, seed, _route(job), values, metadata)
 
-    def _shape(self, fields: Mapping[str, Any]) -> _Shape | None:
-        """The shape of these fields; None where they are not fit for one. Raises `InvalidJobError`."""
+    def _shape(self, fields: Mapping[str, Any]) -> _Shape:
+        """Their shape. Raises `InvalidJobError`, or `TypeError` for fields that cannot be a key."""
         key = tuple(
             (name, type(value), value)
             for name, value in fields.items()
             if name not in ("prompt", "seed", "metadata")
         )
-        try:
-            if (known := self._shapes.get(key)) is not None:
-                return known
-        except TypeError:  # A list or an object where none belongs.
-            return None
+        if (known := self._shapes.get(key)) is not None:
+            return known
         rest = {name: value for name, value in fields.items() if name != "metadata"}
         job = self._resolve(Job.parse(rest | {"prompt": "x", "seed": 0}))
         if len(self._shapes) >= MAX_SHAPES:
@@ -171,8 +170,6 @@ class Envelope:
 
 def _plain_metadata(metadata: object) -> str | None:
     """Metadata as JSON, where it is so plain that nothing can be wrong with it; else None."""
-    if metadata is None:
-        return "{}"
     if type(metadata) is not dict:
         return None
     for name, value in metadata.items():

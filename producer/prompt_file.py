@@ -228,7 +228,7 @@ def _lines(name: str, stream: BinaryIO) -> Iterator[Raw]:
             raise PromptFileError(f"{name} is {encoding}: save it as UTF-8.")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return _utf16_lines(name, head, buffered)
-    if b"\0" in head:
+    if head.count(0) * 4 > len(head):
         raise PromptFileError(f"{name} is no text, or UTF-16 without a BOM: save it as UTF-8.")
     return _utf8_lines(head.removeprefix(codecs.BOM_UTF8), buffered)
 

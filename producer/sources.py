@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from worker.errors import PromptFileError
 
@@ -30,6 +30,8 @@ STDIN_FORMAT = "txt"
 _COMPRESSED = (".gz", ".zst", ".zstd")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _CHUNK = 1 << 20
+#: Bytes that are decompressed at once: what becomes of them is in memory.
+_ZSTD_CHUNK = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Source:
         if head.startswith(_GZIP):
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
         if head == _ZSTD:
-            return _zstd(self.name, raw)
+            return _zstd(raw)
         return raw
 
 
@@ -162,22 +164,41 @@ def _digest(raw: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _zstd(name: str, raw: BinaryIO) -> BinaryIO:
+def _zstd(raw: BinaryIO) -> BinaryIO:
     import zstandard
 
     class Reader(io.RawIOBase):
-        """zstandard's reader, with its error made into the project's own."""
+        """Frame after frame. zstandard's own reader takes a file that was cut off for a whole one."""
 
         def __init__(self) -> None:
-            self._reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            self._frame: Any = None
+            self._packed = self._plain = b""
 
         def readable(self) -> bool:
             return True
 
-        def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        def readinto(self, buffer: Any) -> int:
+            while not self._plain and self._more():
+                pass
+            size = min(len(buffer), len(self._plain))
+            buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+            return size
+
+        def _more(self) -> bool:
+            """Decompress a little, which can be much; False at the end of the file."""
+            self._packed = self._packed or raw.read(_ZSTD_CHUNK)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it ends too early")
+                return False
             try:
-                return int(self._reader.readinto(buffer))
+                self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+                self._plain = self._frame.decompress(self._packed)
             except zstandard.ZstdError as error:
                 raise EOFError(str(error)) from None
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+            return True
 
     return cast(BinaryIO, io.BufferedReader(Reader(), _CHUNK))
