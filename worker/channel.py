@@ -40,9 +40,8 @@ logger = logging.getLogger("smallcat.transport")
 #: connection. Also the rest after a fetch that Redis refused.
 LOOK_AGAIN_S: Final = 1.0
 
-#: Headers that must be text or absent: Celery counts by them in the pool's thread, where an error would take
-#: the job's place for good.
-TEXT_HEADERS: Final = ("id", "task", "shadow", "root_id", "parent_id", "group")
+#: Headers of a task's message that must be text, and those that may be absent.
+TEXT_HEADERS: Final = (("id", "task"), ("shadow", "root_id", "parent_id", "group"))
 
 #: What reading a message of someone else's making may raise, in kombu or in Celery. Anything else that a
 #: callback raises is about the worker.
@@ -308,9 +307,7 @@ class Channel(stock.Channel):
             if tag is None:
                 raise ValueError("it is not JSON with a delivery tag")
             message = self.Message(loads(raw), channel=self)
-            for name in TEXT_HEADERS:
-                if not isinstance(message.headers.get(name), (str, type(None))):
-                    raise TypeError(f"its header {name!r} is not text")
+            _refuse_malformed_task(message)
             return message
         except Exception as error:  # noqa: BLE001 -- whatever is wrong is wrong with the message
             self._set_aside(queue, tag, error)
@@ -353,6 +350,20 @@ class Channel(stock.Channel):
         except redis.exceptions.OutOfMemoryError as error:
             # Consuming is what makes room, and needs no binding.
             logger.warning("The binding of queue %r was not written: %s", queue, error)
+
+
+def _refuse_malformed_task(message: Any) -> None:
+    """Raise for what Celery would see in the pool's thread only, where an error takes a place for good."""
+    headers = message.headers
+    if not isinstance(headers, dict) or "task" not in headers:
+        return
+    needed, optional = TEXT_HEADERS
+    for name in (*needed, *optional):
+        if not isinstance(headers.get(name), str if name in needed else (str, type(None))):
+            raise TypeError(f"its header {name!r} is not text")
+    args, kwargs, _ = message.decode()
+    if not (isinstance(args, list) and isinstance(kwargs, dict)):
+        raise TypeError("its body is not a task's list and object of arguments")
 
 
 class Transport(stock.Transport):

@@ -303,7 +303,21 @@ def test_a_fetch_on_its_way_is_given_back_when_consuming_ends(
     assert not consumer.messages
 
 
+def task(body: str, **headers: Any) -> bytes:
+    """A message that says that it is for Celery."""
+    envelope = message(body) | {"headers": {"task": "probe", "id": "1", **headers}}
+    return json.dumps(envelope | {"content-type": "application/json"}).encode()
+
+
 NONSENSE = [
+    task("[[], {}, {}]", id=None),
+    task("[[], {}, {}]", task=None),
+    task("[[], {}, {}]", root_id=5),
+    task("[[], 5, null]"),
+    task('["x", {}, null]'),
+    task('{"a": 1, "b": 2, "c": 3}'),
+    task("[[], {}]"),
+    task("no json"),
     b"\xff\xfe\x00",
     b"",
     b"no json",
