@@ -72,7 +72,7 @@ def test_sigkills_lose_no_job_on_a_real_bucket(ground: Ground) -> None:
 @pytest.mark.timeout(3600)
 def test_the_same_storm_on_kombus_own_transport_loses_some(ground: Ground) -> None:
     """The negative control: this suite can fail."""
-    storm(ground, int(os.environ.get("STORM_KILLS", "200")), rate=120.0, storage="folder", transport="stock")
+    storm(ground, KILLS, rate=150.0, between=JOBS_BETWEEN, storage="folder", transport="stock")
     wait_until("drained", lambda: ground.queued() == 0 and ground.unsettled() == 0, 300)
     found = oracle.account(ground, ground.ids)
     print(f"lost {len(found.lost)}, marked twice {found.marks_over}, rendered again {found.renders_over}")

@@ -1,0 +1,270 @@
+"""Messages and texts of somebody with bad intentions: no code runs, no secret is told, no job is changed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from producer import submit_job
+from tests.faults import oracle
+from tests.faults.harness import Ground, wait_until
+from tests.faults.runner import SERVED
+from worker.celery import RENDER, message_of
+from worker.errors import InvalidJobError
+from worker.fleet import queue_of, queues_of
+from worker.job import FORMAT_VERSION, Job
+
+QUEUE = queues_of(SERVED)[0]
+
+
+def envelope(body: bytes, kind: str = "application/json", **headers: Any) -> str:
+    """A Celery message around `body`, as it stands in a list."""
+    tag = str(uuid.uuid4())
+    return json.dumps(
+        {
+            "body": base64.b64encode(body).decode(),
+            "content-encoding": "binary" if "python" in kind else "utf-8",
+            "content-type": kind,
+            "headers": {"lang": "py", "task": RENDER, "id": tag, "root_id": tag, **headers},
+            "properties": {
+                "correlation_id": tag,
+                "delivery_tag": tag,
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": QUEUE},
+                "priority": 0,
+                "body_encoding": "base64",
+            },
+        }
+    )
+
+
+def arguments(*args: object) -> bytes:
+    """The body of a message with these arguments."""
+    return json.dumps(
+        [args, {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
+    ).encode()
+
+
+def push(ground: Ground, *messages: str | bytes) -> None:
+    """Put messages into the queue as they are."""
+    with ground.redis as client, client.pipeline(transaction=False) as pipe:
+        for message in messages:
+            pipe.lpush(QUEUE, message)
+        pipe.execute()
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["application/x-python-serialize", "application/json"])
+def test_a_pickle_is_never_opened(calm: Ground, tmp_path: Path, kind: str) -> None:
+    exploded = tmp_path / "exploded"
+    push(calm, envelope(pickle.dumps(((Bomb(exploded),), {}, {})), kind))
+    calm.submit(10)
+    oracle.settle(calm)
+    assert not exploded.exists()
+
+
+def test_a_task_that_is_none_of_ours_is_not_run(calm: Ground) -> None:
+    push(calm, envelope(arguments(), task="celery.backend_cleanup"), envelope(arguments(), task="os.system"))
+    calm.submit(3)
+    oracle.settle(calm)
+
+
+_LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40)
+_JSON = st.recursive(
+    _LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def _near_jobs(draw: st.DrawFn) -> Any:
+    """A message of ours with one field replaced, added or left out."""
+    message: dict[str, Any] = json.loads(json.dumps(message_of(Job(prompt="a", seed=1).resolved(SERVED))))
+    where = draw(st.sampled_from([message, message["job"]]))
+    field = draw(st.sampled_from(sorted(where)) | st.text(max_size=12))
+    if draw(st.booleans()):
+        where.pop(field, None)
+    else:
+        where[field] = draw(_JSON)
+    if isinstance(message.get("version"), int | float):
+        message["version"] = min(message["version"], FORMAT_VERSION)  # A newer one would wait for its worker.
+    return message
+
+
+#: What can stand in a list: bytes of any kind, JSON of any kind, and messages that are almost right.
+MALFORMED = st.one_of(
+    st.binary(max_size=60),
+    _JSON.map(json.dumps),
+    _JSON.map(lambda value: envelope(json.dumps(value).encode())),
+    _JSON.map(lambda value: envelope(arguments(value))),
+    st.lists(_JSON, max_size=3).map(lambda values: envelope(arguments(*values))),
+    _near_jobs().map(lambda message: envelope(arguments(message))),
+    st.dictionaries(
+        st.sampled_from(["id", "task", "eta", "expires", "retries", "timelimit", "argsrepr", "group"]),
+        _JSON,
+        max_size=3,
+    ).map(lambda headers: envelope(arguments({}), **headers)),
+)
+
+
+def _examples(count: int) -> settings:
+    """So many, the same at every run."""
+    return settings(
+        max_examples=count,
+        database=None,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def fuzz(ground: Ground, count: int) -> None:
+    """`count` malformed messages among good jobs: all good ones are done, nothing else is, and it is calm."""
+    made: list[str | bytes] = []
+
+    @settings(
+        max_examples=count,
+        database=None,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(MALFORMED)
+    def make(message: str | bytes) -> None:
+        made.append(message)
+
+    make()
+    images = {path.stem for path in ground.images.rglob("*.png")} if ground.images.exists() else set()
+    for start in range(0, len(made), 100):
+        push(ground, *made[start : start + 100])
+        ground.submit(1)
+        if start % 1000 == 0:
+            wait_until("the worker keeps pace", lambda: ground.queued() < 2000, 120)
+    oracle.settle(ground, timeout_s=120)
+    # A fuzzed message that is a valid job after all is one of "a"; none of ours was touched.
+    for stem in {path.stem for path in ground.images.rglob("*.png")} - images - set(ground.ids):
+        assert json.loads((ground.images / stem[:2] / f"{stem}.json").read_bytes())["job"]["prompt"] == "a"
+    print(f"{len(made)} malformed messages: the worker is up, {len(ground.ids)} jobs between them are done")
+    oracle.no_place_is_lost(ground, *ground.workers)
+
+
+@pytest.mark.timeout(150)
+def test_malformed_messages_hurt_nobody(calm: Ground) -> None:
+    fuzz(calm, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_10_000_malformed_messages_hurt_nobody(calm: Ground) -> None:
+    fuzz(calm, 10_000)
+
+
+def texts(ground: Ground, count: int) -> None:
+    """`count` prompts of any characters: each is refused with one sentence, or rendered as it is."""
+    taken: dict[str, str] = {}
+    refusals: list[str] = []
+
+    @settings(
+        max_examples=count,
+        database=None,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.text(st.characters(exclude_categories=()), max_size=60))
+    def submit(text: str) -> None:
+        try:
+            taken[submit_job(text, seed=1, steps=1, model=SERVED.name).id] = text
+        except InvalidJobError as error:
+            refusals.append(str(error))
+
+    submit()
+    assert all(refusal.startswith("prompt ") for refusal in refusals)
+    found = oracle.settle(ground, taken, timeout_s=300)
+    for job_id in found.ids:
+        stored = json.loads((ground.images / job_id[:2] / f"{job_id}.json").read_bytes())
+        assert stored["job"]["prompt"] == taken[job_id]
+    print(f"{count} prompts of any characters: {len(taken)} rendered, the others refused")
+
+
+def test_prompts_of_any_characters_are_refused_or_rendered(calm: Ground) -> None:
+    texts(calm, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_10_000_prompts_of_any_characters_are_refused_or_rendered(calm: Ground) -> None:
+    texts(calm, 10_000)
+
+
+def test_secrets_are_told_nobody(calm: Ground) -> None:
+    [failed] = calm.submit(1, "raise:Exception@step")
+    wait_until("failed", lambda: calm.states([failed]).keys() == {"failed"})
+    calm.ids.clear()
+    calm.submit(3)
+    oracle.settle(calm)
+    secrets = {calm.stack.valkey.password, calm.stack.s3.secret_key}
+    shown = [path.read_text(errors="replace") for path in (calm.stack.home.path / "logs").iterdir()]
+    shown += [path.read_text() for path in calm.images.rglob("*.json")]
+    with calm.redis as client:
+        shown += [client.dump(key).decode("latin-1") for key in calm_keys(calm)]
+    from worker.settings import producer_settings, worker_settings
+
+    shown += [repr(worker_settings(calm.stack.environment)), repr(producer_settings(calm.stack.environment))]
+    for secret in secrets:
+        assert not any(secret in text for text in shown)
+
+
+def calm_keys(ground: Ground) -> list[bytes]:
+    """All keys of its Redis."""
+    import redis
+
+    with redis.Redis.from_url(ground.stack.valkey.url) as client:
+        return list(client.scan_iter())
+
+
+def test_a_message_of_a_newer_version_waits_untouched(calm: Ground) -> None:
+    """It says so, and looks at it again every 5 seconds, not all the time."""
+    job = calm.job()
+    body = arguments({**message_of(job), "version": 99, "unheard": "of"})
+    newer = envelope(body, id=f"{job.id}-newer")
+    worker = calm.workers[0]
+    push(calm, newer)
+    tag = json.loads(newer)["properties"]["delivery_tag"]
+    try:
+        # Looked at twice: once, and once more after its rest.
+        wait_until("second look", lambda: calm.journal.count("take")[job.id] == 2)
+        looks = [event.at_s for event in calm.journal.events() if (event.what, event.job) == ("take", job.id)]
+        assert looks[1] - looks[0] > 4
+        assert "version 99" in worker.output()
+        assert "update it" in worker.output()
+        wait_until("at rest", lambda: calm.journal.count("leave")[job.id] == 2)
+        with calm.redis as client:
+            held = json.loads(client.hget("unacked", tag))[0]
+        assert base64.b64decode(held["body"]) == body
+        assert not calm.redis.exists(f"smallcat:job:{job.id}")
+        # Others are served meanwhile.
+        ids = calm.submit(5)
+        calm.journal.wait_for("put", ids)
+    finally:
+        with calm.redis as client:
+            client.delete("unacked", "unacked_index", QUEUE)
+    assert queue_of(job) == QUEUE
