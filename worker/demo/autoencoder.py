@@ -135,9 +135,9 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Folds mean and deviation of each latent channel into the weights, so that all are about standard normal.
+    """Makes every latent channel about standard normal, by folding mean and deviation into the weights.
 
-    The pipeline knows one scaling factor for all channels and no shift: so all are made alike.
+    The pipeline knows one scaling factor for all channels and no shift.
     """
     latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(128)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)).clamp(min=1e-4)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UniPCMultistepScheduler
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -23,23 +23,41 @@ from worker.demo.tokenizer import MAX_TOKENS
 _BLANKED = 0.04
 
 
-def build_scheduler() -> DDIMScheduler:
-    """The noise schedule: DDPM's linear one, whose last step keeps a signal of 0.6%.
+#: The noise schedule of training: DDPM's (Ho et al. 2020). A signal of 0.6% is left at its end.
+_TRAINED_STEPS = 1000
+_BETA_START, _BETA_END = 1e-4, 0.02
+#: Drawing starts at this step, where 6% of the signal is left, as at Stable Diffusion's last one. What lies
+#: above decides nothing, and multistep solvers go astray there under strong guidance.
+_DRAWN_STEPS = 750
 
-    On latents of 16x16 values even a little signal there betrays the background's colour, so Stable
-    Diffusion's own schedule (6.8%) is out. Not every scheduler
-    supports a zero terminal SNR.
+
+def signal_shares(device: torch.device) -> torch.Tensor:
+    """The schedule of training: the cumulative products of alpha, (1000,)."""
+    betas = torch.linspace(_BETA_START, _BETA_END, _TRAINED_STEPS, dtype=torch.float64)
+    return (1 - betas).cumprod(dim=0).float().to(device)
+
+
+def build_scheduler() -> UniPCMultistepScheduler:
+    """The scheduler that ships: of diffusers' the one that drew best here in 20 steps.
+
+    Settings that only other schedulers read (no clipping above all, latents reach beyond 1) ride along in its
+    configuration, so that `from_config` makes any of them right.
     """
-    return DDIMScheduler(
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
-    )
+    last = _BETA_START + (_BETA_END - _BETA_START) * (_DRAWN_STEPS - 1) / (_TRAINED_STEPS - 1)
+    settings = {
+        "num_train_timesteps": _DRAWN_STEPS,
+        "beta_start": _BETA_START,
+        "beta_end": last,
+        "beta_schedule": "linear",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+    }
+    scheduler: UniPCMultistepScheduler = UniPCMultistepScheduler.from_config(settings)
+    return scheduler
 
 
 def build_unet(recipe: Recipe) -> UNet2DConditionModel:
@@ -174,7 +192,7 @@ class DenoiserTrainer:
         self._denoiser = denoiser
         self._recipe = recipe
         self._blank = blank.to(device)
-        self._alphas = build_scheduler().alphas_cumprod.to(device)
+        self._alphas = signal_shares(device)
         self.optimizer = torch.optim.AdamW(
             denoiser.parameters,
             lr=recipe.denoiser_rate,
