@@ -67,7 +67,9 @@ class Template:
             name: value if isinstance(value, int | float) else _plain(str(value))
             for name, value in texts.items()
         }
-        path = PurePosixPath(self._text.format(**plain))
+        # An empty field may leave a part of the path empty, or make it begin with a slash.
+        parts = [part for part in self._text.format(**plain).split("/") if part.strip(". ")]
+        path = PurePosixPath(*parts) if parts else PurePosixPath("picture")
         stem = path.stem if path.suffix.lower() in (".png", ".webp", ".jpeg", ".jpg") else path.name
         cut = stem.encode()[:_NAME].decode(errors="ignore").strip(". ") or "picture"
         return path.with_name(f"{cut}.{ending}")

@@ -46,6 +46,9 @@ class Journal:
         self.cancelled = 0
         try:
             self._file: BinaryIO = self.path.open("a+b")
+            # A reader of its own: the order of the jobs is nearly that of the file, so it reads ahead well.
+            self._reader: BinaryIO = self.path.open("rb")
+            self._flushed = 0
             self._load()
         except OSError as error:
             raise PromptFileError(f"{self.path} cannot be written: {error.strerror or error}.") from None
@@ -98,6 +101,7 @@ class Journal:
     def close(self) -> None:
         """Close the file, which stays."""
         self._file.close()
+        self._reader.close()
 
     def remove(self) -> None:
         """Close and remove it: the manifest is written."""
@@ -145,11 +149,11 @@ class Journal:
         _set(self._paths, number, offset)
 
     def _at(self, offset: int) -> dict[str, Any]:
-        here = self._file.tell()
-        self._file.flush()
-        self._file.seek(offset)
-        values: dict[str, Any] = json.loads(self._file.readline())
-        self._file.seek(here)
+        if offset >= self._flushed:
+            self._file.flush()
+            self._flushed = self._file.tell()
+        self._reader.seek(offset)
+        values: dict[str, Any] = json.loads(self._reader.readline())
         return values
 
 

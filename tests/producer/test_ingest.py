@@ -130,7 +130,7 @@ def test_the_queue_stays_bounded_and_stopping_waits_for_what_was_sent(drain: Dra
     while thread.is_alive():
         drain.all()
     [outcome] = outcomes
-    assert longest == 100
+    assert 80 <= longest <= 100
     assert outcome.state == "stopped"
     assert outcome.done == outcome.sent < 600
     assert drained(ingest(max_queued=100), drain).done == 600
