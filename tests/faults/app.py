@@ -6,6 +6,7 @@ without torch, a journal, and the points at which a process can be made to die. 
     FAULTS_JOURNAL      file that every event of a job goes to, one line each
     FAULTS_ROWS         rows in a step; twice as many jobs are on board
     FAULTS_STEP_S       seconds a step takes
+    FAULTS_JOURNAL_STEPS    1: the journal also has when each step began and ended
     FAULTS_TRANSPORT    "stock": kombu's own Redis transport, the negative control
     FAULTS_STORAGE      "folder": pictures go straight into FAULTS_FOLDER, where the S3 server has its bucket
     FAULTS_CLOCK_S      seconds that this process' clock is ahead
@@ -23,13 +24,15 @@ if ahead_s := float(os.environ.get("FAULTS_CLOCK_S", "0")):
 
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import worker.record_scripts as scripts
 import worker.tasks as tasks
 from tests.faults.app_names import DIED, MARKS
-from tests.faults.runner import FaultRunner, verbs_of
+from tests.faults.runner import FaultRender, FaultRunner, verbs_of
 from worker.celery import app as app
+from worker.errors import SmallcatError
 from worker.job import ImageFormat
 from worker.records import JobRecord, Records
 from worker.render_service import RenderService
@@ -71,8 +74,20 @@ def die(point: str, prompt: str, job_id: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class TellingRunner(FaultRunner):
+    """Journals its steps."""
+
+    def step(self, renders: Sequence[FaultRender]) -> list[SmallcatError | None]:
+        note("step", "-")
+        try:
+            return super().step(renders)
+        finally:
+            note("stepped", "-")
+
+
 def load_runner(settings: WorkerSettings) -> FaultRunner:
-    return FaultRunner(
+    runner = TellingRunner if os.environ.get("FAULTS_JOURNAL_STEPS") else FaultRunner
+    return runner(
         int(os.environ.get("FAULTS_ROWS", "4")),
         float(os.environ.get("FAULTS_STEP_S", "0")),
         lambda event, job: note(event, job.id),

@@ -1,0 +1,57 @@
+"""No seat stays empty: a freed place is taken within 20 ms, and a fake engine is busy all the time."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from tests.faults import oracle
+from tests.faults.harness import Ground, wait_until
+
+
+def test_a_freed_place_is_taken_at_once(ground: Ground) -> None:
+    """Two places and many jobs: from the end of one job to the taking of the next."""
+    ground.worker(rows=1)
+    with ground.holding() as hold:
+        held = ground.submit(2, hold)
+        ground.journal.wait_for("take", held)
+        ids = ground.submit(60)
+    oracle.settle(ground)
+    events = [each for each in ground.journal.events() if each.what in ("take", "leave")]
+    full = events[2:-2]  # While jobs were waiting.
+    gaps_ms = sorted(
+        1000 * (later.at_s - each.at_s)
+        for each, later in zip(full, full[1:], strict=False)
+        if (each.what, later.what) == ("leave", "take")
+    )
+    median_ms, late_ms = statistics.median(gaps_ms), gaps_ms[int(len(gaps_ms) * 0.95)]
+    print(f"refill of a freed place: median {median_ms:.1f} ms, 95% within {late_ms:.1f} ms, {len(ids)} jobs")
+    assert median_ms < 20
+
+
+def busy(ground: Ground, jobs: int, step_s: float) -> float:
+    """The part of the time that the engine spent in steps, while jobs were waiting."""
+    ground.worker(rows=4, step_s=step_s, journal_steps=1)
+    ids = ground.submit(jobs, steps=8)
+    wait_until("all done", lambda: ground.states(ids).keys() == {"done"}, 120)
+    steps = [each.at_s for each in ground.journal.events() if each.what == "step"]
+    stops = [each.at_s for each in ground.journal.events() if each.what == "stepped"]
+    # Neither the first jobs, which come alone, nor the last, which leave seats empty.
+    window = slice(len(steps) // 10, -len(steps) // 10)
+    began, ended = steps[window], stops[window]
+    spent_s = sum(stop - start for start, stop in zip(began, ended, strict=True))
+    share = spent_s / (ended[-1] - began[0])
+    print(f"{jobs} jobs of 8 steps of {1000 * step_s:g} ms: the engine was busy {share:.1%} of the time")
+    oracle.settle(ground)
+    return share
+
+
+def test_the_engine_is_busy_while_there_is_work(ground: Ground) -> None:
+    assert busy(ground, 60, step_s=0.04) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_engine_is_busy_at_least_95_percent(ground: Ground) -> None:
+    assert busy(ground, 400, step_s=0.04) >= 0.95
