@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
@@ -22,7 +23,7 @@ def test_a_freed_place_is_taken_at_once(ground: Ground) -> None:
     full = events[2:-2]  # While jobs were waiting.
     gaps_ms = sorted(
         1000 * (later.at_s - each.at_s)
-        for each, later in zip(full, full[1:], strict=False)
+        for each, later in itertools.pairwise(full)
         if (each.what, later.what) == ("leave", "take")
     )
     median_ms, late_ms = statistics.median(gaps_ms), gaps_ms[int(len(gaps_ms) * 0.95)]

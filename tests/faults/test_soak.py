@@ -17,7 +17,7 @@ from tests.faults.harness import Ground
 MINUTES = float(os.environ.get("SOAK_MINUTES", "60"))
 #: Jobs a second: well below what two cores and the S3 server do, so that no queue builds up.
 RATE = 5.0
-#: What the last quarter may have more than the first: a connection that is made again counts twice for a while.
+#: What the last quarter may have more than the first: a connection that is made anew may count twice.
 SLACK = {"memory_mib": 10.0, "connections": 2, "threads": 1, "files": 2, "clients": 2}
 
 
