@@ -7,9 +7,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Touched when the environment matches the two files it was made from: a second `make setup` costs nothing.
 READY := .venv/.ready
+# What `make storm` runs, as pytest's -k has it, and how long `make soak` goes on.
+ONLY ?= test
+MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo local test lint format clean
+.PHONY: help setup demo local test storm soak lint format clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +37,12 @@ local: setup  ## Run queue, bucket and one worker until Ctrl-C, for playing with
 
 test: lint  ## Run every check: lint, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+storm: setup  ## Kill, freeze and fill everything under load, about an hour; ONLY=sigkill for some of it
+	$(BIN)/python -m pytest tests/faults -m slow -k "not soak and ($(ONLY))" -rP
+
+soak: setup  ## Work for an hour and see that nothing grows; MINUTES=10 for less
+	SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/faults -m slow -k soak -rP
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .
