@@ -109,8 +109,9 @@ class Service(RenderService):
             answer = super().handle(payload, message_id, redelivered=redelivered)
         finally:
             note("leave", job_id)
-        if isinstance(payload, dict):
-            die("before_ack", str(payload.get("job", {}).get("prompt")), job_id)
+        match payload:
+            case {"job": {"prompt": str(prompt)}}:
+                die("before_ack", prompt, job_id)
         return answer
 
 

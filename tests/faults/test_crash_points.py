@@ -7,11 +7,13 @@ import pytest
 from tests.faults import oracle
 from tests.faults.harness import Ground
 
+#: Seconds, with room for the start of several workers on a busy machine.
+pytestmark = pytest.mark.timeout(150)
+
 #: Where `tests.faults.app` can die, in the order in which a job passes.
 POINTS = ("between_puts", "after_put", "after_done", "before_ack")
 
 
-@pytest.mark.timeout(150)
 def test_death_at_every_point_leaves_one_object_and_one_mark(ground: Ground) -> None:
     workers = [ground.worker(ready=False, settings={"SMALLCAT_MAX_ATTEMPTS": "20"}) for _ in range(2)]
     ground.supervise(*workers)

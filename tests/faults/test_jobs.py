@@ -9,6 +9,9 @@ from tests.faults import oracle
 from tests.faults.harness import Ground, wait_until
 from worker.records import State
 
+#: Seconds, with room for the start of several workers on a busy machine.
+pytestmark = pytest.mark.timeout(150)
+
 #: What the job's future ends with, by what its runner raised.
 ERRORS = {
     "Exception": "RenderError",
@@ -57,7 +60,6 @@ def test_a_picture_that_is_not_finite_fails_alone(calm: Ground) -> None:
     oracle.settle(calm, mates)
 
 
-@pytest.mark.timeout(150)
 def test_a_job_that_kills_its_process_is_set_aside_and_its_mates_complete(ground: Ground) -> None:
     """Three tries, the last of them alone; what was on board each time is done in the end."""
     worker = ground.worker()

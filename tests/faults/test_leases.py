@@ -9,6 +9,9 @@ import pytest
 from tests.faults import oracle
 from tests.faults.harness import LEASE_S, Ground, wait_until
 
+#: Seconds, with room for the start of several workers on a busy machine.
+pytestmark = pytest.mark.timeout(150)
+
 
 def take_over(ground: Ground, lease_s: float) -> float:
     """Kill a worker with 20 jobs on board; seconds until another one has started them all."""
@@ -74,7 +77,6 @@ def long_jobs(ground: Ground, faults: list[str], lease_s: float, away_s: float, 
 FAULTS = ["nothing", "connections cut", "redis killed", "redis frozen"]
 
 
-@pytest.mark.timeout(150)
 def test_jobs_longer_than_the_lease_run_once(ground: Ground) -> None:
     long_jobs(ground, FAULTS[1:], LEASE_S, away_s=1.0, frozen_s=1.4 * LEASE_S)
 

@@ -14,6 +14,9 @@ from tests.integration.transport_harness import TLSProxy
 from worker.errors import QueueError
 from worker.records import State
 
+#: Seconds, with room for the start of several workers on a busy machine.
+pytestmark = pytest.mark.timeout(150)
+
 
 def test_a_lost_connection_makes_no_second_job(calm: Ground) -> None:
     with calm.feeding(40.0) as feeder:

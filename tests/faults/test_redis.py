@@ -9,6 +9,9 @@ from tests.faults import oracle
 from tests.faults.harness import Ground, wait_until
 from worker.errors import QueueError
 
+#: Seconds, with room for the start of several workers on a busy machine.
+pytestmark = pytest.mark.timeout(150)
+
 #: Seconds within which a worker consumes again.
 AGAIN_S = 10.0
 
@@ -44,7 +47,7 @@ def test_a_worker_consumes_again_after_each_of_5_restarts(ground: Ground) -> Non
 def test_a_full_redis_refuses_jobs_and_loses_none(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs on board, jobs in the queue and jobs that are submitted, while Redis takes nothing new."""
     monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
-    worker = ground.worker(settings={"SMALLCAT_MAX_ATTEMPTS": "100"})
+    worker = ground.worker()
     with ground.holding() as hold:
         ids = ground.submit(20, hold)
         ground.journal.wait_for("start", ids[:8])

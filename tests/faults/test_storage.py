@@ -10,6 +10,9 @@ from tests.faults import oracle
 from tests.faults.harness import Ground, wait_until
 from tests.faults.s3_proxy import Mode, S3Proxy
 
+#: Seconds, with room for the start of several workers on a busy machine.
+pytestmark = pytest.mark.timeout(150)
+
 MODES: list[Mode] = ["down", "errors", "silent", "corrupt", "slow"]
 
 
@@ -40,7 +43,6 @@ def fail(ground: Ground, proxy: S3Proxy, mode: Mode, failures: int, fails_s: flo
     assert found.renders_over == 0
 
 
-@pytest.mark.timeout(150)
 def test_a_failing_storage_is_waited_for(ground: Ground, proxy: S3Proxy) -> None:
     worker = ground.worker(settings={"AWS_ENDPOINT_URL_S3": proxy.endpoint})
     for mode in MODES:

@@ -15,6 +15,9 @@ import pytest
 from tests.faults import oracle
 from tests.faults.harness import LEASE_S, FaultWorker, Ground, wait_until
 
+#: Seconds, with room for the start of several workers on a busy machine.
+pytestmark = pytest.mark.timeout(150)
+
 #: A storm kills the same job more often than a poison job would be tried.
 PATIENT = {"SMALLCAT_MAX_ATTEMPTS": "1000"}
 #: SIGKILLs of a long storm, and jobs between two of them: a worker that starts takes a core from the others.
@@ -208,7 +211,6 @@ def mixed(ground: Ground, seed: int, workers: int, count: int, rate: float) -> N
     )
 
 
-@pytest.mark.timeout(150)
 def test_a_storm_of_all_faults_loses_no_job(ground: Ground) -> None:
     mixed(ground, seed=0, workers=2, count=4, rate=15.0)
 
