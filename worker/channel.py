@@ -361,9 +361,9 @@ def _refuse_malformed_task(message: Any) -> None:
     for name in (*needed, *optional):
         if not isinstance(headers.get(name), str if name in needed else (str, type(None))):
             raise TypeError(f"its header {name!r} is not text")
-    args, kwargs, _ = message.decode()
-    if not (isinstance(args, list) and isinstance(kwargs, dict)):
-        raise TypeError("its body is not a task's list and object of arguments")
+    args, kwargs, embed = message.decode()
+    if not (isinstance(args, list) and isinstance(kwargs, dict) and isinstance(embed, (dict, type(None)))):
+        raise TypeError("its body is not a task's list, object and options")
 
 
 class Transport(stock.Transport):

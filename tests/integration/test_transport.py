@@ -314,6 +314,8 @@ NONSENSE = [
     task("[[], {}, {}]", task=None),
     task("[[], {}, {}]", root_id=5),
     task("[[], 5, null]"),
+    task("[[], {}, 186]"),
+    task("[[], {}, []]"),
     task('["x", {}, null]'),
     task('{"a": 1, "b": 2, "c": 3}'),
     task("[[], {}]"),
