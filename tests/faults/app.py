@@ -23,6 +23,7 @@ if ahead_s := float(os.environ.get("FAULTS_CLOCK_S", "0")):
     time.time = lambda: _real() + ahead_s
 
 import json
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,9 @@ class Service(RenderService):
     """Notes when a job takes and leaves its place; dies before the acknowledgement."""
 
     def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
-        job_id = message_id.partition("-")[0]
+        # An id that somebody made up may be any text: a line of the journal has four words.
+        known = re.match(r"[0-9a-f]{32}(?=-)", message_id)
+        job_id = known.group() if known else "unknown"
         _records[:] = [self._records]
         note("take", job_id)
         try:
