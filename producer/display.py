@@ -20,7 +20,7 @@ def follow(handle: JobHandle, timeout: float | None) -> JobResult:
     """
     console = Console(stderr=True)
     over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(handle, console, over), daemon=True)
+    watcher = threading.Thread(target=_watch, name="progress", args=(handle, console, over), daemon=True)
     watcher.start()
     try:
         return handle.result(timeout)

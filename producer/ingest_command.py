@@ -201,9 +201,12 @@ def _stop_on_ctrl_c(ingest: Ingest, display: QuietDisplay) -> None:
     """Ctrl-C once: send no more. Twice: leave at once; the run is as it is, and can be resumed."""
 
     def leave(*_: object) -> None:
-        display.close()
-        click.echo(f"Left. To go on: {_command()}", err=True)
-        os._exit(INTERRUPTED)
+        # It may come while the first one is still printing, when a stream refuses a second writer.
+        try:
+            display.close()
+        finally:
+            os.write(2, f"Left. To go on: {_command()}\n".encode())
+            os._exit(INTERRUPTED)
 
     def stop(*_: object) -> None:
         ingest.stop()

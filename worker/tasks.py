@@ -210,6 +210,13 @@ def _drain(**_: Any) -> None:
     threading.Thread(target=drain, name="drain", daemon=True).start()
 
 
+@signals.worker_shutdown.connect
+def _withdraw(**_: Any) -> None:
+    """Be gone from the fleet before the process is: nobody may be sent to a revision that left with it."""
+    if _process is not None:
+        _process.heartbeat.stop()
+
+
 def _here() -> _Process:
     """This process' parts, which `_start` has put together before Celery starts the pool."""
     if _process is None:

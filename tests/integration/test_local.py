@@ -147,8 +147,8 @@ def test_a_signal_ends_the_command_and_the_stack(run: Callable[..., Run], number
 
 
 def test_a_second_signal_ends_a_command_that_ignores_the_first(run: Callable[..., Run]) -> None:
-    stubborn = "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\n"
-    stack = run(stubborn.join(["import signal\n", SAY_ALL]) + "while True: signal.pause()")
+    stubborn = "signal.signal(signal.SIGINT, lambda *_: os.write(1, b'heard\\n'))\n"
+    stack = run(stubborn.join(["import os, signal\n", SAY_ALL]) + "while True: signal.pause()")
     stack.until_up()
 
     stack.popen.send_signal(signal.SIGINT)
