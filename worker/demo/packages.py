@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import subprocess
 import tarfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,37 +20,37 @@ class Package:
 
     #: File name of the tarball, as `npm pack` writes it.
     filename: str
-    #: Where the registry serves it.
-    url: str
+    #: npm's name of it, with its version.
+    name: str
     #: SHA-512 digest, base64, as the registry publishes it (`npm view NAME dist.integrity`).
     sha512: str
 
 
 PICTURES = Package(
     "lobehub-fluent-emoji-3d-1.1.0.tgz",
-    "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz",
+    "@lobehub/fluent-emoji-3d@1.1.0",
     "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
 )
 NAMES = Package(
     "emojibase-data-17.0.0.tgz",
-    "https://registry.npmjs.org/emojibase-data/-/emojibase-data-17.0.0.tgz",
+    "emojibase-data@17.0.0",
     "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
 )
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The package's tarball in `folder`, downloaded unless it is there.
+    """The package's tarball in `folder`, fetched with `npm pack` unless it is there.
 
-    Raises `ValueError` when the bytes are not the published ones.
+    Raises `ValueError` when the bytes are not the published ones, `OSError` or
+    `subprocess.CalledProcessError` when npm is missing or fails.
     """
     path = folder / package.filename
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(package.url, timeout=60) as response:  # noqa: S310 (constant https address)
-            path.write_bytes(response.read())
+        subprocess.run(["npm", "pack", package.name, "--pack-destination", str(folder)], check=True)
     digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if digest != package.sha512:
-        raise ValueError(f"{path} is not {package.url}: its SHA-512 is {digest}. Delete it and run again.")
+        raise ValueError(f"{path} is not {package.name}: its SHA-512 is {digest}. Delete it and run again.")
     return path
 
 
