@@ -19,7 +19,11 @@ def test_death_at_every_point_leaves_one_object_and_one_mark(ground: Ground) -> 
     ground.supervise(*workers)
     for worker in workers:
         worker.wait_ready()
-    dying = [job_id for point in POINTS for job_id in ground.submit(1, f"die:{point}")]
+    dying: list[str] = []
+    for point in POINTS:
+        dying += ground.submit(1, f"die:{point}")
+        # One at a time: a death takes its mates with it, and one of these past its own point.
+        oracle.settle(ground, timeout_s=60)
     ground.submit(8)
     oracle.settle(ground, timeout_s=120)
     died = ground.journal.count("died")
