@@ -26,6 +26,8 @@ LINES = [
     "model_runner",
     # Decisions: no threads but their own, no torch, no services.
     "batcher batch_cap quarantine",
+    # Models of full size with random weights.
+    "shapes",
     # All of torch.
     "attention samplers text",
     "pipeline",
@@ -58,7 +60,8 @@ EXCEPTIONS = {"producer.doctor": {"worker.attention", "worker.pipeline"}}
 #: A library, or several that come together, and the only modules that import it. `*` is all below.
 DOORS = {
     "torch diffusers transformers xformers accelerate safetensors huggingface_hub": (
-        "worker.model_runner worker.attention worker.samplers worker.text worker.pipeline worker.model_files"
+        "worker.model_runner worker.attention worker.samplers worker.text worker.pipeline worker.model_files "
+        "worker.shapes"
     ),
     "boto3 botocore": "worker.storage",
     "prometheus_client": "worker.metrics",
@@ -68,7 +71,7 @@ DOORS = {
         "worker.tasks worker.celery worker.transport worker.channel worker.qos worker.lease "
         "worker.redis_client producer.client producer.ingest"
     ),
-    "click": "producer.cli producer.ingest_command",
+    "click": "producer.cli producer.ingest_command worker.shapes",
     "rich textual_image": "producer.display producer.ingest_display producer.ingest_command",
 }
 
