@@ -31,7 +31,7 @@ LINES = [
     # All of torch.
     "attention samplers text",
     "pipeline",
-    "model_files",
+    "model_files gpu_lock",
     "model_index",
     # Delivery: Celery's transport, of which others see `celery` and `transport`.
     "channel",
