@@ -90,8 +90,8 @@ def test_when_all_are_taken_the_holders_and_the_remedy_are_named(start: Callable
     pids = [worker.process.pid for worker in workers]
     assert start(2).says() == (
         f"Every GPU that this worker sees is taken (GPU 0 by process {pids[0]}, GPU 1 by process {pids[1]}): "
-        "stop one of them, start fewer workers on this machine, or set CUDA_VISIBLE_DEVICES to one GPU to share"
-        " it."
+        "stop one of them, start fewer workers on this machine, or set CUDA_VISIBLE_DEVICES to one GPU to "
+        "share it."
     )
 
 
