@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.connection import Connection
 
 from worker.errors import SettingsError
-from worker.job import FORMAT_VERSION, MAX_PRIORITY, Job
+from worker.job import DEFAULT_PRIORITY, FORMAT_VERSION, MAX_PRIORITY, Job
 from worker.settings import Settings
 from worker.transport import broker_url, transport_options
 
@@ -24,6 +24,9 @@ except SettingsError as error:
 
 #: The one task.
 RENDER = "smallcat.render"
+#: The priority, as Redis' count (see `message_priority`), of a job that somebody waits for: what `submit_job`
+#: sends unless it is told otherwise. Prompt files are behind it.
+URGENT = MAX_PRIORITY - DEFAULT_PRIORITY
 
 app = Celery("smallcat", broker=broker_url(_settings.redis_url), include=["worker.tasks"])
 app.conf.update(
@@ -34,7 +37,7 @@ app.conf.update(
     task_serializer="json",
     accept_content=["json"],
     worker_pool="threads",
-    # A number is set when the model is loaded: twice the batch cap, so that a seat never waits for a job.
+    # A number is set when the model is loaded: see `worker.tasks`.
     worker_concurrency="auto",
     worker_prefetch_multiplier=1,
     # Jobs run on when the connection is lost, and are acknowledged over the next one.

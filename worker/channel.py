@@ -19,7 +19,7 @@ import enum
 import functools
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty
 from time import monotonic
@@ -32,7 +32,7 @@ from kombu.utils.json import loads
 from worker.lease import Held, Lease, lease_of_process
 from worker.ledger import FETCH, Layout, json_name
 from worker.qos import QoS
-from worker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE
+from worker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE, open_steps
 
 logger = logging.getLogger("smallcat.transport")
 
@@ -95,6 +95,7 @@ class Channel(stock.Channel):
         self._stage = Stage.READY
         self._wake_at = 0.0
         self._lists: list[tuple[str, str]] = []
+        self._steps: Sequence[int] = ()
         self._receivers: dict[str, tuple[bool, Callable[[Any], Any]]] = {}
         self._lease: Lease | None = None
         super().__init__(*args, **kwargs)
@@ -213,15 +214,24 @@ class Channel(stock.Channel):
 
     def fetch_if_due(self) -> None:
         """Send the next fetch, unless one is on its way or all lists are known to be empty."""
-        if self._stage is Stage.READY or (self._stage is Stage.WAITING and monotonic() >= self._wake_at):
+        if self._stage is Stage.READY or (self._stage is Stage.WAITING and self._may_look_again()):
             self._brpop_start()
+
+    def _may_look_again(self) -> bool:
+        """Whether an answer that all lists are empty is old, or was about other lists than those of now."""
+        return monotonic() >= self._wake_at or self._steps != self._open_steps()
+
+    def _open_steps(self) -> Sequence[int]:
+        """The priorities that may be fetched: the last places are reserved for urgent messages."""
+        return open_steps(self.priority_steps, self.lease.count if self.acknowledging else 0)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
+        self._steps = self._open_steps()
         # Priority before queue: the most urgent message of all queues is next.
-        self._lists = [(queue, self._key(queue, step)) for step in self.priority_steps for queue in queues]
+        self._lists = [(queue, self._key(queue, step)) for step in self._steps for queue in queues]
         # Stays set: kombu drops a connection that is readable without it.
         self._in_poll = self.client.connection
         self._send(Stage.FETCHING, *self._fetch_command(self._lists))

@@ -13,7 +13,7 @@ timeout never runs a long job twice; a lost connection ends no job; an acknowled
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from kombu.transport import TRANSPORT_ALIASES
@@ -37,6 +37,7 @@ UNDECODABLE: Final = "smallcat:undecodable"
 LEASE_S: Final = 30.0
 
 _is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- what there is before `set_liveness`
+_reserve: tuple[int, int] | None = None
 
 
 def broker_url(redis_url: str) -> str:
@@ -95,6 +96,23 @@ def set_liveness(is_alive: Callable[[], bool]) -> None:
     """
     global _is_alive
     _is_alive = is_alive
+
+
+def set_reserve(open_to_all: int, urgent: int) -> None:
+    """Keep this process' places beyond the first `open_to_all`, >= 1, for urgent messages.
+
+    Those are of priority 0 to `urgent`, as Redis' priorities count: 0 is fetched first. While the process
+    holds `open_to_all` messages or more, of whatever priority, it fetches no others.
+    """
+    global _reserve
+    _reserve = open_to_all, urgent
+
+
+def open_steps(priority_steps: Sequence[int], held: int) -> Sequence[int]:
+    """Those of `priority_steps` whose messages may be fetched by a process that holds `held` messages."""
+    if _reserve is None or held < _reserve[0]:
+        return priority_steps
+    return [step for step in priority_steps if step <= _reserve[1]]
 
 
 def alive() -> bool:

@@ -264,6 +264,80 @@ def test_no_more_is_fetched_than_may_be_held(client: redis.Redis, party: Callabl
     assert (len(consumer.messages), client.llen("q")) == (4, 6)
 
 
+@pytest.fixture
+def reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five places, two are for messages of priority 0 to 4."""
+    monkeypatch.setattr(transport, "_reserve", None)
+    transport.set_reserve(open_to_all=3, urgent=4)
+
+
+def put(client: redis.Redis, queue: str, priority: int, count: int = 1) -> None:
+    name = f"{queue}\x06\x16{priority}" if priority else queue
+    client.lpush(name, *(json.dumps(message(f"{priority}", priority=priority)) for _ in range(count)))
+
+
+@pytest.mark.usefixtures("reserve")
+def test_the_last_places_are_for_urgent_messages(client: redis.Redis, party: Callable[..., Party]) -> None:
+    put(client, "a", 6, count=20)
+    consumer = party("a", "b", prefetch=5)
+    consumer.drain(3)
+    consumer.tick()
+    assert len(consumer.messages) == 3  # The rest wait, and nobody else is asked for.
+    for queue, priority in (("b", 4), ("a", 0)):
+        began = time.monotonic()
+        put(client, queue, priority)
+        assert consumer.drain(1)[0].payload == f"{priority}"
+        # Without a wake it would be the second after which lists are looked at again.
+        assert time.monotonic() - began < 0.5
+    put(client, "a", 0)
+    consumer.tick()
+    assert len(consumer.messages) == 5  # All places are taken.
+
+
+@pytest.mark.usefixtures("reserve")
+def test_a_place_that_is_open_to_all_is_taken_at_once(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    put(client, "a", 6, count=20)
+    put(client, "b", 5, count=20)
+    consumer = party("a", "b", prefetch=5)
+    consumer.drain(3)
+    for _ in range(5):
+        consumer.tick()  # The urgent lists are empty, and the consumer knows.
+        began = time.monotonic()
+        consumer.messages[0].ack()
+        del consumer.messages[0]
+        consumer.drain(1)
+        assert time.monotonic() - began < 0.5
+    # Urgent ones that hold places leave fewer for the others, and then they are taken again.
+    put(client, "a", 0, count=2)
+    assert [each.payload for each in consumer.drain(2)] == ["0", "0"]
+    for each in consumer.messages[:2]:
+        each.ack()
+    consumer.tick()
+    assert len(consumer.messages) == 5
+    consumer.messages[2].ack()
+    consumer.drain(1)
+
+
+@pytest.mark.usefixtures("reserve")
+def test_urgent_messages_may_have_every_place(client: redis.Redis, party: Callable[..., Party]) -> None:
+    put(client, "q", 6, count=5)
+    put(client, "q", 4, count=7)
+    consumer = party(prefetch=5)
+    assert [each.payload for each in consumer.drain(5)] == ["4"] * 5
+    consumer.messages[0].requeue()
+    consumer.messages[1].ack()
+    assert [each.payload for each in consumer.drain(2)] == ["4"] * 2
+    # One that was given back is urgent still; then the others have their share.
+    wait_until("given back", lambda: client.llen("q\x06\x164") == 1)
+    for each in consumer.messages[2:]:
+        each.ack()
+    assert [each.payload for each in consumer.drain(3)] == ["4", "6", "6"]
+    consumer.tick()
+    assert (len(consumer.messages), client.llen("q\x06\x166")) == (10, 3)
+
+
 def test_one_message_can_be_fetched_without_consuming(
     client: redis.Redis, party: Callable[..., Party]
 ) -> None:
