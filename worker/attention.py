@@ -8,8 +8,14 @@ nothing is copied on the way in.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import importlib.metadata
 import importlib.util
+import json
+import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,8 +32,8 @@ Backend = Literal["auto", "xformers", "sdpa", "naive"]
 #: (queries, keys, values, scale) to their attention, all (batch, tokens, heads, head width).
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
-#: Rows in the forward that `auto` times: enough that launches do not hide the kernels.
-TIMED_ROWS = 8
+#: Rows that `auto` times: a full batch, so that launches do not hide the kernels.
+TIMED_ROWS = 32
 #: How far, relative to values around 1, an xformers result may be from naive's in half precision.
 _TOLERANCE = 2e-2
 _NO_CPU_OPERATOR = "has no operator for a CPU"
@@ -56,6 +62,7 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: flo
     return result.transpose(1, 2)
 
 
+@functools.cache
 def load_xformers() -> Kernel:
     """xformers' memory-efficient attention. Raises `ImportError` or `OSError` when it does not load.
 
@@ -68,9 +75,15 @@ def load_xformers() -> Kernel:
     # Not at the top: importing it on a CPU prints a warning, and it may be absent.
     import xformers.ops
 
+    # An operator of torch's, so that the compiler takes it as one piece and does not look inside.
+    @torch.library.custom_op("smallcat::xformers_attention", mutates_args=())
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         result: torch.Tensor = xformers.ops.memory_efficient_attention(query, key, value, scale=scale)
         return result
+
+    @attend.register_fake
+    def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
 
     return attend
 
@@ -146,6 +159,10 @@ class Shape:
     head_width: int
     dtype: torch.dtype
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.query_tokens}x{self.key_tokens} {self.heads} heads of {self.head_width} {dtype}"
+
     def draw(self, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Random queries, keys and values of this shape."""
         tokens = (self.query_tokens, self.key_tokens, self.key_tokens)
@@ -155,13 +172,13 @@ class Shape:
         return query, key, value
 
 
-def install(pipeline: Any, backend: Backend, device: torch.device) -> Choice:
+def install(pipeline: Any, backend: Backend, device: torch.device, cache: Path) -> Choice:
     """Let every attention of the pipeline's UNet and VAE run on `backend`, and say which and why.
 
-    `auto` takes sdpa on a CPU and the fastest on a GPU. Raises `SettingsError` with the remedy when the
-    backend was asked for by name and does not work.
+    `auto` takes sdpa on a CPU, and on a GPU the fastest for each shape, which it measures once and keeps in
+    `cache`. Raises `SettingsError` with the remedy when the backend was asked for by name and does not work.
     """
-    kernels, reason = _choose(pipeline, backend, device)
+    kernels, reason = _choose(pipeline, backend, device, cache)
     for module, shape in _attentions(pipeline):
         module.set_processor(Processor(kernels[shape]))
     names = sorted({_name(kernel) for kernel in kernels.values()})
@@ -177,7 +194,9 @@ def probe(device: torch.device) -> dict[str, str]:
     return {"naive": "", "sdpa": "", "xformers": problem}
 
 
-def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict[Shape, Kernel], str]:
+def _choose(
+    pipeline: Any, backend: Backend, device: torch.device, cache: Path
+) -> tuple[dict[Shape, Kernel], str]:
     shapes = Counter(shape for _, shape in _attentions(pipeline))
     if backend == "naive":
         return dict.fromkeys(shapes, naive), "asked for; the baseline of 2022, with N x N matrices in memory"
@@ -199,13 +218,63 @@ def _choose(pipeline: Any, backend: Backend, device: torch.device) -> tuple[dict
         return kernels, "asked for" + (f"; sdpa where it refuses: {refused}" if refused else "")
     if all(kernel is sdpa for kernel in kernels.values()):
         return kernels, f"xformers does not work: {refused}"
-    times = {
-        "sdpa": _time(dict.fromkeys(shapes, sdpa), shapes, device),
-        "xformers": _time(kernels, shapes, device),
-    }
-    table = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in times.items())
-    reason = f"the fastest for a forward of {TIMED_ROWS} rows with its decoding: {table}"
-    return (kernels if times["xformers"] < times["sdpa"] else dict.fromkeys(shapes, sdpa)), reason
+    return _fastest(kernels, device, cache)
+
+
+def _fastest(
+    kernels: dict[Shape, Kernel], device: torch.device, cache: Path
+) -> tuple[dict[Shape, Kernel], str]:
+    """The faster of sdpa and `kernels` for each shape, and the table that says so."""
+    known = _Measured(cache, device)
+    chosen: dict[Shape, Kernel] = {}
+    table = []
+    for shape, kernel in kernels.items():
+        times = {"sdpa": math.inf, "xformers": math.inf} | known.of(shape)
+        for name, each in (("sdpa", sdpa), ("xformers", kernel)):
+            if times[name] == math.inf and (name == "sdpa" or kernel is not sdpa):
+                times[name] = _time(each, shape, device)
+        known.keep(shape, times)
+        chosen[shape] = kernel if times["xformers"] < times["sdpa"] else sdpa
+        table.append(f"{shape}: " + " ".join(f"{name} {time:.3f}" for name, time in times.items()))
+    known.save()
+    return chosen, f"the fastest for each shape, ms for {TIMED_ROWS} rows: {'; '.join(table)}"
+
+
+class _Measured:
+    """Milliseconds by shape and backend, kept for the next start on the same GPU with the same libraries."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._path = path
+        versions = [torch.__version__, *_version_of("xformers")]
+        self._place = " ".join([torch.cuda.get_device_name(device), *versions])
+        self._all: dict[str, dict[str, dict[str, float]]] = {}
+        # A cache that cannot be read is as good as none, and is written anew.
+        with contextlib.suppress(OSError, ValueError):
+            self._all = dict(json.loads(path.read_text("utf-8")))
+
+    def of(self, shape: Shape) -> dict[str, float]:
+        """What is known of `shape`."""
+        return self._all.get(self._place, {}).get(str(shape), {})
+
+    def keep(self, shape: Shape, times: dict[str, float]) -> None:
+        """Remember the times that are finite."""
+        finite = {name: time for name, time in times.items() if math.isfinite(time)}
+        self._all.setdefault(self._place, {})[str(shape)] = finite
+
+    def save(self) -> None:
+        """Write the file; where that cannot be done, the next start measures again."""
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            beside = self._path.with_suffix(f".{os.getpid()}")
+            beside.write_text(json.dumps(self._all, indent=1), "utf-8")
+            beside.replace(self._path)
+
+
+def _version_of(package: str) -> list[str]:
+    try:
+        return [f"{package} {importlib.metadata.version(package)}"]
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:
@@ -230,22 +299,19 @@ def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, K
     return kernels, refused
 
 
-def _time(kernels: dict[Shape, Kernel], shapes: Counter[Shape], device: torch.device) -> float:
-    """Milliseconds of all attention in one forward of `TIMED_ROWS` rows."""
-    total = 0.0
-    for shape, times in shapes.items():
-        drawn = shape.draw(TIMED_ROWS, device)
-        scale = shape.head_width**-0.5
-        event: Any = torch.cuda.Event
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        for repetition in range(13):
-            if repetition == 3:
-                start.record()
-            kernels[shape](*drawn, scale)
-        end.record()
-        end.synchronize()
-        total += start.elapsed_time(end) / 10 * times
-    return total
+def _time(kernel: Kernel, shape: Shape, device: torch.device) -> float:
+    """Milliseconds of one attention of `TIMED_ROWS` rows."""
+    drawn = shape.draw(TIMED_ROWS, device)
+    scale = shape.head_width**-0.5
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    for repetition in range(23):
+        if repetition == 3:
+            start.record()
+        kernel(*drawn, scale)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 20
 
 
 def _attentions(pipeline: Any) -> Iterator[tuple[Any, Shape]]:

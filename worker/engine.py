@@ -1,29 +1,31 @@
-"""The loop that owns the device: one thread, one denoising step a turn.
+"""The loop that owns the device: one denoising step a turn.
 
-    submit ─► inbox ─► admit ─► batcher ─► step ─► finished? ─► decode ─► the job's future
-                        prepare             │
-                                            └─ cancelled, late, failed: leaves now, alone
+    submit ─► prepare ─► inbox ─► batcher ─► step ─► finished? ─► decode ─► the job's future
+    (its own thread)     (the engine's thread) │                  (the decoder's thread)
+                                               └─ cancelled, late, failed: leaves now, alone
 
-Jobs join at the next step and leave at their last. Whatever happens to one job happens to it alone: a
-forward that fails is run again in halves from the same latents until the one that cannot run is found;
-one that does not fit in memory lowers the lane's cap. Every future is resolved, whatever happens. Only a
-`MachineError` of the runner ends the loop: then all jobs go back to the queue, and the process ends.
+Jobs join at the next step and leave at their last. The loop does nothing but steps: a job's text is encoded
+on the thread that submits it, and its picture is decoded beside the next step where the device has room for
+that. Whatever happens to one job happens to it alone: a forward that fails is run again in halves from the
+same latents until the one that cannot run is found; one that does not fit in memory lowers the lane's cap.
+Every future is resolved, whatever happens. Only a `MachineError` of the runner ends the loop: then all jobs
+go back to the queue, and the process ends.
 
 The engine is given its runner (all of torch is behind it) and imports none itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from worker.batcher import Batcher
+from worker.batcher import Batcher, Costs
 from worker.errors import (
     EngineStoppedError,
     JobCancelledError,
@@ -49,7 +51,7 @@ class Render(Protocol):
 
     @property
     def rows(self) -> int:
-        """Rows in a forward of the UNet: 2 with guidance, 1 without."""
+        """Rows in the next forward of the UNet: 2 with guidance, 1 without."""
 
     @property
     def step(self) -> int:
@@ -67,18 +69,19 @@ class Render(Protocol):
 R = TypeVar("R", bound=Render)
 
 
-class Runner(Protocol[R]):
+class Runner(Costs, Protocol[R]):
     """What computes. See `worker.model_runner.ModelRunner`."""
 
     @property
     def max_rows(self) -> int:
         """Rows worth having in one step of the size most jobs have."""
 
-    def cap(self, lane: Hashable) -> int:
-        """Rows worth having in one step of `lane`, >= 1."""
+    @property
+    def decodes_beside(self) -> bool:
+        """Whether `decode` may run on another thread while `step` does, and gains by it."""
 
     def prepare(self, job: Job) -> R:
-        """Encode the text, draw the noise. Raises for this job alone."""
+        """Encode the text, draw the noise. Raises for this job alone. Called on any thread."""
 
     def step(self, renders: Sequence[R]) -> list[SmallcatError | None]:
         """Run one step of renders of one lane. Those whose outcome is an error are as they were before."""
@@ -104,6 +107,7 @@ class _Ticket(Generic[R]):
     job: Job
     deadline_s: float
     future: Future[Rendered] = field(default_factory=Future)
+    #: Set before the ticket is in the inbox.
     render: R | None = None
     cancelled: bool = False
 
@@ -118,11 +122,12 @@ class _Ticket(Generic[R]):
 
 
 class Engine(Generic[R]):
-    """Renders jobs together, a step at a time, on one thread of its own.
+    """Renders jobs together, a step at a time, on a thread of its own.
 
     `job_timeout_s` (> 0) bounds each job's stay. `on_death` is called once, from the engine's thread, if
     the loop itself fails: all jobs have been given back by then, and the process should exit.
-    `clock` returns monotonic seconds. All public methods may be called from any thread.
+    `on_step` is told the rows of each step and the seconds it took. `clock` returns monotonic seconds.
+    All public methods may be called from any thread.
     """
 
     def __init__(
@@ -139,15 +144,23 @@ class Engine(Generic[R]):
         self._on_death = on_death
         self._on_step = on_step
         self._clock = clock
-        self._batcher: Batcher[_Ticket[R]] = Batcher(runner.cap)
-        self._inbox: deque[_Ticket[R]] = deque()
+        self._batcher: Batcher[_Ticket[R]] = Batcher(runner)
+        #: On board: from `submit` until resolved.
         self._tickets: dict[str, _Ticket[R]] = {}
+        #: Prepared, for the batcher.
+        self._inbox: list[_Ticket[R]] = []
+        #: Past their last step, for the decoder.
+        self._finished: list[_Ticket[R]] = []
         self._changed = threading.Condition()
         self._stopped = False
         self._died = False
-        #: When the present turn began; None between turns.
+        #: What ends the loop, found on another thread.
+        self._failure: BaseException | None = None
+        #: When the present turn and the present decoding began; None between them.
         self._turn_since_s: float | None = None
+        self._decoding_since_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._decoder = ThreadPoolExecutor(1, "decoder") if runner.decodes_beside else None
 
     @property
     def max_rows(self) -> int:
@@ -159,24 +172,33 @@ class Engine(Generic[R]):
         self._thread.start()
 
     def submit(self, job_id: str, job: Job) -> Future[Rendered]:
-        """Take a job on board. Its future resolves to a `Rendered`, or to the job's own `SmallcatError`.
+        """Take a job on board: encode its text now, on the caller's thread, and let it wait for a seat.
 
-        A job of an id that is on board already joins it. A stopped engine answers `EngineStoppedError`.
+        The future resolves to a `Rendered`, or to the job's own `SmallcatError`. A job of an id that is on
+        board already joins it. A stopped engine answers `EngineStoppedError`.
         """
         with self._changed:
-            if (ticket := self._tickets.get(job_id)) is None:
-                ticket = _Ticket(job_id, job, self._clock() + self._job_timeout_s)
-                if self._stopped:
-                    ticket.resolve(
-                        EngineStoppedError("The engine has stopped: the job goes back to the queue.")
-                    )
-                    return ticket.future
-                self._tickets[job_id] = ticket
-                self._inbox.append(ticket)
-                self._changed.notify()
-            # Whoever submits a job again after its cancellation wants it.
-            ticket.cancelled = False
+            if (known := self._tickets.get(job_id)) is not None:
+                # Whoever submits a job again after its cancellation wants it.
+                known.cancelled = False
+                return known.future
+            ticket: _Ticket[R] = _Ticket(job_id, job, self._clock() + self._job_timeout_s)
+            if self._stopped:
+                ticket.resolve(EngineStoppedError("The engine has stopped: the job goes back to the queue."))
+                return ticket.future
+            self._tickets[job_id] = ticket
+        try:
+            ticket.render = self._runner.prepare(job)
+        except BaseException as error:  # noqa: BLE001 - a job fails alone
+            if _is_lost(error):
+                self._fail(error)
+            else:
+                self._leave(ticket, _as_job_error(error))
             return ticket.future
+        with self._changed:
+            self._inbox.append(ticket)
+            self._changed.notify_all()
+        return ticket.future
 
     def cancel(self, job_id: str) -> None:
         """Let a job leave at the next step with `JobCancelledError`. One that is not on board: nothing."""
@@ -186,7 +208,7 @@ class Engine(Generic[R]):
                 self._changed.notify()
 
     def progress(self) -> dict[str, tuple[int, int]]:
-        """(steps done, steps in all) of each job on board, by id; in all is 0 before its first turn."""
+        """(steps done, steps in all) of each job on board, by id; in all is 0 until its text is encoded."""
         with self._changed:
             tickets = list(self._tickets.values())
         return {
@@ -199,9 +221,9 @@ class Engine(Generic[R]):
         return self._died or self.is_hung()
 
     def is_hung(self) -> bool:
-        """Whether the loop has been in one turn for longer than any job may take."""
-        turn_s = self._turn_since_s
-        return turn_s is not None and self._clock() - turn_s > self._job_timeout_s
+        """Whether the device has been at one step or one decoding for longer than any job may take."""
+        begun = (self._turn_since_s, self._decoding_since_s)
+        return any(since is not None and self._clock() - since > self._job_timeout_s for since in begun)
 
     def drain(self, timeout_s: float) -> None:
         """Wait until all jobs on board are done, at most `timeout_s` seconds; then `stop`."""
@@ -215,6 +237,8 @@ class Engine(Generic[R]):
         self._give_all_back(EngineStoppedError("The worker is stopping: the job goes back to the queue."))
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
+        if self._decoder is not None:
+            self._decoder.shutdown(wait=False, cancel_futures=True)
 
     # What follows runs on the engine's thread.
 
@@ -235,46 +259,40 @@ class Engine(Generic[R]):
             self._on_death(error)
 
     def _wait_for_work(self) -> bool:
-        """Sleep while there is none. False: stop."""
+        """Sleep while there is none. False: stop. Raises what was found on another thread."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._inbox or len(self._batcher))
+            self._changed.wait_for(
+                lambda: self._stopped or self._failure or self._inbox or len(self._batcher)
+            )
+            if self._failure is not None:
+                raise self._failure
             return not self._stopped
 
     def _admit(self) -> None:
-        """Prepare what came in since the last step and let it wait for a seat."""
-        while True:
-            with self._changed:
-                if not self._inbox:
-                    return
-                ticket = self._inbox.popleft()
-            try:
-                ticket.render = self._runner.prepare(ticket.job)
-            except BaseException as error:  # noqa: BLE001 - a job fails alone
-                _raise_if_lost(error)
-                self._leave(ticket, _as_job_error(error), seated=False)
-                continue
-            self._batcher.add(
-                ticket,
-                lane=ticket.render.lane,
-                rows=ticket.render.rows,
-                priority=ticket.job.priority,
-                now_s=self._clock(),
-            )
+        """Let those who came in since the last step wait for a seat."""
+        with self._changed:
+            arrived = list(self._inbox)
+            self._inbox.clear()
+        for ticket in arrived:
+            if ticket.render is not None:
+                self._batcher.add(
+                    ticket,
+                    lane=ticket.render.lane,
+                    rows=ticket.render.rows,
+                    priority=ticket.job.priority,
+                    now_s=self._clock(),
+                )
 
     def _evict(self) -> None:
         """Let go of those who were cancelled or are past their time."""
-        with self._changed:
-            tickets = list(self._tickets.values())
         now_s = self._clock()
-        for ticket in tickets:
-            if ticket.render is None:
-                continue  # Came in after `_admit`: its turn is next.
+        for ticket in list(self._batcher):
             if ticket.cancelled:
-                self._leave(ticket, JobCancelledError("The job was cancelled."))
-            elif now_s > ticket.deadline_s:
+                self._drop(ticket, JobCancelledError("The job was cancelled."))
+            elif now_s > ticket.deadline_s and ticket.render is not None:
                 limit = f"{self._job_timeout_s:g} s (SMALLCAT_JOB_TIMEOUT_S)"
                 done = f"step {ticket.render.step} of {ticket.render.steps}"
-                self._leave(ticket, JobTimeoutError(f"The job was at {done} after its limit of {limit}."))
+                self._drop(ticket, JobTimeoutError(f"The job was at {done} after its limit of {limit}."))
 
     def _step(self, batch: Sequence[_Ticket[R]]) -> None:
         """One step of `batch`. On failure: again in halves, from the same latents, until it works."""
@@ -285,24 +303,27 @@ class Engine(Generic[R]):
             outcomes = self._runner.step(renders)
         except OutOfMemoryError as error:
             if len(batch) == 1:
-                self._leave(batch[0], _too_large(batch[0].job, error))
+                self._drop(batch[0], _too_large(batch[0].job, error))
                 return
             self._batcher.lower_cap(renders[0].lane, rows)
             logger.warning("%d rows do not fit: the cap is %d now.", rows, self._batcher.cap(renders[0].lane))
             self._step_halves(batch)
             return
-        except BaseException as error:  # noqa: BLE001 - a job fails alone
-            _raise_if_lost(error)
+        except BaseException as error:
+            if _is_lost(error):
+                raise
             if len(batch) == 1:
-                self._leave(batch[0], _as_job_error(error))
+                self._drop(batch[0], _as_job_error(error))
                 return
             logger.warning("A step of %d jobs failed (%r): finding the job that did it.", len(batch), error)
             self._step_halves(batch)
             return
         self._on_step(rows, self._clock() - started_s)
-        for ticket, failure in zip(batch, outcomes, strict=True):
+        for ticket, render, failure in zip(batch, renders, outcomes, strict=True):
             if failure is not None:
-                self._leave(ticket, failure)
+                self._drop(ticket, failure)
+            else:
+                self._batcher.resize(ticket, render.rows)
 
     def _step_halves(self, batch: Sequence[_Ticket[R]]) -> None:
         middle = len(batch) // 2
@@ -310,43 +331,79 @@ class Engine(Generic[R]):
         self._step(batch[middle:])
 
     def _retire(self, batch: Iterable[_Ticket[R]]) -> None:
-        """Decode those of `batch` that are finished and resolve their futures."""
+        """Hand those of `batch` that are finished to the decoder."""
         finished = [
-            (ticket, ticket.render)
+            ticket
             for ticket in batch
-            if ticket.render is not None
-            and not ticket.future.done()
-            and ticket.render.step >= ticket.render.steps
+            if ticket in self._batcher and ticket.render and ticket.render.step >= ticket.render.steps
         ]
         if not finished:
             return
-        for (ticket, render), outcome in zip(finished, self._decode([r for _, r in finished]), strict=True):
-            if isinstance(outcome, Picture):
-                self._leave(ticket, Rendered(outcome, render.warnings))
-            else:
-                self._leave(ticket, outcome)
+        for ticket in finished:
+            self._batcher.remove(ticket)
+        with self._changed:
+            self._finished.extend(finished)
+        if self._decoder is None:
+            self._decode_finished()
+        else:
+            with contextlib.suppress(RuntimeError):  # Shut down: all jobs have been given back.
+                self._decoder.submit(self._decode_finished)
+
+    def _drop(self, ticket: _Ticket[R], outcome: SmallcatError) -> None:
+        """Let a job go before its time: its seat is free, its future resolved."""
+        self._batcher.remove(ticket)
+        self._leave(ticket, outcome)
+
+    # What follows runs on the decoder's thread, where there is one.
+
+    def _decode_finished(self) -> None:
+        """Decode all who are waiting for it, together, and resolve their futures."""
+        self._decoding_since_s = self._clock()
+        try:
+            with self._changed:
+                tickets = list(self._finished)
+                self._finished.clear()
+            renders = [ticket.render for ticket in tickets if ticket.render is not None]
+            for ticket, render, outcome in zip(tickets, renders, self._decode(renders), strict=True):
+                if isinstance(outcome, Picture):
+                    self._leave(ticket, Rendered(outcome, render.warnings))
+                else:
+                    self._leave(ticket, outcome)
+        except BaseException as error:  # noqa: BLE001 - the loop ends with it, and says so
+            self._fail(error)
+        finally:
+            self._decoding_since_s = None
 
     def _decode(self, renders: Sequence[R]) -> list[Picture | SmallcatError]:
         """Decode together; on failure in halves, until the one that cannot be decoded is found."""
+        if not renders:
+            return []
         try:
             return self._runner.decode(renders)
-        except BaseException as error:  # noqa: BLE001 - a job fails alone
-            _raise_if_lost(error)
+        except BaseException as error:
+            if _is_lost(error):
+                raise
             if len(renders) == 1:
                 return [_as_job_error(error)]
             logger.warning("Decoding %d pictures together failed (%r): trying halves.", len(renders), error)
             middle = len(renders) // 2
             return self._decode(renders[:middle]) + self._decode(renders[middle:])
 
-    def _leave(self, ticket: _Ticket[R], outcome: Rendered | SmallcatError, *, seated: bool = True) -> None:
-        """The only way out: off the batcher, off the books, its future resolved."""
-        if seated:
-            self._batcher.remove(ticket)
+    # What follows runs on any thread.
+
+    def _leave(self, ticket: _Ticket[R], outcome: Rendered | SmallcatError) -> None:
+        """The only way out: off the books, its future resolved."""
         with self._changed:
             if self._tickets.get(ticket.job_id) is ticket:
                 del self._tickets[ticket.job_id]
             self._changed.notify_all()
         ticket.resolve(outcome)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let the loop end with `error`."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
 
     def _give_all_back(self, error: EngineStoppedError) -> None:
         with self._changed:
@@ -354,15 +411,15 @@ class Engine(Generic[R]):
             tickets = list(self._tickets.values())
             self._tickets.clear()
             self._inbox.clear()
+            self._finished.clear()
             self._changed.notify_all()
         for ticket in tickets:
             ticket.resolve(error)
 
 
-def _raise_if_lost(error: BaseException) -> None:
-    """Raise what no other job on this machine would be spared either."""
-    if isinstance(error, MachineError) and not isinstance(error, OutOfMemoryError):
-        raise error
+def _is_lost(error: BaseException) -> bool:
+    """Whether no other job on this machine would be spared either."""
+    return isinstance(error, MachineError) and not isinstance(error, OutOfMemoryError)
 
 
 def _as_job_error(error: BaseException) -> SmallcatError:

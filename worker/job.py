@@ -170,6 +170,10 @@ class Job(BaseModel):
     guidance_scale: float | None = Field(
         default=None, ge=0, le=MAX_GUIDANCE, strict=True, allow_inf_nan=False
     )
+    #: Share of the steps, 0 to 1, from which on guidance is used (Kynkäänniemi et al., 2024).
+    guidance_start: float = Field(default=0.0, ge=0, le=1, strict=True, allow_inf_nan=False)
+    #: Share of the steps, 0 to 1, from which on it no longer is. Steps without guidance take half the work.
+    guidance_stop: float = Field(default=1.0, ge=0, le=1, strict=True, allow_inf_nan=False)
     #: diffusers noise scheduler; `default` is the model's own.
     scheduler: Annotated[Scheduler, BeforeValidator(_choice)] = Scheduler.DEFAULT
     #: The model's name; `default` is the fleet's.
@@ -193,7 +197,7 @@ class Job(BaseModel):
     def _one_line(cls, value: str) -> str:
         return _name(value)
 
-    @field_validator("guidance_scale")
+    @field_validator("guidance_scale", "guidance_start", "guidance_stop")
     @classmethod
     def _one_zero(cls, value: float | None) -> float | None:
         # -0.0 is the same picture, and so must be the same id.

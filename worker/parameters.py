@@ -43,6 +43,9 @@ def write(job: Job) -> str:
         "Steps": job.steps,
         "Sampler": SAMPLERS[job.scheduler],
         "CFG scale": job.guidance_scale,
+        # Where guidance is used throughout, as other tools have it, nothing is said of it.
+        **({"Guidance start": job.guidance_start} if job.guidance_start > 0 else {}),
+        **({"Guidance stop": job.guidance_stop} if job.guidance_stop < 1 else {}),
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
         "Model": _quote(job.model),
@@ -76,6 +79,8 @@ def read(text: str) -> Job:
     for name, field, kind in (
         ("Steps", "steps", int),
         ("CFG scale", "guidance_scale", float),
+        ("Guidance start", "guidance_start", float),
+        ("Guidance stop", "guidance_stop", float),
         ("Seed", "seed", int),
     ):
         if name in pairs:

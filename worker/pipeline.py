@@ -16,7 +16,7 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from worker import model_files
+from worker import gpu_lock, model_files
 from worker.errors import SettingsError
 from worker.job import (
     DEFAULT_MODEL,
@@ -83,7 +83,7 @@ def load(settings: WorkerSettings) -> Loaded:
     _quieten()
     pipeline = _load(files, settings, dtype)
     _check(pipeline, files)
-    layout = _place(pipeline, device)
+    layout = _place(pipeline, device, compiled=settings.compile)
     served = ServedModel(
         name=_name(settings, files),
         revision=_revision(files, settings),
@@ -104,20 +104,25 @@ def load(settings: WorkerSettings) -> Loaded:
 
 
 def choose_device(asked: str) -> tuple[torch.device, str]:
-    """Where to run, and why. Raises `SettingsError` when a GPU is asked for and there is none."""
-    has_gpu = torch.cuda.is_available()
-    if asked == "auto":
-        return (
-            (torch.device("cuda"), "there is a GPU")
-            if has_gpu
-            else (torch.device("cpu"), "torch finds no CUDA GPU")
-        )
-    if asked == "cuda" and not has_gpu:
+    """Where to run, and why: a GPU that no other worker has, where there is one.
+
+    Raises `SettingsError` when a GPU is asked for and there is none, or none is free.
+    """
+    if asked == "cpu":
+        return torch.device("cpu"), "SMALLCAT_DEVICE asks for it"
+    if not torch.cuda.is_available():
+        if asked == "auto":
+            return torch.device("cpu"), "torch finds no CUDA GPU"
         raise SettingsError(
             f"SMALLCAT_DEVICE is cuda, but torch {torch.__version__} finds no CUDA GPU: install a CUDA build "
             "of torch and the driver, or set SMALLCAT_DEVICE=cpu."
         )
-    return torch.device(asked), "SMALLCAT_DEVICE asks for it"
+    index, reason = gpu_lock.take(
+        torch.cuda.device_count(), lambda index: str(torch.cuda.get_device_properties(index).uuid)
+    )
+    # Threads start with the first GPU as theirs, and libraries ask for the present one.
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index), reason
 
 
 def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -208,7 +213,7 @@ def _check(pipeline: Any, files: model_files.ModelFiles) -> None:
             )
 
 
-def _place(pipeline: Any, device: torch.device) -> tuple[str, str]:
+def _place(pipeline: Any, device: torch.device, *, compiled: bool) -> tuple[str, str]:
     """Move all to the device, ready for inference. Returns the memory layout chosen, and why."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
@@ -220,10 +225,12 @@ def _place(pipeline: Any, device: torch.device) -> tuple[str, str]:
         vae.to(torch.float32)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    if device.type == "cuda":
+    if device.type == "cuda" and not compiled:
         return "contiguous", "channels_last pays on a GPU only where the UNet is compiled"
     pipeline.unet.to(memory_format=torch.channels_last)
     vae.to(memory_format=torch.channels_last)
+    if device.type == "cuda":
+        return "channels_last", "what the tensor cores take, and compiled code converts nothing"
     return "channels_last", "convolutions take up to a third less time on a CPU"
 
 

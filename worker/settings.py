@@ -131,6 +131,12 @@ class WorkerSettings(Settings):
     attention: Literal["auto", "xformers", "sdpa", "naive"] = "auto"
     #: 0 is attention=naive, 1 is attention=xformers: the origin's switch. SMALLCAT_ATTENTION wins.
     use_memory_efficient_attention: Literal["0", "1"] | None = None
+    #: Whether a GPU runs compiled steps: a minute or two at the first start, twice the speed ever after.
+    compile: bool = True
+    #: Whether a job's picture is the same to the bit, alone or in company, on the same kind of GPU.
+    exact: bool = False
+    #: Folder for compiled kernels and for measured choices.
+    cache_dir: str = "~/.cache/smallcat"
     #: Rows in one forward of the UNet, 1 to 256; a guided job takes two. Not set: measured at start.
     max_batch: int | None = Field(default=None, ge=1, le=256)
     #: Whether the safety checker of a model that ships one looks at every picture.

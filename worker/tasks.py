@@ -20,7 +20,7 @@ from celery.worker import state as worker_state
 from kombu.asynchronous import get_event_loop
 
 from worker import metrics, transport
-from worker.celery import RENDER, app
+from worker.celery import RENDER, URGENT, app
 from worker.engine import Engine
 from worker.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
 from worker.fleet import Fleet, WorkerInfo, queues_of
@@ -41,6 +41,8 @@ logger = logging.getLogger("smallcat.worker")
 REDIS_RETRY_S = 600.0
 #: Jobs on board for each row of a batch: the next ones are prepared and the last ones uploaded meanwhile.
 JOBS_PER_ROW = 2
+#: Rows of a batch for each place more that only urgent jobs may take: a batch of guided ones finds places.
+ROWS_PER_URGENT = 2
 #: Exit code of a worker whose engine was lost, from sysexits.h.
 EX_SOFTWARE = 70
 #: Seconds until a message that this worker cannot read, or does not know why it failed, is fetched again.
@@ -111,7 +113,9 @@ def _start(sender: Any, **_: Any) -> None:
     served, max_rows = _process.service.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
     if sender.concurrency == "auto":
-        sender.concurrency = JOBS_PER_ROW * max_rows
+        open_to_all = JOBS_PER_ROW * max_rows
+        sender.concurrency = open_to_all + max(1, max_rows // ROWS_PER_URGENT)
+        transport.set_reserve(open_to_all, URGENT)
 
 
 def load_runner(settings: WorkerSettings) -> ModelRunner:
@@ -138,8 +142,8 @@ def _assemble(name: str) -> _Process:
     runner = load_runner(settings)
     for choice in runner.choices:
         _say(choice.what, choice.choice, choice.reason)
-    caps = runner.warm_up()
-    _say(caps.what, caps.choice, caps.reason)
+    for choice in runner.warm_up():
+        _say(choice.what, choice.choice, choice.reason)
     engine = Engine(
         runner, job_timeout_s=settings.job_timeout_s, on_death=_engine_died, on_step=metrics.observe_step
     )

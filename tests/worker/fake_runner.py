@@ -55,8 +55,9 @@ class Faults:
 class FakeRunner:
     """See the module."""
 
-    def __init__(self, max_rows: int = 8, memory_rows: int = 10**6) -> None:
+    def __init__(self, max_rows: int = 8, memory_rows: int = 10**6, *, decodes_beside: bool = False) -> None:
         self.max_rows = max_rows
+        self.decodes_beside = decodes_beside
         #: Rows that fit in memory: more are an `OutOfMemoryError`.
         self.memory_rows = memory_rows
         #: Calls of `step` (from 0) that are out of memory whatever their rows.
@@ -82,6 +83,10 @@ class FakeRunner:
     def cap(self, lane: Hashable) -> int:
         """The same in each lane."""
         return self.max_rows
+
+    def step_s(self, lane: Hashable, rows: int) -> float:
+        """A row is a row."""
+        return float(rows)
 
     def prepare(self, job: Job) -> FakeRender:
         """As the contract says."""

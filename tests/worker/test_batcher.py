@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -12,14 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from worker.batcher import AGEING_S, Batcher
+from worker.batcher import AGEING_S, COMPANY, Batcher
+
+
+@dataclass(frozen=True)
+class Device:
+    """What every lane may have and costs: `fixed` for a step, and one for each row."""
+
+    max_rows: int
+    fixed: float = 0.0
+
+    def cap(self, lane: Hashable) -> int:
+        return self.max_rows
+
+    def step_s(self, lane: Hashable, rows: int) -> float:
+        return self.fixed + rows
 
 
 def batcher_with(
-    max_rows: int, *jobs: tuple[str, int], priority: int = 5, lane: str = "lane"
+    max_rows: int, *jobs: tuple[str, int], priority: int = 5, lane: str = "lane", fixed: float = 0.0
 ) -> Batcher[str]:
     """A batcher in which `jobs`, of a name and a number of rows each, arrived in this order at time 0."""
-    batcher: Batcher[str] = Batcher(lambda lane: max_rows)
+    batcher: Batcher[str] = Batcher(Device(max_rows, fixed))
     for name, rows in jobs:
         batcher.add(name, lane=lane, rows=rows, priority=priority, now_s=0.0)
     return batcher
@@ -63,16 +77,74 @@ def test_higher_priority_sits_down_first() -> None:
     assert batcher.next_batch(1.0) == ["high"]
 
 
-def test_a_seat_is_kept_whoever_arrives() -> None:
-    batcher = batcher_with(2, ("low", 2), priority=0)
-    assert batcher.next_batch(0.0) == ["low"]
-    batcher.add("high", lane="lane", rows=2, priority=9, now_s=0.0)
-    assert batcher.next_batch(0.0) == ["low"]
+def test_a_seat_is_kept_whoever_arrives_of_equal_priority() -> None:
+    batcher = batcher_with(2, ("first", 2))
+    for now_s in (0.0, 1.0, 1e6):
+        batcher.add(f"at {now_s}", lane="lane", rows=2, priority=5, now_s=now_s)
+        assert batcher.next_batch(now_s) == ["first"]
 
 
-@pytest.mark.parametrize(("waited_s", "first"), [(69.0, "high"), (71.0, "low")])
-def test_waiting_raises_priority_by_one_every_ten_seconds(waited_s: float, first: str) -> None:
-    assert AGEING_S == 10
+def test_a_job_takes_the_seats_of_the_lowest_below_it_and_they_come_back() -> None:
+    batcher = batcher_with(6, ("a", 2), ("b", 2), ("c", 2), priority=3, fixed=100.0)
+    assert batcher.next_batch(0.0) == ["a", "b", "c"]
+    batcher.add("live", lane="lane", rows=2, priority=5, now_s=1.0)
+    assert batcher.next_batch(1.0) == ["live", "a", "b"]
+    batcher.remove("live")
+    assert sorted(batcher.next_batch(2.0)) == ["a", "b", "c"]
+
+
+def test_no_seat_is_taken_in_vain() -> None:
+    batcher = batcher_with(4, ("equal", 2), fixed=100.0)
+    batcher.add("low", lane="lane", rows=2, priority=3, now_s=0.0)
+    assert batcher.next_batch(0.0) == ["equal", "low"]
+    # Four rows would not fit beside its equal, however many below it left.
+    batcher.add("wide", lane="lane", rows=4, priority=5, now_s=0.0)
+    assert batcher.next_batch(0.0) == ["equal", "low"]
+
+
+@pytest.mark.parametrize(
+    ("later_s", "batch"),
+    [(29.0, ["live"]), (31.0, ["old"]), (1e6, ["old"])],
+    ids=["soon", "late", "much later"],
+)
+def test_who_has_waited_long_enough_is_below_no_newcomer(later_s: float, batch: list[str]) -> None:
+    batcher = batcher_with(2, ("old", 2), priority=3)
+    batcher.next_batch(0.0)
+    batcher.add("live", lane="lane", rows=2, priority=5, now_s=later_s)
+    assert batcher.next_batch(later_s) == batch
+
+
+@pytest.mark.parametrize(
+    ("fixed", "batch"),
+    [
+        # Each row costs the same: those below it would slow the live job down.
+        (0.0, ["live"]),
+        # 10 + 2 rows alone, 10 + 4 with one of them: 1.17 times; 10 + 6 with both: 1.33 times.
+        (10.0, ["live", "a"]),
+        # Rows are as good as free.
+        (1000.0, ["live", "a", "b"]),
+    ],
+)
+def test_those_below_ride_along_as_far_as_it_is_nearly_free(fixed: float, batch: list[str]) -> None:
+    assert COMPANY == 1.3
+    batcher = batcher_with(8, ("a", 2), ("b", 2), priority=3, fixed=fixed)
+    batcher.next_batch(0.0)
+    batcher.add("live", lane="lane", rows=2, priority=5, now_s=0.0)
+    assert batcher.next_batch(0.0) == batch
+
+
+def test_a_job_that_needs_more_rows_than_before_is_made_room_for() -> None:
+    batcher = batcher_with(4, ("a", 1), ("b", 2), ("c", 1))
+    assert batcher.next_batch(0.0) == ["a", "b", "c"]
+    batcher.resize("a", 2)
+    assert batcher.next_batch(0.0) == ["a", "b"]
+    batcher.resize("b", 1)
+    assert batcher.next_batch(0.0) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("waited_s", "first"), [(209.0, "high"), (211.0, "low")])
+def test_waiting_raises_priority_by_one_every_thirty_seconds(waited_s: float, first: str) -> None:
+    assert AGEING_S == 30
     batcher = batcher_with(2, ("low", 2), priority=1)
     batcher.add("high", lane="lane", rows=2, priority=8, now_s=waited_s)
     assert batcher.next_batch(waited_s) == [first]
@@ -95,13 +167,13 @@ def steps_of(batcher: Batcher[str], turns: int, now_s: float = 0.0) -> Counter[s
     return Counter(item for _ in range(turns) for item in batcher.next_batch(now_s))
 
 
-def test_lanes_of_equal_weight_share_the_rows() -> None:
+def test_lanes_of_equal_weight_share_the_time() -> None:
     batcher = batcher_with(8, ("small", 1), lane="one")
     batcher.add("large", lane="other", rows=2, priority=5, now_s=0.0)
     assert steps_of(batcher, 300) == {"small": 200, "large": 100}
 
 
-def test_a_lane_of_two_priorities_more_gets_twice_the_rows() -> None:
+def test_a_lane_of_two_priorities_more_gets_twice_the_time() -> None:
     batcher = batcher_with(8, ("normal", 2), priority=5, lane="one")
     batcher.add("urgent", lane="other", rows=2, priority=7, now_s=0.0)
     steps = steps_of(batcher, 300)
@@ -175,7 +247,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
     @initialize(max_rows=st.integers(1, 6))
     def begin(self, max_rows: int) -> None:
-        self.batcher: Batcher[int] = Batcher(lambda lane: max_rows)
+        self.batcher: Batcher[int] = Batcher(Device(max_rows))
         self.known: dict[int, Known] = {}
         self.caps = dict.fromkeys("xyz", max_rows)
         self.now_s = 0.0
@@ -194,6 +266,13 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         del self.known[item]
         self.batcher.remove(item)
 
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), rows=st.integers(1, 3))
+    def resize(self, data: st.DataObject, rows: int) -> None:
+        item = data.draw(st.sampled_from(sorted(self.known)))
+        self.known[item].rows = rows
+        self.batcher.resize(item, rows)
+
     @rule(lane=st.sampled_from("xyz"), rows=st.integers(1, 6))
     def lower_cap(self, lane: str, rows: int) -> None:
         self.caps[lane] = max(1, min(self.caps[lane], rows // 2))
@@ -206,6 +285,10 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def rank(self, item: int) -> tuple[float, int]:
         job = self.known[item]
         return job.priority + (self.now_s - job.arrived_s) / AGEING_S, -job.number
+
+    def is_below(self, low: int, high: int) -> bool:
+        apart = self.rank(low)[0] - self.rank(high)[0]
+        return self.known[low].priority < self.known[high].priority and apart <= -1 + 1e-6
 
     @rule()
     def step(self) -> None:
@@ -220,7 +303,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         rows = sum(self.known[item].rows for item in batch)
         assert rows <= self.caps[name] or len(batch) == 1, "the cap is kept, but for one that is wider alone"
         waiting = [item for item, job in self.known.items() if job.lane == name and item not in batch]
-        if waiting:
+        if waiting and not any(self.is_below(low, high) for low in waiting for high in batch):
             first = max(waiting, key=self.rank)
             assert rows + self.known[first].rows > self.caps[name], "no seat is free that the next one fits"
         for late in batch:
@@ -245,7 +328,7 @@ def turns_until_done(
     victim: Arrival, arrivals: Callable[[int], Iterable[Arrival]], *, max_rows: int, step_s: float, limit: int
 ) -> float:
     """In which turn `victim` is done when `arrivals(turn)` come before each; infinity beyond `limit`."""
-    batcher: Batcher[int] = Batcher(lambda lane: max_rows)
+    batcher: Batcher[int] = Batcher(Device(max_rows))
     left: dict[int, int] = {}
 
     def add(arrival: Arrival, now_s: float) -> None:
@@ -278,7 +361,7 @@ ADVERSARIES: dict[str, Callable[[int], list[Arrival]]] = {
     "one-step jobs, whose lane is new each time": lambda turn: [("other", 1, 1, 9)],
     "a lane of its own for every job": lambda turn: [(f"lane {turn}", 2, 1, 9)],
     "wide batches that come and go": lambda turn: [("other", 8, 1, 9)],
-    "urgent mates in its own lane, at first": lambda turn: [("victim", 2, 1, 9)] if turn < 800 else [],
+    "urgent mates in its own lane, at first": lambda turn: [("victim", 2, 1, 9)] if turn < 2_400 else [],
     "equals in its own lane": lambda turn: [("victim", 2, 4, 0)],
     "narrow mates that would fit beside": lambda turn: [("victim", 1, 30, 0)],
 }
@@ -287,7 +370,7 @@ ADVERSARIES: dict[str, Callable[[int], list[Arrival]]] = {
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 @pytest.mark.parametrize("victim", [VICTIM, ("victim", 8, 20, 0)], ids=["narrow", "as wide as the cap"])
 def test_a_job_is_done_in_bounded_time_whatever_else_arrives(adversary: str, victim: Arrival) -> None:
-    # 90 s of ageing are 900 turns; the rest is what a share of 1 : 2^4.5 of the rows leaves.
+    # 270 s of ageing are 2,700 turns; the rest is what a share of 1 : 2^4.5 of the time leaves.
     turns = turns_until_done(victim, ADVERSARIES[adversary], max_rows=8, step_s=0.1, limit=6_000)
     assert turns < 6_000
 

@@ -403,7 +403,7 @@ def test_an_engine_that_hangs_in_one_turn_for_longer_than_a_job_may_take_is_lost
 def test_progress_is_told_for_all_on_board() -> None:
     with bench_of(FakeRunner(max_rows=2)) as bench:
         bench.submit_together(1, 2)
-        assert bench.engine.progress() == {job_of(1).id: (0, 0), job_of(2).id: (0, 0)}
+        assert bench.engine.progress() == {job_of(1).id: (0, 4), job_of(2).id: (0, 4)}
         bench.runner.gate.clear()
         bench.engine.start()
         assert bench.runner.entered.wait(SOON_S)

@@ -242,6 +242,51 @@ def test_mates_that_come_and_go_leave_no_trace(sd1: Model) -> None:
         sd1.check(job, done[job.seed])
 
 
+def test_guidance_in_an_interval_is_guidance_in_those_steps_alone(sd1: Model) -> None:
+    """As diffusers' own call with a guidance that its step-end callback changes."""
+    job = a_job(scheduler="euler", steps=5, guidance_start=0.2, guidance_stop=0.6)
+    sd1.pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(sd1.own.config)
+    unguided, guided = 1.0000001, 7.5
+
+    def change(pipeline: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipeline._guidance_scale = guided if 0.2 <= (step + 1) / 5 < 0.6 else unguided
+        return {}
+
+    expected = sd1.pipeline(
+        job.prompt,
+        width=64,
+        height=64,
+        num_inference_steps=5,
+        guidance_scale=unguided,
+        generator=torch.Generator("cpu").manual_seed(job.seed),
+        callback_on_step_end=change,
+    ).images[0]
+    (render,) = renders(sd1.runner, job)
+    rows = []
+    while render.step < render.steps:
+        rows.append(render.rows)
+        assert sd1.runner.step([render]) == [None]
+    assert rows == [1, 2, 2, 1, 1]
+    (picture,) = sd1.runner.decode([render])
+    assert isinstance(picture, Picture)
+    assert np.abs(picture.pixels.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_exact_mode_gives_the_same_bits_alone_and_in_company(sd1: Model) -> None:
+    runner = ModelRunner(WorkerSettings(model=str(sd1.folder), exact=True))
+    jobs = [
+        a_job(seed=number, scheduler=name, guidance_scale=1.0 + 3 * (number % 2), steps=3 + number % 3)
+        for number, name in enumerate(Scheduler)
+    ]
+    together = finish(runner, *renders(runner, *jobs))
+    for job, picture in zip(jobs, together, strict=True):
+        (alone,) = finish(runner, *renders(runner, job))
+        assert isinstance(picture, Picture)
+        assert isinstance(alone, Picture)
+        assert np.array_equal(picture.pixels, alone.pixels)
+        sd1.check(job, picture)
+
+
 # --- what a render says of itself ---------------------------------------------------------------------------
 
 
@@ -329,16 +374,19 @@ def test_defaults_and_choices(sd1: Model, sdxl: Model, lcm: Model) -> None:
 
 def test_warm_up(sd1: Model, sdxl: Model, lcm: Model) -> None:
     for tiny in (sd1, sdxl, lcm):
-        choice = tiny.runner.warm_up()
-        assert choice.choice == str(tiny.runner.max_rows)
+        choices = {choice.what: choice for choice in tiny.runner.warm_up()}
+        assert choices["max rows"].choice == str(tiny.runner.max_rows)
+        assert choices["compile"].choice == "no"
+        lane = (4, 8, 8)
+        assert 0 < tiny.runner.step_s(lane, 1) < tiny.runner.step_s(lane, 64) < 100
         assert tiny.runner.max_rows >= 2
-        assert "1: " in choice.reason
+        assert "1: " in choices["max rows"].reason
 
 
 def test_a_cap_that_is_asked_for_is_not_measured(tmp_path: Path) -> None:
     model = str(tiny_models.tiny_sd1(tmp_path / "asked"))
     runner = ModelRunner(WorkerSettings(model=model, max_batch=3))
-    assert runner.warm_up().choice == "3"
+    assert [choice.choice for choice in runner.warm_up()] == ["no", "3"]
     assert runner.cap((4, 8, 8)) == runner.cap((4, 64, 64)) == 3
 
 
@@ -395,7 +443,7 @@ def test_a_nan_in_one_render_is_its_own_alone(sd1: Model) -> None:
     jobs = [a_job(seed=1), a_job(seed=2)]
     healthy, sick = renders(sd1.runner, *jobs)
     sd1.runner.step([healthy, sick])
-    sick._latents = sick._latents * float("nan")
+    sick._state = sick._state * float("nan")
     fine, failure = sd1.runner.step([healthy, sick])
     assert fine is None
     assert isinstance(failure, NotFiniteError)
@@ -404,18 +452,19 @@ def test_a_nan_in_one_render_is_its_own_alone(sd1: Model) -> None:
 
 
 def test_a_scheduler_that_fails_is_its_own_jobs_alone(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [a_job(seed=1), a_job(seed=2, scheduler="unipc")]
+    # With this model's config DDIM clips, so that its own object takes the step.
+    jobs = [a_job(seed=1), a_job(seed=2, scheduler="ddim")]
     healthy, sick = renders(sd1.runner, *jobs)
 
     def fail(*args: object, **more: object) -> None:
         raise IndexError("index 5 is out of bounds")
 
     with monkeypatch.context() as patch:
-        patch.setattr(diffusers.UniPCMultistepScheduler, "step", fail)
+        patch.setattr(diffusers.DDIMScheduler, "step", fail)
         fine, failure = sd1.runner.step([healthy, sick])
     assert fine is None
     assert isinstance(failure, RenderError)
-    assert "unipc" in str(failure)
+    assert "ddim" in str(failure)
     assert (healthy.step, sick.step) == (1, 0)
     # It is as it was: the step can be taken after all.
     for job, picture in zip(jobs, finish(sd1.runner, healthy, sick), strict=True):
@@ -520,7 +569,7 @@ def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.Monkey
     jobs = [a_job(seed=number) for number in range(3)]
     on_board = renders(sd1.runner, *jobs)
     finish(sd1.runner, *on_board)
-    on_board[1]._latents = on_board[1]._latents * float("nan")
+    on_board[1]._state = on_board[1]._state * float("nan")
     pictures = sd1.runner.decode(on_board)
     assert isinstance(pictures[1], NotFiniteError)
     sd1.check(jobs[0], pictures[0])

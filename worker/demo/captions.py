@@ -75,12 +75,12 @@ class SceneWriter:
         self._common = [index for index, subject in enumerate(subjects) if subject.common] or [0]
 
     def draw(self) -> Scene:
-        """One scene: 80% one subject, 20% two; 8% have an empty caption."""
+        """One scene: 74% one subject, 26% two; 8% have an empty caption."""
         rng = self._random
         background, words = self._background()
-        if rng.random() < 0.8:
+        if rng.random() < 0.74:
             subjects: tuple[int, ...] = (self._any(),)
-            sizes: tuple[int, ...] = (rng.choices((SMALL, MEDIUM, BIG), (22, 58, 20))[0],)
+            sizes: tuple[int, ...] = (rng.choices((SMALL, MEDIUM, BIG), (30, 50, 20))[0],)
             text = self._phrase(subjects[0], sizes[0])
         else:
             subjects, sizes, text = self._pair()
@@ -104,7 +104,7 @@ class SceneWriter:
         right = rng.choice(self._common) if rng.random() < 0.75 else self._any()
         sizes = (
             tuple(rng.choices((SMALL, MEDIUM, BIG), (1, 4, 1), k=2))
-            if rng.random() < 0.4
+            if rng.random() < 0.3
             else (MEDIUM, MEDIUM)
         )
         words_left, words_right = self._phrase(left, sizes[0]), self._phrase(right, sizes[1])
@@ -126,7 +126,7 @@ class SceneWriter:
     def _name(self, subject: Subject) -> str:
         rng = self._random
         choice = rng.random()
-        if subject.tags and choice < (0.04 if subject.common else 0.1):
+        if subject.tags and choice < (0.02 if subject.common else 0.1):
             return rng.choice(subject.tags)
         if subject.synonyms and choice < 0.25:
             return rng.choice(subject.synonyms)

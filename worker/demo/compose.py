@@ -25,12 +25,10 @@ from worker.demo.subjects import Subject
 LEVELS = tuple(round(192 / 2 ** (step / 4)) for step in range(12))
 #: An emoji whose longest side is under this many of 256 px is small on purpose and stays so.
 _MIN_NATIVE_PX = 150
-#: Longest side of a subject as a share of the canvas, from and to, by size (small, medium, big).
-_ALONE = ((0.36, 0.42), (0.72, 0.79), (0.93, 0.98))
-_IN_PAIR = ((0.23, 0.27), (0.39, 0.43), (0.46, 0.49))
-#: How far a subject's centre strays, as a share of the canvas, by size.
-_STRAY = (0.09, 0.02, 0.008)
-_STRAY_IN_PAIR = 0.02
+#: Longest side of a subject as a share of the canvas, from and to, by size (small, medium, big). Small is
+#: half the canvas: with fewer than 8 latent cells a side an animal has no face.
+_ALONE = ((0.48, 0.53), (0.73, 0.78), (0.93, 0.98))
+_IN_PAIR = ((0.3, 0.33), (0.42, 0.45), (0.48, 0.5))
 
 
 @dataclass(frozen=True)
@@ -67,18 +65,19 @@ class SceneBatch:
         return SceneBatch(self.subjects[index], self.sizes[index], self.backgrounds[index])
 
     def layout(self, width: int, height: int) -> Layout:
-        """Places the subjects on a canvas of `width` x `height` pixels, with some chance in it."""
+        """Places the subjects on a canvas of `width` x `height` pixels; chance decides their exact size.
+
+        Their place is always the same, the middle of the canvas or of its half: what a subject looks like is
+        then the same in every latent cell of every scene, and the denoiser can learn it sharply.
+        """
         device, count = self.subjects.device, len(self.subjects)
         pair = self.subjects[:, 1:] >= 0
         ranges = torch.tensor((_ALONE, _IN_PAIR), device=device)[pair.long(), self.sizes]
         share = torch.lerp(ranges[..., 0], ranges[..., 1], torch.rand(count, 2, device=device))
         # Side by side, the width is what there is to share out; a wide canvas must not let them outgrow it.
         unit = torch.where(pair, float(min(width, 2 * height)), float(min(width, height)))
-        place = torch.tensor([[0.5, 0.5], [0.26, 0.74]], device=device)[pair[:, 0].long()]
-        base = torch.stack([place, torch.full_like(place, 0.5)], dim=-1)
-        stray = torch.tensor(_STRAY, device=device)[self.sizes]
-        stray = torch.where(pair, _STRAY_IN_PAIR, stray)[..., None]
-        centre = base + (torch.rand(count, 2, 2, device=device) * 2 - 1) * stray
+        place = torch.tensor([[0.5, 0.5], [0.25, 0.75]], device=device)[pair[:, 0].long()]
+        centre = torch.stack([place, torch.full_like(place, 0.5)], dim=-1)
         colours = torch.tensor(list(BACKGROUNDS.values()), device=device) / 255
         canvas = torch.tensor([float(width), float(height)], device=device)
         return Layout(self.subjects, share * unit, centre * canvas, colours[self.backgrounds])

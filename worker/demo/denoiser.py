@@ -23,17 +23,17 @@ from worker.demo.tokenizer import MAX_TOKENS
 _BLANKED = 0.04
 
 
-#: The noise schedule of training: DDPM's (Ho et al. 2020). A signal of 0.6% is left at its end.
-_TRAINED_STEPS = 1000
-_BETA_START, _BETA_END = 1e-4, 0.02
-#: Drawing starts at this step, where 6% of the signal is left, as at Stable Diffusion's last one. What lies
-#: above decides nothing, and multistep solvers go astray there under strong guidance.
-_DRAWN_STEPS = 750
+#: The noise schedule, of training and of drawing: the first 750 of the 1000 steps of DDPM's (Ho et al. 2020).
+#: 6% of the signal is left at its end, as at Stable Diffusion's. What lies above decides nothing, and
+#: multistep solvers go astray there under strong guidance.
+_STEPS = 750
+_BETA_START = 1e-4
+_BETA_END = _BETA_START + (0.02 - _BETA_START) * (_STEPS - 1) / 999
 
 
 def signal_shares(device: torch.device) -> torch.Tensor:
-    """The schedule of training: the cumulative products of alpha, (1000,)."""
-    betas = torch.linspace(_BETA_START, _BETA_END, _TRAINED_STEPS, dtype=torch.float64)
+    """The schedule: the cumulative products of alpha, (750,)."""
+    betas = torch.linspace(_BETA_START, _BETA_END, _STEPS, dtype=torch.float64)
     return (1 - betas).cumprod(dim=0).float().to(device)
 
 
@@ -43,11 +43,10 @@ def build_scheduler() -> UniPCMultistepScheduler:
     Settings that only other schedulers read (no clipping above all, latents reach beyond 1) ride along in its
     configuration, so that `from_config` makes any of them right.
     """
-    last = _BETA_START + (_BETA_END - _BETA_START) * (_DRAWN_STEPS - 1) / (_TRAINED_STEPS - 1)
     settings = {
-        "num_train_timesteps": _DRAWN_STEPS,
+        "num_train_timesteps": _STEPS,
         "beta_start": _BETA_START,
-        "beta_end": last,
+        "beta_end": _BETA_END,
         "beta_schedule": "linear",
         "prediction_type": "v_prediction",
         "timestep_spacing": "trailing",
@@ -171,8 +170,11 @@ class Denoiser:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Moves the averages towards the weights; the horizon grows to 2,000 steps."""
-        decay = min(0.9995, (1 + self.steps) / (10 + self.steps))
+        """Moves the averages towards the weights; the horizon grows to 500 steps.
+
+        Not more: the learning rate falls to nothing, and a longer average would lag behind what that gains.
+        """
+        decay = min(0.998, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.average, [parameter.data for parameter in self.parameters], 1 - decay)
 
     @torch.no_grad()

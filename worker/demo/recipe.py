@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -14,22 +18,33 @@ class Recipe:
     seed: int = 0
     #: Pixels a side of the pictures that are mostly trained on; a multiple of 8.
     size: int = 128
-    #: Other canvases (width, height) that the denoiser sees, so that sizes from 96 to 192 px work. Few,
-    #: because the search for the fastest convolutions takes some ten seconds for each.
-    other_sizes: tuple[tuple[int, int], ...] = ((96, 96), (160, 160), (192, 192), (192, 128), (128, 192))
+    #: Other canvases (width, height) that the denoiser sees in turn, so that sizes from 96 to 192 px work.
+    #: The smallest is there twice: with fewest pixels for a subject, it is the hardest.
+    other_sizes: tuple[tuple[int, int], ...] = (
+        (96, 96),
+        (160, 160),
+        (192, 96),
+        (112, 112),
+        (192, 192),
+        (96, 192),
+        (96, 96),
+        (144, 144),
+        (192, 128),
+        (128, 192),
+    )
     #: The share of the denoiser's time after which it sees them.
-    other_sizes_from: float = 0.3
+    other_sizes_from: float = 0.25
     #: One step in this many is on another canvas.
-    other_size_every: int = 10
+    other_size_every: int = 5
     #: Scenes drawn and put into words, once; each keeps its caption and is drawn anew many times.
     scenes: int = 200_000
     #: Scenes kept per other canvas.
     other_scenes: int = 6_000
 
     #: Minutes of training per stage, compilation included.
-    autoencoder_minutes: float = 4.5
-    classifier_minutes: float = 1.0
-    denoiser_minutes: float = 11.2
+    autoencoder_minutes: float = 3.2
+    classifier_minutes: float = 0.8
+    denoiser_minutes: float = 10.8
 
     #: Channels per resolution of the VAE, finest first, and of its latents.
     autoencoder_channels: tuple[int, ...] = (48, 64, 96, 112)
@@ -46,11 +61,24 @@ class Recipe:
     denoiser_batch: int = 512
     denoiser_rate: float = 8e-4
     #: Every so many steps 256 old latents are encoded anew, with other chance in place and size.
-    renew_every: int = 3
+    renew_every: int = 6
 
     classifier_batch: int = 512
     #: Whether to compile for speed (a minute a model; worth it on a GPU only).
     compiled: bool = True
+
+
+@contextlib.contextmanager
+def searched_convolutions() -> Iterator[None]:
+    """Within it cuDNN tries its algorithms on every new shape and keeps the fastest.
+
+    That takes some ten seconds a model, so it is for the thousands of equal steps of a training loop alone.
+    """
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
 
 
 @dataclass

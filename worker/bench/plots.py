@@ -1,0 +1,138 @@
+"""What a benchmark found, as pictures for a README. The one door to matplotlib."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from worker.bench.report import Cat, Point, Rate, Report
+
+#: A colour a backend, the same in every plot; they differ also without colour vision (Okabe and Ito, 2008).
+COLOURS = {"naive": "#D55E00", "xformers": "#0072B2", "sdpa": "#009E73", "auto": "#CC79A7"}
+#: Characters of a caption's line.
+CAPTION = 125
+
+# PNG alone is drawn, which needs no display.
+mpl.use("Agg")
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """A PNG for each experiment that has figures, in `folder`. Returns their paths."""
+    drawn = []
+    if any(each.seconds is not None for each in report.cats):
+        drawn.append(_saved(_cats(report.cats), report.conditions("a"), folder / "small-cat.png"))
+    if any(each.milliseconds is not None for each in report.points):
+        drawn.append(_saved(_points(report.points), report.conditions("b"), folder / "attention.png"))
+    if any(each.images_per_s is not None for each in report.rates):
+        drawn.append(_saved(_rates(report.rates), report.conditions("c"), folder / "images-per-second.png"))
+    return drawn
+
+
+def _cats(cats: Sequence[Cat]) -> Figure:
+    shown = [each for each in cats if each.seconds is not None]
+    figure, (axes,) = _figure(1, height=1.6 + 0.45 * len(shown))
+    bars = axes.barh(
+        [str(each.setup) for each in shown],
+        [each.seconds or 0.0 for each in shown],
+        height=0.6,
+        color=[COLOURS.get(each.setup.attention) for each in shown],
+        alpha=0.85,
+    )
+    axes.bar_label(bars, fmt="%.2f s", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("seconds a picture")
+    axes.set_title('"a small cat", alone: with and without memory-efficient attention')
+    return figure
+
+
+def _points(points: Sequence[Point]) -> Figure:
+    has_memory = any(each.memory_mib for each in points)
+    figure, panels = _figure(2 if has_memory else 1)
+    _curves(panels[0], points, lambda each: each.milliseconds, powers={"N²": 2})
+    panels[0].set_title("Time of one attention")
+    panels[0].set_ylabel("milliseconds")
+    if has_memory:
+        _curves(panels[1], points, lambda each: each.memory_mib, powers={"N²": 2, "N": 1})
+        panels[1].set_title("Memory of one attention")
+        panels[1].set_ylabel("MiB beyond its inputs")
+    return figure
+
+
+def _curves(
+    axes: Axes,
+    points: Sequence[Point],
+    value: Callable[[Point], float | None],
+    powers: dict[str, int],
+) -> None:
+    """One line a backend over the picture's side, both logarithmic, with guides of the `powers` of N."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ends = []
+    for backend in dict.fromkeys(each.attention for each in points):
+        own = [each for each in points if each.attention == backend]
+        told = [(each.side_px, each.tokens, number) for each in own if (number := value(each))]
+        if not told:
+            continue
+        missing = next((each for each in own if each.left_out), None)
+        why = f" (from {missing.side_px} px on: {missing.left_out})" if missing else ""
+        sides, _, values = zip(*told, strict=True)
+        axes.plot(sides, values, "o-", color=COLOURS.get(backend), label=f"{backend}{why}")
+        ends.append(told[-1])
+    limits = axes.get_ylim()
+    everything = sorted({(each.side_px, each.tokens) for each in points})
+    for (name, power), style in zip(powers.items(), ("--", ":"), strict=False):
+        # Through the end of the highest line for the first, of the lowest one for the second.
+        _, tokens, number = (max if style == "--" else min)(ends, key=lambda end: end[2] / end[1])
+        guide = [number * (each / tokens) ** power for _, each in everything]
+        sides_px = [side for side, _ in everything]
+        axes.plot(sides_px, guide, style, color="0.5", linewidth=1, label=f"grows as {name}", zorder=0)
+    axes.set_ylim(limits)
+    axes.set_xticks(sorted({each.side_px for each in points}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda side, _: f"{side:g}"))
+    axes.minorticks_off()
+    axes.set_xlabel("side of the picture, px (N tokens: its square)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _rates(rates: Sequence[Rate]) -> Figure:
+    figure, (axes,) = _figure(1)
+    for setup in dict.fromkeys(each.setup for each in rates):
+        told = [
+            (each.jobs, each.images_per_s)
+            for each in rates
+            if each.setup == setup and each.images_per_s is not None
+        ]
+        if told:
+            jobs, values = zip(*told, strict=True)
+            style = "o-" if setup.compiled else "o--"
+            axes.plot(jobs, values, style, color=COLOURS.get(setup.attention), label=str(setup))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({each.jobs for each in rates}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda jobs, _: f"{jobs:g}"))
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("jobs in a batch")
+    axes.set_ylabel("images a second")
+    axes.set_title("Pictures a second")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _figure(panels: int, height: float = 4.8) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(10, height), dpi=150, layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _saved(figure: Figure, caption: str, path: Path) -> Path:
+    figure.supxlabel(textwrap.fill(caption, CAPTION), fontsize="x-small", color="0.35")
+    figure.savefig(path)
+    return path

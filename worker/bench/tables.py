@@ -1,0 +1,107 @@
+"""What a benchmark found, as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from worker.bench.report import Cat, Point, Rate, Report, Setup, growth
+
+
+def tables(report: Report) -> Iterator[RenderableType]:
+    """A table for each experiment that was made, with its conditions below it."""
+    for backend, problem in report.refused.items():
+        yield Text(f"{backend} is left out: {problem}.\n")
+    if report.cats:
+        yield cats(report.cats)
+        yield _caption(report.conditions("a"))
+    if report.points:
+        yield points(report.points)
+        yield from growths(report.points)
+        yield _caption(report.conditions("b"))
+    if report.rates:
+        yield rates(report.rates)
+        yield _caption(report.conditions("c"))
+
+
+def cats(found: Sequence[Cat]) -> Table:
+    """Experiment a; the factor is against naive attention that runs likewise."""
+    baselines = {each.setup.compiled: each.seconds for each in found if each.setup.attention == "naive"}
+    rows = []
+    for each in found:
+        baseline = baselines.get(each.setup.compiled)
+        factor = baseline / each.seconds if baseline and each.seconds else None
+        figures = [_number(each.seconds, 3), _number(factor, 2), _number(each.memory_gib, 2)]
+        rows.append((each.setup, [], figures, each.left_out))
+    names = ["s a picture", "times as fast", "GPU memory, GiB"]
+    return _of_setups('One picture: "a small cat"', [], names, rows)
+
+
+def points(found: Sequence[Point]) -> Table:
+    """Experiment b: a row a size, two columns a backend."""
+    backends = list(dict.fromkeys(each.attention for each in found))
+    table = Table(title="The UNet's first attention by the picture's size", title_justify="left")
+    for name in ("px", "tokens", *(f"{backend}, {unit}" for backend in backends for unit in ("ms", "MiB"))):
+        table.add_column(name, justify="right")
+    by_size: dict[tuple[int, int], dict[str, Point]] = {}
+    for each in found:
+        by_size.setdefault((each.side_px, each.tokens), {})[each.attention] = each
+    for (side_px, tokens), row in sorted(by_size.items()):
+        cells: list[str] = []
+        for backend in backends:
+            point = row[backend]
+            figures = [_number(point.milliseconds, 3), _number(point.memory_mib, 1)]
+            cells += [point.left_out, ""] if point.left_out else figures
+        table.add_row(str(side_px), f"{tokens:,}", *cells)
+    return table
+
+
+def growths(found: Sequence[Point]) -> Iterator[Text]:
+    """A sentence for each backend: quadratic or linear."""
+    for backend in dict.fromkeys(each.attention for each in found):
+        time, memory = growth(found, backend)
+        if time is not None:
+            told = f", its memory as N^{memory:.1f}" if memory is not None else ""
+            yield Text(f"{backend}: of N tokens, its time grows as N^{time:.1f}{told}")
+
+
+def rates(found: Sequence[Rate]) -> Table:
+    """Experiment c."""
+    rows = []
+    for each in found:
+        figures = [
+            _number(each.images_per_s, 2),
+            _number(each.step_ms, 2),
+            _number(each.decode_ms, 1),
+            _number(each.memory_gib, 2),
+        ]
+        rows.append((each.setup, [str(each.jobs)], figures, each.left_out))
+    names = ["images/s", "ms a step", "ms to decode", "GPU memory, GiB"]
+    return _of_setups("Pictures a second by the jobs in a batch", ["jobs"], names, rows)
+
+
+def _of_setups(
+    title: str, keys: list[str], names: list[str], rows: Sequence[tuple[Setup, list[str], list[str], str]]
+) -> Table:
+    """A table of (setup, keys, figures, why there are none); columns without a figure are not shown."""
+    told = [place for place in range(len(names)) if any(figures[place] for _, _, figures, _ in rows)]
+    table = Table(title=title, title_justify="left")
+    for name in ("attention", "runs"):
+        table.add_column(name)
+    for name in (*keys, *(names[place] for place in told)):
+        table.add_column(name, justify="right")
+    for setup, key, figures, left_out in rows:
+        cells = [left_out] if left_out else [figures[place] for place in told]
+        table.add_row(setup.attention, setup.how, *key, *cells)
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _caption(text: str) -> Text:
+    return Text(f"{text}\n", style="dim")

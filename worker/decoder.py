@@ -1,0 +1,153 @@
+"""Finished latents to pixels: the VAE, the safety checker, and the way off the device.
+
+On a GPU a decoder works on a stream of its own, so that the next denoising step need not wait for it, and
+its pixels leave through page-locked memory. Pictures are decoded in chunks of a bounded number of pixels;
+what does not fit or fails in company is tried alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+
+from worker.compiler import CompiledLanes, Compiler
+from worker.device_errors import finite, mapped
+from worker.errors import JobTooLargeError, NotFiniteError, OutOfMemoryError, RenderError, SmallcatError
+from worker.images import Picture
+
+#: Pixels that are decoded at once, at most: 8 pictures of 512 x 512 on a GPU; on a CPU, where more gain
+#: nothing, 1 of them.
+GPU_PIXELS, CPU_PIXELS = 8 * 512 * 512, 512 * 512
+
+
+class Decoder:
+    """A pipeline's VAE and safety checker. One thread may call it while another one runs the UNet."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        alone: bool,
+        compiler: Compiler | None,
+    ) -> None:
+        """`alone`: one picture at a time, so that its bits are the same whatever the company.
+
+        Without a `compiler`, the VAE runs as it is.
+        """
+        self._pipeline = pipeline
+        self._device, self._dtype = device, dtype
+        self._alone = alone
+        self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._lanes = compiler and CompiledLanes("decoding", self._decoded, compiler)
+
+    def compile(self, latents: torch.Tensor) -> None:
+        """Compile for latents like these, (1, channels, height, width), now."""
+        if self._lanes:
+            self._lanes.compile_now(latents.shape[1:], lambda: _example(self._as_vae_takes(latents)))
+
+    def pictures(self, latents: Sequence[torch.Tensor]) -> list[Picture | SmallcatError]:
+        """The picture of each of `latents`, or its error.
+
+        Latents are (1, channels, height, width) float32, all of one shape.
+        """
+        height, width = (int(side) * int(self._pipeline.vae_scale_factor) for side in latents[0].shape[2:])
+        budget = GPU_PIXELS if self._stream else CPU_PIXELS
+        size = 1 if self._alone else max(1, budget // (width * height))
+        return [
+            picture
+            for start in range(0, len(latents), size)
+            for picture in self._chunk(latents[start : start + size], f"{width} x {height}")
+        ]
+
+    def _chunk(self, latents: Sequence[torch.Tensor], size: str) -> list[Picture | SmallcatError]:
+        try:
+            with mapped("decode"), torch.no_grad(), self._beside():
+                return self._together(torch.cat(list(latents)))
+        except (OutOfMemoryError, RenderError) as error:
+            if len(latents) > 1:
+                return [picture for each in latents for picture in self._chunk([each], size)]
+            if isinstance(error, RenderError):
+                return [error]
+            return [
+                JobTooLargeError(
+                    f"A picture of {size} pixels does not fit in the device's memory while it is decoded: "
+                    "ask for a smaller one."
+                )
+            ]
+
+    def _beside(self) -> contextlib.AbstractContextManager[Any]:
+        """The decoder's own stream, where there is one."""
+        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
+
+    def _together(self, latents: torch.Tensor) -> list[Picture | SmallcatError]:
+        images = self._images(self._as_vae_takes(latents))
+        is_finite = finite([images])
+        verdicts: list[bool | None] = [None] * len(latents)
+        if getattr(self._pipeline, "safety_checker", None) is not None:
+            images, verdicts = self._pipeline.run_safety_checker(images, self._device, self._dtype)
+        # Exactly VaeImageProcessor.postprocess, which does not denormalise what the checker blacked out, and
+        # numpy_to_pil; only uint8 leaves the device.
+        if any(verdicts):
+            images = torch.stack(
+                [
+                    image if bad else (image * 0.5 + 0.5).clamp(0, 1)
+                    for image, bad in zip(images, verdicts, strict=True)
+                ]
+            )
+        else:
+            images = (images * 0.5 + 0.5).clamp(0, 1)
+        pixels = self._off_the_device((images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+        return [
+            Picture(pixels[place].numpy(), None if verdict is None else bool(verdict))
+            if is_finite[place]
+            else NotFiniteError(
+                "The VAE gave values that are not finite: use a worker with SMALLCAT_DTYPE=fp32."
+            )
+            for place, verdict in enumerate(verdicts)
+        ]
+
+    def _images(self, latents: torch.Tensor) -> torch.Tensor:
+        compiled = self._lanes and self._lanes.get(latents.shape[1:], lambda: _example(latents))
+        if not compiled:
+            return self._decoded(latents)
+        # Compiled code takes two or more.
+        padded = latents if len(latents) > 1 else latents.repeat(2, 1, 1, 1)
+        return compiled(padded)[: len(latents)]
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        images: torch.Tensor = self._pipeline.vae.decode(latents, return_dict=False)[0]
+        return images
+
+    def _off_the_device(self, pixels: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy on the CPU, complete when this returns."""
+        if self._stream is None:
+            return pixels.contiguous()
+        copy = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+        copy.copy_(pixels, non_blocking=True)
+        self._stream.synchronize()
+        return copy
+
+    def _as_vae_takes(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._unscaled(latents).to(self._pipeline.vae.dtype)
+
+    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE takes them. diffusers reads mean and deviation in its SDXL call alone."""
+        config = self._pipeline.vae.config
+        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if not self._is_xl or mean is None or deviation is None:
+            return latents / float(config.scaling_factor)
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, deviation))
+        return latents * deviation / float(config.scaling_factor) + mean
+
+
+def _example(latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Latents like these, of no particular number."""
+    example = latents.new_zeros((4, *latents.shape[1:]))
+    return example, [example]
