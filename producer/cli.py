@@ -37,6 +37,11 @@ JOB_OPTIONS: dict[str, tuple[Any, str]] = {
     "height": (int, "Pixels, as for width."),
     "steps": (int, "Denoising steps, 1 to 150; the model's own when not given."),
     "guidance_scale": (float, "0 to 30; 1 and below is none; the model's own when not given."),
+    "guidance_start": (
+        float,
+        "Share of the steps, 0 to 1, before which there is no guidance; 0 when not given.",
+    ),
+    "guidance_stop": (float, "Share of the steps, 0 to 1, after which there is none; 1 when not given."),
     "scheduler": (str, f"One of {', '.join(Scheduler)}."),
     "model": (str, "The fleet's default when not given."),
     "revision": (str, "The newest one served when not given."),

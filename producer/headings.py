@@ -36,6 +36,7 @@ ALIASES = {
     "random_seed": "seed",
 }
 _INTEGERS = {"seed", "width", "height", "steps", "priority"}
+_NUMBERS = {"guidance_scale", "guidance_start", "guidance_stop"}
 _INTEGER = re.compile(r"[+-]?\d{1,30}(\.0*)?")
 #: Job fields that a heading can name.
 _FIELDS = tuple(Job.model_fields)
@@ -94,7 +95,7 @@ class Headings:
                 metadata[name] = value if _is_json(value) else str(value)
             elif field in _INTEGERS and isinstance(value, float) and value.is_integer():
                 fields[field] = int(value)  # A column with gaps is one of floats.
-            elif field in (*_INTEGERS, "guidance_scale") and isinstance(value, str):
+            elif field in (*_INTEGERS, *_NUMBERS) and isinstance(value, str):
                 fields[field] = typed(field, value)
             else:
                 fields[field] = value
@@ -119,7 +120,7 @@ def typed(field: str, cell: str) -> Any:
     cell = cell.strip()
     if field in _INTEGERS and _INTEGER.fullmatch(cell):
         return int(cell.partition(".")[0])
-    if field == "guidance_scale":
+    if field in _NUMBERS:
         try:
             return float(cell)
         except ValueError:

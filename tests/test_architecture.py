@@ -25,10 +25,12 @@ LINES = [
     "engine",
     "model_runner",
     # Decisions: no threads but their own, no torch, no services.
-    "batcher batch_cap quarantine",
+    "batcher step_cost quarantine",
     # Models of full size with random weights.
     "shapes",
-    # All of torch.
+    # All of torch: a job on board, the step, what makes it fast, what comes after the last.
+    "render graphs decoder",
+    "denoiser device_errors compiler",
     "attention samplers text",
     "pipeline",
     "model_files gpu_lock",
@@ -60,7 +62,8 @@ EXCEPTIONS = {"producer.doctor": {"worker.attention", "worker.pipeline"}}
 #: A library, or several that come together, and the only modules that import it. `*` is all below.
 DOORS = {
     "torch diffusers transformers xformers accelerate safetensors huggingface_hub": (
-        "worker.model_runner worker.attention worker.samplers worker.text worker.pipeline worker.model_files "
+        "worker.model_runner worker.render worker.graphs worker.decoder worker.denoiser worker.device_errors "
+        "worker.compiler worker.attention worker.samplers worker.text worker.pipeline worker.model_files "
         "worker.shapes"
     ),
     "boto3 botocore": "worker.storage",

@@ -44,6 +44,11 @@ DEFAULT_MODEL = "default"
 OPEN_REVISION = "open-"
 
 
+#: Parameters that the first jobs did not have. At their default they are left out of the id, which so stays
+#: what it was.
+_LATER_FIELDS = ("guidance_start", "guidance_stop")
+
+
 class Scheduler(StrEnum):
     """diffusers' noise schedulers that a job can ask for."""
 
@@ -263,6 +268,9 @@ class Job(BaseModel):
     def id(self) -> str:
         """32 hexadecimal digits: SHA-256 over all that determines the picture, cut to 128 bits."""
         picture = self.model_dump(mode="json", exclude={"priority", "metadata"})
+        for field in _LATER_FIELDS:
+            if picture[field] == type(self).model_fields[field].default:
+                del picture[field]
         text = json.dumps([FORMAT_VERSION, picture], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -143,6 +143,8 @@ def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
         "height": 80,
         "steps": 9,
         "guidance_scale": 2.5,
+        "guidance_start": 0.25,
+        "guidance_stop": 0.75,
         "scheduler": "euler a",
         "model": SERVED.name,
         "revision": SERVED.revision,

@@ -85,6 +85,8 @@ NAME = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_s
         width=st.integers(8, 256).map(lambda n: 8 * n),
         steps=st.integers(1, 150),
         guidance_scale=st.floats(0, 30),
+        guidance_start=st.floats(0, 1),
+        guidance_stop=st.floats(0, 1),
         scheduler=st.sampled_from(list(Scheduler)),
         format=st.sampled_from(list(ImageFormat)),
     ),

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -435,7 +436,16 @@ def test_choosing_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=r"SMALLCAT_DEVICE is cuda, but torch .* finds no CUDA GPU"):
         pipeline.choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pipeline.choose_device("auto") == (GPU, "there is a GPU")
+    # Two GPUs, of which another worker has the first.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}")
+    )
+    monkeypatch.setattr(pipeline.gpu_lock, "take", lambda count, uuid_of: (count - 1, uuid_of(1)))
+    present: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", present.append)
+    assert pipeline.choose_device("auto") == (torch.device("cuda", 1), "GPU-1")
+    assert present == [1]
 
 
 def test_choosing_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
