@@ -23,10 +23,15 @@ LINES = [
     "render_service heartbeat",
     # The loop, and what computes for it. The engine is given its runner and knows none.
     "engine",
+    # The benchmark: a program of its own.
+    "bench.__main__",
+    "bench.measuring bench.plots bench.tables",
+    "bench.kernels bench.runs",
+    "bench.report bench",
     "model_runner",
     # Decisions: no threads but their own, no torch, no services.
     "batcher step_cost quarantine",
-    # Models of full size with random weights.
+    # Models of full size with random weights, to measure with.
     "shapes",
     # All of torch: a job on board, the step, what makes it fast, what comes after the last.
     "render graphs decoder",
@@ -64,7 +69,7 @@ DOORS = {
     "torch diffusers transformers xformers accelerate safetensors huggingface_hub": (
         "worker.model_runner worker.render worker.graphs worker.decoder worker.denoiser worker.device_errors "
         "worker.compiler worker.attention worker.samplers worker.text worker.pipeline worker.model_files "
-        "worker.shapes"
+        "worker.shapes worker.bench.kernels worker.bench.runs"
     ),
     "boto3 botocore": "worker.storage",
     "prometheus_client": "worker.metrics",
@@ -74,8 +79,12 @@ DOORS = {
         "worker.tasks worker.celery worker.transport worker.channel worker.qos worker.lease "
         "worker.redis_client producer.client producer.ingest"
     ),
-    "click": "producer.cli producer.ingest_command worker.shapes",
-    "rich textual_image": "producer.display producer.ingest_display producer.ingest_command",
+    "click": "producer.cli producer.ingest_command worker.shapes worker.bench.__main__",
+    "matplotlib": "worker.bench.plots",
+    "rich textual_image": (
+        "producer.display producer.ingest_display producer.ingest_command "
+        "worker.bench.__main__ worker.bench.tables"
+    ),
 }
 
 

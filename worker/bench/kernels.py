@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,12 @@ from worker.attention import Kernel, Shape
 from worker.bench.report import ROWS, Point
 from worker.pipeline import first_line
 
-#: Times that a kernel is run, at least, of which the fastest counts, and seconds that are enough for more.
-REPETITIONS, ENOUGH_S = 3, 0.3
+#: Seconds for which a kernel is run again and again; the fastest run counts.
+ENOUGH_S = 0.3
 #: Share of a CPU's free memory that one attention may take: what is swapped or killed is not measured.
 MEMORY_SHARE = 0.5
+#: Writing a 5 there sets the process' highest mark to what it has resident now.
+_MARK = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -64,24 +67,23 @@ def curve(
     """A point for each of the rising `sides_px`; what does not fit or takes over `limit_s` is left out."""
     kernel = kernel_of(backend)
     known: tuple[int, float] | None = None
-    left_out = ""
+    failed = ""
     for side_px in sides_px:
         shape = place.shape(side_px)
-        tokens = shape.query_tokens
-        left_out = left_out or _too_much(kernel, shape, device, known, limit_s)
+        left_out = failed or _too_much(kernel, shape, device, known, limit_s)
         if not left_out:
             try:
                 seconds, memory = measure(kernel, shape, device)
             except torch.OutOfMemoryError:
-                left_out = "does not fit in the GPU's memory"
+                left_out = failed = "does not fit in the GPU's memory"
             except Exception as error:  # noqa: BLE001 - a kernel may refuse a size, and says why
-                left_out = first_line(error)
+                left_out = failed = first_line(error)
         if left_out:
-            yield Point(backend, side_px, tokens, left_out=left_out)
+            yield Point(backend, side_px, shape.query_tokens, left_out=left_out)
             continue
-        known = tokens, seconds
+        known = shape.query_tokens, seconds
         mebibytes = None if memory is None else memory / 2**20
-        yield Point(backend, side_px, tokens, 1e3 * seconds, mebibytes)
+        yield Point(backend, side_px, shape.query_tokens, 1e3 * seconds, mebibytes)
 
 
 def measure(kernel: Kernel, shape: Shape, device: torch.device) -> tuple[float, int | None]:
@@ -99,7 +101,7 @@ def measure(kernel: Kernel, shape: Shape, device: torch.device) -> tuple[float, 
         run()
         memory = peak_bytes(run, device)
         times_s: list[float] = []
-        while len(times_s) < REPETITIONS or sum(times_s) < ENOUGH_S:
+        while sum(times_s) < ENOUGH_S:
             started_s = time.perf_counter()
             run()
             times_s.append(time.perf_counter() - started_s)
@@ -109,8 +111,8 @@ def measure(kernel: Kernel, shape: Shape, device: torch.device) -> tuple[float, 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
     """The most memory that `run` holds at any time; None where the system does not tell.
 
-    Of a GPU, torch's own count. Of a CPU, what the process has resident, whose highest mark Linux lets a
-    process reset (proc_pid_clear_refs(5)).
+    Of a GPU, torch's own count. Of a CPU, what the process has resident: Linux lets a process reset the
+    highest mark (clear_refs in proc(5)), and glibc gives back what it keeps for the next allocation.
     """
     gc.collect()
     if device.type == "cuda":
@@ -119,10 +121,11 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not _MARK.exists():
         return None
+    trim(0)
+    _MARK.write_text("5")
     before = _status("VmRSS")
     run()
     return max(0, _status("VmHWM") - before)

@@ -44,7 +44,7 @@ FULL = Patience(
 #: Three minutes on a fast GPU, where most of it goes to compiling once.
 QUICK = Patience(
     sides_px=(256, 512, 1024, 2048),
-    limit_s=2.0,
+    limit_s=5.0,
     gpu_jobs=(1, 4, 16),
     cpu_jobs=(1, 2),
     pictures=1,

@@ -12,7 +12,8 @@ import torch
 from worker.bench.report import Cat, Rate, Setup, images_per_s
 from worker.errors import OutOfMemoryError, SettingsError, SmallcatError
 from worker.job import Job, ServedModel
-from worker.model_runner import ModelRunner, Render
+from worker.model_runner import ModelRunner
+from worker.render import Render
 from worker.settings import WorkerSettings
 
 #: The origin's prompt.

@@ -10,6 +10,9 @@ from rich.text import Text
 
 from worker.bench.report import Cat, Point, Rate, Report, Setup, growth
 
+#: Setup, keys, figures, and why there are none.
+_Row = tuple[Setup, list[str], list[str], str]
+
 
 def tables(report: Report) -> Iterator[RenderableType]:
     """A table for each experiment that was made, with its conditions below it."""
@@ -30,7 +33,7 @@ def tables(report: Report) -> Iterator[RenderableType]:
 def cats(found: Sequence[Cat]) -> Table:
     """Experiment a; the factor is against naive attention that runs likewise."""
     baselines = {each.setup.compiled: each.seconds for each in found if each.setup.attention == "naive"}
-    rows = []
+    rows: list[_Row] = []
     for each in found:
         baseline = baselines.get(each.setup.compiled)
         factor = baseline / each.seconds if baseline and each.seconds else None
@@ -70,7 +73,7 @@ def growths(found: Sequence[Point]) -> Iterator[Text]:
 
 def rates(found: Sequence[Rate]) -> Table:
     """Experiment c."""
-    rows = []
+    rows: list[_Row] = []
     for each in found:
         figures = [
             _number(each.images_per_s, 2),
@@ -83,10 +86,8 @@ def rates(found: Sequence[Rate]) -> Table:
     return _of_setups("Pictures a second by the jobs in a batch", ["jobs"], names, rows)
 
 
-def _of_setups(
-    title: str, keys: list[str], names: list[str], rows: Sequence[tuple[Setup, list[str], list[str], str]]
-) -> Table:
-    """A table of (setup, keys, figures, why there are none); columns without a figure are not shown."""
+def _of_setups(title: str, keys: list[str], names: list[str], rows: Sequence[_Row]) -> Table:
+    """A table of `rows`, their setup first; columns without a figure are not shown."""
     told = [place for place in range(len(names)) if any(figures[place] for _, _, figures, _ in rows)]
     table = Table(title=title, title_justify="left")
     for name in ("attention", "runs"):
