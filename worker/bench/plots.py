@@ -62,6 +62,7 @@ def _points(points: Sequence[Point]) -> Figure:
         _curves(panels[1], points, lambda each: each.memory_mib, powers={"N²": 2, "N": 1})
         panels[1].set_title("Memory of one attention")
         panels[1].set_ylabel("MiB beyond its inputs")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return figure
 
 
@@ -81,7 +82,7 @@ def _curves(
         if not told:
             continue
         missing = next((each for each in own if each.left_out), None)
-        why = f" (from {missing.side_px} px on: {missing.left_out})" if missing else ""
+        why = f" ({missing.side_px} px {missing.left_out})" if missing else ""
         sides, _, values = zip(*told, strict=True)
         axes.plot(sides, values, "o-", color=COLOURS.get(backend), label=f"{backend}{why}")
         ends.append(told[-1])
@@ -92,14 +93,13 @@ def _curves(
         _, tokens, number = (max if style == "--" else min)(ends, key=lambda end: end[2] / end[1])
         guide = [number * (each / tokens) ** power for _, each in everything]
         sides_px = [side for side, _ in everything]
-        axes.plot(sides_px, guide, style, color="0.5", linewidth=1, label=f"grows as {name}", zorder=0)
+        axes.plot(sides_px, guide, style, color="black", linewidth=1, label=f"as {name}", zorder=3)
     axes.set_ylim(limits)
     axes.set_xticks(sorted({each.side_px for each in points}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda side, _: f"{side:g}"))
     axes.minorticks_off()
     axes.set_xlabel("side of the picture, px (N tokens: its square)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 def _rates(rates: Sequence[Rate]) -> Figure:
