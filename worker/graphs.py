@@ -51,7 +51,7 @@ class Graphs:
         self._at_once = at_once
         # Graphs that never run at the same time share their memory.
         self._pools = [torch.cuda.graph_pool_handle() for _ in range(at_once)]
-        self._streams = [torch.cuda.Stream() for _ in range(at_once)]
+        self._streams = [torch.cuda.Stream() for _ in range(at_once)] if at_once > 1 else []
 
     def compile(self, lane: Hashable, batch: Batch) -> bool:
         """Compile `lane` now, for batches like `batch`; whether it worked."""
@@ -65,12 +65,13 @@ class Graphs:
         function = self._lanes.get(lane, lambda: _example(batches[0]))
         if function is None:
             return None
+        if not self._streams:
+            return [self._graph(function, lane, batch, 0).run(batch) for batch in batches]
         here = torch.cuda.current_stream()
         steps = []
         for start in range(0, len(batches), self._at_once):
-            side_by_side = batches[start : start + self._at_once]
-            for batch, stream, place in zip(side_by_side, self._streams, range(self._at_once), strict=False):
-                graph = self._graph(function, lane, batch, place)
+            for place, batch in enumerate(batches[start : start + self._at_once]):
+                graph, stream = self._graph(function, lane, batch, place), self._streams[place]
                 stream.wait_stream(here)
                 with torch.cuda.stream(stream):
                     steps.append(graph.run(batch))

@@ -36,7 +36,7 @@ from worker.graphs import MAX_ROWS, Graphs
 from worker.images import Picture
 from worker.job import Job, Scheduler
 from worker.pipeline import Choice
-from worker.render import Render, batch_of
+from worker.render import Check, Render, batch_of
 from worker.samplers import Samplers
 from worker.settings import WorkerSettings
 from worker.step_cost import StepCost
@@ -173,7 +173,7 @@ class ModelRunner:
 
     def _seconds_of(self, renders: Sequence[Render]) -> float:
         started_s = time.perf_counter()
-        for step in self._run(renders):
+        for step in self._run(self._groups(renders)):
             step.finite.tolist()
         return time.perf_counter() - started_s
 
@@ -219,7 +219,9 @@ class ModelRunner:
         with mapped("encode the prompt"), self._own_stream():
             text = self._texts.encode(job.prompt, job.negative_prompt, guided=guided)
             conditions = self._conditions(job, text)
-            return Render(job, text, conditions, schedule, sampler, generator, noise.to(self._device))
+            render = Render(job, text, conditions, schedule, sampler, generator, noise.to(self._device))
+            render.used_by_steps()
+            return render
 
     @contextlib.contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -256,33 +258,34 @@ class ModelRunner:
     def step(self, renders: Sequence[Render]) -> list[SmallcatError | None]:
         """One denoising step for `renders`, of one lane and none of them done, in one forward of the UNet.
 
-        Returns each one's outcome: None when it is a step further, else its error; then it is as it was.
+        Returns each one's outcome: None when it is a step further, else its error; then it is as it was. A
+        GPU is kept one step ahead: it is still at this step when the call returns, and whether a render is
+        finite is told by its next step, or by `decode`.
         Raises `OutOfMemoryError` when they do not fit together, `RenderError` when the forward they share
         fails. Then all are as they were, and fewer of them may be tried.
         """
         self._take_device()
         outcomes: list[SmallcatError | None] = []
         with mapped("denoise"):
-            steps = self._run(renders)
-            # One look at the device for all of them.
-            finite = [answer for step in steps for answer in step.finite.tolist()]
-            states = [state for step in steps for state in step.states]
-            predictions = [prediction for step in steps for prediction in step.predictions]
-            for render, is_finite, state, prediction in zip(
-                renders, finite, states, predictions, strict=True
-            ):
-                outcomes.append(render.outcome(is_finite, state, prediction))
+            groups = self._groups(renders)
+            for group, step in zip(groups, self._run(groups), strict=True):
+                check = Check(step.finite)
+                outcomes += [
+                    render.outcome(check, place, step.states[place], step.predictions[place])
+                    for place, render in enumerate(group)
+                ]
         return outcomes
 
-    def _run(self, renders: Sequence[Render]) -> list[Step]:
-        """The step computed: together, or, in exact mode, each render for itself."""
-        batches = [batch_of(group) for group in self._groups(renders)]
-        if self._graphs is not None and (steps := self._graphs.run(renders[0].lane, batches)) is not None:
+    def _run(self, groups: Sequence[Sequence[Render]]) -> list[Step]:
+        """The step of each group, set off."""
+        batches = [batch_of(group) for group in groups]
+        lane = groups[0][0].lane
+        if self._graphs is not None and (steps := self._graphs.run(lane, batches)) is not None:
             return steps
         return [Step(*denoise(self._pipeline.unet, batch)) for batch in batches]
 
     def _groups(self, renders: Sequence[Render]) -> list[list[Render]]:
-        """Who is in one forward together."""
+        """Who is in one forward together: all, as far as a bucket takes them; in exact mode each alone."""
         if self._exact:
             return [[render] for render in renders]
         groups: list[list[Render]] = [[]]
@@ -298,7 +301,12 @@ class ModelRunner:
         pictures: dict[int, Picture | SmallcatError] = {}
         lanes: dict[Hashable, list[int]] = {}
         for place, render in enumerate(renders):
-            lanes.setdefault(render.lane, []).append(place)
+            with mapped("denoise"):
+                failure = render.failure()
+            if failure is not None:
+                pictures[place] = failure
+            else:
+                lanes.setdefault(render.lane, []).append(place)
         for places in lanes.values():
             decoded = self._decoder.pictures([renders[place].latents for place in places])
             pictures |= zip(places, decoded, strict=True)

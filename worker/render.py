@@ -16,6 +16,32 @@ from worker.samplers import SLOTS, Sampler, Schedule
 from worker.text import Text
 
 
+class Check:
+    """Whether each job of a step is finite: known at once on a CPU, on a GPU when the step is computed."""
+
+    def __init__(self, finite: torch.Tensor) -> None:
+        """`finite`: (jobs,) bool, on the device. On a GPU it is sent for, and not waited for."""
+        self.is_known = not finite.is_cuda
+        if self.is_known:
+            self._answers = finite
+        else:
+            self._answers = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
+            self._answers.copy_(finite, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def wait(self) -> None:
+        """Return when the step is computed."""
+        if not self.is_known:
+            self._arrival.synchronize()
+            self.is_known = True
+
+    def is_finite(self, place: int) -> bool:
+        """Whether the job at `place` is. Waits."""
+        self.wait()
+        return bool(self._answers[place])
+
+
 class Render:
     """One job on board. Made by `ModelRunner.prepare`, changed by `ModelRunner.step` alone."""
 
@@ -47,6 +73,8 @@ class Render:
         self._generator = generator
         #: Drawn for the present step, which may have to be taken again.
         self._noise: torch.Tensor | None = None
+        #: Whether the last step's result is finite, and this job's place in the answer.
+        self._check: tuple[Check, int] | None = None
         #: (SLOTS, channels, height, width), float32, on the device; see `Schedule`.
         self._state = latents.new_zeros((SLOTS, *latents.shape))
         self._state[0] = latents
@@ -68,15 +96,36 @@ class Render:
         """(1, channels, height, width) float32, after the steps done so far."""
         return self._state[:1]
 
-    def outcome(self, is_finite: bool, state: torch.Tensor, prediction: torch.Tensor) -> JobError | None:
-        """Be a step further, given what the step computed for this job; or be as before, and say why."""
+    def outcome(
+        self, check: Check, place: int, state: torch.Tensor, prediction: torch.Tensor
+    ) -> JobError | None:
+        """Be a step further, given what the step computed for this job; or be as before, and say why.
+
+        On a GPU `check`, in which this job has `place`, is asked at the next step: till then it is computed.
+        """
+        before, self._check = self._check, (check, place)
+        asked = self._check if check.is_known else before
         try:
-            if not is_finite:
+            if asked is not None and not asked[0].is_finite(asked[1]):
                 raise self._not_finite()
             self._advance(state, prediction)
         except JobError as error:
             return error
         return None
+
+    def failure(self) -> NotFiniteError | None:
+        """Why the latents are of no use, if so. Waits until they are computed."""
+        if self._check is not None and not self._check[0].is_finite(self._check[1]):
+            return self._not_finite()
+        return None
+
+    def used_by_steps(self) -> None:
+        """Keep the memory of all that was made on another stream until the steps that read it are done."""
+        if self._state.is_cuda:
+            made = (self._state, self._text.embeddings, self._text.pooled, *self._conditions.values())
+            for tensor in made:
+                if tensor is not None:
+                    tensor.record_stream(torch.cuda.default_stream(self._state.device))
 
     def _advance(self, state: torch.Tensor, prediction: torch.Tensor) -> None:
         if self._sampler is not None:
@@ -101,7 +150,7 @@ class Render:
 
     def _not_finite(self) -> NotFiniteError:
         return NotFiniteError(
-            f"The latents are no longer finite after step {self.step + 1} of {self.steps}: "
+            f"The latents are no longer finite at step {self.step + 1} of {self.steps}: "
             "try another scheduler, less guidance, or a worker with SMALLCAT_DTYPE=fp32."
         )
 
