@@ -9,6 +9,7 @@ Prints tables; writes bench.json and a PNG for each experiment. Progress goes to
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import shlex
@@ -112,17 +113,17 @@ def _show(report: Report, folder: Path) -> None:
     console = Console()
     for each in tables.tables(report):
         console.print(each)
-    console.print(f"Figures: {folder / 'bench.json'}", highlight=False, soft_wrap=True)
+    # As they are, for copying.
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(f"Figures: {folder / 'bench.json'}")
     if importlib.util.find_spec("matplotlib") is None:
-        console.print(
-            "No plots: install matplotlib with pip install '.[bench]'.", highlight=False, soft_wrap=True
-        )
+        say("No plots: install matplotlib with pip install '.[bench]'.")
         return
     # Not at the top: it may be absent.
     from worker.bench import plots
 
     for path in plots.draw(report, folder):
-        console.print(f"Plot: {path}", highlight=False, soft_wrap=True)
+        say(f"Plot: {path}")
 
 
 if __name__ == "__main__":

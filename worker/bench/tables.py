@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -56,7 +57,7 @@ def points(found: Sequence[Point]) -> Table:
         for backend in backends:
             point = row[backend]
             figures = [_number(point.milliseconds, 3), _number(point.memory_mib, 1)]
-            cells += [point.left_out, ""] if point.left_out else figures
+            cells += [escape(point.left_out), ""] if point.left_out else figures
         table.add_row(str(side_px), f"{tokens:,}", *cells)
     return table
 
@@ -94,7 +95,7 @@ def _of_setups(title: str, keys: list[str], names: list[str], rows: Sequence[_Ro
     for name in (*keys, *(names[place] for place in told)):
         table.add_column(name, justify="right")
     for setup, key, figures, left_out in rows:
-        cells = [left_out] if left_out else [figures[place] for place in told]
+        cells = [escape(left_out)] if left_out else [figures[place] for place in told]
         table.add_row(setup.attention, setup.how, *key, *cells)
     return table
 
