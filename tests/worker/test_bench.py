@@ -56,7 +56,7 @@ def a_report(**more: Any) -> report.Report:
             "cats": [
                 Cat(naive, 2.0, 4.0),
                 Cat(auto, 0.5, 3.0),
-                Cat(Setup("sdpa", True), left_out="not compiled"),
+                Cat(Setup("sdpa", True), left_out="not compiled [no gcc]"),
             ],
             "points": [
                 Point("naive", 512, 4096, 2.0, 1024.0),
@@ -108,7 +108,7 @@ def test_the_tables_tell_everything() -> None:
     assert "as fast" in text
     assert "4.00" in text, "auto against naive"
     for each in (
-        "not compiled",
+        "not compiled [no gcc]",
         "does not fit in the GPU's memory",
         "does not fit in memory",
         "16384.0",
@@ -302,9 +302,9 @@ def test_a_batch_that_does_not_fit_is_left_out_with_all_larger_ones(
 
 def test_a_failure_is_one_and_no_fast_step(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = a_bench(model)
-    monkeypatch.setattr(bench._runner, "step", lambda renders: [NotFiniteError("no")])
-    with pytest.raises(NotFiniteError):
-        bench.cat()
+    monkeypatch.setattr(bench._runner, "step", lambda renders: [NotFiniteError("not finite")] * len(renders))
+    assert bench.cat() == Cat(Setup("naive", False), left_out="not finite")
+    assert [each.left_out for each in bench.rates()] == ["not finite"] * 2
 
 
 def test_the_attention_that_is_named_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

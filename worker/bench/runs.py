@@ -71,25 +71,28 @@ class Bench:
     def cat(self) -> Cat:
         """Experiment a: one picture from its prompt to its pixels."""
         self._reset_memory()
-        # The first one is a warm-up.
-        fastest = min([self._seconds_of_a_picture() for _ in range(1 + self._plan.pictures)][1:])
+        try:
+            # The first one is a warm-up.
+            fastest = min([self._seconds_of_a_picture() for _ in range(1 + self._plan.pictures)][1:])
+        except SmallcatError as error:
+            return Cat(self._setup, left_out=_reason(error))
         return Cat(self._setup, fastest, self._memory_gib())
 
     def rates(self) -> Iterator[Rate]:
-        """Experiment c: a rate for each batch; those that do not fit are left out."""
-        steps = self._runner.prepare(self._job(0)).steps
+        """Experiment c: a rate for each batch. After one that fails, all larger ones are left out."""
         left_out = ""
         for jobs in self._plan.jobs:
             if not left_out:
                 try:
-                    yield self._rate(jobs, steps)
+                    yield self._rate(jobs)
                     continue
-                except OutOfMemoryError:
-                    left_out = "does not fit in memory"
+                except SmallcatError as error:
+                    left_out = _reason(error)
             yield Rate(self._setup, jobs, left_out=left_out)
 
-    def _rate(self, jobs: int, steps: int) -> Rate:
+    def _rate(self, jobs: int) -> Rate:
         self._reset_memory()
+        steps = self._runner.prepare(self._job(0)).steps
         # A step costs the same whatever the job's number of steps, so there are always enough to time.
         renders = [self._runner.prepare(self._job(seed, steps=50)) for seed in range(jobs)]
         for _ in range(WARM_UPS):
@@ -144,6 +147,10 @@ class Bench:
     def _memory_gib(self) -> float | None:
         """The most that was held on the GPU since the last reset, graphs and weights included."""
         return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else None
+
+
+def _reason(error: SmallcatError) -> str:
+    return "does not fit in memory" if isinstance(error, OutOfMemoryError) else str(error)
 
 
 def free() -> None:
