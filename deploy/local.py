@@ -238,7 +238,13 @@ def _stream(stack: Stack, console: Console, over: threading.Event) -> None:
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(0), help="Workers to start.")
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Workers to start; each takes a GPU of its own where there are any.",
+)
 @click.option("--no-worker", is_flag=True, help="Start queue and bucket only.")
 @click.option(
     "--data",
