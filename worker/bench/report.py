@@ -49,7 +49,7 @@ class Cat:
     setup: Setup
     #: Seconds from the prompt to the pixels.
     seconds: float | None = None
-    #: Most memory of the GPU at any time, weights included, in GiB; None on a CPU.
+    #: Most memory of the GPU at any time, weights included, in GiB; None on a CPU, and where compiled.
     memory_gib: float | None = None
     #: Why there are no figures.
     left_out: str = ""

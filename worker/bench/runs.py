@@ -11,7 +11,7 @@ import torch
 
 from worker.bench.report import Cat, Rate, Setup, images_per_s
 from worker.errors import OutOfMemoryError, SettingsError, SmallcatError
-from worker.job import Job, ServedModel
+from worker.job import Job
 from worker.model_runner import ModelRunner
 from worker.render import Render
 from worker.settings import WorkerSettings
@@ -63,11 +63,6 @@ class Bench:
         if setup.compiled and chosen["compile"].choice == "no":
             raise SettingsError(f"not compiled: {chosen['compile'].reason}")
 
-    @property
-    def served(self) -> ServedModel:
-        """The model."""
-        return self._runner.served
-
     def cat(self) -> Cat:
         """Experiment a: one picture from its prompt to its pixels."""
         self._reset_memory()
@@ -111,13 +106,14 @@ class Bench:
 
     def _mean_s(self, run: Callable[[], None], *, most: int) -> float:
         """Seconds of one call, over as many as the plan has time for: `TIMED` to `most`."""
+        _settle()
         started_s = time.perf_counter()
         for times in range(1, most + 1):
             run()
-            elapsed_s = time.perf_counter() - started_s
-            if times >= TIMED and elapsed_s >= self._plan.seconds:
+            if times >= TIMED and time.perf_counter() - started_s >= self._plan.seconds:
                 break
-        return elapsed_s / times
+        _settle()
+        return (time.perf_counter() - started_s) / times
 
     def _seconds_of_a_picture(self) -> float:
         started_s = time.perf_counter()
@@ -145,8 +141,19 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
     def _memory_gib(self) -> float | None:
-        """The most that was held on the GPU since the last reset, graphs and weights included."""
-        return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else None
+        """The most that was held on the GPU since the last reset.
+
+        None where compiled: its graphs keep room for batches of every size, and none has memory of its own.
+        """
+        if self._setup.compiled or not torch.cuda.is_initialized():
+            return None
+        return torch.cuda.max_memory_allocated() / 2**30
+
+
+def _settle() -> None:
+    """Wait until the GPU has done all it was asked for: a step returns before."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _reason(error: SmallcatError) -> str:
