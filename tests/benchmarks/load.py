@@ -1,0 +1,397 @@
+"""Latency and throughput under load: smallcat against one job at a time and against static batches.
+
+    python -m tests.benchmarks.load                      the bundled model
+    python -m tests.benchmarks.load --model FOLDER       any other, for instance on a GPU
+    python -m tests.benchmarks.load --costs LOAD.json    no model: simulates on the costs of an earlier --json
+
+Jobs of 20, 30 and 50 steps in equal parts arrive at random (Poisson), as many a second as the given percents
+of smallcat's own capacity. Every policy gets the same arrivals, the same process, model and cap, and the
+worker's whole engine: texts are encoded and pictures decoded beside the steps for all of them. What differs
+is who shares a step; see `tests.benchmarks.policies`. Of the static batches both ends are told: all pictures
+leave with the batch's last one, or each when it is finished.
+
+Since a run of minutes has few jobs, each policy is also simulated for long on the costs that were measured
+here, and with it some that no engine could run, to see what the best one would give.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.policies import (
+    EARLY,
+    MEAN_STEPS,
+    MIX,
+    ONE,
+    OTHERS,
+    PADDED,
+    POLICIES,
+    ROWS,
+    SMALLCAT,
+    STATIC,
+    Arrival,
+    Device,
+    Finished,
+    Point,
+    Static,
+    arrivals,
+    runs,
+    simulate,
+    simulated,
+)
+from worker.batcher import Batcher
+from worker.engine import Engine, Rendered
+from worker.job import Job, Scheduler
+from worker.model_runner import ModelRunner
+from worker.settings import WorkerSettings, worker_settings
+
+#: The load at which the targets are set, and how much more of the time it gets than others.
+TARGET_LOAD, TARGET_WEIGHT = 0.7, 3
+#: Most that smallcat's latencies may be of those of static batches there.
+TARGET = 0.6
+#: Seconds after which a job that has not come is a failure of the benchmark.
+PATIENCE_S = 600.0
+#: Parts of the time for measuring capacities; what is planned for points, for they end late.
+CAPACITY_SHARE, POINTS_SHARE = 0.2, 0.85
+
+
+class _Waiting(Static):
+    """Static batches in an engine, which asks again at once as long as somebody waits."""
+
+    def next_batch(self, now_s: float) -> list[Any]:
+        batch = super().next_batch(now_s)
+        if not batch and len(self):
+            time.sleep(1e-3)
+        return batch
+
+
+def _policy(name: str, device: Device) -> Batcher[Any]:
+    return _Waiting(device, device.window_s) if name == STATIC else POLICIES[name](device)
+
+
+def job_of(number: int, steps: int, of: str) -> Job:
+    """A job of the model's own size, whose prompt nobody has asked for before."""
+    # Euler takes as many forwards as there are steps, whatever the model.
+    return Job(
+        prompt=f"a small cat, {of}, picture {number}",
+        seed=number,
+        steps=steps,
+        guidance_scale=7.5,
+        scheduler=Scheduler.EULER,
+    )
+
+
+def measure(runner: ModelRunner) -> Device:
+    """The costs of steps and of decoding, each number of rows warmed up first."""
+    lane = runner.prepare(job_of(0, 50, "measured")).lane
+    seats = max(1, runner.cap(lane) // ROWS)
+    steps, decoding = [], []
+    # Every bucket of rows that a GPU captures, so that none is captured in a run.
+    for jobs in [n for n in range(1, seats + 1) if n <= 16 or n % 4 == 0 or n == seats]:
+        renders = [runner.prepare(job_of(number, 50, "measured")) for number in range(jobs)]
+        if sum(render.rows for render in renders) != ROWS * jobs:
+            raise click.ClickException("This model takes no guidance: the mix of jobs needs two rows a job.")
+        steps.append((ROWS * jobs, _seconds(partial(runner.step, renders))))
+        if jobs in (1, min(8, seats)):
+            decoding.append((jobs, _seconds(partial(runner.decode, renders))))
+    return Device(tuple(steps), tuple(decoding), ROWS * seats)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The median of five, after two to warm up."""
+    seconds = []
+    for _ in range(7):
+        started_s = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started_s)
+    return statistics.median(seconds[2:])
+
+
+def serve(
+    runner: ModelRunner, batcher: Batcher[Any], arriving: Sequence[Arrival], of: str, *, at_once: bool = False
+) -> tuple[list[Finished], list[tuple[float, int]]]:
+    """Run jobs through an engine with `batcher`, in real time.
+
+    Returns the jobs in the order of arrival, and (seconds after the start, rows) of each step. With
+    `at_once`, all are there before the start.
+    """
+    steps: list[tuple[float, int]] = []
+    over: queue.Queue[tuple[int, float, Future[Rendered]]] = queue.Queue()
+    engine = Engine(
+        runner,
+        job_timeout_s=PATIENCE_S,
+        on_death=lambda error: None,  # All futures have been given back by then, and say it.
+        on_step=lambda rows, seconds: steps.append((time.monotonic(), rows)),
+    )
+    engine._batcher = batcher
+    left_s = [0.0] * len(arriving)
+
+    def send(number: int) -> None:
+        future = engine.submit(str(number), job_of(number, arriving[number].steps, of))
+        future.add_done_callback(lambda future: over.put((number, time.monotonic(), future)))
+
+    # As many threads as a worker has for its jobs, or more: their texts are encoded there.
+    with ThreadPoolExecutor(8) as pool:
+        if at_once:
+            list(pool.map(send, range(len(arriving))))
+        start_s = time.monotonic()
+        engine.start()
+        for number, arrival in enumerate(arriving):
+            if not at_once:
+                time.sleep(max(0.0, start_s + arrival.at_s - time.monotonic()))
+                pool.submit(send, number)
+        for _ in arriving:
+            number, now_s, future = over.get(timeout=PATIENCE_S)
+            future.result()
+            left_s[number] = now_s - start_s
+    engine.stop()
+    done = [Finished(each.steps, each.at_s, end) for each, end in zip(arriving, left_s, strict=True)]
+    return done, [(at_s - start_s, rows) for at_s, rows in steps]
+
+
+def saturated(runner: ModelRunner, name: str, device: Device, jobs: int) -> float:
+    """Jobs a second of a policy with `jobs` waiting from the start, until its first seat stays empty."""
+    seats = 1 if name == ONE else device.seats
+    arriving = arrivals(jobs, float("inf"), seed=0)
+    done, steps = serve(runner, _policy(name, device), arriving, f"capacity of {name}", at_once=True)
+    until_s = sorted(job.left_s for job in done)[-seats - 1]
+    rows = sum(rows for at_s, rows in steps if at_s <= until_s)
+    return rows / (ROWS * MEAN_STEPS) / until_s
+
+
+def capacities_of(
+    runner: ModelRunner, device: Device, names: Sequence[str], seconds: float, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Jobs a second of each policy, in about `seconds`; at least the time of a full batch each."""
+    found, (expected, _) = {}, simulated(device, [], 0, seed=0)
+    for name in names:
+        seats = 1 if name == ONE else device.seats
+        batches = round(expected[name] * seconds / len(names) / seats)
+        found[name] = saturated(runner, name, device, seats * max(2, batches))
+        say(f"capacity, {name}: {found[name]:.3g} images/s; by simulation {expected[name]:.3g}")
+    return found
+
+
+def points_of(
+    runner: ModelRunner,
+    device: Device,
+    capacities: dict[str, float],
+    loads: Sequence[float],
+    jobs_at: Callable[[float], int],
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Point]:
+    """What each policy gives with `jobs_at(load)` jobs, where that is not past its capacity."""
+    points = []
+    for load in loads:
+        per_s = load * capacities[SMALLCAT]
+        arriving = arrivals(jobs_at(load), per_s, seed)
+        for name in capacities:
+            if per_s >= capacities[name]:
+                points.append(Point.past_capacity(load, name))
+                continue
+            batcher, expected = _policy(name, device), POLICIES[name](device)
+            done, _ = serve(runner, batcher, arriving, f"{name} at {load:.0%}")
+            foreseen = runs(name, expected, simulate(expected, arriving, device))
+            for policy, jobs in runs(name, batcher, done).items():
+                points.append(Point.of(load, policy, jobs))
+                mean_s, expected_s = (
+                    statistics.mean(map(_latency_s, each)) for each in (jobs, foreseen[policy])
+                )
+                say(f"{load:.0%}, {policy}: mean {mean_s:.3g} s; by simulation of the same {expected_s:.3g}")
+    return points
+
+
+def _latency_s(job: Finished) -> float:
+    return job.left_s - job.arrived_s
+
+
+def planned(capacities: dict[str, float], loads: Sequence[float], seconds: float) -> Callable[[float], int]:
+    """How many jobs each load gets so that all runs together take about `seconds`; more for the targets."""
+    per_s = {load: load * capacities[SMALLCAT] for load in loads}
+    weight = {load: TARGET_WEIGHT if load == TARGET_LOAD else 1 for load in loads}
+    able = {load: sum(each > per_s[load] for each in capacities.values()) for load in loads}
+    share_s = seconds / sum(weight[load] * able[load] for load in loads)
+    return lambda load: max(2 * len(MIX), int(per_s[load] * weight[load] * share_s))
+
+
+def shown(title: str, capacities: dict[str, float], points: Sequence[Point]) -> Table:
+    """Points as a table: latencies in seconds, by load and policy."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("load", "policy", "jobs", "images/s", "mean", "p50", "p95", "p99"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for steps in MIX:
+        table.add_column(f"{steps} steps:\nmean, p95", justify="right")
+    for load in dict.fromkeys(point.load for point in points):
+        for point in (each for each in points if each.load == load):
+            if point.per_s is None:
+                past = f"{point.policy}: past its own capacity, {capacities[point.policy]:.3g} images/s"
+                table.add_row(f"{load:.0%}", past)
+                continue
+            whole = point.latency["all"]
+            each = [point.latency.get(str(steps)) for steps in MIX]
+            table.add_row(
+                f"{load:.0%}",
+                point.policy,
+                str(point.jobs),
+                *(f"{value:.3g}" for value in (point.per_s, whole.mean, whole.p50, whole.p95, whole.p99)),
+                *(f"{part.mean:.3g}, {part.p95:.3g}" if part else "" for part in each),
+            )
+        table.add_section()
+    return table
+
+
+def ratios(points: Sequence[Point], policy: str, base: str) -> dict[str, float]:
+    """Latencies of `policy` over those of `base` at the targets' load; empty where one of them has none."""
+    at = {point.policy: point.latency for point in points if point.load == TARGET_LOAD and point.latency}
+    if policy not in at or base not in at:
+        return {}
+    return {
+        f"{figure}, {jobs}": getattr(at[policy][group], figure) / getattr(at[base][group], figure)
+        for group, jobs in (("all", "all jobs"), ("20", "20 steps"))
+        for figure in ("mean", "p95")
+        if group in at[policy]
+    }
+
+
+def targets(
+    real: tuple[dict[str, float], Sequence[Point]], simulation: tuple[dict[str, float], Sequence[Point]]
+) -> Table:
+    """What was promised, what was measured, and what the best policy of the simulation would give."""
+    table = Table(title=f"smallcat over static batches at {TARGET_LOAD:.0%} load", title_justify="left")
+    for heading in ("", "target", "measured", "simulated", "best policy, simulated"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for base, told in ((STATIC, "leaving together"), (EARLY, "leaving early")):
+        found, expected = ratios(real[1], SMALLCAT, base), ratios(simulation[1], SMALLCAT, base)
+        best = [ratios(simulation[1], name, base) for name in (SMALLCAT, *OTHERS)]
+        for what, ratio in expected.items():
+            least = min(each[what] for each in best if each)
+            table.add_row(
+                f"{what}, {told}",
+                f"<= {TARGET}",
+                _verdict(found.get(what), lambda value: value <= TARGET),
+                _verdict(ratio, lambda value: value <= TARGET),
+                f"{least:.2f}",
+            )
+    for base in (STATIC, PADDED):
+        pairs = [
+            capacities[SMALLCAT] / capacities[base] if base in capacities else None
+            for capacities in (real[0], simulation[0])
+        ]
+        cells = [_verdict(pair, lambda value: value >= 1) for pair in pairs]
+        table.add_row(f"throughput at saturation, over {base}", ">= 1", *cells, "")
+    return table
+
+
+def _verdict(value: float | None, holds: Callable[[float], bool]) -> str:
+    return "" if value is None else f"{value:.2f} {'met' if holds(value) else 'MISSED'}"
+
+
+def _percents(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    try:
+        loads = [float(part) / 100 for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of percents, like 30,50,70") from None
+    if not all(0 < load < 1 for load in loads):
+        raise click.BadParameter(f"{value!r}: a load is above 0% and below 100%")
+    return loads
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",")]
+    if unknown := set(names) - set(POLICIES):
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(POLICIES)}")
+    if SMALLCAT not in names:
+        raise click.BadParameter(f"{SMALLCAT} must be among them: loads are parts of its capacity")
+    return names
+
+
+def _settings(model: str, max_batch: int | None) -> WorkerSettings:
+    asked = {"SMALLCAT_MODEL": model, "SMALLCAT_MAX_BATCH": str(max_batch or "")}
+    return worker_settings({**os.environ, **{name: value for name, value in asked.items() if value}})
+
+
+@click.command()
+@click.option(
+    "--model", default="", help="Folder, file or hub id. Not given: SMALLCAT_MODEL, or the bundled one."
+)
+@click.option("--max-batch", type=int, help="Rows of a step, at most. Not given: measured.")
+@click.option("--loads", default="30,50,70,85,95", show_default=True, callback=_percents, help="Percents.")
+@click.option("--policies", default=",".join(POLICIES), show_default=True, callback=_names)
+@click.option("--seconds", default=240.0, show_default=True, help="Time for all, start included, about.")
+@click.option("--jobs", type=int, help="Jobs a run, instead of as many as fit in the time.")
+@click.option("--simulated-jobs", default=3_000, show_default=True, help="Jobs of a simulated run.")
+@click.option("--costs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--seed", default=1, show_default=True, help="Of the arrivals.")
+@click.option(
+    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
+)
+def main(
+    model: str,
+    max_batch: int | None,
+    loads: list[float],
+    policies: list[str],
+    seconds: float,
+    jobs: int | None,
+    simulated_jobs: int,
+    costs: Path | None,
+    seed: int,
+    file: Path | None,
+) -> None:
+    """Measure and simulate latency under load."""
+    # Into a file, too, the tables are as wide as they are.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    real: tuple[dict[str, float], list[Point]] = ({}, [])
+    conditions: dict[str, str] = {}
+    if costs is not None:
+        earlier = json.loads(costs.read_text())
+        device, conditions = Device.read(earlier["device"]), earlier["conditions"]
+    else:
+        started_s = time.monotonic()
+        runner = ModelRunner(_settings(model, max_batch))
+        choices = [*runner.choices, *runner.warm_up()]
+        conditions = {each.what: f"{each.choice}: {each.reason}" for each in choices}
+        conditions["load of the machine at start"] = f"{os.getloadavg()[0]:.1f}, {os.cpu_count()} cores"
+        for what, told in conditions.items():
+            console.print(f"{what}: {told}", highlight=False, soft_wrap=True)
+        device = measure(runner)
+        # Whatever the start took, a quarter of the time is for the runs.
+        ends_s = max(started_s + seconds, time.monotonic() + seconds / 4)
+        share_s = CAPACITY_SHARE * (ends_s - time.monotonic())
+        capacities = capacities_of(runner, device, policies, share_s, console.print)
+        share_s = POINTS_SHARE * (ends_s - time.monotonic())
+        jobs_at = planned(capacities, loads, share_s) if jobs is None else lambda load: jobs
+        real = capacities, points_of(runner, device, capacities, loads, jobs_at, seed, console.print)
+    simulation = simulated(device, loads, simulated_jobs, seed)
+    if file is not None:
+        figures = {"conditions": conditions, "device": asdict(device)}
+        for name, (capacities, points) in (("measured", real), ("simulated", simulation)):
+            figures[name] = {"capacity": capacities, "points": [asdict(point) for point in points]}
+        file.write_text(json.dumps(figures, indent=1) + "\n")
+    step_ms = ", ".join(f"{rows}: {1e3 * seconds:.3g}" for rows, seconds in device.step_curve)
+    decode_ms = ", ".join(f"{count}: {1e3 * seconds:.3g}" for count, seconds in device.decode_curve)
+    console.print(f"ms a step by rows: {step_ms}\nms to decode by pictures: {decode_ms}", highlight=False)
+    console.print(f"at most {device.rows} rows; window of static batches {device.window_s:.3g} s")
+    if real[1]:
+        console.print(shown("Measured: seconds from arrival to picture", *real))
+    console.print(shown(f"Simulated on these costs, {simulated_jobs} jobs a run", *simulation))
+    console.print(targets(real, simulation))
+
+
+if __name__ == "__main__":
+    main()
