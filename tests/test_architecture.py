@@ -47,7 +47,7 @@ LINES = [
     "ledger celery",
     "transport",
     # One door to each service.
-    "storage metrics",
+    "storage metrics events",
     "fleet",
     "records",
     "redis_client record_scripts",
@@ -73,7 +73,7 @@ DOORS = {
     ),
     "boto3 botocore": "worker.storage",
     "prometheus_client": "worker.metrics",
-    "celery": "worker.celery worker.tasks",
+    "celery": "worker.celery worker.tasks worker.events",
     "redis": "worker.redis_client worker.channel worker.lease",
     "kombu": (
         "worker.tasks worker.celery worker.transport worker.channel worker.qos worker.lease "

@@ -112,8 +112,9 @@ class Heartbeat:
             self._withdraw()
             self._announce_due_s = math.inf
         elif now_s >= self._announce_due_s:
-            self._fleet.announce(self._info)
+            # Due again in any case: cancellations are heard meanwhile, though Redis may be too full for this.
             self._announce_due_s = now_s + ANNOUNCE_EVERY_S
+            self._fleet.announce(self._info)
 
     def _hear(self, news: Callable[[float], str | None]) -> None:
         """Wait for one message, but no longer than until something is to be said."""

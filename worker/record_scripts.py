@@ -1,4 +1,9 @@
-"""The Lua scripts behind `worker.records`: each is one step that is done or not done, by Redis' clock."""
+"""The Lua scripts behind `worker.records`: each is one step that is done or not done, by Redis' clock.
+
+A Redis that is full refuses a script's first write, if that one may take memory, and none after it. So a
+producer's script begins with such a write, and is refused. A worker's begins with one that takes none:
+workers go on, which is what makes room.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,9 @@ from typing import Final
 # Seconds that the record of a job that nobody submitted by itself stays after its picture is in the bucket,
 # where the lasting record is: a run of a million jobs must not leave a million hashes here.
 _BULK_TTL_S: Final = 60
+
+# The first write of a worker's script: it does nothing.
+_GO_ON: Final = "redis.call('HDEL', KEYS[1], '')\n"
 
 # Tells the runs that a final job belongs to, as `worker.records.run_mark` writes them: its bit is set, and
 # the news is appended for whoever feeds the run. A run that is gone, or never sent that job, is left alone.
@@ -37,7 +45,6 @@ end
 # KEYS[1] the record, KEYS[2] the queues, KEYS[3] the failed jobs. ARGV: job, queue, ttl, id.
 # A job that is in flight stays as it is; any other starts anew, and belongs to the runs that it did.
 SUBMIT: Final = """
--- First, because a Redis that is full refuses a script's first write only.
 redis.call('SADD', KEYS[2], ARGV[2])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
 local state = redis.call('HGET', KEYS[1], 'state')
@@ -60,7 +67,8 @@ redis.call('ZREM', KEYS[3], ARGV[4])
 # The same delivery asking again (its answer was lost with a connection) is one attempt.
 # An attempt counts as a death until it is heard how it ended.
 CLAIM: Final = (
-    _MARK
+    _GO_ON
+    + _MARK
     + """
 local t = redis.call('TIME')
 local now = tonumber(t[1] .. '.' .. string.format('%06d', t[2]))
@@ -98,6 +106,7 @@ redis.call('EXPIRE', KEYS[1], ARGV[5])
 if get('delivery') ~= ARGV[8] then
   if attempts >= tonumber(ARGV[4]) then
     verdict = 'poison'
+    redis.call('HDEL', KEYS[1], 'delivery')
   else
     attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
     redis.call('HINCRBY', KEYS[1], 'deaths', 1)
@@ -115,7 +124,8 @@ return {verdict, attempts, tostring(now - tonumber(get('submitted_at')))}
 # A picture is done whoever made it; a failure counts only from the message that holds the claim, so that a
 # job that was cancelled and submitted again is not cancelled twice.
 FINISH: Final = (
-    _MARK
+    _GO_ON
+    + _MARK
     + """
 local state = redis.call('HGET', KEYS[1], 'state')
 if state == 'done' or state == ARGV[1] then return 0 end
@@ -144,24 +154,31 @@ return 1
 
 # KEYS[1] the record. ARGV: message, then what the attempt ended with as JSON, '' where it was not the job's
 # fault and does not count. Back to the queue.
-GIVE_BACK: Final = """
+GIVE_BACK: Final = (
+    _GO_ON
+    + """
 if redis.call('HGET', KEYS[1], 'claim') ~= ARGV[1] then return 0 end
-local attempt = redis.call('HGET', KEYS[1], 'attempts')
-if ARGV[2] == '' then
-  redis.call('HINCRBY', KEYS[1], 'attempts', -1)
-  redis.call('HDEL', KEYS[1], 'try:' .. attempt)
-else
-  redis.call('HSET', KEYS[1], 'try:' .. attempt, ARGV[2])
+if redis.call('HDEL', KEYS[1], 'delivery') == 1 then
+  local attempt = redis.call('HGET', KEYS[1], 'attempts')
+  if ARGV[2] == '' then
+    redis.call('HINCRBY', KEYS[1], 'attempts', -1)
+    redis.call('HDEL', KEYS[1], 'try:' .. attempt)
+  else
+    redis.call('HSET', KEYS[1], 'try:' .. attempt, ARGV[2])
+  end
+  redis.call('HINCRBY', KEYS[1], 'deaths', -1)
 end
-redis.call('HINCRBY', KEYS[1], 'deaths', -1)
-redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery')
+redis.call('HDEL', KEYS[1], 'claim', 'claim_until')
 redis.call('HSET', KEYS[1], 'state', 'queued', 'step', 0)
 redis.call('PUBLISH', KEYS[1], 'queued')
 return 1
 """
+)
 
 # KEYS[1] the record, ARGV[1] the id, ARGV[2] the channel. Returns the state after it.
-CANCEL: Final = """
+CANCEL: Final = (
+    _GO_ON
+    + """
 local state = redis.call('HGET', KEYS[1], 'state')
 if state == 'queued' then
   redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
@@ -174,9 +191,12 @@ elseif state == 'running' then
 end
 return state
 """
+)
 
 # KEYS: the records. ARGV: lease, then step and steps for each. Returns for each whether it was cancelled.
-PROGRESS: Final = """
+PROGRESS: Final = (
+    _GO_ON
+    + """
 local t = redis.call('TIME')
 local now = tonumber(t[1] .. '.' .. string.format('%06d', t[2]))
 local cancelled = {}
@@ -188,3 +208,4 @@ for i, key in ipairs(KEYS) do
 end
 return cancelled
 """
+)

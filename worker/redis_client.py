@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import redis
 from kombu.exceptions import OperationalError
+from redis import RedisError as RedisError
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
@@ -34,7 +35,7 @@ class _Patience(Retry):
     """
 
     def __init__(self, retry_s: float) -> None:
-        super().__init__(ConstantBackoff(RETRY_EVERY_S), int(retry_s / RETRY_EVERY_S))
+        super().__init__(ConstantBackoff(RETRY_EVERY_S), -1)  # By time, not by count.
         self._retry_s = retry_s
 
     def call_with_retry(
@@ -50,16 +51,44 @@ class _Patience(Retry):
             while True:
                 try:
                     return do()
-                except self._supported_errors as error:
-                    if isinstance(error, redis.AuthenticationError) or (
-                        is_retryable and not is_retryable(error)
-                    ):
+                except (redis.RedisError, TimeoutError) as error:
+                    if not self._may_pass(error) or (is_retryable and not is_retryable(error)):
                         raise
                     failures += 1
                     fail(error, failures) if with_failure_count else fail(error)
-                    if time.monotonic() + RETRY_EVERY_S > until_s:
+                    if time.monotonic() + RETRY_EVERY_S > until_s or not self._pause():
                         raise
-                    time.sleep(RETRY_EVERY_S)
+
+    def _may_pass(self, error: Exception) -> bool:
+        return isinstance(error, self._supported_errors) and not isinstance(error, redis.AuthenticationError)
+
+    def _pause(self) -> bool:
+        """Wait until the next try. False: there is no point in one."""
+        time.sleep(RETRY_EVERY_S)
+        return True
+
+
+class _Endurance(_Patience):
+    """Tries again for as long as it takes, until `stop` is set.
+
+    Also when Redis is there and refuses to write for now: a replica that has yet to become the primary, or
+    one that is full, or whose disk is.
+    """
+
+    def __init__(self, stop: threading.Event) -> None:
+        super().__init__(math.inf)
+        self._stop = stop
+
+    def __deepcopy__(self, _: object) -> _Endurance:
+        """Itself: redis-py copies it for each connection, and they all have one end."""
+        return self
+
+    def _may_pass(self, error: Exception) -> bool:
+        refuses = isinstance(error, redis.exceptions.ReadOnlyError | redis.exceptions.OutOfMemoryError)
+        return super()._may_pass(error) or refuses or str(error).startswith("MISCONF")
+
+    def _pause(self) -> bool:
+        return not self._stop.wait(RETRY_EVERY_S)
 
 
 @contextmanager
@@ -79,6 +108,15 @@ def connect(redis_url: str, retry_s: float) -> redis.Redis:
     A command whose connection is lost is sent again for about `retry_s` seconds; so only commands that may
     be sent twice go through it.
     """
+    return _client(redis_url, retry_s, _Patience(retry_s))
+
+
+def connect_until(redis_url: str, stop: threading.Event) -> redis.Redis:
+    """As `connect`, but a command that may work later is sent again until it does, or `stop` is set."""
+    return _client(redis_url, math.inf, _Endurance(stop))
+
+
+def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
     return redis.Redis.from_url(
         redis_url,
         decode_responses=True,
@@ -86,7 +124,7 @@ def connect(redis_url: str, retry_s: float) -> redis.Redis:
         socket_timeout=min(10.0, max(1.0, retry_s)),
         socket_keepalive=True,
         health_check_interval=10,
-        retry=_Patience(retry_s),
+        retry=retry,
     )
 
 

@@ -9,10 +9,14 @@ in Redis for another worker. What goes wrong is decided by whose fault it is (`w
     the job's                   the same, after `max_attempts` tries, each after a longer pause
     the machine's               the message goes back to the queue (`MachineError` leaves `handle`)
     the storage's               it is asked again, with the picture in memory, until `upload_timeout_s`
+    Redis'                      it is asked again until the worker stops; then the message goes back
+
+An attempt counts when the job failed or its worker died: what is another's fault is not counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -44,6 +48,7 @@ from worker.images import CONTENT_TYPES, Picture, encode
 from worker.job import DEFAULT_MODEL, FORMAT_VERSION, Job, ServedModel
 from worker.quarantine import Quarantine
 from worker.records import RUN_MARK, Attempt, Claim, JobRecord, Records, State, Timings
+from worker.redis_client import RedisError
 from worker.storage import Storage
 
 logger = logging.getLogger("smallcat.jobs")
@@ -113,21 +118,33 @@ class RenderService:
         self._lease_s = lease_s
         self._max_attempts = max_attempts
         self._upload_timeout_s = upload_timeout_s
-        self._stopping = threading.Event()
         self._quarantine = Quarantine()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._stopping = False
         #: (steps done, steps in all) of the jobs this process holds, where the engine does not know better.
         self._on_board: dict[str, tuple[int, int]] = {}
+        #: Those of them that were cancelled.
+        self._cancelled: set[str] = set()
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """(steps done, steps in all) by id of all jobs this process holds, also while they upload."""
         rendering = self._engine.progress()
-        with self._lock:
+        with self._changed:
             return {job_id: rendering.get(job_id, steps) for job_id, steps in self._on_board.items()}
+
+    def cancel(self, job_id: str) -> None:
+        """Let a job end with `JobCancelledError`, at its next step or while it waits for the storage."""
+        with self._changed:
+            if job_id in self._on_board:
+                self._cancelled.add(job_id)
+                self._changed.notify_all()
+        self._engine.cancel(job_id)
 
     def stop(self) -> None:
         """Give back also those jobs whose picture waits for the storage."""
-        self._stopping.set()
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
         self._quarantine.stop()
 
     def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
@@ -146,7 +163,13 @@ class RenderService:
             return None
         suspect = redelivered and self._records.is_suspect(message.id, self._max_attempts)
         with self._quarantine.place(alone=suspect):
-            return self._attempt(message, message_id)
+            try:
+                return self._attempt(message, message_id)
+            except RedisError:
+                # Redis refuses for good, or did not answer until the worker stopped.
+                with contextlib.suppress(RedisError):
+                    self._records.give_back(message.id, message_id)
+                raise
 
     def _attempt(self, message: Message, message_id: str) -> float | None:
         """As `handle`, for a message that can be read."""
@@ -162,8 +185,10 @@ class RenderService:
         if verdict in (Claim.TAKEN, Claim.FINAL):
             metrics.JOBS.labels("taken").inc()
             return None
-        with self._lock:
+        with self._changed:
             self._on_board[message.id] = (0, 0)
+            # Whoever submits a job again after its cancellation wants it.
+            self._cancelled.discard(message.id)
         try:
             if verdict is Claim.POISON:
                 tries = f"{attempt} times (SMALLCAT_MAX_ATTEMPTS)"
@@ -177,8 +202,9 @@ class RenderService:
         except SmallcatError as error:
             return self._note_failure(message.id, message_id, attempt, error)
         finally:
-            with self._lock:
+            with self._changed:
                 self._on_board.pop(message.id, None)
+                self._cancelled.discard(message.id)
         return None
 
     def _render(self, message: Message, attempt: int, queued_s: float) -> None:
@@ -201,7 +227,7 @@ class RenderService:
         rendered_s = time.monotonic()
         metrics.RENDERED.observe(rendered_s - started_s)
         steps = job.steps or 0
-        with self._lock:
+        with self._changed:
             self._on_board[message.id] = (steps, steps)
         record = JobRecord(
             id=message.id,
@@ -262,6 +288,8 @@ class RenderService:
         deadline_s = time.monotonic() + self._upload_timeout_s
         pause_s, longest_s = PUT_BACKOFF_S
         while True:
+            if job_id in self._cancelled:
+                raise JobCancelledError("The job was cancelled.")
             try:
                 return do()
             except PermanentStorageError:
@@ -271,7 +299,11 @@ class RenderService:
                     limit = f"{self._upload_timeout_s:g} s (SMALLCAT_UPLOAD_TIMEOUT_S)"
                     raise StorageError(f"The storage failed for {limit}: {error}") from error
                 logger.warning("Job %s waits for the storage: %s", job_id, error)
-            if self._stopping.wait(_jittered(pause_s)):
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._stopping or job_id in self._cancelled, _jittered(pause_s)
+                )
+            if self._stopping:
                 raise EngineStoppedError("The worker is stopping: the job goes back to the queue.")
             pause_s = min(2 * pause_s, longest_s)
 

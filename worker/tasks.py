@@ -24,11 +24,12 @@ from worker import metrics, transport
 from worker.celery import RENDER, URGENT, app
 from worker.engine import Engine
 from worker.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
+from worker.events import EventGroups
 from worker.fleet import Fleet, WorkerInfo, queues_of
 from worker.heartbeat import Heartbeat
 from worker.lease import postpone
 from worker.records import Records
-from worker.redis_client import connect, queue_errors
+from worker.redis_client import connect, connect_until, queue_errors
 from worker.render_service import RenderService
 from worker.settings import WorkerSettings, hidden, worker_settings
 from worker.storage import Storage
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smallcat.worker")
 
-#: Seconds that a command of a running worker waits for a Redis that is away. A job outlives that.
-REDIS_RETRY_S = 600.0
 #: Jobs on board for each row of a batch: the next ones are prepared and the last ones uploaded meanwhile.
 JOBS_PER_ROW = 2
 #: Rows of a batch for each place more that only urgent jobs may take: a batch of guided ones finds places.
@@ -63,9 +62,13 @@ class _Process:
     engine: Engine[Any]
     service: RenderService
     heartbeat: Heartbeat
+    #: Set when nobody should wait for Redis any more.
+    hurry: threading.Event
 
 
 _process: _Process | None = None
+
+app.steps["consumer"].add(EventGroups)
 
 
 @app.task(name=RENDER, bind=True)
@@ -134,7 +137,9 @@ def load_runner(settings: WorkerSettings) -> ModelRunner:
 def _assemble(name: str) -> _Process:
     """Everything, checked in the order of what is quick to check. Raises `SmallcatError`."""
     settings = worker_settings()
-    client = connect(settings.redis_url, REDIS_RETRY_S)
+    # A job outlives a Redis that is away, for as long as it takes.
+    hurry = threading.Event()
+    client = connect_until(settings.redis_url, hurry)
     with queue_errors(settings.redis_url):
         # Asked on a client that does not wait: at start Redis is there or it is not.
         connect(settings.redis_url, retry_s=1).ping()
@@ -182,10 +187,10 @@ def _assemble(name: str) -> _Process:
         info,
         lease_s=settings.lease_s,
         jobs=service.progress,
-        cancel=engine.cancel,
+        cancel=service.cancel,
         watchdog=lambda: _leave_if_hung(engine),
     )
-    return _Process(settings, engine, service, heartbeat)
+    return _Process(settings, engine, service, heartbeat, hurry)
 
 
 @signals.worker_ready.connect
@@ -213,6 +218,7 @@ def _drain(**_: Any) -> None:
         process.heartbeat.leave()
         process.engine.drain(process.settings.drain_s)
         process.service.stop()
+        process.hurry.set()
 
     on_board = len(process.service.progress())
     logger.info("stopping: %d jobs on board, at most %g s", on_board, process.settings.drain_s)

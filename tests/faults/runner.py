@@ -87,6 +87,7 @@ class FaultRunner:
     """Keeps `worker.engine.Runner`'s contract. `note` is told what happens, `may_die` asked before a kill."""
 
     served = SERVED
+    decodes_beside = False
     choices = (Choice("device", "none", "a fake"), Choice("attention", "none", "a fake"))
 
     def __init__(
@@ -108,6 +109,10 @@ class FaultRunner:
     def cap(self, lane: Hashable) -> int:
         """The same in each lane."""
         return self.max_rows
+
+    def step_s(self, lane: Hashable, rows: int) -> float:
+        """The same for any rows."""
+        return 1.0
 
     def prepare(self, job: Job) -> FaultRender:
         """As the contract says."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import threading
 
 import pytest
+from celery.events import EventReceiver
+from kombu import Connection
 
 from tests.faults import oracle
 from tests.faults.harness import Ground, wait_until
+from worker.celery import app
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
@@ -59,3 +63,28 @@ def test_the_engine_is_busy_while_there_is_work(ground: Ground) -> None:
 @pytest.mark.timeout(300)
 def test_the_engine_is_busy_at_least_95_percent(ground: Ground) -> None:
     assert busy(ground, 400, step_s=0.04) >= 0.95
+
+
+def test_flower_hears_of_every_job(ground: Ground) -> None:
+    """Events go in groups; none is missing, also after a connection was lost. Heard as Flower does."""
+    ground.worker()
+    heard: set[str] = set()
+    ready = threading.Event()
+    with Connection(ground.stack.valkey.url) as connection:
+        receiver = EventReceiver(
+            connection, {"task-succeeded": lambda event: heard.add(event["uuid"][:32])}, app=app
+        )
+        receiver.on_consume_ready = lambda *_, **__: ready.set()
+        listener = threading.Thread(target=lambda: receiver.capture(timeout=None, wakeup=False), daemon=True)
+        listener.start()
+        assert ready.wait(30)
+        for _ in range(2):
+            ids = set(ground.submit(20))
+            wait_until("all heard", lambda ids=ids: ids <= heard)
+            with ground.redis as client:
+                client.client_kill_filter(_type="normal", skipme=True)
+        receiver.should_stop = True
+        ground.submit(1)
+        listener.join(30)
+        assert not listener.is_alive()
+    oracle.settle(ground)

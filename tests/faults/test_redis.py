@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from producer import submit_job
 from tests.faults import oracle
-from tests.faults.harness import Ground, wait_until
+from tests.faults.harness import LEASE_S, Ground, wait_until
 from worker.errors import QueueError
 
 #: Seconds, with room for the start of several workers on a busy machine.
@@ -44,10 +46,12 @@ def test_a_worker_consumes_again_after_each_of_5_restarts(ground: Ground) -> Non
     restarts(ground, 5)
 
 
-def test_a_full_redis_refuses_jobs_and_loses_none(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs on board, jobs in the queue and jobs that are submitted, while Redis takes nothing new."""
+def test_a_full_redis_refuses_jobs_and_its_workers_drain_it(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs on board and jobs in the queue are done while Redis takes nothing new, which makes room."""
     monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
-    worker = ground.worker()
+    worker = ground.worker(settings={"SMALLCAT_MAX_ATTEMPTS": "1"})
     with ground.holding() as hold:
         ids = ground.submit(20, hold)
         ground.journal.wait_for("start", ids[:8])
@@ -55,13 +59,34 @@ def test_a_full_redis_refuses_jobs_and_loses_none(ground: Ground, monkeypatch: p
             client.config_set("maxmemory", 1)
         with pytest.raises(QueueError, match=r"is full .*: wait for workers to drain it"):
             submit_job(ground.job())
-    # The pictures are made; their done marks have to wait.
-    ground.journal.wait_for("put", ids[:8])
+    found = oracle.settle(ground)
+    assert found.renders_over == 0
     assert worker.running
     with ground.redis as client:
         client.config_set("maxmemory", 0)
     ground.submit(1)
     oracle.settle(ground)
     assert worker.running
-    wait_until("nothing was set aside", lambda: not ground.redis.exists("smallcat:undecodable"))
+    assert not ground.redis.exists("smallcat:undecodable")
+    oracle.no_place_is_lost(ground, worker)
+
+
+def test_a_redis_that_takes_no_writes_costs_no_attempt(ground: Ground) -> None:
+    """A primary that became a replica, until it is one again: jobs end then, and at their first try."""
+    worker = ground.worker(settings={"SMALLCAT_MAX_ATTEMPTS": "1"})
+    with ground.holding() as hold:
+        ids = ground.submit(20, hold)
+        ground.journal.wait_for("start", ids[:8])
+        with ground.redis as client:
+            client.replicaof("127.0.0.1", "1")
+    ground.journal.wait_for("put", ids[:8])
+    # Longer than a lease: nobody can renew one, and nobody can take a job away.
+    began_s = time.monotonic()
+    wait_until("past the lease", lambda: time.monotonic() > began_s + 1.5 * LEASE_S)
+    assert ground.journal.count("leave").total() == 0
+    with ground.redis as client:
+        client.replicaof("NO", "ONE")
+    found = oracle.settle(ground)
+    assert found.renders_over == 0
+    assert worker.running
     oracle.no_place_is_lost(ground, worker)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import OutOfMemoryError
 
 from deploy.parts import ValkeyProcess
 from tests.worker.fake_runner import SOON_S, job_of
@@ -247,6 +248,38 @@ def test_giving_back_undoes_the_attempt(records: Records) -> None:
     assert (record.state, record.attempts, record.tries, record.step) == (State.QUEUED, 0, (), 0)
     # Any message may have it now.
     assert claim(records, "m2") == (Claim.RENDER, 1)
+
+
+def test_giving_back_a_poison_job_undoes_no_attempt(records: Records) -> None:
+    """As when Redis fails just when its failure is written."""
+    for _ in range(3):  # As by workers that were killed.
+        claim(records)
+    assert claim(records) == (Claim.POISON, 3)
+    records.give_back(JOB.id, "m1")
+    assert claim(records) == (Claim.POISON, 3)
+
+
+def test_workers_go_on_while_redis_is_full_and_so_make_room(records: Records, client: Redis) -> None:
+    others = [job_of(seed) for seed in range(2, 5)]
+    for job in (JOB, *others):
+        records.submitted(job, QUEUE)
+    client.config_set("maxmemory", 1)
+    try:
+        assert claim(records) == (Claim.RENDER, 1)
+        assert records.progress({JOB.id: (1, 4)}, lease_s=30) == []
+        assert records.done(done())
+        claim(records, job=others[0])
+        assert records.failed(others[0].id, "m1", NotFiniteError("NaN"))
+        claim(records, job=others[1])
+        records.retried(others[1].id, "m1", failure(1))
+        claim(records, job=others[2])
+        assert records.cancel(others[2].id) is State.RUNNING
+        with pytest.raises(OutOfMemoryError):
+            records.submitted(job_of(5), QUEUE)
+    finally:
+        client.config_set("maxmemory", 0)
+    assert records.get(JOB.id).state is State.DONE
+    assert [records.get(job.id).state for job in others] == [State.FAILED, State.QUEUED, State.RUNNING]
 
 
 def test_a_failed_attempt_counts_and_the_job_waits_for_the_next(records: Records) -> None:

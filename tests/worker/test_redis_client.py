@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -14,7 +15,7 @@ import redis
 from deploy.parts import ValkeyProcess
 from deploy.stack import Stack
 from worker.errors import QueueError, UnknownJobError
-from worker.redis_client import connect, queue_errors, within
+from worker.redis_client import RETRY_EVERY_S, connect, connect_until, queue_errors, within
 
 
 @pytest.fixture
@@ -129,6 +130,58 @@ def test_a_full_server_and_a_replica_say_so(valkey: ValkeyProcess, write: str) -
     finally:
         client.replicaof("NO", "ONE")
     assert do()
+
+
+@pytest.mark.parametrize("refusal", ["full", "replica", "disk"])
+def test_a_worker_waits_for_as_long_as_redis_takes_no_writes(
+    valkey: ValkeyProcess, refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.redis_client.RETRY_EVERY_S", 0.01)
+    server = connect(valkey.url, retry_s=1.0)
+    client = connect_until(valkey.url, threading.Event())
+    refuse: Callable[[], object] = {
+        "full": lambda: server.config_set("maxmemory", 1),
+        "replica": lambda: server.replicaof("127.0.0.1", "1"),
+        "disk": lambda: server.set("full-disk", 1),
+    }[refusal]
+    relent: Callable[[], object] = {
+        "full": lambda: server.config_set("maxmemory", 0),
+        "replica": lambda: server.replicaof("NO", "ONE"),
+        "disk": lambda: server.delete("full-disk"),
+    }[refusal]
+    # What a server says whose append-only file cannot be written; here only while a key is there.
+    full_disk = "if redis.call('EXISTS', 'full-disk') == 1 then return {err = 'MISCONF Errors writing'} end "
+    script = client.register_script(full_disk + "return redis.call('SET', KEYS[1], 1)")
+    before = errors_of(server)
+    refuse()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            write = pool.submit(script, keys=["x"])
+            try:
+                while errors_of(server) < before + 3:
+                    assert not write.done()
+            finally:
+                relent()
+            assert write.result(timeout=30)
+    finally:
+        relent()
+
+
+def errors_of(server: redis.Redis) -> int:
+    """Errors that the server has answered so far, but for the first look at a script."""
+    stats = server.info("errorstats")
+    return sum(stat["count"] for name, stat in stats.items() if name != "errorstat_NOSCRIPT")
+
+
+def test_a_worker_that_stops_waits_for_no_redis(nobody: str) -> None:
+    stop = threading.Event()
+    client = connect_until(nobody, stop)
+    with ThreadPoolExecutor(1) as pool, lasting(RETRY_EVERY_S, 15.0):
+        ping = pool.submit(sentence, nobody, client.ping)
+        with pytest.raises(TimeoutError):
+            ping.result(timeout=2 * RETRY_EVERY_S)
+        stop.set()
+        assert "is out of reach" in ping.result(timeout=15)
 
 
 def test_other_errors_pass_as_they_are(valkey: ValkeyProcess) -> None:

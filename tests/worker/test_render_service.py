@@ -32,7 +32,7 @@ from worker.fleet import queue_of
 from worker.images import read_parameters
 from worker.job import ImageFormat, Job
 from worker.records import JobRecord, Records, State
-from worker.redis_client import connect
+from worker.redis_client import RedisError, connect
 from worker.render_service import RenderService
 from worker.storage import Storage
 
@@ -228,12 +228,39 @@ def test_a_job_cancelled_while_it_runs_stops_at_its_next_step(worker: Worker) ->
     futures = [worker.begin(JOB, "m1"), worker.begin(mate, "m2")]
     assert worker.runner.entered.wait(SOON_S)
     worker.records.cancel(JOB.id)
-    worker.engine.cancel(JOB.id)  # As the heartbeat does.
+    worker.service.cancel(JOB.id)  # As the heartbeat does.
     worker.runner.gate.set()
     assert [future.result(SOON_S) for future in futures] == [None, None]
     assert worker.records.get(JOB.id).state is State.CANCELLED
     assert worker.storage.find(JOB.id, JOB.format) is None
     assert worker.records.get(mate.id).state is State.DONE
+
+
+@pytest.mark.parametrize("where", ["find_errors", "put_errors"])
+def test_a_job_cancelled_while_it_waits_for_the_storage_ends_at_once(
+    client: Redis, storage: FlakyStorage, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr("worker.render_service.PUT_BACKOFF_S", (600.0, 600.0))
+    with Worker(client, storage, upload_timeout_s=10_000.0) as worker:
+        setattr(storage, where, [StorageError("503")])
+        worker.submit(JOB)
+        future = worker.begin(JOB)
+        assert storage.failed.wait(SOON_S)
+        assert worker.records.cancel(JOB.id) is State.RUNNING
+        worker.service.cancel(JOB.id)
+        assert future.result(SOON_S) is None
+        assert worker.records.get(JOB.id).state is State.CANCELLED
+        assert storage.find(JOB.id, JOB.format) is None
+        # Whoever submits it again wants it.
+        worker.submit(JOB)
+        assert worker.handle(JOB, "m2") is None
+        assert worker.records.get(JOB.id).state is State.DONE
+
+
+def test_cancelling_a_job_that_is_not_on_board_does_nothing(worker: Worker) -> None:
+    worker.service.cancel(JOB.id)
+    assert worker.handle(JOB) is None
+    assert worker.records.get(JOB.id).state is State.DONE
 
 
 # --- failures of the job ----------------------------------------------------------------------------------
@@ -389,6 +416,35 @@ def test_stopping_gives_back_a_job_that_is_rendered(worker: Worker) -> None:
     stop.join(SOON_S)
     record = worker.records.get(JOB.id)
     assert (record.state, record.attempts, record.tries) == (State.QUEUED, 0, ())
+
+
+# --- failures of Redis ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["claim", "done"])
+def test_an_attempt_that_ends_in_an_error_of_redis_does_not_count(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """However often: the job is not at fault. A claim may have been heard all the same."""
+    worker.submit(JOB)
+    heard = getattr(worker.records, call)
+
+    def fail(*args: Any, **options: Any) -> None:
+        if call == "claim":
+            heard(*args, **options)
+        raise RedisError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.records, call, fail)
+        for _ in range(5):
+            with pytest.raises(RedisError, match="no answer"):
+                worker.handle(JOB, redelivered=True)
+            record = worker.records.get(JOB.id)
+            assert (record.state, record.attempts, record.tries) == (State.QUEUED, 0, ())
+    assert worker.handle(JOB, redelivered=True) is None
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.attempts) == (State.DONE, 1)
+    assert worker.runner.prepared == [5]
 
 
 # --- messages ---------------------------------------------------------------------------------------------
