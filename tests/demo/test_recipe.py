@@ -155,9 +155,9 @@ def test_pictures_are_composed_as_said(subjects, data):
     widths = [
         int(((picture - picture[:, :1, :1]).abs().amax(0) > 20).any(0).sum()) for picture in pictures[:3]
     ]
-    for width, share in zip(widths, (0.39, 0.755, 0.955), strict=True):
+    for width, share in zip(widths, (0.505, 0.755, 0.955), strict=True):
         assert width == pytest.approx(96 * share, abs=0.05 * 96)
-    for column, index in ((33, 1), (95, 2)):
+    for column, index in ((32, 1), (96, 2)):
         assert float(pictures[3][0, 48, column]) == pytest.approx(random.Random(index).randrange(256), abs=6)
 
 

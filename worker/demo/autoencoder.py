@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from worker.demo.captions import BACKGROUNDS
 from worker.demo.compose import Composer, Layout
-from worker.demo.recipe import Clock, Recipe, rate_factor
+from worker.demo.recipe import Clock, Recipe, rate_factor, searched_convolutions
 
 #: The VAE trains on windows of this many pixels a side, filled by the subjects: a whole picture is
 #: mostly background, from which there is little to learn.
@@ -93,7 +93,8 @@ def train_autoencoder(vae: AutoencoderKL, composer: Composer, recipe: Recipe, cl
     step = 0
     while not clock.over:
         _set_rate(optimizer, recipe.autoencoder_rate * rate_factor(step, clock.progress))
-        loss = run(windows(recipe.autoencoder_batch, composer))
+        with searched_convolutions():
+            loss = run(windows(recipe.autoencoder_batch, composer))
         if not normalised and clock.progress > 0.6:
             # Folded in before the end: the convolutions' zero padding then means another value at the
             # border, which the rest of the training makes good.

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from worker.demo.captions import BACKGROUNDS
 from worker.demo.compose import Composer, Layout
-from worker.demo.recipe import Clock, Recipe, rate_factor
+from worker.demo.recipe import Clock, Recipe, rate_factor, searched_convolutions
 
 #: The shipped weights, fp16; the names of the classes are in the file's metadata.
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
@@ -88,10 +88,11 @@ def train_classifier(model: Classifier, composer: Composer, recipe: Recipe, cloc
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * rate_factor(step, clock.progress)
         pictures, labels = examples(recipe.classifier_batch, composer)
-        with torch.autocast(composer.device.type, torch.bfloat16, enabled=composer.device.type == "cuda"):
-            logits = fast(pictures.contiguous(memory_format=torch.channels_last))
-        loss = functional.cross_entropy(logits.float(), labels)
-        loss.backward()
+        with searched_convolutions():
+            with torch.autocast(composer.device.type, torch.bfloat16, enabled=composer.device.type == "cuda"):
+                logits = fast(pictures.contiguous(memory_format=torch.channels_last))
+            loss = functional.cross_entropy(logits.float(), labels)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

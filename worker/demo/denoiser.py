@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from worker.demo.captions import Scene
 from worker.demo.compose import Composer, SceneBatch
-from worker.demo.recipe import Clock, Recipe, rate_factor
+from worker.demo.recipe import Clock, Recipe, rate_factor, searched_convolutions
 from worker.demo.tokenizer import MAX_TOKENS
 
 #: Share of captions blanked in training, beside the scenes that have none: guidance needs them.
@@ -235,16 +235,21 @@ class DenoiserTrainer:
         """Trains until the clock is over; `others` are the pools of the other canvases."""
         recipe, denoiser = self._recipe, self._denoiser
         losses: list[torch.Tensor] = []
+        cells = pool.latents[0, 0].numel()
         while not clock.over:
             rate = recipe.denoiser_rate * rate_factor(denoiser.steps - self._first, clock.progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             turn, other = divmod(denoiser.steps, recipe.other_size_every)
             if others and clock.progress >= recipe.other_sizes_from and other == recipe.other_size_every - 1:
-                # Not compiled: each canvas would take its own minute of compilation.
-                self.step(others[turn % len(others)], max(1, recipe.denoiser_batch // 2), denoiser.unet)
+                # Not compiled: each canvas would take its own minute of compilation. Half the usual number of
+                # latent cells, because it is slower for that.
+                canvas = others[turn % len(others)]
+                count = recipe.denoiser_batch * cells // (2 * canvas.latents[0, 0].numel())
+                self.step(canvas, max(1, count), denoiser.unet)
             else:
-                losses.append(self.step(pool, recipe.denoiser_batch))
+                with searched_convolutions():
+                    losses.append(self.step(pool, recipe.denoiser_batch))
             if denoiser.steps % recipe.renew_every == 0:
                 pool.renew()
             denoiser.steps += 1

@@ -95,6 +95,8 @@ class Run:
         self.model.swap()
         save_half(self.pipeline(), self.out / "model")
         self.model.swap()
+        recommended = {"steps": evaluate.STEPS, "guidance_scale": evaluate.GUIDANCE}
+        (self.out / "model" / "smallcat.json").write_text(json.dumps(recommended) + "\n", encoding="utf-8")
         classifier.save_classifier(
             self.judge, [subject.name for subject in self.subjects], self.out / classifier.WEIGHTS.name
         )
@@ -152,7 +154,6 @@ def begin(recipe: Recipe, data: Path, out: Path, minutes: float, limit: int | No
     started = time.monotonic()
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     subjects = load_subjects(data)[:limit]
