@@ -102,9 +102,9 @@ class FaultRunner:
         self._note = note
         self._may_die = may_die
 
-    def warm_up(self) -> Choice:
+    def warm_up(self) -> tuple[Choice, ...]:
         """Nothing to warm."""
-        return Choice("max rows", str(self.max_rows), "a fake")
+        return (Choice("max rows", str(self.max_rows), "a fake"),)
 
     def cap(self, lane: Hashable) -> int:
         """The same in each lane."""
