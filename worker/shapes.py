@@ -131,6 +131,10 @@ def make(shapes: Shapes, folder: Path, *, seed: int = 0, dtype: torch.dtype = to
     mark = {"shapes": shapes, "seed": seed, "dtype": str(dtype).removeprefix("torch.")}
     if _holds(folder, mark):
         return folder
+    # Their warnings are about pictures that nobody loads, and weights that nobody has drawn yet.
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
@@ -220,21 +224,22 @@ def fill(model: torch.nn.Module, seed: str) -> None:
         drawn = []
         for place, module in model.named_modules():
             for name, weight in module.named_parameters(recurse=False):
-                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                    # As both set themselves up (kaiming_uniform_ with a = sqrt(5)).
-                    bound = 1 / math.sqrt(module.weight[0].numel())
-                elif isinstance(module, torch.nn.Embedding):
-                    bound = _EMBEDDING_STD * math.sqrt(3)
-                elif isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+                if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
                     weight.fill_(1.0 if name == "weight" else 0.0)
-                    continue
                 else:
-                    raise TypeError(
-                        f"There is no rule for the weights of {place}, a {type(module).__name__}."
-                    )
-                drawn.append(pool.submit(draw, weight, f"{place}.{name}", bound))
+                    drawn.append(pool.submit(draw, weight, f"{place}.{name}", _bound(module)))
         for each in drawn:
             each.result()
+
+
+def _bound(module: torch.nn.Module) -> float:
+    """Half the width of the uniform distribution that the weights of `module` come from."""
+    if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+        # As both set themselves up: kaiming_uniform_ with a = sqrt(5).
+        return 1 / math.sqrt(module.weight[0].numel())
+    if isinstance(module, torch.nn.Embedding):
+        return _EMBEDDING_STD * math.sqrt(3)
+    raise TypeError(f"There is no rule for the weights of a {type(module).__name__}.")
 
 
 @click.command()
@@ -244,10 +249,6 @@ def fill(model: torch.nn.Module, seed: str) -> None:
 @click.option("--dtype", default="fp16", show_default=True, type=click.Choice(list(_DTYPES)))
 def main(shapes: Shapes, folder: Path, seed: int, dtype: str) -> None:
     """Make FOLDER a model of full size with random weights, for a worker's SMALLCAT_MODEL."""
-    # Their warnings are about loading pictures and casting weights, of which there are none yet.
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
     try:
         click.echo(make(shapes, folder, seed=seed, dtype=_DTYPES[dtype]))
     except SettingsError as error:
