@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: How much less a row must cost in a batch twice as large for that batch to be worth it.
-WORTH_IT = 0.02
+WORTH_IT = 0.03
 #: Rows that are tried, as far as they fit and pay.
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 #: The cap of a device for which more does not pay: a guided job's two rows.

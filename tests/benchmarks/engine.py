@@ -1,0 +1,137 @@
+"""The engine alone, at saturation: pictures a second, decoding included, and how long no step runs.
+
+    python -m tests.benchmarks.engine --model FOLDER --steps 50 --seconds 20
+    python -m tests.benchmarks.engine --model FOLDER --steps 4 --guidance 1 --scheduler lcm
+
+There are always twice as many jobs on board as a batch takes, as in a worker. Nothing is queued, encoded or
+stored: `tests.benchmarks.system` measures those. `--trace` records the GPU's own timeline for some steps.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from worker.engine import Engine, Rendered
+from worker.job import Job
+from worker.model_runner import ModelRunner
+from worker.settings import worker_settings
+
+#: Jobs for each row of a batch, as a worker has them.
+JOBS_PER_ROW = 2
+
+
+def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields: Any) -> dict[str, float]:
+    """Keep `runner` busy with jobs of these `fields`, after a batch to warm up; what came of it."""
+    steps: list[tuple[float, int, float]] = []
+
+    def on_step(rows: int, took_s: float) -> None:
+        steps.append((time.perf_counter(), rows, took_s))
+
+    engine = Engine(runner, job_timeout_s=600, on_death=_die, on_step=on_step)
+    done: queue.SimpleQueue[float] = queue.SimpleQueue()
+    number = 0
+
+    def finish(future: Future[Rendered]) -> None:
+        # Those that are given back at the end are of no interest.
+        if future.exception() is None:
+            done.put(time.perf_counter())
+
+    def submit() -> None:
+        nonlocal number
+        number += 1
+        job = Job.parse({"prompt": f"a small cat, number {number % 50}", "seed": number, **fields})
+        future = engine.submit(str(number), job)
+        future.add_done_callback(finish)
+
+    resolved = Job.parse({"prompt": "a small cat", **fields}).resolved(runner.served)
+    on_board = JOBS_PER_ROW * runner.cap(runner.prepare(resolved).lane)
+    for _ in range(on_board):
+        submit()
+    engine.start()
+    for _ in range(on_board):
+        done.get(timeout=600)
+        submit()
+    begun_s = time.perf_counter()
+    finished: list[float] = []
+    idle = {}
+    while time.perf_counter() - begun_s < seconds:
+        finished.append(done.get(timeout=600))
+        submit()
+        if trace_s and not idle and time.perf_counter() - begun_s > seconds / 2:
+            idle = _traced(lambda: (done.get(timeout=600), submit()), trace_s)
+    ended_s = finished[-1]
+    engine.stop()
+    inside = [(rows, took_s) for at_s, rows, took_s in steps if begun_s <= at_s <= ended_s]
+    return {
+        "images_s": len(finished) / (ended_s - begun_s),
+        "rows": sum(rows for rows, _ in inside) / len(inside),
+        "step_ms": 1e3 * sum(took_s for _, took_s in inside) / len(inside),
+        "no_step_share": 1 - sum(took_s for _, took_s in inside) / (ended_s - begun_s),
+        **idle,
+    }
+
+
+def _traced(turn: Any, seconds: float) -> dict[str, float]:
+    """The GPU's timeline while `turn` is called again and again: the share of it in which nothing ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        begun_s = time.perf_counter()
+        while time.perf_counter() - begun_s < seconds:
+            turn()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return {"traced_ms": (reached - spans[0][0]) / 1e3, "gpu_idle_share": 1 - busy / (reached - spans[0][0])}
+
+
+def _die(error: BaseException) -> None:
+    logging.getLogger("smallcat.engine").critical("lost: %r", error)
+    sys.exit(1)
+
+
+@click.command(help=__doc__)
+@click.option("--model", default="", help="Folder; the bundled model when not given.")
+@click.option("--steps", type=int)
+@click.option("--size", type=int, help="Pixels a side; the model's own when not given.")
+@click.option("--guidance", "guidance_scale", type=float)
+@click.option("--scheduler")
+@click.option("--guidance-start", type=float)
+@click.option("--guidance-stop", type=float)
+@click.option("--seconds", default=20.0, show_default=True)
+@click.option("--trace", "trace_s", default=0.0, help="Seconds of the GPU's timeline to record.")
+@click.option("--name", default="engine", help="What the line is called.")
+def main(model: str, seconds: float, trace_s: float, name: str, size: int | None, **fields: Any) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stderr)
+    settings = worker_settings().model_copy(update={"model": model} if model else {})
+    started_s = time.perf_counter()
+    runner = ModelRunner(settings)
+    choices = {choice.what: choice.choice for choice in (*runner.choices, *runner.warm_up())}
+    ready_s = time.perf_counter() - started_s
+    fields = {key: value for key, value in fields.items() if value is not None}
+    fields |= {"width": size, "height": size} if size else {}
+    told = saturate(runner, seconds, trace_s, **fields)
+    where = {"torch": torch.__version__, **{key: choices[key] for key in ("device", "attention", "max rows")}}
+    print(
+        json.dumps({"name": name, "model": Path(model).name, **fields, **told, "ready_s": ready_s, **where})
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Does a picture depend on its mates? Renders jobs alone and in company, and compares their pixels.
+
+    python -m tests.benchmarks.mates --jobs 200             PSNR of each picture, alone against in company
+    SMALLCAT_EXACT=1 python -m tests.benchmarks.mates       all must be equal to the bit
+
+Company comes and goes: each job has other steps, guidance and scheduler, and joins while others are on board.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from worker.demo import evaluate
+from worker.engine import Engine, Rendered
+from worker.job import Job, Scheduler
+from worker.model_runner import ModelRunner
+from worker.settings import worker_settings
+
+#: Named by the bundled model's card as weak with guidance; a picture of speckles says nothing of mates.
+WITHOUT_GUIDANCE = (Scheduler.PNDM,)
+
+
+def jobs_of(count: int, rng: random.Random) -> list[Job]:
+    """Jobs of all kinds that share a lane."""
+    prompts = Path(evaluate.CONTACT_SHEET).read_text("utf-8").split("\n")
+    lines = [line.partition(" --")[0].strip() for line in prompts if line.strip() and line[0] != "#"]
+    jobs = []
+    for seed in range(count):
+        scheduler = rng.choice(list(Scheduler))
+        plain = scheduler in WITHOUT_GUIDANCE or rng.random() < 0.25
+        jobs.append(
+            Job(
+                prompt=rng.choice(lines),
+                seed=seed,
+                steps=rng.choice([8, 12, 20, 30]),
+                guidance_scale=1.0 if plain else rng.choice([3.0, 4.0, 5.0]),
+                scheduler=scheduler,
+            )
+        )
+    return jobs
+
+
+def pictures(engine: Engine, jobs: list[Job], at_once: int, name: str) -> list[np.ndarray]:
+    """Each job's pixels, with `at_once` of them on board at any time."""
+    futures: list[Future[Rendered]] = []
+    on_board: set[Future[Rendered]] = set()
+    for place, job in enumerate(jobs):
+        if len(on_board) == at_once:
+            on_board = set(wait(on_board, 600, FIRST_COMPLETED).not_done)
+        futures.append(engine.submit(f"{name} {place}", job))
+        on_board.add(futures[-1])
+    return [future.result(600).picture.pixels for future in futures]
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Decibels; infinity for equal pictures."""
+    error = ((one.astype(float) - other.astype(float)) ** 2).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+@click.command(help=__doc__)
+@click.option("--jobs", "count", default=200, show_default=True)
+@click.option("--at-once", default=0, help="Jobs on board; two for each row of a batch when not given.")
+def main(count: int, at_once: int) -> None:
+    settings = worker_settings()
+    runner = ModelRunner(settings)
+    runner.warm_up()
+    engine = Engine(runner, job_timeout_s=600, on_death=lambda error: print(repr(error)))
+    engine.start()
+    jobs = jobs_of(count, random.Random(1))
+    together = pictures(engine, jobs, at_once or 2 * runner.max_rows, "together")
+    alone = pictures(engine, jobs, 1, "alone")
+    engine.stop()
+    values = sorted(psnr(one, other) for one, other in zip(together, alone, strict=True))
+    worst = max(
+        int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(together, alone, strict=True)
+    )
+    told = {
+        "name": "mates",
+        "exact": settings.exact,
+        "jobs": count,
+        "max_rows": runner.max_rows,
+        "least_db": values[0],
+        "median_db": values[len(values) // 2],
+        "below_40_db": sum(value < 40 for value in values),
+        "equal_to_the_bit": sum(math.isinf(value) for value in values),
+        "largest_difference": worst,
+        "torch": torch.__version__,
+        "device": {choice.what: choice.choice for choice in runner.choices}["device"],
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
