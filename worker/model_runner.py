@@ -42,8 +42,9 @@ from worker.settings import WorkerSettings
 from worker.step_cost import StepCost
 from worker.text import Text, TextEncoder
 
-#: Seconds after which no larger batch is tried at warm-up; and steps of each size, the fastest counts.
-MEASURE_S, MEASURED_TIMES = 5.0, 3
+#: Seconds after which no larger batch is tried at warm-up, on a GPU and on a CPU, which is full at a few rows;
+#: and steps of each size, the fastest counts.
+GPU_MEASURE_S, CPU_MEASURE_S, MEASURED_TIMES = 5.0, 0.4, 3
 
 
 #: Forwards of one job each that a GPU has at once in exact mode: one alone does not fill it.
@@ -156,6 +157,7 @@ class ModelRunner:
         """Seconds of a step of the default size by its rows, as far as they fit and seem to pay."""
         render = self.prepare(Job(prompt="a small cat", seed=0, guidance_scale=1.0))
         curve: list[tuple[int, float]] = []
+        budget_s = GPU_MEASURE_S if self._device.type == "cuda" else CPU_MEASURE_S
         started_s = time.monotonic()
         for rows in step_cost.ROWS:
             if self._asked_rows is not None and rows > self._asked_rows:
@@ -167,7 +169,7 @@ class ModelRunner:
             except OutOfMemoryError:
                 break
             curve.append((rows, seconds))
-            if step_cost.is_over(curve) or time.monotonic() - started_s > MEASURE_S:
+            if step_cost.is_over(curve) or time.monotonic() - started_s > budget_s:
                 break
         return curve
 
