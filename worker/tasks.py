@@ -6,6 +6,7 @@ has the way of a job, `Engine` the loop.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -105,6 +106,9 @@ def _start(sender: Any, **_: Any) -> None:
     if default == "celery":
         # Celery's default name is one a host, but there may be a worker a GPU.
         sender.hostname = f"smallcat-{os.getpid()}@{host}"
+    # Celery would ask the other workers for revoked tasks, and wait a second for their answers, at each new
+    # connection. A job is cancelled by its record.
+    sender.options["without_mingle"] = True
     sys.setswitchinterval(SWITCH_S)
     sender.setup_logging()
     # One line for each choice is for everyone, whatever the level of Celery's own log.
@@ -128,9 +132,14 @@ def _start(sender: Any, **_: Any) -> None:
 
 def load_runner(settings: WorkerSettings) -> ModelRunner:
     """The model, on its device. Raises `SettingsError`."""
+    # Half a million objects that live as long as the process: with a search for garbage again and again they
+    # take a second more to import, and each later one would stop every thread.
+    gc.disable()
     # Torch takes seconds to load: what fails before need not wait for it.
     from worker.model_runner import ModelRunner
 
+    gc.freeze()
+    gc.enable()
     return ModelRunner(settings)
 
 
@@ -154,6 +163,7 @@ def _assemble(name: str) -> _Process:
         _say(choice.what, choice.choice, choice.reason)
     for choice in runner.warm_up():
         _say(choice.what, choice.choice, choice.reason)
+    metrics.MemoryCollector(runner.memory)
     engine = Engine(
         runner, job_timeout_s=settings.job_timeout_s, on_death=_engine_died, on_step=metrics.observe_step
     )
