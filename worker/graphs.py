@@ -49,6 +49,8 @@ class Graphs:
         )
         self._graphs: dict[tuple[Hashable, int], list[Graph]] = {}
         self._at_once = at_once
+        #: The GPU's memory in bytes, at most, in a step of each bucket, weights included.
+        self.peaks: dict[str, int] = {}
         # Graphs that never run at the same time share their memory.
         self._pools = [torch.cuda.graph_pool_handle() for _ in range(at_once)]
         self._streams = [torch.cuda.Stream() for _ in range(at_once)] if at_once > 1 else []
@@ -83,19 +85,20 @@ class Graphs:
         bucket = bucket_of(len(batch.job_of_row))
         graphs = self._graphs.setdefault((lane, bucket), [])
         if place == len(graphs):
-            graphs.append(self._capture(function, lane, batch, bucket, self._pools[place]))
+            graphs.append(self._capture(function, batch, bucket, self._pools[place]))
         return graphs[place]
 
-    def _capture(self, function: _Function, lane: Hashable, batch: Batch, bucket: int, pool: Any) -> Graph:
+    def _capture(self, function: _Function, batch: Batch, bucket: int, pool: Any) -> Graph:
         started_s = time.monotonic()
         torch.cuda.reset_peak_memory_stats()
         graph = Graph(function, batch, bucket, pool)
+        what = f"{bucket} rows of {'x'.join(str(side) for side in batch.states.shape[2:])}"
+        self.peaks[what] = torch.cuda.max_memory_allocated()
         logger.info(
-            "captured %d rows of %s in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
-            bucket,
-            lane,
+            "captured %s in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
+            what,
             time.monotonic() - started_s,
-            torch.cuda.max_memory_allocated() / 2**30,
+            self.peaks[what] / 2**30,
             torch.cuda.memory_reserved() / 2**30,
         )
         return graph

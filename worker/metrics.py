@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Histogram, start_http_server
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import REGISTRY, Counter, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 #: Jobs by how they ended: rendered, cached, failed, retried, cancelled, given_back, taken.
 JOBS = Counter("smallcat_jobs", "Jobs, by how they ended on this worker", ["outcome"])
@@ -38,6 +42,21 @@ def observe_step(rows: int, seconds: float) -> None:
     """Count one step of the engine."""
     ROWS.observe(rows)
     STEP.observe(seconds)
+
+
+class MemoryCollector(Collector):
+    """The GPU's memory, read when somebody asks. `read` gives bytes by what has them."""
+
+    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+        self._read = read
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """As Prometheus' client wants it."""
+        gauge = GaugeMetricFamily("smallcat_gpu_memory_bytes", "The GPU's memory", labels=["what"])
+        for what, count in self._read().items():
+            gauge.add_metric([what], count)
+        yield gauge
 
 
 def serve(port: int) -> None:

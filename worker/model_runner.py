@@ -42,8 +42,8 @@ from worker.settings import WorkerSettings
 from worker.step_cost import StepCost
 from worker.text import Text, TextEncoder
 
-#: Seconds after which no larger batch is tried at warm-up, on a GPU and on a CPU, which is full at a few rows;
-#: and steps of each size, the fastest counts.
+#: Seconds after which no larger batch is tried at warm-up, on a GPU and on a CPU, which is full at a few
+#: rows; and steps of each size, the fastest counts.
 GPU_MEASURE_S, CPU_MEASURE_S, MEASURED_TIMES = 5.0, 0.4, 3
 
 
@@ -184,6 +184,16 @@ class ModelRunner:
         """Latent pixels of the default size."""
         factor = int(self._pipeline.vae_scale_factor)
         return (self.served.defaults.width // factor) * (self.served.defaults.height // factor)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the GPU's memory by what has them: now, and at most in a step of each bucket so far."""
+        if self._device.type != "cuda":
+            return {}
+        now = {
+            "in use": torch.cuda.memory_allocated(self._device),
+            "held": torch.cuda.memory_reserved(self._device),
+        }
+        return now | (self._graphs.peaks if self._graphs is not None else {})
 
     def cap(self, lane: Hashable) -> int:
         """Rows worth having in one step of `lane`: as many latent pixels as in the measured one, >= 1."""

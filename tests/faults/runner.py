@@ -106,6 +106,10 @@ class FaultRunner:
         """Nothing to warm."""
         return (Choice("max rows", str(self.max_rows), "a fake"),)
 
+    def memory(self) -> dict[str, int]:
+        """It has no GPU."""
+        return {}
+
     def cap(self, lane: Hashable) -> int:
         """The same in each lane."""
         return self.max_rows
