@@ -178,9 +178,6 @@ class Samplers:
             options["generator"] = generator
         return Sampler(scheduler, generator, scheduler.timesteps.cpu(), options)
 
-    #: The former name of `own`.
-    make = own
-
     def _schedule(self, name: Scheduler, steps: int) -> Schedule:
         sampler = self.own(name, steps, torch.Generator("cpu").manual_seed(0))
         schedule = _read_off(sampler)
