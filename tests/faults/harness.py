@@ -80,6 +80,7 @@ class Journal:
         self._rest = ""
         self._events: list[Event] = []
         self._counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self._totals: Counter[str] = Counter()
 
     def events(self) -> list[Event]:
         """All events so far."""
@@ -90,12 +91,18 @@ class Journal:
                 what, job, pid, at_s = line.split()
                 self._events.append(Event(what, job, int(pid), float(at_s)))
                 self._counts[what][job] += 1
+                self._totals[what] += 1
             return self._events
 
     def count(self, what: str) -> Counter[str]:
         """How often each job did that."""
         self.events()
         return self._counts[what]
+
+    def total(self, what: str) -> int:
+        """How often that happened, to any job."""
+        self.events()
+        return self._totals[what]
 
     def wait_for(self, what: str, jobs: Iterable[str], timeout_s: float = 30.0) -> float:
         """Wait until each of `jobs` has done that."""

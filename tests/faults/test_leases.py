@@ -98,7 +98,7 @@ def test_a_worker_that_was_stopped_past_its_lease_does_no_harm(ground: Ground) -
         wait_until("taken over", lambda: ground.journal.count("start") == wanted)
         first.resume()
     oracle.settle(ground)
-    wait_until("the first is done, too", lambda: ground.journal.count("leave").total() == 8)
+    wait_until("the first is done, too", lambda: ground.journal.total("leave") == 8)
     oracle.settle(ground)
     assert first.running
     oracle.no_place_is_lost(ground, first, second)

@@ -83,7 +83,7 @@ def test_a_redis_that_takes_no_writes_costs_no_attempt(ground: Ground) -> None:
     # Longer than a lease: nobody can renew one, and nobody can take a job away.
     began_s = time.monotonic()
     wait_until("past the lease", lambda: time.monotonic() > began_s + 1.5 * LEASE_S)
-    assert ground.journal.count("leave").total() == 0
+    assert ground.journal.total("leave") == 0
     with ground.redis as client:
         client.replicaof("NO", "ONE")
     found = oracle.settle(ground)

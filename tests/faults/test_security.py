@@ -143,13 +143,7 @@ def fuzz(ground: Ground, count: int) -> None:
     """`count` malformed messages among good jobs: all good ones are done, nothing else is, and it is calm."""
     made: list[str | bytes] = []
 
-    @settings(
-        max_examples=count,
-        database=None,
-        derandomize=True,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @_examples(count)
     @given(MALFORMED)
     def make(message: str | bytes) -> None:
         made.append(message)
@@ -184,13 +178,7 @@ def texts(ground: Ground, count: int) -> None:
     taken: dict[str, str] = {}
     refusals: list[str] = []
 
-    @settings(
-        max_examples=count,
-        database=None,
-        derandomize=True,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @_examples(count)
     @given(st.text(st.characters(exclude_categories=()), max_size=60))
     def submit(text: str) -> None:
         try:

@@ -36,10 +36,8 @@ def storm(ground: Ground, kills: int, rate: float, between: int = 20, **faults: 
         for kill in range(kills):
             victim = workers[kill % 2]
             victim.wait_ready()
-            left = ground.journal.count("leave").total()
-            wait_until(
-                "progress", lambda left=left: ground.journal.count("leave").total() > left + between, 120
-            )
+            left = ground.journal.total("leave")
+            wait_until("progress", lambda left=left: ground.journal.total("leave") > left + between, 120)
             victim.kill()
             victim.launch()
     took_s = time.monotonic() - began_s
@@ -150,8 +148,8 @@ def faults_of(ground: Ground, chance: random.Random) -> dict[str, Callable[[], N
         victim = one()
         victim.pause()
         try:
-            taken = ground.journal.count("leave").total()
-            others = lambda: ground.journal.count("leave").total() > taken + 30  # noqa: E731 - read once
+            taken = ground.journal.total("leave")
+            others = lambda: ground.journal.total("leave") > taken + 30  # noqa: E731 - read once
             began_s = time.monotonic()
             wait_until("past the lease", lambda: others() and time.monotonic() > began_s + 1.5 * LEASE_S)
         finally:
@@ -196,11 +194,11 @@ def mixed(ground: Ground, seed: int, workers: int, count: int, rate: float) -> N
         for name in deck:
             for worker in started:
                 worker.wait_ready()
-            left = ground.journal.count("leave").total()
+            left = ground.journal.total("leave")
             faults[name]()
             wait_until(
                 f"progress after {name}",
-                lambda left=left: ground.journal.count("leave").total() > left + 10,
+                lambda left=left: ground.journal.total("leave") > left + 10,
                 60,
             )
     found = oracle.settle(ground, timeout_s=300)
