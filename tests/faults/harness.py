@@ -27,6 +27,7 @@ from producer import submit_job
 from worker.errors import QueueError
 from worker.fleet import lists_of, queues_of
 from worker.job import Job
+from worker.tasks import JOBS_PER_ROW, ROWS_PER_URGENT
 
 from tests.faults.runner import SERVED  # isort: skip
 
@@ -43,6 +44,11 @@ def wait_until(what: str, happened: Callable[[], bool], timeout_s: float = 30.0)
             raise AssertionError(f"{what}: not within {timeout_s:g} s")
         time.sleep(0.01)
     return time.monotonic() - began_s
+
+
+def places(rows: int) -> int:
+    """Jobs that a worker of so many rows has on board at once, those among them that must be urgent."""
+    return JOBS_PER_ROW * rows + max(1, rows // ROWS_PER_URGENT)
 
 
 class FaultWorker(WorkerProcess):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from tests.faults.app_names import MARKS
-from tests.faults.harness import FaultWorker, Ground, wait_until
+from tests.faults.harness import FaultWorker, Ground, places, wait_until
 from tests.faults.runner import pixel_of
 from worker.records import JobRecord
 
@@ -97,15 +97,14 @@ def keys_have_owners(ground: Ground) -> None:
 
 def no_place_is_lost(ground: Ground, *workers: FaultWorker, rows: int = 4) -> None:
     """Each worker still takes as many jobs at once as ever: no failed job keeps its place."""
-    places = 2 * rows
     with ground.holding() as hold:
-        ids = set(ground.submit(places * len(workers), hold))
+        ids = set(ground.submit(places(rows) * len(workers), hold))
 
         def taken() -> bool:
             pids = [
                 event.pid for event in ground.journal.events() if event.what == "start" and event.job in ids
             ]
-            return all(pids.count(worker.pid) == places for worker in workers)
+            return all(pids.count(worker.pid) == places(rows) for worker in workers)
 
         wait_until("every place taken", taken)
     settle(ground, ids)
