@@ -127,7 +127,7 @@ class JobHandle:
             if (stored := _storage().record(self.id)) is None:
                 raise
             result = JobResult.model_validate_json(stored)
-            # It is put before the picture, and a worker may have died in between.
+            # Somebody may have deleted the picture alone.
             if _storage().find(self.id, result.job.format) is None:
                 raise
             return result

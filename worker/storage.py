@@ -1,7 +1,12 @@
 """The bucket: the only door to boto3.
 
-    PREFIX/images/<id[:2]>/<id>.json    the job's lasting record, put first
-    PREFIX/images/<id[:2]>/<id>.png     the picture (or .webp, .jpeg), put last: where it is, all is
+    PREFIX/images/<id[:2]>/<id>.png     the picture (or .webp, .jpeg), put first
+    PREFIX/images/<id[:2]>/<id>.json    the job's lasting record, put last: where it is, all is
+
+A worker that dies between the two, or that a full storage refuses one of them, leaves no record: then the job
+is not done, whatever lies there, and its next attempt puts both. The picture is the larger of the two, so a
+storage that fills up refuses it before anything is written. Nothing is ever deleted to tidy up: another
+worker may be putting the same job.
 
 Keys follow from the id alone, so putting twice is putting once. Works with any S3-compatible server:
 nothing rests on If-None-Match or newer checksums, which some ignore or refuse.
@@ -99,20 +104,15 @@ class Storage:
         return f"s3://{self.bucket}/{self._key(job_id, image_format)}"
 
     def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
-        """Store the record and then the picture, each checked by its MD5. Raises `StorageError`."""
-        self._put(self._key(job_id, "json"), record, "application/json")
+        """Store the picture and then the record, each checked by its MD5. Raises `StorageError`."""
         self._put(self._key(job_id, image_format), picture, mime)
+        self._put(self._key(job_id, "json"), record, "application/json")
 
     def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
-        """The stored record of a job whose picture is there; None where it is not. Raises `StorageError`."""
-        with self._errors():
-            try:
-                self._client.head_object(Bucket=self.bucket, Key=self._key(job_id, image_format))
-            except botocore.exceptions.ClientError as error:
-                if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
-                    return None
-                raise
-        return self.record(job_id)
+        """The stored record of a job that is there whole; None where it is not. Raises `StorageError`."""
+        record = self.record(job_id)
+        # Somebody may have deleted the picture alone.
+        return record if record is not None and self._is_there(self._key(job_id, image_format)) else None
 
     def record(self, job_id: str) -> bytes | None:
         """The record of a job as it lies in the bucket, or None. Raises `StorageError`."""
@@ -168,12 +168,22 @@ class Storage:
     def delete(self, job_id: str, image_format: ImageFormat) -> None:
         """Remove a job's picture and record; nothing where nothing is. Raises `StorageError`."""
         with self._errors():
-            # The picture first: where it is, all is.
-            for key in (self._key(job_id, image_format), self._key(job_id, "json")):
+            # The record first: where it is, all is.
+            for key in (self._key(job_id, "json"), self._key(job_id, image_format)):
                 self._client.delete_object(Bucket=self.bucket, Key=key)
 
     def _key(self, job_id: str, ending: str) -> str:
         return f"{self._prefix}images/{job_id[:2]}/{job_id}.{ending}"
+
+    def _is_there(self, key: str) -> bool:
+        with self._errors():
+            try:
+                self._client.head_object(Bucket=self.bucket, Key=key)
+            except botocore.exceptions.ClientError as error:
+                if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+                    return False
+                raise
+        return True
 
     def _put(self, key: str, body: bytes, mime: str) -> None:
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,14 +99,16 @@ def _value(name: str, text: str) -> Any:
 
 
 def _bucket_lines(address: str) -> Iterator[Line]:
-    """One line a picture, by the names of the objects: the record beside it has the rest."""
+    """One line a job that is there whole, by the names of its objects: its record has the rest."""
     from worker.job import ImageFormat
     from worker.storage import Storage
 
     bucket = address.removeprefix("s3://").partition("/")[0]
     if not bucket:
         raise CallerError(f"{address} names no bucket: s3://BUCKET/PREFIX.")
-    for uri, stored_at in Storage(bucket).below(address):
-        stem, _, ending = uri.rpartition("/")[2].rpartition(".")
-        if ending in set(ImageFormat) and "/images/" in uri:
-            yield {"id": stem, "state": "done", "uri": uri, "at": stored_at}
+    # A listing is in the order of the names, so the objects of a job are next to each other.
+    for stem, objects in groupby(Storage(bucket).below(address), lambda each: each[0].rpartition(".")[0]):
+        ends = {uri.rpartition(".")[2]: (uri, stored_at) for uri, stored_at in objects}
+        for ending in ends.keys() & set(ImageFormat) if "json" in ends and "/images/" in stem else ():
+            uri, stored_at = ends[ending]
+            yield {"id": stem.rpartition("/")[2], "state": "done", "uri": uri, "at": stored_at}

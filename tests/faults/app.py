@@ -124,7 +124,7 @@ class DyingStorage(Storage):
     def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
         prompt = json.loads(record)["job"]["prompt"]
         if verbs_of(prompt).get("die") == "between_puts":
-            self._put(self._key(job_id, "json"), record, "application/json")
+            self._put(self._key(job_id, image_format), picture, mime)
             die("between_puts", prompt, job_id)
         super().put(job_id, image_format, picture, record, mime)
         note("put", job_id)
@@ -147,9 +147,8 @@ class FolderStorage(DyingStorage):
         """Nothing to check."""
 
     def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
-        if not self._path(self._key(job_id, image_format)).exists():
-            return None
-        return self._path(self._key(job_id, "json")).read_bytes()
+        record = self._path(self._key(job_id, "json"))
+        return record.read_bytes() if record.exists() else None
 
     def _put(self, key: str, body: bytes, mime: str) -> None:
         path = self._path(key)

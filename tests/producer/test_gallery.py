@@ -307,6 +307,9 @@ def test_an_address_shows_the_pictures_below_it_from_their_records(bucket: Stora
     first, second = job_of("one"), job_of("two")
     uris = {first.id: stored(bucket, first), second.id: stored(bucket, second)}
     stored(Storage(bucket.bucket, "runs/10"), job_of("not this one"))
+    # A worker died before it put the record: the job is not done.
+    half = job_of("nor this one")
+    bucket._put(bucket._key(half.id, half.format), png(), "image/png")
     page = write_gallery(f"s3://{bucket.bucket}/runs/1", tmp_path / "page.html")
     rows = {row["id"]: row for row in rows_of(page.path)}
     assert {name: row["uri"] for name, row in rows.items()} == uris

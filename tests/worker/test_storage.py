@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import resource
+import secrets
 import socket
 import time
 import urllib.request
@@ -15,6 +17,7 @@ from typing import Any
 import botocore.exceptions
 import pytest
 
+from deploy.stack import BUCKET, Stack
 from tests.conftest import Bucket
 from worker.errors import PermanentStorageError, StorageError, UnknownJobError
 from worker.job import ImageFormat
@@ -124,7 +127,7 @@ def test_nothing_at_an_address_is_told_so(storage: Storage) -> None:
         storage.get(storage.uri(JOB_ID, PNG))
 
 
-def test_the_picture_is_put_last_and_removed_first(storage: Storage) -> None:
+def test_the_record_is_put_last_and_removed_first(storage: Storage) -> None:
     """Where it is, all is: so a death between the two leaves nothing that looks whole."""
     requests: list[str] = []
     storage._client.meta.events.register(
@@ -132,14 +135,43 @@ def test_the_picture_is_put_last_and_removed_first(storage: Storage) -> None:
     )
     put(storage)
     storage.delete(JOB_ID, PNG)
-    assert requests == ["PUT json", "PUT .png", "DELETE .png", "DELETE json"]
+    assert requests == ["PUT .png", "PUT json", "DELETE json", "DELETE .png"]
 
 
-def test_a_picture_whose_record_is_missing_does_not_count(storage: Storage, environment: Bucket) -> None:
+@pytest.mark.parametrize("ending", ["json", "png"])
+def test_half_a_job_does_not_count(storage: Storage, environment: Bucket, ending: str) -> None:
     put(storage)
-    key = f"a/prefix/images/01/{JOB_ID}.json"
+    key = f"a/prefix/images/01/{JOB_ID}.{ending}"
     storage._client.delete_object(Bucket=environment.name, Key=key)
     assert storage.find(JOB_ID, PNG) is None
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
+def test_a_storage_that_is_full_holds_nothing_of_a_job(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full for whatever is larger than 4 KiB, as a disk is that has so much left."""
+    with Stack(workers=0) as stack:
+        for name, value in stack.coordinates.items():
+            monkeypatch.setenv(name, value)
+        storage = Storage(BUCKET)
+        limits = resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
+        picture = secrets.token_bytes(20_000)
+        with pytest.raises(StorageError, match="fails"):
+            put(storage, picture)
+        assert pauses  # It was tried again.
+        assert list(storage.below(f"s3://{BUCKET}")) == []
+        assert not [path for path in stack.s3.folder.rglob("*") if path.is_file()]
+        # A picture that fits while its record does not is no job either, and is replaced.
+        with pytest.raises(StorageError, match="fails"):
+            put(storage, b"picture", record=secrets.token_bytes(20_000))
+        assert storage.record(JOB_ID) is None
+        assert storage.find(JOB_ID, PNG) is None
+        resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE, limits)
+        put(storage, picture)
+        assert storage.find(JOB_ID, PNG) == b'{"job": 1}'
+        assert storage.get(storage.uri(JOB_ID, PNG)) == picture
 
 
 def test_each_body_is_sent_with_its_md5(storage: Storage) -> None:
