@@ -78,6 +78,8 @@ def load(settings: WorkerSettings) -> Loaded:
     or when the device or dtype asked for is not to be had.
     """
     device, device_reason = choose_device(settings.device)
+    if device.type == "cuda":
+        device, device_reason = take_gpu()
     dtype, dtype_reason = choose_dtype(settings.dtype, device)
     files = model_files.find(settings, half=dtype == torch.float16)
     _quieten()
@@ -104,10 +106,7 @@ def load(settings: WorkerSettings) -> Loaded:
 
 
 def choose_device(asked: str) -> tuple[torch.device, str]:
-    """Where to run, and why: a GPU that no other worker has, where there is one.
-
-    Raises `SettingsError` when a GPU is asked for and there is none, or none is free.
-    """
+    """What to run on, and why. Raises `SettingsError` when a GPU is asked for and there is none."""
     if asked == "cpu":
         return torch.device("cpu"), "SMALLCAT_DEVICE asks for it"
     if not torch.cuda.is_available():
@@ -117,6 +116,14 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
             f"SMALLCAT_DEVICE is cuda, but torch {torch.__version__} finds no CUDA GPU: install a CUDA build "
             "of torch and the driver, or set SMALLCAT_DEVICE=cpu."
         )
+    return torch.device("cuda"), "there is a GPU" if asked == "auto" else "SMALLCAT_DEVICE asks for it"
+
+
+def take_gpu() -> tuple[torch.device, str]:
+    """A GPU that no other worker has, for the life of this process, and why this one.
+
+    Raises `SettingsError` when there is none.
+    """
     index, reason = gpu_lock.take(
         torch.cuda.device_count(), lambda index: str(torch.cuda.get_device_properties(index).uuid)
     )

@@ -436,7 +436,12 @@ def test_choosing_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=r"SMALLCAT_DEVICE is cuda, but torch .* finds no CUDA GPU"):
         pipeline.choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    # Two GPUs, of which another worker has the first.
+    assert pipeline.choose_device("auto") == (GPU, "there is a GPU")
+    assert pipeline.choose_device("cuda") == (GPU, "SMALLCAT_DEVICE asks for it")
+
+
+def test_taking_a_gpu_makes_it_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs, of which another worker has the first."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}")
@@ -444,7 +449,7 @@ def test_choosing_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.gpu_lock, "take", lambda count, uuid_of: (count - 1, uuid_of(1)))
     present: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", present.append)
-    assert pipeline.choose_device("auto") == (torch.device("cuda", 1), "GPU-1")
+    assert pipeline.take_gpu() == (torch.device("cuda", 1), "GPU-1")
     assert present == [1]
 
 
