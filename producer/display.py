@@ -55,7 +55,10 @@ def _watch(handle: JobHandle, console: Console, over: threading.Event) -> None:
         BarColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+    bar = Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    )
+    with bar:
         task = bar.add_task("queued", total=None, text="")
         while not over.is_set():
             try:
