@@ -14,6 +14,8 @@ from worker.errors import QueueError
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
 
+#: Seconds that a stopping worker may take beyond its drain time (2 s here): 5 for the jobs, 5 for Redis.
+BEYOND_DRAIN_S = 10.0
 #: Seconds within which a worker consumes again.
 AGAIN_S = 10.0
 
@@ -90,3 +92,23 @@ def test_a_redis_that_takes_no_writes_costs_no_attempt(ground: Ground) -> None:
     assert found.renders_over == 0
     assert worker.running
     oracle.no_place_is_lost(ground, worker)
+
+
+def test_a_worker_stops_in_time_although_redis_is_away(ground: Ground) -> None:
+    """With pictures in the bucket whose done marks nobody takes: they are not rendered again."""
+    worker = ground.worker()
+    with ground.holding() as hold:
+        ids = ground.submit(8, hold)
+        ground.journal.wait_for("start", ids)
+        ground.stack.valkey.kill()
+    ground.journal.wait_for("put", ids)
+    began_s = time.monotonic()
+    worker.ask_to_end()
+    assert worker.wait(60)
+    took_s = time.monotonic() - began_s
+    ground.stack.valkey.start()
+    worker.start()
+    found = oracle.settle(ground)
+    assert found.renders_over == 0
+    print(f"stopped after {took_s:.1f} s although Redis was away, drain 2 s")
+    assert took_s < 2 + BEYOND_DRAIN_S
