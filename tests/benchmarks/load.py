@@ -10,6 +10,9 @@ worker's whole engine: texts are encoded and pictures decoded beside the steps f
 is who shares a step; see `tests.benchmarks.policies`. Of the static batches both ends are told: all pictures
 leave with the batch's last one, or each when it is finished.
 
+"slowed" is how much longer a run's steps took than the same steps did when they were measured alone: where
+it is not near 1, something else used the machine, and the run says little.
+
 Since a run of minutes has few jobs, each policy is also simulated for long on the costs that were measured
 here, and with it some that no engine could run, to see what the best one would give.
 """
@@ -24,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,33 +116,48 @@ def measure(runner: ModelRunner) -> Device:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The median of five, after two to warm up."""
+    """The fastest of five, after two to warm up: what else the machine does is not part of the cost."""
     seconds = []
     for _ in range(7):
         started_s = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started_s)
-    return statistics.median(seconds[2:])
+    return min(seconds[2:])
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that an engine ran."""
+
+    #: When it was over, seconds after the start.
+    at_s: float
+    rows: int
+    seconds: float
+
+
+def slowness(steps: Sequence[Step], device: Device) -> float:
+    """Seconds of the steps over what they cost: much above 1, the machine had other things to do as well."""
+    return sum(step.seconds for step in steps) / sum(device.step_s(None, step.rows) for step in steps)
 
 
 def serve(
     runner: ModelRunner, batcher: Batcher[Any], arriving: Sequence[Arrival], of: str, *, at_once: bool = False
-) -> tuple[list[Finished], list[tuple[float, int]]]:
+) -> tuple[list[Finished], list[Step]]:
     """Run jobs through an engine with `batcher`, in real time.
 
-    Returns the jobs in the order of arrival, and (seconds after the start, rows) of each step. With
-    `at_once`, all are there before the start.
+    Returns the jobs in the order of arrival, and the engine's steps. With `at_once`, all jobs are there
+    before the start.
     """
-    steps: list[tuple[float, int]] = []
+    steps: list[Step] = []
     over: queue.Queue[tuple[int, float, Future[Rendered]]] = queue.Queue()
     engine = Engine(
         runner,
         job_timeout_s=PATIENCE_S,
         on_death=lambda error: None,  # All futures have been given back by then, and say it.
-        on_step=lambda rows, seconds: steps.append((time.monotonic(), rows)),
+        on_step=lambda rows, seconds: steps.append(Step(time.monotonic() - start_s, rows, seconds)),
     )
     engine._batcher = batcher
-    left_s = [0.0] * len(arriving)
+    left_s, start_s = [0.0] * len(arriving), time.monotonic()
 
     def send(number: int) -> None:
         future = engine.submit(str(number), job_of(number, arriving[number].steps, of))
@@ -161,17 +179,20 @@ def serve(
             left_s[number] = now_s - start_s
     engine.stop()
     done = [Finished(each.steps, each.at_s, end) for each, end in zip(arriving, left_s, strict=True)]
-    return done, [(at_s - start_s, rows) for at_s, rows in steps]
+    return done, steps
 
 
-def saturated(runner: ModelRunner, name: str, device: Device, jobs: int) -> float:
-    """Jobs a second of a policy with `jobs` waiting from the start, until its first seat stays empty."""
+def saturated(runner: ModelRunner, name: str, device: Device, jobs: int) -> tuple[float, float]:
+    """Jobs a second of a policy with `jobs` waiting from the start, until its first seat stays empty.
+
+    And how slow the machine was.
+    """
     seats = 1 if name == ONE else device.seats
     arriving = arrivals(jobs, float("inf"), seed=0)
     done, steps = serve(runner, _policy(name, device), arriving, f"capacity of {name}", at_once=True)
     until_s = sorted(job.left_s for job in done)[-seats - 1]
-    rows = sum(rows for at_s, rows in steps if at_s <= until_s)
-    return rows / (ROWS * MEAN_STEPS) / until_s
+    rows = sum(step.rows for step in steps if step.at_s <= until_s)
+    return rows / (ROWS * MEAN_STEPS) / until_s, slowness(steps, device)
 
 
 def capacities_of(
@@ -182,8 +203,10 @@ def capacities_of(
     for name in names:
         seats = 1 if name == ONE else device.seats
         batches = round(expected[name] * seconds / len(names) / seats)
-        found[name] = saturated(runner, name, device, seats * max(2, batches))
-        say(f"capacity, {name}: {found[name]:.3g} images/s; by simulation {expected[name]:.3g}")
+        found[name], slow = saturated(runner, name, device, seats * max(2, batches))
+        say(
+            f"capacity, {name}: {found[name]:.3g} images/s, slowed {slow:.2f}; simulated {expected[name]:.3g}"
+        )
     return found
 
 
@@ -206,14 +229,18 @@ def points_of(
                 points.append(Point.past_capacity(load, name))
                 continue
             batcher, expected = _policy(name, device), POLICIES[name](device)
-            done, _ = serve(runner, batcher, arriving, f"{name} at {load:.0%}")
+            done, steps = serve(runner, batcher, arriving, f"{name} at {load:.0%}")
+            slow = slowness(steps, device)
             foreseen = runs(name, expected, simulate(expected, arriving, device))
             for policy, jobs in runs(name, batcher, done).items():
-                points.append(Point.of(load, policy, jobs))
+                points.append(Point.of(load, policy, jobs, slowed=slow))
                 mean_s, expected_s = (
                     statistics.mean(map(_latency_s, each)) for each in (jobs, foreseen[policy])
                 )
-                say(f"{load:.0%}, {policy}: mean {mean_s:.3g} s; by simulation of the same {expected_s:.3g}")
+                say(
+                    f"{load:.0%}, {policy}: mean {mean_s:.3g} s, slowed {slow:.2f}; "
+                    f"the same jobs simulated {expected_s:.3g} s"
+                )
     return points
 
 
@@ -233,14 +260,14 @@ def planned(capacities: dict[str, float], loads: Sequence[float], seconds: float
 def shown(title: str, capacities: dict[str, float], points: Sequence[Point]) -> Table:
     """Points as a table: latencies in seconds, by load and policy."""
     table = Table(title=title, title_justify="left")
-    for heading in ("load", "policy", "jobs", "images/s", "mean", "p50", "p95", "p99"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for heading in ("load", "policy", "jobs", "slowed", "images/s", "mean", "p50", "p95", "p99"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
     for steps in MIX:
-        table.add_column(f"{steps} steps:\nmean, p95", justify="right")
+        table.add_column(f"{steps} steps:\nmean, p95", justify="right", no_wrap=True)
     for load in dict.fromkeys(point.load for point in points):
         for point in (each for each in points if each.load == load):
             if point.per_s is None:
-                past = f"{point.policy}: past its own capacity, {capacities[point.policy]:.3g} images/s"
+                past = f"{point.policy}: past its own {capacities[point.policy]:.3g} images/s"
                 table.add_row(f"{load:.0%}", past)
                 continue
             whole = point.latency["all"]
@@ -249,6 +276,7 @@ def shown(title: str, capacities: dict[str, float], points: Sequence[Point]) -> 
                 f"{load:.0%}",
                 point.policy,
                 str(point.jobs),
+                "" if point.slowed is None else f"{point.slowed:.2f}",
                 *(f"{value:.3g}" for value in (point.per_s, whole.mean, whole.p50, whole.p95, whole.p99)),
                 *(f"{part.mean:.3g}, {part.p95:.3g}" if part else "" for part in each),
             )
@@ -355,7 +383,7 @@ def main(
 ) -> None:
     """Measure and simulate latency under load."""
     # Into a file, too, the tables are as wide as they are.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     real: tuple[dict[str, float], list[Point]] = ({}, [])
     conditions: dict[str, str] = {}
     if costs is not None:

@@ -282,6 +282,8 @@ class Point:
     per_s: float | None
     #: Over "all" jobs, and over those of each number of steps.
     latency: dict[str, Figures]
+    #: Seconds of its steps over what they cost; None: simulated.
+    slowed: float | None = None
 
     @classmethod
     def past_capacity(cls, load: float, policy: str) -> Self:
@@ -289,7 +291,7 @@ class Point:
         return cls(load, policy, 0, None, {})
 
     @classmethod
-    def of(cls, load: float, policy: str, done: Sequence[Finished]) -> Self:
+    def of(cls, load: float, policy: str, done: Sequence[Finished], *, slowed: float | None = None) -> Self:
         """From a run."""
         groups = {"all": [*done]} | {str(steps): [job for job in done if job.steps == steps] for steps in MIX}
         latency = {
@@ -297,7 +299,8 @@ class Point:
             for name, jobs in groups.items()
             if (seconds := [job.left_s - job.arrived_s for job in jobs])
         }
-        return cls(load, policy, len(done), len(done) / max(job.left_s for job in done), latency)
+        per_s = len(done) / max(job.left_s for job in done)
+        return cls(load, policy, len(done), per_s, latency, slowed)
 
 
 def capacity(make: Callable[[Device], Batcher[Any]], device: Device) -> float:
