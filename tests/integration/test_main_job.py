@@ -22,6 +22,8 @@ from worker.records import JobRecord, State
 
 #: Steps and pixels of a job that is still running whenever a test looks.
 LONG = {"steps": 150, "width": 256, "height": 256}
+#: Rows in a step of the worker; it has places for twice as many jobs of prompt files.
+ROWS = 4
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stack(model: Path, servers: Stack) -> Iterator[Stack]:
     with Stack(workers=0) as stack:
-        worker = stack.new_worker({"SMALLCAT_MODEL": str(model), "SMALLCAT_DEFAULT_STEPS": "4"})
+        settings = {"SMALLCAT_DEFAULT_STEPS": "4", "SMALLCAT_MAX_BATCH": f"{ROWS}"}
+        worker = stack.new_worker({"SMALLCAT_MODEL": str(model), **settings})
         worker.start()
         yield stack
 
@@ -133,6 +136,17 @@ def test_mixed_jobs_render_together_and_each_gets_its_own_picture() -> None:
     together = np.asarray(results[3].image(), dtype=int)
     assert np.abs(together - np.asarray(alone, dtype=int)).max() <= 1
     assert len({result.data() for result in results}) == 12
+
+
+def test_a_live_job_is_next_while_a_prompt_file_fills_the_worker() -> None:
+    filling = [submit_job(f"line {n}", seed=n, priority=3, **LONG) for n in range(3 * ROWS)]
+    for handle in filling[: 2 * ROWS]:
+        wait_until_running(handle)
+    assert submit_job("live", seed=1).result(timeout=30).state is State.DONE
+    states = [handle.state() for handle in filling]
+    assert states == [State.RUNNING] * 2 * ROWS + [State.QUEUED] * ROWS
+    for handle in filling:
+        handle.cancel()
 
 
 def test_a_job_that_fails_fails_alone() -> None:
