@@ -10,8 +10,9 @@ worker's whole engine: texts are encoded and pictures decoded beside the steps f
 is who shares a step; see `tests.benchmarks.policies`. Of the static batches both ends are told: all pictures
 leave with the batch's last one, or each when it is finished.
 
-"slowed" is how much longer a run's steps took than the same steps did when they were measured alone: where
-it is not near 1, something else used the machine, and the run says little.
+"slowed" is how much longer a run's steps took than such steps did when they were measured alone. A GPU that
+decodes beside them makes some of it; else, where it is not near 1, something else used the machine, and the
+run says little.
 
 Since a run of minutes has few jobs, each policy is also simulated for long on the costs that were measured
 here, and with it some that no engine could run, to see what the best one would give.
@@ -34,39 +35,18 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from tests.benchmarks.policies import (
-    EARLY,
-    MEAN_STEPS,
-    MIX,
-    ONE,
-    OTHERS,
-    PADDED,
-    POLICIES,
-    ROWS,
-    SMALLCAT,
-    STATIC,
-    Arrival,
-    Device,
-    Finished,
-    Point,
-    Static,
-    arrivals,
-    runs,
-    simulate,
-    simulated,
-)
+from tests.benchmarks.load_tables import TARGET_LOAD, shown, targets
+from tests.benchmarks.policies import MEAN_STEPS, MIX, ONE, POLICIES, ROWS, SMALLCAT, STATIC, Device, Static
+from tests.benchmarks.simulation import Arrival, Finished, Point, arrivals, runs, simulate, simulated
 from worker.batcher import Batcher
 from worker.engine import Engine, Rendered
 from worker.job import Job, Scheduler
 from worker.model_runner import ModelRunner
 from worker.settings import WorkerSettings, worker_settings
 
-#: The load at which the targets are set, and how much more of the time it gets than others.
-TARGET_LOAD, TARGET_WEIGHT = 0.7, 3
-#: Most that smallcat's latencies may be of those of static batches there.
-TARGET = 0.6
+#: How much more of the time the load of the targets gets than others.
+TARGET_WEIGHT = 3
 #: Seconds after which a job that has not come is a failure of the benchmark.
 PATIENCE_S = 600.0
 #: Parts of the time for measuring capacities; what is planned for points, for they end late.
@@ -169,15 +149,17 @@ def serve(
             list(pool.map(send, range(len(arriving))))
         start_s = time.monotonic()
         engine.start()
-        for number, arrival in enumerate(arriving):
-            if not at_once:
-                time.sleep(max(0.0, start_s + arrival.at_s - time.monotonic()))
-                pool.submit(send, number)
-        for _ in arriving:
-            number, now_s, future = over.get(timeout=PATIENCE_S)
-            future.result()
-            left_s[number] = now_s - start_s
-    engine.stop()
+        try:
+            for number, arrival in enumerate(arriving):
+                if not at_once:
+                    time.sleep(max(0.0, start_s + arrival.at_s - time.monotonic()))
+                    pool.submit(send, number)
+            for _ in arriving:
+                number, now_s, future = over.get(timeout=PATIENCE_S)
+                future.result()
+                left_s[number] = now_s - start_s
+        finally:
+            engine.stop()
     done = [Finished(each.steps, each.at_s, end) for each, end in zip(arriving, left_s, strict=True)]
     return done, steps
 
@@ -255,79 +237,6 @@ def planned(capacities: dict[str, float], loads: Sequence[float], seconds: float
     able = {load: sum(each > per_s[load] for each in capacities.values()) for load in loads}
     share_s = seconds / sum(weight[load] * able[load] for load in loads)
     return lambda load: max(2 * len(MIX), int(per_s[load] * weight[load] * share_s))
-
-
-def shown(title: str, capacities: dict[str, float], points: Sequence[Point]) -> Table:
-    """Points as a table: latencies in seconds, by load and policy."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("load", "policy", "jobs", "slowed", "images/s", "mean", "p50", "p95", "p99"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
-    for steps in MIX:
-        table.add_column(f"{steps} steps:\nmean, p95", justify="right", no_wrap=True)
-    for load in dict.fromkeys(point.load for point in points):
-        for point in (each for each in points if each.load == load):
-            if point.per_s is None:
-                past = f"{point.policy}: past its own {capacities[point.policy]:.3g} images/s"
-                table.add_row(f"{load:.0%}", past)
-                continue
-            whole = point.latency["all"]
-            each = [point.latency.get(str(steps)) for steps in MIX]
-            table.add_row(
-                f"{load:.0%}",
-                point.policy,
-                str(point.jobs),
-                "" if point.slowed is None else f"{point.slowed:.2f}",
-                *(f"{value:.3g}" for value in (point.per_s, whole.mean, whole.p50, whole.p95, whole.p99)),
-                *(f"{part.mean:.3g}, {part.p95:.3g}" if part else "" for part in each),
-            )
-        table.add_section()
-    return table
-
-
-def ratios(points: Sequence[Point], policy: str, base: str) -> dict[str, float]:
-    """Latencies of `policy` over those of `base` at the targets' load; empty where one of them has none."""
-    at = {point.policy: point.latency for point in points if point.load == TARGET_LOAD and point.latency}
-    if policy not in at or base not in at:
-        return {}
-    return {
-        f"{figure}, {jobs}": getattr(at[policy][group], figure) / getattr(at[base][group], figure)
-        for group, jobs in (("all", "all jobs"), ("20", "20 steps"))
-        for figure in ("mean", "p95")
-        if group in at[policy]
-    }
-
-
-def targets(
-    real: tuple[dict[str, float], Sequence[Point]], simulation: tuple[dict[str, float], Sequence[Point]]
-) -> Table:
-    """What was promised, what was measured, and what the best policy of the simulation would give."""
-    table = Table(title=f"smallcat over static batches at {TARGET_LOAD:.0%} load", title_justify="left")
-    for heading in ("", "target", "measured", "simulated", "best policy, simulated"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for base, told in ((STATIC, "leaving together"), (EARLY, "leaving early")):
-        found, expected = ratios(real[1], SMALLCAT, base), ratios(simulation[1], SMALLCAT, base)
-        best = [ratios(simulation[1], name, base) for name in (SMALLCAT, *OTHERS)]
-        for what, ratio in expected.items():
-            least = min(each[what] for each in best if each)
-            table.add_row(
-                f"{what}, {told}",
-                f"<= {TARGET}",
-                _verdict(found.get(what), lambda value: value <= TARGET),
-                _verdict(ratio, lambda value: value <= TARGET),
-                f"{least:.2f}",
-            )
-    for base in (STATIC, PADDED):
-        pairs = [
-            capacities[SMALLCAT] / capacities[base] if base in capacities else None
-            for capacities in (real[0], simulation[0])
-        ]
-        cells = [_verdict(pair, lambda value: value >= 1) for pair in pairs]
-        table.add_row(f"throughput at saturation, over {base}", ">= 1", *cells, "")
-    return table
-
-
-def _verdict(value: float | None, holds: Callable[[float], bool]) -> str:
-    return "" if value is None else f"{value:.2f} {'met' if holds(value) else 'MISSED'}"
 
 
 def _percents(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.benchmarks import load
+from tests.benchmarks import load, load_tables
 from tests.benchmarks.policies import (
     EARLY,
     MIX,
@@ -25,11 +25,13 @@ from tests.benchmarks.policies import (
     POLICIES,
     SMALLCAT,
     STATIC,
-    Arrival,
     Device,
+    Static,
+)
+from tests.benchmarks.simulation import (
+    Arrival,
     Finished,
     Point,
-    Static,
     arrivals,
     capacity,
     runs,
@@ -221,3 +223,25 @@ def test_all_of_it_on_a_tiny_model(tmp_path: Path) -> None:
     points = {point["policy"]: point for point in written["measured"]["points"]}
     assert points[SMALLCAT]["jobs"] == 6
     assert points[SMALLCAT]["latency"]["20"]["mean"] > 0
+
+
+def test_the_targets_are_told_for_what_was_measured_and_for_the_best_that_can_be() -> None:
+    def points(smallcat_s: float, best_s: float) -> list[Point]:
+        latencies = {STATIC: 10.0, EARLY: 8.0, SMALLCAT: smallcat_s, "shortest-first": best_s}
+        return [
+            Point.of(0.7, policy, [Finished(steps, 0.0, seconds) for steps in MIX])
+            for policy, seconds in latencies.items()
+        ]
+
+    capacities = {STATIC: 2.0, PADDED: 1.0, SMALLCAT: 3.0}
+    table = load_tables.targets(
+        ({SMALLCAT: 1.9, STATIC: 2.0}, points(5.0, 5.0)), (capacities, points(7.0, 4.0))
+    )
+    rows = [list(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]
+    assert rows[0] == ["mean, all jobs, leaving together", "<= 0.6", "0.50 met", "0.70 MISSED", "0.40"]
+    assert rows[7] == ["p95, 20 steps, leaving early", "<= 0.6", "0.62 MISSED", "0.88 MISSED", "0.50"]
+    assert rows[8:] == [
+        ["throughput at saturation, over static", ">= 1", "0.95 MISSED", "1.50 met", ""],
+        ["throughput at saturation, over static-padded", ">= 1", "", "3.00 met", ""],
+    ]
+    assert len(rows) == 10
