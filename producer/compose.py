@@ -22,7 +22,7 @@ from typing import Any
 from worker.celery import RENDER, app, args_repr, message_priority
 from worker.errors import InvalidJobError
 from worker.fleet import queue_of
-from worker.job import FORMAT_VERSION, MAX_METADATA, MAX_PROMPT, MAX_SEED, Job
+from worker.job import FORMAT_VERSION, MAX_METADATA, MAX_PROMPT, MAX_SEED, Job, hashed
 
 #: Shapes that are kept, at most.
 MAX_SHAPES = 1_000
@@ -186,10 +186,8 @@ def _shape_of(job: Job) -> _Shape:
     gaps = [f"@{secrets.token_hex(16)}@" for _ in range(3)]
     values = job.model_dump(mode="json") | dict(zip(("prompt", "seed", "metadata"), gaps, strict=True))
     ends = [json.dumps(gap) for gap in gaps]
-    picture = {name: value for name, value in values.items() if name not in ("priority", "metadata")}
-    hashed = json.dumps([FORMAT_VERSION, picture], sort_keys=True, separators=(",", ":"))
     text = json.dumps(values)
-    before, rest = hashed.split(ends[0])
+    before, rest = hashed(values).split(ends[0])
     between, after = rest.split(ends[1])
     first, rest = text.split(ends[0])
     second, rest = rest.split(ends[1])

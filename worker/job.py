@@ -11,6 +11,7 @@ import hashlib
 import json
 import secrets
 import unicodedata
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
@@ -267,12 +268,16 @@ class Job(BaseModel):
     @property
     def id(self) -> str:
         """32 hexadecimal digits: SHA-256 over all that determines the picture, cut to 128 bits."""
-        picture = self.model_dump(mode="json", exclude={"priority", "metadata"})
-        for field in _LATER_FIELDS:
-            if picture[field] == type(self).model_fields[field].default:
-                del picture[field]
-        text = json.dumps([FORMAT_VERSION, picture], sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(hashed(self.model_dump(mode="json")).encode()).hexdigest()[:32]
+
+
+def hashed(fields: Mapping[str, Any]) -> str:
+    """The text whose hash is a job's id: of all its fields, as JSON has them, those that make the picture."""
+    picture = {name: value for name, value in fields.items() if name not in ("priority", "metadata")}
+    for name in _LATER_FIELDS:
+        if picture[name] == Job.model_fields[name].default:
+            del picture[name]
+    return json.dumps([FORMAT_VERSION, picture], sort_keys=True, separators=(",", ":"))
 
 
 def _explain(error: ValidationError) -> str:
