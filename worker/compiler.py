@@ -38,9 +38,16 @@ def keep_kernels_in(folder: Path) -> None:
 class Compiler:
     """The one thread that compiles, for one GPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, exact: bool) -> None:
+        """`exact`: what is compiled gives the same bits at every start."""
+        # Not at the top: a CPU compiles nothing, and should not wait for them.
+        import torch._dynamo.config
+        import torch._inductor.config
+
         # A thread starts with the first GPU as its own.
         self.thread = ThreadPoolExecutor(1, "compiler", torch.cuda.set_device, (device,))
+        # What is fastest here and now may round otherwise than at the next start: then nothing is tried.
+        torch._inductor.config.deterministic = exact
         # Dynamo gives a function up that has been compiled this often; each lane counts.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.accumulated_recompile_limit = 4096

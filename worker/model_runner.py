@@ -43,8 +43,8 @@ from worker.step_cost import StepCost
 from worker.text import Text, TextEncoder
 
 #: Seconds after which no larger batch is tried at warm-up, on a GPU and on a CPU, which is full at a few
-#: rows; and steps of each size, the fastest counts.
-GPU_MEASURE_S, CPU_MEASURE_S, MEASURED_TIMES = 5.0, 0.4, 3
+#: rows; but sizes that are tried however slow; and steps of each size, the fastest counts.
+GPU_MEASURE_S, CPU_MEASURE_S, LEAST_SIZES, MEASURED_TIMES = 5.0, 0.4, 4, 3
 
 
 #: Forwards of one job each that a GPU has at once in exact mode: one alone does not fill it.
@@ -130,18 +130,25 @@ class ModelRunner:
         if self._device.type != "cuda" or not settings.compile:
             return None
         keep_kernels_in(Path(settings.cache_dir).expanduser() / "kernels")
-        return Compiler(self._device)
+        return Compiler(self._device, exact=settings.exact)
 
     def _compile(self) -> Choice:
         if self._graphs is None:
             reason = "SMALLCAT_COMPILE=0" if self._device.type == "cuda" else "the CPU runs the plain step"
             return Choice("compile", "no", reason)
         started_s = time.monotonic()
-        render = self.prepare(Job(prompt="a small cat", seed=0))
-        if not self._graphs.compile(render.lane, batch_of([render])):
+        if not self.compile(Job(prompt="a small cat", seed=0)):
             return Choice("compile", "no", "it failed, see above")
-        self._decoder.compile(render.latents)
         return Choice("compile", "yes", f"took {time.monotonic() - started_s:.0f} s for the default size")
+
+    @torch.no_grad()
+    def compile(self, job: Job) -> bool:
+        """Compile for jobs of this one's size now, not when it is worth it; whether that worked."""
+        if self._graphs is None:
+            return False
+        render = self.prepare(job)
+        self._decoder.compile(render.latents)
+        return self._graphs.compile(render.lane, batch_of([render]))
 
     def _measure(self) -> Choice:
         """Set what steps cost, and with it the most rows they should have."""
@@ -169,7 +176,8 @@ class ModelRunner:
             except OutOfMemoryError:
                 break
             curve.append((rows, seconds))
-            if step_cost.is_over(curve) or time.monotonic() - started_s > budget_s:
+            is_late = time.monotonic() - started_s > budget_s and len(curve) >= LEAST_SIZES
+            if step_cost.is_over(curve) or is_late:
                 break
         return curve
 

@@ -1,7 +1,6 @@
 """The engine alone, at saturation: pictures a second, decoding included, and how long no step runs.
 
-    python -m tests.benchmarks.engine --model FOLDER --steps 50 --seconds 20
-    python -m tests.benchmarks.engine --model FOLDER --steps 4 --guidance 1 --scheduler lcm
+    python -m tests.benchmarks.engine --model FOLDER --job "steps=50" --job "steps=1 guidance_scale=1"
 
 There are always twice as many jobs on board as a batch takes, as in a worker. Nothing is queued, encoded or
 stored: `tests.benchmarks.system` measures those. `--trace` records the GPU's own timeline for some steps.
@@ -106,31 +105,36 @@ def _die(error: BaseException) -> None:
     sys.exit(1)
 
 
+def fields_of(text: str) -> dict[str, Any]:
+    """Job fields from words like "steps=50 guidance_scale=1 scheduler=lcm size=768"."""
+    fields = dict(word.split("=", 1) for word in text.split())
+    if size := fields.pop("size", None):
+        fields |= {"width": size, "height": size}
+    return {name: value if name == "scheduler" else json.loads(value) for name, value in fields.items()}
+
+
 @click.command(help=__doc__)
 @click.option("--model", default="", help="Folder; the bundled model when not given.")
-@click.option("--steps", type=int)
-@click.option("--size", type=int, help="Pixels a side; the model's own when not given.")
-@click.option("--guidance", "guidance_scale", type=float)
-@click.option("--scheduler")
-@click.option("--guidance-start", type=float)
-@click.option("--guidance-stop", type=float)
-@click.option("--seconds", default=20.0, show_default=True)
+@click.option("--job", "jobs", multiple=True, help='A workload: job fields as in "steps=50 size=768".')
+@click.option("--seconds", default=20.0, show_default=True, help="For each; 0 only compiles and measures.")
 @click.option("--trace", "trace_s", default=0.0, help="Seconds of the GPU's timeline to record.")
-@click.option("--name", default="engine", help="What the line is called.")
-def main(model: str, seconds: float, trace_s: float, name: str, size: int | None, **fields: Any) -> None:
+@click.option("--name", default="engine", help="What the lines are called.")
+def main(model: str, jobs: tuple[str, ...], seconds: float, trace_s: float, name: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stderr)
     settings = worker_settings().model_copy(update={"model": model} if model else {})
     started_s = time.perf_counter()
     runner = ModelRunner(settings)
-    choices = {choice.what: choice.choice for choice in (*runner.choices, *runner.warm_up())}
+    choices = {choice.what: choice for choice in (*runner.choices, *runner.warm_up())}
     ready_s = time.perf_counter() - started_s
-    fields = {key: value for key, value in fields.items() if value is not None}
-    fields |= {"width": size, "height": size} if size else {}
-    told = saturate(runner, seconds, trace_s, **fields)
-    where = {"torch": torch.__version__, **{key: choices[key] for key in ("device", "attention", "max rows")}}
-    print(
-        json.dumps({"name": name, "model": Path(model).name, **fields, **told, "ready_s": ready_s, **where})
-    )
+    where = {"torch": torch.__version__, **{what: choices[what].choice for what in ("device", "attention")}}
+    print(json.dumps({"name": name, "ready_s": ready_s, "max rows": choices["max rows"].reason}), flush=True)
+    for text in jobs:
+        fields = fields_of(text)
+        compiled = runner.compile(Job.parse({"prompt": "a small cat", **fields}))
+        if seconds:
+            told = saturate(runner, seconds, trace_s, **fields)
+            line = {"name": name, "model": Path(model).name, "job": text, **told, "compiled": compiled}
+            print(json.dumps({**line, **where}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""The runner on a real GPU: compiled steps, exact mode, memory that runs out."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.benchmarks.mates import jobs_of, psnr
+from worker.engine import Engine, Rendered
+from worker.graphs import MAX_ROWS, bucket_of
+from worker.job import Job
+from worker.model_runner import ModelRunner
+from worker.settings import WorkerSettings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
+
+#: Decibels of a picture alone against the same in company, at least: what the README promises in fp16.
+TOLERANCE_DB = 40.0
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def compiled(cache: str) -> ModelRunner:
+    """The bundled model."""
+    runner = ModelRunner(WorkerSettings(cache_dir=cache))
+    assert {choice.what: choice.choice for choice in runner.warm_up()}["compile"] == "yes"
+    return runner
+
+
+@pytest.fixture(scope="module")
+def plain(cache: str) -> ModelRunner:
+    runner = ModelRunner(WorkerSettings(cache_dir=cache, compile=False))
+    runner.warm_up()
+    return runner
+
+
+@pytest.fixture
+def engine_of() -> Iterator[Any]:
+    engines: list[Engine[Any]] = []
+
+    def start(runner: ModelRunner) -> Engine[Any]:
+        engines.append(Engine(runner, job_timeout_s=300, on_death=lambda error: None))
+        engines[-1].start()
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.stop()
+
+
+def finish(runner: ModelRunner, *jobs: Job) -> list[Any]:
+    """The pixels of jobs that start together."""
+    renders = [runner.prepare(job) for job in jobs]
+    while running := [render for render in renders if render.step < render.steps]:
+        assert runner.step(running) == [None] * len(running)
+    return [picture.pixels for picture in runner.decode(renders)]
+
+
+def some_jobs(count: int) -> list[Job]:
+    return jobs_of(count, random.Random(2))
+
+
+def test_compiled_steps_give_the_pictures_of_plain_ones(compiled: ModelRunner, plain: ModelRunner) -> None:
+    jobs = some_jobs(12)
+    for one, other in zip(finish(compiled, *jobs), finish(plain, *jobs), strict=True):
+        assert psnr(one, other) >= TOLERANCE_DB
+
+
+def test_nothing_is_compiled_again_whatever_the_rows(compiled: ModelRunner) -> None:
+    before = counters["stats"]["unique_graphs"]
+    most = MAX_ROWS + 8
+    renders = [compiled.prepare(Job(prompt="a cat", seed=seed, steps=150)) for seed in range(most // 2)]
+    for count in range(1, len(renders) + 1):
+        assert compiled.step(renders[:count]) == [None] * count
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_exact_mode_gives_the_same_bits_alone_and_in_company(cache: str, engine_of: Any) -> None:
+    runner = ModelRunner(WorkerSettings(cache_dir=cache, exact=True))
+    runner.warm_up()
+    engine = engine_of(runner)
+    jobs = some_jobs(24)
+    together = [engine.submit(f"together {place}", job) for place, job in enumerate(jobs)]
+    pixels = [future.result(300).picture.pixels for future in together]
+    for place, job in enumerate(jobs):
+        alone = engine.submit(f"alone {place}", job).result(300).picture.pixels
+        assert np.array_equal(alone, pixels[place])
+
+
+def test_another_size_is_served_while_it_compiles(compiled: ModelRunner, engine_of: Any) -> None:
+    engine = engine_of(compiled)
+    job = Job(prompt="a small cat", seed=1, steps=20, width=96, height=96)
+    first = engine.submit("first", job).result(300).picture.pixels
+    assert compiled.compile(job)
+    assert psnr(first, engine.submit("again", job).result(300).picture.pixels) >= TOLERANCE_DB
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Any]:
+    """Leave this process no more of the GPU's memory than it has, and a little."""
+
+    def limit(free_bytes: int) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + free_bytes) / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["plain", "compiled"])
+def test_a_batch_that_does_not_fit_goes_on_in_halves(
+    cache: str, engine_of: Any, little_memory: Any, is_compiled: bool
+) -> None:
+    """Real out-of-memory: no step is lost, the cap is lowered, and the pictures are the same."""
+    runner = ModelRunner(
+        WorkerSettings(cache_dir=cache, compile=is_compiled, attention="naive", max_batch=32)
+    )
+    jobs = [Job(prompt="a small cat", seed=seed, steps=6, width=512, height=512) for seed in range(16)]
+    expected = [finish(runner, job)[0] for job in jobs]
+    if is_compiled:
+        assert runner.compile(jobs[0])
+    # A row of 64 x 64 latents with all its matrices takes some tens of MB: 32 of them do not fit, some do.
+    little_memory(400 * 2**20)
+    engine = engine_of(runner)
+    futures: list[Future[Rendered]] = [engine.submit(str(job.seed), job) for job in jobs]
+    for future, pixels in zip(futures, expected, strict=True):
+        assert psnr(future.result(300).picture.pixels, pixels) >= TOLERANCE_DB
+    assert engine._batcher.cap((16, 64, 64)) < 32
+
+
+def test_a_job_too_large_for_the_memory_fails_alone(
+    plain: ModelRunner, engine_of: Any, little_memory: Any
+) -> None:
+    little_memory(200 * 2**20)
+    engine = engine_of(plain)
+    small = [engine.submit(str(seed), Job(prompt="a dog", seed=seed, steps=8)) for seed in range(4)]
+    large = engine.submit("large", Job(prompt="a dog", seed=1, steps=2, width=2048, height=2048))
+    assert "does not fit" in str(large.exception(300))
+    assert all(future.result(300).picture.pixels.any() for future in small)
+
+
+def test_memory_is_told_for_each_bucket(compiled: ModelRunner) -> None:
+    finish(compiled, Job(prompt="a small cat", seed=1, steps=2))
+    told = compiled.memory()
+    assert told["in use"] <= told["held"]
+    assert told[f"{bucket_of(2)} rows of 16x16x16"] > 0
+
+
+def test_the_kernels_are_kept_on_disk(compiled: ModelRunner, cache: str) -> None:
+    # The first of a process' runners chooses the folder.
+    assert any(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*"))
