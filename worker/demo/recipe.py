@@ -44,7 +44,7 @@ class Recipe:
     #: Minutes of training per stage, compilation included.
     autoencoder_minutes: float = 3.2
     classifier_minutes: float = 0.8
-    denoiser_minutes: float = 10.5
+    denoiser_minutes: float = 9.8
 
     #: Channels per resolution of the VAE, finest first, and of its latents.
     autoencoder_channels: tuple[int, ...] = (48, 64, 96, 112)
