@@ -51,13 +51,15 @@ def test_100_jobs_of_each_kind_that_raise_take_nothing_with_them(calm: Ground) -
     fail(calm, 100)
 
 
-def test_a_picture_that_is_not_finite_fails_alone(calm: Ground) -> None:
-    with calm.holding() as hold:
-        mates = calm.submit(3, hold)
-        [bad] = calm.submit(1, "nan:")
-        wait_until("failed", lambda: calm.states([bad]).keys() == {"failed"})
-    assert calm.error_types([bad]) == {"NotFiniteError": 1}
-    oracle.settle(calm, mates)
+def test_a_picture_that_is_not_finite_fails_alone(ground: Ground) -> None:
+    # A worker of its own: one that ran out of memory has fewer seats for good.
+    ground.worker(settings={"SMALLCAT_MAX_ATTEMPTS": "1"})
+    with ground.holding() as hold:
+        mates = ground.submit(3, hold)
+        [bad] = ground.submit(1, "nan:")
+        wait_until("failed", lambda: ground.states([bad]).keys() == {"failed"})
+    assert ground.error_types([bad]) == {"NotFiniteError": 1}
+    oracle.settle(ground, mates)
 
 
 def test_a_job_that_kills_its_process_is_set_aside_and_its_mates_complete(ground: Ground) -> None:
