@@ -47,6 +47,8 @@ ROWS_PER_URGENT = 2
 #: Seconds that a thread may keep Python to itself while another one waits for it. The engine's asks for it
 #: hundreds of times a step, and at Python's own 5 ms a GPU would wait for every thread that encodes pictures.
 SWITCH_S = 0.0005
+#: Connections to the bucket that are kept open, at most: as many as the largest batch's worker has places.
+STORAGE_CONNECTIONS = 640
 #: Exit code of a worker whose engine was lost, from sysexits.h.
 EX_SOFTWARE = 70
 #: Seconds until a message that this worker cannot read, or does not know why it failed, is fetched again.
@@ -152,7 +154,7 @@ def _assemble(name: str) -> _Process:
     with queue_errors(settings.redis_url):
         # Asked on a client that does not wait: at start Redis is there or it is not.
         connect(settings.redis_url, retry_s=1).ping()
-    storage = Storage(settings.s3_bucket, settings.s3_prefix, connections=64)
+    storage = Storage(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
     # Asked by one that does not wait, as above.
     Storage(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
     _say("queue", hidden(settings.redis_url), "REDIS_URL")
