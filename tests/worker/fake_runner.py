@@ -70,6 +70,14 @@ class FakeRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
+        #: The same for a decoding.
+        self.decode_gate = threading.Event()
+        self.decode_gate.set()
+        self.decoding = threading.Event()
+        #: Seeds of each decoding, in order.
+        self.decoded: list[list[int]] = []
+        #: Rows of a job at each of its steps, by seed; for others guidance says it.
+        self.rows: dict[int, list[int]] = {}
         #: Called with the seeds in each step before it runs.
         self.on_step: Callable[[list[int]], None] = lambda seeds: None
         #: Seeds of each step that worked, in order.
@@ -97,6 +105,7 @@ class FakeRunner:
         assert job.steps is not None
         assert job.guidance_scale is not None
         rows = 2 if job.guidance_scale > 1 else 1
+        rows = self.rows.get(job.seed, [rows])[0]
         warnings = self.warnings.get(job.seed, ())
         return FakeRender(job, job.steps, rows, lane=(job.width, job.height), warnings=warnings)
 
@@ -120,11 +129,16 @@ class FakeRunner:
         for render, outcome in zip(renders, outcomes, strict=True):
             if outcome is None:
                 render.step += 1
+                if (rows := self.rows.get(render.job.seed)) and render.step < render.steps:
+                    render.rows = rows[render.step]
                 self.steps_done[render.job.seed] += 1
         return outcomes
 
     def decode(self, renders: Sequence[FakeRender]) -> list[Picture | SmallcatError]:
         """As the contract says."""
+        self.decoding.set()
+        assert self.decode_gate.wait(SOON_S), "nobody opened the gate"
+        self.decoded.append([render.job.seed for render in renders])
         for render in renders:
             if error := self._faults(render.job).decode:
                 raise error

@@ -73,13 +73,14 @@ def bench_of(runner: FakeRunner, **options: Any) -> Iterator[Bench]:
         yield bench
     finally:
         runner.gate.set()
+        runner.decode_gate.set()
         bench.engine.stop()
         assert not bench.deaths or bench.died.is_set()
 
 
-@pytest.fixture
-def runner() -> FakeRunner:
-    return FakeRunner(max_rows=8)
+@pytest.fixture(params=[False, True], ids=["decodes between steps", "decodes beside steps"])
+def runner(request: pytest.FixtureRequest) -> FakeRunner:
+    return FakeRunner(max_rows=8, decodes_beside=request.param)
 
 
 @pytest.fixture
@@ -126,6 +127,53 @@ def test_a_job_joins_at_the_next_step(bench: Bench, runner: FakeRunner) -> None:
     runner.gate.set()
     wait([first, second], SOON_S)
     assert runner.batches == [[1], [1, 2], [1]]
+
+
+def test_a_job_that_needs_fewer_rows_for_a_while_leaves_them_to_others(runner: FakeRunner) -> None:
+    """As with a guidance interval: 1, 2, 1 rows of the three."""
+    runner.max_rows = 3
+    runner.rows[1] = [1, 2, 1]
+    with bench_of(runner) as bench:
+        futures = [
+            bench.submit(1, steps=3),
+            *(bench.submit(seed, guidance_scale=1, steps=2) for seed in (2, 3)),
+        ]
+        bench.engine.start()
+        wait(futures, SOON_S)
+        assert runner.batches == [[1, 2, 3], [1, 2], [1, 3]]
+
+
+def test_steps_go_on_while_pictures_are_decoded_and_what_finishes_meanwhile_is_decoded_together() -> None:
+    runner = FakeRunner(max_rows=8, decodes_beside=True)
+    runner.decode_gate.clear()
+    with bench_of(runner) as bench:
+        bench.engine.start()
+        first = bench.submit(1, steps=1)
+        assert runner.decoding.wait(SOON_S)
+        others = [bench.submit(seed, steps=2) for seed in (2, 3)]
+        fiftieth = threading.Event()
+        runner.on_step = lambda seeds: fiftieth.set() if runner.steps_done[4] == 49 else None
+        others.append(bench.submit(4, steps=50))
+        assert fiftieth.wait(SOON_S)
+        assert not any(future.done() for future in (first, *others))
+        runner.decode_gate.set()
+        wait([first, *others], SOON_S)
+        assert [seed for seeds in runner.decoded for seed in seeds] == [1, 2, 3, 4]
+        assert len(runner.decoded) <= 3
+
+
+def test_an_engine_whose_decoding_hangs_is_lost() -> None:
+    runner = FakeRunner(max_rows=8, decodes_beside=True)
+    runner.decode_gate.clear()
+    with bench_of(runner, job_timeout_s=10.0) as bench:
+        bench.engine.start()
+        future = bench.submit(1)
+        assert runner.decoding.wait(SOON_S)
+        assert not bench.engine.is_lost()
+        bench.now_s = 11.0
+        assert bench.engine.is_lost()
+        runner.decode_gate.set()
+        wait([future], SOON_S)
 
 
 def test_equal_ids_join(bench: Bench, runner: FakeRunner) -> None:
