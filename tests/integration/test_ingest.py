@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import redis
 from click.testing import CliRunner
@@ -270,9 +271,15 @@ def test_kill_nine_again_and_again_renders_each_line_once(
 def test_standard_input_s3_and_grids_are_taken(
     stack: Stack, client: redis.Redis, worker: FastWorker, tmp_path: Path
 ) -> None:
-    bucket = stack.s3.folder / "smallcat" / "lists"
-    bucket.mkdir(exist_ok=True)
-    (bucket / "p.tsv").write_text("Prompt\tShop\na bird\tx\n")
+    # By the server: it would not look for a second whether somebody put a file into its folder.
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=stack.s3.endpoint,
+        region_name=stack.s3.region,
+        aws_access_key_id=stack.s3.access_key,
+        aws_secret_access_key=stack.s3.secret_key,
+    )
+    s3.put_object(Bucket="smallcat", Key="lists/p.tsv", Body=b"Prompt\tShop\na bird\tx\n")
     process = subprocess.run(
         [
             *(sys.executable, "-m", "producer", "ingest", "-", "s3://smallcat/lists/p.tsv"),
