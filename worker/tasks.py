@@ -28,6 +28,7 @@ from worker.errors import EngineStoppedError, MachineError, NewerMessageError, S
 from worker.events import EventGroups
 from worker.fleet import Fleet, WorkerInfo, queues_of
 from worker.heartbeat import Heartbeat
+from worker.job import DEFAULT_PRIORITY
 from worker.lease import postpone
 from worker.records import Records
 from worker.redis_client import connect, connect_until, queue_errors
@@ -127,9 +128,11 @@ def _start(sender: Any, **_: Any) -> None:
     served, max_rows = _process.service.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
     if sender.concurrency == "auto":
-        open_to_all = JOBS_PER_ROW * max_rows
-        sender.concurrency = open_to_all + max(1, max_rows // ROWS_PER_URGENT)
+        open_to_all, reserved = JOBS_PER_ROW * max_rows, max(1, max_rows // ROWS_PER_URGENT)
+        sender.concurrency = open_to_all + reserved
         transport.set_reserve(open_to_all, URGENT)
+        reason = f"{JOBS_PER_ROW} a row of a step, and {reserved} for priority {DEFAULT_PRIORITY} and above"
+        _say("jobs on board", f"{open_to_all} and {reserved}", reason)
 
 
 def load_runner(settings: WorkerSettings) -> ModelRunner:
