@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -63,7 +63,8 @@ class ModelRunner:
         loaded = pipelines.load(settings)
         self._pipeline = loaded.pipeline
         self._device, self._dtype = loaded.device, loaded.dtype
-        self._text_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        is_gpu = self._device.type == "cuda"
+        self._text_stream = torch.cuda.Stream(self._device, priority=-1) if is_gpu else None
         self._samplers = Samplers(self._pipeline)
         self._texts = TextEncoder(self._pipeline, self._device, self._dtype)
         compiler = self._compiler(settings)
@@ -239,19 +240,11 @@ class ModelRunner:
         with mapped("encode the prompt"), self._own_stream():
             text = self._texts.encode(job.prompt, job.negative_prompt, guided=guided)
             conditions = self._conditions(job, text)
-            render = Render(job, text, conditions, schedule, sampler, generator, noise.to(self._device))
-            render.used_by_steps()
-            return render
+            return Render(job, text, conditions, schedule, sampler, generator, noise.to(self._device))
 
-    @contextlib.contextmanager
-    def _own_stream(self) -> Iterator[None]:
-        """On a GPU: a stream beside that of the steps, which is done with its work at the end."""
-        if self._text_stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._text_stream):
-            yield
-            self._text_stream.synchronize()
+    def _own_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """On a GPU: a stream beside that of the steps, and before it where both want the same."""
+        return torch.cuda.stream(self._text_stream) if self._text_stream else contextlib.nullcontext()
 
     def _take_device(self) -> None:
         """Make the runner's GPU the calling thread's: each thread starts with the first one."""

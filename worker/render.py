@@ -78,6 +78,10 @@ class Render:
         #: (SLOTS, channels, height, width), float32, on the device; see `Schedule`.
         self._state = latents.new_zeros((SLOTS, *latents.shape))
         self._state[0] = latents
+        #: When all of this is there; None: it is.
+        self._made: torch.cuda.Event | None = None
+        if latents.is_cuda:
+            self._depart()
 
     @property
     def lane(self) -> Hashable:
@@ -119,13 +123,20 @@ class Render:
             return self._not_finite()
         return None
 
-    def used_by_steps(self) -> None:
-        """Keep the memory of all that was made on another stream until the steps that read it are done."""
-        if self._state.is_cuda:
-            made = (self._state, self._text.embeddings, self._text.pooled, *self._conditions.values())
-            for tensor in made:
-                if tensor is not None:
-                    tensor.record_stream(torch.cuda.default_stream(self._state.device))
+    def arrive(self) -> None:
+        """Let the current stream wait for what `prepare` set off on another one."""
+        if self._made is not None:
+            torch.cuda.current_stream().wait_event(self._made)
+            self._made = None
+
+    def _depart(self) -> None:
+        """Mark all that was made on the current stream as wanted by the steps', which is another one."""
+        self._made = torch.cuda.Event()
+        self._made.record()
+        for tensor in (self._state, self._text.embeddings, self._text.pooled, *self._conditions.values()):
+            if tensor is not None:
+                # Its memory is not given to others before the steps that read it are done.
+                tensor.record_stream(torch.cuda.default_stream(self._state.device))
 
     def _advance(self, state: torch.Tensor, prediction: torch.Tensor) -> None:
         if self._sampler is not None:
@@ -183,6 +194,8 @@ class Render:
 def batch_of(renders: Sequence[Render]) -> Batch:
     """The next step of `renders`, of one lane and none of them done, as tensors on their device."""
     device = renders[0]._state.device
+    for render in renders:
+        render.arrive()
     jobs, rows = len(renders), [render.rows for render in renders]
     ends = list(itertools.accumulate(rows))
     first, last = [end - count for end, count in zip(ends, rows, strict=True)], [end - 1 for end in ends]

@@ -13,7 +13,7 @@ import logging
 import queue
 import sys
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from worker.settings import worker_settings
 
 #: Jobs for each row of a batch, as a worker has them.
 JOBS_PER_ROW = 2
+#: Threads that submit.
+SUBMITTERS = 8
 
 
 def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields: Any) -> dict[str, float]:
@@ -38,6 +40,8 @@ def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields
 
     engine = Engine(runner, job_timeout_s=600, on_death=_die, on_step=on_step)
     done: queue.SimpleQueue[float] = queue.SimpleQueue()
+    # As in a worker: text is encoded on the thread that submits.
+    threads = ThreadPoolExecutor(SUBMITTERS)
     number = 0
 
     def finish(future: Future[Rendered]) -> None:
@@ -49,8 +53,7 @@ def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields
         nonlocal number
         number += 1
         job = Job.parse({"prompt": f"a small cat, number {number % 50}", "seed": number, **fields})
-        future = engine.submit(str(number), job)
-        future.add_done_callback(finish)
+        threads.submit(lambda: engine.submit(job.id, job).add_done_callback(finish))
 
     resolved = Job.parse({"prompt": "a small cat", **fields}).resolved(runner.served)
     on_board = JOBS_PER_ROW * runner.cap(runner.prepare(resolved).lane)
@@ -62,13 +65,13 @@ def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields
         submit()
     begun_s = time.perf_counter()
     finished: list[float] = []
-    idle = {}
     while time.perf_counter() - begun_s < seconds:
         finished.append(done.get(timeout=600))
         submit()
-        if trace_s and not idle and time.perf_counter() - begun_s > seconds / 2:
-            idle = _traced(lambda: (done.get(timeout=600), submit()), trace_s)
     ended_s = finished[-1]
+    # After what is counted: recording it slows it down.
+    idle = _traced(lambda: (done.get(timeout=600), submit()), trace_s) if trace_s else {}
+    threads.shutdown()
     engine.stop()
     inside = [(rows, took_s) for at_s, rows, took_s in steps if begun_s <= at_s <= ended_s]
     return {
