@@ -79,7 +79,8 @@ def main(count: int, at_once: int) -> None:
     together = pictures(engine, jobs, at_once or 2 * runner.max_rows, "together")
     alone = pictures(engine, jobs, 1, "alone")
     engine.stop()
-    values = sorted(psnr(one, other) for one, other in zip(together, alone, strict=True))
+    by_job = [psnr(one, other) for one, other in zip(together, alone, strict=True)]
+    values = sorted(by_job)
     worst = max(
         int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(together, alone, strict=True)
     )
@@ -91,6 +92,11 @@ def main(count: int, at_once: int) -> None:
         "least_db": values[0],
         "median_db": values[len(values) // 2],
         "below_40_db": sum(value < 40 for value in values),
+        "worst": [
+            f"{by_job[place]:.1f} dB: {jobs[place].scheduler}, {jobs[place].steps} steps, "
+            f"guidance {jobs[place].guidance_scale:g}, seed {jobs[place].seed}, {jobs[place].prompt}"
+            for place in sorted(range(count), key=by_job.__getitem__)[:3]
+        ],
         "equal_to_the_bit": sum(math.isinf(value) for value in values),
         "largest_difference": worst,
         "torch": torch.__version__,
