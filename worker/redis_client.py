@@ -124,6 +124,8 @@ def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
         socket_timeout=min(10.0, max(1.0, retry_s)),
         socket_keepalive=True,
         health_check_interval=10,
+        # A thread that waits for a job has one to itself; redis-py would refuse the hundred and first.
+        max_connections=2**31,
         retry=retry,
     )
 

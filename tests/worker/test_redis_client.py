@@ -184,6 +184,21 @@ def test_a_worker_that_stops_waits_for_no_redis(nobody: str) -> None:
         assert "is out of reach" in ping.result(timeout=15)
 
 
+def test_hundreds_of_threads_may_wait_at_once(valkey: ValkeyProcess) -> None:
+    """Each with a connection of its own, as whoever waits for a job's end has."""
+    client = connect(valkey.url, retry_s=1)
+    everybody = threading.Barrier(150)
+
+    def wait() -> bool:
+        with client.client() as mine:
+            mine.ping()
+            everybody.wait(20)
+            return bool(mine.ping())
+
+    with ThreadPoolExecutor(150) as threads:
+        assert all(threads.map(lambda _: wait(), range(150)))
+
+
 def test_other_errors_pass_as_they_are(valkey: ValkeyProcess) -> None:
     for error in (UnknownJobError("x"), TimeoutError("still queued"), ValueError("x")):
         with pytest.raises(type(error)), queue_errors(valkey.url):
