@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -57,6 +58,9 @@ def pytest_configure() -> None:
         del os.environ[name]
     os.environ.update({"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull})
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    # A background job of a shell ignores Ctrl-C, and so would every process that a test starts in one.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Tests bring their own tiny models: one that asks the hub is wrong, and fails at once instead of hanging.
     os.environ["HF_HUB_OFFLINE"] = "1"
 
