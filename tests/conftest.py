@@ -58,6 +58,8 @@ def pytest_configure() -> None:
         del os.environ[name]
     os.environ.update({"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull})
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    # Torch's threads spin while they wait, which takes many times as long where others want the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A background job of a shell ignores Ctrl-C, and so would every process that a test starts in one.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
