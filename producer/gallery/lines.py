@@ -108,7 +108,9 @@ def _bucket_lines(address: str) -> Iterator[Line]:
         raise CallerError(f"{address} names no bucket: s3://BUCKET/PREFIX.")
     # A listing is in the order of the names, so the objects of a job are next to each other.
     for stem, objects in groupby(Storage(bucket).below(address), lambda each: each[0].rpartition(".")[0]):
-        ends = {uri.rpartition(".")[2]: (uri, stored_at) for uri, stored_at in objects}
-        for ending in ends.keys() & set(ImageFormat) if "json" in ends and "/images/" in stem else ():
-            uri, stored_at = ends[ending]
+        found = {uri.rpartition(".")[2]: (uri, stored_at) for uri, stored_at in objects}
+        if "json" not in found or "/images/" not in stem:
+            continue
+        for ending in found.keys() & set(ImageFormat):
+            uri, stored_at = found[ending]
             yield {"id": stem.rpartition("/")[2], "state": "done", "uri": uri, "at": stored_at}
