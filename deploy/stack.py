@@ -94,7 +94,7 @@ class Stack:
         environment = {
             # Stopping the stack should not take as long as the slowest job.
             "SMALLCAT_DRAIN_S": "2",
-            # OpenMP's threads wait for each other by spinning, unless told to sleep: 0.3 s less for a picture
+            # OpenMP's threads wait for each other by spinning, unless told to sleep: 0.2 s less for a picture
             # on two idle cores, but many seconds more where other processes want them, as they do here.
             "OMP_WAIT_POLICY": "PASSIVE",
             **self.environment,
