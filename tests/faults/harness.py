@@ -217,6 +217,15 @@ class Ground:
         with self.redis as client:
             return int(client.hlen("unacked")) + int(client.zcard("unacked_index"))
 
+    def messages(self) -> int:
+        """Messages that wait or are held, counted in one step: none is missed on its way between the two."""
+        with self.redis as client, client.pipeline() as pipe:
+            for queue in queues_of(SERVED):
+                for each in lists_of(queue):
+                    pipe.llen(each)
+            pipe.hlen("unacked").zcard("unacked_index")
+            return sum(pipe.execute())
+
     def states(self, ids: Iterable[str]) -> Counter[str | None]:
         """How many jobs are in each state."""
         with self.redis as client, client.pipeline(transaction=False) as pipe:

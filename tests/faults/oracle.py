@@ -52,9 +52,8 @@ def settle(ground: Ground, ids: Iterable[str] | None = None, timeout_s: float = 
 
 
 def settled(ground: Ground, timeout_s: float = 30.0) -> None:
-    """Wait until no message is queued or held."""
-    wait_until("queues empty", lambda: ground.queued() == 0, timeout_s)
-    wait_until("unacked empty", lambda: ground.unsettled() == 0, timeout_s)
+    """Wait until no message is queued or held, at one and the same moment."""
+    wait_until("queues and unacked empty", lambda: ground.messages() == 0, timeout_s)
 
 
 def account(ground: Ground, ids: Iterable[str]) -> Account:
