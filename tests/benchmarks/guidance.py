@@ -1,0 +1,79 @@
+"""What guidance in a part of the steps saves, and what it costs: the bundled model, judged by its classifier.
+
+    python -m tests.benchmarks.guidance
+
+For each interval: rows of the UNet and seconds a picture, in batches of 8; how many of the common subjects
+the judge recognises; and how far the pictures are from those with guidance throughout (PSNR, median).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import click
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.mates import psnr
+from worker.demo import classifier, evaluate
+from worker.demo.subjects import scored_words
+from worker.images import Picture
+from worker.job import Job
+from worker.model_runner import ModelRunner
+from worker.settings import worker_settings
+
+#: (guidance_start, guidance_stop); the first is what the others are compared with.
+INTERVALS = ((0.0, 1.0), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.0, 0.5), (0.0, 0.0))
+#: Jobs in a batch.
+BATCH = 8
+
+
+def render(runner: ModelRunner, jobs: list[Job]) -> tuple[list[Picture], int]:
+    """The pictures of `jobs`, and the rows it took."""
+    pictures, rows = [], 0
+    for start in range(0, len(jobs), BATCH):
+        renders = [runner.prepare(job) for job in jobs[start : start + BATCH]]
+        while running := [each for each in renders if each.step < each.steps]:
+            rows += sum(each.rows for each in running)
+            assert runner.step(running) == [None] * len(running)
+        pictures += runner.decode(renders)
+    return pictures, rows
+
+
+@click.command(help=__doc__)
+@click.option("--subjects", default=100, show_default=True, help="Of the 200 common ones.")
+def main(subjects: int) -> None:
+    runner = ModelRunner(worker_settings())
+    runner.warm_up()
+    model, names = classifier.load_classifier()
+    judge = evaluate.Judge(model, names)
+    words = [word for word in scored_words() if word in set(names)][:subjects]
+    table = Table("guidance in", "rows a picture", "s a picture", "recognised", "PSNR, dB")
+    reference: list[Picture] = []
+    for start, stop in INTERVALS:
+        jobs = [
+            Job(prompt=f"a {word}", seed=1, steps=20, guidance_start=start, guidance_stop=stop)
+            for word in words
+        ]
+        begun_s = time.perf_counter()
+        pictures, rows = render(runner, jobs)
+        took_s = time.perf_counter() - begun_s
+        reference = reference or pictures
+        share = judge.share([Image.fromarray(each.pixels) for each in pictures], words)
+        near = statistics.median(
+            psnr(one.pixels, other.pixels) for one, other in zip(pictures, reference, strict=True)
+        )
+        table.add_row(
+            f"{start:.0%} to {stop:.0%}",
+            f"{rows / len(jobs):.0f}",
+            f"{took_s / len(jobs):.2f}",
+            f"{share:.0%}",
+            f"{near:.1f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
