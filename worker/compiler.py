@@ -39,11 +39,15 @@ class Compiler:
     """The one thread that compiles, for one GPU."""
 
     def __init__(self, device: torch.device, *, exact: bool) -> None:
-        """`exact`: what is compiled gives the same bits at every start."""
+        """`exact`: the same bits at every start, and from a worker's first picture to its last.
+
+        So nothing is compiled for which the plain function has served already.
+        """
         # Not at the top: a CPU compiles nothing, and should not wait for them.
         import torch._dynamo.config
         import torch._inductor.config
 
+        self.in_background = not exact
         # A thread starts with the first GPU as its own.
         self.thread = ThreadPoolExecutor(1, "compiler", torch.cuda.set_device, (device,))
         # What is fastest here and now may round otherwise than at the next start: then nothing is tried.
@@ -69,7 +73,7 @@ class CompiledLanes(Generic[F]):
         """
         if (future := self._futures.get(lane)) is None:
             self._calls[lane] += 1
-            if self._calls[lane] >= WORTH_COMPILING:
+            if self._calls[lane] >= WORTH_COMPILING and self._compiler.in_background:
                 self._start(lane, example)
             return None
         return future.result() if future.done() and not future.exception() else None

@@ -26,12 +26,7 @@ from worker.compiler import Compiler, keep_kernels_in
 from worker.decoder import Decoder
 from worker.denoiser import Step, denoise
 from worker.device_errors import mapped
-from worker.errors import (
-    InvalidJobError,
-    OutOfMemoryError,
-    SettingsError,
-    SmallcatError,
-)
+from worker.errors import InvalidJobError, OutOfMemoryError, SettingsError, SmallcatError
 from worker.graphs import MAX_ROWS, Graphs
 from worker.images import Picture
 from worker.job import Job, Scheduler
@@ -45,8 +40,6 @@ from worker.text import Text, TextEncoder
 #: Seconds after which no larger batch is tried at warm-up, on a GPU and on a CPU, which is full at a few
 #: rows; but sizes that are tried however slow; and steps of each size, the fastest counts.
 GPU_MEASURE_S, CPU_MEASURE_S, LEAST_SIZES, MEASURED_TIMES = 5.0, 0.4, 4, 3
-
-
 #: Forwards of one job each that a GPU has at once in exact mode: one alone does not fill it.
 EXACT_AT_ONCE = 4
 
