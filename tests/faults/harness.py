@@ -294,7 +294,7 @@ class Feeder:
                     return
                 # Where it fell behind, it does not hurry to make up for it.
                 due_s = max(due_s, time.monotonic() - 1) + 1 / self._rate
-                while len(self.ids) - len(self._ground.journal.count("put")) > self.BACKLOG:
+                while len(self.ids) - len(self._ground.journal.count("leave")) > self.BACKLOG:
                     if self._stop.wait(0.05):
                         return
         except BaseException as error:

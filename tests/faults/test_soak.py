@@ -61,6 +61,7 @@ def test_soak(ground: Ground) -> None:
             if time.monotonic() > cut_s:
                 ground.cut_connections()
                 cut_s += 60
+    assert len(feeder.ids) > 0.9 * RATE * 60 * MINUTES, "the feeder paused: it was no soak"
     bad = {job_id for number, job_id in enumerate(feeder.ids) if number % 20 == 0}
     good = [job_id for job_id in feeder.ids if job_id not in bad]
     oracle.settle(ground, good)
