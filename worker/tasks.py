@@ -232,8 +232,7 @@ def _drain(**_: Any) -> None:
         # Jobs on board keep their claims, and can be cancelled, until they are done or given back.
         process.heartbeat.leave()
         process.engine.drain(process.settings.drain_s)
-        process.service.stop()
-        process.hurry.set()
+        _wait_no_more(process)
 
     on_board = len(process.service.progress())
     logger.info("stopping: %d jobs on board, at most %g s", on_board, process.settings.drain_s)
@@ -256,8 +255,16 @@ def _here() -> _Process:
 
 def _engine_died(_: BaseException) -> None:
     """All jobs are back in the queue: leave, so that what supervises the worker starts a new one."""
+    if _process is not None:
+        _wait_no_more(_process)
     worker_state.should_stop = EX_SOFTWARE
     _wake_loop()
+
+
+def _wait_no_more(process: _Process) -> None:
+    """Let the pool's threads give back what waits for the bucket or for Redis: Celery waits for them."""
+    process.service.stop()
+    process.hurry.set()
 
 
 def _wake_loop() -> None:

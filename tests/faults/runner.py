@@ -8,6 +8,7 @@ steps take FAULTS_STEP_S seconds (default 0), whatever their rows
 raise:KIND@WHERE    KIND in prepare, step or decode: Exception, SystemExit, MemoryError, OutOfMemoryError
 nan:            its latents are not finite
 kill:           its process dies by SIGKILL in its first step; kill:N, only in its first N attempts
+lose:N          its device fails in its first step, in its first N attempts
 die:POINT       its process dies once at that point of its way: see `tests.faults.app`
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from worker.errors import NotFiniteError, OutOfMemoryError, SmallcatError
+from worker.errors import DeviceError, NotFiniteError, OutOfMemoryError, SmallcatError
 from worker.images import Picture
 from worker.job import Defaults, Job, ServedModel
 
@@ -132,6 +133,8 @@ class FaultRunner:
             _raise(render.verbs, "step")
             if "kill" in render.verbs and self._may_die(render.job.id, int(render.verbs["kill"] or 10**6)):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if "lose" in render.verbs and self._may_die(render.job.id, int(render.verbs["lose"])):
+                raise DeviceError("The device is gone.")
         going = [render for render in renders if not render.waits()]
         time.sleep(self._step_s if going else IDLE_TURN_S)
         for render in going:

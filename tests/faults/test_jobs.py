@@ -6,7 +6,7 @@ import pytest
 
 from producer import JobHandle
 from tests.faults import oracle
-from tests.faults.harness import Ground, wait_until
+from tests.faults.harness import LEASE_S, Ground, wait_until
 from worker.records import State
 
 #: Seconds, with room for the start of several workers on a busy machine.
@@ -81,3 +81,32 @@ def test_a_job_that_kills_its_process_is_set_aside_and_its_mates_complete(ground
     for mate in mates:
         assert len(JobHandle(mate).record().tries) <= 3
     oracle.no_place_is_lost(ground, worker)
+
+
+def test_a_lost_device_gives_its_jobs_to_another_worker_at_once(ground: Ground) -> None:
+    """It costs none of them an attempt. The process leaves: what supervises it starts a new one."""
+    first = ground.worker()
+    with ground.holding() as hold:
+        mates = ground.submit(3, hold)  # One seat is left.
+        ground.journal.wait_for("start", mates)
+        second = ground.worker()
+        second.pause()  # So that it is the first one that takes the job.
+        ids = [*mates, *ground.submit(1, "lose:1")]
+        ground.journal.wait_for("died", ids[-1:])
+        second.resume()
+        ground.journal.wait_for("end", ids[-1:])
+        wait_until("all restarted", lambda: ground.journal.count("start") == dict.fromkeys(ids, 2))
+    assert first.wait(30)
+    assert "The engine is lost" in first.output()
+    oracle.settle(ground, ids)
+    assert [JobHandle(job_id).record().attempts for job_id in ids] == [1] * 4
+    [lost] = [event.at_s for event in ground.journal.events() if event.what == "died"]
+    again = [
+        event.at_s - lost
+        for event in ground.journal.events()
+        if (event.what, event.pid) == ("start", second.pid)
+    ]
+    # A lease that was renewed a moment before would be up after three quarters of it.
+    assert max(again) < 0.75 * LEASE_S
+    print(f"a lost device: its 4 jobs were restarted elsewhere after {max(again):.1f} s")
+    oracle.no_place_is_lost(ground, second)
