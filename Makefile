@@ -38,7 +38,7 @@ local: setup  ## Run queue, bucket and one worker until Ctrl-C, for playing with
 test: lint  ## Run every check: lint, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-storm: setup  ## Kill, freeze and fill everything under load, about an hour; ONLY=sigkill for some of it
+storm: setup  ## Kill, freeze and fill everything under load, some 25 minutes; ONLY=sigkill for some of it
 	$(BIN)/python -m pytest tests/faults -m slow -k "not soak and ($(ONLY))" -rP
 
 soak: setup  ## Work for an hour and see that nothing grows; MINUTES=10 for less
