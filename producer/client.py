@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from producer.buckets import bucket
 from worker.errors import QueueError, UnknownJobError
 from worker.job import Job
 from worker.records import JobRecord, Records, State
@@ -300,17 +301,9 @@ def _client() -> _Client:
     return _client_for(producer_settings())
 
 
-@functools.lru_cache(maxsize=4)
-def _storage_for(bucket: str, prefix: str) -> Storage:
-    from worker.storage import Storage
-
-    # Who asks waits: a few seconds, not the minute that a worker has.
-    return Storage(bucket, prefix, attempts=4)
-
-
 def _storage() -> Storage:
     settings = producer_settings()
-    return _storage_for(settings.s3_bucket, settings.s3_prefix)
+    return bucket(settings.s3_bucket, settings.s3_prefix)
 
 
 def _nobody(record: JobRecord) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 import threading
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from producer.buckets import bucket
 from producer.gallery.lines import Line
 from worker.errors import InvalidJobError, UnknownJobError
 from worker.job import Defaults, Job
@@ -193,11 +193,4 @@ def _seconds(value: object) -> dict[str, str]:
 
 
 def _storage(uri: str) -> Storage:
-    return _storage_of(urlsplit(uri).netloc)
-
-
-@functools.lru_cache(maxsize=16)
-def _storage_of(bucket: str) -> Storage:
-    from worker.storage import Storage
-
-    return Storage(bucket)
+    return bucket(urlsplit(uri).netloc)

@@ -18,7 +18,7 @@ from PIL import Image
 from producer import gallery
 from producer.cli import cli
 from producer.compose import Composer
-from producer.gallery import frames, in_order, write_gallery
+from producer.gallery import in_order, write_gallery
 from producer.gallery.lines import read_lines
 from producer.gallery.page import as_data
 from producer.manifest import write_manifest
@@ -77,23 +77,18 @@ def manifest(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def no_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and an address, which presigning needs, and nothing that answers there."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
-    frames._storage_of.cache_clear()
-    yield
-    frames._storage_of.cache_clear()
 
 
 @pytest.fixture
-def bucket(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+def bucket(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Storage:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
-    frames._storage_of.cache_clear()
-    yield Storage(s3.name, "runs/1")
-    frames._storage_of.cache_clear()
+    return Storage(s3.name, "runs/1")
 
 
 def stored(storage: Storage, job: Job, picture: bytes | None = None) -> str:
