@@ -55,7 +55,7 @@ LINES = [
     "parameters images",
     "settings",
     "job",
-    "errors",
+    "errors versions",
 ]
 
 #: What a producer shares with a worker. It reaches no other module of the worker.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -24,9 +23,11 @@ from typing import Any, Literal
 
 import torch
 from diffusers.utils import import_utils
+from torch import library
 
 from worker.errors import SettingsError
 from worker.pipeline import Choice, first_line
+from worker.versions import versions
 
 Backend = Literal["auto", "xformers", "sdpa", "naive"]
 #: (queries, keys, values, scale) to their attention, all (batch, tokens, heads, head width).
@@ -76,7 +77,7 @@ def load_xformers() -> Kernel:
     import xformers.ops
 
     # An operator of torch's, so that the compiler takes it as one piece and does not look inside.
-    @torch.library.custom_op("smallcat::xformers_attention", mutates_args=())
+    @library.custom_op("smallcat::xformers_attention", mutates_args=())
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         result: torch.Tensor = xformers.ops.memory_efficient_attention(query, key, value, scale=scale)
         return result
@@ -245,8 +246,8 @@ class _Measured:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
-        versions = [torch.__version__, *_version_of("xformers")]
-        self._place = " ".join([torch.cuda.get_device_name(device), *versions])
+        xformers = (f"{name} {version}" for name, version in versions(["xformers"]).items())
+        self._place = " ".join([torch.cuda.get_device_name(device), torch.__version__, *xformers])
         self._all: dict[str, dict[str, dict[str, float]]] = {}
         # A cache that cannot be read is as good as none, and is written anew.
         with contextlib.suppress(OSError, ValueError):
@@ -268,13 +269,6 @@ class _Measured:
             beside = self._path.with_suffix(f".{os.getpid()}")
             beside.write_text(json.dumps(self._all, indent=1), "utf-8")
             beside.replace(self._path)
-
-
-def _version_of(package: str) -> list[str]:
-    try:
-        return [f"{package} {importlib.metadata.version(package)}"]
-    except importlib.metadata.PackageNotFoundError:
-        return []
 
 
 def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:

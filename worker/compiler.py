@@ -25,6 +25,9 @@ logger = logging.getLogger("smallcat.engine")
 WORTH_COMPILING = 50
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: Makes an argument of a function, and names the tensors in it whose first dimension may be of any length
+#: from 2 on.
+Example = Callable[[], tuple[Any, Sequence[torch.Tensor]]]
 
 
 def keep_kernels_in(folder: Path) -> None:
@@ -65,12 +68,8 @@ class CompiledLanes(Generic[F]):
         self._calls: Counter[Hashable] = Counter()
         self._futures: dict[Hashable, Future[F]] = {}
 
-    def get(self, lane: Hashable, example: Callable[[], tuple[Any, Sequence[torch.Tensor]]]) -> F | None:
-        """The function compiled for `lane`; None: not yet. This call may set it off, with `example`.
-
-        `example` makes an argument of the function, and names the tensors in it whose first dimension may
-        be of any length from 2 on.
-        """
+    def get(self, lane: Hashable, example: Example) -> F | None:
+        """The function compiled for `lane`; None: not yet. This call may set it off, with `example`."""
         if (future := self._futures.get(lane)) is None:
             self._calls[lane] += 1
             if self._calls[lane] >= WORTH_COMPILING and self._compiler.in_background:
@@ -78,11 +77,11 @@ class CompiledLanes(Generic[F]):
             return None
         return future.result() if future.done() and not future.exception() else None
 
-    def compile_now(self, lane: Hashable, example: Callable[[], tuple[Any, Sequence[torch.Tensor]]]) -> bool:
+    def compile_now(self, lane: Hashable, example: Example) -> bool:
         """Compile for `lane` and wait for it; whether it worked. What keeps it from working is logged."""
         return self._start(lane, example).exception() is None
 
-    def _start(self, lane: Hashable, example: Callable[[], tuple[Any, Sequence[torch.Tensor]]]) -> Future[F]:
+    def _start(self, lane: Hashable, example: Example) -> Future[F]:
         argument, dynamic = example()
         future = self._futures[lane] = self._compiler.thread.submit(self._compile, lane, argument, dynamic)
         return future

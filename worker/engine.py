@@ -16,7 +16,6 @@ The engine is given its runner (all of torch is behind it) and imports none itse
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -193,7 +192,7 @@ class Engine(Generic[R]):
             if _is_lost(error):
                 self._fail(error)
             else:
-                self._leave(ticket, _as_job_error(error))
+                self._leave(ticket, _as_job_error(job, error))
             return ticket.future
         with self._changed:
             self._inbox.append(ticket)
@@ -301,21 +300,19 @@ class Engine(Generic[R]):
         started_s = self._clock()
         try:
             outcomes = self._runner.step(renders)
-        except OutOfMemoryError as error:
-            if len(batch) == 1:
-                self._drop(batch[0], _too_large(batch[0].job, error))
-                return
-            self._batcher.lower_cap(renders[0].lane, rows)
-            logger.warning("%d rows do not fit: the cap is %d now.", rows, self._batcher.cap(renders[0].lane))
-            self._step_halves(batch)
-            return
         except BaseException as error:
             if _is_lost(error):
                 raise
             if len(batch) == 1:
-                self._drop(batch[0], _as_job_error(error))
+                self._drop(batch[0], _as_job_error(batch[0].job, error))
                 return
-            logger.warning("A step of %d jobs failed (%r): finding the job that did it.", len(batch), error)
+            if isinstance(error, OutOfMemoryError):
+                self._batcher.lower_cap(renders[0].lane, rows)
+                cap = self._batcher.cap(renders[0].lane)
+                logger.warning("%d rows do not fit: the cap is %d now.", rows, cap)
+            else:
+                jobs = len(batch)
+                logger.warning("A step of %d jobs failed (%r): finding the job that did it.", jobs, error)
             self._step_halves(batch)
             return
         self._on_step(rows, self._clock() - started_s)
@@ -346,8 +343,12 @@ class Engine(Generic[R]):
         if self._decoder is None:
             self._decode_finished()
         else:
-            with contextlib.suppress(RuntimeError):  # Shut down: all jobs have been given back.
+            try:
                 self._decoder.submit(self._decode_finished)
+            except RuntimeError:
+                if not self._stopped:
+                    raise
+                # Shut down: all jobs have been given back.
 
     def _drop(self, ticket: _Ticket[R], outcome: SmallcatError) -> None:
         """Let a job go before its time: its seat is free, its future resolved."""
@@ -364,7 +365,7 @@ class Engine(Generic[R]):
                 tickets = list(self._finished)
                 self._finished.clear()
             renders = [ticket.render for ticket in tickets if ticket.render is not None]
-            for ticket, render, outcome in zip(tickets, renders, self._decode(renders), strict=True):
+            for ticket, render, outcome in zip(tickets, renders, self._decode(tickets), strict=True):
                 if isinstance(outcome, Picture):
                     self._leave(ticket, Rendered(outcome, render.warnings))
                 else:
@@ -374,20 +375,20 @@ class Engine(Generic[R]):
         finally:
             self._decoding_since_s = None
 
-    def _decode(self, renders: Sequence[R]) -> list[Picture | SmallcatError]:
+    def _decode(self, tickets: Sequence[_Ticket[R]]) -> list[Picture | SmallcatError]:
         """Decode together; on failure in halves, until the one that cannot be decoded is found."""
-        if not renders:
+        if not tickets:
             return []
         try:
-            return self._runner.decode(renders)
+            return self._runner.decode([ticket.render for ticket in tickets if ticket.render is not None])
         except BaseException as error:
             if _is_lost(error):
                 raise
-            if len(renders) == 1:
-                return [_as_job_error(error)]
-            logger.warning("Decoding %d pictures together failed (%r): trying halves.", len(renders), error)
-            middle = len(renders) // 2
-            return self._decode(renders[:middle]) + self._decode(renders[middle:])
+            if len(tickets) == 1:
+                return [_as_job_error(tickets[0].job, error)]
+            logger.warning("Decoding %d pictures together failed (%r): trying halves.", len(tickets), error)
+            middle = len(tickets) // 2
+            return self._decode(tickets[:middle]) + self._decode(tickets[middle:])
 
     # What follows runs on any thread.
 
@@ -422,17 +423,13 @@ def _is_lost(error: BaseException) -> bool:
     return isinstance(error, MachineError) and not isinstance(error, OutOfMemoryError)
 
 
-def _as_job_error(error: BaseException) -> SmallcatError:
-    """What failed for one job alone, as that job's own error."""
+def _as_job_error(job: Job, error: BaseException) -> SmallcatError:
+    """What failed for `job` alone, as its own error."""
     if isinstance(error, OutOfMemoryError):
-        return JobTooLargeError(f"The job does not fit in the device's memory, even alone: {error}")
+        size = f"{job.width}x{job.height}"
+        return JobTooLargeError(f"A job of {size} does not fit in the device's memory, even alone: {error}")
     if isinstance(error, SmallcatError):
         return error
     failure = RenderError(f"The model failed on this job alone: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
-
-
-def _too_large(job: Job, error: OutOfMemoryError) -> JobTooLargeError:
-    size = f"{job.width}x{job.height}"
-    return JobTooLargeError(f"A job of {size} does not fit in the device's memory, even alone: {error}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -78,7 +77,7 @@ class ModelRunner:
                 self._pipeline,
                 settings.attention_backend,
                 self._device,
-                Path(settings.cache_dir).expanduser() / "attention.json",
+                settings.cache_folder / "attention.json",
             ),
         )
 
@@ -123,7 +122,7 @@ class ModelRunner:
     def _compiler(self, settings: WorkerSettings) -> Compiler | None:
         if self._device.type != "cuda" or not settings.compile:
             return None
-        keep_kernels_in(Path(settings.cache_dir).expanduser() / "kernels")
+        keep_kernels_in(settings.cache_folder / "kernels")
         return Compiler(self._device, exact=settings.exact)
 
     def _compile(self) -> Choice:

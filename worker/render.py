@@ -30,15 +30,11 @@ class Check:
             self._arrival = torch.cuda.Event()
             self._arrival.record()
 
-    def wait(self) -> None:
-        """Return when the step is computed."""
+    def is_finite(self, place: int) -> bool:
+        """Whether the job at `place` is. Waits until the step is computed."""
         if not self.is_known:
             self._arrival.synchronize()
             self.is_known = True
-
-    def is_finite(self, place: int) -> bool:
-        """Whether the job at `place` is. Waits."""
-        self.wait()
         return bool(self._answers[place])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -151,6 +152,11 @@ class WorkerSettings(Settings):
     upload_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
     #: Port of the Prometheus metrics, 1 to 65535. Not set: none.
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, with the user's home in the place of a tilde."""
+        return Path(self.cache_dir).expanduser()
 
     @property
     def attention_backend(self) -> Literal["auto", "xformers", "sdpa", "naive"]:

@@ -7,7 +7,6 @@ has the way of a job, `Engine` the loop.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
 import os
 import platform
@@ -35,6 +34,7 @@ from worker.redis_client import connect, connect_until, queue_errors
 from worker.render_service import RenderService
 from worker.settings import WorkerSettings, hidden, worker_settings
 from worker.storage import Storage
+from worker.versions import versions
 
 if TYPE_CHECKING:
     from worker.model_runner import ModelRunner
@@ -192,7 +192,7 @@ def _assemble(name: str) -> _Process:
         device=chosen["device"],
         attention=chosen["attention"],
         max_rows=runner.max_rows,
-        versions=_versions(),
+        versions={"python": platform.python_version(), **versions(VERSIONS)},
     )
     # One that does not wait: the watchdog must go on while Redis is away.
     beating = connect(settings.redis_url, retry_s=1)
@@ -285,13 +285,3 @@ def _leave_if_hung(engine: Engine[Any]) -> None:
 
 def _say(what: str, choice: str, reason: str) -> None:
     logger.info("%s: %s (%s)", what, choice, reason)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in VERSIONS:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
+from producer.buckets import bucket
 from worker.errors import CallerError
 from worker.records import Timings
 
@@ -101,13 +102,12 @@ def _value(name: str, text: str) -> Any:
 def _bucket_lines(address: str) -> Iterator[Line]:
     """One line a job that is there whole, by the names of its objects: its record has the rest."""
     from worker.job import ImageFormat
-    from worker.storage import Storage
 
-    bucket = address.removeprefix("s3://").partition("/")[0]
-    if not bucket:
+    name = address.removeprefix("s3://").partition("/")[0]
+    if not name:
         raise CallerError(f"{address} names no bucket: s3://BUCKET/PREFIX.")
     # A listing is in the order of the names, so the objects of a job are next to each other.
-    for stem, objects in groupby(Storage(bucket).below(address), lambda each: each[0].rpartition(".")[0]):
+    for stem, objects in groupby(bucket(name).below(address), lambda each: each[0].rpartition(".")[0]):
         found = {uri.rpartition(".")[2]: (uri, stored_at) for uri, stored_at in objects}
         if "json" not in found or "/images/" not in stem:
             continue

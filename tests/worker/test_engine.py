@@ -162,6 +162,20 @@ def test_steps_go_on_while_pictures_are_decoded_and_what_finishes_meanwhile_is_d
         assert len(runner.decoded) <= 3
 
 
+def test_a_decoder_that_cannot_start_ends_the_loop_and_leaves_no_job_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with bench_of(FakeRunner(decodes_beside=True)) as bench:
+        monkeypatch.setattr(bench.engine._decoder, "submit", refuse)
+        future = bench.submit(1)
+        bench.engine.start()
+        assert isinstance(error_of(future), EngineStoppedError)
+        assert bench.died.wait(SOON_S)
+
+
 def test_an_engine_whose_decoding_hangs_is_lost() -> None:
     runner = FakeRunner(max_rows=8, decodes_beside=True)
     runner.decode_gate.clear()

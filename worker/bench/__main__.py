@@ -89,7 +89,7 @@ def _measure(
     task = progress.add_task("Loading the model", total=None)
     if kind:
         progress.update(task, description=f"Making a model with the shapes of {kind}")
-        model = str(shapes.make(kind, Path(settings.cache_dir).expanduser() / "shapes" / kind))
+        model = str(shapes.make(kind, settings.cache_folder / "shapes" / kind))
     if model:
         settings = settings.model_copy(update={"model": model})
     run = measuring.Measuring(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from worker import attention, pipeline
 from worker.bench import kernels, runs
-from worker.bench.report import Cat, Experiment, Point, Rate, Report, Setup, versions
+from worker.bench.report import PACKAGES, Cat, Experiment, Point, Rate, Report, Setup
 from worker.errors import SettingsError
 from worker.settings import WorkerSettings
+from worker.versions import versions
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Measuring:
         defaults = self._served.defaults
         return Report(
             device=self._device_name,
-            versions=versions(),
+            versions={**versions(PACKAGES), "python": platform.python_version()},
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
             command=self._command,
             model=self._served.name,

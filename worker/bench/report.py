@@ -8,10 +8,8 @@ c  `Rate`   pictures a second by the number of jobs in a batch
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -127,17 +125,6 @@ class Report:
     def as_json(self) -> str:
         """Everything, for other programs. Numbers keep their digits."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-
-def versions() -> dict[str, str]:
-    """What is installed of `PACKAGES`, and Python."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {**found, "python": platform.python_version()}
 
 
 def images_per_s(jobs: int, steps: int, step_s: float, decode_s: float) -> float:
