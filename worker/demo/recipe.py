@@ -42,7 +42,7 @@ class Recipe:
     other_scenes: int = 6_000
 
     #: Minutes of training per stage, compilation included.
-    autoencoder_minutes: float = 3.2
+    autoencoder_minutes: float = 5.5
     classifier_minutes: float = 0.8
     denoiser_minutes: float = 9.8
 
