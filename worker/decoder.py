@@ -1,21 +1,23 @@
 """Finished latents to pixels: the VAE, the safety checker, and the way off the device.
 
 On a GPU a decoder works on a stream of its own, so that the next denoising step need not wait for it, and
-its pixels leave through page-locked memory. Pictures are decoded in chunks of a bounded number of pixels;
-what does not fit or fails in company is tried alone.
+its pixels leave through page-locked memory. All is set off at once and each picture is waited for when it is
+asked for, so that the device has the next ones before. Pictures are decoded in chunks of a bounded number of
+pixels; what does not fit or fails in company is tried alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import diffusers
 import torch
 
 from worker.compiler import CompiledLanes, Compiler
-from worker.device_errors import finite, mapped
+from worker.device_errors import mapped
 from worker.errors import JobTooLargeError, NotFiniteError, OutOfMemoryError, RenderError, SmallcatError
 from worker.images import Picture
 
@@ -25,7 +27,10 @@ GPU_PIXELS, CPU_PIXELS = 8 * 512 * 512, 512 * 512
 
 
 class Decoder:
-    """A pipeline's VAE and safety checker. One thread may call it while another one runs the UNet."""
+    """A pipeline's VAE and safety checker. One thread may call it while another one runs the UNet.
+
+    Pictures may be waited for on a third.
+    """
 
     def __init__(
         self,
@@ -52,43 +57,42 @@ class Decoder:
         if self._lanes:
             self._lanes.compile_now(latents.shape[1:], lambda: _example(self._as_vae_takes(latents)))
 
-    def pictures(self, latents: Sequence[torch.Tensor]) -> list[Picture | SmallcatError]:
-        """The picture of each of `latents`, or its error.
+    def pictures(self, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
+        """Set off the decoding of `latents`. Returns the picture of each, or its error; waits as it is asked.
 
         Latents are (1, channels, height, width) float32, all of one shape.
         """
         height, width = (int(side) * int(self._pipeline.vae_scale_factor) for side in latents[0].shape[2:])
         budget = GPU_PIXELS if self._stream else CPU_PIXELS
         size = 1 if self._alone else max(1, budget // (width * height))
-        return [
-            picture
+        chunks = [
+            self._chunk(latents[start : start + size], f"{width} x {height}")
             for start in range(0, len(latents), size)
-            for picture in self._chunk(latents[start : start + size], f"{width} x {height}")
         ]
+        return itertools.chain.from_iterable(chunks)
 
-    def _chunk(self, latents: Sequence[torch.Tensor], size: str) -> list[Picture | SmallcatError]:
+    def _chunk(self, latents: Sequence[torch.Tensor], size: str) -> Iterator[Picture | SmallcatError]:
         try:
             with mapped("decode"), torch.no_grad(), self._beside():
                 return self._together(torch.cat(list(latents)))
         except (OutOfMemoryError, RenderError) as error:
             if len(latents) > 1:
-                return [picture for each in latents for picture in self._chunk([each], size)]
+                return itertools.chain.from_iterable([self._chunk([each], size) for each in latents])
             if isinstance(error, RenderError):
-                return [error]
-            return [
-                JobTooLargeError(
-                    f"A picture of {size} pixels does not fit in the device's memory while it is decoded: "
-                    "ask for a smaller one."
-                )
-            ]
+                return iter((error,))
+            too_large = (
+                f"A picture of {size} pixels does not fit in the device's memory while it is decoded: "
+                "ask for a smaller one."
+            )
+            return iter((JobTooLargeError(too_large),))
 
     def _beside(self) -> contextlib.AbstractContextManager[Any]:
         """The decoder's own stream, where there is one."""
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
-    def _together(self, latents: torch.Tensor) -> list[Picture | SmallcatError]:
+    def _together(self, latents: torch.Tensor) -> Iterator[Picture | SmallcatError]:
         images = self._images(self._as_vae_takes(latents))
-        is_finite = finite([images])
+        is_finite = images.isfinite().flatten(1).all(1)
         verdicts: list[bool | None] = [None] * len(latents)
         if getattr(self._pipeline, "safety_checker", None) is not None:
             images, verdicts = self._pipeline.run_safety_checker(images, self._device, self._dtype)
@@ -103,15 +107,8 @@ class Decoder:
             )
         else:
             images = (images * 0.5 + 0.5).clamp(0, 1)
-        pixels = self._off_the_device((images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
-        return [
-            Picture(pixels[place].numpy(), None if verdict is None else bool(verdict))
-            if is_finite[place]
-            else NotFiniteError(
-                "The VAE gave values that are not finite: use a worker with SMALLCAT_DTYPE=fp32."
-            )
-            for place, verdict in enumerate(verdicts)
-        ]
+        pixels = (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return _pictures(*self._off_the_device(pixels, is_finite), verdicts)
 
     def _images(self, latents: torch.Tensor) -> torch.Tensor:
         compiled = self._lanes and self._lanes.get(latents.shape[1:], lambda: _example(latents))
@@ -125,14 +122,19 @@ class Decoder:
         images: torch.Tensor = self._pipeline.vae.decode(latents, return_dict=False)[0]
         return images
 
-    def _off_the_device(self, pixels: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy on the CPU, complete when this returns."""
+    def _off_the_device(
+        self, pixels: torch.Tensor, is_finite: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]:
+        """Contiguous copies on the CPU, and when they are complete; None: they are."""
         if self._stream is None:
-            return pixels.contiguous()
-        copy = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-        copy.copy_(pixels, non_blocking=True)
-        self._stream.synchronize()
-        return copy
+            return pixels.contiguous(), is_finite, None
+        copies = []
+        for tensor in (pixels, is_finite):
+            copies.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+            copies[-1].copy_(tensor, non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record()
+        return copies[0], copies[1], arrival
 
     def _as_vae_takes(self, latents: torch.Tensor) -> torch.Tensor:
         return self._unscaled(latents).to(self._pipeline.vae.dtype)
@@ -145,6 +147,25 @@ class Decoder:
             return latents / float(config.scaling_factor)
         mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, deviation))
         return latents * deviation / float(config.scaling_factor) + mean
+
+
+def _pictures(
+    pixels: torch.Tensor,
+    is_finite: torch.Tensor,
+    arrival: torch.cuda.Event | None,
+    verdicts: Sequence[bool | None],
+) -> Iterator[Picture | SmallcatError]:
+    """The pictures in `pixels`, (pictures, height, width, channels), once they have arrived."""
+    if arrival is not None:
+        with mapped("decode"):
+            arrival.synchronize()
+    for place, verdict in enumerate(verdicts):
+        if is_finite[place]:
+            yield Picture(pixels[place].numpy(), None if verdict is None else bool(verdict))
+        else:
+            yield NotFiniteError(
+                "The VAE gave values that are not finite: use a worker with SMALLCAT_DTYPE=fp32."
+            )
 
 
 def _example(latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

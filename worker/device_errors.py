@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
@@ -37,11 +37,3 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-def finite(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    """Whether each row of the tensors, alike but for their rows, is finite throughout."""
-    if not tensors:
-        return []
-    answers: list[bool] = torch.cat(list(tensors)).isfinite().flatten(1).all(1).tolist()
-    return answers

@@ -1,13 +1,15 @@
 """The loop that owns the device: one denoising step a turn.
 
-    submit ─► prepare ─► inbox ─► batcher ─► step ─► finished? ─► decode ─► the job's future
-    (its own thread)     (the engine's thread) │                  (the decoder's thread)
+    submit ─► prepare ─► inbox ─► batcher ─► step ─► finished? ─► decode ─► picture ─► the job's future
+    (its own thread)     (the engine's thread) │                (the decoder's, then the deliverer's thread)
                                                └─ cancelled, late, failed: leaves now, alone
 
 Jobs join at the next step and leave at their last. The loop does nothing but steps: a job's text is encoded
 on the thread that submits it, and its picture is decoded beside the next step where the device has room for
-that. Whatever happens to one job happens to it alone: a forward that fails is run again in halves from the
-same latents until the one that cannot run is found; one that does not fit in memory lowers the lane's cap.
+that. There one more thread waits for the pictures: each that comes wakes a thread which encodes and uploads
+it, and while those fight for Python, the device must have its next pictures already. Whatever happens to one
+job happens to it alone: a forward that fails is run again in halves from the same latents until the one that
+cannot run is found; one that does not fit in memory lowers the lane's cap.
 Every future is resolved, whatever happens. Only a `MachineError` of the runner ends the loop: then all jobs
 go back to the queue, and the process ends.
 
@@ -16,10 +18,11 @@ The engine is given its runner (all of torch is behind it) and imports none itse
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -85,8 +88,12 @@ class Runner(Costs, Protocol[R]):
     def step(self, renders: Sequence[R]) -> list[SmallcatError | None]:
         """Run one step of renders of one lane. Those whose outcome is an error are as they were before."""
 
-    def decode(self, renders: Sequence[R]) -> list[Picture | SmallcatError]:
-        """The finished renders' pictures."""
+    def decode(self, renders: Sequence[R]) -> Iterator[Picture | SmallcatError]:
+        """Set off the decoding of finished renders.
+
+        Returns their pictures, or errors, in order. Each is waited for when it is asked for, on any one
+        thread.
+        """
 
 
 @dataclass(frozen=True)
@@ -155,11 +162,13 @@ class Engine(Generic[R]):
         self._died = False
         #: What ends the loop, found on another thread.
         self._failure: BaseException | None = None
-        #: When the present turn and the present decoding began; None between them.
+        #: When the present turn began; None between two.
         self._turn_since_s: float | None = None
-        self._decoding_since_s: float | None = None
+        #: When each decoding began of those that go on.
+        self._decoding_since_s: list[float] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._decoder = ThreadPoolExecutor(1, "decoder") if runner.decodes_beside else None
+        self._deliverer = ThreadPoolExecutor(1, "deliverer") if runner.decodes_beside else None
 
     @property
     def max_rows(self) -> int:
@@ -221,7 +230,7 @@ class Engine(Generic[R]):
 
     def is_hung(self) -> bool:
         """Whether the device has been at one step or one decoding for longer than any job may take."""
-        begun = (self._turn_since_s, self._decoding_since_s)
+        begun = (self._turn_since_s, *self._decoding_since_s)
         return any(since is not None and self._clock() - since > self._job_timeout_s for since in begun)
 
     def drain(self, timeout_s: float) -> None:
@@ -236,8 +245,9 @@ class Engine(Generic[R]):
         self._give_all_back(EngineStoppedError("The worker is stopping: the job goes back to the queue."))
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
-        if self._decoder is not None:
-            self._decoder.shutdown(wait=False, cancel_futures=True)
+        for beside in (self._decoder, self._deliverer):
+            if beside is not None:
+                beside.shutdown(wait=False, cancel_futures=True)
 
     # What follows runs on the engine's thread.
 
@@ -340,15 +350,7 @@ class Engine(Generic[R]):
             self._batcher.remove(ticket)
         with self._changed:
             self._finished.extend(finished)
-        if self._decoder is None:
-            self._decode_finished()
-        else:
-            try:
-                self._decoder.submit(self._decode_finished)
-            except RuntimeError:
-                if not self._stopped:
-                    raise
-                # Shut down: all jobs have been given back.
+        self._on(self._decoder, self._decode_finished)
 
     def _drop(self, ticket: _Ticket[R], outcome: SmallcatError) -> None:
         """Let a job go before its time: its seat is free, its future resolved."""
@@ -358,39 +360,65 @@ class Engine(Generic[R]):
     # What follows runs on the decoder's thread, where there is one.
 
     def _decode_finished(self) -> None:
-        """Decode all who are waiting for it, together, and resolve their futures."""
-        self._decoding_since_s = self._clock()
+        """Set off the decoding of all who are waiting for it, together."""
+        with self._changed:
+            tickets = list(self._finished)
+            self._finished.clear()
+        since_s = self._clock()
+        self._decoding_since_s.append(since_s)
         try:
-            with self._changed:
-                tickets = list(self._finished)
-                self._finished.clear()
-            renders = [ticket.render for ticket in tickets if ticket.render is not None]
-            for ticket, render, outcome in zip(tickets, renders, self._decode(tickets), strict=True):
-                if isinstance(outcome, Picture):
-                    self._leave(ticket, Rendered(outcome, render.warnings))
-                else:
-                    self._leave(ticket, outcome)
+            pictures = self._decode(tickets)
+            self._on(self._deliverer, lambda: self._deliver(tickets, pictures, since_s))
         except BaseException as error:  # noqa: BLE001 - the loop ends with it, and says so
+            self._decoding_since_s.remove(since_s)
             self._fail(error)
-        finally:
-            self._decoding_since_s = None
 
-    def _decode(self, tickets: Sequence[_Ticket[R]]) -> list[Picture | SmallcatError]:
+    def _decode(self, tickets: Sequence[_Ticket[R]]) -> Iterator[Picture | SmallcatError]:
         """Decode together; on failure in halves, until the one that cannot be decoded is found."""
         if not tickets:
-            return []
+            return iter(())
         try:
             return self._runner.decode([ticket.render for ticket in tickets if ticket.render is not None])
         except BaseException as error:
             if _is_lost(error):
                 raise
             if len(tickets) == 1:
-                return [_as_job_error(tickets[0].job, error)]
+                return iter((_as_job_error(tickets[0].job, error),))
             logger.warning("Decoding %d pictures together failed (%r): trying halves.", len(tickets), error)
             middle = len(tickets) // 2
-            return self._decode(tickets[:middle]) + self._decode(tickets[middle:])
+            return itertools.chain(self._decode(tickets[:middle]), self._decode(tickets[middle:]))
+
+    # What follows runs on the deliverer's thread, where there is one.
+
+    def _deliver(
+        self, tickets: Sequence[_Ticket[R]], pictures: Iterator[Picture | SmallcatError], since_s: float
+    ) -> None:
+        """Resolve each future as its picture comes."""
+        try:
+            for ticket, outcome in zip(tickets, pictures, strict=True):
+                if isinstance(outcome, Picture):
+                    assert ticket.render is not None  # noqa: S101 - it had its last step
+                    self._leave(ticket, Rendered(outcome, ticket.render.warnings))
+                else:
+                    self._leave(ticket, outcome)
+        except BaseException as error:  # noqa: BLE001 - the loop ends with it, and says so
+            self._fail(error)
+        finally:
+            self._decoding_since_s.remove(since_s)
 
     # What follows runs on any thread.
+
+    def _on(self, thread: ThreadPoolExecutor | None, do: Callable[[], None]) -> None:
+        """Have it done on `thread`, where there is one, or here."""
+        if thread is None:
+            do()
+            return
+        try:
+            thread.submit(do)
+        except RuntimeError:
+            if not self._stopped:
+                raise
+            # Shut down: all jobs have been given back.
 
     def _leave(self, ticket: _Ticket[R], outcome: Rendered | SmallcatError) -> None:
         """The only way out: off the books, its future resolved."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -300,22 +300,25 @@ class ModelRunner:
             groups[-1].append(render)
         return groups
 
-    def decode(self, renders: Sequence[Render]) -> list[Picture | SmallcatError]:
-        """The picture of each render, or its error; they may be of different lanes."""
+    def decode(self, renders: Sequence[Render]) -> Iterator[Picture | SmallcatError]:
+        """Set off the decoding of `renders`, which may be of different lanes.
+
+        Returns the picture of each, or its error, and waits as it is asked: on any one thread.
+        """
         self._take_device()
-        pictures: dict[int, Picture | SmallcatError] = {}
+        sources: dict[int, Iterator[Picture | SmallcatError]] = {}
         lanes: dict[Hashable, list[int]] = {}
         for place, render in enumerate(renders):
             with mapped("denoise"):
                 failure = render.failure()
             if failure is not None:
-                pictures[place] = failure
+                sources[place] = iter((failure,))
             else:
                 lanes.setdefault(render.lane, []).append(place)
         for places in lanes.values():
-            decoded = self._decoder.pictures([renders[place].latents for place in places])
-            pictures |= zip(places, decoded, strict=True)
-        return [pictures[place] for place in range(len(renders))]
+            pictures = self._decoder.pictures([renders[place].latents for place in places])
+            sources |= dict.fromkeys(places, pictures)
+        return (next(sources[place]) for place in range(len(renders)))
 
 
 def _area(lane: Hashable) -> int:

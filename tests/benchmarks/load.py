@@ -41,8 +41,10 @@ from tests.benchmarks.policies import MEAN_STEPS, MIX, ONE, POLICIES, ROWS, SMAL
 from tests.benchmarks.simulation import Arrival, Finished, Point, arrivals, runs, simulate, simulated
 from worker.batcher import Batcher
 from worker.engine import Engine, Rendered
+from worker.errors import SmallcatError
 from worker.job import Job, Scheduler
 from worker.model_runner import ModelRunner
+from worker.render import Render
 from worker.settings import WorkerSettings, worker_settings
 
 #: How much more of the time the load of the targets gets than others.
@@ -93,8 +95,14 @@ def measure(runner: ModelRunner) -> Device:
             raise click.ClickException("This model takes no guidance: the mix of jobs needs two rows a job.")
         steps.append((ROWS * jobs, _seconds(partial(runner.step, renders))))
         if jobs in (1, min(8, seats)):
-            decoding.append((jobs, _seconds(partial(runner.decode, renders))))
+            decoding.append((jobs, _seconds(partial(_decode, runner, renders))))
     return Device(tuple(steps), tuple(decoding), ROWS * seats)
+
+
+def _decode(runner: ModelRunner, renders: Sequence[Render]) -> None:
+    for picture in runner.decode(renders):
+        if isinstance(picture, SmallcatError):
+            raise picture
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -41,7 +41,7 @@ def jobs_of(count: int, rng: random.Random) -> list[Job]:
                 prompt=rng.choice(lines),
                 seed=seed,
                 steps=rng.choice([8, 12, 20, 30]),
-                guidance_scale=1.0 if plain else rng.choice([3.0, 4.0, 5.0]),
+                guidance_scale=1.0 if plain else rng.choice([2.0, 3.0, 4.0]),
                 scheduler=scheduler,
             )
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,18 +141,20 @@ class FaultRunner:
             render.step += 1
         return [None] * len(renders)
 
-    def decode(self, renders: Sequence[FaultRender]) -> list[Picture | SmallcatError]:
+    def decode(self, renders: Sequence[FaultRender]) -> Iterator[Picture | SmallcatError]:
         """As the contract says."""
         for render in renders:
             _raise(render.verbs, "decode")
         for render in renders:
             self._note("end", render.job)
-        return [
-            NotFiniteError("NaN")
-            if "nan" in render.verbs
-            else Picture(np.full((8, 8, 3), pixel_of(render.job), np.uint8))
-            for render in renders
-        ]
+        return iter(
+            [
+                NotFiniteError("NaN")
+                if "nan" in render.verbs
+                else Picture(np.full((8, 8, 3), pixel_of(render.job), np.uint8))
+                for render in renders
+            ]
+        )
 
 
 def _raise(verbs: dict[str, str], where: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -134,7 +134,7 @@ class FakeRunner:
                 self.steps_done[render.job.seed] += 1
         return outcomes
 
-    def decode(self, renders: Sequence[FakeRender]) -> list[Picture | SmallcatError]:
+    def decode(self, renders: Sequence[FakeRender]) -> Iterator[Picture | SmallcatError]:
         """As the contract says."""
         self.decoding.set()
         assert self.decode_gate.wait(SOON_S), "nobody opened the gate"
@@ -142,10 +142,12 @@ class FakeRunner:
         for render in renders:
             if error := self._faults(render.job).decode:
                 raise error
-        return [
-            NotFiniteError("NaN") if self._faults(render.job).nan else picture_of(render.job)
-            for render in renders
-        ]
+        return iter(
+            [
+                NotFiniteError("NaN") if self._faults(render.job).nan else picture_of(render.job)
+                for render in renders
+            ]
+        )
 
     def _faults(self, job: Job) -> Faults:
         return self.faults.get(job.seed, Faults())

@@ -113,7 +113,7 @@ def finish(runner: ModelRunner, *renders: Render) -> list[Picture | SmallcatErro
     """Step all of them together until all are done; the shorter ones leave early."""
     while running := [render for render in renders if render.step < render.steps]:
         assert runner.step(running) == [None] * len(running)
-    return runner.decode(renders)
+    return list(runner.decode(renders))
 
 
 def renders(runner: ModelRunner, *jobs: Job) -> list[Render]:
@@ -544,7 +544,7 @@ def test_decoding_in_company_and_over_lanes(sd1: Model) -> None:
     on_board = renders(sd1.runner, *jobs)
     for lane in {render.lane for render in on_board}:
         finish(sd1.runner, *(render for render in on_board if render.lane == lane))
-    pictures = sd1.runner.decode(on_board)
+    pictures = list(sd1.runner.decode(on_board))
     for job, picture in zip(jobs, pictures, strict=True):
         sd1.check(job, picture)
 
@@ -570,7 +570,7 @@ def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.Monkey
     on_board = renders(sd1.runner, *jobs)
     finish(sd1.runner, *on_board)
     on_board[1]._state = on_board[1]._state * float("nan")
-    pictures = sd1.runner.decode(on_board)
+    pictures = list(sd1.runner.decode(on_board))
     assert isinstance(pictures[1], NotFiniteError)
     sd1.check(jobs[0], pictures[0])
     sd1.check(jobs[2], pictures[2])
