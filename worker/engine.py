@@ -9,7 +9,8 @@ on the thread that submits it, and its picture is decoded beside the next step w
 that. There one more thread waits for the pictures: each that comes wakes a thread which encodes and uploads
 it, and while those fight for Python, the device must have its next pictures already. Whatever happens to one
 job happens to it alone: a forward that fails is run again in halves from the same latents until the one that
-cannot run is found; one that does not fit in memory lowers the lane's cap.
+cannot run is found; one that does not fit in memory lowers the lane's cap, and a job is too large only when
+it does not fit with the device to itself.
 Every future is resolved, whatever happens. Only a `MachineError` of the runner ends the loop: then all jobs
 go back to the queue, and the process ends.
 
@@ -157,6 +158,8 @@ class Engine(Generic[R]):
         self._inbox: list[_Ticket[R]] = []
         #: Past their last step, for the decoder.
         self._finished: list[_Ticket[R]] = []
+        #: Whose text or picture did not fit in memory beside a step, for the engine's thread.
+        self._crowded: list[_Ticket[R]] = []
         self._changed = threading.Condition()
         self._stopped = False
         self._died = False
@@ -196,16 +199,9 @@ class Engine(Generic[R]):
                 return ticket.future
             self._tickets[job_id] = ticket
         try:
-            ticket.render = self._runner.prepare(job)
-        except BaseException as error:  # noqa: BLE001 - a job fails alone
-            if _is_lost(error):
-                self._fail(error)
-            else:
-                self._leave(ticket, _as_job_error(job, error))
-            return ticket.future
-        with self._changed:
-            self._inbox.append(ticket)
-            self._changed.notify_all()
+            self._prepare(ticket)
+        except OutOfMemoryError:
+            self._wait_in(self._crowded, ticket)
         return ticket.future
 
     def cancel(self, job_id: str) -> None:
@@ -257,6 +253,7 @@ class Engine(Generic[R]):
                 self._turn_since_s = self._clock()
                 self._admit()
                 self._evict()
+                self._relieve()
                 if batch := self._batcher.next_batch(self._clock()):
                     self._step(batch)
                     self._retire(batch)
@@ -271,7 +268,7 @@ class Engine(Generic[R]):
         """Sleep while there is none. False: stop. Raises what was found on another thread."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stopped or self._failure or self._inbox or len(self._batcher)
+                lambda: self._stopped or self._failure or self._inbox or self._crowded or len(self._batcher)
             )
             if self._failure is not None:
                 raise self._failure
@@ -303,8 +300,11 @@ class Engine(Generic[R]):
                 done = f"step {ticket.render.step} of {ticket.render.steps}"
                 self._drop(ticket, JobTimeoutError(f"The job was at {done} after its limit of {limit}."))
 
-    def _step(self, batch: Sequence[_Ticket[R]]) -> None:
-        """One step of `batch`. On failure: again in halves, from the same latents, until it works."""
+    def _step(self, batch: Sequence[_Ticket[R]], *, settled: bool = False) -> None:
+        """One step of `batch`. On failure: again in halves, from the same latents, until it works.
+
+        One job for which there is no memory has it to itself before it is called too large: `settled`.
+        """
         renders = [ticket.render for ticket in batch if ticket.render is not None]
         rows = sum(render.rows for render in renders)
         started_s = self._clock()
@@ -313,10 +313,15 @@ class Engine(Generic[R]):
         except BaseException as error:
             if _is_lost(error):
                 raise
+            is_full = isinstance(error, OutOfMemoryError)
+            if len(batch) == 1 and is_full and not settled:
+                self._settle()
+                self._step(batch, settled=True)
+                return
             if len(batch) == 1:
                 self._drop(batch[0], _as_job_error(batch[0].job, error))
                 return
-            if isinstance(error, OutOfMemoryError):
+            if is_full:
                 self._batcher.lower_cap(renders[0].lane, rows)
                 cap = self._batcher.cap(renders[0].lane)
                 logger.warning("%d rows do not fit: the cap is %d now.", rows, cap)
@@ -357,20 +362,43 @@ class Engine(Generic[R]):
         self._batcher.remove(ticket)
         self._leave(ticket, outcome)
 
+    def _settle(self) -> None:
+        """Wait until nothing is decoded. Only this thread sets that off, so the device is its own then."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not (self._finished or self._decoding_since_s))
+
+    def _relieve(self) -> None:
+        """Do once more what did not fit in memory beside a step, now with the device to itself."""
+        with self._changed:
+            tickets = list(self._crowded)
+            self._crowded.clear()
+        if not tickets:
+            return
+        self._settle()
+        for ticket in tickets:
+            if ticket.render is not None:
+                for outcome in self._decode([ticket]):
+                    self._finish(ticket, outcome)
+                continue
+            try:
+                self._prepare(ticket)
+            except OutOfMemoryError as error:
+                self._leave(ticket, _as_job_error(ticket.job, error))
+
     # What follows runs on the decoder's thread, where there is one.
 
     def _decode_finished(self) -> None:
         """Set off the decoding of all who are waiting for it, together."""
+        since_s = self._clock()
         with self._changed:
             tickets = list(self._finished)
             self._finished.clear()
-        since_s = self._clock()
-        self._decoding_since_s.append(since_s)
+            self._decoding_since_s.append(since_s)
         try:
             pictures = self._decode(tickets)
             self._on(self._deliverer, lambda: self._deliver(tickets, pictures, since_s))
         except BaseException as error:  # noqa: BLE001 - the loop ends with it, and says so
-            self._decoding_since_s.remove(since_s)
+            self._decoded(since_s)
             self._fail(error)
 
     def _decode(self, tickets: Sequence[_Ticket[R]]) -> Iterator[Picture | SmallcatError]:
@@ -396,15 +424,14 @@ class Engine(Generic[R]):
         """Resolve each future as its picture comes."""
         try:
             for ticket, outcome in zip(tickets, pictures, strict=True):
-                if isinstance(outcome, Picture):
-                    assert ticket.render is not None  # noqa: S101 - it had its last step
-                    self._leave(ticket, Rendered(outcome, ticket.render.warnings))
+                if isinstance(outcome, JobTooLargeError) and self._deliverer is not None:
+                    self._wait_in(self._crowded, ticket)
                 else:
-                    self._leave(ticket, outcome)
+                    self._finish(ticket, outcome)
         except BaseException as error:  # noqa: BLE001 - the loop ends with it, and says so
             self._fail(error)
         finally:
-            self._decoding_since_s.remove(since_s)
+            self._decoded(since_s)
 
     # What follows runs on any thread.
 
@@ -419,6 +446,40 @@ class Engine(Generic[R]):
             if not self._stopped:
                 raise
             # Shut down: all jobs have been given back.
+
+    def _prepare(self, ticket: _Ticket[R]) -> None:
+        """Make a job ready for its first step. Raises `OutOfMemoryError`: it may fit at another time."""
+        try:
+            ticket.render = self._runner.prepare(ticket.job)
+        except OutOfMemoryError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a job fails alone
+            if _is_lost(error):
+                self._fail(error)
+            else:
+                self._leave(ticket, _as_job_error(ticket.job, error))
+        else:
+            self._wait_in(self._inbox, ticket)
+
+    def _wait_in(self, tickets: list[_Ticket[R]], ticket: _Ticket[R]) -> None:
+        """Let a job wait for the engine's thread."""
+        with self._changed:
+            tickets.append(ticket)
+            self._changed.notify_all()
+
+    def _decoded(self, since_s: float) -> None:
+        """Note the end of the decoding that began at `since_s`."""
+        with self._changed:
+            self._decoding_since_s.remove(since_s)
+            self._changed.notify_all()
+
+    def _finish(self, ticket: _Ticket[R], outcome: Picture | SmallcatError) -> None:
+        """Let a job go with its picture, or without."""
+        if isinstance(outcome, Picture):
+            assert ticket.render is not None  # noqa: S101 - it had its last step
+            self._leave(ticket, Rendered(outcome, ticket.render.warnings))
+        else:
+            self._leave(ticket, outcome)
 
     def _leave(self, ticket: _Ticket[R], outcome: Rendered | SmallcatError) -> None:
         """The only way out: off the books, its future resolved."""
@@ -441,6 +502,7 @@ class Engine(Generic[R]):
             self._tickets.clear()
             self._inbox.clear()
             self._finished.clear()
+            self._crowded.clear()
             self._changed.notify_all()
         for ticket in tickets:
             ticket.resolve(error)

@@ -64,6 +64,8 @@ class FakeRunner:
         self.oom_calls: set[int] = set()
         #: By seed.
         self.faults: dict[int, Faults] = {}
+        #: Seeds for whose text and picture there is memory on the engine's thread alone.
+        self.crowded: set[int] = set()
         #: Warnings of each job, by seed.
         self.warnings: dict[int, tuple[str, ...]] = {}
         #: While clear, a step waits; `entered` says that it does.
@@ -99,6 +101,7 @@ class FakeRunner:
     def prepare(self, job: Job) -> FakeRender:
         """As the contract says."""
         self.prepared.append(job.seed)
+        self._make_room(job)
         if error := self._faults(job).prepare:
             raise error
         job = job.resolved(SERVED)
@@ -140,6 +143,7 @@ class FakeRunner:
         assert self.decode_gate.wait(SOON_S), "nobody opened the gate"
         self.decoded.append([render.job.seed for render in renders])
         for render in renders:
+            self._make_room(render.job)
             if error := self._faults(render.job).decode:
                 raise error
         return iter(
@@ -148,6 +152,10 @@ class FakeRunner:
                 for render in renders
             ]
         )
+
+    def _make_room(self, job: Job) -> None:
+        if job.seed in self.crowded and threading.current_thread().name != "engine":
+            raise OutOfMemoryError("beside a step")
 
     def _faults(self, job: Job) -> Faults:
         return self.faults.get(job.seed, Faults())

@@ -252,6 +252,34 @@ def test_all_can_fail_and_the_engine_goes_on(bench: Bench, runner: FakeRunner) -
 # --- memory -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seeds", [{1}, {0, 1, 2, 3}], ids=["one of four", "all"])
+def test_what_does_not_fit_beside_a_step_is_done_with_the_device_to_itself(
+    bench: Bench, runner: FakeRunner, seeds: set[int]
+) -> None:
+    runner.crowded = seeds
+    bench.engine.start()
+    futures = bench.submit_together(0, 1, 2, 3)
+    for seed, future in enumerate(futures):
+        assert np.array_equal(picture(future), picture_of(job_of(seed)).pixels)
+    assert all(runner.prepared.count(seed) == 2 for seed in seeds)
+    assert set(runner.steps_done.values()) == {4}
+
+
+def test_a_step_of_one_job_waits_for_the_memory_of_those_that_are_decoded() -> None:
+    runner = FakeRunner(max_rows=8, decodes_beside=True)
+    runner.decode_gate.clear()
+    with bench_of(runner) as bench:
+        bench.engine.start()
+        first = bench.submit(1, steps=1)
+        assert runner.decoding.wait(SOON_S)
+        runner.oom_calls = {1}
+        second = bench.submit(2, steps=1)
+        runner.decode_gate.set()
+        assert picture(first) is not None
+        assert picture(second) is not None
+        assert runner.batches == [[1], [2]]
+
+
 @pytest.mark.parametrize("memory_rows", [2, 3, 4, 6])
 def test_out_of_memory_lowers_the_cap_and_loses_no_step(memory_rows: int) -> None:
     runner = FakeRunner(max_rows=8, memory_rows=memory_rows)
