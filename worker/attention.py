@@ -78,13 +78,21 @@ def load_xformers() -> Kernel:
     # Not at the top: importing it on a CPU prints a warning, and it may be absent.
     import xformers.ops
 
-    # An operator of torch's, so that the compiler takes it as one piece and does not look inside.
-    @library.custom_op("smallcat::xformers_attention", mutates_args=())
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        do = in_one_piece if torch.compiler.is_compiling() else xformers.ops.memory_efficient_attention
+        result: torch.Tensor = do(query, key, value, scale=scale)
+        return result
+
+    # An operator of torch's, so that the compiler does not look inside. For eager steps it would be a detour
+    # through Python, longer than all that xformers does itself.
+    @library.custom_op("smallcat::xformers_attention", mutates_args=())
+    def in_one_piece(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         result: torch.Tensor = xformers.ops.memory_efficient_attention(query, key, value, scale=scale)
         return result
 
-    @attend.register_fake
+    @in_one_piece.register_fake
     def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         return torch.empty_like(query, memory_format=torch.contiguous_format)
 

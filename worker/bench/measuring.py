@@ -47,10 +47,10 @@ FULL = Patience(
 QUICK = Patience(
     sides_px=(256, 512, 1024, 2048),
     limit_s=5.0,
-    gpu_jobs=(1, 4, 16),
+    gpu_jobs=(1, 2, 4, 8, 16),
     cpu_jobs=(1, 2),
     pictures=1,
-    seconds=0.5,
+    seconds=0.3,
     compiles_all=False,
 )
 
