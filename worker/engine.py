@@ -1,16 +1,14 @@
 """The loop that owns the device: one denoising step a turn.
 
-    submit ─► prepare ─► inbox ─► batcher ─► step ─► finished? ─► decode ─► picture ─► the job's future
-    (its own thread)     (the engine's thread) │                (the decoder's, then the deliverer's thread)
+    submit ─► prepare ─► inbox ─► batcher ─► step ─► finished? ─► decode ─► the job's future
+    (its own thread)     (the engine's thread) │                  (worker.decoding)
                                                └─ cancelled, late, failed: leaves now, alone
 
 Jobs join at the next step and leave at their last. The loop does nothing but steps: a job's text is encoded
 on the thread that submits it, and its picture is decoded beside the next step where the device has room for
-that. There one more thread waits for the pictures: each that comes wakes a thread which encodes and uploads
-it, and while those fight for Python, the device must have its next pictures already. Whatever happens to one
-job happens to it alone: a forward that fails is run again in halves from the same latents until the one that
-cannot run is found; one that does not fit in memory lowers the lane's cap, and a job is too large only when
-it does not fit with the device to itself.
+that. Whatever happens to one job happens to it alone: a forward that fails is run again in halves from the
+same latents until the one that cannot run is found; one that does not fit in memory lowers the lane's cap;
+and a job is too large only when it does not fit with the device to itself.
 Every future is resolved, whatever happens. Only a `MachineError` of the runner ends the loop: then all jobs
 go back to the queue, and the process ends.
 
@@ -24,11 +22,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from worker.batcher import Batcher, Costs
+from worker.decoding import Decoding, Outcome
 from worker.errors import (
     EngineStoppedError,
     JobCancelledError,
@@ -89,7 +88,7 @@ class Runner(Costs, Protocol[R]):
     def step(self, renders: Sequence[R]) -> list[SmallcatError | None]:
         """Run one step of renders of one lane. Those whose outcome is an error are as they were before."""
 
-    def decode(self, renders: Sequence[R]) -> Iterator[Picture | SmallcatError]:
+    def decode(self, renders: Sequence[R]) -> Iterator[Outcome]:
         """Set off the decoding of finished renders.
 
         Returns their pictures, or errors, in order. Each is waited for when it is asked for, on any one
@@ -156,8 +155,6 @@ class Engine(Generic[R]):
         self._tickets: dict[str, _Ticket[R]] = {}
         #: Prepared, for the batcher.
         self._inbox: list[_Ticket[R]] = []
-        #: Past their last step, for the decoder.
-        self._finished: list[_Ticket[R]] = []
         #: Whose text or picture did not fit in memory beside a step, for the engine's thread.
         self._crowded: list[_Ticket[R]] = []
         self._changed = threading.Condition()
@@ -167,11 +164,11 @@ class Engine(Generic[R]):
         self._failure: BaseException | None = None
         #: When the present turn began; None between two.
         self._turn_since_s: float | None = None
-        #: When each decoding began of those that go on.
-        self._decoding_since_s: list[float] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._decoder = ThreadPoolExecutor(1, "decoder") if runner.decodes_beside else None
-        self._deliverer = ThreadPoolExecutor(1, "deliverer") if runner.decodes_beside else None
+        #: Of those past their last step.
+        self._decoding: Decoding[_Ticket[R]] = Decoding(
+            self._decode, self._deliver, self._fail, beside=runner.decodes_beside, clock=clock
+        )
 
     @property
     def max_rows(self) -> int:
@@ -226,7 +223,7 @@ class Engine(Generic[R]):
 
     def is_hung(self) -> bool:
         """Whether the device has been at one step or one decoding for longer than any job may take."""
-        begun = (self._turn_since_s, *self._decoding_since_s)
+        begun = (self._turn_since_s, *self._decoding.since_s)
         return any(since is not None and self._clock() - since > self._job_timeout_s for since in begun)
 
     def drain(self, timeout_s: float) -> None:
@@ -241,9 +238,6 @@ class Engine(Generic[R]):
         self._give_all_back(EngineStoppedError("The worker is stopping: the job goes back to the queue."))
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
-        for beside in (self._decoder, self._deliverer):
-            if beside is not None:
-                beside.shutdown(wait=False, cancel_futures=True)
 
     # What follows runs on the engine's thread.
 
@@ -315,7 +309,7 @@ class Engine(Generic[R]):
                 raise
             is_full = isinstance(error, OutOfMemoryError)
             if len(batch) == 1 and is_full and not settled:
-                self._settle()
+                self._decoding.settle()
                 self._step(batch, settled=True)
                 return
             if len(batch) == 1:
@@ -353,19 +347,12 @@ class Engine(Generic[R]):
             return
         for ticket in finished:
             self._batcher.remove(ticket)
-        with self._changed:
-            self._finished.extend(finished)
-        self._on(self._decoder, self._decode_finished)
+        self._decoding.add(finished)
 
     def _drop(self, ticket: _Ticket[R], outcome: SmallcatError) -> None:
         """Let a job go before its time: its seat is free, its future resolved."""
         self._batcher.remove(ticket)
         self._leave(ticket, outcome)
-
-    def _settle(self) -> None:
-        """Wait until nothing is decoded. Only this thread sets that off, so the device is its own then."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or not (self._finished or self._decoding_since_s))
 
     def _relieve(self) -> None:
         """Do once more what did not fit in memory beside a step, now with the device to itself."""
@@ -374,7 +361,8 @@ class Engine(Generic[R]):
             self._crowded.clear()
         if not tickets:
             return
-        self._settle()
+        # Only this thread sets a decoding off.
+        self._decoding.settle()
         for ticket in tickets:
             if ticket.render is not None:
                 for outcome in self._decode([ticket]):
@@ -385,23 +373,9 @@ class Engine(Generic[R]):
             except OutOfMemoryError as error:
                 self._leave(ticket, _as_job_error(ticket.job, error))
 
-    # What follows runs on the decoder's thread, where there is one.
+    # What follows runs on `worker.decoding`'s threads, where it has some.
 
-    def _decode_finished(self) -> None:
-        """Set off the decoding of all who are waiting for it, together."""
-        since_s = self._clock()
-        with self._changed:
-            tickets = list(self._finished)
-            self._finished.clear()
-            self._decoding_since_s.append(since_s)
-        try:
-            pictures = self._decode(tickets)
-            self._on(self._deliverer, lambda: self._deliver(tickets, pictures, since_s))
-        except BaseException as error:  # noqa: BLE001 - the loop ends with it, and says so
-            self._decoded(since_s)
-            self._fail(error)
-
-    def _decode(self, tickets: Sequence[_Ticket[R]]) -> Iterator[Picture | SmallcatError]:
+    def _decode(self, tickets: Sequence[_Ticket[R]]) -> Iterator[Outcome]:
         """Decode together; on failure in halves, until the one that cannot be decoded is found."""
         if not tickets:
             return iter(())
@@ -416,36 +390,14 @@ class Engine(Generic[R]):
             middle = len(tickets) // 2
             return itertools.chain(self._decode(tickets[:middle]), self._decode(tickets[middle:]))
 
-    # What follows runs on the deliverer's thread, where there is one.
-
-    def _deliver(
-        self, tickets: Sequence[_Ticket[R]], pictures: Iterator[Picture | SmallcatError], since_s: float
-    ) -> None:
-        """Resolve each future as its picture comes."""
-        try:
-            for ticket, outcome in zip(tickets, pictures, strict=True):
-                if isinstance(outcome, JobTooLargeError) and self._deliverer is not None:
-                    self._wait_in(self._crowded, ticket)
-                else:
-                    self._finish(ticket, outcome)
-        except BaseException as error:  # noqa: BLE001 - the loop ends with it, and says so
-            self._fail(error)
-        finally:
-            self._decoded(since_s)
+    def _deliver(self, ticket: _Ticket[R], outcome: Outcome) -> None:
+        """Let a job go with its picture, or without; but what did not fit beside a step is done once more."""
+        if isinstance(outcome, JobTooLargeError) and self._runner.decodes_beside:
+            self._wait_in(self._crowded, ticket)
+        else:
+            self._finish(ticket, outcome)
 
     # What follows runs on any thread.
-
-    def _on(self, thread: ThreadPoolExecutor | None, do: Callable[[], None]) -> None:
-        """Have it done on `thread`, where there is one, or here."""
-        if thread is None:
-            do()
-            return
-        try:
-            thread.submit(do)
-        except RuntimeError:
-            if not self._stopped:
-                raise
-            # Shut down: all jobs have been given back.
 
     def _prepare(self, ticket: _Ticket[R]) -> None:
         """Make a job ready for its first step. Raises `OutOfMemoryError`: it may fit at another time."""
@@ -467,13 +419,7 @@ class Engine(Generic[R]):
             tickets.append(ticket)
             self._changed.notify_all()
 
-    def _decoded(self, since_s: float) -> None:
-        """Note the end of the decoding that began at `since_s`."""
-        with self._changed:
-            self._decoding_since_s.remove(since_s)
-            self._changed.notify_all()
-
-    def _finish(self, ticket: _Ticket[R], outcome: Picture | SmallcatError) -> None:
+    def _finish(self, ticket: _Ticket[R], outcome: Outcome) -> None:
         """Let a job go with its picture, or without."""
         if isinstance(outcome, Picture):
             assert ticket.render is not None  # noqa: S101 - it had its last step
@@ -501,9 +447,9 @@ class Engine(Generic[R]):
             tickets = list(self._tickets.values())
             self._tickets.clear()
             self._inbox.clear()
-            self._finished.clear()
             self._crowded.clear()
             self._changed.notify_all()
+        self._decoding.stop()
         for ticket in tickets:
             ticket.resolve(error)
 

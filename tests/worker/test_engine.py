@@ -169,7 +169,7 @@ def test_a_decoder_that_cannot_start_ends_the_loop_and_leaves_no_job_waiting(
         raise RuntimeError("can't start new thread")
 
     with bench_of(FakeRunner(decodes_beside=True)) as bench:
-        monkeypatch.setattr(bench.engine._decoder, "submit", refuse)
+        monkeypatch.setattr(bench.engine._decoding._decoder, "submit", refuse)
         future = bench.submit(1)
         bench.engine.start()
         assert isinstance(error_of(future), EngineStoppedError)
