@@ -338,3 +338,38 @@ def test_on_a_cpu_xformers_is_never_imported_even_where_it_is_installed(tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "xformers was imported" not in done.stdout
+
+
+COMPILED = """
+import sys, types
+import torch
+from worker import attention
+
+calls = []
+def memory_efficient_attention(query, key, value, scale):
+    calls.append(query.shape)
+    return attention.naive(query, key, value, scale).contiguous()
+
+torch.version.cuda = "12.8"
+package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+package.ops, ops.memory_efficient_attention = ops, memory_efficient_attention
+sys.modules |= {"xformers": package, "xformers.ops": ops}
+
+kernel = attention.load_xformers()
+drawn = [torch.randn(2, 5, 3, 4) for _ in range(3)]
+graphs = []
+def keep(graph, example):
+    graphs.append(graph)
+    return graph.forward
+compiled = torch.compile(lambda *drawn: kernel(*drawn, 0.5), fullgraph=True, backend=keep)
+assert torch.equal(compiled(*drawn), kernel(*drawn, 0.5))
+(graph,) = graphs
+print([str(node.target) for node in graph.graph.nodes if node.op == "call_function"], len(calls))
+"""
+
+
+def test_xformers_is_one_operator_for_the_compiler_and_called_directly_by_eager_steps() -> None:
+    # In a process of its own: an operator's name can be taken once.
+    told = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split("\n")[0] == "['smallcat.xformers_attention.default'] 2"
