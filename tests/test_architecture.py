@@ -30,7 +30,7 @@ LINES = [
     "bench.report bench",
     "model_runner",
     # Decisions: no threads but their own, no torch, no services.
-    "batcher step_cost quarantine",
+    "batcher step_cost decoding quarantine",
     # Models of full size with random weights, to measure with.
     "shapes",
     # All of torch: a job on board, the step, what makes it fast, what comes after the last.
