@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -61,6 +61,8 @@ class _Signals:
     def __init__(self, hurry: Callable[[], None]) -> None:
         self._hurry = hurry
         self._armed = True
+        self._holding = False
+        self._held: int | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # Ignored by whoever started us (nohup, a background job): then it stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -70,11 +72,25 @@ class _Signals:
         """From now on, raise nothing."""
         self._armed = False
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it, the first signal is kept, and raised when what is inside is done: not half of it."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._held is not None:
+            raise Interrupted(self._held)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._armed:
-            self._armed = False
+        if not self._armed:
+            self._hurry()
+            return
+        self._armed = False
+        if not self._holding:
             raise Interrupted(number)
-        self._hurry()
+        self._held = number
 
 
 class _Command:
@@ -142,7 +158,7 @@ class _Session:
         self._news: queue.SimpleQueue[Process | None] = queue.SimpleQueue()
         stack.on_loss = self._news.put
 
-    def run(self, argv: Sequence[str]) -> int:
+    def run(self, argv: Sequence[str], signals: _Signals) -> int:
         """Start the stack, run `argv` in it or wait for a signal; the exit code. The stack is left running.
 
         Raises `StackError` and `Interrupted`.
@@ -152,7 +168,7 @@ class _Session:
             self._stack.start(lambda part: self._started(part, status.update))
         if not argv:
             return self._serve()
-        code = self._run(argv)
+        code = self._run(argv, signals)
         if self._hold and code == 0:
             self._hold_on()
         return code
@@ -185,18 +201,20 @@ class _Session:
             raise part.lost()
         return 0
 
-    def _run(self, argv: Sequence[str]) -> int:
+    def _run(self, argv: Sequence[str], signals: _Signals) -> int:
         try:
-            self._command = _Command(
-                argv, self._stack.environment, self._stack.home, on_end=lambda: self._news.put(None)
-            )
+            with signals.held():
+                # A signal that came in the midst of this would leave a command that nobody knows.
+                self._command = _Command(
+                    argv, self._stack.environment, self._stack.home, on_end=lambda: self._news.put(None)
+                )
+            part = self._news.get()
         except OSError as error:
             # The codes that a shell gives: there is no such program, or it is none.
             complain(self._console, f"{argv[0]} cannot be run: {error.strerror}.")
             return 127 if isinstance(error, FileNotFoundError) else 126
-        try:
-            part = self._news.get()
         except Interrupted as interruption:
+            assert self._command is not None  # noqa: S101 - it is raised when there is one
             self._command.end(interruption.number)
             raise
         if part is not None:
@@ -281,7 +299,7 @@ def _supervise(stack: Stack, session: _Session, argv: Sequence[str], console: Co
     complaint = ""
     try:
         try:
-            code = session.run(argv)
+            code = session.run(argv, signals)
         except StackError as error:
             code, complaint = STACK_FAILED, str(error)
         signals.disarm()

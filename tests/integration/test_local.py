@@ -18,6 +18,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from deploy import local
 from deploy.home import StackError
 from deploy.local import exports
 from deploy.stack import BUCKET, Stack
@@ -156,6 +157,27 @@ def test_a_second_signal_ends_a_command_that_ignores_the_first(run: Callable[...
     stack.popen.send_signal(signal.SIGINT)
 
     assert stack.end()[0] == 128 + signal.SIGINT
+
+
+@pytest.fixture
+def _own_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_own_handlers")
+def test_a_signal_while_the_command_is_being_started_is_heard_when_it_is() -> None:
+    hurried: list[str] = []
+    signals = local._Signals(lambda: hurried.append("hurry"))
+    done = []
+    with pytest.raises(local.Interrupted) as raised, signals.held():
+        signal.raise_signal(signal.SIGTERM)
+        done.append("started")
+    assert (done, raised.value.number, hurried) == (["started"], signal.SIGTERM, [])
+    signal.raise_signal(signal.SIGINT)
+    assert hurried == ["hurry"]
 
 
 def test_nothing_outlives_a_stack_that_is_killed(run: Callable[..., Run]) -> None:
