@@ -172,9 +172,14 @@ def test_a_signal_while_the_command_is_being_started_is_heard_when_it_is() -> No
     hurried: list[str] = []
     signals = local._Signals(lambda: hurried.append("hurry"))
     done = []
-    with pytest.raises(local.Interrupted) as raised, signals.held():
-        signal.raise_signal(signal.SIGTERM)
-        done.append("started")
+
+    def start() -> None:
+        with signals.held():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("started")
+
+    with pytest.raises(local.Interrupted) as raised:
+        start()
     assert (done, raised.value.number, hurried) == (["started"], signal.SIGTERM, [])
     signal.raise_signal(signal.SIGINT)
     assert hurried == ["hurry"]
