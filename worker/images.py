@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PIL import ExifTags, Image, ImageFile, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from worker.job import ImageFormat
 
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
 #: MIME types, by format.
 CONTENT_TYPES = {ImageFormat.PNG: "image/png", ImageFormat.WEBP: "image/webp", ImageFormat.JPEG: "image/jpeg"}
-
-# Bytes that Pillow encodes between two looks at Python, whose lock it gives up meanwhile: at its own 64 KiB a
-# picture would wait for the lock two dozen times, and each time behind all other threads.
-ImageFile.MAXBLOCK = 2**20
 
 #: Exif's marks for the encoding of a UserComment (CIPA DC-008, 4.6.6); Unicode is UTF-16 in file byte order.
 _UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
