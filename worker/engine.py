@@ -309,6 +309,7 @@ class Engine(Generic[R]):
                 raise
             is_full = isinstance(error, OutOfMemoryError)
             if len(batch) == 1 and is_full and not settled:
+                logger.warning("A job alone does not fit in memory: once more, with nothing beside it.")
                 self._decoding.settle()
                 self._step(batch, settled=True)
                 return
@@ -361,6 +362,7 @@ class Engine(Generic[R]):
             self._crowded.clear()
         if not tickets:
             return
+        logger.warning("%d jobs did not fit in memory beside a step: once more, by themselves.", len(tickets))
         # Only this thread sets a decoding off.
         self._decoding.settle()
         for ticket in tickets:
