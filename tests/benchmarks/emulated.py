@@ -21,12 +21,9 @@ from tests.faults.harness import FaultWorker
 
 
 class EmulatedWorker(FaultWorker):
-    """A worker of `tests.benchmarks.emulated_app`."""
+    """The GPU of this one is a lock."""
 
-    def _argv(self) -> list[str]:
-        argv = super()._argv()
-        argv[argv.index("-A") + 1] = "tests.benchmarks.emulated_app"
-        return argv
+    app = "tests.benchmarks.emulated_app"
 
 
 @click.command(help=__doc__)

@@ -56,10 +56,12 @@ class FaultWorker(WorkerProcess):
 
     start_timeout_s = 60.0
     look_every_s = 0.02
+    #: The Celery app that it runs.
+    app = "tests.faults.app"
 
     def _argv(self) -> list[str]:
         argv = super()._argv()
-        argv[argv.index("-A") + 1] = "tests.faults.app"
+        argv[argv.index("-A") + 1] = self.app
         return argv
 
 

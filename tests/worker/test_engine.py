@@ -143,13 +143,20 @@ def test_a_job_that_needs_fewer_rows_for_a_while_leaves_them_to_others(runner: F
         assert runner.batches == [[1, 2, 3], [1, 2], [1, 3]]
 
 
-def test_steps_go_on_while_pictures_are_decoded_and_what_finishes_meanwhile_is_decoded_together() -> None:
+@contextmanager
+def bench_at_a_decoding(**options: Any) -> Iterator[tuple[Bench, FakeRunner, Future[Rendered]]]:
+    """An engine that decodes its first job beside the steps, until the runner's `decode_gate` is set."""
     runner = FakeRunner(max_rows=8, decodes_beside=True)
     runner.decode_gate.clear()
-    with bench_of(runner) as bench:
+    with bench_of(runner, **options) as bench:
         bench.engine.start()
         first = bench.submit(1, steps=1)
         assert runner.decoding.wait(SOON_S)
+        yield bench, runner, first
+
+
+def test_steps_go_on_while_pictures_are_decoded_and_what_finishes_meanwhile_is_decoded_together() -> None:
+    with bench_at_a_decoding() as (bench, runner, first):
         others = [bench.submit(seed, steps=2) for seed in (2, 3)]
         fiftieth = threading.Event()
         runner.on_step = lambda seeds: fiftieth.set() if runner.steps_done[4] == 49 else None
@@ -177,12 +184,7 @@ def test_a_decoder_that_cannot_start_ends_the_loop_and_leaves_no_job_waiting(
 
 
 def test_an_engine_whose_decoding_hangs_is_lost() -> None:
-    runner = FakeRunner(max_rows=8, decodes_beside=True)
-    runner.decode_gate.clear()
-    with bench_of(runner, job_timeout_s=10.0) as bench:
-        bench.engine.start()
-        future = bench.submit(1)
-        assert runner.decoding.wait(SOON_S)
+    with bench_at_a_decoding(job_timeout_s=10.0) as (bench, runner, future):
         assert not bench.engine.is_lost()
         bench.now_s = 11.0
         assert bench.engine.is_lost()
@@ -266,12 +268,7 @@ def test_what_does_not_fit_beside_a_step_is_done_with_the_device_to_itself(
 
 
 def test_a_step_of_one_job_waits_for_the_memory_of_those_that_are_decoded() -> None:
-    runner = FakeRunner(max_rows=8, decodes_beside=True)
-    runner.decode_gate.clear()
-    with bench_of(runner) as bench:
-        bench.engine.start()
-        first = bench.submit(1, steps=1)
-        assert runner.decoding.wait(SOON_S)
+    with bench_at_a_decoding() as (bench, runner, first):
         runner.oom_calls = {1}
         second = bench.submit(2, steps=1)
         runner.decode_gate.set()
