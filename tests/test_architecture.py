@@ -34,9 +34,10 @@ LINES = [
     # Models of full size with random weights, to measure with.
     "shapes",
     # All of torch: a job on board, the step, what makes it fast, what comes after the last.
-    "render graphs decoder",
+    "render decoder",
+    "graphs",
     "denoiser device_errors compiler",
-    "attention samplers text",
+    "attention upsampling samplers text",
     "pipeline",
     "model_files gpu_lock",
     "model_index",
@@ -68,7 +69,7 @@ EXCEPTIONS = {"producer.doctor": {"worker.attention", "worker.pipeline"}}
 DOORS = {
     "torch diffusers transformers xformers accelerate safetensors huggingface_hub": (
         "worker.model_runner worker.render worker.graphs worker.decoder worker.denoiser worker.device_errors "
-        "worker.compiler worker.attention worker.samplers worker.text worker.pipeline worker.model_files "
+        "worker.compiler worker.attention worker.upsampling worker.samplers worker.text worker.pipeline worker.model_files "
         "worker.shapes worker.bench.kernels worker.bench.runs"
     ),
     "boto3 botocore": "worker.storage",

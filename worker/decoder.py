@@ -19,6 +19,7 @@ import torch
 from worker.compiler import CompiledLanes, Compiler
 from worker.device_errors import mapped
 from worker.errors import JobTooLargeError, NotFiniteError, OutOfMemoryError, RenderError, SmallcatError
+from worker.graphs import Graph
 from worker.images import Picture
 
 #: Pixels that are decoded at once, at most: 8 pictures of 512 x 512 on a GPU; on a CPU, where more gain
@@ -51,10 +52,13 @@ class Decoder:
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lanes = compiler and CompiledLanes("decoding", self._decoded, compiler)
+        #: By the shape of a picture's latents, and the number of pictures.
+        self._graphs: dict[tuple[torch.Size, int], Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if compiler else None
 
     def compile(self, latents: torch.Tensor) -> None:
         """Compile for latents like these, (1, channels, height, width), now."""
-        if self._lanes:
+        if self._lanes and self._pays(latents):
             self._lanes.compile_now(latents.shape[1:], lambda: _example(self._as_vae_takes(latents)))
 
     def pictures(self, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
@@ -62,27 +66,37 @@ class Decoder:
 
         Latents are (1, channels, height, width) float32, all of one shape.
         """
-        height, width = (int(side) * int(self._pipeline.vae_scale_factor) for side in latents[0].shape[2:])
-        budget = GPU_PIXELS if self._stream else CPU_PIXELS
-        size = 1 if self._alone else max(1, budget // (width * height))
-        chunks = [
-            self._chunk(latents[start : start + size], f"{width} x {height}")
-            for start in range(0, len(latents), size)
-        ]
+        size = 1 if self._alone else self._that_fit(latents[0])
+        chunks = [self._chunk(latents[start : start + size]) for start in range(0, len(latents), size)]
         return itertools.chain.from_iterable(chunks)
 
-    def _chunk(self, latents: Sequence[torch.Tensor], size: str) -> Iterator[Picture | SmallcatError]:
+    def _that_fit(self, latents: torch.Tensor) -> int:
+        """Pictures like this one that are decoded at once, at most."""
+        width, height = self._size(latents)
+        return max(1, (GPU_PIXELS if self._stream else CPU_PIXELS) // (width * height))
+
+    def _pays(self, latents: torch.Tensor) -> bool:
+        """Whether compiled code does: it takes two or more, which would be twice the work for one."""
+        return self._alone or self._that_fit(latents) > 1
+
+    def _size(self, latents: torch.Tensor) -> tuple[int, int]:
+        """Width and height in pixels."""
+        factor = int(self._pipeline.vae_scale_factor)
+        return latents.shape[-1] * factor, latents.shape[-2] * factor
+
+    def _chunk(self, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
         try:
             with mapped("decode"), torch.no_grad(), self._beside():
                 return self._together(torch.cat(list(latents)))
         except (OutOfMemoryError, RenderError) as error:
             if len(latents) > 1:
-                return itertools.chain.from_iterable([self._chunk([each], size) for each in latents])
+                return itertools.chain.from_iterable([self._chunk([each]) for each in latents])
             if isinstance(error, RenderError):
                 return iter((error,))
+            width, height = self._size(latents[0])
             too_large = (
-                f"A picture of {size} pixels does not fit in the device's memory while it is decoded: "
-                "ask for a smaller one."
+                f"A picture of {width} x {height} pixels does not fit in the device's memory while it is "
+                "decoded: ask for a smaller one."
             )
             return iter((JobTooLargeError(too_large),))
 
@@ -91,36 +105,36 @@ class Decoder:
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
     def _together(self, latents: torch.Tensor) -> Iterator[Picture | SmallcatError]:
-        images = self._images(self._as_vae_takes(latents))
-        is_finite = images.isfinite().flatten(1).all(1)
+        pixels, is_finite, images = self._run(self._as_vae_takes(latents))
         verdicts: list[bool | None] = [None] * len(latents)
         if getattr(self._pipeline, "safety_checker", None) is not None:
             images, verdicts = self._pipeline.run_safety_checker(images, self._device, self._dtype)
-        # Exactly VaeImageProcessor.postprocess, which does not denormalise what the checker blacked out, and
-        # numpy_to_pil; only uint8 leaves the device.
-        if any(verdicts):
-            images = torch.stack(
-                [
-                    image if bad else (image * 0.5 + 0.5).clamp(0, 1)
-                    for image, bad in zip(images, verdicts, strict=True)
-                ]
-            )
-        else:
-            images = (images * 0.5 + 0.5).clamp(0, 1)
-        pixels = (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            # VaeImageProcessor.postprocess does not denormalise what the checker blacked out.
+            for place in (place for place, is_bad in enumerate(verdicts) if is_bad):
+                pixels[place] = _bytes(images[place])
         return _pictures(*self._off_the_device(pixels, is_finite), verdicts)
 
-    def _images(self, latents: torch.Tensor) -> torch.Tensor:
-        compiled = self._lanes and self._lanes.get(latents.shape[1:], lambda: _example(latents))
-        if not compiled:
+    def _run(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`_decoded`, as fast as can be; what it gives may be written over by the next call."""
+        if not self._lanes or not self._pays(latents):
             return self._decoded(latents)
-        # Compiled code takes two or more.
-        padded = latents if len(latents) > 1 else latents.repeat(2, 1, 1, 1)
-        return compiled(padded)[: len(latents)]
+        function = self._lanes.get(latents.shape[1:], lambda: _example(latents))
+        if function is None:
+            return self._decoded(latents)
+        # No odd numbers: compiled code takes two or more, and a graph for each would be too many.
+        room = len(latents) + len(latents) % 2
+        graph = self._graphs.get((latents.shape[1:], room))
+        if graph is None:
+            inputs = latents.new_zeros((room, *latents.shape[1:]))
+            graph = Graph(lambda: function(inputs), [inputs], [latents], self._pool)
+            self._graphs[latents.shape[1:], room] = graph
+        return tuple(output[: len(latents)] for output in graph.run([latents]))
 
-    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decoded(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(J, height, width, channels) uint8 pixels, (J,) whether each is finite, and the VAE's own output."""
         images: torch.Tensor = self._pipeline.vae.decode(latents, return_dict=False)[0]
-        return images
+        # Exactly VaeImageProcessor.postprocess and numpy_to_pil; only uint8 leaves the device.
+        return _bytes((images * 0.5 + 0.5).clamp(0, 1)), images.isfinite().flatten(1).all(1), images
 
     def _off_the_device(
         self, pixels: torch.Tensor, is_finite: torch.Tensor
@@ -147,6 +161,11 @@ class Decoder:
             return latents / float(config.scaling_factor)
         mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, deviation))
         return latents * deviation / float(config.scaling_factor) + mean
+
+
+def _bytes(images: torch.Tensor) -> torch.Tensor:
+    """Values from 0 to 1, (..., channels, height, width), as uint8 pixels, (..., height, width, channels)."""
+    return (images.float() * 255).round().to(torch.uint8).movedim(-3, -1)
 
 
 def _pictures(

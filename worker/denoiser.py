@@ -97,6 +97,7 @@ def forward(unet: Any, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
         encoder_hidden_states=batch.text,
         timestep_cond=timestep_cond,
         added_cond_kwargs=conditions or None,
+        cross_attention_kwargs={"prompted": batch.prompted, "job_of_row": batch.job_of_row},
         return_dict=False,
     )[0]
     return output.float()

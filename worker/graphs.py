@@ -1,6 +1,6 @@
-"""The compiled step as CUDA graphs: one for each lane and bucket, captured when first used, then replayed.
+"""Functions of tensors as CUDA graphs: captured when first used, then replayed.
 
-A **bucket** is a number of rows that batches are padded to, so that a graph of fixed shapes fits them. No
+A graph's shapes are fixed, so a batch is padded to a **bucket**: a number of rows that there is a graph for. No
 Python of the model runs in a replay, and nothing is compiled: one launch is the whole step, from the latents
 over UNet, guidance and scheduler to the next latents.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -25,10 +26,12 @@ SPACING = ((8, 2), (32, 4), (56, 8))
 #: The largest bucket. diffusers' upsampling takes another way from 64 rows on (models/upsampling.py), which
 #: would have to be compiled apart; and no GPU is known that gains by more.
 MAX_ROWS = SPACING[-1][0]
-#: Steps before a capture: kernels are loaded and chosen in the first ones, which no graph may hold.
+#: Runs before a capture: kernels are loaded and chosen in the first ones, which no graph may hold.
 WARM_UPS = 2
 
 _Function = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+#: Held while a graph is captured: the device must not be waited for meanwhile, which each capture begins with.
+_capturing = threading.Lock()
 
 
 def bucket_of(rows: int) -> int:
@@ -37,8 +40,50 @@ def bucket_of(rows: int) -> int:
     return -(-rows // spacing) * spacing
 
 
-class Graphs:
-    """All graphs of a UNet. Used by one thread, but for what compiles.
+class Graph:
+    """A function of tensors: inputs that stay where they are, and the graph from them to the outputs."""
+
+    def __init__(
+        self,
+        function: Callable[[], tuple[torch.Tensor, ...]],
+        inputs: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        pool: Any,
+    ) -> None:
+        """Capture `function`, which reads `inputs`; `values` go into them first, as in `run`.
+
+        Graphs of one `pool` share their memory: they must never run at the same time.
+        """
+        self._inputs = inputs
+        self._fill(values)
+        with _capturing:
+            torch.cuda.synchronize()
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    function()
+            stream.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device meanwhile: they step or decode, encode texts or compile.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self._outputs = function()
+
+    def run(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The outputs for `values`, on the current stream; the next run of the same pool overwrites them.
+
+        Values may be shorter than the inputs. What lies beyond them is computed as well, and of no interest.
+        """
+        self._fill(values)
+        self._graph.replay()
+        return self._outputs
+
+    def _fill(self, values: Sequence[torch.Tensor]) -> None:
+        for room, value in zip(self._inputs, values, strict=True):
+            room[: len(value)].copy_(value, non_blocking=True)
+
+
+class StepGraphs:
+    """A graph of the compiled step for each lane and bucket. Used by one thread, but for what compiles.
 
     `at_once` batches are replayed side by side, each by a graph of its own on a stream of its own.
     """
@@ -47,7 +92,7 @@ class Graphs:
         self._lanes: CompiledLanes[_Function] = CompiledLanes(
             "step", functools.partial(denoise, unet), compiler
         )
-        self._graphs: dict[tuple[Hashable, int], list[Graph]] = {}
+        self._graphs: dict[tuple[Hashable, int, int], list[Graph]] = {}
         self._at_once = at_once
         #: The GPU's memory in bytes, at most, in a step of each bucket, weights included.
         self.peaks: dict[str, int] = {}
@@ -68,75 +113,52 @@ class Graphs:
         if function is None:
             return None
         if not self._streams:
-            return [self._graph(function, lane, batch, 0).run(batch) for batch in batches]
+            return [self._step(function, lane, batch, 0) for batch in batches]
         here = torch.cuda.current_stream()
         steps = []
         for start in range(0, len(batches), self._at_once):
             for place, batch in enumerate(batches[start : start + self._at_once]):
-                graph, stream = self._graph(function, lane, batch, place), self._streams[place]
+                stream = self._streams[place]
                 stream.wait_stream(here)
                 with torch.cuda.stream(stream):
-                    steps.append(graph.run(batch))
+                    steps.append(self._step(function, lane, batch, place))
             for stream in self._streams:
                 here.wait_stream(stream)
         return steps
 
-    def _graph(self, function: _Function, lane: Hashable, batch: Batch, place: int) -> Graph:
-        bucket = bucket_of(len(batch.job_of_row))
-        graphs = self._graphs.setdefault((lane, bucket), [])
+    def _step(self, function: _Function, lane: Hashable, batch: Batch, place: int) -> Step:
+        jobs, rows = len(batch.states), bucket_of(len(batch.job_of_row))
+        # What is computed once for each job costs half as much where all of them are guided. Compiled code
+        # takes two or more.
+        room = max(2, rows // 2)
+        if jobs > room:
+            room = rows
+        graphs = self._graphs.setdefault((lane, rows, room), [])
         if place == len(graphs):
-            graphs.append(self._capture(function, batch, bucket, self._pools[place]))
-        return graphs[place]
+            graphs.append(self._capture(function, batch, room, rows, self._pools[place]))
+        # Tensors of its own: the next step writes over the graph's.
+        return Step(*(output[:jobs].clone() for output in graphs[place].run(batch.tensors())))
 
-    def _capture(self, function: _Function, batch: Batch, bucket: int, pool: Any) -> Graph:
+    def _capture(self, function: _Function, batch: Batch, jobs: int, rows: int, pool: Any) -> Graph:
         started_s = time.monotonic()
         torch.cuda.reset_peak_memory_stats()
-        graph = Graph(function, batch, bucket, pool)
-        what = f"{bucket} rows of {'x'.join(str(side) for side in batch.states.shape[2:])}"
-        self.peaks[what] = torch.cuda.max_memory_allocated()
+        room = batch.room_for(jobs, rows)
+        graph = Graph(lambda: function(room), room.tensors(), batch.tensors(), pool)
+        what = f"{rows} rows of {'x'.join(str(side) for side in batch.states.shape[2:])}"
+        peak = torch.cuda.max_memory_allocated()
+        self.peaks[what] = max(peak, self.peaks.get(what, 0))
         logger.info(
-            "captured %s in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
+            "captured %s and up to %d jobs in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
             what,
+            jobs,
             time.monotonic() - started_s,
-            self.peaks[what] / 2**30,
+            peak / 2**30,
             torch.cuda.memory_reserved() / 2**30,
         )
         return graph
 
 
-class Graph:
-    """One bucket of one lane: tensors that stay where they are, and the graph between them."""
-
-    def __init__(self, function: _Function, batch: Batch, rows: int, pool: Any) -> None:
-        """Capture `function` for up to `rows` rows, and as many jobs, of batches like `batch`."""
-        self._inputs = batch.room_for(jobs=rows, rows=rows)
-        self._fill(batch)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                function(self._inputs)
-        stream.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile: they decode, encode texts or compile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._outputs = function(self._inputs)
-
-    def run(self, batch: Batch) -> Step:
-        """The step of `batch` on the current stream, in tensors of its own."""
-        self._fill(batch)
-        self._graph.replay()
-        jobs = len(batch.states)
-        states, predictions, finite = (output[:jobs].clone() for output in self._outputs)
-        return Step(states, predictions, finite)
-
-    def _fill(self, batch: Batch) -> None:
-        """Copy the batch to where the graph reads it. Nobody looks at the result of what lies beyond it."""
-        for room, part in zip(self._inputs.tensors(), batch.tensors(), strict=True):
-            room[: len(part)].copy_(part, non_blocking=True)
-
-
 def _example(batch: Batch) -> tuple[Batch, list[torch.Tensor]]:
-    """A batch like `batch`, of no particular number of rows."""
-    example = batch.room_for(jobs=4, rows=4)
+    """A batch like `batch`, of no particular number of jobs and rows."""
+    example = batch.room_for(jobs=4, rows=6)
     return example, example.tensors()

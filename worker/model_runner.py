@@ -19,14 +19,14 @@ from typing import Any, cast
 
 import torch
 
-from worker import attention, step_cost
+from worker import attention, step_cost, upsampling
 from worker import pipeline as pipelines
 from worker.compiler import Compiler, keep_kernels_in
 from worker.decoder import Decoder
 from worker.denoiser import Step, denoise
 from worker.device_errors import mapped
 from worker.errors import InvalidJobError, OutOfMemoryError, SettingsError, SmallcatError
-from worker.graphs import MAX_ROWS, Graphs
+from worker.graphs import MAX_ROWS, StepGraphs
 from worker.images import Picture
 from worker.job import Job, Scheduler
 from worker.pipeline import Choice
@@ -60,8 +60,11 @@ class ModelRunner:
         self._samplers = Samplers(self._pipeline)
         self._texts = TextEncoder(self._pipeline, self._device, self._dtype)
         compiler = self._compiler(settings)
+        if compiler:
+            # Eager steps would gain as well; but without compiling all is as diffusers has it.
+            upsampling.install(self._pipeline.unet, self._pipeline.vae.decoder)
         at_once = EXACT_AT_ONCE if settings.exact else 1
-        self._graphs = Graphs(self._pipeline.unet, compiler, at_once=at_once) if compiler else None
+        self._graphs = StepGraphs(self._pipeline.unet, compiler, at_once=at_once) if compiler else None
         self._decoder = Decoder(
             self._pipeline, self._device, self._dtype, alone=settings.exact, compiler=compiler
         )
