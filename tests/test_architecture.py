@@ -37,7 +37,8 @@ LINES = [
     "render decoder",
     "graphs",
     "denoiser device_errors compiler",
-    "attention upsampling samplers text",
+    "rewrites",
+    "attention samplers text",
     "pipeline",
     "model_files gpu_lock",
     "model_index",
@@ -69,8 +70,8 @@ EXCEPTIONS = {"producer.doctor": {"worker.attention", "worker.pipeline"}}
 DOORS = {
     "torch diffusers transformers xformers accelerate safetensors huggingface_hub": (
         "worker.model_runner worker.render worker.graphs worker.decoder worker.denoiser worker.device_errors "
-        "worker.compiler worker.attention worker.upsampling worker.samplers worker.text worker.pipeline worker.model_files "
-        "worker.shapes worker.bench.kernels worker.bench.runs"
+        "worker.compiler worker.attention worker.rewrites worker.samplers worker.text worker.pipeline "
+        "worker.model_files worker.shapes worker.bench.kernels worker.bench.runs"
     ),
     "boto3 botocore": "worker.storage",
     "prometheus_client": "worker.metrics",

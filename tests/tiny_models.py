@@ -28,13 +28,19 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 #: Width of each tiny text encoder.
 _TEXT_WIDTH = 32
+_ATTENDS_FIRST = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+}
 #: Betas of Stable Diffusion.
 _NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def tiny_sd1(folder: Path, *, safety_checker: str = "none") -> Path:
+def tiny_sd1(folder: Path, *, safety_checker: str = "none", attends_first: bool = False) -> Path:
     """Stable Diffusion 1.x: predicts noise, PNDM, 77 tokens, 4 latent channels, VAE factor 8.
 
+    `attends_first`: in the UNet's first block, as the real ones do, not in the second; and two layers.
     `safety_checker` is "none", or one that finds fault with "all" pictures or with "nothing".
     """
     with torch.random.fork_rng(devices=[]):
@@ -44,7 +50,7 @@ def tiny_sd1(folder: Path, *, safety_checker: str = "none") -> Path:
             vae=_vae(channels=4, levels=4),
             text_encoder=_text_encoder(77),
             tokenizer=_tokenizer(77),
-            unet=_unet(channels=4, sample_size=8),
+            unet=_unet(channels=4, sample_size=8, **(_ATTENDS_FIRST if attends_first else {})),
             scheduler=diffusers.PNDMScheduler(
                 **_NOISE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
             ),

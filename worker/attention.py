@@ -206,7 +206,7 @@ def install(pipeline: Any, backend: Backend, device: torch.device, cache: Path) 
     """
     kernels, reason = _choose(pipeline, backend, device, cache)
     for place, (module, shape) in enumerate(_attentions(pipeline)):
-        before_text = place == 0 and not module.is_cross_attention and not _embeds_text(pipeline.unet)
+        before_text = place == 0 and not module.is_cross_attention and not embeds_text(pipeline.unet)
         module.set_processor(Processor(kernels[shape], before_text=before_text))
     names = sorted({_name(kernel) for kernel in kernels.values()})
     return Choice("attention", backend if backend != "auto" else " and ".join(names), reason)
@@ -337,7 +337,7 @@ def _time(kernel: Kernel, shape: Shape, device: torch.device) -> float:
     return min(times)
 
 
-def _embeds_text(unet: Any) -> bool:
+def embeds_text(unet: Any) -> bool:
     """Whether every layer sees the prompt, by way of the timestep's embedding, as SDXL's do."""
     return unet.config.addition_embed_type is not None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -51,6 +52,9 @@ class Compiler:
         import torch._inductor.config
 
         self.in_background = not exact
+        #: Held while somebody may wait for the whole device, as compiling does to time its kernels: nobody
+        #: may while a CUDA graph is captured, which begins with such waiting itself.
+        self.device = threading.Lock()
         # A thread starts with the first GPU as its own.
         self.thread = ThreadPoolExecutor(1, "compiler", torch.cuda.set_device, (device,))
         # What is fastest here and now may round otherwise than at the next start: then nothing is tried.
@@ -94,8 +98,9 @@ class CompiledLanes(Generic[F]):
                     torch._dynamo.mark_dynamic(tensor, 0)
                 # Sizes of other lanes are compiled apart: fixed ones give the better kernels.
                 compiled = cast(F, torch.compile(self._function, fullgraph=True, dynamic=False))
-                compiled(argument)
-                torch.cuda.synchronize()
+                with self._compiler.device:
+                    compiled(argument)
+                    torch.cuda.synchronize()
         except Exception as error:
             logger.warning("The %s of %s stays uncompiled: %s", self._what, lane, first_line(error))
             raise

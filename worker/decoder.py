@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import diffusers
@@ -51,33 +51,35 @@ class Decoder:
         self._alone = alone
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._lanes = compiler and CompiledLanes("decoding", self._decoded, compiler)
+        self._compiler = compiler
+        self._lanes = None if compiler is None else CompiledLanes("decoding", self._decoded, compiler)
         #: By the shape of a picture's latents, and the number of pictures.
         self._graphs: dict[tuple[torch.Size, int], Graph] = {}
         self._pool = torch.cuda.graph_pool_handle() if compiler else None
 
     def compile(self, latents: torch.Tensor) -> None:
         """Compile for latents like these, (1, channels, height, width), now."""
-        if self._lanes and self._pays(latents):
-            self._lanes.compile_now(latents.shape[1:], lambda: _example(self._as_vae_takes(latents)))
+        if self._lanes is None:
+            return
+        taken = self._as_vae_takes(latents)
+        for count in {1, self._most(latents)}:
+            if self._lanes.compile_now(_lane(taken, count), lambda: _example(taken, count)):  # noqa: B023
+                list(self.pictures([latents] * count))
 
     def pictures(self, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
         """Set off the decoding of `latents`. Returns the picture of each, or its error; waits as it is asked.
 
         Latents are (1, channels, height, width) float32, all of one shape.
         """
-        size = 1 if self._alone else self._that_fit(latents[0])
+        size = self._most(latents[0])
         chunks = [self._chunk(latents[start : start + size]) for start in range(0, len(latents), size)]
         return itertools.chain.from_iterable(chunks)
 
-    def _that_fit(self, latents: torch.Tensor) -> int:
+    def _most(self, latents: torch.Tensor) -> int:
         """Pictures like this one that are decoded at once, at most."""
         width, height = self._size(latents)
-        return max(1, (GPU_PIXELS if self._stream else CPU_PIXELS) // (width * height))
-
-    def _pays(self, latents: torch.Tensor) -> bool:
-        """Whether compiled code does: it takes two or more, which would be twice the work for one."""
-        return self._alone or self._that_fit(latents) > 1
+        budget = GPU_PIXELS if self._stream else CPU_PIXELS
+        return 1 if self._alone else max(1, budget // (width * height))
 
     def _size(self, latents: torch.Tensor) -> tuple[int, int]:
         """Width and height in pixels."""
@@ -116,22 +118,22 @@ class Decoder:
 
     def _run(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`_decoded`, as fast as can be; what it gives may be written over by the next call."""
-        if not self._lanes or not self._pays(latents):
+        count, shape = len(latents), latents.shape[1:]
+        function = self._lanes and self._lanes.get(_lane(latents, count), lambda: _example(latents, count))
+        if self._compiler is None or not function:
             return self._decoded(latents)
-        function = self._lanes.get(latents.shape[1:], lambda: _example(latents))
-        if function is None:
-            return self._decoded(latents)
-        # No odd numbers: compiled code takes two or more, and a graph for each would be too many.
-        room = len(latents) + len(latents) % 2
-        graph = self._graphs.get((latents.shape[1:], room))
-        if graph is None:
-            inputs = latents.new_zeros((room, *latents.shape[1:]))
-            graph = Graph(lambda: function(inputs), [inputs], [latents], self._pool)
-            self._graphs[latents.shape[1:], room] = graph
-        return tuple(output[: len(latents)] for output in graph.run([latents]))
+        # A graph for each number would be too many.
+        room = count if count == 1 else count + count % 2
+        if (shape, room) not in self._graphs:
+            inputs = latents.new_zeros((room, *shape))
+            what = f"{room} pictures of {'x'.join(str(side) for side in shape)}"
+            self._graphs[shape, room] = Graph(
+                what, lambda: function(inputs), [inputs], self._pool, self._compiler
+            )
+        return tuple(output[:count] for output in self._graphs[shape, room].run([latents]))
 
     def _decoded(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(J, height, width, channels) uint8 pixels, (J,) whether each is finite, and the VAE's own output."""
+        """(J, height, width, channels) uint8 pixels, (J,) whether each is finite, and what the VAE gave."""
         images: torch.Tensor = self._pipeline.vae.decode(latents, return_dict=False)[0]
         # Exactly VaeImageProcessor.postprocess and numpy_to_pil; only uint8 leaves the device.
         return _bytes((images * 0.5 + 0.5).clamp(0, 1)), images.isfinite().flatten(1).all(1), images
@@ -146,7 +148,8 @@ class Decoder:
         for tensor in (pixels, is_finite):
             copies.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
             copies[-1].copy_(tensor, non_blocking=True)
-        arrival = torch.cuda.Event()
+        # Another thread waits, without keeping a core busy.
+        arrival = torch.cuda.Event(blocking=True)
         arrival.record()
         return copies[0], copies[1], arrival
 
@@ -187,7 +190,12 @@ def _pictures(
             )
 
 
-def _example(latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Latents like these, of no particular number."""
-    example = latents.new_zeros((4, *latents.shape[1:]))
-    return example, [example]
+def _lane(latents: torch.Tensor, count: int) -> Hashable:
+    """What is compiled apart: each shape, and one picture by itself, a special case to the compiler."""
+    return (tuple(latents.shape[1:]), count > 1)
+
+
+def _example(latents: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`count` latents like these; where that is more than one, of no particular number."""
+    example = latents.new_zeros((count, *latents.shape[1:]))
+    return example, [example] if count > 1 else []

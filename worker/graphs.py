@@ -1,15 +1,14 @@
 """Functions of tensors as CUDA graphs: captured when first used, then replayed.
 
-A graph's shapes are fixed, so a batch is padded to a **bucket**: a number of rows that there is a graph for. No
-Python of the model runs in a replay, and nothing is compiled: one launch is the whole step, from the latents
-over UNet, guidance and scheduler to the next latents.
+A graph's shapes are fixed, so a batch is padded to a **bucket**: a number of rows that there is a graph for.
+No Python of the model runs in a replay, and nothing is compiled: one launch is the whole step, from the
+latents over UNet, guidance and scheduler to the next latents.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -30,8 +29,6 @@ MAX_ROWS = SPACING[-1][0]
 WARM_UPS = 2
 
 _Function = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-#: Held while a graph is captured: the device must not be waited for meanwhile, which each capture begins with.
-_capturing = threading.Lock()
 
 
 def bucket_of(rows: int) -> int:
@@ -41,45 +38,74 @@ def bucket_of(rows: int) -> int:
 
 
 class Graph:
-    """A function of tensors: inputs that stay where they are, and the graph from them to the outputs."""
+    """A function of tensors: inputs that stay where they are, and the graph from them to the outputs.
+
+    Used by one thread, on one stream.
+    """
 
     def __init__(
         self,
+        what: str,
         function: Callable[[], tuple[torch.Tensor, ...]],
         inputs: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
         pool: Any,
+        compiler: Compiler,
     ) -> None:
-        """Capture `function`, which reads `inputs`; `values` go into them first, as in `run`.
+        """`function` reads `inputs`. It is captured when `run` finds that `compiler` leaves the device free.
 
         Graphs of one `pool` share their memory: they must never run at the same time.
         """
+        #: What it is, for the log.
+        self.what = what
+        #: The GPU's memory in bytes, at most, while it was captured, all else included.
+        self.peak = 0
+        self._function = function
         self._inputs = inputs
-        self._fill(values)
-        with _capturing:
-            torch.cuda.synchronize()
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    function()
-            stream.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile: they step or decode, encode texts or compile.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._outputs = function()
+        self._pool = pool
+        self._compiler = compiler
+        self._graph: Any = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
 
     def run(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The outputs for `values`, on the current stream; the next run of the same pool overwrites them.
 
         Values may be shorter than the inputs. What lies beyond them is computed as well, and of no interest.
+        Raises what torch raises when it does not fit in memory.
         """
-        self._fill(values)
+        for room, value in zip(self._inputs, values, strict=True):
+            room[: len(value)].copy_(value, non_blocking=True)
+        if self._graph is None:
+            if not self._compiler.device.acquire(blocking=False):
+                return self._function()
+            try:
+                self._capture()
+            finally:
+                self._compiler.device.release()
         self._graph.replay()
         return self._outputs
 
-    def _fill(self, values: Sequence[torch.Tensor]) -> None:
-        for room, value in zip(self._inputs, values, strict=True):
-            room[: len(value)].copy_(value, non_blocking=True)
+    def _capture(self) -> None:
+        started_s = time.monotonic()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._function()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile: they step or decode, or encode texts.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._outputs = self._function()
+        self._graph = graph
+        self.peak = torch.cuda.max_memory_allocated()
+        logger.info(
+            "captured %s in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
+            self.what,
+            time.monotonic() - started_s,
+            self.peak / 2**30,
+            torch.cuda.memory_reserved() / 2**30,
+        )
 
 
 class StepGraphs:
@@ -89,16 +115,21 @@ class StepGraphs:
     """
 
     def __init__(self, unet: Any, compiler: Compiler, *, at_once: int = 1) -> None:
+        self._compiler = compiler
         self._lanes: CompiledLanes[_Function] = CompiledLanes(
             "step", functools.partial(denoise, unet), compiler
         )
         self._graphs: dict[tuple[Hashable, int, int], list[Graph]] = {}
         self._at_once = at_once
-        #: The GPU's memory in bytes, at most, in a step of each bucket, weights included.
-        self.peaks: dict[str, int] = {}
         # Graphs that never run at the same time share their memory.
         self._pools = [torch.cuda.graph_pool_handle() for _ in range(at_once)]
         self._streams = [torch.cuda.Stream() for _ in range(at_once)] if at_once > 1 else []
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The GPU's memory in bytes, at most, in a step of each bucket so far, weights included."""
+        graphs = [graph for graphs in list(self._graphs.values()) for graph in graphs if graph.peak]
+        return {graph.what: graph.peak for graph in sorted(graphs, key=lambda graph: graph.peak)}
 
     def compile(self, lane: Hashable, batch: Batch) -> bool:
         """Compile `lane` now, for batches like `batch`; whether it worked."""
@@ -135,27 +166,13 @@ class StepGraphs:
             room = rows
         graphs = self._graphs.setdefault((lane, rows, room), [])
         if place == len(graphs):
-            graphs.append(self._capture(function, batch, room, rows, self._pools[place]))
+            what = f"{rows} rows of {'x'.join(str(side) for side in batch.states.shape[2:])}"
+            inputs = batch.room_for(room, rows)
+            graphs.append(
+                Graph(what, lambda: function(inputs), inputs.tensors(), self._pools[place], self._compiler)
+            )
         # Tensors of its own: the next step writes over the graph's.
         return Step(*(output[:jobs].clone() for output in graphs[place].run(batch.tensors())))
-
-    def _capture(self, function: _Function, batch: Batch, jobs: int, rows: int, pool: Any) -> Graph:
-        started_s = time.monotonic()
-        torch.cuda.reset_peak_memory_stats()
-        room = batch.room_for(jobs, rows)
-        graph = Graph(lambda: function(room), room.tensors(), batch.tensors(), pool)
-        what = f"{rows} rows of {'x'.join(str(side) for side in batch.states.shape[2:])}"
-        peak = torch.cuda.max_memory_allocated()
-        self.peaks[what] = max(peak, self.peaks.get(what, 0))
-        logger.info(
-            "captured %s and up to %d jobs in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
-            what,
-            jobs,
-            time.monotonic() - started_s,
-            peak / 2**30,
-            torch.cuda.memory_reserved() / 2**30,
-        )
-        return graph
 
 
 def _example(batch: Batch) -> tuple[Batch, list[torch.Tensor]]:

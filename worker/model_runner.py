@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 
-from worker import attention, step_cost, upsampling
+from worker import attention, rewrites, step_cost
 from worker import pipeline as pipelines
 from worker.compiler import Compiler, keep_kernels_in
 from worker.decoder import Decoder
@@ -61,8 +61,8 @@ class ModelRunner:
         self._texts = TextEncoder(self._pipeline, self._device, self._dtype)
         compiler = self._compiler(settings)
         if compiler:
-            # Eager steps would gain as well; but without compiling all is as diffusers has it.
-            upsampling.install(self._pipeline.unet, self._pipeline.vae.decoder)
+            # Compiled, they are less work; eager, more kernels.
+            rewrites.install(self._pipeline)
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._pipeline.unet, compiler, at_once=at_once) if compiler else None
         self._decoder = Decoder(

@@ -27,7 +27,7 @@ class Check:
         else:
             self._answers = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
             self._answers.copy_(finite, non_blocking=True)
-            self._arrival = torch.cuda.Event()
+            self._arrival = torch.cuda.Event(blocking=True)
             self._arrival.record()
 
     def is_finite(self, place: int) -> bool:

@@ -65,7 +65,9 @@ def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields
         submit()
     begun_s = time.perf_counter()
     finished: list[float] = []
-    while time.perf_counter() - begun_s < seconds:
+    # All jobs take the same steps, so they end in groups, and the groups come again after as many jobs as are
+    # on board: whole turns are counted.
+    while time.perf_counter() - begun_s < seconds or len(finished) % on_board:
         finished.append(done.get(timeout=600))
         submit()
     ended_s = finished[-1]

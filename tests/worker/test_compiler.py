@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +49,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def lanes_on(thread: ThreadPoolExecutor, function: Any = plain, *, in_background: bool = True) -> Lanes:
-    compiler: Any = SimpleNamespace(thread=thread, in_background=in_background)
+    compiler: Any = SimpleNamespace(thread=thread, in_background=in_background, device=threading.Lock())
     return CompiledLanes("step", function, compiler)
 
 

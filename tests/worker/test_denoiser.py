@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests import tiny_models
+from worker import rewrites
 from worker.denoiser import Batch, denoise
 from worker.graphs import MAX_ROWS, SPACING, bucket_of
 from worker.job import Job
@@ -20,6 +21,7 @@ from worker.render import batch_of
 from worker.samplers import SLOTS
 from worker.settings import WorkerSettings
 
+ATTENDS_FIRST = functools.partial(tiny_models.tiny_sd1, attends_first=True)
 SHAPE = (4, 8, 8)
 
 
@@ -93,12 +95,13 @@ def test_a_bucket_is_the_least_that_fits() -> None:
     assert {limit for limit, _ in SPACING} <= set(buckets)
 
 
-@pytest.mark.parametrize("make", [tiny_models.tiny_sd1, tiny_models.tiny_sdxl, tiny_models.tiny_lcm])
+@pytest.mark.parametrize("make", [ATTENDS_FIRST, tiny_models.tiny_sdxl, tiny_models.tiny_lcm])
 def test_the_compiler_takes_a_step_in_one_piece_and_once_for_any_rows(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     runner = ModelRunner(WorkerSettings(model=str(make(tmp_path / "model"))))
     unet = runner._pipeline.unet
+    rewrites.install(runner._pipeline)
     batch = batch_of([runner.prepare(Job(prompt="a small cat", seed=1, steps=2))])
     torch._dynamo.reset()
     counters.clear()

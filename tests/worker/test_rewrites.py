@@ -1,0 +1,134 @@
+"""Rewritten modules against the ones they stand for, in double precision: what differs would be an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models import upsampling
+
+from tests import tiny_models
+from worker import attention, rewrites
+from worker.denoiser import Batch, denoise
+from worker.graphs import Graph
+from worker.job import Job
+from worker.model_runner import ModelRunner
+from worker.render import batch_of
+from worker.settings import WorkerSettings
+
+attends_first = functools.partial(tiny_models.tiny_sd1, attends_first=True)
+MODELS = [
+    attends_first,
+    tiny_models.tiny_sd1,
+    tiny_models.tiny_sd2,
+    tiny_models.tiny_sdxl,
+    tiny_models.tiny_lcm,
+]
+Make = Callable[[Path], Path]
+
+
+def double(runner: ModelRunner) -> Any:
+    """The runner's pipeline, in double precision."""
+    pipeline = runner._pipeline
+    pipeline.unet.double()
+    pipeline.vae.double()
+    return pipeline
+
+
+def a_batch(runner: ModelRunner) -> Batch:
+    """Jobs with guidance and without, in double precision."""
+    jobs = [
+        Job(prompt=f"cat {seed}", seed=seed, guidance_scale=scale) for seed, scale in enumerate((7, 1, 3))
+    ]
+    batch = batch_of([runner.prepare(job) for job in jobs])
+    conditions = {name: tensor.double() for name, tensor in batch.conditions.items()}
+    return dataclasses.replace(batch, text=batch.text.double(), conditions=conditions)
+
+
+@pytest.fixture
+def runner_of(tmp_path: Path) -> Callable[[Make], ModelRunner]:
+    return lambda make: ModelRunner(WorkerSettings(model=str(make(tmp_path / "model"))))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (7, 4)])
+def test_upsampling_by_phases_is_upsampling(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    original = upsampling.Upsample2D(6, use_conv=True, out_channels=5).double()
+    hidden_states = torch.randn(2, 6, height, width, dtype=torch.float64)
+    rewritten = rewrites.Upsample2D(original)
+    rewritten.weight.data = rewrites._phases(original.conv.weight)
+    with torch.no_grad():
+        assert torch.allclose(rewritten(hidden_states), original(hidden_states), atol=1e-12)
+        size = (2 * height - 1, 2 * width - 1)
+        assert torch.equal(rewritten(hidden_states, size), original(hidden_states, size))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_step_is_the_same(make: Make, runner_of: Callable[[Make], ModelRunner]) -> None:
+    runner = runner_of(make)
+    pipeline = double(runner)
+    batch = a_batch(runner)
+    with torch.no_grad():
+        expected = denoise(pipeline.unet, batch)
+        rewrites.install(pipeline)
+        for one, other in zip(denoise(pipeline.unet, batch), expected, strict=True):
+            # Weights that were added up are rounded to single precision.
+            assert torch.allclose(one.double(), other.double(), atol=1e-5)
+    kinds = [type(module) for module in pipeline.unet.modules()]
+    assert rewrites.Upsample2D in kinds
+    assert (rewrites.FirstBlock in kinds) == (make is attends_first)
+
+
+@pytest.mark.parametrize("make", [tiny_models.tiny_sd1, tiny_models.tiny_sd2])
+def test_a_decoded_picture_is_the_same(make: Make, runner_of: Callable[[Make], ModelRunner]) -> None:
+    pipeline = double(runner_of(make))
+    latents = torch.randn(2, pipeline.vae.config.latent_channels, 6, 10, dtype=torch.float64)
+    with torch.no_grad():
+        expected = pipeline.vae.decode(latents, return_dict=False)[0]
+        rewrites.install(pipeline)
+        assert torch.allclose(pipeline.vae.decode(latents, return_dict=False)[0], expected, atol=1e-5)
+    assert any(isinstance(module, rewrites.Upsample2D) for module in pipeline.vae.decoder.modules())
+
+
+def test_single_precision_keeps_its_convolutions(runner_of: Callable[[Make], ModelRunner]) -> None:
+    pipeline = runner_of(attends_first)._pipeline
+    rewrites.install(pipeline)
+    kinds = [type(module) for module in (*pipeline.unet.modules(), *pipeline.vae.modules())]
+    assert rewrites.Upsample2D not in kinds
+    assert rewrites.FirstBlock in kinds
+
+
+def test_what_no_prompt_has_reached_is_computed_once_for_each_job(
+    runner_of: Callable[[Make], ModelRunner],
+) -> None:
+    runner = runner_of(tiny_models.tiny_sd1)
+    seen: list[int] = []
+
+    def kernel(query: torch.Tensor, *more: Any) -> torch.Tensor:
+        seen.append(len(query))
+        return attention.sdpa(query, *more)
+
+    for module, _ in attention._attentions(runner._pipeline):
+        module.processor._kernel = kernel
+    renders = [runner.prepare(Job(prompt="a cat", seed=1, guidance_scale=scale)) for scale in (7, 1, 3)]
+    runner.step(renders)
+    # Five rows of three jobs.
+    assert seen[0] == 3
+    assert set(seen[1:]) == {5}
+
+
+def test_nothing_is_captured_while_a_compiler_may_wait_for_the_device() -> None:
+    """Such waiting would break the capture: then the function itself is run."""
+    room = torch.zeros(4)
+
+    compiler: Any = SimpleNamespace(device=threading.Lock())
+    graph = Graph("a test", lambda: (room * 2,), [room], None, compiler)
+    with compiler.device:
+        assert graph.run([torch.ones(3)])[0].tolist() == [2, 2, 2, 0]
