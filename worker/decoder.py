@@ -19,7 +19,7 @@ import torch
 from worker.compiler import CompiledLanes, Compiler
 from worker.device_errors import mapped
 from worker.errors import JobTooLargeError, NotFiniteError, OutOfMemoryError, RenderError, SmallcatError
-from worker.graphs import Graph
+from worker.graphs import Captured, Graphs
 from worker.images import Picture
 
 #: Pixels that are decoded at once, at most: 8 pictures of 512 x 512 on a GPU; on a CPU, where more gain
@@ -51,11 +51,8 @@ class Decoder:
         self._alone = alone
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._compiler = compiler
         self._lanes = None if compiler is None else CompiledLanes("decoding", self._decoded, compiler)
-        #: By the shape of a picture's latents, and the number of pictures.
-        self._graphs: dict[tuple[torch.Size, int], Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if compiler else None
+        self._graphs = Graphs(compiler) if compiler else None
 
     def compile(self, latents: torch.Tensor) -> None:
         """Compile for latents like these, (1, channels, height, width), now."""
@@ -120,17 +117,17 @@ class Decoder:
         """`_decoded`, as fast as can be; what it gives may be written over by the next call."""
         count, shape = len(latents), latents.shape[1:]
         function = self._lanes and self._lanes.get(_lane(latents, count), lambda: _example(latents, count))
-        if self._compiler is None or not function:
+        if self._graphs is None or not function:
             return self._decoded(latents)
         # A graph for each number would be too many.
         room = count if count == 1 else count + count % 2
-        if (shape, room) not in self._graphs:
+
+        def make() -> tuple[Captured, Sequence[torch.Tensor]]:
             inputs = latents.new_zeros((room, *shape))
-            what = f"{room} pictures of {'x'.join(str(side) for side in shape)}"
-            self._graphs[shape, room] = Graph(
-                what, lambda: function(inputs), [inputs], self._pool, self._compiler
-            )
-        return tuple(output[:count] for output in self._graphs[shape, room].run([latents]))
+            return lambda: function(inputs), [inputs]
+
+        name = f"{room} pictures of {'x'.join(str(side) for side in shape)}"
+        return tuple(output[:count] for output in self._graphs.run(name, make, [latents]))
 
     def _decoded(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(J, height, width, channels) uint8 pixels, (J,) whether each is finite, and what the VAE gave."""

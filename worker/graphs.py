@@ -28,6 +28,8 @@ MAX_ROWS = SPACING[-1][0]
 #: Runs before a capture: kernels are loaded and chosen in the first ones, which no graph may hold.
 WARM_UPS = 2
 
+#: What a graph holds: it reads tensors that stay where they are.
+Captured = Callable[[], tuple[torch.Tensor, ...]]
 _Function = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -45,8 +47,8 @@ class Graph:
 
     def __init__(
         self,
-        what: str,
-        function: Callable[[], tuple[torch.Tensor, ...]],
+        name: str,
+        function: Captured,
         inputs: Sequence[torch.Tensor],
         pool: Any,
         compiler: Compiler,
@@ -55,8 +57,7 @@ class Graph:
 
         Graphs of one `pool` share their memory: they must never run at the same time.
         """
-        #: What it is, for the log.
-        self.what = what
+        self._name = name
         #: The GPU's memory in bytes, at most, while it was captured, all else included.
         self.peak = 0
         self._function = function
@@ -101,11 +102,47 @@ class Graph:
         self.peak = torch.cuda.max_memory_allocated()
         logger.info(
             "captured %s in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
-            self.what,
+            self._name,
             time.monotonic() - started_s,
             self.peak / 2**30,
             torch.cuda.memory_reserved() / 2**30,
         )
+
+
+class Graphs:
+    """Graphs that share their memory, by name. Used by one thread; they must never run at the same time."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+        self._graphs: dict[str, Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(
+        self,
+        name: str,
+        make: Callable[[], tuple[Captured, Sequence[torch.Tensor]]],
+        values: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of the graph called `name` for `values`: see `Graph.run`.
+
+        `make` is asked for its function and inputs when it is new.
+
+        Raises what torch raises when it does not fit in memory.
+        """
+        try:
+            if name not in self._graphs:
+                self._graphs[name] = Graph(name, *make(), self._pool, self._compiler)
+            return self._graphs[name].run(values)
+        except Exception:
+            # A capture that fails leaves its memory in the pool, where only captures find it: all begin anew.
+            self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The GPU's memory in bytes, at most, while each was captured, all else included."""
+        return {name: graph.peak for name, graph in list(self._graphs.items()) if graph.peak}
 
 
 class StepGraphs:
@@ -115,21 +152,16 @@ class StepGraphs:
     """
 
     def __init__(self, unet: Any, compiler: Compiler, *, at_once: int = 1) -> None:
-        self._compiler = compiler
         self._lanes: CompiledLanes[_Function] = CompiledLanes(
             "step", functools.partial(denoise, unet), compiler
         )
-        self._graphs: dict[tuple[Hashable, int, int], list[Graph]] = {}
-        self._at_once = at_once
-        # Graphs that never run at the same time share their memory.
-        self._pools = [torch.cuda.graph_pool_handle() for _ in range(at_once)]
+        self._graphs = [Graphs(compiler) for _ in range(at_once)]
         self._streams = [torch.cuda.Stream() for _ in range(at_once)] if at_once > 1 else []
 
     @property
     def peaks(self) -> dict[str, int]:
         """The GPU's memory in bytes, at most, in a step of each bucket so far, weights included."""
-        graphs = [graph for graphs in list(self._graphs.values()) for graph in graphs if graph.peak]
-        return {graph.what: graph.peak for graph in sorted(graphs, key=lambda graph: graph.peak)}
+        return self._graphs[0].peaks
 
     def compile(self, lane: Hashable, batch: Batch) -> bool:
         """Compile `lane` now, for batches like `batch`; whether it worked."""
@@ -144,35 +176,35 @@ class StepGraphs:
         if function is None:
             return None
         if not self._streams:
-            return [self._step(function, lane, batch, 0) for batch in batches]
+            return [self._step(function, batch, self._graphs[0]) for batch in batches]
         here = torch.cuda.current_stream()
         steps = []
-        for start in range(0, len(batches), self._at_once):
-            for place, batch in enumerate(batches[start : start + self._at_once]):
-                stream = self._streams[place]
+        at_once = len(self._streams)
+        for start in range(0, len(batches), at_once):
+            together = batches[start : start + at_once]
+            for batch, graphs, stream in zip(together, self._graphs, self._streams, strict=False):
                 stream.wait_stream(here)
                 with torch.cuda.stream(stream):
-                    steps.append(self._step(function, lane, batch, place))
+                    steps.append(self._step(function, batch, graphs))
             for stream in self._streams:
                 here.wait_stream(stream)
         return steps
 
-    def _step(self, function: _Function, lane: Hashable, batch: Batch, place: int) -> Step:
+    def _step(self, function: _Function, batch: Batch, graphs: Graphs) -> Step:
         jobs, rows = len(batch.states), bucket_of(len(batch.job_of_row))
         # What is computed once for each job costs half as much where all of them are guided. Compiled code
         # takes two or more.
         room = max(2, rows // 2)
         if jobs > room:
             room = rows
-        graphs = self._graphs.setdefault((lane, rows, room), [])
-        if place == len(graphs):
-            what = f"{rows} rows of {'x'.join(str(side) for side in batch.states.shape[2:])}"
+        name = f"{rows} rows of {room} jobs, {'x'.join(str(side) for side in batch.states.shape[2:])}"
+
+        def make() -> tuple[Captured, Sequence[torch.Tensor]]:
             inputs = batch.room_for(room, rows)
-            graphs.append(
-                Graph(what, lambda: function(inputs), inputs.tensors(), self._pools[place], self._compiler)
-            )
+            return lambda: function(inputs), inputs.tensors()
+
         # Tensors of its own: the next step writes over the graph's.
-        return Step(*(output[:jobs].clone() for output in graphs[place].run(batch.tensors())))
+        return Step(*(output[:jobs].clone() for output in graphs.run(name, make, batch.tensors())))
 
 
 def _example(batch: Batch) -> tuple[Batch, list[torch.Tensor]]:

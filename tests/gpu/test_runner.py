@@ -166,7 +166,7 @@ def test_memory_is_told_for_each_bucket(compiled: ModelRunner) -> None:
     finish(compiled, Job(prompt="a small cat", seed=1, steps=2))
     told = compiled.memory()
     assert told["in use"] <= told["held"]
-    assert told[f"{bucket_of(2)} rows of 16x16x16"] > 0
+    assert told[f"{bucket_of(2)} rows of 2 jobs, 16x16x16"] > 0
 
 
 def test_the_kernels_are_kept_on_disk(compiled: ModelRunner, cache: str) -> None:
