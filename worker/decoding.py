@@ -18,6 +18,9 @@ from worker.errors import SmallcatError
 from worker.images import Picture
 
 T = TypeVar("T")
+#: Decodings that are set off, at most: one that is waited for, and the next. Those that come meanwhile are
+#: decoded together, for less each.
+AHEAD = 2
 #: What becomes of a finished job.
 Outcome = Picture | SmallcatError
 
@@ -26,8 +29,9 @@ class Decoding(Generic[T]):
     """Decodes items in the order in which they come, as many together as are waiting.
 
     `decode` sets it off and returns the outcomes in order, each waited for when it is asked for; `deliver`
-    is given them one by one. `fail` is told what either of them raises. Where not `beside`, all of it
-    happens in `add`. Public methods may be called from any thread.
+    is given them one by one. `fail` is told what either of them raises, and `on_room` is called when another
+    decoding may begin. Where not `beside`, all of it happens in `add`. Public methods may be called from any
+    thread.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Decoding(Generic[T]):
         decode: Callable[[Sequence[T]], Iterator[Outcome]],
         deliver: Callable[[T, Outcome], None],
         fail: Callable[[BaseException], None],
+        on_room: Callable[[], None],
         *,
         beside: bool,
         clock: Callable[[], float],
@@ -42,6 +47,7 @@ class Decoding(Generic[T]):
         self._decode = decode
         self._deliver = deliver
         self._fail = fail
+        self._on_room = on_room
         self._clock = clock
         self._waiting: list[T] = []
         self._since_s: list[float] = []
@@ -54,6 +60,11 @@ class Decoding(Generic[T]):
     def since_s(self) -> Sequence[float]:
         """When each decoding began of those that go on."""
         return tuple(self._since_s)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is added now would have to wait."""
+        return len(self._since_s) >= AHEAD
 
     def add(self, items: Iterable[T]) -> None:
         """Have `items` decoded. After `stop` they are forgotten."""
@@ -77,10 +88,13 @@ class Decoding(Generic[T]):
                 thread.shutdown(wait=False, cancel_futures=True)
 
     def _set_off(self) -> None:
-        since_s = self._clock()
         with self._changed:
-            items = list(self._waiting)
-            self._waiting.clear()
+            self._changed.wait_for(lambda: self._stopped or not self.is_full)
+            items, self._waiting = self._waiting, []
+            if not items:
+                # An earlier decoding took them along.
+                return
+            since_s = self._clock()
             self._since_s.append(since_s)
         try:
             outcomes = self._decode(items)
@@ -102,6 +116,7 @@ class Decoding(Generic[T]):
         with self._changed:
             self._since_s.remove(since_s)
             self._changed.notify_all()
+        self._on_room()
 
     def _on(self, thread: ThreadPoolExecutor | None, do: Callable[[], None]) -> None:
         """Have it done on `thread`, where there is one, or here."""

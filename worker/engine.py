@@ -167,7 +167,7 @@ class Engine(Generic[R]):
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         #: Of those past their last step.
         self._decoding: Decoding[_Ticket[R]] = Decoding(
-            self._decode, self._deliver, self._fail, beside=runner.decodes_beside, clock=clock
+            self._decode, self._deliver, self._fail, self._wake, beside=runner.decodes_beside, clock=clock
         )
 
     @property
@@ -248,7 +248,7 @@ class Engine(Generic[R]):
                 self._admit()
                 self._evict()
                 self._relieve()
-                if batch := self._batcher.next_batch(self._clock()):
+                if not self._is_early() and (batch := self._batcher.next_batch(self._clock())):
                     self._step(batch)
                     self._retire(batch)
                 self._turn_since_s = None
@@ -262,11 +262,29 @@ class Engine(Generic[R]):
         """Sleep while there is none. False: stop. Raises what was found on another thread."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stopped or self._failure or self._inbox or self._crowded or len(self._batcher)
+                lambda: (
+                    self._stopped
+                    or self._failure
+                    or self._inbox
+                    or self._crowded
+                    or (len(self._batcher) and not self._is_early())
+                )
             )
             if self._failure is not None:
                 raise self._failure
             return not self._stopped
+
+    def _is_early(self) -> bool:
+        """Whether a step would only finish jobs for which the decoder has no room yet.
+
+        More may come meanwhile to share it: where jobs have few steps, small batches are what costs most.
+        """
+        renders = [ticket.render for ticket in self._batcher if ticket.render is not None]
+        return (
+            self._decoding.is_full
+            and sum(render.rows for render in renders) < self._runner.max_rows
+            and all(render.step == render.steps - 1 for render in renders)
+        )
 
     def _admit(self) -> None:
         """Let those who came in since the last step wait for a seat."""
@@ -436,6 +454,11 @@ class Engine(Generic[R]):
                 del self._tickets[ticket.job_id]
             self._changed.notify_all()
         ticket.resolve(outcome)
+
+    def _wake(self) -> None:
+        """Let the engine's thread look again."""
+        with self._changed:
+            self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         """Let the loop end with `error`."""

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smallcat.worker")
 
-#: Jobs on board for each row of a batch: the next ones are prepared and the last ones uploaded meanwhile.
-JOBS_PER_ROW = 2
+#: Jobs on board for each row of a batch: a batch is rendered, one is decoded, and one encoded and uploaded,
+#: which takes as long where jobs have few steps. Measured by `tests.benchmarks.emulated`.
+JOBS_PER_ROW = 3
 #: Rows of a batch for each place more that only urgent jobs may take: a batch of guided ones finds places.
 ROWS_PER_URGENT = 2
 #: Seconds that a thread may keep Python to itself while another one waits for it. The engine's asks for it

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.emulated --steps 1 --jobs 1200
 
-Real Valkey, S3 server and worker process; the GPU is a lock that is held for as long as steps and decodings
-would take it (`tests.benchmarks.emulated_app`), so what is lost is lost by what is real. What is not seen is
-what torch's own Python costs beside the other threads.
+Real Valkey, S3 server and worker process; the GPU is a pretended device (`tests.benchmarks.emulated_app`)
+that steps and decodings keep busy for as long as they would an H200, small batches more for each row than
+large ones. So what is lost is lost by what is real. What is not seen is what torch's own Python costs beside
+the other threads.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import click
 
 from deploy.stack import Stack
 from producer import submit_job
+from tests.benchmarks.emulated_gpu import CHUNK, DECODE_MS, STEP_MS, cost_s
 from tests.benchmarks.system import run
 from tests.faults.harness import FaultWorker
 
 
 class EmulatedWorker(FaultWorker):
-    """The GPU of this one is a lock."""
+    """The GPU of this one is emulated."""
 
     app = "tests.benchmarks.emulated_app"
 
@@ -30,18 +32,17 @@ class EmulatedWorker(FaultWorker):
 @click.option("--jobs", default=1200, show_default=True)
 @click.option("--steps", default=1, show_default=True, help="Of a job, which takes one row.")
 @click.option("--rows", default=16, show_default=True, help="Of a step, at most.")
-@click.option("--row-ms", default=2.2, show_default=True, help="Of a step: as on an H100 with SD 1.x shapes.")
-@click.option("--decode-ms", default=9.3, show_default=True, help="Of a picture.")
 @click.option("--encode-ms", default=120.0, show_default=True, help="Of a picture, without a core.")
-def main(jobs: int, steps: int, rows: int, row_ms: float, decode_ms: float, encode_ms: float) -> None:
-    costs = {"ROWS": rows, "ROW_MS": row_ms, "DECODE_MS": decode_ms, "ENCODE_MS": encode_ms}
+def main(jobs: int, steps: int, rows: int, encode_ms: float) -> None:
+    costs = {"ROWS": rows, "ENCODE_MS": encode_ms}
     with Stack(workers=0) as stack:
         emulated = {f"EMULATED_{name}": str(value) for name, value in costs.items()}
         EmulatedWorker(stack.home, "worker1", {**stack.environment, **emulated}).start()
         os.environ.update(stack.environment)
         submit_job("a small cat", seed=10**9, steps=steps, guidance_scale=1.0).result(timeout=60)
         told = run(jobs, steps=steps, guidance_scale=1.0)
-    possible = 1e3 / (steps * row_ms + decode_ms)
+    row_s, picture_s = cost_s(STEP_MS, rows) / rows, cost_s(DECODE_MS, CHUNK) / CHUNK
+    possible = 1 / (steps * row_s + picture_s)
     print(json.dumps({"steps": steps, **told, "possible_s": possible, "share": told["images_s"] / possible}))
 
 

@@ -1,11 +1,9 @@
-"""A worker whose GPU is a lock, for `tests.benchmarks.emulated`.
+"""A worker whose GPU is emulated, for `tests.benchmarks.emulated`.
 
-All of it is `worker`'s own but the runner: a step and a decoding hold the lock for as long as they would keep
-the GPU. The environment sets the costs:
+All of it is `worker`'s own but the runner: steps and decodings keep two streams of a pretended device busy
+for as long as they would a GPU, which both streams share. The environment sets the rest:
 
     EMULATED_ROWS         rows of a step, at most
-    EMULATED_ROW_MS       milliseconds of a row in a step
-    EMULATED_DECODE_MS    milliseconds of a picture's decoding
     EMULATED_ENCODE_MS    milliseconds of a picture's encoding, which keeps no core busy here
 """
 
@@ -20,6 +18,7 @@ import numpy as np
 
 import worker.render_service as render_service
 import worker.tasks as tasks
+from tests.benchmarks.emulated_gpu import CHUNK, DECODE_MS, STEP_MS, Device, cost_s
 from tests.faults.runner import FaultRender, FaultRunner
 from worker.celery import app as app
 from worker.errors import SmallcatError
@@ -27,43 +26,45 @@ from worker.images import Picture
 from worker.job import Job
 from worker.settings import WorkerSettings
 
-#: Pictures that are decoded at once, as `worker.decoder` does at 512x512 px.
-CHUNK = 8
-
-
-def milliseconds(name: str) -> float:
-    """A cost from the environment, in seconds."""
-    return float(os.environ[f"EMULATED_{name}_MS"]) / 1e3
-
 
 class EmulatedRunner(FaultRunner):
-    """Keeps `worker.engine.Runner`'s contract, and decodes beside the steps."""
+    """Keeps `worker.engine.Runner`'s contract as `worker.model_runner` does on a GPU."""
 
     decodes_beside = True
 
     def __init__(self, rows: int) -> None:
         super().__init__(rows, 0.0, lambda event, job: None, lambda job_id, times: False)
-        self._gpu = threading.Lock()
-        self._row_s, self._decode_s = milliseconds("ROW"), milliseconds("DECODE")
+        self._device = Device(streams=2)
+        #: The last step of each render on board.
+        self._steps: dict[int, threading.Event] = {}
 
     def step(self, renders: Sequence[FaultRender]) -> list[SmallcatError | None]:
-        with self._gpu:
-            time.sleep(self._row_s * sum(render.rows for render in renders))
+        done = self._device.set_off(0, cost_s(STEP_MS, sum(render.rows for render in renders)))
         for render in renders:
+            # Whether it is finite is asked one step later.
+            before, self._steps[id(render)] = self._steps.get(id(render)), done
+            if before is not None:
+                before.wait()
             render.step += 1
         return [None] * len(renders)
 
     def decode(self, renders: Sequence[FaultRender]) -> Iterator[Picture | SmallcatError]:
-        for start in range(0, len(renders), CHUNK):
-            chunk = renders[start : start + CHUNK]
-            with self._gpu:
-                time.sleep(self._decode_s * len(chunk))
-            yield from [Picture(np.zeros((8, 8, 3), np.uint8))] * len(chunk)
+        for render in renders:
+            self._steps.pop(id(render)).wait()
+        chunks = [renders[start : start + CHUNK] for start in range(0, len(renders), CHUNK)]
+        done = [self._device.set_off(1, cost_s(DECODE_MS, len(chunk))) for chunk in chunks]
+        return self._pictures([(len(chunk), event) for chunk, event in zip(chunks, done, strict=True)])
+
+    def _pictures(self, chunks: Sequence[tuple[int, threading.Event]]) -> Iterator[Picture | SmallcatError]:
+        for size, done in chunks:
+            done.wait()
+            for _ in range(size):
+                yield Picture(np.zeros((8, 8, 3), np.uint8))
 
 
 def encode(picture: Picture, job: Job) -> bytes:
     """The worker's own, after the time that a real picture takes."""
-    time.sleep(milliseconds("ENCODE"))
+    time.sleep(float(os.environ["EMULATED_ENCODE_MS"]) / 1e3)
     return _encode(picture, job)
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.engine --model FOLDER --job "steps=50" --job "steps=1 guidance_scale=1"
 
-There are always twice as many jobs on board as a batch takes, as in a worker. Nothing is queued, encoded or
+There are always twice as many jobs on board as a batch takes. Nothing is queued, encoded or
 stored: `tests.benchmarks.system` measures those. `--trace` records the GPU's own timeline for some steps.
 """
 
@@ -25,7 +25,7 @@ from worker.job import Job
 from worker.model_runner import ModelRunner
 from worker.settings import worker_settings
 
-#: Jobs for each row of a batch, as a worker has them.
+#: Jobs for each row of a batch: what a worker has, less those that it uploads.
 JOBS_PER_ROW = 2
 #: Threads that submit.
 SUBMITTERS = 8

@@ -76,6 +76,11 @@ class FakeRunner:
         self.decode_gate = threading.Event()
         self.decode_gate.set()
         self.decoding = threading.Event()
+        #: While clear, no picture of those that are set off arrives.
+        self.arrival_gate = threading.Event()
+        self.arrival_gate.set()
+        #: Called with the number of decodings so far when one is set off.
+        self.on_decode: Callable[[int], None] = lambda count: None
         #: Seeds of each decoding, in order.
         self.decoded: list[list[int]] = []
         #: Rows of a job at each of its steps, by seed; for others guidance says it.
@@ -142,16 +147,21 @@ class FakeRunner:
         self.decoding.set()
         assert self.decode_gate.wait(SOON_S), "nobody opened the gate"
         self.decoded.append([render.job.seed for render in renders])
+        self.on_decode(len(self.decoded))
         for render in renders:
             self._make_room(render.job)
             if error := self._faults(render.job).decode:
                 raise error
-        return iter(
+        return self._arriving(
             [
                 NotFiniteError("NaN") if self._faults(render.job).nan else picture_of(render.job)
                 for render in renders
             ]
         )
+
+    def _arriving(self, outcomes: list[Picture | SmallcatError]) -> Iterator[Picture | SmallcatError]:
+        assert self.arrival_gate.wait(SOON_S), "nobody opened the gate"
+        yield from outcomes
 
     def _make_room(self, job: Job) -> None:
         if job.seed in self.crowded and threading.current_thread().name != "engine":

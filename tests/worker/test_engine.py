@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worker.fake_runner import SOON_S, FakeRender, FakeRunner, Faults, job_of, picture_of
+from worker.decoding import AHEAD
 from worker.engine import Engine, Rendered
 from worker.errors import (
     EngineStoppedError,
@@ -74,6 +75,7 @@ def bench_of(runner: FakeRunner, **options: Any) -> Iterator[Bench]:
     finally:
         runner.gate.set()
         runner.decode_gate.set()
+        runner.arrival_gate.set()
         bench.engine.stop()
         assert not bench.deaths or bench.died.is_set()
 
@@ -167,6 +169,59 @@ def test_steps_go_on_while_pictures_are_decoded_and_what_finishes_meanwhile_is_d
         wait([first, *others], SOON_S)
         assert [seed for seeds in runner.decoded for seed in seeds] == [1, 2, 3, 4]
         assert len(runner.decoded) <= 3
+
+
+@contextmanager
+def bench_with_a_full_decoder() -> Iterator[Bench]:
+    """An engine of 4 rows with two decodings set off, whose pictures come when `arrival_gate` is set."""
+    runner = FakeRunner(max_rows=4, decodes_beside=True)
+    runner.arrival_gate.clear()
+    second = threading.Event()
+    runner.on_decode = lambda count: second.set() if count == AHEAD else None
+    with bench_of(runner) as bench:
+        bench.engine.start()
+        for seed in range(AHEAD):
+            runner.decoding.clear()
+            bench.submit(seed, steps=1, guidance_scale=1)
+            assert runner.decoding.wait(SOON_S)
+        assert second.wait(SOON_S)
+        runner.batches.clear()
+        yield bench
+
+
+def test_a_step_that_would_but_finish_jobs_waits_for_the_decoder_or_for_more_rows() -> None:
+    with bench_with_a_full_decoder() as bench:
+        stepped = threading.Event()
+        bench.runner.on_step = lambda seeds: stepped.set()
+        futures = [bench.submit(seed, steps=1, guidance_scale=1) for seed in range(10, 14)]
+        # The fourth makes the batch full.
+        assert stepped.wait(SOON_S)
+        assert not any(future.done() for future in futures)
+        bench.runner.arrival_gate.set()
+        wait(futures, SOON_S)
+        assert bench.runner.batches == [[10, 11, 12, 13]]
+        # What came while two were under way was decoded together.
+        assert bench.runner.decoded[AHEAD:] == [[10, 11, 12, 13]]
+
+
+def test_a_job_with_steps_to_go_waits_for_no_decoder() -> None:
+    with bench_with_a_full_decoder() as bench:
+        first = bench.submit(10, steps=1, guidance_scale=1)
+        longer = bench.submit(11, steps=3, guidance_scale=1)
+        second_step = threading.Event()
+        bench.runner.on_step = lambda seeds: second_step.set() if bench.runner.steps_done[11] else None
+        assert second_step.wait(SOON_S)
+        assert not longer.done()
+        bench.runner.arrival_gate.set()
+        wait([first, longer], SOON_S)
+        assert bench.runner.batches == [[10, 11], [11], [11]]
+
+
+def test_a_step_that_waited_goes_on_when_the_decoder_has_room() -> None:
+    with bench_with_a_full_decoder() as bench:
+        future = bench.submit(10, steps=1, guidance_scale=1)
+        bench.runner.arrival_gate.set()
+        assert picture(future).any()
 
 
 def test_a_decoder_that_cannot_start_ends_the_loop_and_leaves_no_job_waiting(
