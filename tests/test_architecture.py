@@ -30,6 +30,7 @@ LINES = [
     "bench.report bench",
     "model_runner",
     # Decisions: no threads but their own, no torch, no services.
+    "runner",
     "batcher step_cost decoding quarantine",
     # Models of full size with random weights, to measure with.
     "shapes",

@@ -12,7 +12,7 @@ and a job is too large only when it does not fit with the device to itself.
 Every future is resolved, whatever happens. Only a `MachineError` of the runner ends the loop: then all jobs
 go back to the queue, and the process ends.
 
-The engine is given its runner (all of torch is behind it) and imports none itself.
+The engine is given its runner (`worker.runner`) and imports no torch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
-from worker.batcher import Batcher, Costs
+from worker.batcher import Batcher
 from worker.decoding import Decoding, Outcome
 from worker.errors import (
     EngineStoppedError,
@@ -40,60 +40,9 @@ from worker.errors import (
 )
 from worker.images import Picture
 from worker.job import Job
+from worker.runner import R, Runner
 
 logger = logging.getLogger("smallcat.engine")
-
-
-class Render(Protocol):
-    """A job on board, as its runner keeps it."""
-
-    @property
-    def lane(self) -> Hashable:
-        """Renders of equal lanes may share a step."""
-
-    @property
-    def rows(self) -> int:
-        """Rows in the next forward of the UNet: 2 with guidance, 1 without."""
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-
-    @property
-    def steps(self) -> int:
-        """Steps in all; some schedulers take more than the job's."""
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the caller should know although the picture is fine."""
-
-
-R = TypeVar("R", bound=Render)
-
-
-class Runner(Costs, Protocol[R]):
-    """What computes. See `worker.model_runner.ModelRunner`."""
-
-    @property
-    def max_rows(self) -> int:
-        """Rows worth having in one step of the size most jobs have."""
-
-    @property
-    def decodes_beside(self) -> bool:
-        """Whether `decode` may run on another thread while `step` does, and gains by it."""
-
-    def prepare(self, job: Job) -> R:
-        """Encode the text, draw the noise. Raises for this job alone. Called on any thread."""
-
-    def step(self, renders: Sequence[R]) -> list[SmallcatError | None]:
-        """Run one step of renders of one lane. Those whose outcome is an error are as they were before."""
-
-    def decode(self, renders: Sequence[R]) -> Iterator[Outcome]:
-        """Set off the decoding of finished renders.
-
-        Returns their pictures, or errors, in order. Each is waited for when it is asked for, on any one
-        thread.
-        """
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from worker.settings import WorkerSettings
 
 
 class EmulatedRunner(FaultRunner):
-    """Keeps `worker.engine.Runner`'s contract as `worker.model_runner` does on a GPU."""
+    """Keeps `worker.runner.Runner`'s contract as `worker.model_runner` does on a GPU."""
 
     decodes_beside = True
 

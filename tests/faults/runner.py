@@ -85,7 +85,7 @@ class FaultRender:
 
 
 class FaultRunner:
-    """Keeps `worker.engine.Runner`'s contract. `note` is told what happens, `may_die` asked before a kill."""
+    """Keeps `worker.runner.Runner`'s contract. `note` is told what happens, `may_die` asked before a kill."""
 
     served = SERVED
     decodes_beside = False

@@ -1,4 +1,4 @@
-"""A runner without a model: keeps `worker.engine.Runner`'s contract, and fails where it is told to.
+"""A runner without a model: keeps `worker.runner.Runner`'s contract, and fails where it is told to.
 
 Jobs are told apart by their seed. Everything that a test wants to order is an event or a gate, no sleep.
 """

@@ -1,0 +1,63 @@
+"""What the engine asks of what computes. `worker.model_runner` is the real one; all of torch is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+from worker.batcher import Costs
+from worker.decoding import Outcome
+from worker.errors import SmallcatError
+from worker.job import Job
+
+
+class Render(Protocol):
+    """A job on board, as its runner keeps it."""
+
+    @property
+    def lane(self) -> Hashable:
+        """Renders of equal lanes may share a step."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in the next forward of the UNet: 2 with guidance, 1 without."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+
+    @property
+    def steps(self) -> int:
+        """Steps in all; some schedulers take more than the job's."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know although the picture is fine."""
+
+
+R = TypeVar("R", bound=Render)
+
+
+class Runner(Costs, Protocol[R]):
+    """What computes. See `worker.model_runner.ModelRunner`."""
+
+    @property
+    def max_rows(self) -> int:
+        """Rows worth having in one step of the size most jobs have."""
+
+    @property
+    def decodes_beside(self) -> bool:
+        """Whether `decode` may run on another thread while `step` does, and gains by it."""
+
+    def prepare(self, job: Job) -> R:
+        """Encode the text, draw the noise. Raises for this job alone. Called on any thread."""
+
+    def step(self, renders: Sequence[R]) -> list[SmallcatError | None]:
+        """Run one step of renders of one lane. Those whose outcome is an error are as they were before."""
+
+    def decode(self, renders: Sequence[R]) -> Iterator[Outcome]:
+        """Set off the decoding of finished renders.
+
+        Returns their pictures, or errors, in order. Each is waited for when it is asked for, on any one
+        thread.
+        """
