@@ -124,6 +124,11 @@ class Engine(Generic[R]):
         """Rows in one step, at most."""
         return self._runner.max_rows
 
+    @property
+    def job_s(self) -> float:
+        """Seconds of the device's time that a job takes which leaves all to the model's defaults, > 0."""
+        return self._runner.job_s
+
     def start(self) -> None:
         """Begin to render."""
         self._thread.start()

@@ -90,6 +90,21 @@ class ModelRunner:
         return self._cost.max_rows
 
     @property
+    def job_s(self) -> float:
+        """Seconds of the device's time for the steps of a job of the model's defaults, in full batches.
+
+        Measured by `warm_up`.
+        """
+        defaults = self.served.defaults
+        step_s = self._cost.seconds(self.max_rows, self._default_area)
+        return defaults.steps * self._rows(defaults.guidance_scale) * step_s / self.max_rows
+
+    def _rows(self, guidance_scale: float) -> int:
+        """Rows of a job: guidance takes a second one, unless the UNet has it embedded (LCM)."""
+        embeds_guidance = self._pipeline.unet.config.time_cond_proj_dim is not None
+        return 2 if guidance_scale > 1 and not embeds_guidance else 1
+
+    @property
     def decodes_beside(self) -> bool:
         """Whether `decode` gains beside `step`: on a GPU, not on cores that `step` uses all of."""
         return self._device.type == "cuda"
@@ -228,8 +243,7 @@ class ModelRunner:
         sampler = None
         if schedule.weights is None:
             sampler = self._samplers.own(Scheduler(job.scheduler), job.steps, generator)
-        embeds_guidance = self._pipeline.unet.config.time_cond_proj_dim is not None
-        guided = job.guidance_scale > 1 and not embeds_guidance
+        guided = self._rows(job.guidance_scale) == 2
         shape = (self._pipeline.unet.config.in_channels, job.height // factor, job.width // factor)
         noise = torch.randn((1, *shape), generator=generator)[0] * schedule.noise_scale
         with mapped("encode the prompt"), self._own_stream():

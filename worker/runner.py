@@ -46,6 +46,10 @@ class Runner(Costs, Protocol[R]):
         """Rows worth having in one step of the size most jobs have."""
 
     @property
+    def job_s(self) -> float:
+        """Seconds of the device's time for the steps of a job of the model's defaults, in full batches."""
+
+    @property
     def decodes_beside(self) -> bool:
         """Whether `decode` may run on another thread while `step` does, and gains by it."""
 

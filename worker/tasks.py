@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import platform
 import sys
@@ -41,9 +42,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smallcat.worker")
 
-#: Jobs on board for each row of a batch: a batch is rendered, one is decoded, and one encoded and uploaded,
-#: which takes as long where jobs have few steps. Measured by `tests.benchmarks.emulated`.
-JOBS_PER_ROW = 3
+#: Jobs on board for each row of a batch: while one is rendered, the next is prepared or the last decoded.
+JOBS_PER_ROW = 2
+#: Seconds in which a picture is encoded and uploaded, with some to spare: as many more jobs are on board as
+#: end in that time, up to a batch. Measured by `tests.benchmarks.emulated`.
+UPLOAD_S = 0.25
 #: Rows of a batch for each place more that only urgent jobs may take: a batch of guided ones finds places.
 ROWS_PER_URGENT = 2
 #: Seconds that a thread may keep Python to itself while another one waits for it. The engine's asks for it
@@ -129,11 +132,25 @@ def _start(sender: Any, **_: Any) -> None:
     served, max_rows = _process.service.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
     if sender.concurrency == "auto":
-        open_to_all, reserved = JOBS_PER_ROW * max_rows, max(1, max_rows // ROWS_PER_URGENT)
+        open_to_all, reserved = places(max_rows, _process.engine.job_s)
         sender.concurrency = open_to_all + reserved
         transport.set_reserve(open_to_all, URGENT)
-        reason = f"{JOBS_PER_ROW} a row of a step, and {reserved} for priority {DEFAULT_PRIORITY} and above"
-        _say("jobs on board", f"{open_to_all} and {reserved}", reason)
+        uploaded = open_to_all - JOBS_PER_ROW * max_rows
+        _say(
+            "jobs on board",
+            f"{open_to_all} and {reserved}",
+            f"{JOBS_PER_ROW} a row of a step and {uploaded} that are uploaded; "
+            f"and {reserved} for priority {DEFAULT_PRIORITY} and above",
+        )
+
+
+def places(max_rows: int, job_s: float) -> tuple[int, int]:
+    """How many jobs a worker has on board, and how many more of them that are urgent.
+
+    `max_rows`: rows of a step. `job_s`: seconds of the device's time for a job, in full batches.
+    """
+    uploaded = min(max_rows, math.ceil(UPLOAD_S / job_s))
+    return JOBS_PER_ROW * max_rows + uploaded, max(1, max_rows // ROWS_PER_URGENT)
 
 
 def load_runner(settings: WorkerSettings) -> ModelRunner:

@@ -34,7 +34,7 @@ class EmulatedWorker(FaultWorker):
 @click.option("--rows", default=16, show_default=True, help="Of a step, at most.")
 @click.option("--encode-ms", default=120.0, show_default=True, help="Of a picture, without a core.")
 def main(jobs: int, steps: int, rows: int, encode_ms: float) -> None:
-    costs = {"ROWS": rows, "ENCODE_MS": encode_ms}
+    costs = {"ROWS": rows, "STEPS": steps, "ENCODE_MS": encode_ms}
     with Stack(workers=0) as stack:
         emulated = {f"EMULATED_{name}": str(value) for name, value in costs.items()}
         EmulatedWorker(stack.home, "worker1", {**stack.environment, **emulated}).start()

@@ -4,6 +4,7 @@ All of it is `worker`'s own but the runner: steps and decodings keep two streams
 for as long as they would a GPU, which both streams share. The environment sets the rest:
 
     EMULATED_ROWS         rows of a step, at most
+    EMULATED_STEPS        steps of a job, by the model's default
     EMULATED_ENCODE_MS    milliseconds of a picture's encoding, which keeps no core busy here
 """
 
@@ -33,6 +34,7 @@ class EmulatedRunner(FaultRunner):
     decodes_beside = True
 
     def __init__(self, rows: int) -> None:
+        self.job_s = int(os.environ["EMULATED_STEPS"]) * cost_s(STEP_MS, rows) / rows
         super().__init__(rows, 0.0, lambda event, job: None, lambda job_id, times: False)
         self._device = Device(streams=2)
         #: The last step of each render on board.

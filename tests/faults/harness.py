@@ -27,9 +27,9 @@ from producer import submit_job
 from worker.errors import QueueError
 from worker.fleet import lists_of, queues_of
 from worker.job import Job
-from worker.tasks import JOBS_PER_ROW, ROWS_PER_URGENT
+from worker.tasks import places as places_of
 
-from tests.faults.runner import SERVED  # isort: skip
+from tests.faults.runner import SERVED, FaultRunner  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds of a lease: short, so that what a dead worker held is seen again soon.
@@ -48,7 +48,7 @@ def wait_until(what: str, happened: Callable[[], bool], timeout_s: float = 30.0)
 
 def places(rows: int) -> int:
     """Jobs that a worker of so many rows has on board at once, those among them that must be urgent."""
-    return JOBS_PER_ROW * rows + max(1, rows // ROWS_PER_URGENT)
+    return sum(places_of(rows, FaultRunner.job_s))
 
 
 class FaultWorker(WorkerProcess):

@@ -88,6 +88,7 @@ class FaultRunner:
     """Keeps `worker.runner.Runner`'s contract. `note` is told what happens, `may_die` asked before a kill."""
 
     served = SERVED
+    job_s = 1.0
     decodes_beside = False
     choices = (Choice("device", "none", "a fake"), Choice("attention", "none", "a fake"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from producer import JobHandle, JobResult, job_from_image, submit_job
 from tests.tiny_models import tiny_sd1
 from worker.errors import InvalidJobError, JobCancelledError
 from worker.records import JobRecord, State
-from worker.tasks import JOBS_PER_ROW
+from worker.tasks import places
 
 #: Steps and pixels of a job that is still running whenever a test looks.
 LONG = {"steps": 150, "width": 256, "height": 256}
@@ -140,13 +141,14 @@ def test_mixed_jobs_render_together_and_each_gets_its_own_picture() -> None:
 
 
 def test_a_live_job_is_next_while_a_prompt_file_fills_the_worker() -> None:
-    on_board = JOBS_PER_ROW * ROWS
-    filling = [submit_job(f"line {n}", seed=n, priority=3, **LONG) for n in range(on_board + ROWS)]
-    for handle in filling[:on_board]:
+    least, most = (places(ROWS, job_s)[0] for job_s in (math.inf, 1e-9))
+    filling = [submit_job(f"line {n}", seed=n, priority=3, **LONG) for n in range(most + ROWS)]
+    for handle in filling[:least]:
         wait_until_running(handle)
     assert submit_job("live", seed=1).result(timeout=30).state is State.DONE
     states = [handle.state() for handle in filling]
-    assert states == [State.RUNNING] * on_board + [State.QUEUED] * ROWS
+    assert states[:least] == [State.RUNNING] * least
+    assert states[most:] == [State.QUEUED] * ROWS
     for handle in filling:
         handle.cancel()
 

@@ -55,6 +55,8 @@ class Faults:
 class FakeRunner:
     """See the module."""
 
+    job_s = 1.0
+
     def __init__(self, max_rows: int = 8, memory_rows: int = 10**6, *, decodes_beside: bool = False) -> None:
         self.max_rows = max_rows
         self.decodes_beside = decodes_beside

@@ -381,6 +381,10 @@ def test_warm_up(sd1: Model, sdxl: Model, lcm: Model) -> None:
         assert 0 < tiny.runner.step_s(lane, 1) < tiny.runner.step_s(lane, 64) < 100
         assert tiny.runner.max_rows >= 2
         assert "1: " in choices["max rows"].reason
+        # Its share of full batches. A guided job has two rows, unless guidance is embedded.
+        rows, steps = (1 if tiny is lcm else 2), tiny.runner.served.defaults.steps
+        full_s = tiny.runner.step_s(lane, tiny.runner.max_rows)
+        assert tiny.runner.job_s == pytest.approx(steps * rows * full_s / tiny.runner.max_rows)
 
 
 def test_a_cap_that_is_asked_for_is_not_measured(tmp_path: Path) -> None:
