@@ -3,13 +3,15 @@
 On a GPU a decoder works on a stream of its own, so that the next denoising step need not wait for it, and
 its pixels leave through page-locked memory. All is set off at once and each picture is waited for when it is
 asked for, so that the device has the next ones before. Pictures are decoded in chunks of a bounded number of
-pixels; what does not fit or fails in company is tried alone.
+pixels. Where that does not fit, half as many are decoded at once from then on; what fails in company is tried
+alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ from worker.device_errors import mapped
 from worker.errors import JobTooLargeError, NotFiniteError, OutOfMemoryError, RenderError, SmallcatError
 from worker.graphs import Captured, Graphs
 from worker.images import Picture
+
+logger = logging.getLogger("smallcat.engine")
 
 #: Pixels that are decoded at once, at most: 8 pictures of 512 x 512 on a GPU; on a CPU, where more gain
 #: nothing, 1 of them.
@@ -53,6 +57,8 @@ class Decoder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lanes = None if compiler is None else CompiledLanes("decoding", self._decoded, compiler)
         self._graphs = Graphs(compiler) if compiler else None
+        #: By the shape of one picture's latents: those that fit, where more did not.
+        self._caps: dict[torch.Size, int] = {}
 
     def compile(self, latents: torch.Tensor) -> None:
         """Compile for latents like these, (1, channels, height, width), now."""
@@ -76,7 +82,8 @@ class Decoder:
         """Pictures like this one that are decoded at once, at most."""
         width, height = self._size(latents)
         budget = GPU_PIXELS if self._stream else CPU_PIXELS
-        return 1 if self._alone else max(1, budget // (width * height))
+        most = 1 if self._alone else max(1, budget // (width * height))
+        return min(most, self._caps.get(latents.shape, most))
 
     def _size(self, latents: torch.Tensor) -> tuple[int, int]:
         """Width and height in pixels."""
@@ -88,8 +95,13 @@ class Decoder:
             with mapped("decode"), torch.no_grad(), self._beside():
                 return self._together(torch.cat(list(latents)))
         except (OutOfMemoryError, RenderError) as error:
-            if len(latents) > 1:
-                return itertools.chain.from_iterable([self._chunk([each]) for each in latents])
+            if (count := len(latents)) > 1:
+                size = 1
+                if isinstance(error, OutOfMemoryError):
+                    size = self._caps[latents[0].shape] = count // 2
+                    logger.warning("%d pictures do not fit in one decoding: %d at once now.", count, size)
+                chunks = [self._chunk(latents[start : start + size]) for start in range(0, count, size)]
+                return itertools.chain.from_iterable(chunks)
             if isinstance(error, RenderError):
                 return iter((error,))
             width, height = self._size(latents[0])

@@ -553,20 +553,30 @@ def test_decoding_in_company_and_over_lanes(sd1: Model) -> None:
         sd1.check(job, picture)
 
 
-def test_decoding_what_does_not_fit_together_one_by_one(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [a_job(seed=number) for number in range(3)]
-    on_board = renders(sd1.runner, *jobs)
-    finish(sd1.runner, *on_board)
-    decode = sd1.runner._pipeline.vae.decode
+def test_what_does_not_fit_in_one_decoding_is_decoded_in_smaller_ones_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A model of its own: it remembers.
+    tiny = Model(tiny_models.tiny_sd1(tmp_path / "little_memory"))
+    jobs = [a_job(seed=number) for number in range(5)]
+    on_board = renders(tiny.runner, *jobs)
+    finish(tiny.runner, *on_board)
+    decode = tiny.runner._pipeline.vae.decode
+    tried: list[int] = []
 
     def small(latents: torch.Tensor, **more: Any) -> Any:
-        if len(latents) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        tried.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("too many")
         return decode(latents, **more)
 
-    monkeypatch.setattr(sd1.runner._pipeline.vae, "decode", small)
-    for job, picture in zip(jobs, sd1.runner.decode(on_board), strict=True):
-        sd1.check(job, picture)
+    monkeypatch.setattr(tiny.runner._pipeline.vae, "decode", small)
+    for expected in ([5, 2, 2, 1], [2, 2, 1]):
+        tried.clear()
+        pictures = list(tiny.runner.decode(on_board))
+        assert tried == expected
+    for job, picture in zip(jobs, pictures, strict=True):
+        tiny.check(job, picture)
 
 
 def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
