@@ -118,10 +118,10 @@ class Processor:
     The order of operations is `AttnProcessor2_0`'s (diffusers/models/attention_processor.py).
     """
 
-    def __init__(self, kernel: Kernel, *, before_text: bool = False) -> None:
-        """`before_text`: it comes before the first layer that sees a prompt. See `__call__`."""
+    def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._before_text = before_text
+        #: Whether to compute once for each job, which is right before the first layer that sees a prompt.
+        self.once_a_job = False
 
     def __call__(
         self,
@@ -138,13 +138,11 @@ class Processor:
         Keys and values come from `encoder_hidden_states` where given. Masks are not supported: none of the
         pipelines that are served uses one.
 
-        A job's two rows are the same until the first layer that sees a prompt. Before it, attention is
-        computed once for each job where the caller tells which rows are whose (`worker.denoiser.Batch`): at
-        512 px that is a tenth of the time that a step spends in attention.
+        `prompted` and `job_of_row` tell which rows are whose: see `worker.denoiser.Batch`.
         """
         if attention_mask is not None:
             raise ValueError("This attention takes no mask.")
-        if self._before_text and prompted is not None:
+        if self.once_a_job and prompted is not None:
             return self._attended(attn, hidden_states[prompted], encoder_hidden_states)[job_of_row]
         return self._attended(attn, hidden_states, encoder_hidden_states)
 
@@ -205,9 +203,8 @@ def install(pipeline: Any, backend: Backend, device: torch.device, cache: Path) 
     `cache`. Raises `SettingsError` with the remedy when the backend was asked for by name and does not work.
     """
     kernels, reason = _choose(pipeline, backend, device, cache)
-    for place, (module, shape) in enumerate(_attentions(pipeline)):
-        before_text = place == 0 and not module.is_cross_attention and not embeds_text(pipeline.unet)
-        module.set_processor(Processor(kernels[shape], before_text=before_text))
+    for module, shape in attentions(pipeline):
+        module.set_processor(Processor(kernels[shape]))
     names = sorted({_name(kernel) for kernel in kernels.values()})
     return Choice("attention", backend if backend != "auto" else " and ".join(names), reason)
 
@@ -224,7 +221,7 @@ def probe(device: torch.device) -> dict[str, str]:
 def _choose(
     pipeline: Any, backend: Backend, device: torch.device, cache: Path
 ) -> tuple[dict[Shape, Kernel], str]:
-    shapes = Counter(shape for _, shape in _attentions(pipeline))
+    shapes = Counter(shape for _, shape in attentions(pipeline))
     if backend == "naive":
         return dict.fromkeys(shapes, naive), "asked for; the baseline of 2022, with N x N matrices in memory"
     if backend == "sdpa":
@@ -337,13 +334,8 @@ def _time(kernel: Kernel, shape: Shape, device: torch.device) -> float:
     return min(times)
 
 
-def embeds_text(unet: Any) -> bool:
-    """Whether every layer sees the prompt, by way of the timestep's embedding, as SDXL's do."""
-    return unet.config.addition_embed_type is not None
-
-
-def _attentions(pipeline: Any) -> Iterator[tuple[Any, Shape]]:
-    """Each attention of the UNet and of the VAE's decoder and encoder, with its shape at the default size.
+def attentions(pipeline: Any) -> Iterator[tuple[Any, Shape]]:
+    """Each attention of the UNet, in its order, and of the VAE, with its shape at the default size.
 
     Raises `SettingsError` for attention of another kind than Stable Diffusion's.
     """

@@ -158,7 +158,7 @@ def test_xformers_by_name_on_a_cpu_stops_the_start(pipeline: Any, cache: Path) -
 
 
 def test_shapes_are_the_models_own(pipeline: Any) -> None:
-    shapes = Counter(shape for _, shape in attention._attentions(pipeline))
+    shapes = Counter(shape for _, shape in attention.attentions(pipeline))
     unet = {"heads": 4, "head_width": 8, "dtype": torch.float32}
     assert shapes == {
         # 16 x 16 latents, halved once before the first attention; 16 tokens of text.

@@ -105,22 +105,24 @@ def test_single_precision_keeps_its_convolutions(runner_of: Callable[[Make], Mod
     assert rewrites.FirstBlock in kinds
 
 
+@pytest.mark.parametrize(("make", "first"), [(attends_first, 3), (tiny_models.tiny_sdxl, 5)])
 def test_what_no_prompt_has_reached_is_computed_once_for_each_job(
-    runner_of: Callable[[Make], ModelRunner],
+    make: Make, first: int, runner_of: Callable[[Make], ModelRunner]
 ) -> None:
-    runner = runner_of(tiny_models.tiny_sd1)
+    """Five rows of three jobs."""
+    runner = runner_of(make)
+    rewrites.install(runner._pipeline)
     seen: list[int] = []
 
     def kernel(query: torch.Tensor, *more: Any) -> torch.Tensor:
         seen.append(len(query))
         return attention.sdpa(query, *more)
 
-    for module, _ in attention._attentions(runner._pipeline):
+    for module, _ in attention.attentions(runner._pipeline):
         module.processor._kernel = kernel
     renders = [runner.prepare(Job(prompt="a cat", seed=1, guidance_scale=scale)) for scale in (7, 1, 3)]
     runner.step(renders)
-    # Five rows of three jobs.
-    assert seen[0] == 3
+    assert seen[0] == first
     assert set(seen[1:]) == {5}
 
 
