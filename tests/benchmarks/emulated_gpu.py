@@ -1,4 +1,4 @@
-"""A device that only takes time: two or more streams that share it, and what work on it costs."""
+"""A GPU that only takes time: streams that share it, what work on it costs, and a runner on two of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import bisect
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tests.faults.runner import FaultRender, FaultRunner
+from worker.errors import SmallcatError
+from worker.images import Picture
 
 #: Milliseconds of a step by its rows, and of a decoding by its pictures: about as on an H200, with Stable
 #: Diffusion 1.x shapes at 512x512 px, compiled (docs/measurements.md).
@@ -52,3 +59,40 @@ class Device:
                 for stream in self._streams:
                     if stream and stream[0][0][0] <= 0:
                         stream.popleft()[1].set()
+
+
+class EmulatedRunner(FaultRunner):
+    """Keeps `worker.runner.Runner`'s contract as `worker.model_runner` does on a GPU."""
+
+    decodes_beside = True
+
+    def __init__(self, rows: int, steps: int) -> None:
+        """Steps take up to `rows` rows; a job that does not say takes `steps` of them."""
+        self.job_s = steps * cost_s(STEP_MS, rows) / rows
+        super().__init__(rows, 0.0, lambda event, job: None, lambda job_id, times: False)
+        self._device = Device(streams=2)
+        #: The last step of each render on board.
+        self._steps: dict[int, threading.Event] = {}
+
+    def step(self, renders: Sequence[FaultRender]) -> list[SmallcatError | None]:
+        done = self._device.set_off(0, cost_s(STEP_MS, sum(render.rows for render in renders)))
+        for render in renders:
+            # Whether it is finite is asked one step later.
+            before, self._steps[id(render)] = self._steps.get(id(render)), done
+            if before is not None:
+                before.wait()
+            render.step += 1
+        return [None] * len(renders)
+
+    def decode(self, renders: Sequence[FaultRender]) -> Iterator[Picture | SmallcatError]:
+        for render in renders:
+            self._steps.pop(id(render)).wait()
+        chunks = [renders[start : start + CHUNK] for start in range(0, len(renders), CHUNK)]
+        done = [self._device.set_off(1, cost_s(DECODE_MS, len(chunk))) for chunk in chunks]
+        return self._pictures([(len(chunk), event) for chunk, event in zip(chunks, done, strict=True)])
+
+    def _pictures(self, chunks: Sequence[tuple[int, threading.Event]]) -> Iterator[Picture | SmallcatError]:
+        for size, done in chunks:
+            done.wait()
+            for _ in range(size):
+                yield Picture(np.zeros((8, 8, 3), np.uint8))
