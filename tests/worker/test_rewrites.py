@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from diffusers.models import upsampling
 from tests import tiny_models
 from worker import attention, rewrites
 from worker.denoiser import Batch, denoise
-from worker.graphs import Graph
 from worker.job import Job
 from worker.model_runner import ModelRunner
 from worker.render import batch_of
@@ -124,13 +121,3 @@ def test_what_no_prompt_has_reached_is_computed_once_for_each_job(
     runner.step(renders)
     assert seen[0] == first
     assert set(seen[1:]) == {5}
-
-
-def test_nothing_is_captured_while_a_compiler_may_wait_for_the_device() -> None:
-    """Such waiting would break the capture: then the function itself is run."""
-    room = torch.zeros(4)
-
-    compiler: Any = SimpleNamespace(device=threading.Lock())
-    graph = Graph("a test", lambda: (room * 2,), [room], None, compiler)
-    with compiler.device:
-        assert graph.run([torch.ones(3)])[0].tolist() == [2, 2, 2, 0]
