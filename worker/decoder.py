@@ -10,6 +10,7 @@ alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Hashable, Iterator, Sequence
@@ -55,7 +56,7 @@ class Decoder:
         self._alone = alone
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._lanes = None if compiler is None else CompiledLanes("decoding", self._decoded, compiler)
+        self._lanes = CompiledLanes("decoding", self._decoded, compiler) if compiler else None
         self._graphs = Graphs(compiler) if compiler else None
         #: By the shape of one picture's latents: those that fit, where more did not.
         self._caps: dict[torch.Size, int] = {}
@@ -66,7 +67,8 @@ class Decoder:
             return
         taken = self._as_vae_takes(latents)
         for count in {1, self._most(latents)}:
-            if self._lanes.compile_now(_lane(taken, count), lambda: _example(taken, count)):  # noqa: B023
+            if self._lanes.compile_now(_lane(taken, count), functools.partial(_example, taken, count)):
+                # Captures it, which the first jobs need not wait for then.
                 list(self.pictures([latents] * count))
 
     def pictures(self, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
@@ -74,7 +76,9 @@ class Decoder:
 
         Latents are (1, channels, height, width) float32, all of one shape.
         """
-        size = self._most(latents[0])
+        return self._in_chunks(latents, self._most(latents[0]))
+
+    def _in_chunks(self, latents: Sequence[torch.Tensor], size: int) -> Iterator[Picture | SmallcatError]:
         chunks = [self._chunk(latents[start : start + size]) for start in range(0, len(latents), size)]
         return itertools.chain.from_iterable(chunks)
 
@@ -100,8 +104,7 @@ class Decoder:
                 if isinstance(error, OutOfMemoryError):
                     size = self._caps[latents[0].shape] = count // 2
                     logger.warning("%d pictures do not fit in one decoding: %d at once now.", count, size)
-                chunks = [self._chunk(latents[start : start + size]) for start in range(0, count, size)]
-                return itertools.chain.from_iterable(chunks)
+                return self._in_chunks(latents, size)
             if isinstance(error, RenderError):
                 return iter((error,))
             width, height = self._size(latents[0])
@@ -128,8 +131,10 @@ class Decoder:
     def _run(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`_decoded`, as fast as can be; what it gives may be written over by the next call."""
         count, shape = len(latents), latents.shape[1:]
-        function = self._lanes and self._lanes.get(_lane(latents, count), lambda: _example(latents, count))
-        if self._graphs is None or not function:
+        if self._lanes is None or self._graphs is None:
+            return self._decoded(latents)
+        function = self._lanes.get(_lane(latents, count), lambda: _example(latents, count))
+        if function is None:
             return self._decoded(latents)
         # A graph for each number would be too many.
         room = count if count == 1 else count + count % 2

@@ -233,12 +233,11 @@ class Engine(Generic[R]):
 
         More may come meanwhile to share it: where jobs have few steps, small batches are what costs most.
         """
+        if not self._decoding.is_full:
+            return False
         renders = [ticket.render for ticket in self._batcher if ticket.render is not None]
-        return (
-            self._decoding.is_full
-            and sum(render.rows for render in renders) < self._runner.max_rows
-            and all(render.step == render.steps - 1 for render in renders)
-        )
+        rows = sum(render.rows for render in renders)
+        return rows < self._runner.max_rows and all(render.step == render.steps - 1 for render in renders)
 
     def _admit(self) -> None:
         """Let those who came in since the last step wait for a seat."""

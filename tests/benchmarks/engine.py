@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.engine --model FOLDER --job "steps=50" --job "steps=1 guidance_scale=1"
 
-There are always twice as many jobs on board as a batch takes. Nothing is queued, encoded or
-stored: `tests.benchmarks.system` measures those. `--trace` records the GPU's own timeline for some steps.
+There are always as many jobs on board as in a worker, but for those that it uploads. Nothing is queued,
+encoded or stored: `tests.benchmarks.system` measures those. `--trace` records the GPU's own timeline for some
+steps.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from worker.engine import Engine, Rendered
 from worker.job import Job
 from worker.model_runner import ModelRunner
 from worker.settings import worker_settings
+from worker.tasks import JOBS_PER_ROW
 
-#: Jobs for each row of a batch: what a worker has, less those that it uploads.
-JOBS_PER_ROW = 2
 #: Threads that submit.
 SUBMITTERS = 8
 
