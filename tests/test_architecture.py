@@ -37,7 +37,7 @@ LINES = [
     # All of torch: a job on board, the step, what makes it fast, what comes after the last.
     "render decoder",
     "graphs",
-    "denoiser device_errors compiler",
+    "arrival denoiser device_errors compiler",
     "rewrites",
     "attention samplers text",
     "pipeline",
@@ -70,9 +70,9 @@ EXCEPTIONS = {"producer.doctor": {"worker.attention", "worker.pipeline"}}
 #: A library, or several that come together, and the only modules that import it. `*` is all below.
 DOORS = {
     "torch diffusers transformers xformers accelerate safetensors huggingface_hub": (
-        "worker.model_runner worker.render worker.graphs worker.decoder worker.denoiser worker.device_errors "
-        "worker.compiler worker.attention worker.rewrites worker.samplers worker.text worker.pipeline "
-        "worker.model_files worker.shapes worker.bench.kernels worker.bench.runs"
+        "worker.model_runner worker.render worker.graphs worker.decoder worker.arrival worker.denoiser "
+        "worker.device_errors worker.compiler worker.attention worker.rewrites worker.samplers worker.text "
+        "worker.pipeline worker.model_files worker.shapes worker.bench.kernels worker.bench.runs"
     ),
     "boto3 botocore": "worker.storage",
     "prometheus_client": "worker.metrics",

@@ -6,12 +6,14 @@ names. The compiled code of a lane serves any number of rows from 2 on, and is n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -24,6 +26,12 @@ logger = logging.getLogger("smallcat.engine")
 
 #: Calls of a lane before it is worth compiling: about one picture of 50 steps.
 WORTH_COMPILING = 50
+
+#: Seconds that a thread may keep Python to itself while another one waits for it and something compiles. That
+#: is a minute of nothing but Python: at Python's own 5 ms the engine's thread, which asks for it a hundred
+#: times a step, would hardly go on. At other times handing it over often costs more than it gives
+#: (docs/measurements.md).
+SWITCH_S = 0.0005
 
 F = TypeVar("F", bound=Callable[..., Any])
 #: Makes an argument of a function, and names the tensors in it whose first dimension may be of any length
@@ -98,7 +106,7 @@ class CompiledLanes(Generic[F]):
                     torch._dynamo.mark_dynamic(tensor, 0)
                 # Sizes of other lanes are compiled apart: fixed ones give the better kernels.
                 compiled = cast(F, torch.compile(self._function, fullgraph=True, dynamic=False))
-                with self._compiler.device:
+                with self._compiler.device, _giving_way():
                     compiled(argument)
                     torch.cuda.synchronize()
         except Exception as error:
@@ -106,3 +114,14 @@ class CompiledLanes(Generic[F]):
             raise
         logger.info("compiled the %s of %s in %.0f s", self._what, lane, time.monotonic() - started_s)
         return compiled
+
+
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """Let the other threads of this process go on beside what needs Python all the time."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

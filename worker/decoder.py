@@ -17,8 +17,10 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
+from worker.arrival import Arrival
 from worker.compiler import CompiledLanes, Compiler
 from worker.device_errors import mapped
 from worker.errors import JobTooLargeError, NotFiniteError, OutOfMemoryError, RenderError, SmallcatError
@@ -126,7 +128,7 @@ class Decoder:
             # VaeImageProcessor.postprocess does not denormalise what the checker blacked out.
             for place in (place for place, is_bad in enumerate(verdicts) if is_bad):
                 pixels[place] = _bytes(images[place])
-        return _pictures(*self._off_the_device(pixels, is_finite), verdicts)
+        return _pictures(Arrival(pixels, is_finite), verdicts)
 
     def _run(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`_decoded`, as fast as can be; what it gives may be written over by the next call."""
@@ -152,21 +154,6 @@ class Decoder:
         # Exactly VaeImageProcessor.postprocess and numpy_to_pil; only uint8 leaves the device.
         return _bytes((images * 0.5 + 0.5).clamp(0, 1)), images.isfinite().flatten(1).all(1), images
 
-    def _off_the_device(
-        self, pixels: torch.Tensor, is_finite: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]:
-        """Contiguous copies on the CPU, and when they are complete; None: they are."""
-        if self._stream is None:
-            return pixels.contiguous(), is_finite, None
-        copies = []
-        for tensor in (pixels, is_finite):
-            copies.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
-            copies[-1].copy_(tensor, non_blocking=True)
-        # Another thread waits, without keeping a core busy.
-        arrival = torch.cuda.Event(blocking=True)
-        arrival.record()
-        return copies[0], copies[1], arrival
-
     def _as_vae_takes(self, latents: torch.Tensor) -> torch.Tensor:
         return self._unscaled(latents).to(self._pipeline.vae.dtype)
 
@@ -185,19 +172,13 @@ def _bytes(images: torch.Tensor) -> torch.Tensor:
     return (images.float() * 255).round().to(torch.uint8).movedim(-3, -1)
 
 
-def _pictures(
-    pixels: torch.Tensor,
-    is_finite: torch.Tensor,
-    arrival: torch.cuda.Event | None,
-    verdicts: Sequence[bool | None],
-) -> Iterator[Picture | SmallcatError]:
-    """The pictures in `pixels`, (pictures, height, width, channels), once they have arrived."""
-    if arrival is not None:
-        with mapped("decode"):
-            arrival.synchronize()
-    for place, verdict in enumerate(verdicts):
-        if is_finite[place]:
-            yield Picture(pixels[place].numpy(), None if verdict is None else bool(verdict))
+def _pictures(arrival: Arrival, verdicts: Sequence[bool | None]) -> Iterator[Picture | SmallcatError]:
+    """The pictures, once there are their pixels, (pictures, height, width, channels), and who is finite."""
+    with mapped("decode"):
+        pixels, is_finite = arrival.wait()
+    for picture, verdict, is_fine in zip(pixels.numpy(), verdicts, is_finite.tolist(), strict=True):
+        if is_fine:
+            yield Picture(np.ascontiguousarray(picture), None if verdict is None else bool(verdict))
         else:
             yield NotFiniteError(
                 "The VAE gave values that are not finite: use a worker with SMALLCAT_DTYPE=fp32."

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Hashable, Sequence
 
 import torch
 
+from worker.arrival import Arrival
 from worker.denoiser import Batch
 from worker.device_errors import is_out_of_memory
 from worker.errors import JobError, NotFiniteError, RenderError
@@ -21,22 +23,21 @@ class Check:
 
     def __init__(self, finite: torch.Tensor) -> None:
         """`finite`: (jobs,) bool, on the device. On a GPU it is sent for, and not waited for."""
-        self.is_known = not finite.is_cuda
-        if self.is_known:
-            self._answers = finite
-        else:
-            self._answers = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
-            self._answers.copy_(finite, non_blocking=True)
-            # Whoever waits keeps no core busy.
-            self._arrival = torch.cuda.Event(blocking=True)
-            self._arrival.record()
+        self._arrival = Arrival(finite)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nobody has to wait for the answer."""
+        return self._arrival.is_there
 
     def is_finite(self, place: int) -> bool:
         """Whether the job at `place` is. Waits until the step is computed."""
-        if not self.is_known:
-            self._arrival.synchronize()
-            self.is_known = True
-        return bool(self._answers[place])
+        return self._answers[place]
+
+    @functools.cached_property
+    def _answers(self) -> list[bool]:
+        # All at once: for each tensor that becomes a number, a thread has to ask for Python's lock again.
+        return self._arrival.wait()[0].tolist()
 
 
 class Render:
@@ -165,7 +166,7 @@ class Render:
     # What this job brings into a batch.
 
     def _time(self) -> float:
-        return float(self._schedule.timesteps[self.step])
+        return self._schedule.timesteps[self.step]
 
     def _input_scale(self) -> float:
         if self._sampler is None:

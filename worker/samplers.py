@@ -65,8 +65,8 @@ class Schedule:
     before step 0. Step `i` makes it `weights[i] @ [state..., prediction, noise]`.
     """
 
-    #: Timesteps of all steps, in order, on the CPU. Some schedulers take more steps than were asked for.
-    timesteps: torch.Tensor
+    #: Timesteps of all steps, in order. Some schedulers take more steps than were asked for.
+    timesteps: tuple[float, ...]
     #: What the first noise is multiplied with to be the first latents.
     noise_scale: float
     #: For each step: what the latents are multiplied with to be the UNet's input. Empty without weights.
@@ -224,7 +224,7 @@ TOLERANCE = 1e-5
 
 def _read_off(sampler: Sampler) -> Schedule:
     """The schedule of a fresh `sampler`, whose scheduler and generator are used up by this."""
-    timesteps, noise_scale = sampler.timesteps, sampler.noise_scale
+    timesteps, noise_scale = tuple(map(float, sampler.timesteps.tolist())), sampler.noise_scale
     unknown = Schedule(timesteps, noise_scale, (), None, ())
     try:
         run = _run(sampler)

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import platform
-import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,9 +48,6 @@ JOBS_PER_ROW = 2
 UPLOAD_S = 0.25
 #: Rows of a batch for each place more that only urgent jobs may take: a batch of guided ones finds places.
 ROWS_PER_URGENT = 2
-#: Seconds that a thread may keep Python to itself while another one waits for it. The engine's asks for it
-#: hundreds of times a step, and at Python's own 5 ms a GPU would wait for every thread that encodes pictures.
-SWITCH_S = 0.0005
 #: Connections to the bucket that are kept open, at most: as many as the largest batch's worker has places.
 STORAGE_CONNECTIONS = 640
 #: Exit code of a worker whose engine was lost, from sysexits.h.
@@ -116,7 +112,6 @@ def _start(sender: Any, **_: Any) -> None:
     # Celery would ask the other workers for revoked tasks, and wait a second for their answers, at each new
     # connection. A job is cancelled by its record.
     sender.options["without_mingle"] = True
-    sys.setswitchinterval(SWITCH_S)
     sender.setup_logging()
     # One line for each choice is for everyone, whatever the level of Celery's own log.
     logging.getLogger("smallcat").setLevel(min(logging.INFO, sender.loglevel))

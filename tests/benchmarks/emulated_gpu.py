@@ -8,11 +8,15 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import numpy as np
+import torch
 
-from tests.faults.runner import FaultRender, FaultRunner
+from tests.faults.runner import FaultRunner
 from worker.errors import SmallcatError
 from worker.images import Picture
+from worker.job import Job
+from worker.render import Check, Render, batch_of
+from worker.samplers import SLOTS, Schedule
+from worker.text import Text
 
 #: Milliseconds of a step by its rows, and of a decoding by its pictures: about as on an H200, with Stable
 #: Diffusion 1.x shapes at 512x512 px, compiled (docs/measurements.md).
@@ -20,6 +24,8 @@ STEP_MS = {1: 6.6, 2: 6.6, 4: 10.0, 8: 17.2, 16: 33.1, 32: 65.0}
 DECODE_MS = {1: 9.0, 2: 15.4, 4: 29.6, 8: 58.0}
 #: Pictures that are decoded at once, as `worker.decoder` does at 512x512 px.
 CHUNK = max(DECODE_MS)
+#: Shapes of a job's latents and text, small for the CPU's sake.
+LATENTS, TEXT = (4, 8, 8), (77, 8)
 
 
 def cost_s(costs: dict[int, float], size: int) -> float:
@@ -62,7 +68,10 @@ class Device:
 
 
 class EmulatedRunner(FaultRunner):
-    """Keeps `worker.runner.Runner`'s contract as `worker.model_runner` does on a GPU."""
+    """Keeps `worker.runner.Runner`'s contract as `worker.model_runner` does on a GPU.
+
+    Its jobs are real ones, on the CPU and small: torch's own Python, for which all threads fight, is there.
+    """
 
     decodes_beside = True
 
@@ -71,28 +80,55 @@ class EmulatedRunner(FaultRunner):
         self.job_s = steps * cost_s(STEP_MS, rows) / rows
         super().__init__(rows, 0.0, lambda event, job: None, lambda job_id, times: False)
         self._device = Device(streams=2)
+        self._text = Text(torch.zeros(1, *TEXT), None, ())
         #: The last step of each render on board.
         self._steps: dict[int, threading.Event] = {}
 
-    def step(self, renders: Sequence[FaultRender]) -> list[SmallcatError | None]:
+    def prepare(self, job: Job) -> Render:  # type: ignore[override]
+        steps = job.steps or 1
+        schedule = Schedule(
+            torch.arange(float(steps)),
+            1.0,
+            (1.0,) * steps,
+            torch.zeros(steps, SLOTS, SLOTS + 2),
+            (False,) * steps,
+        )
+        generator = torch.Generator("cpu").manual_seed(job.seed)
+        noise = torch.randn((1, *LATENTS), generator=generator)[0] * schedule.noise_scale
+        return Render(job, self._text, {}, schedule, None, generator, noise)
+
+    def step(self, renders: Sequence[Render]) -> list[SmallcatError | None]:  # type: ignore[override]
+        batch = batch_of(renders)
+        room = batch.room_for(len(renders), len(renders))
+        for into, value in zip(room.tensors(), batch.tensors(), strict=True):
+            into.copy_(value)
         done = self._device.set_off(0, cost_s(STEP_MS, sum(render.rows for render in renders)))
-        for render in renders:
+        states, predictions = room.states.clone(), room.noise.clone()
+        check = Check(torch.ones(len(renders), dtype=torch.bool))
+        for place, render in enumerate(renders):
             # Whether it is finite is asked one step later.
             before, self._steps[id(render)] = self._steps.get(id(render)), done
             if before is not None:
                 before.wait()
-            render.step += 1
+            render.outcome(check, place, states[place], predictions[place])
         return [None] * len(renders)
 
-    def decode(self, renders: Sequence[FaultRender]) -> Iterator[Picture | SmallcatError]:
+    def decode(self, renders: Sequence[Render]) -> Iterator[Picture | SmallcatError]:  # type: ignore[override]
         for render in renders:
             self._steps.pop(id(render)).wait()
+            render.failure()
         chunks = [renders[start : start + CHUNK] for start in range(0, len(renders), CHUNK)]
-        done = [self._device.set_off(1, cost_s(DECODE_MS, len(chunk))) for chunk in chunks]
-        return self._pictures([(len(chunk), event) for chunk, event in zip(chunks, done, strict=True)])
+        return self._pictures([self._chunk(chunk) for chunk in chunks])
 
-    def _pictures(self, chunks: Sequence[tuple[int, threading.Event]]) -> Iterator[Picture | SmallcatError]:
-        for size, done in chunks:
+    def _chunk(self, renders: Sequence[Render]) -> tuple[torch.Tensor, threading.Event]:
+        latents = torch.cat([render.latents for render in renders]) / 2
+        pixels = latents.new_zeros((len(latents), 8, 8, 3), dtype=torch.uint8)
+        return pixels, self._device.set_off(1, cost_s(DECODE_MS, len(renders)))
+
+    def _pictures(
+        self, chunks: Sequence[tuple[torch.Tensor, threading.Event]]
+    ) -> Iterator[Picture | SmallcatError]:
+        for pixels, done in chunks:
             done.wait()
-            for _ in range(size):
-                yield Picture(np.zeros((8, 8, 3), np.uint8))
+            for picture in pixels:
+                yield Picture(picture.numpy())
