@@ -50,6 +50,7 @@ LINES = [
     "ledger celery",
     "transport",
     # One door to each service.
+    "storage_process",
     "storage metrics events",
     "fleet",
     "records",

@@ -34,6 +34,7 @@ from worker.redis_client import connect, connect_until, queue_errors
 from worker.render_service import RenderService
 from worker.settings import WorkerSettings, hidden, worker_settings
 from worker.storage import Storage
+from worker.storage_process import StorageProcess
 from worker.versions import versions
 
 if TYPE_CHECKING:
@@ -170,9 +171,10 @@ def _assemble(name: str) -> _Process:
     with queue_errors(settings.redis_url):
         # Asked on a client that does not wait: at start Redis is there or it is not.
         connect(settings.redis_url, retry_s=1).ping()
-    storage = Storage(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
     # Asked by one that does not wait, as above.
     Storage(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
+    storage = StorageProcess(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
+    storage.start()
     _say("queue", hidden(settings.redis_url), "REDIS_URL")
     _say("storage", storage.root, "S3_BUCKET, S3_PREFIX; a test object was written, read and deleted")
 

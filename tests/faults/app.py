@@ -39,6 +39,7 @@ from worker.records import JobRecord, Records
 from worker.render_service import RenderService
 from worker.settings import WorkerSettings, worker_settings
 from worker.storage import Storage
+from worker.storage_process import StorageProcess
 
 # A mark is counted in the step that makes it: so that two of them, by whatever way, are seen.
 
@@ -118,7 +119,7 @@ class Service(RenderService):
         return answer
 
 
-class DyingStorage(Storage):
+class Dying(Storage):
     """Dies between the two objects of a job, and after both."""
 
     def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
@@ -140,11 +141,15 @@ class DyingRecords(Records):
         return marked
 
 
-class FolderStorage(DyingStorage):
+class DyingStorage(Dying, StorageProcess):
+    """As a worker has it."""
+
+
+class FolderStorage(Dying):
     """Puts into a folder: for storms faster than the S3 server and the cores that it shares are."""
 
-    def check(self) -> None:
-        """Nothing to check."""
+    def start(self) -> None:
+        """Nothing to start."""
 
     def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
         record = self._path(self._key(job_id, "json"))
@@ -163,5 +168,6 @@ class FolderStorage(DyingStorage):
 
 
 tasks.RenderService = Service  # type: ignore[misc]
-tasks.Storage = FolderStorage if os.environ.get("FAULTS_STORAGE") == "folder" else DyingStorage  # type: ignore[misc]
+IS_FOLDER = os.environ.get("FAULTS_STORAGE") == "folder"
+tasks.StorageProcess = FolderStorage if IS_FOLDER else DyingStorage  # type: ignore[assignment, misc]
 tasks.Records = DyingRecords  # type: ignore[misc]

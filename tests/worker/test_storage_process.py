@@ -1,0 +1,129 @@
+"""The process that asks the bucket, with a real S3 server: it does as `Storage` does, and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Bucket
+from worker.errors import PermanentStorageError, StorageError
+from worker.job import ImageFormat
+from worker.storage import Storage
+from worker.storage_process import StorageProcess
+
+JOB_ID = "0123456789abcdef0123456789abcdef"
+PNG = ImageFormat.PNG
+#: Has one started, says so, and waits to be killed.
+OWNER = """
+import sys
+from worker.job import ImageFormat
+from worker.storage_process import StorageProcess
+if __name__ == "__main__":
+    StorageProcess(sys.argv[1]).find("0" * 32, ImageFormat.PNG)
+    print("asked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def environment(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+@pytest.fixture
+def storage(environment: Bucket) -> Iterator[StorageProcess]:
+    storage = StorageProcess(environment.name, "a/prefix")
+    yield storage
+    if storage._remote is not None:
+        storage._remote._manager.shutdown()
+
+
+def put(storage: Storage) -> None:
+    storage.put(JOB_ID, PNG, b"picture" * 100_000, b'{"job": 1}', "image/png")
+
+
+def process_of(storage: StorageProcess) -> psutil.Process:
+    return psutil.Process(storage._started()._manager._process.pid)
+
+
+def test_what_another_process_puts_is_what_a_storage_finds(
+    storage: StorageProcess, environment: Bucket
+) -> None:
+    here = Storage(environment.name, "a/prefix")
+    assert storage.find(JOB_ID, PNG) is None
+    put(storage)
+    assert storage.find(JOB_ID, PNG) == here.find(JOB_ID, PNG) == b'{"job": 1}'
+    assert here.get(storage.uri(JOB_ID, PNG)) == b"picture" * 100_000
+    assert "_client" not in vars(storage)
+
+
+def test_many_threads_ask_one_process(storage: StorageProcess) -> None:
+    storage.start()
+    with ThreadPoolExecutor(16) as threads:
+        assert set(threads.map(lambda number: storage.find(f"{number:032x}", PNG), range(64))) == {None}
+    spawned = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert [child.pid for child in spawned] == [process_of(storage).pid]
+
+
+def test_refusals_come_over_as_they_are(environment: Bucket) -> None:
+    storage = StorageProcess("no-such-bucket")
+    with pytest.raises(PermanentStorageError, match=r'The bucket "no-such-bucket" refuses .*create it'):
+        put(storage)
+
+
+def test_one_that_is_killed_is_told_and_the_next_request_starts_another(storage: StorageProcess) -> None:
+    put(storage)
+    process = process_of(storage)
+    process.kill()
+    process.wait(10)
+    with pytest.raises(StorageError, match=r"has ended .*: the next request starts another one"):
+        put(storage)
+    put(storage)
+    assert process_of(storage).pid != process.pid
+
+
+def test_signals_to_its_group_do_not_end_it(storage: StorageProcess) -> None:
+    put(storage)
+    process = process_of(storage)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    put(storage)
+    assert process_of(storage).pid == process.pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, None], ids=["killed", "ended", "returns"])
+def test_it_ends_with_its_owner_and_leaves_nothing(
+    environment: Bucket, tmp_path: Path, number: int | None
+) -> None:
+    program = tmp_path / "owner.py"
+    program.write_text(OWNER)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    root = Path(__file__).resolve().parents[2]
+    owner = subprocess.Popen(
+        [sys.executable, str(program), environment.name],
+        env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(root)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"asked\n"
+    children = psutil.Process(owner.pid).children(recursive=True)
+    if number is None:
+        owner.communicate()
+    else:
+        owner.send_signal(number)
+        owner.communicate()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert list(temporary.iterdir()) == []
