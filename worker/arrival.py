@@ -32,7 +32,8 @@ class Arrival:
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """The copies, once they are complete. Raises what torch raises when the device has failed."""
-        if self._event is not None:
-            self._event.synchronize()
+        # Several threads may wait at once.
+        if (event := self._event) is not None:
+            event.synchronize()
             self._event = None
         return self._copies

@@ -4,8 +4,8 @@
 
 Real Valkey, S3 server and worker process; the GPU is a pretended device (`tests.benchmarks.emulated_app`)
 that steps and decodings keep busy for as long as they would an H200, small batches more for each row than
-large ones. The engine alone on such a device, without queue and bucket, is what there is to reach. What
-is not seen is what torch's own Python costs beside the other threads.
+large ones. The engine alone on such a device, without queue and bucket, is what there is to reach. Torch's
+own Python, which competes with all other threads, is there; CUDA's launches are not.
 """
 
 from __future__ import annotations

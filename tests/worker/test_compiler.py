@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from worker.compiler import WORTH_COMPILING, CompiledLanes, keep_kernels_in
+from worker.compiler import SWITCH_S, WORTH_COMPILING, CompiledLanes, keep_kernels_in
 
 Lanes = CompiledLanes[Callable[[torch.Tensor], torch.Tensor]]
 
@@ -92,6 +93,24 @@ def test_what_does_not_compile_stays_plain_and_is_told(
         assert not lanes.compile_now("lane", example)
     assert caplog.messages == ["The step of lane stays uncompiled: no such kernel"]
     assert lanes.get("lane", example) is None
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compiles", "fails"])
+def test_threads_give_python_up_sooner_while_something_compiles(
+    thread: ThreadPoolExecutor, fails: bool
+) -> None:
+    seen: list[float] = []
+
+    def function(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(sys.getswitchinterval())
+        if fails:
+            raise RuntimeError("no such kernel")
+        return tensor
+
+    before = sys.getswitchinterval()
+    assert lanes_on(thread, function).compile_now("lane", example) is not fails
+    assert seen == [pytest.approx(SWITCH_S)]
+    assert sys.getswitchinterval() == before > SWITCH_S
 
 
 def test_a_folder_for_kernels_that_the_user_has_chosen_stays(
