@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from tests.faults import oracle
@@ -47,6 +48,24 @@ def test_a_failing_storage_is_waited_for(ground: Ground, proxy: S3Proxy) -> None
     worker = ground.worker(settings={"AWS_ENDPOINT_URL_S3": proxy.endpoint})
     for mode in MODES:
         fail(ground, proxy, mode, failures=8)
+    assert worker.running
+
+
+def test_the_process_that_asks_the_bucket_is_killed_and_no_picture_is_lost(
+    ground: Ground, proxy: S3Proxy
+) -> None:
+    worker = ground.worker(settings={"AWS_ENDPOINT_URL_S3": proxy.endpoint})
+    with ground.holding() as hold:
+        ids = ground.submit(8, hold)
+        ground.journal.wait_for("start", ids)
+        proxy.mode = "silent"
+    wait_until("all are asked to be put", lambda: proxy.failed["silent"] >= 8)
+    children = psutil.Process(worker.pid).children()
+    (asking,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    asking.kill()
+    proxy.mode = "well"
+    found = oracle.settle(ground, ids, timeout_s=120)
+    assert found.renders_over == 0
     assert worker.running
 
 
