@@ -126,6 +126,14 @@ def s3(servers: Stack, s3_administrator: S3Client) -> Bucket:
 
 
 @pytest.fixture
+def s3_environment(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """The same, and this process' own settings say where it is."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+@pytest.fixture
 def stack_env(valkey: ValkeyProcess, s3: Bucket) -> dict[str, str]:
     """A whole environment for a worker or a producer: give it to a process, or to `from_environment`."""
     return {**clean_environment(), "REDIS_URL": valkey.url, **s3.environment}

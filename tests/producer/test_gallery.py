@@ -85,10 +85,8 @@ def no_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bucket(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    return Storage(s3.name, "runs/1")
+def bucket(s3_environment: Bucket) -> Storage:
+    return Storage(s3_environment.name, "runs/1")
 
 
 def stored(storage: Storage, job: Job, picture: bytes | None = None) -> str:

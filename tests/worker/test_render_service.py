@@ -104,11 +104,9 @@ def client(valkey: Any) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def storage(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> FlakyStorage:
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
+def storage(s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> FlakyStorage:
     monkeypatch.setattr("worker.render_service.PUT_BACKOFF_S", (0.001, 0.002))
-    return FlakyStorage(s3.name)
+    return FlakyStorage(s3_environment.name)
 
 
 @pytest.fixture

@@ -28,15 +28,8 @@ PNG, WEBP = ImageFormat.PNG, ImageFormat.WEBP
 
 
 @pytest.fixture
-def environment(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3
-
-
-@pytest.fixture
-def storage(environment: Bucket) -> Storage:
-    return Storage(environment.name, "a/prefix")
+def storage(s3_environment: Bucket) -> Storage:
+    return Storage(s3_environment.name, "a/prefix")
 
 
 @pytest.fixture
@@ -62,17 +55,17 @@ def test_what_was_put_is_there(storage: Storage) -> None:
     assert storage.find(JOB_ID, WEBP) is None
 
 
-def test_addresses_follow_from_the_id_alone(storage: Storage, environment: Bucket) -> None:
-    assert storage.uri(JOB_ID, PNG) == f"s3://{environment.name}/a/prefix/images/01/{JOB_ID}.png"
-    assert storage.root == f"s3://{environment.name}/a/prefix/"
+def test_addresses_follow_from_the_id_alone(storage: Storage, s3_environment: Bucket) -> None:
+    assert storage.uri(JOB_ID, PNG) == f"s3://{s3_environment.name}/a/prefix/images/01/{JOB_ID}.png"
+    assert storage.root == f"s3://{s3_environment.name}/a/prefix/"
     assert Storage("bucket").uri(JOB_ID, WEBP) == f"s3://bucket/images/01/{JOB_ID}.webp"
     assert Storage("bucket").root == "s3://bucket/"
 
 
-def test_prefixes_do_not_see_each_other(storage: Storage, environment: Bucket) -> None:
+def test_prefixes_do_not_see_each_other(storage: Storage, s3_environment: Bucket) -> None:
     put(storage)
-    assert Storage(environment.name, "another").find(JOB_ID, PNG) is None
-    assert Storage(environment.name).find(JOB_ID, PNG) is None
+    assert Storage(s3_environment.name, "another").find(JOB_ID, PNG) is None
+    assert Storage(s3_environment.name).find(JOB_ID, PNG) is None
 
 
 def test_putting_twice_is_putting_once(storage: Storage) -> None:
@@ -104,8 +97,8 @@ def test_a_link_of_a_life_that_s3_does_not_allow_is_refused(storage: Storage, ex
 
 
 @pytest.mark.parametrize("prefix", ["a b/ä", "a#b?c=d", "a%20b+c&d"])
-def test_any_prefix_works(environment: Bucket, prefix: str) -> None:
-    storage = Storage(environment.name, prefix)
+def test_any_prefix_works(s3_environment: Bucket, prefix: str) -> None:
+    storage = Storage(s3_environment.name, prefix)
     put(storage)
     uri = storage.uri(JOB_ID, PNG)
     assert storage.get(uri) == b"picture"
@@ -139,10 +132,10 @@ def test_the_record_is_put_last_and_removed_first(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("ending", ["json", "png"])
-def test_half_a_job_does_not_count(storage: Storage, environment: Bucket, ending: str) -> None:
+def test_half_a_job_does_not_count(storage: Storage, s3_environment: Bucket, ending: str) -> None:
     put(storage)
     key = f"a/prefix/images/01/{JOB_ID}.{ending}"
-    storage._client.delete_object(Bucket=environment.name, Key=key)
+    storage._client.delete_object(Bucket=s3_environment.name, Key=key)
     assert storage.find(JOB_ID, PNG) is None
 
 
@@ -198,9 +191,9 @@ def test_bytes_that_changed_on_their_way_are_refused(storage: Storage, pauses: l
     assert storage.find(JOB_ID, PNG) is None
 
 
-def test_checking_leaves_nothing(storage: Storage, environment: Bucket) -> None:
+def test_checking_leaves_nothing(storage: Storage, s3_environment: Bucket) -> None:
     storage.check()
-    assert storage._client.list_objects_v2(Bucket=environment.name).get("Contents", []) == []
+    assert storage._client.list_objects_v2(Bucket=s3_environment.name).get("Contents", []) == []
 
 
 def test_workers_that_start_together_do_not_disturb_each_other_s_check(storage: Storage) -> None:
@@ -228,7 +221,7 @@ CALLS: dict[str, Callable[[Storage], Any]] = {
 
 
 @pytest.mark.parametrize("call", ["put", "check"])
-def test_a_missing_bucket_is_told_with_the_remedy(environment: Bucket, call: str) -> None:
+def test_a_missing_bucket_is_told_with_the_remedy(s3_environment: Bucket, call: str) -> None:
     with pytest.raises(PermanentStorageError) as caught:
         CALLS[call](Storage("no-such-bucket"))
     sentence = str(caught.value)
@@ -236,7 +229,7 @@ def test_a_missing_bucket_is_told_with_the_remedy(environment: Bucket, call: str
     assert sentence.endswith("create it, or set S3_BUCKET.")
 
 
-def test_no_bucket_at_all_is_told_with_the_remedy(environment: Bucket) -> None:
+def test_no_bucket_at_all_is_told_with_the_remedy(s3_environment: Bucket) -> None:
     with pytest.raises(StorageError, match="S3_BUCKET is not set: name the bucket"):
         Storage("").check()
 
@@ -247,23 +240,25 @@ def test_no_bucket_at_all_is_told_with_the_remedy(environment: Bucket) -> None:
 )
 @pytest.mark.parametrize("call", ["put", "find"])
 def test_wrong_keys_are_told_with_the_remedy(
-    environment: Bucket, monkeypatch: pytest.MonkeyPatch, variable: str, remedy: str, call: str
+    s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch, variable: str, remedy: str, call: str
 ) -> None:
     monkeypatch.setenv(variable, "x" * 20)
     with pytest.raises(PermanentStorageError) as caught:
-        CALLS[call](Storage(environment.name))
+        CALLS[call](Storage(s3_environment.name))
     assert remedy in str(caught.value)
-    assert str(caught.value).startswith(f'The bucket "{environment.name}" refuses (')
+    assert str(caught.value).startswith(f'The bucket "{s3_environment.name}" refuses (')
 
 
-def test_missing_keys_are_told_with_the_remedy(environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_keys_are_told_with_the_remedy(
+    s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(PermanentStorageError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-        put(Storage(environment.name))
+        put(Storage(s3_environment.name))
 
 
 @pytest.fixture
-def nobody(environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nobody(s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An endpoint where connections are refused."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -274,10 +269,10 @@ def nobody(environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 @pytest.mark.usefixtures("nobody")
 @pytest.mark.parametrize("call", ["put", "find"])
 def test_a_server_that_is_down_is_tried_again_and_told_as_what_may_pass(
-    pauses: list[float], environment: Bucket, call: str
+    pauses: list[float], s3_environment: Bucket, call: str
 ) -> None:
     with pytest.raises(StorageError) as caught:
-        CALLS[call](Storage(environment.name))
+        CALLS[call](Storage(s3_environment.name))
     assert not isinstance(caught.value, PermanentStorageError)
     assert "is out of reach" in str(caught.value)
     assert str(caught.value).endswith("check AWS_ENDPOINT_URL_S3.")
@@ -285,10 +280,10 @@ def test_a_server_that_is_down_is_tried_again_and_told_as_what_may_pass(
 
 
 @pytest.mark.usefixtures("nobody")
-def test_a_server_that_is_down_at_the_start_is_told_soon(environment: Bucket) -> None:
+def test_a_server_that_is_down_at_the_start_is_told_soon(s3_environment: Bucket) -> None:
     began = time.monotonic()
     with pytest.raises(StorageError, match="is out of reach"):
-        Storage(environment.name, attempts=2).check()
+        Storage(s3_environment.name, attempts=2).check()
     assert time.monotonic() - began < 10
 
 

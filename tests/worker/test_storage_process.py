@@ -34,15 +34,8 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def environment(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3
-
-
-@pytest.fixture
-def storage(environment: Bucket) -> Iterator[StorageProcess]:
-    storage = StorageProcess(environment.name, "a/prefix")
+def storage(s3_environment: Bucket) -> Iterator[StorageProcess]:
+    storage = StorageProcess(s3_environment.name, "a/prefix")
     yield storage
     if storage._remote is not None:
         storage._remote._manager.shutdown()
@@ -57,9 +50,9 @@ def process_of(storage: StorageProcess) -> psutil.Process:
 
 
 def test_what_another_process_puts_is_what_a_storage_finds(
-    storage: StorageProcess, environment: Bucket
+    storage: StorageProcess, s3_environment: Bucket
 ) -> None:
-    here = Storage(environment.name, "a/prefix")
+    here = Storage(s3_environment.name, "a/prefix")
     assert storage.find(JOB_ID, PNG) is None
     put(storage)
     assert storage.find(JOB_ID, PNG) == here.find(JOB_ID, PNG) == b'{"job": 1}'
@@ -75,7 +68,7 @@ def test_many_threads_ask_one_process(storage: StorageProcess) -> None:
     assert [child.pid for child in spawned] == [process_of(storage).pid]
 
 
-def test_refusals_come_over_as_they_are(environment: Bucket) -> None:
+def test_refusals_come_over_as_they_are(s3_environment: Bucket) -> None:
     storage = StorageProcess("no-such-bucket")
     with pytest.raises(PermanentStorageError, match=r'The bucket "no-such-bucket" refuses .*create it'):
         put(storage)
@@ -103,7 +96,7 @@ def test_signals_to_its_group_do_not_end_it(storage: StorageProcess) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, None], ids=["killed", "ended", "returns"])
 def test_it_ends_with_its_owner_and_leaves_nothing(
-    environment: Bucket, tmp_path: Path, number: int | None
+    s3_environment: Bucket, tmp_path: Path, number: int | None
 ) -> None:
     program = tmp_path / "owner.py"
     program.write_text(OWNER)
@@ -111,7 +104,7 @@ def test_it_ends_with_its_owner_and_leaves_nothing(
     temporary.mkdir()
     root = Path(__file__).resolve().parents[2]
     owner = subprocess.Popen(
-        [sys.executable, str(program), environment.name],
+        [sys.executable, str(program), s3_environment.name],
         env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(root)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
