@@ -87,7 +87,7 @@ class EmulatedRunner(FaultRunner):
     def prepare(self, job: Job) -> Render:  # type: ignore[override]
         steps = job.steps or 1
         schedule = Schedule(
-            torch.arange(float(steps)),
+            tuple(map(float, range(steps))),
             1.0,
             (1.0,) * steps,
             torch.zeros(steps, SLOTS, SLOTS + 2),
