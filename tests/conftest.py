@@ -2,7 +2,7 @@
 
     valkey      a Valkey server, empty at the start of each test
     s3          a bucket of its own for each test, on a real S3 server
-    stack_env   the environment that leads to both
+    stack_env   the environment that leads to both; `environment` makes it this process' own
     new_stack   makes stacks that belong to one test, for tests that kill or freeze parts
 
 A server that is not installed skips the test at home and fails it in CI (`CI=true`).
@@ -137,6 +137,14 @@ def s3_environment(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 def stack_env(valkey: ValkeyProcess, s3: Bucket) -> dict[str, str]:
     """A whole environment for a worker or a producer: give it to a process, or to `from_environment`."""
     return {**clean_environment(), "REDIS_URL": valkey.url, **s3.environment}
+
+
+@pytest.fixture
+def environment(stack_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The same, and it is this process' own."""
+    for name, value in stack_env.items():
+        monkeypatch.setenv(name, value)
+    return stack_env
 
 
 @pytest.fixture

@@ -44,11 +44,9 @@ class Told:
 
 
 @pytest.fixture
-def environment(stack_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    for name, value in stack_env.items():
-        monkeypatch.setenv(name, value)
+def environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
-    return stack_env
+    return environment
 
 
 @pytest.fixture

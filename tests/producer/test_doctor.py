@@ -19,12 +19,10 @@ from worker.redis_client import connect
 
 
 @pytest.fixture
-def environment(stack_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    for name, value in stack_env.items():
-        monkeypatch.setenv(name, value)
+def environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     # What this machine has is its worker's business: see tests of worker.pipeline and worker.attention.
     monkeypatch.setattr("producer.doctor.importlib.util.find_spec", lambda name: None)
-    return stack_env
+    return environment
 
 
 @pytest.fixture
