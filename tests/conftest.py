@@ -63,6 +63,9 @@ def pytest_configure() -> None:
     # A background job of a shell ignores Ctrl-C, and so would every process that a test starts in one.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The same by nohup; the tests themselves go on. A handler is not inherited, where ignoring is.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     # Tests bring their own tiny models: one that asks the hub is wrong, and fails at once instead of hanging.
     os.environ["HF_HUB_OFFLINE"] = "1"
 
