@@ -1,1 +1,1 @@
-"""How smallcat runs: the embedded stack for one machine, and the files for containers and clusters."""
+"""How smallcat runs: `local` on one machine; the files for containers and clusters."""

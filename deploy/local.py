@@ -28,10 +28,10 @@ from types import FrameType
 import click
 from rich.console import Console
 
-from deploy.home import Home, StackError
-from deploy.parts import WorkerProcess
-from deploy.process import Process
-from deploy.stack import Stack
+from deploy.embedded.home import Home, StackError
+from deploy.embedded.process import Process
+from deploy.embedded.servers import WorkerProcess
+from deploy.embedded.stack import Stack
 
 #: Exit code when the stack itself failed.
 STACK_FAILED = 3

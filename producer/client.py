@@ -12,18 +12,19 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from producer.buckets import bucket
-from worker.errors import QueueError, UnknownJobError
-from worker.job import Job
-from worker.records import JobRecord, Records, State
-from worker.settings import ProducerSettings, producer_settings
+from producer.session import bucket
+from worker.contract.errors import QueueError, UnknownJobError
+from worker.contract.job import Job
+from worker.contract.record import JobRecord, State
+from worker.contract.settings import ProducerSettings, producer_settings
+from worker.state.records import Records
 
 if TYPE_CHECKING:
     from PIL import Image
     from redis.client import Redis
 
-    from worker.fleet import Fleet
-    from worker.storage import Storage
+    from worker.state.fleet import Fleet
+    from worker.storage.bucket import Storage
 
 logger = logging.getLogger("smallcat.producer")
 
@@ -161,7 +162,7 @@ class JobHandle:
         """Wait for the picture, at most `timeout` seconds (None: without end).
 
         While nobody serves the job's queue, a warning says so. Raises the job's own error (`JobError`,
-        `CallerError`, `StorageError`; see `worker.errors`) where it failed, `JobCancelledError`,
+        `CallerError`, `StorageError`; see `worker.contract.errors`) where it failed, `JobCancelledError`,
         `TimeoutError`, `UnknownJobError`, `QueueError`.
         """
         client = _client()
@@ -205,8 +206,8 @@ class JobHandle:
 def submit_job(prompt: str | Job, **fields: Any) -> JobHandle:
     """Enqueue one job and return at once.
 
-    `prompt` is a text, with the other fields of `worker.job.Job` as keywords, or a whole `Job`. Every
-    field is checked before anything is sent. Equal jobs have equal ids, and are rendered once.
+    `prompt` is a text, with the other fields of `Job` as keywords, or a whole `Job`. Every field is checked
+    before anything is sent. Equal jobs have equal ids, and are rendered once.
 
     Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
     cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an
@@ -220,32 +221,12 @@ def submit_job(prompt: str | Job, **fields: Any) -> JobHandle:
     return _client().submit(job)
 
 
-def job_from_image(data: bytes) -> Job:
-    """The job that a picture's own papers describe: submitting it gives the same picture.
-
-    `data` is a PNG, WebP or JPEG file with a `parameters` text. Raises `InvalidJobError` without one.
-    """
-    from worker.errors import InvalidJobError
-    from worker.images import read_parameters
-    from worker.parameters import read
-
-    try:
-        text = read_parameters(data)
-    except (OSError, ValueError, SyntaxError) as error:  # What Pillow raises for what it cannot read.
-        raise InvalidJobError(f"That is no picture that can be read: {error}.") from None
-    if text is None:
-        raise InvalidJobError(
-            "The picture holds no parameters text: it was not made by smallcat, or was edited."
-        )
-    return read(text)
-
-
 class _Client:
     """One Redis as a producer sees it. Thread-safe."""
 
     def __init__(self, settings: ProducerSettings) -> None:
-        from worker.fleet import Fleet
-        from worker.redis_client import connect
+        from worker.state.fleet import Fleet
+        from worker.state.redis_client import connect
 
         self.settings = settings
         self._redis: Redis = connect(settings.redis_url, settings.submit_timeout_s)
@@ -254,16 +235,17 @@ class _Client:
 
     def queue_errors(self) -> Any:
         """Context that turns redis-py's errors into `QueueError`."""
-        from worker.redis_client import queue_errors
+        from worker.state.redis_client import queue_errors
 
         return queue_errors(self.settings.redis_url)
 
     def submit(self, job: Job) -> JobHandle:
         from kombu.pools import producers
 
-        from worker.celery import RENDER, app, args_repr, connection, message_of, message_priority
-        from worker.fleet import queue_of
-        from worker.redis_client import within
+        from worker.celery import app, connection
+        from worker.contract.message import RENDER, args_repr, message_of, message_priority
+        from worker.contract.queues import queue_of
+        from worker.state.redis_client import within
 
         deadline = time.monotonic() + self.settings.submit_timeout_s
         with self.queue_errors(), within(self.settings.submit_timeout_s):

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deploy.home import StackError
-from deploy.parts import ValkeyProcess, rclone, valkey_server
-from deploy.stack import Stack, clean_environment
+from deploy.embedded.home import StackError
+from deploy.embedded.servers import ValkeyProcess, rclone, valkey_server
+from deploy.embedded.stack import Stack, clean_environment
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -15,11 +15,12 @@ import time
 
 import redis
 
-from worker import record_scripts as scripts
-from worker.errors import InvalidJobError
-from worker.fleet import lists_of
-from worker.records import FAILED, Claim, JobRecord, Records, State, key
-from worker.render_service import Message
+from worker.contract.errors import InvalidJobError
+from worker.contract.message import Message
+from worker.contract.queues import lists_of
+from worker.contract.record import JobRecord, State
+from worker.state import scripts as scripts
+from worker.state.records import FAILED, Claim, Records, key
 
 AT_ONCE = 500
 

@@ -1,6 +1,6 @@
 """A worker without torch, for tests of what is around it: `celery -A tests.fast_worker worker -Q QUEUE`.
 
-The app's settings, the transport, the records and `RenderService` are the real ones. The engine gives one
+The app's settings, the transport, the records and `JobHandler` are the real ones. The engine gives one
 small picture at once, after `FAST_WORKER_S` seconds; the bucket is a real one where S3_BUCKET is set, else
 it remembers nothing. A prompt that starts with "fail" fails. Each render is a line in `FAST_WORKER_JOURNAL`.
 """
@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from celery import Celery
 
-from worker.celery import RENDER
 from worker.celery import app as real
-from worker.engine import Rendered
-from worker.errors import InvalidJobError
-from worker.fleet import Fleet, WorkerInfo
-from worker.images import Picture
-from worker.job import Defaults, ImageFormat, Job, ServedModel
-from worker.records import Records
-from worker.redis_client import connect
-from worker.render_service import RenderService
-from worker.settings import producer_settings
-from worker.storage import Storage
+from worker.contract.errors import InvalidJobError
+from worker.contract.job import Defaults, ImageFormat, Job, ServedModel
+from worker.contract.message import RENDER
+from worker.contract.settings import producer_settings
+from worker.engine.runner import Picture
+from worker.engine.ticket import Rendered
+from worker.jobs.handler import JobHandler
+from worker.state.fleet import Fleet, WorkerInfo
+from worker.state.records import Records
+from worker.state.redis_client import connect
+from worker.storage.bucket import Storage
 
 SERVED = ServedModel(
     name="fast", revision="f" * 40, defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
@@ -43,7 +43,7 @@ app.conf.update({name: getattr(real.conf, name) for name in KEPT})
 
 
 class FastEngine:
-    """What `RenderService` needs of an engine."""
+    """What `JobHandler` needs of an engine."""
 
     def submit(self, job_id: str, job: Job) -> Future[Rendered]:
         future: Future[Rendered] = Future()
@@ -91,10 +91,10 @@ def announce(redis_url: str, seconds: int = 3_600) -> None:
     client.expire("smallcat:worker:fast@test", seconds)
 
 
-def _service() -> RenderService:
+def _service() -> JobHandler:
     fake: Any = FastEngine()
     storage: Any = Storage(settings.s3_bucket, settings.s3_prefix) if settings.s3_bucket else NoStorage()
-    return RenderService(
+    return JobHandler(
         name="fast@test",
         served=SERVED,
         engine=fake,

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from worker import settings
-from worker.settings import ProducerSettings, Settings, WorkerSettings
+from worker.contract import settings
+from worker.contract.settings import ProducerSettings, Settings, WorkerSettings
 
 README = Path(__file__).parent.parent / "README.md"
 _BETWEEN = re.compile(r"(<!-- settings:[^\n]*-->\n).*?(<!-- end of settings -->)", re.DOTALL)

@@ -1,7 +1,7 @@
-"""The architecture: which module may import which, and which libraries each may know.
+"""The architecture: which folder may import which, and which libraries each may know.
 
-This table is the document. It is read from the source with `ast`, so that imports inside functions count as
-well. To add a module, give it a place: as far right as it can be.
+The two tables are the document. They are read from the source with `ast`, so that imports inside functions
+and for type checkers count as well.
 """
 
 from __future__ import annotations
@@ -15,80 +15,40 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: The worker, from left to right: a module may import what stands in a line below its own, nothing else.
-LINES = [
-    # Puts a worker process together, and takes it apart. The Celery task.
-    "tasks",
-    # The way of one job through a worker; what the worker says and hears beside it.
-    "render_service heartbeat",
-    # The loop, and what computes for it. The engine is given its runner and knows none.
-    "engine",
-    # The benchmark: a program of its own.
-    "bench.__main__",
-    "bench.measuring bench.plots bench.tables",
-    "bench.kernels bench.runs",
-    "bench.report bench",
-    "model_runner",
-    # Decisions: no threads but their own, no torch, no services.
-    "runner",
-    "batcher step_cost decoding quarantine",
-    # Models of full size with random weights, to measure with.
-    "shapes",
-    # All of torch: a job on board, the step, what makes it fast, what comes after the last.
-    "render decoder",
-    "graphs",
-    "arrival denoiser device_errors compiler",
-    "rewrites",
-    "attention samplers text",
-    "pipeline",
-    "model_files gpu_lock",
-    "model_index",
-    # Delivery: Celery's transport, of which others see `celery` and `transport`.
-    "channel",
-    "qos",
-    "lease",
-    "ledger celery",
-    "transport",
-    # One door to each service.
-    "storage_process",
-    "storage metrics events",
-    "fleet",
-    "records",
-    "redis_client record_scripts",
-    # The contract: what both sides share.
-    "parameters images",
-    "settings",
-    "job",
-    "errors versions",
-]
+#: Each folder, or module beside folders, and what it imports. Everybody may import `worker.contract`.
+FOLDERS = {
+    "worker.tasks": "worker.jobs worker.device worker.broker worker.celery",
+    "worker.tasks worker.jobs": "worker.engine worker.state worker.storage",
+    "worker.device": "worker.engine worker.model",
+    "worker.bench": "worker.device worker.model",
+    "worker.celery": "worker.broker",
+    "producer": "producer.client producer.cli producer.ingest",
+    "producer.cli": "producer.client producer.gallery producer.ingest",
+    "producer.cli producer.ingest": "producer.prompts",
+    "producer.cli producer.client producer.gallery producer.ingest producer.prompts": "producer.session",
+    "producer.cli producer.client producer.ingest producer.session": "worker.state worker.storage",
+    "producer.ingest": "worker.broker",
+    "producer.client producer.ingest": "worker.celery",
+}
 
-#: What a producer shares with a worker. It reaches no other module of the worker.
-SHARED = "celery transport fleet records redis_client storage parameters images settings job errors"
+#: What one module does beside that, on a machine that may have no torch: inside a function.
+EXCEPTIONS = {"producer.cli.doctor": {"worker.device.attention", "worker.model.placement"}}
 
-#: And what only one module of the producer does, on a machine that may have no torch: inside a function.
-EXCEPTIONS = {"producer.doctor": {"worker.attention", "worker.pipeline"}}
-
-#: A library, or several that come together, and the only modules that import it. `*` is all below.
+#: A library, or several that come together, and the only folders or modules that import it.
 DOORS = {
     "torch diffusers transformers xformers accelerate safetensors huggingface_hub": (
-        "worker.model_runner worker.render worker.graphs worker.decoder worker.arrival worker.denoiser "
-        "worker.device_errors worker.compiler worker.attention worker.rewrites worker.samplers worker.text "
-        "worker.pipeline worker.model_files worker.shapes worker.bench.kernels worker.bench.runs"
+        "worker.device worker.model worker.bench"
     ),
-    "boto3 botocore": "worker.storage",
-    "prometheus_client": "worker.metrics",
-    "celery": "worker.celery worker.tasks worker.events",
-    "redis": "worker.redis_client worker.channel worker.lease",
+    "boto3 botocore": "worker.storage.bucket",
+    "prometheus_client": "worker.jobs.metrics",
+    "celery": "worker.celery worker.tasks worker.broker.event_batches",
+    "redis": "worker.state.redis_client worker.broker.channel worker.broker.lease",
     "kombu": (
-        "worker.tasks worker.celery worker.transport worker.channel worker.qos worker.lease "
-        "worker.redis_client producer.client producer.ingest"
+        "worker.broker worker.celery worker.tasks worker.state.redis_client producer.client producer.ingest"
     ),
-    "click": "producer.cli producer.ingest_command worker.shapes worker.bench.__main__",
+    "click": "producer.cli worker.bench",
     "matplotlib": "worker.bench.plots",
-    "rich textual_image": (
-        "producer.display producer.ingest_display producer.ingest_command "
-        "worker.bench.__main__ worker.bench.tables"
-    ),
+    "rich textual_image": "producer.cli worker.bench",
 }
 
 
@@ -132,7 +92,7 @@ def imports_of(name: str, path: Path) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}:{node.lineno}: a relative import hides where it leads"
             for alias in node.names:
-                # `from worker import metrics` is of a module; `from worker.job import Job` is of a name.
+                # `from worker.jobs import metrics` is of a module; `from ... import Job` is of a name.
                 whole = f"{node.module}.{alias.name}"
                 yield Import(name, whole if whole in MODULES else str(node.module), node.lineno, lazy, typing)
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
@@ -150,51 +110,64 @@ def imports_of(name: str, path: Path) -> Iterator[Import]:
 
 IMPORTS = [each for name, path in MODULES.items() for each in imports_of(name, path)]
 #: Between modules of this project.
-ARROWS = [
-    each for each in IMPORTS if each.imported.split(".")[0] in ("worker", "producer", "deploy", "tests")
-]
-#: Line of each module of the worker, counted from the left.
-PLACE = {f"worker.{name}": number for number, line in enumerate(LINES) for name in line.split()}
+OURS = [each for each in IMPORTS if each.imported.split(".")[0] in ("worker", "producer", "deploy", "tests")]
 
 
-def told(imports: Iterable[Import]) -> str:
+def folder(module: str) -> str:
+    """The folder that a module is in, or the module itself where it stands beside folders."""
+    return ".".join(module.split(".")[:2]).removesuffix(".__main__")
+
+
+def arrows(imports: Iterable[Import]) -> set[tuple[str, str]]:
+    """From folder to folder, without what everybody may do."""
+    found = {
+        (folder(each.importer), folder(each.imported))
+        for each in imports
+        if each.imported not in EXCEPTIONS.get(each.importer, ()) or not each.lazy
+    }
+    return {(start, end) for start, end in found if start != end and end != "worker.contract"}
+
+
+DRAWN = {(start, end) for starts, ends in FOLDERS.items() for start in starts.split() for end in ends.split()}
+
+
+def shown(imports: Iterable[Import]) -> str:
     return "\n".join(str(each) for each in imports)
 
 
-def test_every_module_of_the_worker_has_its_place() -> None:
-    real = {name for name in MODULES if name.startswith("worker.")}
-    assert set(PLACE) - real == set(), "the table names modules that are gone"
-    assert real - set(PLACE) == set(), "modules without a place: put them into LINES"
+def test_folders_import_as_drawn_and_no_other_way() -> None:
+    new = [each for each in OURS if arrows([each]) - DRAWN]
+    assert not new, f"arrows that the table does not have:\n{shown(new)}"
 
 
-def test_the_worker_imports_from_left_to_right() -> None:
-    wrong = [
-        arrow
-        for arrow in ARROWS
-        if arrow.importer in PLACE and not PLACE.get(arrow.imported, -1) > PLACE[arrow.importer]
-    ]
-    assert not wrong, told(wrong)
+def test_the_table_draws_no_arrow_that_is_gone() -> None:
+    alive = arrows(OURS)
+    assert {(start, end) for start, end in DRAWN if (start, end) not in alive} == set()
+    assert len(FOLDERS) <= 12
 
 
-def test_the_producer_reaches_no_more_of_the_worker_than_they_share() -> None:
-    shared = {f"worker.{name}" for name in SHARED.split()}
-    wrong = [
-        arrow
-        for arrow in ARROWS
-        if arrow.importer.startswith("producer") and not arrow.imported.startswith("producer")
-        if arrow.imported not in shared
-        and not (arrow.lazy and arrow.imported in EXCEPTIONS.get(arrow.importer, ()))
-    ]
-    assert not wrong, told(wrong)
+def test_the_table_leads_one_way() -> None:
+    ends = {start: {end for first, end in DRAWN if first == start} for start, _ in DRAWN}
+    left = dict(ends)
+    while left:
+        over = [start for start, ends_of in left.items() if not ends_of & set(left)]
+        assert over, f"these lead back to themselves: {', '.join(left)}"
+        for start in over:
+            del left[start]
+
+
+def is_within(module: str, doors: Iterable[str]) -> str | None:
+    """The door that a module is, or is behind."""
+    return next((door for door in doors if module == door or module.startswith(f"{door}.")), None)
 
 
 @pytest.mark.parametrize("libraries", DOORS)
 def test_a_library_enters_by_its_own_door(libraries: str) -> None:
-    names, doors = set(libraries.split()), set(DOORS[libraries].split())
+    names, doors = set(libraries.split()), DOORS[libraries].split()
     uses = [each for each in IMPORTS if each.imported.split(".")[0] in names and not each.typing]
-    wrong = [each for each in uses if each.importer not in doors]
-    assert not wrong, told(wrong)
-    assert doors == {each.importer for each in uses}, "the table names doors that are closed"
+    wrong = [each for each in uses if not is_within(each.importer, doors)]
+    assert not wrong, shown(wrong)
+    assert set(doors) == {is_within(each.importer, doors) for each in uses}, "the table names closed doors"
 
 
 def reached(start: str, arrows: Iterable[Import]) -> set[str]:
@@ -213,32 +186,75 @@ def reached(start: str, arrows: Iterable[Import]) -> set[str]:
 
 def test_no_module_leads_back_to_itself() -> None:
     loops = [
-        f"{arrow} and is reached from it"
-        for arrow in ARROWS
-        if not arrow.typing and arrow.importer in reached(arrow.imported, ARROWS)
+        f"{each} and is reached from it"
+        for each in OURS
+        if not each.typing and each.importer in reached(each.imported, OURS)
     ]
     assert not loops, "\n".join(loops)
 
 
-@pytest.mark.parametrize("start", ["worker.engine", "worker.render_service", "worker.tasks", "worker.celery"])
+@pytest.mark.parametrize(
+    "start",
+    ["worker.engine.engine", "worker.jobs.handler", "worker.tasks", "worker.celery", "producer.cli.main"],
+)
 def test_the_loop_and_delivery_load_no_torch_by_themselves(start: str) -> None:
     """The engine is given its runner. Only `tasks` makes one, when all that is quick to check is well."""
     at_start = [each for each in IMPORTS if not each.lazy and not each.typing]
-    torch = DOORS[next(iter(DOORS))].split()
-    assert reached(start, at_start).isdisjoint({"torch", "diffusers", "transformers", *torch})
+    torch = next(iter(DOORS)).split()
+    assert not [name for name in reached(start, at_start) if name.split(".")[0] in torch]
 
 
 def test_celerys_module_can_hardly_fail_to_import() -> None:
     """Celery reports an import that fails in it as "Module 'worker' has no attribute 'celery'"."""
     ours = {name for name in reached("worker.celery", IMPORTS) if name.startswith(("worker", "producer"))}
-    assert ours == {f"worker.{name}" for name in ("celery", "transport", "settings", "job", "errors")}
+    assert ours == {
+        f"worker.{name}"
+        for name in ("celery", "broker.transport", "contract.settings", "contract.job", "contract.errors")
+    }
+
+
+def test_each_folder_says_what_is_behind_its_door() -> None:
+    for name, path in MODULES.items():
+        if path.name == "__init__.py":
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            assert "`" in text, f"{name}: say in one sentence what is in it, and which module is its door"
+
+
+def test_no_module_only_hands_on_what_others_have() -> None:
+    for name, path in MODULES.items():
+        if name in ("producer", "producer.__main__", "smallcat"):
+            continue
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        rest = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)]
+        assert rest or len(imports) == 0, f"{name} has nothing of its own"
+
+
+#: Lines of a file and of a function, at most.
+MAX_LINES, MAX_FUNCTION = 400, 60
+
+
+def test_no_file_and_no_function_is_too_long() -> None:
+    ours = modules("worker", "producer", "deploy")
+    files = [*ours.values(), *(ROOT / "worker").rglob("*.lua")]
+    long = [
+        f"{path.relative_to(ROOT)}: {lines} lines"
+        for path in files
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    ]
+    for path in ours.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_FUNCTION:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines} lines")
+    assert not long, "\n".join(long)
 
 
 def test_the_table_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     """An import against the arrows is one, wherever it hides."""
     source = "def f():\n    if x:\n        from worker import tasks\n    import torch.nn\n"
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: source)
-    assert [(each.imported, each.lazy) for each in imports_of("worker.job", Path("job.py"))] == [
-        ("worker.tasks", True),
-        ("torch.nn", True),
-    ]
+    found = list(imports_of("worker.contract.job", Path("job.py")))
+    assert [(each.imported, each.lazy) for each in found] == [("worker.tasks", True), ("torch.nn", True)]
+    assert arrows(found[:1]) - DRAWN == {("worker.contract", "worker.tasks")}

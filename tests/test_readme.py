@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from producer.cli import cli
+from producer.cli.main import cli
 from tests.readme import README, renewed
-from worker.settings import variables
+from worker.contract.settings import variables
 
 ROOT = README.parent
 

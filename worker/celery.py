@@ -11,10 +11,9 @@ import os
 from celery import Celery
 from kombu.connection import Connection
 
-from worker.errors import SettingsError
-from worker.job import DEFAULT_PRIORITY, FORMAT_VERSION, MAX_PRIORITY, Job
-from worker.settings import Settings
-from worker.transport import broker_url, transport_options
+from worker.broker.transport import broker_url, transport_options
+from worker.contract.errors import SettingsError
+from worker.contract.settings import Settings
 
 try:
     _settings = Settings.from_environment(os.environ)
@@ -22,11 +21,6 @@ except SettingsError as error:
     # A producer has read the same settings before it comes here: this is the `celery` command.
     raise SystemExit(f"smallcat: {error}") from None
 
-#: The one task.
-RENDER = "smallcat.render"
-#: The priority, as Redis' count (see `message_priority`), of a job that somebody waits for: what `submit_job`
-#: sends unless it is told otherwise. Prompt files are behind it.
-URGENT = MAX_PRIORITY - DEFAULT_PRIORITY
 
 app = Celery("smallcat", broker=broker_url(_settings.redis_url), include=["worker.tasks"])
 app.conf.update(
@@ -59,22 +53,3 @@ def connection(redis_url: str) -> Connection:
     """A connection of this app to that Redis, not yet made. kombu pools those of equal URLs."""
     made: Connection = app.connection_for_write(url=broker_url(redis_url))
     return made
-
-
-def message_of(job: Job, run: str = "") -> dict[str, object]:
-    """What travels through Redis for `job`: versioned, and nothing but JSON.
-
-    `run` is its place in a prompt file's run (`worker.records.run_mark`), where it has one.
-    """
-    message = {"version": FORMAT_VERSION, "id": job.id, "job": job.model_dump(mode="json")}
-    return message | {"run": run} if run else message
-
-
-def args_repr(prompt: str, seed: int) -> str:
-    """What Flower shows of a message. Celery's own would cost more time than all else, and more memory."""
-    return f"({prompt[:80]!r}, seed {seed})"
-
-
-def message_priority(job: Job) -> int:
-    """Redis' priorities count backwards: 0 is fetched first."""
-    return MAX_PRIORITY - job.priority

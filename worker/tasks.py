@@ -1,6 +1,6 @@
 """The Celery task, and the one place where a worker is put together and taken apart.
 
-Only this module knows the real runner and the real storage. It holds no decisions of its own: `RenderService`
+Only this module knows the real runner and the real storage. It holds no decisions of its own: `JobHandler`
 has the way of a job, `Engine` the loop.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 import platform
 import threading
@@ -20,35 +19,32 @@ from celery.exceptions import Reject
 from celery.worker import state as worker_state
 from kombu.asynchronous import get_event_loop
 
-from worker import metrics, transport
-from worker.celery import RENDER, URGENT, app
-from worker.engine import Engine
-from worker.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
-from worker.events import EventGroups
-from worker.fleet import Fleet, WorkerInfo, queues_of
-from worker.heartbeat import Heartbeat
-from worker.job import DEFAULT_PRIORITY
-from worker.lease import postpone
-from worker.records import Records
-from worker.redis_client import connect, connect_until, queue_errors
-from worker.render_service import RenderService
-from worker.settings import WorkerSettings, hidden, worker_settings
-from worker.storage import Storage
-from worker.storage_process import StorageProcess
-from worker.versions import versions
+from worker.broker import transport
+from worker.broker.event_batches import EventGroups
+from worker.broker.lease import postpone
+from worker.celery import app
+from worker.contract.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
+from worker.contract.job import DEFAULT_PRIORITY
+from worker.contract.message import RENDER, URGENT
+from worker.contract.queues import queues_of
+from worker.contract.settings import WorkerSettings, hidden, worker_settings
+from worker.contract.versions import versions
+from worker.engine.engine import Engine
+from worker.engine.step_cost import JOBS_PER_ROW, places
+from worker.jobs import metrics
+from worker.jobs.handler import JobHandler
+from worker.jobs.heartbeat import Heartbeat
+from worker.state.fleet import Fleet, WorkerInfo
+from worker.state.records import Records
+from worker.state.redis_client import connect, connect_until, queue_errors
+from worker.storage.bucket import Storage
+from worker.storage.bucket_process import BucketProcess
 
 if TYPE_CHECKING:
-    from worker.model_runner import ModelRunner
+    from worker.device.model_runner import ModelRunner
 
 logger = logging.getLogger("smallcat.worker")
 
-#: Jobs on board for each row of a batch: while one is rendered, the next is prepared or the last decoded.
-JOBS_PER_ROW = 2
-#: Seconds in which a picture is encoded and uploaded, with some to spare: as many more jobs are on board as
-#: end in that time, up to a batch. Measured by `tests.benchmarks.emulated`.
-UPLOAD_S = 0.25
-#: Rows of a batch for each place more that only urgent jobs may take: a batch of guided ones finds places.
-ROWS_PER_URGENT = 2
 #: Connections to the bucket that are kept open, at most: as many as the largest batch's worker has places.
 STORAGE_CONNECTIONS = 640
 #: Exit code of a worker whose engine was lost, from sysexits.h.
@@ -65,7 +61,7 @@ class _Process:
 
     settings: WorkerSettings
     engine: Engine[Any]
-    service: RenderService
+    service: JobHandler
     heartbeat: Heartbeat
     #: Set when nobody should wait for Redis any more.
     hurry: threading.Event
@@ -78,7 +74,7 @@ app.steps["consumer"].add(EventGroups)
 
 @app.task(name=RENDER, bind=True)
 def render(task: Task[Any, Any], payload: dict[str, Any]) -> None:
-    """Render the job in `payload` (see `worker.celery.message_of`) and store its picture.
+    """Render the job in `payload` (see `worker.contract.message.message_of`) and store its picture.
 
     Whatever is raised inside becomes a `Reject` or nothing: Celery acknowledges a message whose task raised
     anything else, and a `SystemExit` or `MemoryError` would leak the pool's slot for good.
@@ -140,22 +136,13 @@ def _start(sender: Any, **_: Any) -> None:
         )
 
 
-def places(max_rows: int, job_s: float) -> tuple[int, int]:
-    """How many jobs a worker has on board, and how many more of them that are urgent.
-
-    `max_rows`: rows of a step. `job_s`: seconds of the device's time for a job, in full batches.
-    """
-    uploaded = min(max_rows, math.ceil(UPLOAD_S / job_s))
-    return JOBS_PER_ROW * max_rows + uploaded, max(1, max_rows // ROWS_PER_URGENT)
-
-
 def load_runner(settings: WorkerSettings) -> ModelRunner:
     """The model, on its device. Raises `SettingsError`."""
     # Half a million objects that live as long as the process: with a search for garbage again and again they
     # take a second more to import, and each later one would stop every thread.
     gc.disable()
     # Torch takes seconds to load: what fails before need not wait for it.
-    from worker.model_runner import ModelRunner
+    from worker.device.model_runner import ModelRunner
 
     gc.freeze()
     gc.enable()
@@ -173,7 +160,7 @@ def _assemble(name: str) -> _Process:
         connect(settings.redis_url, retry_s=1).ping()
     # Asked by one that does not wait, as above.
     Storage(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
-    storage = StorageProcess(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
+    storage = BucketProcess(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
     storage.start()
     _say("queue", hidden(settings.redis_url), "REDIS_URL")
     _say("storage", storage.root, "S3_BUCKET, S3_PREFIX; a test object was written, read and deleted")
@@ -189,7 +176,7 @@ def _assemble(name: str) -> _Process:
     )
     records = Records(client, settings.record_ttl_s)
     fleet = Fleet(client, settings.record_ttl_s)
-    service = RenderService(
+    service = JobHandler(
         name=name,
         served=runner.served,
         engine=engine,

@@ -1,6 +1,6 @@
 """The contact sheet of a run: one self-contained page from a manifest, or from what lies in a bucket.
 
-    lines.py     what is known of each job: manifest lines, or the records beside the pictures
+    `lines`      what is known of each job: manifest lines, or the records beside the pictures
     frames.py    from that to what the page shows: texts, link, thumbnail
     page.py      the file: a template, a policy, and blocks of data that cannot become markup
     page.html, page.css, page.js
@@ -23,7 +23,7 @@ from typing import TypeVar
 from producer.gallery.frames import Pictures, frame_of
 from producer.gallery.lines import Line, is_address, read_lines
 from producer.gallery.page import PageWriter
-from worker.errors import CallerError
+from worker.contract.errors import CallerError
 
 #: Longest life of a link, seconds: S3's own limit of 7 days.
 MAX_LINK_S = 604_800

@@ -7,18 +7,15 @@ import io
 import json
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
 
-from producer.buckets import bucket
 from producer.gallery.lines import Line
-from worker.errors import InvalidJobError, UnknownJobError
-from worker.job import Defaults, Job
-
-if TYPE_CHECKING:
-    from worker.storage import Storage
+from producer.session import bucket_of
+from worker.contract.errors import InvalidJobError, UnknownJobError
+from worker.contract.job import Defaults, Job
 
 #: Pixels of a thumbnail's longer side: sharp at the page's first tile size on a screen of 1.5x.
 THUMBNAIL_PX = 256
@@ -57,12 +54,12 @@ class Pictures:
 
     def url(self, uri: str) -> str:
         """A link to the picture. Raises `StorageError`."""
-        return _storage(uri).url(uri, self._expires_s)
+        return bucket_of(uri).url(uri, self._expires_s)
 
     def record(self, uri: str) -> Line:
         """The record beside the picture, flat; empty where there is none. Raises `StorageError`."""
         try:
-            record = json.loads(_storage(uri).get(uri.rpartition(".")[0] + ".json"))
+            record = json.loads(bucket_of(uri).get(uri.rpartition(".")[0] + ".json"))
         except (UnknownJobError, ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
@@ -78,7 +75,7 @@ class Pictures:
         if not self._embed:
             return None
         try:
-            return thumbnail(_storage(uri).get(uri))
+            return thumbnail(bucket_of(uri).get(uri))
         except (UnknownJobError, OSError, Image.DecompressionBombError):
             self._miss("picture")
             return None
@@ -160,7 +157,7 @@ def _texts(line: Line) -> Frame:
 
 def _parameters(line: Line) -> str:
     """The text that is in the picture itself; empty for a job that is not resolved."""
-    from worker.parameters import write
+    from worker.contract.infotext import write
 
     if any(name not in line for name in _RESOLVED):
         return ""
@@ -190,7 +187,3 @@ def _texts_of(value: object) -> dict[str, str]:
 def _seconds(value: object) -> dict[str, str]:
     timings = value if isinstance(value, dict) else {}
     return {str(name): f"{each:.3g}" for name, each in timings.items() if isinstance(each, int | float)}
-
-
-def _storage(uri: str) -> Storage:
-    return bucket(urlsplit(uri).netloc)

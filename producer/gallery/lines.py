@@ -10,9 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
-from producer.buckets import bucket
-from worker.errors import CallerError
-from worker.records import Timings
+from producer.session import bucket
+from worker.contract.errors import CallerError
+from worker.contract.record import Timings
 
 #: One job: the manifest's fields, or a record's, with the job's own fields beside them. Any may be missing.
 Line = dict[str, Any]
@@ -101,7 +101,7 @@ def _value(name: str, text: str) -> Any:
 
 def _bucket_lines(address: str) -> Iterator[Line]:
     """One line a job that is there whole, by the names of its objects: its record has the rest."""
-    from worker.job import ImageFormat
+    from worker.contract.job import ImageFormat
 
     name = address.removeprefix("s3://").partition("/")[0]
     if not name:

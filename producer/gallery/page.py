@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from producer.gallery.frames import Frame
-from worker.errors import CallerError
+from worker.contract.errors import CallerError
 
 #: Rows in one block of data.
 _ROWS = 500

@@ -15,7 +15,7 @@ import os
 
 import click
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 from producer import submit_job
 from tests.benchmarks.emulated_gpu import EmulatedRunner
 from tests.benchmarks.engine import saturate

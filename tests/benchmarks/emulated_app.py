@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import time
 
-import worker.render_service as render_service
+import worker.jobs.handler as render_service
 import worker.tasks as tasks
 from tests.benchmarks.emulated_gpu import EmulatedRunner
 from worker.celery import app as app
-from worker.images import Picture
-from worker.job import Job
-from worker.settings import WorkerSettings
+from worker.contract.job import Job
+from worker.contract.settings import WorkerSettings
+from worker.engine.runner import Picture
 
 
 def encode(picture: Picture, job: Job) -> bytes:

@@ -11,18 +11,18 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tests.faults.runner import FaultRunner
-from worker.errors import SmallcatError
-from worker.images import Picture
-from worker.job import Job
-from worker.render import Check, Render, batch_of
-from worker.samplers import SLOTS, Schedule
-from worker.text import Text
+from worker.contract.errors import SmallcatError
+from worker.contract.job import Job
+from worker.device.job_state import Check, Render, batch_of
+from worker.device.samplers import SLOTS, Schedule
+from worker.device.text_encoder import Text
+from worker.engine.runner import Picture
 
 #: Milliseconds of a step by its rows, and of a decoding by its pictures: about as on an H200, with Stable
 #: Diffusion 1.x shapes at 512x512 px, compiled (docs/measurements.md).
 STEP_MS = {1: 6.6, 2: 6.6, 4: 10.0, 8: 17.2, 16: 33.1, 32: 65.0}
 DECODE_MS = {1: 9.0, 2: 15.4, 4: 29.6, 8: 58.0}
-#: Pictures that are decoded at once, as `worker.decoder` does at 512x512 px.
+#: Pictures that are decoded at once, as `worker.device.vae_decoder` does at 512x512 px.
 CHUNK = max(DECODE_MS)
 #: Shapes of a job's latents and text, small for the CPU's sake.
 LATENTS, TEXT = (4, 8, 8), (77, 8)
@@ -68,7 +68,7 @@ class Device:
 
 
 class EmulatedRunner(FaultRunner):
-    """Keeps `worker.runner.Runner`'s contract as `worker.model_runner` does on a GPU.
+    """Keeps `worker.engine.runner.Runner`'s contract as `worker.device.model_runner` does on a GPU.
 
     Its jobs are real ones, on the CPU and small: torch's own Python, for which all threads fight, is there.
     """

@@ -21,11 +21,12 @@ from typing import Any
 import click
 import torch
 
-from worker.engine import Engine, Rendered
-from worker.job import Job
-from worker.model_runner import ModelRunner
-from worker.settings import worker_settings
-from worker.tasks import JOBS_PER_ROW
+from worker.contract.job import Job
+from worker.contract.settings import worker_settings
+from worker.device.model_runner import ModelRunner
+from worker.engine.engine import Engine
+from worker.engine.step_cost import JOBS_PER_ROW
+from worker.engine.ticket import Rendered
 
 #: Threads that submit.
 SUBMITTERS = 8

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.mates import psnr
-from worker.demo import classifier, evaluate
-from worker.demo.subjects import scored_words
-from worker.images import Picture
-from worker.job import Job
-from worker.model_runner import ModelRunner
-from worker.settings import worker_settings
+from worker.contract.job import Job
+from worker.contract.settings import worker_settings
+from worker.demo.training import classifier, evaluate
+from worker.demo.training.subjects import scored_words
+from worker.device.model_runner import ModelRunner
+from worker.engine.runner import Picture
 
 #: (guidance_start, guidance_stop); the first is what the others are compared with.
 INTERVALS = ((0.0, 1.0), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.0, 0.5), (0.0, 0.0))

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import click
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 from tests.fast_worker import SERVED, announce
-from worker.job import Job
+from worker.contract.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Jobs of each of the two samples of `apply_async`.
@@ -31,8 +31,9 @@ PLAIN = 2_000
 
 def plain(redis_url: str, jobs: int) -> float:
     """Jobs a second that Celery's own producer publishes."""
-    from worker.celery import RENDER, app, connection, message_of, message_priority
-    from worker.fleet import queue_of
+    from worker.celery import app, connection
+    from worker.contract.message import RENDER, message_of, message_priority
+    from worker.contract.queues import queue_of
 
     ready = [Job(prompt=f"a photo of cat number {n}", seed=n).resolved(SERVED) for n in range(jobs)]
     with connection(redis_url) as open_connection:
@@ -54,8 +55,8 @@ def fed(stack: Stack, file: Path, lines: int) -> tuple[float, float]:
     """Jobs a second that `ingest --detach` publishes, from its first to its last, and its peak in MB."""
     code = (
         "import sys, time, resource\n"
-        "from producer.ingest import Ingest\n"
-        "from producer.run import Run\n"
+        "from producer.ingest.feeder import Ingest\n"
+        "from producer.ingest.run_state import Run\n"
         "times = []\n"
         "feed = Run.feed\n"
         "Run.feed = lambda *args: (feed(*args), times.append(time.perf_counter()))\n"

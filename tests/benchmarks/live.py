@@ -28,9 +28,10 @@ from pathlib import Path
 import click
 from redis import Redis
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 from producer import submit_job
-from worker.fleet import Fleet, queues_of
+from worker.contract.queues import queues_of
+from worker.state.fleet import Fleet
 
 #: Lines of the file.
 LINES = 1_000_000

@@ -39,13 +39,14 @@ from rich.console import Console
 from tests.benchmarks.load_tables import TARGET_LOAD, shown, targets
 from tests.benchmarks.policies import MEAN_STEPS, MIX, ONE, POLICIES, ROWS, SMALLCAT, STATIC, Device, Static
 from tests.benchmarks.simulation import Arrival, Finished, Point, arrivals, runs, simulate, simulated
-from worker.batcher import Batcher
-from worker.engine import Engine, Rendered
-from worker.errors import SmallcatError
-from worker.job import Job, Scheduler
-from worker.model_runner import ModelRunner
-from worker.render import Render
-from worker.settings import WorkerSettings, worker_settings
+from worker.contract.errors import SmallcatError
+from worker.contract.job import Job, Scheduler
+from worker.contract.settings import WorkerSettings, worker_settings
+from worker.device.job_state import Render
+from worker.device.model_runner import ModelRunner
+from worker.engine.batcher import Batcher
+from worker.engine.engine import Engine
+from worker.engine.ticket import Rendered
 
 #: How much more of the time the load of the targets gets than others.
 TARGET_WEIGHT = 3

@@ -18,11 +18,12 @@ import click
 import numpy as np
 import torch
 
-from worker.demo import evaluate
-from worker.engine import Engine, Rendered
-from worker.job import Job, Scheduler
-from worker.model_runner import ModelRunner
-from worker.settings import worker_settings
+from worker.contract.job import Job, Scheduler
+from worker.contract.settings import worker_settings
+from worker.demo.training import evaluate
+from worker.device.model_runner import ModelRunner
+from worker.engine.engine import Engine
+from worker.engine.ticket import Rendered
 
 #: Named by the bundled model's card as weak with guidance; a picture of speckles says nothing of mates.
 WITHOUT_GUIDANCE = (Scheduler.PNDM,)

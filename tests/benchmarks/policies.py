@@ -1,7 +1,7 @@
 """Which jobs share the next step: smallcat's way, and others to compare it with.
 
-A policy is a `worker.batcher.Batcher` that chooses otherwise, so that engine and simulation run all of them
-in the same loop. All jobs are of one lane, and guided. Pure: no torch, no threads, no clock.
+A policy is a `Batcher` that chooses otherwise, so that engine and simulation run them in the same
+loop.All jobs are of one lane, and guided. Pure: no torch, no threads, no clock.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-from worker.batcher import Batcher, Costs
-from worker.step_cost import Curve, StepCost
+from worker.engine.batcher import Batcher, Costs
+from worker.engine.step_cost import Curve, StepCost
 
 #: Steps of the jobs, in equal parts, and the rows of each: all are guided.
 MIX, ROWS = (20, 30, 50), 2

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from tests.benchmarks.policies import EARLY, MIX, OTHERS, POLICIES, ROWS, SMALLCAT, STATIC, Device, Static
-from worker.batcher import Batcher
+from worker.engine.batcher import Batcher
 
 
 @dataclass(frozen=True)

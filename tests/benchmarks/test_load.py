@@ -40,7 +40,7 @@ from tests.benchmarks.simulation import (
     together,
 )
 from tests.tiny_models import tiny_sd1
-from tests.worker.fake_runner import FakeRunner
+from tests.worker.engine.fake_runner import FakeRunner
 
 #: A step is 1 s for any rows up to 8; a picture is decoded in 0.5 s.
 FLAT = Device(((2, 1.0), (8, 1.0)), ((1, 0.5), (4, 2.0)), rows=8)

@@ -28,18 +28,19 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-import worker.record_scripts as scripts
+import worker.state.scripts as scripts
 import worker.tasks as tasks
 from tests.faults.app_names import DIED, MARKS
 from tests.faults.runner import FaultRender, FaultRunner, verbs_of
 from worker.celery import app as app
-from worker.errors import SmallcatError
-from worker.job import ImageFormat
-from worker.records import JobRecord, Records
-from worker.render_service import RenderService
-from worker.settings import WorkerSettings, worker_settings
-from worker.storage import Storage
-from worker.storage_process import StorageProcess
+from worker.contract.errors import SmallcatError
+from worker.contract.job import ImageFormat
+from worker.contract.record import JobRecord
+from worker.contract.settings import WorkerSettings, worker_settings
+from worker.jobs.handler import JobHandler
+from worker.state.records import Records
+from worker.storage.bucket import Storage
+from worker.storage.bucket_process import BucketProcess
 
 # A mark is counted in the step that makes it: so that two of them, by whatever way, are seen.
 
@@ -100,7 +101,7 @@ def load_runner(settings: WorkerSettings) -> FaultRunner:
 tasks.load_runner = load_runner  # type: ignore[assignment]
 
 
-class Service(RenderService):
+class Service(JobHandler):
     """Notes when a job takes and leaves its place; dies before the acknowledgement."""
 
     def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
@@ -141,7 +142,7 @@ class DyingRecords(Records):
         return marked
 
 
-class DyingStorage(Dying, StorageProcess):
+class DyingStorage(Dying, BucketProcess):
     """As a worker has it."""
 
 
@@ -167,7 +168,7 @@ class FolderStorage(Dying):
         return Path(os.environ["FAULTS_FOLDER"]) / key
 
 
-tasks.RenderService = Service  # type: ignore[misc]
+tasks.JobHandler = Service  # type: ignore[misc]
 IS_FOLDER = os.environ.get("FAULTS_STORAGE") == "folder"
-tasks.StorageProcess = FolderStorage if IS_FOLDER else DyingStorage  # type: ignore[assignment, misc]
+tasks.BucketProcess = FolderStorage if IS_FOLDER else DyingStorage  # type: ignore[assignment, misc]
 tasks.Records = DyingRecords  # type: ignore[misc]

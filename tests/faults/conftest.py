@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 
 if TYPE_CHECKING:
     from tests.faults.harness import Ground

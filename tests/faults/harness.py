@@ -19,15 +19,15 @@ from pathlib import Path
 import pytest
 import redis
 
-from deploy.home import StackError
-from deploy.parts import WorkerProcess
-from deploy.process import Process
-from deploy.stack import BUCKET, Stack
+from deploy.embedded.home import StackError
+from deploy.embedded.process import Process
+from deploy.embedded.servers import WorkerProcess
+from deploy.embedded.stack import BUCKET, Stack
 from producer import submit_job
-from worker.errors import QueueError
-from worker.fleet import lists_of, queues_of
-from worker.job import Job
-from worker.tasks import places as places_of
+from worker.contract.errors import QueueError
+from worker.contract.job import Job
+from worker.contract.queues import lists_of, queues_of
+from worker.engine.step_cost import places as places_of
 
 from tests.faults.runner import SERVED, FaultRunner  # isort: skip
 

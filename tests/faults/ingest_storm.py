@@ -24,9 +24,9 @@ from typing import Any
 import click
 import redis
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 from tests.fast_worker import SERVED, announce
-from worker.fleet import lists_of, queues_of
+from worker.contract.queues import lists_of, queues_of
 
 ROOT = Path(__file__).resolve().parents[2]
 QUEUE = queues_of(SERVED)[0]

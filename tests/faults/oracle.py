@@ -11,7 +11,7 @@ from PIL import Image
 from tests.faults.app_names import MARKS
 from tests.faults.harness import FaultWorker, Ground, places, wait_until
 from tests.faults.runner import pixel_of
-from worker.records import JobRecord
+from worker.contract.record import JobRecord
 
 #: Keys without an expiry, and whose they are.
 OWNED = {

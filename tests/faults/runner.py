@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from worker.errors import DeviceError, NotFiniteError, OutOfMemoryError, SmallcatError
-from worker.images import Picture
-from worker.job import Defaults, Job, ServedModel
+from worker.contract.errors import DeviceError, NotFiniteError, OutOfMemoryError, SmallcatError
+from worker.contract.job import Defaults, Job, ServedModel
+from worker.engine.runner import Picture
 
 #: What the fake serves.
 SERVED = ServedModel(
@@ -45,7 +45,7 @@ IDLE_TURN_S = 0.005
 
 @dataclass(frozen=True)
 class Choice:
-    """As `worker.pipeline.Choice`, which comes with torch."""
+    """As `worker.model.placement.Choice`, which comes with torch."""
 
     what: str
     choice: str
@@ -85,7 +85,7 @@ class FaultRender:
 
 
 class FaultRunner:
-    """Keeps `worker.runner.Runner`'s contract. `note` is told what happens, `may_die` asked before a kill."""
+    """A `worker.engine.runner.Runner`. `note` is told what happens, `may_die` asked before a kill."""
 
     served = SERVED
     job_s = 1.0

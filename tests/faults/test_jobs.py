@@ -7,7 +7,7 @@ import pytest
 from producer import JobHandle
 from tests.faults import oracle
 from tests.faults.harness import LEASE_S, Ground, wait_until
-from worker.records import State
+from worker.contract.record import State
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)

@@ -11,8 +11,8 @@ from producer import submit_job
 from tests.faults import oracle
 from tests.faults.harness import Ground
 from tests.integration.transport_harness import TLSProxy
-from worker.errors import QueueError
-from worker.records import State
+from worker.contract.errors import QueueError
+from worker.contract.record import State
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)

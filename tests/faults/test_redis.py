@@ -9,7 +9,7 @@ import pytest
 from producer import submit_job
 from tests.faults import oracle
 from tests.faults.harness import LEASE_S, Ground, wait_until
-from worker.errors import QueueError
+from worker.contract.errors import QueueError
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)

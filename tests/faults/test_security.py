@@ -17,10 +17,10 @@ from producer import submit_job
 from tests.faults import oracle
 from tests.faults.harness import Ground, wait_until
 from tests.faults.runner import SERVED
-from worker.celery import RENDER, message_of
-from worker.errors import InvalidJobError
-from worker.fleet import queue_of, queues_of
-from worker.job import FORMAT_VERSION, Job
+from worker.contract.errors import InvalidJobError
+from worker.contract.job import FORMAT_VERSION, Job
+from worker.contract.message import RENDER, message_of
+from worker.contract.queues import queue_of, queues_of
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
@@ -216,7 +216,7 @@ def test_secrets_are_told_nobody(calm: Ground) -> None:
     shown += [path.read_text() for path in calm.images.rglob("*.json")]
     with calm.redis as client:
         shown += [client.dump(key).decode("latin-1") for key in calm_keys(calm)]
-    from worker.settings import producer_settings, worker_settings
+    from worker.contract.settings import producer_settings, worker_settings
 
     shown += [repr(worker_settings(calm.stack.environment)), repr(producer_settings(calm.stack.environment))]
     for secret in secrets:

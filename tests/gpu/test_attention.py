@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from worker import attention
-from worker.attention import Shape
 from worker.bench import kernels
 from worker.bench.report import exponent
+from worker.device import attention
+from worker.device.attention import Shape
 
 pytestmark = pytest.mark.gpu
 

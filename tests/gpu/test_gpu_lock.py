@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_models
-from worker import gpu_lock
+from worker.model import gpu_lock
 
 # Each process loads torch, and a model.
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
@@ -20,11 +20,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 LOADER = """
 import sys
 import torch
-from worker import attention, pipeline
-from worker.errors import SettingsError
-from worker.settings import WorkerSettings
+from worker.device import attention
+from worker.model import loader
+from worker.contract.errors import SettingsError
+from worker.contract.settings import WorkerSettings
 try:
-    loaded = pipeline.load(WorkerSettings(model=sys.argv[1]))
+    loaded = loader.load(WorkerSettings(model=sys.argv[1]))
     device = loaded.pipeline.unet.device
     assert device == loaded.pipeline.vae.device == loaded.device, "all of the model is in one place"
     print(device, torch.cuda.current_device(), torch.cuda.get_device_properties(device).uuid, flush=True)

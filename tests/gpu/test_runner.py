@@ -16,11 +16,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.benchmarks.mates import jobs_of, psnr
-from worker.engine import Engine, Rendered
-from worker.graphs import MAX_ROWS, bucket_of
-from worker.job import Job
-from worker.model_runner import ModelRunner
-from worker.settings import WorkerSettings
+from worker.contract.job import Job
+from worker.contract.settings import WorkerSettings
+from worker.device.cuda_graphs import MAX_ROWS, bucket_of
+from worker.device.model_runner import ModelRunner
+from worker.engine.engine import Engine
+from worker.engine.ticket import Rendered
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 from producer import submit_job
 from tests.faults.harness import ROOT, Ground
-from worker.errors import JobCancelledError, QueueError
-from worker.records import State
+from worker.contract.errors import JobCancelledError, QueueError
+from worker.contract.record import State
 
 PASSWORD = "a-password"
 #: A test may start three processes, on a machine that may be busy.

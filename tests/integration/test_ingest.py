@@ -18,14 +18,14 @@ import redis
 from click.testing import CliRunner
 from PIL import Image
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 from producer import submit_job
-from producer.cli import cli
+from producer.cli.main import cli
 from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
 from tests.integration.transport_harness import ROOT, wait_until
-from worker.errors import CallerError, PromptFileError
-from worker.fleet import queues_of
+from worker.contract.errors import CallerError, PromptFileError
+from worker.contract.queues import queues_of
 
 QUEUE = queues_of(SERVED)[0]
 #: A worker process takes seconds to start on a busy machine.

@@ -19,11 +19,11 @@ from redis import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from deploy import local
-from deploy.home import StackError
+from deploy.embedded.home import StackError
+from deploy.embedded.stack import BUCKET, Stack
 from deploy.local import exports
-from deploy.stack import BUCKET, Stack
-from worker.fleet import Fleet, WorkerInfo
-from worker.job import Defaults, ServedModel
+from worker.contract.job import Defaults, ServedModel
+from worker.state.fleet import Fleet, WorkerInfo
 
 pytestmark = pytest.mark.usefixtures("servers")  # skips at home, fails in CI, where they are not installed
 

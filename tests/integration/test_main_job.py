@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 from producer import JobHandle, JobResult, job_from_image, submit_job
 from tests.tiny_models import tiny_sd1
-from worker.errors import InvalidJobError, JobCancelledError
-from worker.records import JobRecord, State
-from worker.tasks import places
+from worker.contract.errors import InvalidJobError, JobCancelledError
+from worker.contract.record import JobRecord, State
+from worker.engine.step_cost import places
 
 #: Steps and pixels of a job that is still running whenever a test looks.
 LONG = {"steps": 150, "width": 256, "height": 256}

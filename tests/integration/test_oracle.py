@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.stack import Stack
+from deploy.embedded.stack import Stack
 from producer import submit_job
-from worker.demo import classifier, evaluate
-from worker.demo.subjects import scored_words
-from worker.job import Job, Scheduler
-from worker.samplers import CLASSES
+from worker.contract.job import Job, Scheduler
+from worker.demo.training import classifier, evaluate
+from worker.demo.training.subjects import scored_words
+from worker.device.samplers import CLASSES
 
 pytestmark = pytest.mark.timeout(300)
 

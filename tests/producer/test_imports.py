@@ -27,7 +27,7 @@ def test_importing_the_producer_takes_no_time() -> None:
     assert statistics.median(float(fresh(code)) for _ in range(3)) < LIMIT_S
 
 
-@pytest.mark.parametrize("module", ["producer", "producer.cli"])
+@pytest.mark.parametrize("module", ["producer", "producer.cli.main"])
 def test_importing_the_producer_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, json, {module}; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     assert json.loads(fresh(code)) == []
@@ -39,9 +39,10 @@ def test_a_producer_works_where_no_worker_is_installed() -> None:
         "import sys\n"
         "for name in ('torch', 'diffusers', 'transformers', 'safetensors', 'accelerate', 'numpy',"
         " 'prometheus_client'): sys.modules[name] = None\n"
-        "import producer, producer.cli, producer.doctor, producer.display\n"
-        "import worker.celery, worker.fleet, worker.records, worker.redis_client, worker.storage\n"
-        "import worker.images, worker.parameters\n"
+        "import producer, producer.cli.main, producer.cli.doctor, producer.cli.job_display\n"
+        "import worker.celery, worker.state.fleet, worker.state.records, worker.state.redis_client\n"
+        "import worker.storage.bucket\n"
+        "import worker.jobs.image_file, worker.contract.infotext\n"
         "print(producer.submit_job.__name__)"
     )
     assert fresh(code) == "submit_job\n"

@@ -1,1 +1,1 @@
-"""The benchmark for users, on any GPU or CPU, of any model that a worker serves: `python -m worker.bench`."""
+"""The benchmark for users, on any GPU or CPU, of any model that a worker serves: `__main__` is the door."""

@@ -22,11 +22,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from worker import shapes
-from worker.bench import measuring, tables
+from worker.bench import measuring, shapes, tables
 from worker.bench.report import Experiment, Report
-from worker.errors import SmallcatError
-from worker.settings import WorkerSettings, worker_settings
+from worker.contract.errors import SmallcatError
+from worker.contract.settings import WorkerSettings, worker_settings
 
 
 @click.command()

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from worker import attention
-from worker.attention import Kernel, Shape
 from worker.bench.report import ROWS, Point
-from worker.pipeline import first_line
+from worker.contract.errors import first_line
+from worker.device import attention
+from worker.device.attention import Kernel, Shape
 
 #: Seconds for which a kernel is run again and again; the fastest run counts.
 ENOUGH_S = 0.3

@@ -7,12 +7,13 @@ import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from worker import attention, pipeline
 from worker.bench import kernels, runs
 from worker.bench.report import PACKAGES, Cat, Experiment, Point, Rate, Report, Setup
-from worker.errors import SettingsError
-from worker.settings import WorkerSettings
-from worker.versions import versions
+from worker.contract.errors import SettingsError
+from worker.contract.settings import WorkerSettings
+from worker.contract.versions import versions
+from worker.device import attention
+from worker.model import loader
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Measuring:
         self._settings = settings
         self._experiments, self._patience = experiments, patience
         self._command = command
-        loaded = pipeline.load(settings)
+        loaded = loader.load(settings)
         self._device, self._served = loaded.device, loaded.served
         self._dtype = str(loaded.dtype).removeprefix("torch.")
         self._device_name = next(each.choice for each in loaded.choices if each.what == "device")

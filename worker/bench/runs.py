@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from worker.bench.report import Cat, Rate, Setup, images_per_s
-from worker.errors import OutOfMemoryError, SettingsError, SmallcatError
-from worker.job import Job
-from worker.model_runner import ModelRunner
-from worker.render import Render
-from worker.settings import WorkerSettings
+from worker.contract.errors import OutOfMemoryError, SettingsError, SmallcatError
+from worker.contract.job import Job
+from worker.contract.settings import WorkerSettings
+from worker.device.job_state import Render
+from worker.device.model_runner import ModelRunner
 
 #: The origin's prompt.
 PROMPT = "a small cat"

@@ -1,0 +1,1 @@
+"""The embedded stack, of Python wheels alone: `stack` is the door."""

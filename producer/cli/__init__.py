@@ -1,0 +1,1 @@
+"""The `smallcat` command: `main` is the door."""

@@ -1,0 +1,134 @@
+"""`smallcat doctor`: is everything there that a job needs? One finding a line, each with its remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from worker.contract.errors import SmallcatError
+from worker.contract.job import ImageFormat
+from worker.contract.queues import queues_of
+from worker.contract.settings import ProducerSettings, hidden, producer_settings
+from worker.state.fleet import Fleet
+from worker.state.redis_client import connect, queue_errors
+from worker.storage.bucket import Storage
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    #: What.
+    what: str
+    #: Whether it is as it should be.
+    ok: bool
+    #: What was seen, and where it is not ok, what to do.
+    text: str
+
+
+def examine() -> Iterator[Finding]:
+    """Look at Redis, the bucket, the workers and this machine. Raises `SettingsError` only."""
+    settings = producer_settings()
+    yield from _guarded("redis", _redis(settings))
+    yield from _guarded("bucket", _bucket(settings))
+    yield from _guarded("workers", _workers(settings))
+    if importlib.util.find_spec("torch"):
+        yield from _guarded("device", _device())
+
+
+def _guarded(what: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """A check that raises is a finding, and the next check goes on."""
+    try:
+        yield from findings
+    except (SmallcatError, OSError) as error:
+        yield Finding(what, False, str(error))
+
+
+def _redis(settings: ProducerSettings) -> Iterator[Finding]:
+    with queue_errors(settings.redis_url):
+        client = connect(settings.redis_url, retry_s=1)
+        client.ping()
+        info = client.info()
+    where = hidden(settings.redis_url)
+    yield Finding(
+        "redis", True, f"{where} answers, version {info.get('valkey_version', info['redis_version'])}"
+    )
+    policy = info.get("maxmemory_policy", "noeviction")
+    yield Finding(
+        "redis",
+        policy == "noeviction",
+        "keeps what it holds when it is full (noeviction)"
+        if policy == "noeviction"
+        else f"evicts jobs when it is full ({policy}): CONFIG SET maxmemory-policy noeviction",
+    )
+    durable = info.get("aof_enabled") in (1, "1")
+    yield Finding(
+        "redis",
+        True,
+        "keeps an append-only file: jobs survive its death"
+        if durable
+        else "keeps no append-only file: jobs are lost if it dies. For production: CONFIG SET appendonly yes",
+    )
+
+
+def _bucket(settings: ProducerSettings) -> Iterator[Finding]:
+    storage = Storage(settings.s3_bucket, settings.s3_prefix, attempts=2)
+    storage.check()
+    yield Finding("bucket", True, f"{storage.root} can be written, read and deleted from")
+    job_id, body = f"doctor-{secrets.token_hex(8)}", b"smallcat"
+    storage.put(job_id, ImageFormat.PNG, body, b"{}", "image/png")
+    try:
+        link = storage.url(storage.uri(job_id, ImageFormat.PNG), expires_s=60)
+        with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310 - our own presigned http(s) link
+            ok = answer.read() == body
+    finally:
+        storage.delete(job_id, ImageFormat.PNG)
+    yield Finding(
+        "bucket",
+        ok,
+        "presigned links open" if ok else "a presigned link gives other bytes: check for a proxy",
+    )
+
+
+def _workers(settings: ProducerSettings) -> Iterator[Finding]:
+    client = connect(settings.redis_url, retry_s=1)
+    fleet = Fleet(client, settings.record_ttl_s)
+    with queue_errors(settings.redis_url):
+        live, waiting = fleet.workers(), fleet.waiting()
+    served = {queue for worker in live for queue in queues_of(worker.served)}
+    if not live:
+        yield Finding("workers", False, "none is alive: start one with `celery -A worker worker`")
+    for worker in live:
+        what = (
+            f"{worker.served.name} at {worker.served.revision}, {worker.device}, attention {worker.attention}"
+        )
+        yield Finding("workers", True, f"{worker.name} serves {what}, up to {worker.max_rows} rows")
+    versions: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for worker in live:
+        for package, version in worker.versions.items():
+            versions[package, version].append(worker.name)
+    for package in sorted({package for package, _ in versions}):
+        found = {version: names for (name, version), names in versions.items() if name == package}
+        if len(found) > 1:
+            told = "; ".join(f"{version} on {', '.join(names)}" for version, names in found.items())
+            yield Finding("workers", False, f"run different versions of {package}: {told}")
+    for queue, count in waiting.items():
+        if count and queue not in served:
+            text = f"{count} jobs wait in {queue}, which no live worker serves: start one that does"
+            yield Finding("queues", False, text)
+        elif count:
+            yield Finding("queues", True, f"{count} jobs wait in {queue}")
+
+
+def _device() -> Iterator[Finding]:
+    """Ask the worker's own choosers what a worker would run on here."""
+    from worker.device.attention import probe
+    from worker.model.placement import choose_device
+
+    device, reason = choose_device("auto")
+    yield Finding("device", True, f"{device} ({reason})")
+    for backend, problem in probe(device).items():
+        yield Finding("attention", True, f"{backend}: {problem or 'works'}")

@@ -1,0 +1,249 @@
+"""The command `ingest`: its options, and what it prints. Everything else is imported when it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from producer.cli.ingest_display import QuietDisplay
+    from producer.ingest.feeder import Ingest
+    from producer.ingest.plan import Plan, Rejected
+    from producer.ingest.types import Outcome
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Exit codes beside those of `producer.cli.main`: Ctrl-C.
+INTERRUPTED = 130
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+_OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (
+        ("--format", "formats"),
+        {
+            "multiple": True,
+            "help": "Of the files: txt, csv, tsv, jsonl, parquet; or of pictures: png, webp, jpeg.",
+        },
+    ),
+    (("--images",), {"type": int, "default": 1, "help": "Seeds a prompt; 1 when not given."}),
+    (
+        ("--seed-start",),
+        {"type": int, "help": "First seed of each prompt; drawn from its line when not given."},
+    ),
+    (
+        ("--grid",),
+        {
+            "multiple": True,
+            "metavar": "FIELD=A,B ...",
+            "help": "Cross values: --grid steps=20,30 guidance_scale=5,7",
+        },
+    ),
+    (
+        ("--sample",),
+        {"type": int, "help": "Draw so many of a line's {a|b} and __wildcards__; all when not given."},
+    ),
+    (
+        ("--wildcards",),
+        {
+            "type": _FOLDER,
+            "help": "Folder with NAME.txt for __NAME__; wildcards/ beside the file when not given.",
+        },
+    ),
+    (("--literal",), {"is_flag": True, "help": "Leave braces and __wildcards__ as they are."}),
+    (("--check",), {"is_flag": True, "help": "Look at all lines and send nothing."}),
+    (("--strict",), {"is_flag": True, "help": "Send nothing if any line is bad."}),
+    (("--manifest",), {"type": _FILE, "help": "FILE.manifest.jsonl when not given; CSV if it ends in .csv."}),
+    (("--download",), {"type": _FOLDER, "help": "Save the pictures here as they finish."}),
+    (("--name",), {"help": "Template of their names; {line:06d}-{seed}-{slug}.png when not given."}),
+    (
+        ("--run",),
+        {"help": "Name of the run: the same name goes on with it; made from the files when not given."},
+    ),
+    (
+        ("--max-queued",),
+        {"type": int, "default": 10_000, "help": "Jobs that wait in the queue, at most; 10000."},
+    ),
+    (("--detach",), {"is_flag": True, "help": "Queue everything and return; call again for the manifest."}),
+    (("--quiet",), {"is_flag": True, "help": "Show no progress."}),
+    (("--lines",), {"is_flag": True, "help": "A line for each job, for logs; with --json one of JSON."}),
+)
+
+
+def ingest_options(job_options: Mapping[str, tuple[Any, str]]) -> Callable[[F], F]:
+    """Decorates the command with its arguments; `job_options` are defaults for every line."""
+
+    def decorate(command: F) -> F:
+        for names, settings in reversed(_OPTIONS):
+            command = click.option(*names, **settings)(command)
+        for name, (kind, text) in reversed(list(job_options.items())):
+            if name != "format":
+                flag = f"--{name.replace('_', '-')}"
+                command = click.option(flag, name, type=kind, default=None, help=text)(command)
+        return click.argument("files", nargs=-1, required=True)(command)
+
+    return decorate
+
+
+def run_ingest(
+    files: Sequence[str], fields: Mapping[str, Any], options: Mapping[str, Any], *, as_json: bool
+) -> int:
+    """Do what the command says; the exit code. `fields` are job fields, `options` what `_OPTIONS` has.
+
+    Raises what `producer.ingest.submit_file.submit_file` does.
+    """
+    from producer.ingest.plan import refuse_bad_lines
+    from producer.ingest.submit_file import grid_of, make_ingest, make_plan, make_variations, wildcards_folder
+    from producer.ingest.types import Options
+    from worker.contract.errors import ServiceError
+
+    names = [each for each in files if not _is_axis(each)]
+    axes = [each for each in files if _is_axis(each)]
+    file_format, fields = _formats(options["formats"], fields)
+    folder = wildcards_folder(options["wildcards"], names)
+    variations = make_variations(
+        fields,
+        options["images"],
+        options["seed_start"],
+        grid_of([*options["grid"], *axes]),
+        options["sample"],
+        folder,
+        literal=options["literal"],
+    )
+    plan = make_plan(names, file_format=file_format, variations=variations)
+    if options["check"]:
+        return _check(plan, as_json=as_json)
+    if options["strict"]:
+        refuse_bad_lines(plan, lambda text: click.echo(text, err=True))
+    run_options = Options(options["manifest"], options["run"], options["max_queued"], options["detach"])
+    display = _display(options, as_json=as_json)
+    try:
+        ingest = make_ingest(plan, run_options, display, options["download"], options["name"])
+        _stop_on_ctrl_c(ingest, display)
+        outcome = ingest()
+    except ServiceError:
+        display.close()
+        click.echo(f"What was sent goes on. To go on with the rest: {_command()}", err=True)
+        raise
+    finally:
+        display.close()
+    _report(outcome, as_json=as_json)
+    if outcome.state == "stopped":
+        return INTERRUPTED
+    return 0 if outcome.is_clean else 1
+
+
+def _is_axis(word: str) -> bool:
+    """Whether an argument goes on with `--grid`: it names a job field, and no file."""
+    from worker.contract.job import Job
+
+    axis, equals, _ = word.partition("=")
+    return bool(equals) and axis.replace("-", "_") in Job.model_fields and not Path(word).exists()
+
+
+def _formats(formats: Sequence[str], fields: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """`--format` says what the files are, or what the pictures shall be: no name is both."""
+    from producer.prompts.sources import FORMATS
+
+    file_format = None
+    fields = dict(fields)
+    for each in formats:
+        if each.lower() in FORMATS:
+            file_format = each.lower()
+        else:
+            fields["format"] = each
+    return file_format, fields
+
+
+def _check(plan: Plan, *, as_json: bool) -> int:
+    from producer.ingest.plan import check
+
+    bad: list[dict[str, Any]] = []
+
+    def found(rejected: Rejected) -> None:
+        values = {"file": plan.sources[rejected.file].name, "line": rejected.line}
+        bad.append(values | {"field": rejected.field, "reason": rejected.reason})
+        if not as_json:
+            click.echo(f"{values['file']}, line {rejected.line}: {rejected.reason}", err=True)
+
+    jobs = check(plan, found, lambda text: click.echo(text, err=True))
+    if as_json:
+        _print_json({"jobs": jobs, "rejected": bad})
+    else:
+        click.echo(f"{jobs:,} jobs, {len(bad):,} bad lines; nothing was sent")
+    return 1 if bad else 0
+
+
+def _display(options: Mapping[str, Any], *, as_json: bool) -> QuietDisplay:
+    from rich.console import Console
+
+    from producer.cli.ingest_display import LineDisplay, LiveDisplay, QuietDisplay
+    from producer.session import Services
+
+    console = Console(stderr=True)
+    if options["quiet"]:
+        return QuietDisplay(console)
+    if options["lines"] or not console.is_terminal:
+        return LineDisplay(console, every_job=options["lines"], as_json=as_json)
+    return LiveDisplay(console, Services.of_environment().storage)
+
+
+def _stop_on_ctrl_c(ingest: Ingest, display: QuietDisplay) -> None:
+    """Ctrl-C once: send no more. Twice: leave at once; the run is as it is, and can be resumed."""
+
+    def leave(*_: object) -> None:
+        # It may come while the first one is still printing, when a stream refuses a second writer.
+        try:
+            display.close()
+        finally:
+            os.write(2, f"Left. To go on: {_command()}\n".encode())
+            os._exit(INTERRUPTED)
+
+    def stop(*_: object) -> None:
+        ingest.stop()
+        signal.signal(signal.SIGINT, leave)
+        display.say("No more is sent. Waiting for what was; Ctrl-C again leaves at once.")
+        display.say(f"To go on later: {_command()}")
+
+    signal.signal(signal.SIGINT, stop)
+
+
+def _report(outcome: Outcome, *, as_json: bool) -> None:
+    if as_json:
+        values = dataclasses.asdict(outcome)
+        values["rejected_files"] = [str(path) for path in outcome.rejected_files]
+        _print_json(values | {"manifest": outcome.manifest and str(outcome.manifest)})
+        return
+    parts = [f"{outcome.done:,} done"]
+    if outcome.cached:
+        parts[0] += f" ({outcome.cached:,} were there already)"
+    others = {name: getattr(outcome, name) for name in ("failed", "cancelled", "rejected")}
+    parts += [f"{number:,} {name}" for name, number in others.items() if number]
+    click.echo(f"run       {outcome.run} {outcome.state}: {', '.join(parts)}")
+    if outcome.state == "detached":
+        click.echo(f"sent      {outcome.sent:,} jobs; for the manifest: {_command()}")
+    if outcome.manifest:
+        click.echo(f"manifest  {outcome.manifest.resolve()}")
+    for path in outcome.rejected_files:
+        click.echo(f"rejected  {path.resolve()}")
+    if outcome.failed:
+        click.echo("failed    see: smallcat failed list")
+
+
+def _command() -> str:
+    """This command line, for calling it again."""
+    words = [word for word in sys.argv[1:] if word != "--detach"]
+    return shlex.join(["smallcat", *words])
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))

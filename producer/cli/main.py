@@ -1,0 +1,388 @@
+"""`python -m producer` and `smallcat`: submit, ingest, status, cancel, fetch, gallery, failed, doctor.
+
+Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output,
+all else to standard error. Every command takes `--json`: one JSON document on standard output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from producer.cli.ingest import ingest_options, run_ingest
+from producer.client import JobHandle, JobResult, submit_job
+from worker.contract.errors import (
+    CallerError,
+    JobCancelledError,
+    JobError,
+    ServiceError,
+    SmallcatError,
+    UnknownModelError,
+)
+from worker.contract.job import DEFAULT_PRIORITY, ImageFormat, Scheduler
+
+#: Job parameters as options: their type and help. `seed` and the like default to what `Job` says.
+JOB_OPTIONS: dict[str, tuple[Any, str]] = {
+    "negative_prompt": (str, "What to keep out of the picture."),
+    "seed": (int, "0 to 2^63-1; drawn when not given."),
+    "width": (int, "Pixels, 64 to 2048, a multiple of 8; the model's own when not given."),
+    "height": (int, "Pixels, as for width."),
+    "steps": (int, "Denoising steps, 1 to 150; the model's own when not given."),
+    "guidance_scale": (float, "0 to 30; 1 and below is none; the model's own when not given."),
+    "guidance_start": (
+        float,
+        "Share of the steps, 0 to 1, before which there is no guidance; 0 when not given.",
+    ),
+    "guidance_stop": (float, "Share of the steps, 0 to 1, after which there is none; 1 when not given."),
+    "scheduler": (str, f"One of {', '.join(Scheduler)}."),
+    "model": (str, "The fleet's default when not given."),
+    "revision": (str, "The newest one served when not given."),
+    "format": (str, f"One of {', '.join(ImageFormat)}."),
+    "priority": (int, f"0 to 9, higher is sooner; {DEFAULT_PRIORITY} when not given."),
+    "metadata": (str, "A JSON object of your own, up to 4 KiB, returned untouched."),
+}
+
+
+class _Seconds(click.FloatRange):
+    """Seconds to wait, 0 to a year."""
+
+    name = "seconds"
+
+    def __init__(self) -> None:
+        super().__init__(min=0, max=31_536_000)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
+
+
+SECONDS = _Seconds()
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _job_options(command: F) -> F:
+    for name, (kind, text) in reversed(JOB_OPTIONS.items()):
+        command = click.option(f"--{name.replace('_', '-')}", name, type=kind, default=None, help=text)(
+            command
+        )
+    return command
+
+
+def _json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="smallcat")
+def cli() -> None:
+    """Submit text-to-image jobs, follow them, and fetch their pictures."""
+
+
+@cli.command()
+@click.argument("prompt")
+@_job_options
+@click.option("--wait", is_flag=True, help="Wait for the picture.")
+@click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
+@click.option("--output", type=click.Path(path_type=Path), help="Wait, and save the picture in this folder.")
+@click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
+@_json_option
+def submit(
+    prompt: str,
+    wait: bool,
+    show: bool,
+    output: Path | None,
+    timeout: float | None,
+    as_json: bool,
+    **fields: Any,
+) -> None:
+    """Enqueue one job."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "metadata" in given:
+        given["metadata"] = _parse_metadata(given["metadata"])
+    handle = submit_job(prompt, **given)
+    if not (wait or show or output):
+        _print_json({"id": handle.id}) if as_json else click.echo(handle.id)
+        return
+    report = _report(_follow(handle, timeout), save_in=output, show=show, as_json=as_json)
+    if as_json:
+        _print_json(report)
+
+
+@cli.command()
+@click.argument("job_id")
+@_json_option
+def status(job_id: str, as_json: bool) -> None:
+    """Say where a job is."""
+    handle = JobHandle(job_id)
+    record, progress = handle.record(), handle.progress()
+    if as_json:
+        _print_json(record.model_dump(mode="json") | {"queued": progress.queued, "note": progress.note})
+        return
+    click.echo(f"{record.id}  {record.state}")
+    if record.steps:
+        click.echo(f"step       {progress.step} of {progress.steps}")
+    if progress.queued:
+        click.echo(f"queue      {progress.queued} waiting, {progress.workers} workers")
+    for name in ("worker", "uri", "error"):
+        if value := getattr(record, name):
+            click.echo(f"{name:10} {value}")
+    for warning in (*record.warnings, progress.note):
+        if warning:
+            click.echo(f"note       {warning}")
+
+
+@cli.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@_json_option
+def cancel(job_ids: tuple[str, ...], as_json: bool) -> None:
+    """Take jobs back: queued ones at once, running ones at their next step."""
+    states = {job_id: JobHandle(job_id).cancel() for job_id in job_ids}
+    if as_json:
+        _print_json(states)
+        return
+    for job_id, state in states.items():
+        click.echo(f"{job_id}  {'cancelling' if state == 'running' else state}")
+
+
+@cli.command()
+@click.argument("job_ids", nargs=-1, required=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path(), help="Folder to save in.")
+@click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
+@click.option("--show", is_flag=True, help="Show the pictures in the terminal.")
+@_json_option
+def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: bool, as_json: bool) -> None:
+    """Save jobs' pictures, waiting for those that are not done."""
+    reports, errors = [], []
+    for job_id in job_ids:
+        try:
+            result = _follow(JobHandle(job_id), timeout)
+            reports.append(_report(result, save_in=output, show=show, as_json=as_json))
+        except (JobError, CallerError, TimeoutError) as error:  # One job's trouble: the others are fetched.
+            errors.append(error)
+    if as_json:
+        _print_json(reports)
+    for trouble in errors[:-1]:
+        click.echo(str(trouble), err=True)
+    if errors:
+        raise errors[-1]
+
+
+@cli.command()
+@click.argument("source")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The page; beside the manifest when not given."
+)
+@click.option("--embed", is_flag=True, help="Put thumbnails inside: the page shows them without the bucket.")
+@click.option("--title", help="The manifest's name or the address when not given.")
+@click.option("--expires-s", type=int, default=604_800, help="Seconds that the links work, up to 604800.")
+@click.option("--limit", type=int, default=20_000, help="Jobs on the page, at most; 20000 when not given.")
+@_json_option
+def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Write the contact sheet of a manifest, or of what lies below s3://BUCKET/PREFIX, as one page."""
+    from producer.gallery import write_gallery
+
+    page = write_gallery(source, output, **options)
+    if as_json:
+        _print_json(dataclasses.asdict(page) | {"path": str(page.path)})
+        return
+    for notice in page.notices:
+        click.echo(f"note  {notice}", err=True)
+    failed = f", {page.failed:,} failed" if page.failed else ""
+    click.echo(f"page  {page.path.resolve()}")
+    click.echo(f"      {page.pictures:,} pictures{failed}, {page.size / 1e6:.1f} MB")
+
+
+@cli.command()
+@ingest_options(JOB_OPTIONS)
+@_json_option
+def ingest(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Turn files of prompts (txt, csv, tsv, jsonl, parquet; - for standard input) into pictures."""
+    fields = {name: options[name] for name in JOB_OPTIONS if options.get(name) is not None}
+    if "metadata" in fields:
+        fields["metadata"] = _parse_metadata(fields["metadata"])
+    sys.exit(run_ingest(files, fields, options, as_json=as_json))
+
+
+@cli.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Check Redis, the bucket, the workers, and on a worker's machine the GPU."""
+    from producer.cli.doctor import examine
+
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not as_json:
+            mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
+            click.echo(f"{mark}  {finding.what:10} {finding.text}")
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+    if not all(finding.ok for finding in findings):
+        sys.exit(3)
+
+
+@cli.group()
+def failed() -> None:
+    """Look after jobs that failed for good."""
+
+
+def _failed_options(command: F) -> F:
+    for option in (
+        click.argument("job_ids", nargs=-1),
+        click.option("--error", "error_type", help="Only those that failed with this class of error."),
+        click.option("--run", help="Only those of this run of a prompt file."),
+        _json_option,
+    ):
+        command = option(command)
+    return command
+
+
+@failed.command("list")
+@_failed_options
+def failed_list(job_ids: tuple[str, ...], error_type: str | None, run: str | None, as_json: bool) -> None:
+    """List them, the latest first."""
+    from producer.cli.failed import line, select
+
+    records = select(job_ids, error_type=error_type, run=run)
+    if as_json:
+        _print_json([record.model_dump(mode="json") for record in records])
+        return
+    for record in records:
+        click.echo(line(record))
+
+
+@failed.command("show")
+@click.argument("job_ids", nargs=-1, required=True)
+@_json_option
+def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
+    """Show their parameters and each of their attempts."""
+    from producer.cli.failed import lines, select
+
+    records = select(job_ids)
+    if as_json:
+        _print_json([record.model_dump(mode="json") for record in records])
+        return
+    for record in records:
+        click.echo("\n".join(lines(record)))
+
+
+@failed.command("retry")
+@_failed_options
+@click.option("--all", "everything", is_flag=True, help="Every failed job.")
+def failed_retry(
+    job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
+) -> None:
+    """Submit them again, with all their attempts."""
+    from producer.cli.failed import refuse_all_unasked, retry, select
+
+    refuse_all_unasked(job_ids, (error_type, run), everything)
+    handles = retry(select(job_ids, error_type=error_type, run=run))
+    if as_json:
+        _print_json([handle.id for handle in handles])
+        return
+    click.echo(f"{len(handles)} submitted again")
+
+
+@failed.command("drop")
+@_failed_options
+@click.option("--all", "everything", is_flag=True, help="Every failed job.")
+def failed_drop(
+    job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
+) -> None:
+    """Forget them."""
+    from producer.cli.failed import drop, refuse_all_unasked, select
+
+    refuse_all_unasked(job_ids, (error_type, run), everything)
+    count = drop(select(job_ids, error_type=error_type, run=run))
+    if as_json:
+        _print_json({"dropped": count})
+        return
+    click.echo(f"{count} forgotten")
+
+
+def main() -> NoReturn:
+    """Run the command line: one sentence and an exit code, never a traceback, for what is not a bug."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except (SmallcatError, OSError) as error:
+        click.secho(f"{error}", fg="red" if sys.stderr.isatty() else None, err=True)
+        sys.exit(_exit_code(error))
+    sys.exit(0)
+
+
+def _exit_code(error: Exception) -> int:
+    match error:
+        case ServiceError():
+            return 3
+        # A job asks for a model that its worker does not serve: only a job's record says so.
+        case JobError() | JobCancelledError() | UnknownModelError() | TimeoutError():
+            return 1
+        # Such as a folder that cannot be written.
+        case CallerError() | OSError():
+            return 2
+        case _:
+            return 1
+
+
+def _parse_metadata(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"it is not JSON ({error})", param_hint="--metadata") from None
+
+
+def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
+    """Wait for the job; on a terminal with a bar on standard error. Ctrl-C leaves the job in the queue."""
+    from producer.cli.job_display import follow
+
+    try:
+        with warnings.catch_warnings():
+            # That nobody serves the job is said beside its state.
+            warnings.simplefilter("ignore", UserWarning)
+            return follow(handle, timeout)
+    except KeyboardInterrupt:
+        click.echo(f"\nThe job goes on. Fetch it later: smallcat fetch {handle.id}", err=True)
+        raise
+
+
+def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: bool) -> dict[str, Any]:
+    """Save and show the picture as asked. Returns what `--json` prints of it."""
+    path = None
+    if save_in is not None:
+        save_in.mkdir(parents=True, exist_ok=True)
+        path = save_in / f"{result.id}.{result.job.format}"
+        path.write_bytes(result.data())
+    if as_json:
+        return result.model_dump(mode="json") | {"url": result.url(), "path": path and str(path)}
+    if show:
+        from producer.cli.job_display import show_picture
+
+        show_picture(result)
+    for warning in result.warnings:
+        click.echo(f"note  {warning}", err=True)
+    click.echo(f"uri   {result.uri}")
+    click.echo(f"url   {result.url()}")
+    if path:
+        click.echo(f"file  {path.resolve()}")
+    return {}
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))

@@ -1,0 +1,1 @@
+"""Feeding a run of prompt files: `submit_file` is the door."""

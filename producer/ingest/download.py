@@ -1,0 +1,170 @@
+"""`--download`: the pictures of a run, fetched as they finish, under names made from a template.
+
+A name's place, `{line:06d}-{seed}-{slug}.png`, can be below the folder and nowhere else: fields give plain
+words, and a template that climbs is refused. No file is overwritten: a name that is taken by another
+picture gets the job's id behind it.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import threading
+import unicodedata
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from worker.contract.errors import PromptFileError, StorageError
+
+if TYPE_CHECKING:
+    from producer.ingest.journal import Journal
+    from producer.prompts.sources import Source
+    from worker.contract.job import Job
+    from worker.storage.bucket import Storage
+
+#: The template, unless it is said otherwise; for several files the file's name goes before it.
+TEMPLATE = "{line:06d}-{seed}-{slug}.png"
+#: What a template can name: of the job, or of its place in the run.
+FIELDS = (
+    *("line", "number", "file", "id", "seed", "slug", "width", "height", "steps"),
+    *("guidance_scale", "scheduler", "model", "format"),
+)
+#: Pictures that are fetched at once, and that wait for it before the run waits for them.
+_THREADS, _PENDING = 8, 256
+#: Characters of a prompt in a name, and bytes of a name, at most.
+_SLUG, _NAME = 60, 200
+
+
+class Template:
+    """A name with fields in it. Raises `PromptFileError` for one that is not understood or climbs."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        try:
+            fields = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise PromptFileError(
+                f"The name {text!r} is no template ({error}): {{line}} is a field."
+            ) from None
+        for _, name, spec, conversion in fields:
+            if name is not None and (name not in FIELDS or conversion or "{" in (spec or "")):
+                raise PromptFileError(f"The name {text!r} has the field {name!r}: use {', '.join(FIELDS)}.")
+        parts = PurePosixPath(text).parts
+        if not parts or "\\" in text or "\0" in text or text.startswith("/") or ".." in parts:
+            raise PromptFileError(f"The name {text!r} leads out of the folder: use plain names.")
+        try:
+            self.name({name: 0 for name in FIELDS if name in ("line", "number", "seed")}, "png")
+        except (ValueError, TypeError) as error:
+            raise PromptFileError(f"The name {text!r} cannot be made: {error}.") from None
+
+    def name(self, values: dict[str, Any], ending: str) -> PurePosixPath:
+        """The relative path for a job's values. Its ending is the picture's own."""
+        texts = {name: values.get(name, "") for name in FIELDS}
+        plain = {
+            name: value if isinstance(value, int | float) else _plain(str(value))
+            for name, value in texts.items()
+        }
+        # An empty field may leave a part of the path empty, or make it begin with a slash.
+        parts = [part for part in self._text.format(**plain).split("/") if part.strip(". ")]
+        path = PurePosixPath(*parts) if parts else PurePosixPath("picture")
+        stem = path.stem if path.suffix.lower() in (".png", ".webp", ".jpeg", ".jpg") else path.name
+        cut = stem.encode()[:_NAME].decode(errors="ignore").strip(". ") or "picture"
+        return path.with_name(f"{cut}.{ending}")
+
+
+class Downloads:
+    """Fetches pictures into a folder. Called from one thread; fetches on several."""
+
+    def __init__(
+        self, folder: Path, storage: Storage, sources: Sequence[Source], template: str | None = None
+    ) -> None:
+        """Raises `PromptFileError` for a bad template or a folder that cannot be made."""
+        default = TEMPLATE if len(sources) == 1 else "{file}-" + TEMPLATE
+        self._template = Template(template or default)
+        self._folder, self._storage, self._sources = folder, storage, sources
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="download")
+        self._pending: deque[tuple[int, Future[Path]]] = deque()
+        #: Held while a name is looked at and taken.
+        self._lock = threading.Lock()
+        #: Pictures saved by this call.
+        self.saved = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PromptFileError(f"{folder} cannot be made: {error.strerror}.") from None
+
+    def resume(self, journal: Journal) -> None:
+        """Fetch what finished in an earlier call and was not saved."""
+        for result in list(journal.without_path()):
+            self.fetch(result["number"], result["line"], result["file"], result["uri"])
+            self.collect(journal)
+
+    def fetch(self, number: int, line: int, file: int, uri: str) -> None:
+        """Begin to fetch one picture."""
+        self._pending.append((number, self._pool.submit(self._save, number, line, file, uri)))
+
+    def collect(self, journal: Journal) -> None:
+        """Write down what was saved; waits while too much is pending. Raises `StorageError`."""
+        while self._pending and (self._pending[0][1].done() or len(self._pending) > _PENDING):
+            number, future = self._pending.popleft()
+            journal.write_path(number, future.result())
+            self.saved += 1
+
+    def flush(self, journal: Journal) -> bool:
+        """Wait for all that is pending; True."""
+        while self._pending:
+            self._pending[0][1].exception()
+            self.collect(journal)
+        return True
+
+    def close(self) -> None:
+        """End; what has not begun is not fetched."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _save(self, number: int, line: int, file: int, uri: str) -> Path:
+        data = self._storage.get(uri)
+        source = self._sources[file].name if file < len(self._sources) else ""
+        job = _papers(data)
+        ending = uri.rpartition(".")[2]
+        job_id = PurePosixPath(uri).stem
+        values = {"line": line, "number": number, "file": PurePosixPath(source).name.partition(".")[0]}
+        values |= {"id": job_id, "slug": slug(job.prompt) if job else job_id}
+        values |= job.model_dump(mode="json", exclude={"metadata", "prompt"}) if job else {"seed": 0}
+        path = self._folder / self._template.name(values, ending)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f".{job_id}-{number}.part")
+            draft.write_bytes(data)
+            with self._lock:
+                if path.exists() and path.read_bytes() != data:
+                    path = path.with_name(f"{path.stem}-{job_id}{path.suffix}")
+                draft.replace(path)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
+        return path
+
+
+def slug(text: str) -> str:
+    """A prompt as a part of a file's name: words in lower case with dashes, up to 60 characters."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
+    joined = "-".join(words)
+    return joined if len(joined) <= _SLUG else joined[:_SLUG].rpartition("-")[0] or joined[:_SLUG]
+
+
+def _plain(text: str) -> str:
+    """A value without anything that means something in a path."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip(".-")
+
+
+def _papers(data: bytes) -> Job | None:
+    """The job that a picture's own papers describe, if it has any."""
+    from worker.contract.errors import InvalidJobError
+    from worker.contract.infotext import job_from_image
+
+    try:
+        return job_from_image(data)
+    except InvalidJobError:
+        return None

@@ -1,0 +1,306 @@
+"""Feeding a run of prompt files: a bounded window ahead of the workers, resumable at any instant.
+
+    files ─► plan ─► window of 500 ─► one step in Redis: the messages and the cursor
+                                                │
+    manifest ◄─ journal ◄─ news of each end ◄─ workers
+
+What is left to do is known from Redis alone: the cursor says what was sent, the workers' bits what has
+ended. A job that was sent, has not ended, and is neither queued nor held by a worker is sent again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from producer.ingest.journal import Journal
+from producer.ingest.manifest import Rejects, write_manifest
+from producer.ingest.message_templates import Composed, Envelope
+from producer.ingest.pinned import Pinned
+from producer.ingest.plan import Cursor, Plan, Planned, Rejected
+from producer.ingest.run_state import Run, Status
+from producer.ingest.types import Counts, Display, Options, Outcome
+from producer.session import Services
+from worker.contract.errors import QueueError, UnknownJobError
+from worker.contract.message import run_mark
+from worker.contract.record import JobRecord
+
+if TYPE_CHECKING:
+    from producer.ingest.download import Downloads
+
+#: Jobs that are sent in one step.
+WINDOW = 500
+#: Seconds between two looks at the run when there is nothing to do.
+LOOK_EVERY_S = 0.1
+#: Seconds without news, with empty queues, until it is checked that no message is missing.
+QUIET_S = 3.0
+#: Times that the same jobs are sent again before it is given up.
+MAX_SENT_AGAIN = 3
+
+
+class Ingest:
+    """One call that feeds a run until it is over, or as far as it is let."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: Options,
+        services: Services,
+        display: Display,
+        downloads: Downloads | None = None,
+    ) -> None:
+        self._plan, self._options, self._display = plan, options, display
+        self._services, self._downloads = services, downloads
+        self._manifest = options.manifest or plan.sources[0].beside("manifest.jsonl")
+        ttl_s = services.settings.record_ttl_s
+        self.run = Run(services.redis, options.run or plan.digest[:16], plan.digest, ttl_s)
+        self._pinned = Pinned(self.run, services.fleet)
+        self._stop = threading.Event()
+        self._envelopes: dict[tuple[str, int], Envelope] = {}
+        self._tag = _tag_of_process()
+        self._tags = 0
+        self._items: Iterator[Planned | Rejected] | None = None
+        self._rejected = 0
+        self._rejects: Rejects | None = None
+        self._heard_at = self._counted_at = 0.0
+        self._sent_again = 0
+        self._counts = Counts()
+
+    def stop(self) -> None:
+        """Send no more; `__call__` returns when what was sent has ended. May be called from a signal."""
+        self._stop.set()
+
+    def __call__(self) -> Outcome:
+        """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; then a later call goes on."""
+        with self._services.queue_errors():
+            self.run.take()
+        try:
+            with self._services.queue_errors(), Journal(self._manifest, self.run.id) as journal:
+                return self._feed_until_over(journal)
+        finally:
+            if self._rejects:
+                self._rejects.close()
+            if self._downloads:
+                self._downloads.close()
+            with self._services.queue_errors():
+                self.run.leave()
+
+    def _feed_until_over(self, journal: Journal) -> Outcome:
+        status = self.run.status()
+        start = Cursor.read(status.cursor)
+        self._rejected = status.rejected
+        self._rejects = Rejects(self._plan.sources, start)
+        if status.is_over and self.run.noted("manifest") == _seal(self._manifest):
+            if not self._downloads and not self.run.news():
+                return self._outcome("finished", status, journal)
+            if self._manifest.suffix.lower() != ".csv":
+                journal.adopt(self._manifest)
+        self._items = self._plan.items(self._pinned.resolve, start, self._display.say)
+        if self._downloads:
+            self._downloads.resume(journal)
+        self._heard_at = time.monotonic()
+        while (state := self._turn(journal)) is None:
+            pass
+        status = self.run.status()
+        if state == "finished":
+            self._finish(journal)
+        return self._outcome(state, status, journal)
+
+    def _turn(self, journal: Journal) -> str | None:
+        """One look at the run, and what there is to do. Returns how the call ends, when it does."""
+        status = self.run.status()
+        moved = self._hear(journal)
+        self._show(status, journal)
+        if status.is_over and not moved and (not self._downloads or self._downloads.flush(journal)):
+            return "finished"
+        if self._options.detach and status.total is not None and not status.is_over:
+            return "detached"
+        if self._stop.is_set():
+            if status.ended >= status.fed and not moved:
+                return "stopped"
+        elif status.total is None and (room := self._room(status)):
+            self._send_window(status, room)
+            moved = True
+        if not moved:
+            if status.queued == 0 and status.ended < status.fed:
+                self._look_for_lost(status)
+            time.sleep(LOOK_EVERY_S)
+        return None
+
+    def _room(self, status: Status) -> int:
+        """Jobs that may be sent now; not a few at a time while the queue is nearly full."""
+        if self._options.detach:
+            return WINDOW
+        room = self._options.max_queued - status.queued
+        return min(WINDOW, room) if room >= min(WINDOW, self._options.max_queued) // 2 else 0
+
+    # Sending.
+
+    def _send_window(self, status: Status, room: int) -> None:
+        assert self._items is not None  # noqa: S101 - made before the first turn
+        messages: list[tuple[str, str]] = []
+        cursor, total = status.cursor, None
+        at = self.run.now()
+        for _ in range(WINDOW):
+            if len(messages) >= room:
+                break
+            each = next(self._items, None)
+            if each is None:
+                total = status.fed + len(messages)
+                break
+            cursor = str(each.cursor)
+            if isinstance(each, Rejected):
+                self._reject(each)
+            else:
+                messages.append(self._message(each, status.fed + len(messages), at, ""))
+        self.run.feed(status.fed, messages, cursor, total, self._rejected)
+
+    def _reject(self, rejected: Rejected) -> None:
+        assert self._rejects is not None  # noqa: S101 - made before the first turn
+        self._rejected += 1
+        self._rejects.write(rejected)
+        self._display.rejected(rejected, self._plan.sources[rejected.file].name)
+
+    def _message(self, job: Planned, number: int, at: int, again: str) -> tuple[str, str]:
+        """The list and the message of job `number`. Every message has an id of its own, for its claim."""
+        envelope = self._envelope(job.composed)
+        self._tags += 1
+        return envelope.list, envelope.message(
+            job.composed,
+            run_mark(self.run.id, number, job.file, job.line, at),
+            f"{job.composed.id}-{self.run.id}-{number}{again}",
+            f"{self._tag}{self._tags:012x}",
+        )
+
+    def _envelope(self, composed: Composed) -> Envelope:
+        if composed.route not in self._envelopes:
+            from kombu.pools import producers
+
+            from worker.celery import connection
+
+            pool = producers[connection(self._services.settings.redis_url)]
+            with pool.acquire(block=True) as producer:
+                self._envelopes[composed.route] = Envelope(*composed.route, producer)
+        return self._envelopes[composed.route]
+
+    def _look_for_lost(self, status: Status) -> None:
+        """Send again what nobody has: messages that were purged, or lost with a Redis that died."""
+        if time.monotonic() - self._heard_at < QUIET_S:
+            return
+        self._heard_at = time.monotonic()
+        lost = self.run.lost(status.fed)
+        if not lost:
+            return
+        missing: list[tuple[int, Planned]] = []
+        number = 0
+        for each in self._plan.items(self._pinned.resolve):
+            if number >= status.fed:
+                break
+            if isinstance(each, Planned):
+                if number in lost:
+                    missing.append((number, each))
+                number += 1
+        on_board = self.run.are_on_board([job.composed.id for _, job in missing])
+        missing = [job for job, is_there in zip(missing, on_board, strict=True) if not is_there]
+        if not missing:
+            return
+        self._sent_again += 1
+        if self._sent_again > MAX_SENT_AGAIN:
+            first = missing[0][1].composed.id
+            raise QueueError(
+                f"{len(missing)} jobs were sent {MAX_SENT_AGAIN} times and are gone from the queue, {first} "
+                "among them: see the workers' logs, and that nobody purges the queue."
+            )
+        self._display.say(f"{len(missing)} jobs are gone from the queue and are sent again.")
+        at, again = self.run.now(), f"-{_tag_of_process()[:8]}"
+        self.run.send_again([self._message(job, number, at, again) for number, job in missing])
+
+    # What comes back.
+
+    def _hear(self, journal: Journal) -> bool:
+        """Write down what has ended. Whether there was anything."""
+        news = self.run.news()
+        journal.write(news)
+        self.run.heard()
+        for each in news:
+            self._display.ended(each)
+            if self._downloads and each.state == "done":
+                self._downloads.fetch(each.number, each.line, each.file, str(each.uri))
+        if self._downloads:
+            self._downloads.collect(journal)
+        if news:
+            self._heard_at = time.monotonic()
+            self._sent_again = 0
+        return bool(news)
+
+    def _show(self, status: Status, journal: Journal) -> None:
+        if time.monotonic() - self._counted_at > 0.5:
+            self._counted_at = time.monotonic()
+            queues = {queue for queue, _ in self._envelopes} or set(self.run.queues)
+            workers = {each.name for queue in queues for each in self._services.fleet.serving(queue)}
+            self._counts = replace(self._count(journal), workers=len(workers))
+        self._display.update(status, self._counts)
+
+    def _count(self, journal: Journal) -> Counts:
+        done, failed = self.run.counts()
+        return Counts(done, journal.cached, failed - journal.cancelled, journal.cancelled)
+
+    def _finish(self, journal: Journal) -> None:
+        jobs = self._plan.items(self._pinned.resolve)
+        write_manifest(
+            self._manifest,
+            jobs,
+            self._plan.sources,
+            lambda number, job_id: self._result(journal, number, job_id),
+        )
+        self.run.note("manifest", _seal(self._manifest))
+
+    def _result(self, journal: Journal, number: int, job_id: str) -> Mapping[str, Any]:
+        """What became of a job: by the journal, else by its record, else by the bits alone."""
+        if (result := journal.result(number)) is not None:
+            return result
+        try:
+            record = self._services.records.get(job_id)
+        except UnknownJobError:
+            storage = self._services.storage
+            if storage is None or (stored := storage.record(job_id)) is None:
+                return {"state": self.run.state_of(number) or "unknown"}
+            record = JobRecord.model_validate_json(stored)
+        return record.model_dump(mode="json", exclude={"job"})
+
+    def _outcome(self, state: str, status: Status, journal: Journal) -> Outcome:
+        counts = self._count(journal)
+        if state == "finished":
+            journal.remove()
+        return Outcome(
+            run=self.run.id,
+            state=state,
+            sent=status.fed,
+            total=status.total,
+            done=counts.done,
+            cached=counts.cached,
+            failed=counts.failed,
+            cancelled=counts.cancelled,
+            rejected=status.rejected,
+            rejected_files=tuple(self._rejects.paths()) if self._rejects else (),
+            manifest=self._manifest if state == "finished" else None,
+        )
+
+
+def _seal(manifest: Path) -> str:
+    """What tells a manifest from another one at its path; empty where there is none."""
+    try:
+        stat = manifest.stat()
+    except OSError:
+        return ""
+    return f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def _tag_of_process() -> str:
+    """The first 24 characters of delivery tags, in the form of a UUID: no other process has them."""
+    return str(uuid.uuid4())[:24]

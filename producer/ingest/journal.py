@@ -1,0 +1,148 @@
+"""What has ended of a run, appended as it does: the part file beside the manifest."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from producer.ingest.manifest import _line
+from producer.ingest.run_state import Ended
+from worker.contract.errors import PromptFileError
+
+
+class Journal:
+    """What has ended, appended as it does. Survives a kill at any instant; opened again, it goes on."""
+
+    def __init__(self, manifest: Path, run_id: str) -> None:
+        """Raises `PromptFileError` where the file cannot be written."""
+        self.path = manifest.with_name(f"{manifest.name}.part")
+        self._run = run_id
+        self._offsets = array("q")
+        self._paths = array("q")
+        #: Jobs whose picture was in the bucket already.
+        self.cached = 0
+        #: Jobs that were taken back by the caller.
+        self.cancelled = 0
+        try:
+            self._file: BinaryIO = self.path.open("a+b")
+            # A reader of its own: the order of the jobs is nearly that of the file, so it reads ahead well.
+            self._reader: BinaryIO = self.path.open("rb")
+            self._flushed = 0
+            self._load()
+        except OSError as error:
+            raise PromptFileError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+
+    def write(self, ended: Iterable[Ended]) -> None:
+        """Append what has ended, and return when it is on its way to the disk."""
+        for each in ended:
+            values = each._asdict()
+            self._note(each.number, values, self._file.tell())
+            self._file.write(_line(values))
+        self._file.flush()
+
+    def write_path(self, number: int, path: Path) -> None:
+        """Append where a job's picture was saved."""
+        self._note_path(number, self._file.tell())
+        self._file.write(_line({"number": number, "path": str(path)}))
+        self._file.flush()
+
+    def result(self, number: int) -> dict[str, Any] | None:
+        """What became of a job; None: it is not written here."""
+        if (offset := _get(self._offsets, number)) < 0:
+            return None
+        result = self._at(offset)
+        if (offset := _get(self._paths, number)) >= 0:
+            result["path"] = self._at(offset)["path"]
+        return result
+
+    def without_path(self) -> Iterator[dict[str, Any]]:
+        """What became of the jobs that are done and whose picture was not saved."""
+        for number in range(len(self._offsets)):
+            if self._offsets[number] >= 0 and _get(self._paths, number) < 0:
+                result = self._at(self._offsets[number])
+                if result["state"] == "done":
+                    yield result
+
+    def adopt(self, manifest: Path) -> None:
+        """Take over the results of a finished manifest in JSONL, for making it anew with what came since."""
+        with manifest.open("rb") as lines:
+            for number, line in enumerate(lines):
+                values = json.loads(line)
+                timings = values.get("timings") or {}
+                kept = {name: values.get(name) for name in Ended._fields if name in values}
+                if self.result(number) is None:
+                    self._note(number, values, self._file.tell())
+                    self._file.write(_line({**kept, "number": number, "file": 0, "timings": timings}))
+                if values.get("path"):
+                    self.write_path(number, Path(values["path"]))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file, which stays."""
+        self._file.close()
+        self._reader.close()
+
+    def remove(self) -> None:
+        """Close and remove it: the manifest is written."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self) -> None:
+        self._file.seek(0)
+        if self._file.readline() != _line({"run": self._run}):
+            # Of another run, whose lasting records are in the bucket.
+            self._file.truncate(0)
+            self._file.write(_line({"run": self._run}))
+            self._file.flush()
+            return
+        whole = self._file.tell()
+        for line in iter(self._file.readline, b""):
+            if not line.endswith(b"\n"):
+                break  # The last word of a process that was killed: Redis has it still.
+            values = json.loads(line)
+            if "path" in values:
+                self._note_path(values["number"], whole)
+            else:
+                self._note(values["number"], values, whole)
+            whole += len(line)
+        self._file.truncate(whole)
+        self._file.seek(0, 2)
+
+    def _note(self, number: int, values: Mapping[str, Any], offset: int) -> None:
+        if (known := _get(self._offsets, number)) >= 0:
+            before = self._at(known)["state"]
+            if before == "done" or values["state"] != "done":
+                return  # News that was written down, but not yet forgotten, when a feeder was killed.
+            self.cancelled -= before == "cancelled"
+        self.cached += bool(values["cached"])
+        self.cancelled += values["state"] == "cancelled"
+        _set(self._offsets, number, offset)
+
+    def _note_path(self, number: int, offset: int) -> None:
+        _set(self._paths, number, offset)
+
+    def _at(self, offset: int) -> dict[str, Any]:
+        if offset >= self._flushed:
+            self._file.flush()
+            self._flushed = self._file.tell()
+        self._reader.seek(offset)
+        values: dict[str, Any] = json.loads(self._reader.readline())
+        return values
+
+
+def _get(offsets: array[int], number: int) -> int:
+    return offsets[number] if number < len(offsets) else -1
+
+
+def _set(offsets: array[int], number: int, offset: int) -> None:
+    offsets.extend([-1] * (number + 1 - len(offsets)))
+    offsets[number] = offset

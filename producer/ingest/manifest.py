@@ -1,0 +1,139 @@
+"""What a run leaves behind: the manifest, a line a job, and the lines that were rejected.
+
+    prompts.txt.manifest.jsonl         in input order, written when the run is over; .csv by its ending
+    prompts.txt.manifest.jsonl.part    what has ended so far, in the order in which it did
+    prompts.txt.rejected.jsonl         lines that are no jobs: file, line, field, reason
+
+The part file is the run's journal: news is forgotten in Redis only when it is written there. The manifest is
+made by going through the files again and joining each job with its line of the journal, so that a million
+jobs take no memory but a number each.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from producer.ingest.plan import Planned, Rejected
+from producer.prompts.sources import Source
+
+#: Columns of a manifest in CSV.
+COLUMNS = (
+    *("file", "line", "id", "state", "uri", "path", "seed", "prompt", "negative_prompt", "width", "height"),
+    *("steps", "guidance_scale", "scheduler", "model", "revision", "format", "priority", "grid", "cached"),
+    *("error_type", "error", "queued", "rendered", "uploaded", "metadata"),
+)
+
+
+class Rejects:
+    """The files of rejected lines, one beside each prompt file; no file where no line was rejected."""
+
+    def __init__(self, sources: Sequence[Source], start: tuple[int, ...]) -> None:
+        """Goes on after entry `start` (file, entry): what was rejected behind it stays, all else goes."""
+        self._sources = sources
+        self._files: dict[int, TextIO] = {}
+        for number, source in enumerate(sources):
+            self._keep(number, source, start)
+
+    def path(self, file: int) -> Path:
+        """Where the rejected lines of a file are."""
+        return self._sources[file].beside("rejected.jsonl")
+
+    def write(self, rejected: Rejected) -> None:
+        """Append one, and return when it is on its way to the disk."""
+        if rejected.file not in self._files:
+            self._files[rejected.file] = self.path(rejected.file).open("a", encoding="utf-8")
+        values = {"file": self._sources[rejected.file].name, "line": rejected.line}
+        values |= {"field": rejected.field, "reason": rejected.reason, "after": str(rejected.cursor)}
+        self._files[rejected.file].write(_line(values).decode())
+        self._files[rejected.file].flush()
+
+    def paths(self) -> list[Path]:
+        """The files there are."""
+        return [path for number in range(len(self._sources)) if (path := self.path(number)).exists()]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _keep(self, number: int, source: Source, start: tuple[int, ...]) -> None:
+        path = self.path(number)
+        if not path.exists():
+            return
+        draft = path.with_name(f"{path.name}.draft")
+        kept = 0
+        with path.open("rb") as lines, draft.open("wb") as file:
+            for line in lines:
+                try:
+                    after = tuple(map(int, json.loads(line)["after"].split(":")))
+                except (ValueError, KeyError):
+                    continue
+                if after <= start:
+                    kept += file.write(line)
+        draft.replace(path)
+        if not kept:
+            path.unlink()
+
+
+def write_manifest(
+    manifest: Path,
+    jobs: Iterable[Planned | Rejected],
+    sources: Sequence[Source],
+    result: Callable[[int, str], Mapping[str, Any]],
+) -> int:
+    """Write the manifest of `jobs` in their order; `result` is asked for what became of each (number, id).
+
+    Returns the number of jobs. The file is there whole or not at all.
+    """
+    draft = manifest.with_name(f"{manifest.name}.draft")
+    number = 0
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS) if manifest.suffix.lower() == ".csv" else None
+        if table:
+            table.writeheader()
+        for each in jobs:
+            if isinstance(each, Rejected):
+                continue
+            values = _manifest_line(each, sources, result(number, each.composed.id))
+            if table:
+                table.writerow(_flat(values))
+            else:
+                file.write(_line(values).decode())
+            number += 1
+    draft.replace(manifest)
+    return number
+
+
+def _manifest_line(job: Planned, sources: Sequence[Source], result: Mapping[str, Any]) -> dict[str, Any]:
+    composed = job.composed
+    return {
+        "file": sources[job.file].name,
+        "line": job.line,
+        "id": composed.id,
+        "state": result["state"],
+        "uri": result.get("uri"),
+        "path": result.get("path"),
+        "seed": composed.seed,
+        "prompt": composed.prompt,
+        **composed.shape,
+        "grid": dict(job.grid),
+        "cached": bool(result.get("cached")),
+        "error_type": result.get("error_type"),
+        "error": result.get("error"),
+        "timings": result.get("timings") or {},
+        "metadata": composed.metadata,
+    }
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    timings = {name: values["timings"].get(name) for name in ("queued", "rendered", "uploaded")}
+    nested = {name: json.dumps(values[name], ensure_ascii=False) for name in ("grid", "metadata")}
+    return {name: value for name, value in {**values, **timings, **nested}.items() if name in COLUMNS}
+
+
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,172 @@
+"""`submit_file`: files of prompts into pictures and a manifest, from Python."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from producer.ingest.download import Downloads
+from producer.ingest.feeder import Ingest
+from producer.ingest.plan import Plan, refuse_bad_lines
+from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Options, Outcome, SilentDisplay
+from producer.prompts.columns import typed
+from producer.prompts.dynamic_prompts import Variations, Wildcards
+from producer.prompts.sources import FORMATS, source
+from producer.session import Services
+from worker.contract.errors import PromptFileError, StorageError
+from worker.contract.job import Job
+
+#: The folder of wildcards that is used when it is there and none is named.
+WILDCARDS = "wildcards"
+#: Cells of a grid, at most.
+MAX_GRID = 10_000
+#: Run names: see `worker.contract.message.RUN_MARK`.
+_RUN_LETTERS = set("0123456789abcdefghijklmnopqrstuvwxyz")
+
+
+def submit_file(
+    *files: str | Path,
+    file_format: str | None = None,
+    images: int = 1,
+    seed_start: int | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    sample: int | None = None,
+    wildcards: str | Path | None = None,
+    literal: bool = False,
+    strict: bool = False,
+    manifest: str | Path | None = None,
+    download: str | Path | None = None,
+    name: str | None = None,
+    run: str | None = None,
+    max_queued: int = MAX_QUEUED,
+    detach: bool = False,
+    **fields: Any,
+) -> Outcome:
+    """Render the prompts of `files`, once each, and write their manifest. Returns when all have ended.
+
+    Call it again after whatever stopped it, and it goes on: nothing is rendered twice or left out.
+    `fields` are job fields for lines that do not name them; `images` is seeds a prompt; `grid` crosses
+    values of job fields; `sample` draws from a line's `{a|b}` alternatives and `__wildcards__`, which
+    `literal` leaves as they are. `download` is a folder for the pictures, `name` their template.
+    At most `max_queued` messages wait in the queue; with `detach` all are queued, and it returns.
+
+    Lines that are no jobs are listed in `FILE.rejected.jsonl`; with `strict` they stop it before anything
+    is sent. Raises `PromptFileError`, `InvalidJobError`, `QueueError`, `StorageError`, `SettingsError`.
+    """
+    plan = make_plan(
+        [str(each) for each in files],
+        file_format=file_format,
+        variations=make_variations(
+            fields,
+            images,
+            seed_start,
+            grid or {},
+            sample,
+            wildcards_folder(wildcards, files),
+            literal=literal,
+        ),
+    )
+    display = SilentDisplay()
+    if strict:
+        refuse_bad_lines(plan, display.say)
+    options = Options(None if manifest is None else Path(manifest), run, max_queued, detach)
+    folder = None if download is None else Path(download)
+    return make_ingest(plan, options, display, folder, name)()
+
+
+def make_plan(files: Sequence[str], *, file_format: str | None, variations: Variations) -> Plan:
+    """The plan for these files. Raises `PromptFileError` for those that are not there."""
+    if not files:
+        raise PromptFileError("There is no file: name at least one, or - for standard input.")
+    if file_format is not None and file_format not in FORMATS:
+        raise PromptFileError(f"There is no file format {file_format!r}: use one of {', '.join(FORMATS)}.")
+    return Plan([source(each, file_format) for each in files], variations)
+
+
+def make_variations(
+    fields: Mapping[str, Any],
+    images: int,
+    seed_start: int | None,
+    grid: Mapping[str, Sequence[Any]],
+    sample: int | None,
+    wildcards: Path | None,
+    *,
+    literal: bool,
+) -> Variations:
+    """How lines vary, checked. Raises `PromptFileError`, and `InvalidJobError` for a field's value."""
+    for name, number, least, most in (("images", images, 1, 1_000_000), ("sample", sample, 1, 1_000_000)):
+        if number is not None and not least <= number <= most:
+            raise PromptFileError(f"{name} is {number}: it must be {least} to {most:,}.")
+    if seed_start is not None and "seed" in fields:
+        raise PromptFileError("seed and seed_start are the same: give one of them.")
+    defaults = {"priority": FILE_PRIORITY, **fields}
+    Job.parse({**defaults, "prompt": "x", "seed": fields.get("seed", seed_start or 0)})
+    size = 1
+    for axis, values in grid.items():
+        if axis in ("prompt", "metadata", "revision", "priority") or axis not in Job.model_fields:
+            known = [
+                name
+                for name in Job.model_fields
+                if name not in ("prompt", "metadata", "revision", "priority")
+            ]
+            raise PromptFileError(f"grid cannot cross {axis}: use one of {', '.join(known)}.")
+        if not values:
+            raise PromptFileError(f"grid has no values for {axis}: write {axis}=VALUE,VALUE.")
+        for value in values:
+            Job.parse({**defaults, "prompt": "x", "seed": 0, axis: value})
+        size *= len(values)
+    if size > MAX_GRID:
+        raise PromptFileError(f"grid has {size:,} cells, the limit is {MAX_GRID:,}: take fewer values.")
+    return Variations(
+        {name: value for name, value in defaults.items() if name != "prompt"},
+        images,
+        seed_start,
+        {axis: list(values) for axis, values in grid.items()},
+        sample,
+        Wildcards(wildcards),
+        literal,
+    )
+
+
+def make_ingest(
+    plan: Plan, options: Options, display: Display, download: Path | None = None, name: str | None = None
+) -> Ingest:
+    """A run that is ready to be called. Raises `PromptFileError`, `SettingsError`, `StorageError`."""
+    if options.max_queued < 1:
+        raise PromptFileError(f"max_queued is {options.max_queued}: it must be at least 1.")
+    if options.run is not None and not (0 < len(options.run) <= 40 and set(options.run) <= _RUN_LETTERS):
+        raise PromptFileError(f"run is {options.run!r}: use up to 40 lower-case letters and digits.")
+    if name is not None and download is None:
+        raise PromptFileError("name is for pictures that are saved: add a folder with download.")
+    services = Services.of_environment()
+    downloads = None
+    if download is not None:
+        if services.storage is None:
+            raise StorageError("S3_BUCKET is not set: name the bucket that the pictures are in.")
+        downloads = Downloads(download, services.storage, plan.sources, name)
+    return Ingest(plan, options, services, display, downloads)
+
+
+def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:
+    """The axes that `field=value,value` words mean. Values with commas are quoted as in CSV."""
+    grid: dict[str, list[Any]] = {}
+    for word in words:
+        axis, equals, text = word.partition("=")
+        axis = axis.strip().replace("-", "_")
+        if not equals:
+            raise PromptFileError(f'grid is "{word}": write it as steps=20,30.')
+        values = next(csv.reader([text], skipinitialspace=True), [])
+        grid[axis] = [typed(axis, value) for value in values if value.strip()]
+    return grid
+
+
+def wildcards_folder(wildcards: str | Path | None, files: Sequence[str | Path]) -> Path | None:
+    """The folder of wildcards: the one that is named, else one beside the first file, else none."""
+    if wildcards is not None:
+        if not Path(wildcards).is_dir():
+            raise PromptFileError(f"There is no folder of wildcards at {wildcards}.")
+        return Path(wildcards)
+    beside = Path(str(files[0])).parent / WILDCARDS if files else Path(WILDCARDS)
+    return beside if beside.is_dir() else None

@@ -1,0 +1,350 @@
+"""Prompt files: many prompts to submit, a line or a row each, in one of five formats.
+
+    txt           a prompt a line; blank lines and lines that start with # are skipped; a line that starts
+                  with -- has options as AUTOMATIC1111 reads them (`producer.prompts.a1111_options`)
+    csv, tsv      the first line has the headings (`producer.prompts.columns`)
+    jsonl         a JSON object of job fields a line, or a JSON string: a prompt
+    parquet       a row a prompt, columns as headings; needs pyarrow
+
+Text is UTF-8, with or without BOM, or UTF-16 with BOM; lines end with LF or CRLF. Everything streams: what
+is in memory is one line. What is wrong with a line is told with its number, and the next lines go on.
+Nothing here knows Redis.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeAlias, cast
+
+from producer.prompts.a1111_options import read_options
+from producer.prompts.columns import Headings
+from producer.prompts.sources import Source
+from worker.contract.errors import PromptFileError
+
+#: Bytes in a line, at most; far above what a job can hold, and low enough to keep memory flat.
+MAX_LINE = 1 << 20
+#: Lines and characters that one row of a CSV file may span, at most: where a quote was not closed, no more
+#: than this is looked through for its end.
+MAX_ROW_LINES, MAX_ROW = 1_000, 64_000
+#: Rows of a Parquet file that are decoded at once.
+_PARQUET_ROWS = 1_000
+
+#: Bytes that are not UTF-8, as `surrogateescape` decodes them.
+_BAD_BYTE = re.compile("[\udc80-\udcff]")
+
+
+class LineError(Exception):
+    """Raised when a line is not a job: `field` is which of its fields, or ""; `reason` says what to do."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(field, reason)
+        self.field = field
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One prompt of a file, as it was read: not yet checked, not yet varied."""
+
+    #: Line in the file where it starts, from 1; in Parquet its row, from 1.
+    line: int
+    #: Job fields, as far as the file gives them.
+    fields: dict[str, Any]
+    #: Pictures that the line itself asks for.
+    images: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BadEntry:
+    """One line that is no prompt."""
+
+    #: As for `Entry`.
+    line: int
+    #: The field that is wrong; "" where it is the line itself.
+    field: str
+    #: What is wrong, and what to do.
+    reason: str
+
+
+#: A line, not yet looked into: its number, and its text or what is wrong with it.
+Raw: TypeAlias = tuple[int, Any]
+Parse: TypeAlias = Callable[[int, Any], Entry]
+
+
+def read(
+    source: Source, skip: int = 0, warn: Callable[[str], None] = lambda _: None
+) -> Iterator[Entry | BadEntry]:
+    """The entries of a prompt file in order, without the first `skip`, which are not looked into.
+
+    `warn` is called with one sentence for each thing that was left out. Raises `PromptFileError` for what
+    is wrong with the whole file.
+    """
+    with source.open() as stream:
+        raws, parse = _READERS[source.format](source, stream, warn)
+        for line, raw in itertools.islice(raws, skip, None):
+            try:
+                if isinstance(raw, LineError):
+                    raise raw
+                yield parse(line, raw)
+            except LineError as error:
+                yield BadEntry(line, error.field, error.reason)
+
+
+def _txt(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
+    said: set[str] = set()
+
+    def parse(line: int, text: str) -> Entry:
+        _refuse_bad_bytes(text)
+        if not text.startswith("--"):
+            return Entry(line, {"prompt": text})
+        try:
+            options = read_options(text)
+        except ValueError as error:
+            raise LineError("", f"The options cannot be read: {error}") from None
+        for name in options.ignored:
+            if name not in said:
+                said.add(name)
+                warn(f"{source.name}, line {line}: --{name} has no meaning here and is left out.")
+        return Entry(line, options.fields, options.images)
+
+    def raws() -> Iterator[Raw]:
+        for line, text in _lines(source.name, stream):
+            if isinstance(text, LineError):
+                yield line, text
+            elif (stripped := text.strip()) and not stripped.startswith("#"):
+                yield line, stripped
+
+    return raws(), parse
+
+
+def _jsonl(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
+    def parse(line: int, text: str) -> Entry:
+        _refuse_bad_bytes(text)
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise LineError("", f"It is not JSON ({error}): write one object a line.") from None
+        if isinstance(value, str):
+            return Entry(line, {"prompt": value})
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            raise LineError("", f"It is a JSON {kind}: write an object of job fields, or a string.")
+        return Entry(line, value)
+
+    def raws() -> Iterator[Raw]:
+        for line, text in _lines(source.name, stream):
+            if isinstance(text, LineError) or text.strip():
+                yield line, text
+
+    return raws(), parse
+
+
+def _table(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
+    delimiter = "\t" if source.format == "tsv" else ","
+    rows = _rows(_lines(source.name, stream))
+    first = next(rows, None)
+    if first is None:
+        raise PromptFileError(f"{source.name} is empty: its first line must have the headings.")
+    number, heading = first
+    if isinstance(heading, LineError):
+        raise PromptFileError(f"{source.name}, line {number}: {heading.reason}")
+    if source.format == "csv" and "," not in heading and ";" in heading:
+        delimiter = ";"  # What spreadsheets write where the comma is in the numbers.
+    try:
+        names = _cells(heading, delimiter)
+        _refuse_bad_bytes(heading)
+    except LineError as error:
+        raise PromptFileError(f"{source.name}, line {number}: {error.reason}") from None
+    headings = Headings(names, source.name, warn)
+
+    def parse(line: int, text: str) -> Entry:
+        _refuse_bad_bytes(text)
+        cells = _cells(text, delimiter)
+        if len(cells) > len(names):
+            raise LineError(
+                "", f"It has {len(cells)} cells for {len(names)} headings: put quotes around commas."
+            )
+        try:
+            return Entry(line, headings.fields_of_text(cells))
+        except ValueError as error:
+            raise LineError("metadata", str(error)) from None
+
+    return rows, parse
+
+
+def _parquet(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise PromptFileError(
+            f"{source.name} needs pyarrow to be read: pip install 'smallcat[parquet]'."
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(stream)
+    except pyarrow.ArrowException as error:
+        raise PromptFileError(f"{source.name} is no Parquet file ({error}).") from None
+    headings = Headings(file.schema_arrow.names, source.name, warn)
+
+    def parse(line: int, row: tuple[Any, ...]) -> Entry:
+        return Entry(line, headings.fields_of_values(row))
+
+    def raws() -> Iterator[Raw]:
+        line = 0
+        try:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                columns = [column.to_pylist() for column in batch.columns]
+                for row in zip(*columns, strict=True):
+                    line += 1
+                    yield line, row
+        except (pyarrow.ArrowException, OSError) as error:
+            raise PromptFileError(f"{source.name} is damaged after row {line} ({error}).") from None
+
+    return raws(), parse
+
+
+_READERS: dict[str, Callable[[Source, BinaryIO, Callable[[str], None]], tuple[Iterator[Raw], Parse]]] = {
+    "txt": _txt,
+    "csv": _table,
+    "tsv": _table,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+}
+
+
+def _lines(name: str, stream: BinaryIO) -> Iterator[Raw]:
+    """(number, text without its end) of each line, or (number, `LineError`). Bad UTF-8 is marked in it."""
+    buffered = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)  # type: ignore[type-var]
+    head = buffered.read(64)
+    for bom, encoding in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32")):
+        if head.startswith(bom):
+            raise PromptFileError(f"{name} is {encoding}: save it as UTF-8.")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return _utf16_lines(name, head, buffered)
+    if head.count(0) * 4 > len(head):
+        raise PromptFileError(f"{name} is no text, or UTF-16 without a BOM: save it as UTF-8.")
+    return _utf8_lines(head.removeprefix(codecs.BOM_UTF8), buffered)
+
+
+def _utf8_lines(head: bytes, stream: Any) -> Iterator[Raw]:
+    *whole, rest = head.split(b"\n")
+    number = 0
+    for number, line in enumerate(whole, 1):
+        yield number, _text(line)
+    while True:
+        line = rest + stream.readline(MAX_LINE)
+        rest = b""
+        if not line:
+            return
+        number += 1
+        if len(line) >= MAX_LINE and not line.endswith(b"\n"):
+            while (more := stream.readline(MAX_LINE)) and not more.endswith(b"\n"):
+                pass
+            yield number, LineError("", f"The line is longer than {MAX_LINE:,} bytes: split it.")
+        else:
+            yield number, _text(line)
+
+
+def _utf16_lines(name: str, head: bytes, stream: Any) -> Iterator[Raw]:
+    # newline="\n": nothing else ends a line, and what a text holds is left as it is.
+    text = io.TextIOWrapper(cast(Any, _Rejoined(head, stream)), "utf-16", "surrogatepass", newline="\n")
+    number = 0
+    while True:
+        number += 1
+        try:
+            line = text.readline(MAX_LINE)
+            if len(line) >= MAX_LINE and not line.endswith("\n"):
+                while (more := text.readline(MAX_LINE)) and not more.endswith("\n"):
+                    pass
+                yield number, LineError("", f"The line is longer than {MAX_LINE:,} characters: split it.")
+                continue
+        except UnicodeError as error:
+            # What follows cannot be told apart any more.
+            yield number, LineError("", f"It is not UTF-16 ({error}): save {name} as UTF-8.")
+            return
+        if not line:
+            return
+        yield number, line.removesuffix("\n").removesuffix("\r")
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream with its first bytes, which were read already, before the rest."""
+
+    def __init__(self, head: bytes, stream: Any) -> None:
+        self._head, self._stream = head, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data, self._head = self._head or self._stream.read(len(buffer)), b""
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _text(line: bytes) -> str:
+    return line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
+
+
+def _refuse_bad_bytes(text: str) -> None:
+    if not text.isascii() and (bad := _BAD_BYTE.search(text)):
+        byte, place = ord(bad[0]) - 0xDC00, bad.start() + 1
+        raise LineError("", f"Byte 0x{byte:02x} after character {place - 1} is not UTF-8: save it as UTF-8.")
+
+
+def _rows(lines: Iterator[Raw]) -> Iterator[Raw]:
+    """(number of the first line, text) of each row: a quoted cell may span lines.
+
+    Where a quote is not closed soon, its line alone is bad, and what was looked through is read again.
+    """
+    again: list[Raw] = []
+    while True:
+        first = again.pop(0) if again else next(lines, None)
+        if first is None:
+            return
+        number, text = first
+        if isinstance(text, LineError) or text.count('"') % 2 == 0:
+            if isinstance(text, LineError) or text.strip():
+                yield number, text
+            continue
+        seen: list[Raw] = []
+        parts, quotes, size = [text], text.count('"'), len(text)
+        while quotes % 2 and len(seen) < MAX_ROW_LINES and size < MAX_ROW:
+            following = again.pop(0) if again else next(lines, None)
+            if following is None:
+                break
+            seen.append(following)
+            if isinstance(following[1], LineError):
+                break
+            parts.append(following[1])
+            quotes += following[1].count('"')
+            size += len(following[1])
+        if quotes % 2:
+            yield number, LineError("", 'A quote (") opens a cell and is not closed: double it, or close it.')
+            again = seen + again
+        else:
+            yield number, "\n".join(parts)
+
+
+def _cells(row: str, delimiter: str) -> list[str]:
+    try:
+        return (
+            next(csv.reader([row], delimiter=delimiter, strict=True))
+            if "\n" not in row
+            else _long(row, delimiter)
+        )
+    except csv.Error as error:
+        raise LineError(
+            "", f"It is not CSV ({error}): put quotes around the cell, double those in it."
+        ) from None
+
+
+def _long(row: str, delimiter: str) -> list[str]:
+    return next(csv.reader(io.StringIO(row, newline=""), delimiter=delimiter, strict=True))

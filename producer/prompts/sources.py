@@ -1,0 +1,204 @@
+"""Where prompt files come from: a path, `-` for standard input, or an s3:// address; plain, gzip or zstd.
+
+A run reads its files more than once (to check them, to feed them, to write the manifest), and must know
+them again when it is resumed. So what cannot be read twice is first put into a temporary file on disk, and
+each source has a digest over its bytes as they were stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, BinaryIO, cast
+
+from worker.contract.errors import PromptFileError
+
+#: The formats, as `--format` takes them and as names end.
+FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
+#: What standard input is read as when nothing is said.
+STDIN_FORMAT = "txt"
+#: Endings of compressed files. Whether a file is compressed is told by its first bytes.
+_COMPRESSED = (".gz", ".zst", ".zstd")
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_CHUNK = 1 << 20
+#: Bytes that are decompressed at once: what becomes of them is in memory.
+_ZSTD_CHUNK = 1 << 12
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prompt file that can be read from its beginning any number of times, one reader at a time."""
+
+    #: As the user gave it; `stdin` for `-`. Errors and manifests say it.
+    name: str
+    #: One of `FORMATS`.
+    format: str
+    #: BLAKE2b over the stored bytes, hexadecimal.
+    digest: str
+    #: The file itself where it is one of the user's.
+    path: Path | None
+    _spool: BinaryIO | None = field(default=None, repr=False, compare=False)
+    _seen: tuple[int, int] = (0, 0)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The decompressed bytes, from the beginning. Parquet files come as they are, and can be sought in.
+
+        Raises `PromptFileError` for what is gone, has changed, or is no valid gzip or zstd, also while it
+        is read.
+        """
+        with self._raw() as raw:
+            try:
+                head = raw.read(4)
+                raw.seek(0)
+                yield self._decompressed(raw, head)
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise PromptFileError(f"{self.name} is damaged ({error}): compress it again.") from None
+
+    def beside(self, ending: str) -> Path:
+        """The path of what belongs to this file: beside it, or in the working folder if it is not local."""
+        if self.path is not None:
+            return self.path.with_name(f"{self.path.name}.{ending}")
+        return Path(f"{PurePosixPath(self.name).name}.{ending}")
+
+    @contextlib.contextmanager
+    def _raw(self) -> Iterator[BinaryIO]:
+        if self._spool is not None:
+            with os.fdopen(os.dup(self._spool.fileno()), "rb") as raw:
+                raw.seek(0)
+                yield raw
+            return
+        try:
+            with cast(Path, self.path).open("rb") as raw:
+                if _seen(raw) != self._seen:
+                    raise PromptFileError(f"{self.name} has changed since it was first read: run it again.")
+                yield raw
+        except OSError as error:
+            raise PromptFileError(f"{self.name} cannot be read: {error.strerror or error}.") from None
+
+    def _decompressed(self, raw: BinaryIO, head: bytes) -> BinaryIO:
+        if self.format == "parquet":
+            return raw
+        if head.startswith(_GZIP):
+            return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+        if head == _ZSTD:
+            return _zstd(raw)
+        return raw
+
+
+def source(name: str, form: str | None = None) -> Source:
+    """The prompt file that `name` means, in format `form` or what its ending says.
+
+    Raises `PromptFileError` where there is none or its format is not known, `StorageError` for s3://.
+    """
+    form = form or _format_of(name)
+    if name == "-":
+        return _spooled("stdin", form, sys.stdin.buffer)
+    if name.startswith("s3://"):
+        return _from_bucket(name, form)
+    path = Path(name)
+    try:
+        with path.open("rb") as raw:
+            seen, digest = _seen(raw), _digest(raw)
+    except OSError as error:
+        raise PromptFileError(f"{name} cannot be read: {error.strerror or error}.") from None
+    return Source(name, form, digest, path, None, seen)
+
+
+def _format_of(name: str) -> str:
+    if name == "-":
+        return STDIN_FORMAT
+    plain = PurePosixPath(name)
+    if plain.suffix.lower() in _COMPRESSED:
+        plain = plain.with_suffix("")
+    ending = plain.suffix.lower().removeprefix(".")
+    if ending == "ndjson":
+        return "jsonl"
+    if ending not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise PromptFileError(f'{name} ends in ".{ending}", which says no format: add --format ({known}).')
+    return ending
+
+
+def _spooled(name: str, form: str, stream: IO[bytes]) -> Source:
+    spool = tempfile.TemporaryFile(prefix="smallcat-")  # noqa: SIM115 - lives as long as the source
+    digest = hashlib.blake2b(digest_size=16)
+    while chunk := stream.read(_CHUNK):
+        digest.update(chunk)
+        spool.write(chunk)
+    spool.flush()
+    return Source(name, form, digest.hexdigest(), None, cast(BinaryIO, spool))
+
+
+def _from_bucket(name: str, form: str) -> Source:
+    from producer.session import bucket
+    from worker.contract.settings import producer_settings
+
+    settings = producer_settings()
+    try:
+        with bucket(settings.s3_bucket, settings.s3_prefix).open(name) as body:
+            return _spooled(name, form, body)
+    except ValueError as error:
+        raise PromptFileError(f"{error}") from None
+
+
+def _seen(raw: IO[bytes]) -> tuple[int, int]:
+    """What changes when a file does: its size and time."""
+    stat = os.fstat(raw.fileno())
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _digest(raw: BinaryIO) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    while chunk := raw.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _zstd(raw: BinaryIO) -> BinaryIO:
+    import zstandard
+
+    class Reader(io.RawIOBase):
+        """Frame after frame. zstandard's own reader takes a file that was cut off for a whole one."""
+
+        def __init__(self) -> None:
+            self._frame: Any = None
+            self._packed = self._plain = b""
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            while not self._plain and self._more():
+                pass
+            size = min(len(buffer), len(self._plain))
+            buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+            return size
+
+        def _more(self) -> bool:
+            """Decompress a little, which can be much; False at the end of the file."""
+            self._packed = self._packed or raw.read(_ZSTD_CHUNK)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it ends too early")
+                return False
+            try:
+                self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+                self._plain = self._frame.decompress(self._packed)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+            return True
+
+    return cast(BinaryIO, io.BufferedReader(Reader(), _CHUNK))

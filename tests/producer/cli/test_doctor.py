@@ -1,0 +1,150 @@
+"""What the doctor finds, and the remedy it names for each thing that is not as it should be."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from redis import Redis
+
+from producer.cli.doctor import Finding, examine
+from tests.worker.engine.fake_runner import SERVED, job_of
+from worker.contract.errors import SettingsError
+from worker.contract.queues import queue_of
+from worker.state.fleet import Fleet, WorkerInfo
+from worker.state.records import Records
+from worker.state.redis_client import connect
+
+
+@pytest.fixture
+def environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    # What this machine has is its worker's business: see their own tests.
+    monkeypatch.setattr("producer.cli.doctor.importlib.util.find_spec", lambda name: None)
+    return environment
+
+
+@pytest.fixture
+def client(environment: dict[str, str]) -> Iterator[Redis]:
+    with connect(environment["REDIS_URL"], retry_s=2) as client:
+        yield client
+
+
+def announce(client: Redis, name: str, torch: str = "2.13") -> None:
+    info = WorkerInfo(
+        name=name,
+        served=SERVED,
+        started_at=1.0,
+        device="CPU",
+        attention="sdpa",
+        max_rows=8,
+        versions={"torch": torch},
+    )
+    Fleet(client, 1_000).announce(info)
+
+
+def found(what: str) -> list[Finding]:
+    return [finding for finding in examine() if finding.what == what]
+
+
+def the_bad_one(what: str) -> str:
+    (bad,) = [finding for finding in found(what) if not finding.ok]
+    assert "\n" not in bad.text
+    return bad.text
+
+
+def test_all_is_well(client: Redis) -> None:
+    announce(client, "w1")
+    findings = list(examine())
+    assert all(finding.ok for finding in findings), findings
+    assert {finding.what for finding in findings} >= {"redis", "bucket", "workers"}
+    told = json.dumps([finding._asdict() for finding in findings])
+    assert f"w1 serves {SERVED.name}" in told
+    assert "presigned links open" in told
+    password = client.connection_pool.connection_kwargs["password"]
+    assert password
+    assert password not in told
+
+
+def test_the_doctor_leaves_nothing_in_the_bucket(client: Redis, environment: dict[str, str]) -> None:
+    list(examine())
+    listing = boto3.client("s3").list_objects_v2(Bucket=environment["S3_BUCKET"])
+    assert listing.get("Contents", []) == []
+
+
+def test_no_worker(client: Redis) -> None:
+    assert the_bad_one("workers") == "none is alive: start one with `celery -A worker worker`"
+
+
+def test_workers_of_different_versions(client: Redis) -> None:
+    announce(client, "w1", torch="2.12")
+    announce(client, "w2", torch="2.13")
+    assert the_bad_one("workers") == "run different versions of torch: 2.12 on w1; 2.13 on w2"
+
+
+def test_jobs_in_a_queue_that_nobody_serves(client: Redis) -> None:
+    announce(client, "w1")
+    lost, served = job_of(1).model_copy(update={"revision": "gone"}), job_of(2)
+    for job in (lost, served):
+        Records(client, 1_000).submitted(job, queue_of(job))
+        client.lpush(queue_of(job), "message")
+    text = the_bad_one("queues")
+    assert text.startswith(f"1 jobs wait in {queue_of(lost)}, which no live worker serves")
+    assert [finding.text for finding in found("queues") if finding.ok] == [
+        f"1 jobs wait in {queue_of(served)}"
+    ]
+
+
+def test_a_queue_that_was_left_empty_is_no_finding(client: Redis) -> None:
+    announce(client, "w1")
+    gone = job_of(1).model_copy(update={"revision": "gone"})
+    Records(client, 1_000).submitted(gone, queue_of(gone))
+    assert found("queues") == []
+
+
+def test_a_redis_that_evicts(client: Redis) -> None:
+    before = client.config_get("maxmemory-policy")["maxmemory-policy"]
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        text = the_bad_one("redis")
+    finally:
+        client.config_set("maxmemory-policy", before)
+    assert text == "evicts jobs when it is full (allkeys-lru): CONFIG SET maxmemory-policy noeviction"
+
+
+def test_a_redis_that_is_away_does_not_end_the_examination(
+    client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("REDIS_URL", f"redis://:hunter2@127.0.0.1:{held.getsockname()[1]}/0")
+        findings = list(examine())
+    assert [finding.what for finding in findings if not finding.ok] == ["redis", "workers"]
+    assert all("start it, or set REDIS_URL" in finding.text for finding in findings if not finding.ok)
+    assert "hunter2" not in str(findings)
+    assert any(finding.what == "bucket" and finding.ok for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("S3_BUCKET", "", "S3_BUCKET is not set"),
+        ("S3_BUCKET", "no-such-bucket", "create it, or set S3_BUCKET"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong" * 8, "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_a_bucket_that_refuses(
+    client: Redis, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, remedy: str
+) -> None:
+    announce(client, "w1")
+    monkeypatch.setenv(variable, value)
+    assert remedy in the_bad_one("bucket")
+    assert all(finding.ok for finding in examine() if finding.what in ("redis", "workers"))
+
+
+def test_a_misspelt_setting_ends_the_examination(client: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALLCAT_MODLE", "x")
+    with pytest.raises(SettingsError, match="Did you mean SMALLCAT_MODEL"):
+        list(examine())

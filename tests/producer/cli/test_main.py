@@ -1,0 +1,391 @@
+"""The command line: exit codes, one JSON document, one sentence for what goes wrong, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from PIL import Image
+from redis import Redis
+
+from producer import JobHandle
+from producer.cli.main import JOB_OPTIONS, cli, main
+from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
+from worker.contract import infotext
+from worker.contract.errors import NotFiniteError, StorageError, UnknownModelError
+from worker.contract.job import Job
+from worker.contract.queues import queue_of
+from worker.contract.record import JobRecord, State
+from worker.jobs.image_file import encode
+from worker.state.fleet import Fleet, WorkerInfo
+from worker.state.records import Records
+from worker.state.redis_client import connect
+from worker.storage.bucket import Storage
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
+    return environment
+
+
+@pytest.fixture
+def client(environment: dict[str, str]) -> Iterator[Redis]:
+    with connect(environment["REDIS_URL"], retry_s=2) as client:
+        worker = WorkerInfo(
+            name="w1", served=SERVED, started_at=1.0, device="CPU", attention="sdpa", max_rows=8, versions={}
+        )
+        Fleet(client, 1_000).announce(worker)
+        yield client
+
+
+class Shell:
+    """Runs commands in this process, as `smallcat` runs them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> Told:
+        self._monkeypatch.setattr(sys, "argv", ["smallcat", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = self._capsys.readouterr()
+        assert "Traceback" not in err
+        assert isinstance(exit_.value.code, int)
+        return Told(exit_.value.code, out, err)
+
+
+@pytest.fixture
+def smallcat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
+
+
+def claim(client: Redis, job: Job) -> Records:
+    records = Records(client, 1_000)
+    records.claim(job, "m1", worker="w1", lease_s=30, max_attempts=3, queue=queue_of(job))
+    return records
+
+
+def finish(client: Redis, environment: dict[str, str], job: Job) -> str:
+    """Have the job done, as by a worker. Returns its address."""
+    storage = Storage(environment["S3_BUCKET"])
+    uri = storage.uri(job.id, job.format)
+    record = JobRecord(id=job.id, state=State.DONE, job=job, step=4, steps=4, uri=uri, warnings=("cut",))
+    picture = encode(picture_of(job), job.format, infotext.write(job))
+    storage.put(job.id, job.format, picture, record.model_dump_json().encode(), "image/png")
+    claim(client, job).done(record)
+    return uri
+
+
+# --- submit -----------------------------------------------------------------------------------------------
+
+
+def test_every_job_field_is_an_option_and_in_the_help(smallcat: Shell) -> None:
+    assert set(JOB_OPTIONS) == set(Job.model_fields) - {"prompt"}
+    told = smallcat("submit", "--help")
+    assert told.code == 0
+    for field in JOB_OPTIONS:
+        assert f"--{field.replace('_', '-')}" in told.out
+
+
+def commands(group: click.Group, *path: str) -> Iterator[tuple[list[str], click.Command]]:
+    """All commands, those of groups within the group as well, with the words that call them."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+        else:
+            yield [*path, name], command
+
+
+def test_every_command_has_help_and_json(smallcat: Shell) -> None:
+    for words, command in commands(cli):
+        assert smallcat(*words, "--help").code == 0
+        assert command.help
+        assert any("--json" in parameter.opts for parameter in command.params), f"{words} takes --json"
+
+
+def test_submitting_prints_the_id(smallcat: Shell, client: Redis) -> None:
+    told = smallcat("submit", "a small cat", "--seed", "3")
+    assert told.code == 0
+    assert told.out == f"{JobHandle(told.out.strip()).record().id}\n"
+    again = smallcat("submit", "a small cat", "--seed", "3", "--json")
+    assert again.document == {"id": told.out.strip()}
+
+
+def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
+    given = {
+        "negative_prompt": "blurry",
+        "seed": 3,
+        "width": 72,
+        "height": 80,
+        "steps": 9,
+        "guidance_scale": 2.5,
+        "guidance_start": 0.25,
+        "guidance_stop": 0.75,
+        "scheduler": "euler a",
+        "model": SERVED.name,
+        "revision": SERVED.revision,
+        "format": "webp",
+        "priority": 8,
+        "metadata": '{"mine": [1, "ä"]}',
+    }
+    assert set(given) == set(JOB_OPTIONS)
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    told = smallcat("submit", "a small cat", *options)
+    job = JobHandle(told.out.strip()).record().job
+    said = job.model_dump(mode="json")
+    assert said == given | {
+        "prompt": "a small cat",
+        "scheduler": "euler_ancestral",
+        "metadata": {"mine": [1, "ä"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["submit"], "PROMPT"),
+        (["submit", " "], "prompt is blank"),
+        (["submit", "x", "--width", "65"], "use 64 or 72"),
+        (["submit", "x", "--steps", "many"], "many"),
+        (["submit", "x", "--scheduler", "dim"], "use one of default, ddim"),
+        (["submit", "x", "--stepps", "3"], "--steps"),
+        (["submit", "x", "--metadata", "{"], "it is not JSON"),
+        (["submit", "x", "--metadata", "[" * 100_000], "it is not JSON"),
+        (["submit", "x", "--metadata", "[1]"], "metadata is [1]"),
+        (["submit", "x", "--metadata", '{"x": NaN}'], "metadata is not JSON"),
+        (["submit", "x", "--wait", "--timeout", "-1"], "--timeout"),
+        (["submit", "x", "--wait", "--timeout", "nan"], "--timeout"),
+        (["submit", "x", "--wait", "--timeout", "inf"], "--timeout"),
+        (["submit", "\udcff"], "prompt"),
+        (["paint", "x"], "paint"),
+        (["status"], "JOB_ID"),
+        (["fetch"], "JOB_IDS"),
+        ([], "Usage"),
+        (["status", "nonsense"], "no record of a job nonsense"),
+        (["cancel", "0" * 32], "no record of a job"),
+        (["fetch", "0" * 32], "no record of a job"),
+    ],
+    ids=lambda value: (
+        " ".join(value)[:40].encode("ascii", "replace").decode() if isinstance(value, list) else ""
+    ),
+)
+def test_a_usage_error_is_a_sentence_and_2(
+    smallcat: Shell, client: Redis, arguments: list[str], part: str
+) -> None:
+    told = smallcat(*arguments)
+    assert told.code == 2
+    assert part in told.err
+    assert len(told.err) < 1_500
+    assert not list(client.scan_iter("smallcat:job:*"))
+
+
+def test_a_misspelt_setting_is_a_sentence_and_2(
+    smallcat: Shell, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALLCAT_LEESE_S", "3")
+    for arguments in (["submit", "x"], ["status", "x"], ["doctor"]):
+        told = smallcat(*arguments)
+        assert (told.code, told.err) == (
+            2,
+            "There is no setting SMALLCAT_LEESE_S. Did you mean SMALLCAT_LEASE_S?\n",
+        )
+
+
+def test_a_service_out_of_reach_is_a_sentence_and_3(
+    smallcat: Shell, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("REDIS_URL", f"redis://:hunter2@127.0.0.1:{held.getsockname()[1]}/0")
+        for arguments in (["submit", "x"], ["status", "0" * 32], ["cancel", "x"], ["fetch", "x"]):
+            told = smallcat(*arguments)
+            assert told.code == 3
+            assert "is out of reach" in told.err
+            assert "hunter2" not in told.err
+
+
+# --- status, cancel, fetch --------------------------------------------------------------------------------
+
+
+def test_status_of_each_state(smallcat: Shell, client: Redis, environment: dict[str, str]) -> None:
+    job_id = smallcat("submit", "a small cat", "--seed", "3").out.strip()
+    job = JobHandle(job_id).record().job
+    told = smallcat("status", job_id)
+    assert told.code == 0
+    assert told.out.splitlines() == [f"{job_id}  queued", "queue      1 waiting, 1 workers"]
+    claim(client, job).progress({job_id: (1, 4)}, 30)
+    assert "step       1 of 4" in smallcat("status", job_id).out
+    uri = finish(client, environment, job)
+    assert f"uri        {uri}" in smallcat("status", job_id).out
+    document = smallcat("status", job_id, "--json").document
+    assert (document["id"], document["state"], document["uri"]) == (job_id, "done", uri)
+    assert document["warnings"] == ["cut"]
+
+
+def test_status_says_that_nobody_serves_the_job(smallcat: Shell, client: Redis) -> None:
+    job_id = smallcat("submit", "x", "--model", "another").out.strip()
+    assert 'No worker serves the model "another"' in smallcat("status", job_id).out
+    assert "No worker serves" in smallcat("status", job_id, "--json").document["note"]
+
+
+def test_cancelling_several_jobs(smallcat: Shell, client: Redis) -> None:
+    queued = smallcat("submit", "x", "--seed", "1").out.strip()
+    running = smallcat("submit", "x", "--seed", "2").out.strip()
+    claim(client, JobHandle(running).record().job)
+    told = smallcat("cancel", queued, running)
+    assert told.code == 0
+    assert told.out.splitlines() == [f"{queued}  cancelled", f"{running}  cancelling"]
+    assert smallcat("cancel", queued, running, "--json").document == {queued: "cancelled", running: "running"}
+
+
+def test_fetching_saves_each_picture(
+    smallcat: Shell, client: Redis, environment: dict[str, str], tmp_path: Path
+) -> None:
+    jobs = [job_of(1), job_of(2)]
+    for job in jobs:
+        finish(client, environment, job)
+    folder = tmp_path / "new" / "folder"
+    told = smallcat("fetch", *(job.id for job in jobs), "--output", str(folder))
+    assert told.code == 0
+    assert "note  cut" in told.err
+    for job in jobs:
+        with Image.open(folder / f"{job.id}.png") as image:
+            assert image.getpixel((0, 0)) == tuple(picture_of(job).pixels[0, 0])
+    document = smallcat("fetch", *(job.id for job in jobs), "--output", str(folder), "--json").document
+    assert [each["id"] for each in document] == [job.id for job in jobs]
+    assert all(Path(each["path"]).is_file() and each["url"].startswith("http") for each in document)
+
+
+def test_one_jobs_failure_does_not_keep_the_others_from_being_fetched(
+    smallcat: Shell, client: Redis, environment: dict[str, str], tmp_path: Path
+) -> None:
+    failed, done = job_of(1), job_of(2)
+    claim(client, failed).failed(failed.id, "m1", NotFiniteError("NaN at step 3"))
+    finish(client, environment, done)
+    told = smallcat("fetch", failed.id, done.id, "--output", str(tmp_path), "--json")
+    assert told.code == 1
+    assert told.err.endswith("NaN at step 3\n")
+    assert [each["id"] for each in told.document] == [done.id]
+
+
+def test_waiting_for_a_picture(
+    smallcat: Shell, client: Redis, environment: dict[str, str], tmp_path: Path
+) -> None:
+    job = job_of(3)
+    finish(client, environment, job)
+    # In the bucket, and its record is final: submitted again it is queued until a worker answers.
+    told = smallcat("fetch", job.id, "--show", "--output", str(tmp_path))
+    assert told.code == 0
+    assert "seed 3, 4 steps" in told.out
+    told = smallcat("submit", "x", "--wait", "--timeout", "0", "--json")
+    assert (told.code, told.out) == (1, "")
+    assert "is still queued after 0 s" in told.err
+
+
+@pytest.mark.parametrize("error", [NotFiniteError("told why"), UnknownModelError("told why")])
+def test_a_failed_job_is_a_sentence_and_1(smallcat: Shell, client: Redis, error: Any) -> None:
+    job = job_of(1)
+    claim(client, job).failed(job.id, "m1", error)
+    told = smallcat("fetch", job.id)
+    assert (told.code, told.out) == (1, "")
+    assert told.err.endswith("told why\n")
+
+
+def test_a_cancelled_job_is_a_sentence_and_1(smallcat: Shell, client: Redis) -> None:
+    job_id = smallcat("submit", "x").out.strip()
+    smallcat("cancel", job_id)
+    told = smallcat("fetch", job_id)
+    assert (told.code, told.err.splitlines()[-1]) == (1, "The job was cancelled.")
+
+
+def test_a_job_that_failed_for_its_storage_is_3(smallcat: Shell, client: Redis) -> None:
+    job = job_of(1)
+    claim(client, job).failed(job.id, "m1", StorageError("no bucket"))
+    assert smallcat("fetch", job.id).code == 3
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence_and_2(
+    smallcat: Shell, client: Redis, environment: dict[str, str], tmp_path: Path
+) -> None:
+    job = job_of(1)
+    finish(client, environment, job)
+    (tmp_path / "file").touch()
+    told = smallcat("fetch", job.id, "--output", str(tmp_path / "file"))
+    assert told.code == 2
+    assert "file" in told.err
+
+
+def test_waiting_for_what_nobody_serves_says_so_once_and_without_a_python_warning(
+    smallcat: Shell, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.state.records.RECHECK_S", 0.01)
+    told = smallcat("submit", "x", "--model", "another", "--wait", "--timeout", "0.5")
+    assert told.code == 1
+    assert told.err.count("No worker serves") == 1
+    assert "UserWarning" not in told.err
+
+
+# --- as a process -----------------------------------------------------------------------------------------
+
+
+def run(environment: dict[str, str], *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "producer", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def test_python_m_producer_is_the_command(environment: dict[str, str], client: Redis) -> None:
+    told = run(environment, "submit", "a small cat", "--json")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert JobHandle(json.loads(told.stdout)["id"]).state() is State.QUEUED
+
+
+def test_a_reader_that_has_enough_is_no_error(environment: dict[str, str], client: Redis) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    told = subprocess.run(
+        [sys.executable, "-m", "producer", "submit", "x", "--json"],
+        env=environment,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    assert told.stderr == ""
+
+
+def test_the_group_is_one_that_click_can_list() -> None:
+    assert isinstance(cli, click.Group)
+    assert {"submit", "status", "cancel", "fetch", "doctor"} <= set(cli.commands)

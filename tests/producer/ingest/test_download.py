@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from producer.ingest.download import FIELDS, Downloads, Template, slug
+from producer.ingest.journal import Journal
+from producer.ingest.run_state import Ended
+from producer.prompts.sources import Source
+from worker.contract import infotext
+from worker.contract.errors import PromptFileError
+from worker.contract.job import ImageFormat, Job
+from worker.engine.runner import Picture
+from worker.jobs.image_file import encode
+
+
+class Bucket:
+    """Pictures by address."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, bytes] = {}
+
+    def put(self, job: Job) -> str:
+        uri = f"s3://b/images/{job.id[:2]}/{job.id}.{job.format}"
+        shade = np.full((8, 8, 3), job.seed % 256, np.uint8)
+        resolved = job.model_copy(
+            update={"width": 64, "height": 64, "steps": job.steps or 1, "guidance_scale": 1.0}
+        )
+        self.pictures[uri] = encode(Picture(shade), job.format, infotext.write(resolved))
+        return uri
+
+    def get(self, uri: str) -> bytes:
+        return self.pictures[uri]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("../{line}", "/etc/{line}", "a/../../{line}", "{line}\\x", "", "{prompt}", "{line.real}"),
+        *("{line!r}", "{", "{line:x y}", "{line:{seed}}"),
+    ],
+)
+def test_a_template_that_climbs_or_is_not_understood_is_refused(text: str) -> None:
+    with pytest.raises(PromptFileError):
+        Template(text)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(max_size=80), st.text(max_size=20))
+def test_no_value_leads_out_of_the_folder(text: str, model: str) -> None:
+    values: dict[str, Any] = dict.fromkeys(FIELDS, text) | {"line": 1, "model": model, "slug": slug(text)}
+    name = Template("{file}/{line}-{model}-{slug}-{scheduler}").name(values, "png")
+    assert ".." not in name.parts
+    assert not name.is_absolute()
+    assert len(name.parts) <= 2
+    assert len(name.name.encode()) < 255
+
+
+def test_a_slug_is_the_first_words_of_a_prompt() -> None:
+    assert slug("A small, ../cat — 猫!") == "a-small-cat-猫"
+    assert len(slug("word " * 100)) <= 60
+    assert slug("!?") == ""
+
+
+def test_pictures_are_saved_once_under_their_names(tmp_path: Path) -> None:
+    bucket: Any = Bucket()
+    jobs = [Job(prompt="a cat", seed=1), Job(prompt="a cat", seed=1, steps=9, format=ImageFormat.WEBP)]
+    jobs.append(Job(prompt="a cat", seed=1, steps=7))
+    uris = [bucket.put(job) for job in jobs]
+    source = Source("p.txt", "txt", "", tmp_path / "p.txt")
+    ended = [
+        Ended(n, 0, 5, job.id, "done", uri, {}, None, None, False, 1)
+        for n, (job, uri) in enumerate(zip(jobs, uris, strict=True))
+    ]
+    with Journal(tmp_path / "m.jsonl", "run") as journal:
+        journal.write(ended)
+        for _ in range(2):  # The second time all are there.
+            downloads = Downloads(tmp_path / "out", bucket, [source])
+            downloads.resume(journal)
+            downloads.flush(journal)
+            downloads.close()
+        paths = [Path(str((journal.result(n) or {})["path"])) for n in range(3)]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    # Two pictures of one name: the id parts them, and none is lost.
+    assert "000005-1-a-cat.png" in names
+    assert "000005-1-a-cat.webp" in names
+    assert len(names) == 3
+    assert [path.read_bytes() for path in paths] == [bucket.get(uri) for uri in uris]
+
+
+def test_a_file_of_the_user_s_own_is_not_overwritten(tmp_path: Path) -> None:
+    bucket: Any = Bucket()
+    job = Job(prompt="a cat", seed=1)
+    uri = bucket.put(job)
+    (tmp_path / "x.png").write_text("mine")
+    downloads = Downloads(tmp_path, bucket, [Source("p.txt", "txt", "", None)], "x.png")
+    with Journal(tmp_path / "m.jsonl", "run") as journal:
+        downloads.fetch(0, 1, 0, uri)
+        downloads.flush(journal)
+    downloads.close()
+    assert (tmp_path / "x.png").read_text() == "mine"
+    assert (tmp_path / f"x-{job.id}.png").read_bytes() == bucket.get(uri)

@@ -1,0 +1,190 @@
+"""The parameters text: what is read from it is the job that it was written for."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from worker.contract.errors import InvalidJobError
+from worker.contract.infotext import SAMPLERS, read, write
+from worker.contract.job import MAX_SEED, ImageFormat, Job, Scheduler
+
+
+def resolved(**fields: Any) -> Job:
+    given_fields = {
+        "prompt": "a small cat",
+        "seed": 5,
+        "width": 512,
+        "height": 512,
+        "steps": 20,
+        "guidance_scale": 7.5,
+        "scheduler": "euler_ancestral",
+        "model": "a/model",
+        "revision": "abc123",
+    }
+    return Job.parse(given_fields | fields)
+
+
+def test_the_text_is_what_automatic1111_would_write() -> None:
+    assert write(resolved(negative_prompt="blurry")) == (
+        "a small cat\n"
+        "Negative prompt: blurry\n"
+        "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 5, Size: 512x512, Model: a/model, "
+        "Model hash: abc123, Format: png, Version: smallcat"
+    )
+
+
+def test_without_a_negative_prompt_its_line_is_left_out() -> None:
+    assert "Negative prompt" not in write(resolved())
+
+
+#: Pieces that the format itself uses, or that break lines, quotes and escapes.
+PIECES = st.sampled_from(
+    [
+        "\n",
+        "\r\n",
+        "\r",
+        "Steps: ",
+        "Steps: 20, Sampler: Euler",
+        "Negative prompt: ",
+        "\nNegative prompt: ",
+        'Texts: "[]"',
+        ", ",
+        '"',
+        '\\"',
+        "\\",
+        "\u2028",
+        "🐈",
+        "e\u0301",
+        "x",
+        "\t",
+        " ",
+        ": ",
+    ]
+)
+TEXT = st.lists(PIECES | st.characters(exclude_categories=["Cc", "Cs"]), max_size=12).map("".join)
+NAME = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
+
+
+@settings(deadline=None, max_examples=250)
+@example(prompt="a\nSteps: 3", negative="", model="m", revision="r", job=resolved())
+@example(prompt="a\nNegative prompt: b", negative="", model="m", revision="r", job=resolved())
+@example(prompt="a", negative="\nSteps: 1, Seed: 2", model='a, "b": c', revision=" r ", job=resolved())
+@given(
+    prompt=TEXT.filter(str.strip),
+    negative=TEXT,
+    model=NAME,
+    revision=NAME,
+    job=st.builds(
+        resolved,
+        seed=st.integers(0, MAX_SEED),
+        width=st.integers(8, 256).map(lambda n: 8 * n),
+        steps=st.integers(1, 150),
+        guidance_scale=st.floats(0, 30),
+        guidance_start=st.floats(0, 1),
+        guidance_stop=st.floats(0, 1),
+        scheduler=st.sampled_from(list(Scheduler)),
+        format=st.sampled_from(list(ImageFormat)),
+    ),
+)
+def test_reading_what_was_written_gives_the_same_picture(
+    prompt: str, negative: str, model: str, revision: str, job: Job
+) -> None:
+    texts = {"prompt": prompt, "negative_prompt": negative, "model": model, "revision": revision}
+    job = Job.parse(job.model_dump() | texts | {"priority": 9, "metadata": {"mine": 1}})
+    again = read(write(job))
+    assert again.id == job.id
+    # Priority and metadata belong to the submission that made the picture, not to the picture.
+    assert (again.priority, again.metadata) == (5, {})
+
+
+@pytest.mark.parametrize("scheduler", Scheduler)
+def test_every_scheduler_has_a_name_there(scheduler: Scheduler) -> None:
+    assert read(write(resolved(scheduler=scheduler))).scheduler is scheduler
+    assert list(SAMPLERS.values()).count(SAMPLERS[scheduler]) == 1
+
+
+def test_the_longest_texts_with_the_dearest_characters_still_fit_into_a_jpeg() -> None:
+    """Exif in a JPEG ends at 65,533 bytes, and is UTF-16."""
+    for character in ('"', "\\", "🐈", "\n", "x"):
+        prompt = character * 1_900 + "\nNegative prompt: x"
+        worst = character * 1_999 + "x"
+        job = resolved(prompt=prompt, negative_prompt=worst, model="m," * 100, revision="r," * 50)
+        text = write(job)
+        assert read(text).id == job.id
+        assert len(text.encode("utf-16-be")) < 60_000
+
+
+#: From AUTOMATIC1111's stable-diffusion-webui: before and after samplers and schedules parted, with extras.
+AUTOMATIC1111 = """\
+masterpiece, (small cat:1.3), <lora:add_detail:0.8>
+on a "red" sofa
+Negative prompt: EasyNegative, lowres,
+bad anatomy
+Steps: 28, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 2961093478, Size: 512x768, Model hash: 7f96a1a9ca, \
+Model: anything, v5: "final", Denoising strength: 0.5, Clip skip: 2, Hires upscale: 2, \
+Lora hashes: "add_detail: 7c6bad76eb54", Version: v1.6.0"""
+
+
+def test_a_picture_of_automatic1111_can_be_asked_for_again() -> None:
+    job = read(AUTOMATIC1111)
+    assert job.prompt == 'masterpiece, (small cat:1.3), <lora:add_detail:0.8>\non a "red" sofa'
+    assert job.negative_prompt == "EasyNegative, lowres,\nbad anatomy"
+    assert (job.steps, job.scheduler, job.guidance_scale) == (28, Scheduler.DPMPP_2M_KARRAS, 7.0)
+    assert (job.seed, job.width, job.height) == (2961093478, 512, 768)
+    # Its model's file name and hash mean nothing to this fleet.
+    assert (job.model, job.revision) == ("default", "")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "scheduler"),
+    [
+        ("Sampler: DPM++ 2M, Schedule type: Karras", Scheduler.DPMPP_2M_KARRAS),
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", Scheduler.DPMPP_2M),
+        ("Sampler: Euler a, Schedule type: Automatic", Scheduler.EULER_ANCESTRAL),
+        ("Sampler: PLMS", Scheduler.PNDM),
+    ],
+)
+def test_a_sampler_is_read_with_its_schedule(pairs: str, scheduler: Scheduler) -> None:
+    assert read(f"a small cat\nSteps: 20, {pairs}, Seed: 1").scheduler is scheduler
+
+
+def test_a_bare_prompt_is_a_job() -> None:
+    assert read("a small cat\non a mat").prompt == "a small cat\non a mat"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a cat\nSteps: many, Seed: 1", "many"),
+        ("a cat\nSteps: 20, Size: 512", "512"),
+        ("a cat\nSteps: 20, Size: 512x512x512", "512x512x512"),
+        ("a cat\nSteps: 20, Seed: " + "9" * 5_000, "Seed"),
+        ("a cat\nSteps: 151", "steps is 151"),
+        ("a cat\nSteps: 20, Sampler: DPM fast", "scheduler is 'DPM fast'"),
+        ('a cat\nSteps: 20, Texts: "[1]", Version: smallcat', "Texts"),
+        ('a cat\nSteps: 20, Texts: "nonsense", Version: smallcat', "Texts"),
+        ("\nSteps: 20", "prompt"),
+        ("", "prompt"),
+    ],
+)
+def test_what_cannot_be_a_job_is_refused_with_the_value(text: str, part: str) -> None:
+    with pytest.raises(InvalidJobError) as caught:
+        read(text)
+    assert part in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_another_tools_quoting_is_no_obstacle() -> None:
+    assert read('a cat\nSteps: 20, Wildcards: "C:\\Users", Seed: 4').seed == 4
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.text(st.characters()) | st.lists(PIECES, max_size=15).map(lambda pieces: "Steps: ".join(pieces)))
+def test_any_text_is_a_job_or_an_invalid_job(text: str) -> None:
+    with contextlib.suppress(InvalidJobError):
+        assert isinstance(read(text), Job)

@@ -1,0 +1,373 @@
+"""What a job may be, what its id says, and that nothing else ever comes out of `Job.parse`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.contract.errors import InvalidJobError
+from worker.contract.job import (
+    MAX_METADATA,
+    MAX_METADATA_DEPTH,
+    MAX_SEED,
+    Defaults,
+    ImageFormat,
+    Job,
+    Scheduler,
+    ServedModel,
+)
+
+SERVED = ServedModel(
+    name="a/model",
+    revision="r" * 40,
+    defaults=Defaults(width=512, height=768, steps=30, guidance_scale=7.5),
+)
+GOLDEN = Job(
+    prompt="a small cat",
+    negative_prompt="blurry",
+    seed=7,
+    width=512,
+    height=640,
+    steps=20,
+    guidance_scale=7.5,
+    scheduler=Scheduler.EULER,
+    model="a/model",
+    revision="0123456789abcdef",
+    format=ImageFormat.PNG,
+)
+
+
+def parsed(**fields: Any) -> Job:
+    return Job.parse({"prompt": "a small cat", "seed": 1, **fields})
+
+
+def refusal(**fields: Any) -> str:
+    with pytest.raises(InvalidJobError) as caught:
+        parsed(**fields)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", "x"),
+        ("prompt", "x" * 2_000),
+        ("prompt", "line\nline\r\n\ttab"),
+        ("prompt", "🐈 кот 猫 قطة"),
+        ("negative_prompt", ""),
+        ("negative_prompt", "x" * 2_000),
+        ("seed", 0),
+        ("seed", MAX_SEED),
+        ("width", 64),
+        ("width", 2_048),
+        ("height", 72),
+        ("steps", 1),
+        ("steps", 150),
+        ("guidance_scale", 0),
+        ("guidance_scale", 30),
+        ("guidance_scale", 7),
+        ("model", "x" * 200),
+        ("priority", 0),
+        ("priority", 9),
+        ("metadata", {"of": ["the", "caller", 1, 1.5, None, True]}),
+    ],
+)
+def test_values_at_a_limit_are_taken_as_they_are(field: str, value: Any) -> None:
+    assert getattr(parsed(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("prompt", "", "prompt is empty: say what to draw."),
+        ("prompt", " \n\t ", "prompt is blank: say what to draw."),
+        ("prompt", "x" * 2_001, "prompt is 2,001 characters, the limit is 2,000."),
+        ("prompt", "a\x00b", "prompt holds the control character U+0000: remove it."),
+        ("prompt", "a\x1b[31mb", "prompt holds the control character U+001B: remove it."),
+        ("prompt", "a\x85b", "prompt holds the control character U+0085: remove it."),
+        ("prompt", 5, "prompt is 5: it must be a valid string."),
+        ("prompt", None, "prompt is None: it must be a valid string."),
+        ("negative_prompt", "x" * 2_001, "negative_prompt is 2,001 characters, the limit is 2,000."),
+        ("negative_prompt", "\x07", "negative_prompt holds the control character U+0007: remove it."),
+        ("seed", -1, "seed is -1: it must be greater than or equal to 0."),
+        ("seed", 2**63, f"seed is {2**63}: it must be less than or equal to {2**63 - 1}."),
+        ("seed", "5", "seed is '5': it must be a valid integer."),
+        ("seed", 5.0, "seed is 5.0: it must be a valid integer."),
+        ("seed", True, "seed is True: it must be a valid integer."),
+        ("width", 56, "width is 56: it must be greater than or equal to 64."),
+        ("width", 65, "width is 65, which is no multiple of 8: use 64 or 72."),
+        ("height", 2_047, "height is 2047, which is no multiple of 8: use 2040 or 2048."),
+        ("height", 2_056, "height is 2056: it must be less than or equal to 2048."),
+        ("steps", 0, "steps is 0: it must be greater than or equal to 1."),
+        ("steps", 151, "steps is 151: it must be less than or equal to 150."),
+        ("steps", True, "steps is True: it must be a valid integer."),
+        ("guidance_scale", -0.1, "guidance_scale is -0.1: it must be greater than or equal to 0."),
+        ("guidance_scale", 30.1, "guidance_scale is 30.1: it must be less than or equal to 30."),
+        ("guidance_scale", math.nan, "guidance_scale is nan: it must be a finite number."),
+        ("guidance_scale", math.inf, "guidance_scale is inf: it must be a finite number."),
+        ("guidance_start", -0.1, "guidance_start is -0.1: it must be greater than or equal to 0."),
+        ("guidance_stop", 1.1, "guidance_stop is 1.1: it must be less than or equal to 1."),
+        ("guidance_scale", True, "guidance_scale is True: it must be a valid number."),
+        ("model", "", "model is empty: leave it out for the fleet's default."),
+        ("model", "x" * 201, "model is 201 characters, the limit is 200."),
+        ("model", "a\nb", "model holds the control character U+000A: remove it."),
+        ("revision", "a\x06b", "revision holds the control character U+0006: remove it."),
+        ("priority", 10, "priority is 10: it must be less than or equal to 9."),
+        ("priority", -1, "priority is -1: it must be greater than or equal to 0."),
+        ("metadata", [1], "metadata is [1]: it must be a valid dictionary."),
+        ("metadata", {"x": math.nan}, "metadata is not JSON:"),
+        ("metadata", {"x": object()}, "metadata is not JSON:"),
+        ("metadata", {"x": "\ud800"}, "metadata is not JSON:"),
+    ],
+)
+def test_a_value_past_a_limit_gets_a_sentence_with_the_value_the_limit_and_the_remedy(
+    field: str, value: Any, sentence: str
+) -> None:
+    assert refusal(**{field: value}).startswith(sentence)
+
+
+@pytest.mark.parametrize("prompt", ["a\ud83dcat", "\udcff"])
+def test_a_lone_surrogate_is_refused_with_a_text_that_can_be_printed(prompt: str) -> None:
+    assert refusal(prompt=prompt).encode()
+
+
+def test_an_unknown_scheduler_or_format_is_told_what_there_is() -> None:
+    assert refusal(scheduler="dim") == (
+        "scheduler is 'dim': use one of default, ddim, euler, euler_ancestral, dpmpp_2m, "
+        "dpmpp_2m_karras, pndm, unipc, lcm."
+    )
+    assert refusal(format="gif") == "format is 'gif': use one of png, webp, jpeg."
+
+
+@pytest.mark.parametrize(
+    ("given_name", "scheduler"),
+    [
+        ("DPM++ 2M Karras", Scheduler.DPMPP_2M_KARRAS),
+        ("euler a", Scheduler.EULER_ANCESTRAL),
+        ("UniPC", Scheduler.UNIPC),
+        ("dpmpp-2m", Scheduler.DPMPP_2M),
+    ],
+)
+def test_schedulers_go_by_the_names_people_use(given_name: str, scheduler: Scheduler) -> None:
+    assert parsed(scheduler=given_name).scheduler is scheduler
+
+
+def test_jpg_is_jpeg() -> None:
+    assert parsed(format="JPG").format is ImageFormat.JPEG
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"), [("promt", "prompt"), ("negativ_prompt", "negative_prompt"), ("step", "steps")]
+)
+def test_an_unknown_field_names_the_near_miss(misspelt: str, meant: str) -> None:
+    assert refusal(**{misspelt: 1}) == f'There is no job field "{misspelt}": did you mean "{meant}"?'
+
+
+def test_an_unknown_field_far_from_all_names_them_all() -> None:
+    sentence = refusal(zzz=1)
+    assert all(field in sentence for field in Job.model_fields)
+
+
+def test_every_wrong_field_is_told_at_once() -> None:
+    sentence = refusal(width=65, steps=0, zzz=1)
+    assert "width" in sentence
+    assert "steps" in sentence
+    assert "zzz" in sentence
+
+
+def test_a_job_without_a_prompt_is_told_so() -> None:
+    with pytest.raises(InvalidJobError, match=r"^prompt is missing: a job needs a prompt\.$"):
+        Job.parse({})
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10**6, [0] * 10**5, 10**5_000, -(10**5_000)], ids=["text", "list", "int", "negative"]
+)
+def test_a_huge_value_gets_a_short_sentence(value: Any) -> None:
+    for field in Job.model_fields:
+        if field not in ("prompt", "metadata"):
+            assert len(refusal(**{field: value})) < 400
+
+
+def test_metadata_is_limited_by_its_bytes_as_compact_json() -> None:
+    frame = len('{"x":""}')
+    assert parsed(metadata={"x": "y" * (MAX_METADATA - frame)})
+    assert refusal(metadata={"x": "y" * (MAX_METADATA - frame + 1)}) == (
+        "metadata is 4,097 bytes of JSON, the limit is 4,096: keep a reference."
+    )
+    # Bytes, not characters.
+    assert "the limit is 4,096" in refusal(metadata={"x": "é" * 2_048})
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: Any = []
+    for _ in range(depth - 2):
+        value = [value]
+    return {"x": value}
+
+
+def test_metadata_as_deep_as_allowed_makes_the_whole_way_as_json() -> None:
+    job = parsed(metadata=nested(MAX_METADATA_DEPTH))
+    assert Job.model_validate_json(job.model_dump_json()) == job
+
+
+@pytest.mark.parametrize("depth", [MAX_METADATA_DEPTH + 1, 300, 1_900, 100_000])
+def test_metadata_deeper_than_json_readers_go_is_refused_at_the_door(depth: int) -> None:
+    assert refusal(metadata=nested(depth)).startswith("metadata is nested deeper than ")
+
+
+def test_metadata_is_the_callers_at_the_time_of_the_call() -> None:
+    inner = [1]
+    job = parsed(metadata={"list": inner})
+    inner.append(2)
+    assert job.metadata == {"list": [1]}
+
+
+def test_a_job_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parsed().seed = 2  # type: ignore[misc]
+
+
+def test_without_a_seed_one_is_drawn_and_recorded() -> None:
+    seeds = {Job.parse({"prompt": "a small cat"}).seed for _ in range(8)}
+    assert len(seeds) > 1
+
+
+def test_the_hash_never_changes_by_accident() -> None:
+    """A changed id orphans every stored picture: raise FORMAT_VERSION on purpose, then change this."""
+    assert GOLDEN.id == "5658caa6a817ae958cf25d94c7a29fb6"
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "prompt": "a small dog",
+    "negative_prompt": "sharp",
+    "seed": 8,
+    "width": 520,
+    "height": 648,
+    "steps": 21,
+    "guidance_scale": 7.25,
+    "guidance_start": 0.25,
+    "guidance_stop": 0.75,
+    "scheduler": "ddim",
+    "model": "another/model",
+    "revision": "fedcba9876543210",
+    "format": "webp",
+    "priority": 9,
+    "metadata": {"mine": 1},
+}
+
+
+@pytest.mark.parametrize("field", Job.model_fields)
+def test_the_id_follows_what_determines_the_picture_and_nothing_else(field: str) -> None:
+    other = Job.parse(GOLDEN.model_dump() | {field: OTHER_VALUES[field]})
+    belongs_to_the_submission = field in ("priority", "metadata")
+    assert (other.id == GOLDEN.id) is belongs_to_the_submission
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"guidance_scale": 7}, {"guidance_scale": 7.0}),
+        ({"guidance_scale": 0.0}, {"guidance_scale": -0.0}),
+        ({"scheduler": "Euler a"}, {"scheduler": "euler_ancestral"}),
+        ({"format": "jpg"}, {"format": "jpeg"}),
+        ({}, {"negative_prompt": "", "scheduler": "default", "format": "png", "priority": 5, "metadata": {}}),
+    ],
+)
+def test_equal_pictures_have_equal_ids_however_they_are_written(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert parsed(**one).id == parsed(**other).id
+
+
+def test_resolving_fills_in_what_was_left_open_and_pins_the_model() -> None:
+    job = parsed(steps=12).resolved(SERVED)
+    assert (job.width, job.height, job.steps, job.guidance_scale) == (512, 768, 12, 7.5)
+    assert (job.model, job.revision) == (SERVED.name, SERVED.revision)
+
+
+def test_a_job_that_says_the_defaults_is_the_job_that_leaves_them_open() -> None:
+    said = parsed(width=512, height=768, steps=30, guidance_scale=7.5, model="a/model")
+    assert said.resolved(SERVED).id == parsed().resolved(SERVED).id
+
+
+def test_a_resolved_job_is_within_its_limits() -> None:
+    assert Job.parse(parsed().resolved(SERVED).model_dump()) == parsed().resolved(SERVED)
+
+
+def test_two_open_jobs_are_never_the_same_job() -> None:
+    job = parsed()
+    assert not job.is_open
+    assert job.opened().is_open
+    assert job.opened().id != job.opened().id
+
+
+def test_an_open_job_is_closed_by_resolving_it() -> None:
+    assert parsed().opened().resolved(SERVED).id == parsed().resolved(SERVED).id
+
+
+# Everything that JSON can say, and some that only Python can.
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=10**400, max_value=10**420)
+    | st.floats()
+    | st.text(st.characters(), max_size=20)
+    | st.sampled_from(["", " ", "\x00", "\ud800", "x" * 2_001, "png", "euler", 65, 2**63, -0.0, 1e308]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.dictionaries(st.sampled_from([*Job.model_fields, "promt"]) | st.text(st.characters(), max_size=8), ODD)
+    | ODD
+)
+def test_parse_gives_a_job_or_an_invalid_job_error_and_nothing_else(fields: Any) -> None:
+    try:
+        job = Job.parse(fields)
+    except InvalidJobError as error:
+        sentence = str(error)
+        sentence.encode()  # Can be printed.
+        job = None
+    if job is None:
+        assert "\n" not in sentence
+    else:
+        assert Job.model_validate_json(job.model_dump_json()) == job
+        assert Job.parse(json.loads(json.dumps(job.model_dump(mode="json")))) == job
+        assert len(job.id) == 32
+
+
+VALID = st.fixed_dictionaries(
+    {"prompt": st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1).filter(str.strip)},
+    optional={
+        "negative_prompt": st.text(st.characters(exclude_categories=["Cc", "Cs"])),
+        "seed": st.integers(0, MAX_SEED),
+        "width": st.integers(8, 256).map(lambda n: 8 * n),
+        "height": st.integers(8, 256).map(lambda n: 8 * n),
+        "steps": st.integers(1, 150),
+        "guidance_scale": st.floats(0, 30),
+        "guidance_start": st.floats(0, 1),
+        "guidance_stop": st.floats(0, 1),
+        "scheduler": st.sampled_from(list(Scheduler)),
+        "format": st.sampled_from(list(ImageFormat)),
+        "priority": st.integers(0, 9),
+        "metadata": st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3),
+    },
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(VALID)
+def test_every_valid_job_is_the_same_job_after_its_way_through_json(fields: dict[str, Any]) -> None:
+    job = Job.parse(fields)
+    there = Job.model_validate_json(job.model_dump_json())
+    assert there == job
+    assert there.id == job.id

@@ -1,0 +1,205 @@
+"""What the environment may set: every variable, its limits, and what is said where it is wrong."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from worker.contract.errors import SettingsError
+from worker.contract.settings import (
+    ProducerSettings,
+    Settings,
+    WorkerSettings,
+    hidden,
+    producer_settings,
+    variables,
+    worker_settings,
+)
+
+#: For every variable: a value, what it becomes, and values that are refused with a part of the sentence.
+#: A variable that is missing here fails `test_every_variable_is_tested`.
+TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
+    "REDIS_URL": (
+        "rediss://u:p%40ss@redis.example:7000/3",
+        "rediss://u:p%40ss@redis.example:7000/3",
+        [
+            ("localhost:6379", "must look like redis://"),
+            ("http://localhost", "must look like redis://"),
+            ("redis://", "must look like redis://"),
+            ("redis://h:99999", "must look like redis://"),
+            ("redis://h:port", "must look like redis://"),
+            ("redis://h:6379/queue", "The database is a number"),
+            ("redis://[::1", "must look like redis://"),
+        ],
+    ),
+    "S3_BUCKET": ("pictures", "pictures", []),
+    "S3_PREFIX": (
+        "/a/b/",
+        "a/b",
+        [
+            ("a//b", 'may not hold empty, "." or ".." parts'),
+            ("../b", 'may not hold empty, "." or ".." parts'),
+            ("a/./b", 'may not hold empty, "." or ".." parts'),
+            ("a\\b", "may not hold backslashes"),
+            ("a\nb", "may not hold backslashes or control characters"),
+        ],
+    ),
+    "SMALLCAT_RECORD_TTL_S": ("60", 60, [("0", "greater than 0"), ("x", "valid integer"), ("9" * 30, "")]),
+    "SMALLCAT_LEASE_S": (
+        "2.5",
+        2.5,
+        [("0.5", "greater than or equal to 1"), ("inf", "less than"), ("nan", "")],
+    ),
+    "SMALLCAT_SUBMIT_TIMEOUT_S": ("0.5", 0.5, [("0", "greater than 0"), ("inf", "less than")]),
+    "SMALLCAT_MODEL": ("a/model", "a/model", []),
+    "SMALLCAT_MODEL_NAME": ("mine", "mine", []),
+    "SMALLCAT_MODEL_REVISION": ("main", "main", []),
+    "SMALLCAT_MODEL_CONFIG_DIR": ("/configs", "/configs", []),
+    "SMALLCAT_DEFAULT_STEPS": ("150", 150, [("0", "greater than or equal to 1"), ("151", "less than")]),
+    "SMALLCAT_DEFAULT_GUIDANCE_SCALE": ("30", 30.0, [("-1", "greater than or equal to 0"), ("31", "less")]),
+    "SMALLCAT_DEVICE": ("cpu", "cpu", [("gpu", "'auto', 'cuda' or 'cpu'")]),
+    "SMALLCAT_DTYPE": ("bf16", "bf16", [("fp8", "'auto', 'fp16', 'bf16' or 'fp32'")]),
+    "SMALLCAT_ATTENTION": ("sdpa", "sdpa", [("flash", "'auto', 'xformers', 'sdpa' or 'naive'")]),
+    "USE_MEMORY_EFFICIENT_ATTENTION": ("0", "0", [("yes", "'0' or '1'"), ("2", "'0' or '1'")]),
+    "SMALLCAT_COMPILE": ("0", False, [("perhaps", "valid boolean")]),
+    "SMALLCAT_EXACT": ("1", True, [("perhaps", "valid boolean")]),
+    "SMALLCAT_CACHE_DIR": ("/cache", "/cache", []),
+    "SMALLCAT_MAX_BATCH": ("256", 256, [("0", "greater than or equal to 1"), ("257", "less than or equal")]),
+    "SMALLCAT_SAFETY_CHECKER": ("0", False, [("perhaps", "valid boolean")]),
+    "SMALLCAT_JOB_TIMEOUT_S": ("1.5", 1.5, [("0", "greater than 0"), ("inf", "less than")]),
+    "SMALLCAT_MAX_ATTEMPTS": ("1", 1, [("0", "greater than or equal to 1")]),
+    "SMALLCAT_DRAIN_S": ("0", 0.0, [("-1", "greater than or equal to 0"), ("inf", "less than")]),
+    "SMALLCAT_UPLOAD_TIMEOUT_S": ("9", 9.0, [("0", "greater than 0"), ("inf", "less than")]),
+    "SMALLCAT_METRICS_PORT": ("65535", 65_535, [("0", "greater than or equal to 1"), ("65536", "less")]),
+}
+
+
+def field_of(side: type[Settings], variable: str) -> str:
+    return next(field for field in side.model_fields if side.variable(field) == variable)
+
+
+def test_every_variable_is_tested() -> None:
+    assert set(TABLE) == set(variables())
+
+
+@pytest.mark.parametrize("variable", TABLE)
+def test_a_variable_sets_its_field(variable: str) -> None:
+    side = variables()[variable]
+    value, becomes, _ = TABLE[variable]
+    settings = side.from_environment({variable: value})
+    assert getattr(settings, field_of(side, variable)) == becomes
+    assert settings != side.from_environment({})
+
+
+@pytest.mark.parametrize("variable", TABLE)
+def test_an_empty_value_counts_as_not_set(variable: str) -> None:
+    side = variables()[variable]
+    assert side.from_environment({variable: ""}) == side.from_environment({})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "part"),
+    [(variable, value, part) for variable, (_, _, wrong) in TABLE.items() for value, part in wrong],
+)
+def test_a_wrong_value_is_refused_with_its_name_and_its_limit(variable: str, value: str, part: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        variables()[variable].from_environment({variable: value})
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{variable} has the value ")
+    assert part in sentence
+    assert "It must be must" not in sentence
+
+
+@pytest.mark.parametrize("side", [worker_settings, producer_settings])
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [("SMALLCAT_MAX_BATHC", "SMALLCAT_MAX_BATCH"), ("SMALLCAT_ATENTION", "SMALLCAT_ATTENTION")],
+)
+def test_a_misspelt_name_stops_either_side_and_names_the_near_miss(
+    side: object, misspelt: str, meant: str
+) -> None:
+    assert callable(side)
+    with pytest.raises(SettingsError) as caught:
+        side({misspelt: "1"})
+    assert str(caught.value) == f"There is no setting {misspelt}. Did you mean {meant}?"
+
+
+def test_a_name_far_from_all_is_sent_to_the_table() -> None:
+    with pytest.raises(SettingsError, match=r"There is no setting SMALLCAT_SUNSHINE\. The README"):
+        worker_settings({"SMALLCAT_SUNSHINE": "1"})
+
+
+def test_the_variables_of_the_other_side_are_no_misspellings() -> None:
+    everything = {variable: value for variable, (value, _, _) in TABLE.items()}
+    assert worker_settings(everything)
+    assert producer_settings(everything)
+
+
+def test_other_peoples_variables_are_not_looked_at() -> None:
+    assert worker_settings({"PATH": "/bin", "AWS_REGION": "x", "NOT_SMALLCAT_X": "1"}) == WorkerSettings()
+
+
+SECRET_URLS = [
+    "redis://:hunter2@host:6379/0",
+    "redis://user:hunter2@host:6379/0",
+    "redis://:hunter2@host:port",
+    "http://:hunter2@host",
+    "redis://:hunter2@host/queue",
+    # Python's own error repeats the address.
+    "redis://:hunter2\u2100x@host:6379",
+    "redis://:hunter2#x@host:6379",
+    "redis://:hunter2@[::x]:6379",
+    "redis://[hunter2",
+]
+
+
+@pytest.mark.parametrize("url", SECRET_URLS)
+def test_a_password_is_never_shown(url: str) -> None:
+    try:
+        settings = producer_settings({"REDIS_URL": url})
+    except SettingsError as error:
+        shown = [str(error), repr(error), repr(error.__cause__)]
+    else:
+        shown = [repr(settings), str(settings), hidden(settings.redis_url)]
+    assert not any("hunter2" in text for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+        ("redis://:secret@h:1/2", "redis://:***@h:1/2"),
+        ("rediss://u:secret@h", "rediss://u:***@h"),
+        ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
+        ("redis://h/0?password=secret", "redis://h/0"),
+    ],
+)
+def test_an_address_is_shown_as_it_is_but_for_the_password(url: str, shown: str) -> None:
+    assert producer_settings({"REDIS_URL": url}).redis_url == url
+    assert hidden(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("environment", "backend"),
+    [
+        ({}, "auto"),
+        ({"USE_MEMORY_EFFICIENT_ATTENTION": "1"}, "xformers"),
+        ({"USE_MEMORY_EFFICIENT_ATTENTION": "0"}, "naive"),
+        ({"USE_MEMORY_EFFICIENT_ATTENTION": "1", "SMALLCAT_ATTENTION": "sdpa"}, "sdpa"),
+    ],
+)
+def test_attention_can_be_asked_for_in_two_ways(environment: dict[str, str], backend: str) -> None:
+    assert worker_settings(environment).attention_backend == backend
+
+
+def test_the_process_environment_is_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALLCAT_MAX_BATCH", "3")
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "4")
+    assert worker_settings().max_batch == 3
+    assert producer_settings().submit_timeout_s == 4
+
+
+@pytest.mark.parametrize("side", [WorkerSettings, ProducerSettings])
+def test_settings_are_frozen(side: type[Settings]) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        side().s3_bucket = "x"  # type: ignore[misc]

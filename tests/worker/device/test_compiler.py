@@ -1,0 +1,124 @@
+"""When a lane is compiled, and what serves until then. The compiler itself is torch's: see tests/gpu."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from worker.device.compiler import SWITCH_S, WORTH_COMPILING, CompiledLanes, keep_kernels_in
+
+Lanes = CompiledLanes[Callable[[torch.Tensor], torch.Tensor]]
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor + 1
+
+
+def example() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    tensor = torch.zeros(4, 3)
+    return tensor, [tensor]
+
+
+@pytest.fixture
+def thread() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as thread:
+        yield thread
+
+
+@pytest.fixture(autouse=True)
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was compiled, without a GPU and without waiting."""
+    made: list[Any] = []
+
+    def compiled(function: Any, **options: Any) -> Any:
+        made.append(options)
+        return lambda tensor: function(tensor)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return made
+
+
+def lanes_on(thread: ThreadPoolExecutor, function: Any = plain, *, in_background: bool = True) -> Lanes:
+    compiler: Any = SimpleNamespace(thread=thread, in_background=in_background, device=threading.Lock())
+    return CompiledLanes("step", function, compiler)
+
+
+def test_a_lane_is_compiled_beside_the_plain_function_once_it_is_worth_it(
+    thread: ThreadPoolExecutor, compiles: list[Any]
+) -> None:
+    lanes = lanes_on(thread)
+    assert all(lanes.get("lane", example) is None for _ in range(WORTH_COMPILING))
+    thread.submit(lambda: None).result(20)
+    compiled = lanes.get("lane", example)
+    assert compiled is not None
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    # One piece, fixed sizes; and each lane for itself, once.
+    assert compiles == [{"fullgraph": True, "dynamic": False}]
+    assert lanes.get("another", example) is None
+    assert lanes.get("lane", example) is compiled
+
+
+def test_a_lane_that_is_compiled_now_is_there_at_once(thread: ThreadPoolExecutor) -> None:
+    lanes = lanes_on(thread)
+    assert lanes.compile_now("lane", example)
+    assert lanes.get("lane", example) is not None
+
+
+def test_in_exact_mode_nothing_changes_under_way(thread: ThreadPoolExecutor, compiles: list[Any]) -> None:
+    lanes = lanes_on(thread, in_background=False)
+    for _ in range(2 * WORTH_COMPILING):
+        assert lanes.get("lane", example) is None
+    assert compiles == []
+
+
+def test_what_does_not_compile_stays_plain_and_is_told(
+    thread: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such kernel\nand more")
+
+    lanes = lanes_on(thread, fail)
+    with caplog.at_level(logging.WARNING):
+        assert not lanes.compile_now("lane", example)
+    assert caplog.messages == ["The step of lane stays uncompiled: no such kernel"]
+    assert lanes.get("lane", example) is None
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compiles", "fails"])
+def test_threads_give_python_up_sooner_while_something_compiles(
+    thread: ThreadPoolExecutor, fails: bool
+) -> None:
+    seen: list[float] = []
+
+    def function(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(sys.getswitchinterval())
+        if fails:
+            raise RuntimeError("no such kernel")
+        return tensor
+
+    before = sys.getswitchinterval()
+    assert lanes_on(thread, function).compile_now("lane", example) is not fails
+    assert seen == [pytest.approx(SWITCH_S)]
+    assert sys.getswitchinterval() == before > SWITCH_S
+
+
+def test_a_folder_for_kernels_that_the_user_has_chosen_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/the/users/own")
+    keep_kernels_in(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/the/users/own"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_kernels_in(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)

@@ -1,0 +1,631 @@
+"""The runner against diffusers' own pipelines, on tiny models and a CPU."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests import tiny_models
+from worker.contract.errors import (
+    DeviceError,
+    InvalidJobError,
+    JobTooLargeError,
+    NotFiniteError,
+    OutOfMemoryError,
+    RenderError,
+    SettingsError,
+    SmallcatError,
+)
+from worker.contract.job import Job, Scheduler
+from worker.contract.settings import WorkerSettings
+from worker.device.model_runner import ModelRunner, Render
+from worker.device.samplers import CLASSES
+from worker.engine.runner import Picture
+
+LONG = "a small cat that sits on a very long wall and looks at a very long list of very long words " * 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Model:
+    """A tiny model behind a runner, and diffusers' own pipeline of the same files beside it."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder
+        self.runner = ModelRunner(WorkerSettings(model=str(folder), **settings))
+        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.own = self.pipeline.scheduler
+
+    def expected(self, job: Job) -> NDArray[np.uint8]:
+        """The pixels of diffusers' own call for `job`."""
+        kind, options = CLASSES.get(job.scheduler, (type(self.own).__name__, {}))
+        self.pipeline.scheduler = getattr(diffusers, kind).from_config(self.own.config, **options)
+        arguments: dict[str, Any] = {"negative_prompt": job.negative_prompt or None}
+        if isinstance(self.pipeline, diffusers.LatentConsistencyModelPipeline):
+            arguments = {}
+        job = job.resolved(self.runner.served)
+        return np.asarray(
+            self.pipeline(
+                job.prompt,
+                width=job.width,
+                height=job.height,
+                num_inference_steps=job.steps,
+                guidance_scale=job.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(job.seed),
+                **arguments,
+            ).images[0]
+        )
+
+    def check(self, job: Job, picture: Picture | SmallcatError) -> None:
+        """`picture` is what diffusers gives, within 1 of 255, and is not blank."""
+        assert isinstance(picture, Picture), picture
+        expected = self.expected(job)
+        assert picture.pixels.dtype == np.uint8
+        assert picture.pixels.shape == expected.shape
+        difference = np.abs(picture.pixels.astype(int) - expected.astype(int))
+        assert difference.max() <= 1, f"{job!r} is off by {difference.max()}"
+        assert picture.pixels.std() > 10
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tiny_models.tiny_sd1(tmp_path_factory.mktemp("models") / "sd1"))
+
+
+@pytest.fixture(scope="module")
+def sd2(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tiny_models.tiny_sd2(tmp_path_factory.mktemp("models") / "sd2"))
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tiny_models.tiny_sdxl(tmp_path_factory.mktemp("models") / "sdxl"))
+
+
+@pytest.fixture(scope="module")
+def lcm(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tiny_models.tiny_lcm(tmp_path_factory.mktemp("models") / "lcm"))
+
+
+def a_job(**fields: Any) -> Job:
+    return Job(**{"prompt": "a small cat", "seed": 7, "steps": 4, **fields})
+
+
+def finish(runner: ModelRunner, *renders: Render) -> list[Picture | SmallcatError]:
+    """Step all of them together until all are done; the shorter ones leave early."""
+    while running := [render for render in renders if render.step < render.steps]:
+        assert runner.step(running) == [None] * len(running)
+    return list(runner.decode(renders))
+
+
+def renders(runner: ModelRunner, *jobs: Job) -> list[Render]:
+    return [runner.prepare(job) for job in jobs]
+
+
+# --- the right picture --------------------------------------------------------------------------------------
+
+
+def test_every_scheduler_guided_and_not_in_one_batch_sd1(sd1: Model) -> None:
+    jobs = [
+        a_job(
+            prompt=f"cat {number}", seed=number, scheduler=name, guidance_scale=guidance, steps=3 + number % 3
+        )
+        for number, name in enumerate(Scheduler)
+        for guidance in (6.0, 1.0)
+    ]
+    for job, picture in zip(jobs, finish(sd1.runner, *renders(sd1.runner, *jobs)), strict=True):
+        sd1.check(job, picture)
+
+
+@pytest.mark.parametrize("model", ["sd2", "sdxl"])
+def test_schedulers_with_v_prediction_and_sdxl(model: str, request: pytest.FixtureRequest) -> None:
+    tiny: Model = request.getfixturevalue(model)
+    jobs = [
+        a_job(scheduler=name, seed=number, guidance_scale=(5.0, 0.5)[number % 2])
+        for number, name in enumerate(Scheduler)
+    ]
+    for job, picture in zip(jobs, finish(tiny.runner, *renders(tiny.runner, *jobs)), strict=True):
+        tiny.check(job, picture)
+
+
+def test_zero_terminal_snr(tmp_path: Path) -> None:
+    tiny = Model(tiny_models.tiny_sd2(tmp_path / "zero", zero_terminal_snr=True))
+    names = (
+        Scheduler.DEFAULT,
+        Scheduler.EULER,
+        Scheduler.DPMPP_2M,
+        Scheduler.DPMPP_2M_KARRAS,
+        Scheduler.UNIPC,
+    )
+    jobs = [a_job(scheduler=name) for name in names]
+    for job, picture in zip(jobs, finish(tiny.runner, *renders(tiny.runner, *jobs)), strict=True):
+        tiny.check(job, picture)
+
+
+@pytest.mark.parametrize("pipeline_class", ["LatentConsistencyModelPipeline", "StableDiffusionPipeline"])
+def test_a_unet_that_embeds_guidance_takes_one_row(tmp_path: Path, pipeline_class: str) -> None:
+    tiny = Model(tiny_models.tiny_lcm(tmp_path / "lcm", pipeline_class=pipeline_class))
+    jobs = [a_job(guidance_scale=scale, seed=number) for number, scale in enumerate((8.5, 1.0, 3.0))]
+    on_board = renders(tiny.runner, *jobs)
+    assert [render.rows for render in on_board] == [1, 1, 1]
+    for job, picture in zip(jobs, finish(tiny.runner, *on_board), strict=True):
+        tiny.check(job, picture)
+
+
+def test_other_sizes(sd1: Model, sdxl: Model) -> None:
+    for tiny in (sd1, sdxl):
+        jobs = [a_job(width=104, height=72), a_job(width=72, height=104, guidance_scale=1.0)]
+        first, second = renders(tiny.runner, *jobs)
+        assert first.lane != second.lane
+        pictures = [*finish(tiny.runner, first), *finish(tiny.runner, second)]
+        for job, picture in zip(jobs, pictures, strict=True):
+            tiny.check(job, picture)
+            assert isinstance(picture, Picture)
+            assert picture.pixels.shape == (job.height, job.width, 3)
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_negative_prompts(model: str, request: pytest.FixtureRequest) -> None:
+    tiny: Model = request.getfixturevalue(model)
+    jobs = [a_job(), a_job(negative_prompt="dogs"), a_job(negative_prompt=" ")]
+    pictures = finish(tiny.runner, *renders(tiny.runner, *jobs))
+    for job, picture in zip(jobs, pictures, strict=True):
+        tiny.check(job, picture)
+    assert len({picture.pixels.tobytes() for picture in pictures if isinstance(picture, Picture)}) > 1
+
+
+def test_sdxl_latents_with_mean_and_deviation(tmp_path: Path) -> None:
+    tiny = Model(tiny_models.tiny_sdxl(tmp_path / "moments", latents_mean=True))
+    job = a_job()
+    tiny.check(job, finish(tiny.runner, *renders(tiny.runner, job))[0])
+
+
+def test_a_single_file_gives_what_its_folder_gives(sd1: Model, tmp_path: Path) -> None:
+    path, configs = tiny_models.tiny_single_file(tmp_path)
+    runner = ModelRunner(WorkerSettings(model=str(path), model_config_dir=str(configs)))
+    assert runner.served.name == "tiny"
+    job = a_job()
+    sd1.check(job, finish(runner, *renders(runner, job))[0])
+
+
+@pytest.mark.parametrize("backend", ["naive", "sdpa"])
+def test_every_attention_backend_gives_diffusers_picture(sd2: Model, backend: Any) -> None:
+    runner = ModelRunner(WorkerSettings(model=str(sd2.folder), attention=backend))
+    job = a_job()
+    sd2.check(job, finish(runner, *renders(runner, job))[0])
+
+
+def test_mates_that_come_and_go_leave_no_trace(sd1: Model) -> None:
+    """Random jobs join at random steps and leave when done: each picture is diffusers' own."""
+    rng = random.Random(3)
+    jobs = [
+        a_job(
+            prompt=rng.choice(["a small cat", "two dogs", LONG]),
+            negative_prompt=rng.choice(["", "", "green"]),
+            seed=number,
+            steps=rng.choice([1, 2, 4, 7]),
+            guidance_scale=rng.choice([0.0, 1.0, 4.0, 9.5]),
+            scheduler=rng.choice(list(Scheduler)),
+        )
+        for number in range(14)
+    ]
+    waiting, board, done = list(jobs), [], {}
+    while waiting or board:
+        while waiting and rng.random() < 0.6:
+            board.append(sd1.runner.prepare(waiting.pop()))
+        rng.shuffle(board)
+        if board:
+            assert sd1.runner.step(board) == [None] * len(board)
+        finished = [render for render in board if render.step == render.steps]
+        for render, picture in zip(finished, sd1.runner.decode(finished), strict=True):
+            done[render.job.seed] = picture
+        board = [render for render in board if render.step < render.steps]
+    for job in jobs:
+        sd1.check(job, done[job.seed])
+
+
+def test_guidance_in_an_interval_is_guidance_in_those_steps_alone(sd1: Model) -> None:
+    """As diffusers' own call with a guidance that its step-end callback changes."""
+    job = a_job(scheduler="euler", steps=5, guidance_start=0.2, guidance_stop=0.6)
+    sd1.pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(sd1.own.config)
+    unguided, guided = 1.0000001, 7.5
+
+    def change(pipeline: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipeline._guidance_scale = guided if 0.2 <= (step + 1) / 5 < 0.6 else unguided
+        return {}
+
+    expected = sd1.pipeline(
+        job.prompt,
+        width=64,
+        height=64,
+        num_inference_steps=5,
+        guidance_scale=unguided,
+        generator=torch.Generator("cpu").manual_seed(job.seed),
+        callback_on_step_end=change,
+    ).images[0]
+    (render,) = renders(sd1.runner, job)
+    rows = []
+    while render.step < render.steps:
+        rows.append(render.rows)
+        assert sd1.runner.step([render]) == [None]
+    assert rows == [1, 2, 2, 1, 1]
+    (picture,) = sd1.runner.decode([render])
+    assert isinstance(picture, Picture)
+    assert np.abs(picture.pixels.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_exact_mode_gives_the_same_bits_alone_and_in_company(sd1: Model) -> None:
+    runner = ModelRunner(WorkerSettings(model=str(sd1.folder), exact=True))
+    jobs = [
+        a_job(seed=number, scheduler=name, guidance_scale=1.0 + 3 * (number % 2), steps=3 + number % 3)
+        for number, name in enumerate(Scheduler)
+    ]
+    together = finish(runner, *renders(runner, *jobs))
+    for job, picture in zip(jobs, together, strict=True):
+        (alone,) = finish(runner, *renders(runner, job))
+        assert isinstance(picture, Picture)
+        assert isinstance(alone, Picture)
+        assert np.array_equal(picture.pixels, alone.pixels)
+        sd1.check(job, picture)
+
+
+# --- what a render says of itself ---------------------------------------------------------------------------
+
+
+def test_rows_lanes_and_steps(sd1: Model) -> None:
+    guided, plain, pndm = renders(
+        sd1.runner, a_job(scheduler="ddim"), a_job(guidance_scale=1.0), a_job(scheduler="pndm")
+    )
+    assert (guided.rows, plain.rows) == (2, 1)
+    assert guided.lane == plain.lane
+    assert (guided.steps, pndm.steps) == (4, 5)
+    assert guided.job.revision == sd1.runner.served.revision
+
+
+def test_long_prompts_are_cut_with_a_warning(sd1: Model, sd2: Model) -> None:
+    for tiny, limit in ((sd1, 77), (sd2, 16)):
+        job = a_job(prompt=LONG, negative_prompt=LONG)
+        (render,) = renders(tiny.runner, job)
+        positive, negative = render.warnings
+        assert positive.startswith(f'The prompt was cut after {limit} tokens; left out: "')
+        assert positive.endswith('words"')
+        assert negative.startswith("The negative prompt was cut after")
+        tiny.check(job, finish(tiny.runner, render)[0])
+
+
+def test_a_prompt_that_just_fits_has_no_warning(sd2: Model) -> None:
+    # A token a letter, and the two marks.
+    assert sd2.runner.prepare(a_job(prompt="a" * 14)).warnings == ()
+    assert "left out" in sd2.runner.prepare(a_job(prompt="a" * 15)).warnings[0]
+
+
+def test_text_is_encoded_once(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    encode = sd1.runner._pipeline.encode_prompt
+    monkeypatch.setattr(
+        sd1.runner._pipeline,
+        "encode_prompt",
+        lambda *args, **more: calls.append(args[0]) or encode(*args, **more),
+    )
+    prompt = "encoded only once"
+    for seed in range(3):
+        sd1.runner.prepare(a_job(prompt=prompt, seed=seed))
+    sd1.runner.prepare(a_job(prompt=prompt, negative_prompt="ignored", guidance_scale=1.0))
+    sd1.runner.prepare(a_job(prompt=prompt, negative_prompt="ignored too", guidance_scale=1.0))
+    assert calls == [prompt, prompt]
+
+
+def test_prepare_from_another_thread_while_steps_run(sd1: Model) -> None:
+    jobs = [a_job(prompt=f"thread {number}", seed=number, scheduler="euler_ancestral") for number in range(6)]
+    made: list[Render] = []
+
+    def prepare() -> None:
+        made.extend(sd1.runner.prepare(job) for job in jobs)
+
+    thread = threading.Thread(target=prepare)
+    (busy,) = renders(sd1.runner, a_job(steps=20))
+    thread.start()
+    while busy.step < busy.steps:
+        sd1.runner.step([busy])
+    thread.join()
+    for job, picture in zip(jobs, finish(sd1.runner, *made), strict=True):
+        sd1.check(job, picture)
+
+
+def test_defaults_and_choices(sd1: Model, sdxl: Model, lcm: Model) -> None:
+    assert sd1.runner.served.defaults.model_dump() == {
+        "width": 64,
+        "height": 64,
+        "steps": 30,
+        "guidance_scale": 7.5,
+    }
+    assert lcm.runner.served.defaults.steps == 4
+    assert lcm.runner.served.defaults.guidance_scale == 8.5
+    choices = {choice.what: choice for choice in sdxl.runner.choices}
+    assert set(choices) == {
+        "device",
+        "dtype",
+        "model",
+        "attention",
+        "safety checker",
+        "memory layout",
+    }
+    assert all(choice.choice and choice.reason for choice in choices.values())
+    assert choices["attention"].choice == "sdpa"
+
+
+def test_warm_up(sd1: Model, sdxl: Model, lcm: Model) -> None:
+    for tiny in (sd1, sdxl, lcm):
+        choices = {choice.what: choice for choice in tiny.runner.warm_up()}
+        assert choices["max rows"].choice == str(tiny.runner.max_rows)
+        assert choices["compile"].choice == "no"
+        lane = (4, 8, 8)
+        assert 0 < tiny.runner.step_s(lane, 1) < tiny.runner.step_s(lane, 64) < 100
+        assert tiny.runner.max_rows >= 2
+        assert "1: " in choices["max rows"].reason
+        # Its share of full batches. A guided job has two rows, unless guidance is embedded.
+        rows, steps = (1 if tiny is lcm else 2), tiny.runner.served.defaults.steps
+        full_s = tiny.runner.step_s(lane, tiny.runner.max_rows)
+        assert tiny.runner.job_s == pytest.approx(steps * rows * full_s / tiny.runner.max_rows)
+
+
+def test_a_cap_that_is_asked_for_is_not_measured(tmp_path: Path) -> None:
+    model = str(tiny_models.tiny_sd1(tmp_path / "asked"))
+    runner = ModelRunner(WorkerSettings(model=model, max_batch=3))
+    assert [choice.choice for choice in runner.warm_up()] == ["no", "3"]
+    assert runner.cap((4, 8, 8)) == runner.cap((4, 64, 64)) == 3
+
+
+def test_larger_pictures_share_a_step_with_fewer(sd1: Model) -> None:
+    lane, large = (4, 8, 8), (4, 16, 16)
+    assert sd1.runner.cap(lane) == sd1.runner.max_rows
+    assert sd1.runner.cap(large) == max(1, sd1.runner.max_rows // 4)
+
+
+def test_warm_up_refuses_a_model_that_gives_nan(tmp_path: Path) -> None:
+    runner = ModelRunner(WorkerSettings(model=str(tiny_models.tiny_sd1(tmp_path / "nan"))))
+    with torch.no_grad():
+        runner._pipeline.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(SettingsError, match=r"failed to render at start.*no longer finite"):
+        runner.warm_up()
+
+
+# --- a job fails alone --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"scheduler": "lcm", "steps": 51},
+            'steps is 51, the limit of scheduler "lcm" with this model is 50',
+        ),
+        ({"scheduler": "lcm", "steps": 150}, "the limit"),
+    ],
+)
+def test_steps_that_a_scheduler_refuses(sd1: Model, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidJobError, match=message):
+        sd1.runner.prepare(a_job(**fields))
+
+
+def test_runge_kutta_needs_four_steps(sdxl: Model) -> None:
+    with pytest.raises(InvalidJobError, match="use 4 or more"):
+        sdxl.runner.prepare(a_job(scheduler="pndm", steps=3))
+
+
+def test_a_latent_consistency_model_takes_its_own_scheduler_alone(lcm: Model) -> None:
+    lcm.runner.prepare(a_job(scheduler="lcm"))
+    with pytest.raises(InvalidJobError, match="latent consistency model"):
+        lcm.runner.prepare(a_job(scheduler="euler"))
+
+
+def test_sizes_that_the_vae_does_not_divide(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sd1.runner._pipeline, "vae_scale_factor", 16)
+    with pytest.raises(InvalidJobError, match="72 x 64, but this model's sizes are multiples of 16"):
+        sd1.runner.prepare(a_job(width=72, height=64))
+
+
+def test_a_nan_in_one_render_is_its_own_alone(sd1: Model) -> None:
+    jobs = [a_job(seed=1), a_job(seed=2)]
+    healthy, sick = renders(sd1.runner, *jobs)
+    sd1.runner.step([healthy, sick])
+    sick._state = sick._state * float("nan")
+    fine, failure = sd1.runner.step([healthy, sick])
+    assert fine is None
+    assert isinstance(failure, NotFiniteError)
+    assert (healthy.step, sick.step) == (2, 1)
+    sd1.check(jobs[0], finish(sd1.runner, healthy)[0])
+
+
+def test_a_scheduler_that_fails_is_its_own_jobs_alone(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With this model's config DDIM clips, so that its own object takes the step.
+    jobs = [a_job(seed=1), a_job(seed=2, scheduler="ddim")]
+    healthy, sick = renders(sd1.runner, *jobs)
+
+    def fail(*args: object, **more: object) -> None:
+        raise IndexError("index 5 is out of bounds")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers.DDIMScheduler, "step", fail)
+        fine, failure = sd1.runner.step([healthy, sick])
+    assert fine is None
+    assert isinstance(failure, RenderError)
+    assert "ddim" in str(failure)
+    assert (healthy.step, sick.step) == (1, 0)
+    # It is as it was: the step can be taken after all.
+    for job, picture in zip(jobs, finish(sd1.runner, healthy, sick), strict=True):
+        sd1.check(job, picture)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("bad kernel")])
+def test_a_forward_that_fails_at_any_step_changes_nothing(
+    sd1: Model, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (Scheduler.EULER_ANCESTRAL, Scheduler.LCM, Scheduler.UNIPC, Scheduler.PNDM, Scheduler.DPMPP_2M)
+    jobs = [a_job(seed=number, scheduler=name) for number, name in enumerate(names)]
+    on_board = renders(sd1.runner, *jobs)
+    expected = OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RenderError
+
+    def fail(*args: object, **more: object) -> None:
+        raise error
+
+    while running := [render for render in on_board if render.step < render.steps]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+            with pytest.raises(expected, match=r"Out of memory while|failed to denoise"):
+                sd1.runner.step(running)
+        # With half the rows it goes on.
+        middle = len(running) // 2
+        assert sd1.runner.step(running[:middle]) == [None] * middle if middle else True
+        assert sd1.runner.step(running[middle:]) == [None] * (len(running) - middle)
+    for job, picture in zip(jobs, sd1.runner.decode(on_board), strict=True):
+        sd1.check(job, picture)
+
+
+def test_a_device_that_fails_is_nobodys_job(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_board = renders(sd1.runner, a_job(seed=1))
+
+    def fail(*args: object, **more: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        sd1.runner.step(on_board)
+
+
+def test_a_failed_forward_lets_go_of_its_tensors(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine tries fewer rows while it still holds the error: the memory must be free by then."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(*args: object, **more: object) -> None:
+        activations = torch.zeros(1000)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError(f"no room beside {len(activations)} values")
+
+    monkeypatch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+    try:
+        sd1.runner.step(renders(sd1.runner, a_job()))
+    except OutOfMemoryError:
+        gc.collect()
+        assert held[0]() is None
+    else:
+        pytest.fail("no error")
+
+
+def test_out_of_memory_on_a_cpu_is_known_by_its_text(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 TB")
+
+    monkeypatch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+    with pytest.raises(OutOfMemoryError):
+        sd1.runner.step(renders(sd1.runner, a_job()))
+
+
+# --- decoding -----------------------------------------------------------------------------------------------
+
+
+def test_decoding_in_company_and_over_lanes(sd1: Model) -> None:
+    jobs = [a_job(seed=number, width=64 + 8 * (number % 2)) for number in range(5)]
+    pictures = []
+    on_board = renders(sd1.runner, *jobs)
+    for lane in {render.lane for render in on_board}:
+        finish(sd1.runner, *(render for render in on_board if render.lane == lane))
+    pictures = list(sd1.runner.decode(on_board))
+    for job, picture in zip(jobs, pictures, strict=True):
+        sd1.check(job, picture)
+
+
+def test_what_does_not_fit_in_one_decoding_is_decoded_in_smaller_ones_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A model of its own: it remembers.
+    tiny = Model(tiny_models.tiny_sd1(tmp_path / "little_memory"))
+    jobs = [a_job(seed=number) for number in range(5)]
+    on_board = renders(tiny.runner, *jobs)
+    finish(tiny.runner, *on_board)
+    decode = tiny.runner._pipeline.vae.decode
+    tried: list[int] = []
+
+    def small(latents: torch.Tensor, **more: Any) -> Any:
+        tried.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("too many")
+        return decode(latents, **more)
+
+    monkeypatch.setattr(tiny.runner._pipeline.vae, "decode", small)
+    for expected in ([5, 2, 2, 1], [2, 2, 1]):
+        tried.clear()
+        pictures = list(tiny.runner.decode(on_board))
+        assert tried == expected
+    for job, picture in zip(jobs, pictures, strict=True):
+        tiny.check(job, picture)
+
+
+def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [a_job(seed=number) for number in range(3)]
+    on_board = renders(sd1.runner, *jobs)
+    finish(sd1.runner, *on_board)
+    on_board[1]._state = on_board[1]._state * float("nan")
+    pictures = list(sd1.runner.decode(on_board))
+    assert isinstance(pictures[1], NotFiniteError)
+    sd1.check(jobs[0], pictures[0])
+    sd1.check(jobs[2], pictures[2])
+
+    def fail(*args: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sd1.runner._pipeline.vae, "decode", fail)
+    (too_large,) = sd1.runner.decode(on_board[:1])
+    assert isinstance(too_large, JobTooLargeError)
+    assert "64 x 64" in str(too_large)
+
+
+# --- the safety checker -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("finds", "nsfw"), [("all", True), ("nothing", False)])
+def test_the_safety_checker_has_its_say(tmp_path: Path, finds: str, nsfw: bool) -> None:
+    tiny = Model(tiny_models.tiny_sd1(tmp_path / "checked", safety_checker=finds))
+    jobs = [a_job(seed=1), a_job(seed=2)]
+    for job, picture in zip(jobs, finish(tiny.runner, *renders(tiny.runner, *jobs)), strict=True):
+        assert isinstance(picture, Picture)
+        assert picture.nsfw is nsfw
+        assert np.abs(picture.pixels.astype(int) - tiny.expected(job).astype(int)).max() <= 1
+        assert bool(picture.pixels.any()) is not nsfw
+
+
+def test_the_safety_checker_switched_off(tmp_path: Path) -> None:
+    folder = tiny_models.tiny_sd1(tmp_path / "checked", safety_checker="all")
+    on = ModelRunner(WorkerSettings(model=str(folder)))
+    off = ModelRunner(WorkerSettings(model=str(folder), safety_checker=False))
+    (picture,) = finish(off, *renders(off, a_job()))
+    assert isinstance(picture, Picture)
+    assert picture.nsfw is None
+    assert picture.pixels.any()
+    # Other pictures, so another revision.
+    assert on.served.revision != off.served.revision
+    assert {choice.what: choice.choice for choice in off.choices}["safety checker"] == "off"
+
+
+def test_a_model_without_a_safety_checker_has_no_verdict(sd1: Model) -> None:
+    (picture,) = finish(sd1.runner, *renders(sd1.runner, a_job()))
+    assert isinstance(picture, Picture)
+    assert picture.nsfw is None

@@ -1,0 +1,314 @@
+"""Schedules and samplers against diffusers' schedulers, without any model."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from worker.contract.errors import InvalidJobError
+from worker.contract.job import Scheduler
+from worker.device.samplers import CLASSES, SLOTS, Sampler, Samplers, Schedule
+
+SHAPE = (1, 5, 4, 6)
+NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def scheduler_of(kind: str, **config: Any) -> Any:
+    """As a model has it: its config also says, for schedulers that clip by default, that it does not."""
+    return getattr(diffusers, kind).from_config({**NOISE, "clip_sample": False, **config})
+
+
+#: Configs as models have them.
+CONFIGS: dict[str, Any] = {
+    "sd1": scheduler_of("PNDMScheduler", skip_prk_steps=True, steps_offset=1),
+    "sd2": scheduler_of("DDIMScheduler", prediction_type="v_prediction", steps_offset=1),
+    "zero": scheduler_of(
+        "DDIMScheduler",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ),
+    "sdxl": scheduler_of("EulerDiscreteScheduler", timestep_spacing="leading", steps_offset=1),
+    "sde": scheduler_of(
+        "DPMSolverMultistepScheduler",
+        algorithm_type="sde-dpmsolver++",
+        use_karras_sigmas=True,
+        solver_order=3,
+    ),
+    "lcm": scheduler_of("LCMScheduler"),
+    "heun": scheduler_of("HeunDiscreteScheduler"),
+    "turbo": scheduler_of("EulerAncestralDiscreteScheduler", timestep_spacing="trailing"),
+    "clips": scheduler_of("DDIMScheduler", clip_sample=True),
+    "thresholds": scheduler_of("DPMSolverMultistepScheduler", thresholding=True),
+}
+#: Those under which every scheduler only adds.
+LINEAR = ("sd1", "sd2", "zero", "sdxl", "sde", "lcm", "turbo")
+
+
+def a_generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+@functools.cache
+def samplers_of(config: str) -> Samplers:
+    return Samplers(SimpleNamespace(scheduler=CONFIGS[config]))
+
+
+def guess(step: int) -> torch.Tensor:
+    """What a UNet might say."""
+    return torch.randn(SHAPE, generator=a_generator(1000 + step))
+
+
+def ours(sampler: Sampler, noise: torch.Tensor) -> list[torch.Tensor]:
+    """The latents after each step; every step is taken twice, the first time for nothing."""
+    latents, path = noise * sampler.noise_scale, []
+    for step in range(len(sampler.timesteps)):
+        prediction = guess(step) + 0.1 * sampler.model_input(latents, step)
+        sampler.advance(prediction * float("nan"), latents, step)
+        latents, sampler = sampler.advance(prediction, latents, step)
+        path.append(latents)
+    return path
+
+
+def by_weights(schedule: Schedule, noise: torch.Tensor) -> list[torch.Tensor]:
+    """The latents after each step, by the schedule alone."""
+    assert schedule.weights is not None
+    state, generator, path = torch.zeros(SLOTS, *noise.shape), a_generator(), []
+    state[0] = noise * schedule.noise_scale
+    for step, weights in enumerate(schedule.weights):
+        prediction = guess(step) + 0.1 * (schedule.input_scale[step] * state[0])
+        drawn = torch.zeros(SHAPE)
+        if schedule.draws[step]:
+            drawn = torch.randn(SHAPE, generator=generator)
+        state = torch.einsum("st,t...->s...", weights, torch.stack([*state, prediction, drawn]))
+        path.append(state[0])
+    return path
+
+
+def diffusers_own(config: str, name: Scheduler, steps: int, noise: torch.Tensor) -> list[torch.Tensor]:
+    """The same by diffusers' loop: pipeline_stable_diffusion_xl.py, step 9.
+
+    `pipeline_stable_diffusion.py` is the same but for `set_begin_index`, without which it raises an
+    IndexError where the first two timesteps are the same.
+    """
+    own = CONFIGS[config]
+    kind, options = CLASSES.get(name, (type(own).__name__, {}))
+    scheduler = getattr(diffusers, kind).from_config(own.config, **options)
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    extra = diffusers.StableDiffusionPipeline.prepare_extra_step_kwargs(pipeline, a_generator(), 0.0)
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    latents, path = noise * scheduler.init_noise_sigma, []
+    for step, timestep in enumerate(scheduler.timesteps):
+        prediction = guess(step) + 0.1 * scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+        path.append(latents)
+    return path
+
+
+def refuses(config: str, name: Scheduler, steps: int) -> bool:
+    """Whether the scheduler cannot do so few, or so many, steps."""
+    kind = CLASSES.get(name, (type(CONFIGS[config]).__name__,))[0]
+    if kind == "PNDMScheduler":
+        return steps < 4 and config != "sd1"
+    return kind == "LCMScheduler" and steps > 50
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 13, 20, 33, 50, 75])
+@pytest.mark.parametrize("name", list(Scheduler))
+@pytest.mark.parametrize("config", LINEAR)
+def test_the_weights_do_what_diffusers_does(config: str, name: Scheduler, steps: int) -> None:
+    samplers = samplers_of(config)
+    if refuses(config, name, steps):
+        with pytest.raises(InvalidJobError, match=f"steps is {steps},"):
+            samplers.schedule(name, steps)
+        return
+    schedule = samplers.schedule(name, steps)
+    noise = torch.randn(SHAPE, generator=a_generator(1))
+    path, expected = by_weights(schedule, noise), diffusers_own(config, name, steps, noise)
+    assert len(path) == len(expected) == len(schedule.timesteps) == len(schedule.input_scale)
+    # Rounding is relative to the largest latents on the way: 4096 at zero terminal SNR, and 1 at the end.
+    largest = noise.abs().max() * schedule.noise_scale
+    for mine, own in zip(path, expected, strict=True):
+        largest = torch.maximum(largest, own.abs().max())
+        assert (mine - own).abs().max() <= 5e-6 * largest
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@settings(max_examples=10, deadline=None)
+@given(name=st.sampled_from(list(Scheduler)), steps=st.integers(4, 24))
+@example(name=Scheduler.DPMPP_2M_KARRAS, steps=24)
+def test_every_step_is_diffusers_own(config: str, name: Scheduler, steps: int) -> None:
+    noise = torch.randn(SHAPE, generator=a_generator(1))
+    sampler = samplers_of(config).own(name, steps, a_generator())
+    path, expected = ours(sampler, noise), diffusers_own(config, name, steps, noise)
+    assert len(path) == len(expected)
+    for mine, own in zip(path, expected, strict=True):
+        assert torch.equal(mine, own)
+
+
+@pytest.mark.parametrize("name", list(Scheduler))
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps(name: Scheduler, steps: int) -> None:
+    noise = torch.randn(SHAPE, generator=a_generator(1))
+    path = ours(samplers_of("sd1").own(name, steps, a_generator()), noise)
+    expected = diffusers_own("sd1", name, steps, noise)
+    assert all(map(torch.equal, path, expected))
+    assert len(path) == len(expected)
+
+
+def test_dpmpp_2m_is_what_its_name_says_whatever_the_models_config() -> None:
+    for name, karras in ((Scheduler.DPMPP_2M, False), (Scheduler.DPMPP_2M_KARRAS, True)):
+        config = samplers_of("sde").own(name, 5, a_generator())._scheduler.config
+        assert config.algorithm_type == "dpmsolver++"
+        assert config.solver_order == 2
+        assert config.use_karras_sigmas is karras
+    own = samplers_of("sde").own(Scheduler.DEFAULT, 5, a_generator())._scheduler.config
+    assert (own.algorithm_type, own.solver_order) == ("sde-dpmsolver++", 3)
+
+
+@pytest.mark.parametrize("config", ["sd2", "zero"])
+def test_what_the_model_predicts_is_kept(config: str) -> None:
+    for name in Scheduler:
+        scheduler = samplers_of(config).own(name, 5, a_generator())._scheduler
+        assert scheduler.config.prediction_type == "v_prediction"
+        if config == "zero" and hasattr(scheduler.config, "rescale_betas_zero_snr"):
+            assert scheduler.config.rescale_betas_zero_snr
+            assert scheduler.config.timestep_spacing == "trailing"
+
+
+def test_samplers_share_no_state() -> None:
+    samplers = samplers_of("sd1")
+    first = samplers.own(Scheduler.UNIPC, 8, a_generator())
+    noise = torch.randn(SHAPE, generator=a_generator(1))
+    alone = ours(first, noise)
+    ours(samplers.own(Scheduler.UNIPC, 20, a_generator()), noise)
+    assert all(map(torch.equal, ours(first, noise), alone))
+
+
+def test_what_a_schedule_says_besides() -> None:
+    samplers = samplers_of("sdxl")
+    for name in Scheduler:
+        schedule, sampler = samplers.schedule(name, 20), samplers.own(name, 20, a_generator())
+        assert list(schedule.timesteps) == sampler.timesteps.tolist()
+        assert schedule.noise_scale == sampler.noise_scale
+    assert not any(samplers.schedule(Scheduler.DDIM, 4).draws)
+    assert samplers.schedule(Scheduler.EULER_ANCESTRAL, 4).draws == (True, True, True, True)
+    assert samplers.schedule(Scheduler.LCM, 4).draws == (True, True, True, False)
+
+
+def test_slots_are_as_many_as_needed_and_those_not_in_use_are_zero() -> None:
+    weights = samplers_of("sdxl").schedule(Scheduler.EULER, 8).weights
+    assert weights is not None
+    assert weights[:, 1:].count_nonzero() == 0
+    assert weights[:, :, 1:SLOTS].count_nonzero() == 0
+    used = set()
+    for config in LINEAR:
+        for name in Scheduler:
+            weights = samplers_of(config).schedule(name, 20).weights
+            assert weights is not None
+            used.add(int(weights.abs().amax((0, 2)).count_nonzero()))
+    assert max(used) == SLOTS
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("DDIMScheduler", {"clip_sample": True}),
+        # A clip that a random trajectory hardly ever reaches.
+        ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 30, "prediction_type": "v_prediction"}),
+        ("LCMScheduler", {"clip_sample": True}),
+        ("DDIMScheduler", {"thresholding": True}),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}),
+        ("UniPCMultistepScheduler", {"thresholding": True, "sample_max_value": 20}),
+        # More tensors than there are slots.
+        ("UniPCMultistepScheduler", {"solver_order": SLOTS}),
+        # Not a number from the first step on: the noise cannot be told from a picture without signal.
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+        # Raises at its first step.
+        ("EulerDiscreteScheduler", {"prediction_type": "tea leaves"}),
+    ],
+)
+def test_what_does_more_than_add_has_no_weights(kind: str, config: dict[str, Any]) -> None:
+    samplers = Samplers(SimpleNamespace(scheduler=scheduler_of(kind, **config)))
+    schedule = samplers.schedule(Scheduler.DEFAULT, 9)
+    assert (schedule.weights, schedule.input_scale, schedule.draws) == (None, (), ())
+    assert list(schedule.timesteps) == samplers.own(Scheduler.DEFAULT, 9, a_generator()).timesteps.tolist()
+
+
+@pytest.mark.parametrize("config", ["clips", "thresholds"])
+def test_without_weights_the_jobs_own_sampler_is_exact(config: str) -> None:
+    samplers, noise = samplers_of(config), torch.randn(SHAPE, generator=a_generator(1))
+    assert samplers.schedule(Scheduler.DEFAULT, 9).weights is None
+    path = ours(samplers.own(Scheduler.DEFAULT, 9, a_generator()), noise)
+    expected = diffusers_own(config, Scheduler.DEFAULT, 9, noise)
+    assert all(map(torch.equal, path, expected))
+    # It does clip: a scheduler that only adds takes noise of twice the size to other latents.
+    assert any(latents.abs().max() <= 1.0 for latents in path)
+
+
+def test_a_schedule_is_made_once_for_all_threads() -> None:
+    samplers, together = Samplers(SimpleNamespace(scheduler=CONFIGS["sd1"])), threading.Barrier(8)
+
+    def ask(number: int) -> tuple[int, Schedule]:
+        together.wait(timeout=30)
+        return number % 2, samplers.schedule(Scheduler.UNIPC, 20 + number % 2)
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = list(pool.map(ask, range(8)))
+    assert len({id(schedule) for _, schedule in asked}) == 2
+    assert all(len(schedule.timesteps) == 20 + which for which, schedule in asked)
+    assert samplers._kept.cache_info().misses == 2
+
+
+def test_a_schedule_is_the_same_whatever_was_asked_for_before() -> None:
+    samplers = samplers_of("sde")
+    first = samplers.schedule(Scheduler.DEFAULT, 12).weights
+    samplers.schedule(Scheduler.DEFAULT, 30)
+    ours(samplers.own(Scheduler.DEFAULT, 12, a_generator()), torch.ones(SHAPE))
+    samplers._kept.cache_clear()
+    again = samplers.schedule(Scheduler.DEFAULT, 12).weights
+    assert first is not None
+    assert again is not None
+    assert first is not again
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "steps", "sentence"),
+    [
+        ("sd1", Scheduler.LCM, 51, 'steps is 51, the limit of scheduler "lcm" with this model is 50'),
+        ("lcm", Scheduler.DEFAULT, 60, 'the limit of scheduler "default" with this model is 50'),
+        ("sdxl", Scheduler.PNDM, 3, "begins with 4 Runge-Kutta steps: use 4 or more"),
+    ],
+)
+def test_refused_in_one_sentence(config: str, name: Scheduler, steps: int, sentence: str) -> None:
+    with pytest.raises(InvalidJobError, match=sentence):
+        samplers_of(config).own(name, steps, a_generator())
+    with pytest.raises(InvalidJobError, match=sentence):
+        samplers_of(config).schedule(name, steps)
+
+
+def test_what_diffusers_refuses_is_the_callers_error() -> None:
+    own = diffusers.DDIMScheduler(**NOISE, num_train_timesteps=40)
+    with pytest.raises(
+        InvalidJobError, match=r'steps is 41, which scheduler "default" refuses with this model'
+    ):
+        Samplers(SimpleNamespace(scheduler=own)).own(Scheduler.DEFAULT, 41, a_generator())
+
+
+def test_a_noise_schedule_that_a_class_does_not_know() -> None:
+    samplers = Samplers(SimpleNamespace(scheduler=diffusers.DDPMScheduler(beta_schedule="sigmoid")))
+    samplers.own(Scheduler.DEFAULT, 5, a_generator())
+    with pytest.raises(InvalidJobError, match='scheduler is "ddim", which does not know this model'):
+        samplers.own(Scheduler.DDIM, 5, a_generator())

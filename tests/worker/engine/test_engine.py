@@ -1,0 +1,642 @@
+"""The loop: a job fails alone, no step is lost, and every future is resolved, whatever happens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.worker.engine.fake_runner import SOON_S, FakeRender, FakeRunner, Faults, job_of, picture_of
+from worker.contract.errors import (
+    EngineStoppedError,
+    JobCancelledError,
+    JobTimeoutError,
+    JobTooLargeError,
+    MachineError,
+    NotFiniteError,
+    OutOfMemoryError,
+    RenderError,
+    SmallcatError,
+)
+from worker.engine.decode_stage import AHEAD
+from worker.engine.engine import Engine
+from worker.engine.ticket import Rendered
+
+
+@dataclass
+class Bench:
+    """An engine on a fake runner, with a clock that only the test moves."""
+
+    runner: FakeRunner
+    job_timeout_s: float = 1e6
+    now_s: float = 0.0
+    deaths: list[BaseException] = field(default_factory=list)
+    died: threading.Event = field(default_factory=threading.Event)
+    steps: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine: Engine[FakeRender] = Engine(
+            self.runner,
+            job_timeout_s=self.job_timeout_s,
+            on_death=self._on_death,
+            on_step=lambda rows, seconds: self.steps.append(rows),
+            clock=lambda: self.now_s,
+        )
+
+    def _on_death(self, error: BaseException) -> None:
+        self.deaths.append(error)
+        self.died.set()
+
+    def submit(self, seed: int, **fields: object) -> Future[Rendered]:
+        job = job_of(seed, **fields)
+        return self.engine.submit(job.id, job)
+
+    def submit_together(self, *seeds: int, **fields: object) -> list[Future[Rendered]]:
+        """Submit before the loop starts, so that all are in the first step."""
+        return [self.submit(seed, **fields) for seed in seeds]
+
+    def cancel(self, seed: int, **fields: object) -> None:
+        self.engine.cancel(job_of(seed, **fields).id)
+
+
+@contextmanager
+def bench_of(runner: FakeRunner, **options: Any) -> Iterator[Bench]:
+    """A bench whose engine is not started yet; stopped at the end."""
+    bench = Bench(runner, **options)
+    try:
+        yield bench
+    finally:
+        runner.gate.set()
+        runner.decode_gate.set()
+        runner.arrival_gate.set()
+        bench.engine.stop()
+        assert not bench.deaths or bench.died.is_set()
+
+
+@pytest.fixture(params=[False, True], ids=["decodes between steps", "decodes beside steps"])
+def runner(request: pytest.FixtureRequest) -> FakeRunner:
+    return FakeRunner(max_rows=8, decodes_beside=request.param)
+
+
+@pytest.fixture
+def bench(runner: FakeRunner) -> Iterator[Bench]:
+    with bench_of(runner) as bench:
+        yield bench
+
+
+def picture(future: Future[Rendered]) -> Any:
+    return future.result(SOON_S).picture.pixels
+
+
+def error_of(future: Future[Rendered]) -> BaseException:
+    error = future.exception(SOON_S)
+    assert error is not None
+    return error
+
+
+def test_a_job_becomes_its_picture(bench: Bench, runner: FakeRunner) -> None:
+    runner.warnings[3] = ("cut",)
+    bench.engine.start()
+    rendered = bench.submit(3, steps=5).result(SOON_S)
+    assert np.array_equal(rendered.picture.pixels, picture_of(job_of(3)).pixels)
+    assert rendered.warnings == ("cut",)
+    assert runner.steps_done[3] == 5
+    assert bench.steps == [2] * 5
+
+
+def test_jobs_that_wait_together_are_rendered_together_whatever_their_steps(
+    bench: Bench, runner: FakeRunner
+) -> None:
+    futures = [bench.submit(1, steps=1), bench.submit(2, steps=3), bench.submit(3, guidance_scale=1, steps=2)]
+    bench.engine.start()
+    wait(futures, SOON_S)
+    assert runner.batches == [[1, 2, 3], [2, 3], [2]]
+
+
+def test_a_job_joins_at_the_next_step(bench: Bench, runner: FakeRunner) -> None:
+    runner.gate.clear()
+    bench.engine.start()
+    first = bench.submit(1, steps=3)
+    assert runner.entered.wait(SOON_S)
+    second = bench.submit(2, steps=1)
+    runner.gate.set()
+    wait([first, second], SOON_S)
+    assert runner.batches == [[1], [1, 2], [1]]
+
+
+def test_a_job_that_needs_fewer_rows_for_a_while_leaves_them_to_others(runner: FakeRunner) -> None:
+    """As with a guidance interval: 1, 2, 1 rows of the three."""
+    runner.max_rows = 3
+    runner.rows[1] = [1, 2, 1]
+    with bench_of(runner) as bench:
+        futures = [
+            bench.submit(1, steps=3),
+            *(bench.submit(seed, guidance_scale=1, steps=2) for seed in (2, 3)),
+        ]
+        bench.engine.start()
+        wait(futures, SOON_S)
+        assert runner.batches == [[1, 2, 3], [1, 2], [1, 3]]
+
+
+@contextmanager
+def bench_at_a_decoding(**options: Any) -> Iterator[tuple[Bench, FakeRunner, Future[Rendered]]]:
+    """An engine that decodes its first job beside the steps, until the runner's `decode_gate` is set."""
+    runner = FakeRunner(max_rows=8, decodes_beside=True)
+    runner.decode_gate.clear()
+    with bench_of(runner, **options) as bench:
+        bench.engine.start()
+        first = bench.submit(1, steps=1)
+        assert runner.decoding.wait(SOON_S)
+        yield bench, runner, first
+
+
+def test_steps_go_on_while_pictures_are_decoded_and_what_finishes_meanwhile_is_decoded_together() -> None:
+    with bench_at_a_decoding() as (bench, runner, first):
+        others = [bench.submit(seed, steps=2) for seed in (2, 3)]
+        fiftieth = threading.Event()
+        runner.on_step = lambda seeds: fiftieth.set() if runner.steps_done[4] == 49 else None
+        others.append(bench.submit(4, steps=50))
+        assert fiftieth.wait(SOON_S)
+        assert not any(future.done() for future in (first, *others))
+        runner.decode_gate.set()
+        wait([first, *others], SOON_S)
+        assert [seed for seeds in runner.decoded for seed in seeds] == [1, 2, 3, 4]
+        assert len(runner.decoded) <= 3
+
+
+@contextmanager
+def bench_with_a_full_decoder() -> Iterator[Bench]:
+    """An engine of 4 rows with two decodings set off, whose pictures come when `arrival_gate` is set."""
+    runner = FakeRunner(max_rows=4, decodes_beside=True)
+    runner.arrival_gate.clear()
+    second = threading.Event()
+    runner.on_decode = lambda count: second.set() if count == AHEAD else None
+    with bench_of(runner) as bench:
+        bench.engine.start()
+        for seed in range(AHEAD):
+            runner.decoding.clear()
+            bench.submit(seed, steps=1, guidance_scale=1)
+            assert runner.decoding.wait(SOON_S)
+        assert second.wait(SOON_S)
+        runner.batches.clear()
+        yield bench
+
+
+def test_a_step_that_would_but_finish_jobs_waits_for_the_decoder_or_for_more_rows() -> None:
+    with bench_with_a_full_decoder() as bench:
+        stepped = threading.Event()
+        bench.runner.on_step = lambda seeds: stepped.set()
+        futures = [bench.submit(seed, steps=1, guidance_scale=1) for seed in range(10, 14)]
+        # The fourth makes the batch full.
+        assert stepped.wait(SOON_S)
+        assert not any(future.done() for future in futures)
+        bench.runner.arrival_gate.set()
+        wait(futures, SOON_S)
+        assert bench.runner.batches == [[10, 11, 12, 13]]
+        # What came while two were under way was decoded together.
+        assert bench.runner.decoded[AHEAD:] == [[10, 11, 12, 13]]
+
+
+def test_a_job_with_steps_to_go_waits_for_no_decoder() -> None:
+    with bench_with_a_full_decoder() as bench:
+        first = bench.submit(10, steps=1, guidance_scale=1)
+        longer = bench.submit(11, steps=3, guidance_scale=1)
+        second_step = threading.Event()
+        bench.runner.on_step = lambda seeds: second_step.set() if bench.runner.steps_done[11] else None
+        assert second_step.wait(SOON_S)
+        assert not longer.done()
+        bench.runner.arrival_gate.set()
+        wait([first, longer], SOON_S)
+        assert bench.runner.batches == [[10, 11], [11], [11]]
+
+
+def test_a_step_that_waited_goes_on_when_the_decoder_has_room() -> None:
+    with bench_with_a_full_decoder() as bench:
+        future = bench.submit(10, steps=1, guidance_scale=1)
+        bench.runner.arrival_gate.set()
+        assert picture(future).any()
+
+
+def test_a_decoder_that_cannot_start_ends_the_loop_and_leaves_no_job_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with bench_of(FakeRunner(decodes_beside=True)) as bench:
+        monkeypatch.setattr(bench.engine._decoding._decoder, "submit", refuse)
+        future = bench.submit(1)
+        bench.engine.start()
+        assert isinstance(error_of(future), EngineStoppedError)
+        assert bench.died.wait(SOON_S)
+
+
+def test_an_engine_whose_decoding_hangs_is_lost() -> None:
+    with bench_at_a_decoding(job_timeout_s=10.0) as (bench, runner, future):
+        assert not bench.engine.is_lost()
+        bench.now_s = 11.0
+        assert bench.engine.is_lost()
+        runner.decode_gate.set()
+        wait([future], SOON_S)
+
+
+def test_equal_ids_join(bench: Bench, runner: FakeRunner) -> None:
+    one, other = bench.submit(1), bench.submit(1)
+    bench.engine.start()
+    assert picture(one) is picture(other)
+    assert runner.prepared == [1]
+    # Once it has left, the same job is a new one.
+    assert picture(bench.submit(1)) is not picture(one)
+
+
+# --- a job fails alone ------------------------------------------------------------------------------------
+
+FAILURES: dict[str, tuple[Faults, type[SmallcatError], int]] = {
+    "prepare fails": (Faults(prepare=RuntimeError("tokenizer")), RenderError, 0),
+    "prepare fails by name": (Faults(prepare=NotFiniteError("noise")), NotFiniteError, 0),
+    "prepare does not fit": (Faults(prepare=OutOfMemoryError("2 GiB")), JobTooLargeError, 0),
+    "a step says so": (Faults(outcome={2: NotFiniteError("NaN")}), NotFiniteError, 2),
+    "its first step says so": (Faults(outcome={0: NotFiniteError("NaN")}), NotFiniteError, 0),
+    "a whole step raises": (Faults(batch={2: RuntimeError("shape")}), RenderError, 2),
+    "the first step raises": (Faults(batch={0: ValueError("shape")}), RenderError, 0),
+    "decoding raises": (Faults(decode=RuntimeError("vae")), RenderError, 4),
+    "decoding does not fit": (Faults(decode=OutOfMemoryError("vae")), JobTooLargeError, 4),
+    "the picture is no number": (Faults(nan=True), NotFiniteError, 4),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("place", range(4))
+def test_a_job_fails_alone_and_its_mates_run_every_step_once(
+    bench: Bench, runner: FakeRunner, failure: str, place: int
+) -> None:
+    faults, kind, steps = FAILURES[failure]
+    runner.faults[place] = faults
+    futures = bench.submit_together(0, 1, 2, 3)
+    bench.engine.start()
+    assert type(error_of(futures[place])) is kind
+    for seed in {0, 1, 2, 3} - {place}:
+        assert np.array_equal(picture(futures[seed]), picture_of(job_of(seed)).pixels)
+        assert runner.steps_done[seed] == 4
+    assert runner.steps_done[place] == steps
+    assert not bench.deaths
+
+
+def test_a_foreign_error_becomes_one_that_says_what_it_was(bench: Bench, runner: FakeRunner) -> None:
+    runner.faults[1] = Faults(batch={0: ValueError("mat1 and mat2")})
+    bench.engine.start()
+    error = error_of(bench.submit(1))
+    assert str(error) == "The model failed on this job alone: ValueError: mat1 and mat2"
+    assert isinstance(error.__cause__, ValueError)
+
+
+def test_all_can_fail_and_the_engine_goes_on(bench: Bench, runner: FakeRunner) -> None:
+    for seed in range(4):
+        runner.faults[seed] = Faults(batch={seed: RuntimeError("each")})
+    futures = bench.submit_together(0, 1, 2, 3)
+    bench.engine.start()
+    assert all(isinstance(error_of(future), RenderError) for future in futures)
+    assert picture(bench.submit(9)) is not None
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [{1}, {0, 1, 2, 3}], ids=["one of four", "all"])
+def test_what_does_not_fit_beside_a_step_is_done_with_the_device_to_itself(
+    bench: Bench, runner: FakeRunner, seeds: set[int]
+) -> None:
+    runner.crowded = seeds
+    bench.engine.start()
+    futures = bench.submit_together(0, 1, 2, 3)
+    for seed, future in enumerate(futures):
+        assert np.array_equal(picture(future), picture_of(job_of(seed)).pixels)
+    assert all(runner.prepared.count(seed) == 2 for seed in seeds)
+    assert set(runner.steps_done.values()) == {4}
+
+
+def test_a_step_of_one_job_waits_for_the_memory_of_those_that_are_decoded() -> None:
+    with bench_at_a_decoding() as (bench, runner, first):
+        runner.oom_calls = {1}
+        second = bench.submit(2, steps=1)
+        runner.decode_gate.set()
+        assert picture(first) is not None
+        assert picture(second) is not None
+        assert runner.batches == [[1], [2]]
+
+
+@pytest.mark.parametrize("memory_rows", [2, 3, 4, 6])
+def test_out_of_memory_lowers_the_cap_and_loses_no_step(memory_rows: int) -> None:
+    runner = FakeRunner(max_rows=8, memory_rows=memory_rows)
+    with bench_of(runner) as bench:
+        futures = bench.submit_together(0, 1, 2, 3, steps=6)
+        bench.engine.start()
+        wait(futures, SOON_S)
+        assert all(not future.exception() for future in futures)
+        assert runner.steps_done == dict.fromkeys(range(4), 6)
+        # Remembered: what did not fit is not tried again.
+        assert max(bench.steps) <= memory_rows
+        assert runner._calls <= len(runner.batches) + 3
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_out_of_memory_at_any_step_loses_no_step(call: int, runner: FakeRunner, bench: Bench) -> None:
+    runner.oom_calls = {call}
+    futures = bench.submit_together(0, 1, 2, 3)
+    bench.engine.start()
+    wait(futures, SOON_S)
+    assert all(not future.exception() for future in futures)
+    assert runner.steps_done == dict.fromkeys(range(4), 4)
+
+
+def test_a_job_too_large_alone_says_so_and_its_mates_go_on(bench: Bench, runner: FakeRunner) -> None:
+    runner.memory_rows = 1
+    futures = [bench.submit(1, guidance_scale=1), bench.submit(2), bench.submit(3, guidance_scale=1)]
+    bench.engine.start()
+    error = error_of(futures[1])
+    assert isinstance(error, JobTooLargeError)
+    assert "64x64" in str(error)
+    assert picture(futures[0]) is not None
+    assert picture(futures[2]) is not None
+
+
+# --- leaving early ----------------------------------------------------------------------------------------
+
+
+def test_a_running_job_is_cancelled_at_its_next_step(bench: Bench, runner: FakeRunner) -> None:
+    futures = bench.submit_together(1, 2)
+    runner.gate.clear()
+    bench.engine.start()
+    assert runner.entered.wait(SOON_S)
+    bench.cancel(1)
+    runner.gate.set()
+    assert isinstance(error_of(futures[0]), JobCancelledError)
+    assert picture(futures[1]) is not None
+    assert (runner.steps_done[1], runner.steps_done[2]) == (1, 4)
+
+
+def test_a_job_that_waits_for_a_seat_can_be_cancelled() -> None:
+    with bench_of(FakeRunner(max_rows=2)) as bench:
+        futures = bench.submit_together(1, 2)
+        bench.runner.gate.clear()
+        bench.engine.start()
+        assert bench.runner.entered.wait(SOON_S)
+        bench.cancel(2)
+        bench.runner.gate.set()
+        assert isinstance(error_of(futures[1]), JobCancelledError)
+        assert picture(futures[0]) is not None
+        assert bench.runner.steps_done[2] == 0
+
+
+def test_a_job_that_has_only_just_come_in_can_be_cancelled(bench: Bench, runner: FakeRunner) -> None:
+    future = bench.submit(1)
+    bench.cancel(1)
+    bench.engine.start()
+    assert isinstance(error_of(future), JobCancelledError)
+    assert runner.steps_done[1] == 0
+
+
+def test_cancelling_what_is_not_on_board_does_nothing(bench: Bench) -> None:
+    bench.engine.start()
+    bench.cancel(7)
+    assert picture(bench.submit(7)) is not None
+
+
+def test_a_job_that_is_submitted_again_after_its_cancellation_goes_on(bench: Bench) -> None:
+    first = bench.submit(1)
+    bench.cancel(1)
+    second = bench.submit(1)
+    bench.engine.start()
+    assert picture(second) is not None
+    assert picture(first) is picture(second)
+
+
+def test_a_job_past_its_deadline_leaves_with_what_it_had_done(runner: FakeRunner) -> None:
+    with bench_of(runner, job_timeout_s=10.0) as bench:
+        late = bench.submit(1, steps=4)
+        bench.now_s = 5.0
+        punctual = bench.submit(2, steps=4)
+
+        def tick(seeds: list[int]) -> None:
+            bench.now_s = 10.5 if runner.steps_done[1] == 1 else 6.0
+
+        runner.on_step = tick
+        bench.engine.start()
+        error = error_of(late)
+        assert isinstance(error, JobTimeoutError)
+        assert str(error) == "The job was at step 2 of 4 after its limit of 10 s (SMALLCAT_JOB_TIMEOUT_S)."
+        assert picture(punctual) is not None
+
+
+# --- the end ----------------------------------------------------------------------------------------------
+
+
+def test_draining_finishes_what_is_on_board(bench: Bench, runner: FakeRunner) -> None:
+    futures = bench.submit_together(*range(20))
+    bench.engine.start()
+    bench.engine.drain(SOON_S)
+    assert all(future.done() and not future.exception() for future in futures)
+
+
+def test_draining_gives_back_what_is_not_done_in_time(bench: Bench, runner: FakeRunner) -> None:
+    futures = bench.submit_together(*range(20))
+    runner.gate.clear()
+    bench.engine.start()
+    assert runner.entered.wait(SOON_S)
+    drain = threading.Thread(target=bench.engine.drain, args=(0.0,))
+    drain.start()
+    # Given back although a step still runs.
+    assert all(isinstance(error_of(future), EngineStoppedError) for future in futures)
+    runner.gate.set()
+    drain.join(SOON_S)
+    assert not drain.is_alive()
+    assert len(runner.batches) == 1
+
+
+def test_a_stopped_engine_takes_nothing_on_board(bench: Bench) -> None:
+    bench.engine.start()
+    bench.engine.stop()
+    assert isinstance(error_of(bench.submit(1)), EngineStoppedError)
+    assert bench.engine.progress() == {}
+
+
+def test_an_engine_that_never_started_can_be_stopped(bench: Bench) -> None:
+    future = bench.submit(1)
+    bench.engine.stop()
+    assert isinstance(error_of(future), EngineStoppedError)
+
+
+DEATHS: dict[str, Callable[[Bench, BaseException], None]] = {
+    "prepare": lambda bench, error: bench.runner.faults.update({2: Faults(prepare=error)}),
+    "step": lambda bench, error: bench.runner.faults.update({2: Faults(batch={1: error})}),
+    "decode": lambda bench, error: bench.runner.faults.update({2: Faults(decode=error)}),
+}
+
+
+@pytest.mark.parametrize("where", DEATHS)
+def test_the_machines_own_fault_ends_the_loop_gives_all_jobs_back_and_is_told(
+    bench: Bench, where: str
+) -> None:
+    death = MachineError("the GPU has fallen off the bus")
+    DEATHS[where](bench, death)
+    futures = bench.submit_together(*range(12))
+    bench.engine.start()
+    assert bench.died.wait(SOON_S)
+    assert bench.deaths == [death]
+    # By the time it is told, all have been given back: none of the machine's faults is a job's.
+    assert all(future.done() for future in futures)
+    errors = [error for future in futures if (error := future.exception())]
+    assert errors
+    assert all(isinstance(error, EngineStoppedError) for error in errors)
+    assert bench.engine.is_lost()
+    assert isinstance(error_of(bench.submit(99)), EngineStoppedError)
+
+
+def test_a_bug_in_the_loop_itself_gives_all_jobs_back_and_is_told(runner: FakeRunner) -> None:
+    with bench_of(runner) as bench:
+        bench.steps = None  # type: ignore[assignment]  # what it reports to
+        futures = bench.submit_together(1, 2)
+        bench.engine.start()
+        assert bench.died.wait(SOON_S)
+        assert all(isinstance(error_of(future), EngineStoppedError) for future in futures)
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), MemoryError()], ids=repr)
+@pytest.mark.parametrize("where", DEATHS)
+def test_what_a_library_raises_for_one_job_ends_neither_loop_nor_process(
+    bench: Bench, where: str, error: BaseException
+) -> None:
+    DEATHS[where](bench, error)
+    futures = bench.submit_together(*range(4))
+    bench.engine.start()
+    assert isinstance(error_of(futures[2]), RenderError)
+    assert all(picture(futures[seed]) is not None for seed in (0, 1, 3))
+    assert not bench.deaths
+
+
+def test_an_engine_in_good_health_is_not_lost(bench: Bench) -> None:
+    assert not bench.engine.is_lost()
+    bench.engine.start()
+    assert picture(bench.submit(1)) is not None
+    assert not bench.engine.is_lost()
+
+
+def test_an_engine_that_hangs_in_one_turn_for_longer_than_a_job_may_take_is_lost(runner: FakeRunner) -> None:
+    with bench_of(runner, job_timeout_s=10.0) as bench:
+        runner.gate.clear()
+        bench.engine.start()
+        future = bench.submit(1)
+        assert runner.entered.wait(SOON_S)
+        bench.now_s = 9.0
+        assert not bench.engine.is_lost()
+        bench.now_s = 11.0
+        assert bench.engine.is_lost()
+        runner.gate.set()
+        wait([future], SOON_S)
+
+
+def test_progress_is_told_for_all_on_board() -> None:
+    with bench_of(FakeRunner(max_rows=2)) as bench:
+        bench.submit_together(1, 2)
+        assert bench.engine.progress() == {job_of(1).id: (0, 4), job_of(2).id: (0, 4)}
+        bench.runner.gate.clear()
+        bench.engine.start()
+        assert bench.runner.entered.wait(SOON_S)
+        assert bench.engine.progress() == {job_of(1).id: (0, 4), job_of(2).id: (0, 4)}
+
+
+# --- any script -------------------------------------------------------------------------------------------
+
+FAULTS = st.one_of(
+    st.builds(Faults),
+    st.builds(Faults),
+    st.builds(Faults),
+    st.builds(Faults, prepare=st.just(RuntimeError("prepare"))),
+    st.builds(
+        Faults, outcome=st.dictionaries(st.integers(0, 3), st.just(NotFiniteError("step")), max_size=1)
+    ),
+    st.builds(Faults, batch=st.dictionaries(st.integers(0, 3), st.just(RuntimeError("batch")), max_size=1)),
+    st.builds(Faults, decode=st.just(RuntimeError("decode"))),
+    st.builds(Faults, nan=st.just(True)),
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What happens in one life of an engine."""
+
+    jobs: list[tuple[Faults, int, int, float]]
+    cancelled: set[int]
+    max_rows: int
+    memory_rows: int
+    oom_calls: set[int]
+    #: At which call of `step` the loop dies; None: it does not.
+    death_at: int | None
+    stop: bool
+
+
+SCRIPTS = st.builds(
+    Script,
+    jobs=st.lists(
+        st.tuples(FAULTS, st.integers(1, 4), st.sampled_from([64, 72]), st.sampled_from([1.0, 7.5])),
+        min_size=1,
+        max_size=8,
+    ),
+    cancelled=st.sets(st.integers(0, 7), max_size=2),
+    max_rows=st.integers(1, 8),
+    memory_rows=st.integers(1, 8),
+    oom_calls=st.sets(st.integers(0, 12), max_size=3),
+    death_at=st.none() | st.integers(0, 12),
+    stop=st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SCRIPTS)
+def test_every_future_is_resolved_whatever_happens(script: Script) -> None:
+    runner = FakeRunner(script.max_rows, script.memory_rows)
+    runner.oom_calls = script.oom_calls
+    runner.faults = dict(enumerate(faults for faults, *_ in script.jobs))
+    calls = 0
+
+    def on_step(seeds: list[int]) -> None:
+        nonlocal calls
+        calls += 1
+        if script.death_at is not None and calls > script.death_at:
+            raise MachineError
+
+    runner.on_step = on_step
+    with bench_of(runner) as bench:
+        futures = []
+        for seed, (_, steps, width, guidance) in enumerate(script.jobs):
+            fields: dict[str, object] = {"steps": steps, "width": width, "guidance_scale": guidance}
+            futures.append(bench.submit(seed, **fields))
+            if seed == len(script.jobs) // 2:
+                bench.engine.start()
+            if seed in script.cancelled:
+                bench.cancel(seed, **fields)
+        if script.stop:
+            bench.engine.stop()
+        assert not wait(futures, SOON_S).not_done
+        for seed, (future, (faults, steps, _, guidance)) in enumerate(zip(futures, script.jobs, strict=True)):
+            error = future.exception()
+            assert error is None or isinstance(error, SmallcatError)
+            assert not isinstance(error, OutOfMemoryError)
+            in_time = [step for step in (*faults.outcome, *faults.batch) if step < steps]
+            harmless = not (in_time or faults.prepare or faults.decode or faults.nan)
+            fits = script.memory_rows >= (2 if guidance > 1 else 1) and not script.oom_calls
+            ends = script.stop or script.death_at is not None
+            if harmless and fits and not ends and seed not in script.cancelled:
+                assert error is None
+            if error is None:
+                assert runner.steps_done[seed] == steps
+            if isinstance(error, EngineStoppedError):
+                assert ends

@@ -1,0 +1,490 @@
+"""The way of one job through a worker: real Redis, real bucket, the real engine; only the model is a fake."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from redis import Redis
+
+from tests.conftest import Bucket
+from tests.worker.engine.fake_runner import SERVED, SOON_S, FakeRender, FakeRunner, Faults, job_of, picture_of
+from worker.contract import infotext
+from worker.contract.errors import (
+    EngineStoppedError,
+    NewerMessageError,
+    NotFiniteError,
+    PermanentStorageError,
+    RenderError,
+    StorageError,
+    UnknownModelError,
+)
+from worker.contract.infotext import read_parameters
+from worker.contract.job import ImageFormat, Job
+from worker.contract.message import message_of
+from worker.contract.queues import queue_of
+from worker.contract.record import JobRecord, State
+from worker.engine.engine import Engine
+from worker.jobs.handler import JobHandler
+from worker.state.records import Records
+from worker.state.redis_client import RedisError, connect
+from worker.storage.bucket import Storage
+
+
+class FlakyStorage(Storage):
+    """The real bucket behind a service that fails as often as it is told to."""
+
+    def __init__(self, bucket: str) -> None:
+        super().__init__(bucket)
+        #: What the next calls of `find` and `put` raise, in turn.
+        self.find_errors: list[StorageError] = []
+        self.put_errors: list[StorageError] = []
+        self.failed = threading.Event()
+
+    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
+        self._fail(self.find_errors)
+        return super().find(job_id, image_format)
+
+    def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
+        self._fail(self.put_errors)
+        super().put(job_id, image_format, picture, record, mime)
+
+    def _fail(self, errors: list[StorageError]) -> None:
+        if errors:
+            self.failed.set()
+            raise errors.pop(0)
+
+
+class Worker:
+    """A worker process without Celery. Used as a context, which stops it."""
+
+    def __init__(self, client: Redis, storage: FlakyStorage, name: str = "w1", **options: Any) -> None:
+        self.runner = FakeRunner()
+        self.engine: Engine[FakeRender] = Engine(self.runner, job_timeout_s=600, on_death=lambda error: None)
+        self.records = Records(client, 1_000)
+        self.storage = storage
+        given = {"lease_s": 30.0, "max_attempts": 3, "upload_timeout_s": 60.0} | options
+        self.service = JobHandler(
+            name=name, served=SERVED, engine=self.engine, records=self.records, storage=storage, **given
+        )
+        self._pool = ThreadPoolExecutor(8)
+
+    def submit(self, job: Job) -> None:
+        self.records.submitted(job, queue_of(job))
+
+    def begin(self, job: Job, message_id: str = "m1", **options: Any) -> Future[float | None]:
+        """Handle a message for `job` on a thread of the pool."""
+        return self._pool.submit(self.service.handle, message_of(job), message_id, **options)
+
+    def handle(self, job: Job, message_id: str = "m1", **options: Any) -> float | None:
+        return self.begin(job, message_id, **options).result(SOON_S)
+
+    def __enter__(self) -> Worker:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.runner.gate.set()
+        self.engine.stop()
+        self.service.stop()
+        self._pool.shutdown()
+        assert self.service.progress() == {}, "nothing stays on board"
+
+
+@pytest.fixture
+def client(valkey: Any) -> Iterator[Redis]:
+    with connect(valkey.url, retry_s=2) as client:
+        yield client
+
+
+@pytest.fixture
+def storage(s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> FlakyStorage:
+    monkeypatch.setattr("worker.jobs.handler.PUT_BACKOFF_S", (0.001, 0.002))
+    return FlakyStorage(s3_environment.name)
+
+
+@pytest.fixture
+def worker(client: Redis, storage: FlakyStorage) -> Iterator[Worker]:
+    with Worker(client, storage) as worker:
+        yield worker
+
+
+JOB = job_of(5, metadata={"mine": 1}, priority=7)
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_a_job_goes_all_the_way(worker: Worker, image_format: str) -> None:
+    job = job_of(5, format=image_format, metadata={"mine": 1})
+    worker.runner.warnings[5] = ("The prompt was cut.",)
+    worker.submit(job)
+    assert worker.handle(job) is None
+    record = worker.records.get(job.id)
+    assert (record.state, record.job, record.cached) == (State.DONE, job, False)
+    assert (record.step, record.steps, record.attempts, record.worker) == (4, 4, 1, "w1")
+    assert record.warnings == ("The prompt was cut.",)
+    assert record.timings.queued is not None
+    assert record.timings.rendered is not None
+    assert record.timings.uploaded is not None
+    assert record.uri == worker.storage.uri(job.id, job.format)
+
+    data = worker.storage.get(record.uri)
+    with Image.open(io.BytesIO(data)) as image:
+        assert np.abs(np.asarray(image).astype(int) - picture_of(job).pixels).max() <= 1
+    # The picture's own papers are the job.
+    assert infotext.read(read_parameters(data) or "").id == job.id
+
+    lasting = json.loads(worker.storage.record(job.id) or b"{}")
+    assert Job.parse(lasting["job"]) == job
+    assert (lasting["id"], lasting["state"], lasting["uri"]) == (job.id, "done", record.uri)
+
+
+def test_a_job_whose_object_is_there_is_answered_from_it_without_rendering(
+    worker: Worker, client: Redis
+) -> None:
+    worker.runner.warnings[5] = ("The prompt was cut.",)
+    worker.handle(JOB)
+    client.flushall()
+    again = JOB.model_copy(update={"metadata": {"another": 2}, "priority": 1})
+    worker.submit(again)
+    worker.handle(again, "m2")
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.cached, record.attempts) == (State.DONE, True, 1)
+    assert (record.job.metadata, record.job.priority) == ({"another": 2}, 1)
+    assert record.warnings == ("The prompt was cut.",)
+    assert record.uri == worker.storage.uri(JOB.id, JOB.format)
+    assert (record.step, record.steps) == (4, 4)
+    assert worker.runner.prepared == [5]
+
+
+def test_a_record_that_cannot_be_read_is_made_again(worker: Worker, client: Redis) -> None:
+    worker.storage.put(JOB.id, JOB.format, b"picture", b"{not json", "image/png")
+    worker.handle(JOB)
+    assert worker.records.get(JOB.id).state is State.DONE
+    assert worker.storage.get(worker.storage.uri(JOB.id, JOB.format)) != b"picture"
+    assert JobRecord.model_validate_json(worker.storage.record(JOB.id) or b"").job == JOB
+
+
+def test_two_messages_for_one_job_are_one_render(worker: Worker) -> None:
+    worker.runner.gate.clear()
+    worker.submit(JOB)
+    first = worker.begin(JOB, "m1")
+    assert worker.runner.entered.wait(SOON_S)
+    assert worker.handle(JOB, "m2") is None
+    assert not first.done()
+    worker.runner.gate.set()
+    first.result(SOON_S)
+    assert worker.records.get(JOB.id).state is State.DONE
+    assert worker.handle(JOB, "m3") is None
+    assert worker.runner.prepared == [5]
+
+
+def test_two_workers_with_a_message_each_make_one_render(
+    worker: Worker, client: Redis, storage: FlakyStorage
+) -> None:
+    with Worker(client, storage, "w2") as other:
+        worker.runner.gate.clear()
+        first = worker.begin(JOB, "m1")
+        assert worker.runner.entered.wait(SOON_S)
+        assert other.handle(JOB, "m2") is None
+        worker.runner.gate.set()
+        first.result(SOON_S)
+        assert other.runner.prepared == []
+
+
+def test_a_message_that_comes_again_while_it_is_handled_joins(worker: Worker) -> None:
+    """As when Redis was out of reach for longer than the lease."""
+    worker.runner.gate.clear()
+    first = worker.begin(JOB, "m1")
+    assert worker.runner.entered.wait(SOON_S)
+    second = worker.begin(JOB, "m1", redelivered=True)
+    worker.runner.gate.set()
+    assert (first.result(SOON_S), second.result(SOON_S)) == (None, None)
+    assert worker.records.get(JOB.id).state is State.DONE
+    assert len(worker.runner.prepared) <= 2
+
+
+# --- cancelled --------------------------------------------------------------------------------------------
+
+
+def test_a_job_cancelled_in_the_queue_is_not_rendered(worker: Worker) -> None:
+    worker.submit(JOB)
+    worker.records.cancel(JOB.id)
+    assert worker.handle(JOB) is None
+    assert worker.records.get(JOB.id).state is State.CANCELLED
+    assert worker.runner.prepared == []
+
+
+def test_a_job_cancelled_while_it_runs_stops_at_its_next_step(worker: Worker) -> None:
+    worker.runner.gate.clear()
+    mate = job_of(6)
+    futures = [worker.begin(JOB, "m1"), worker.begin(mate, "m2")]
+    assert worker.runner.entered.wait(SOON_S)
+    worker.records.cancel(JOB.id)
+    worker.service.cancel(JOB.id)  # As the heartbeat does.
+    worker.runner.gate.set()
+    assert [future.result(SOON_S) for future in futures] == [None, None]
+    assert worker.records.get(JOB.id).state is State.CANCELLED
+    assert worker.storage.find(JOB.id, JOB.format) is None
+    assert worker.records.get(mate.id).state is State.DONE
+
+
+@pytest.mark.parametrize("where", ["find_errors", "put_errors"])
+def test_a_job_cancelled_while_it_waits_for_the_storage_ends_at_once(
+    client: Redis, storage: FlakyStorage, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr("worker.jobs.handler.PUT_BACKOFF_S", (600.0, 600.0))
+    with Worker(client, storage, upload_timeout_s=10_000.0) as worker:
+        setattr(storage, where, [StorageError("503")])
+        worker.submit(JOB)
+        future = worker.begin(JOB)
+        assert storage.failed.wait(SOON_S)
+        assert worker.records.cancel(JOB.id) is State.RUNNING
+        worker.service.cancel(JOB.id)
+        assert future.result(SOON_S) is None
+        assert worker.records.get(JOB.id).state is State.CANCELLED
+        assert storage.find(JOB.id, JOB.format) is None
+        # Whoever submits it again wants it.
+        worker.submit(JOB)
+        assert worker.handle(JOB, "m2") is None
+        assert worker.records.get(JOB.id).state is State.DONE
+
+
+def test_cancelling_a_job_that_is_not_on_board_does_nothing(worker: Worker) -> None:
+    worker.service.cancel(JOB.id)
+    assert worker.handle(JOB) is None
+    assert worker.records.get(JOB.id).state is State.DONE
+
+
+# --- failures of the job ----------------------------------------------------------------------------------
+
+
+def test_a_job_that_fails_is_tried_again_and_then_set_aside(worker: Worker) -> None:
+    worker.runner.faults[5] = Faults(outcome={1: NotFiniteError("NaN at step 1")})
+    worker.submit(JOB)
+    pauses = [worker.handle(JOB) for _ in range(3)]
+    assert pauses[0] is not None
+    assert pauses[1] is not None
+    assert 0 < pauses[0] < pauses[1] * 2
+    assert pauses[2] is None
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.error_type, record.error) == (
+        State.FAILED,
+        "NotFiniteError",
+        "NaN at step 1",
+    )
+    assert record.attempts == 3
+    assert worker.records.failures() == [JOB.id]
+    assert worker.storage.record(JOB.id) is None
+
+
+def test_a_job_that_fails_once_is_done_at_its_next_attempt(worker: Worker) -> None:
+    worker.runner.faults[5] = Faults(batch={0: RuntimeError("a cosmic ray")})
+    assert worker.handle(JOB) is not None
+    assert worker.records.get(JOB.id).state is State.QUEUED
+    worker.runner.faults.clear()
+    assert worker.handle(JOB, redelivered=True) is None
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.attempts, record.error) == (State.DONE, 2, None)
+    assert "a cosmic ray" in (record.tries[0].error or "")
+
+
+def test_what_an_encoder_raises_is_the_jobs_own_failure(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object) -> bytes:
+        raise ValueError("EXIF data is too long")
+
+    monkeypatch.setattr("worker.jobs.handler.encode", encode)
+    for _ in range(3):
+        worker.handle(JOB)
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.error_type) == (State.FAILED, RenderError.__name__)
+    assert "EXIF data is too long" in (record.error or "")
+
+
+def test_a_job_that_was_on_board_of_every_death_is_poison(worker: Worker, client: Redis) -> None:
+    worker.submit(JOB)
+    for _ in range(3):  # As by workers that were killed.
+        worker.records.claim(JOB, "m1", worker="dead", lease_s=30, max_attempts=3, queue="q")
+    assert worker.handle(JOB, redelivered=True) is None
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.error_type) == (State.FAILED, "PoisonJobError")
+    assert "SMALLCAT_MAX_ATTEMPTS" in (record.error or "")
+    assert worker.runner.prepared == []
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        job_of(5).model_copy(update={"revision": "e" * 40}),
+        job_of(5).model_copy(update={"model": "another", "revision": "e" * 40}),
+        Job(prompt="x", seed=5, model="another").opened(),
+    ],
+    ids=["revision", "model", "open"],
+)
+def test_a_job_for_another_model_is_never_answered_with_this_ones_picture(worker: Worker, job: Job) -> None:
+    worker.submit(job)
+    assert worker.handle(job) is None
+    record = worker.records.get(job.id)
+    assert (record.state, record.error_type) == (State.FAILED, UnknownModelError.__name__)
+    assert worker.runner.prepared == []
+
+
+@pytest.mark.parametrize("model", ["default", SERVED.name])
+def test_a_job_sent_before_any_worker_was_up_is_rendered_under_its_own_id(worker: Worker, model: str) -> None:
+    job = Job(prompt="x", seed=5, model=model).opened()
+    worker.submit(job)
+    worker.handle(job)
+    record = worker.records.get(job.id)
+    assert (record.state, record.id) == (State.DONE, job.id)
+    assert (record.job.model, record.job.revision, record.job.steps) == (SERVED.name, SERVED.revision, 4)
+    assert worker.storage.find(job.id, job.format) is not None
+
+
+# --- failures of the storage ------------------------------------------------------------------------------
+
+
+def test_a_storage_that_fails_for_a_while_costs_no_render(worker: Worker) -> None:
+    worker.storage.find_errors = [StorageError("503")] * 3
+    worker.storage.put_errors = [StorageError("503")] * 3
+    assert worker.handle(JOB) is None
+    assert worker.records.get(JOB.id).state is State.DONE
+    assert worker.runner.steps_done[5] == 4
+    assert worker.storage.find(JOB.id, JOB.format) is not None
+
+
+def test_progress_is_told_while_the_picture_waits_for_the_storage(worker: Worker) -> None:
+    worker.storage.put_errors = [StorageError("503")] * 100_000
+    future = worker.begin(JOB)
+    assert worker.storage.failed.wait(SOON_S)
+    assert worker.service.progress() == {JOB.id: (4, 4)}
+    worker.storage.put_errors.clear()
+    assert future.result(SOON_S) is None
+
+
+@pytest.mark.parametrize("where", ["find_errors", "put_errors"])
+def test_a_storage_that_refuses_for_good_fails_the_job_at_once(worker: Worker, where: str) -> None:
+    setattr(worker.storage, where, [PermanentStorageError("the bucket is gone: create it")])
+    assert worker.handle(JOB) is None
+    record = worker.records.get(JOB.id)
+    assert record.state is State.FAILED
+    with pytest.raises(StorageError, match="the bucket is gone: create it"):
+        record.raise_for_state()
+    assert len(worker.runner.prepared) == (where == "put_errors")
+
+
+@pytest.mark.parametrize("where", ["find_errors", "put_errors"])
+def test_a_storage_that_fails_for_too_long_fails_the_job(
+    client: Redis, storage: FlakyStorage, where: str
+) -> None:
+    with Worker(client, storage, upload_timeout_s=0.02) as worker:
+        setattr(storage, where, [StorageError("503")] * 100_000)
+        assert worker.handle(JOB) is None
+        record = worker.records.get(JOB.id)
+        assert (record.state, record.error_type) == (State.FAILED, "StorageError")
+        assert "0.02 s (SMALLCAT_UPLOAD_TIMEOUT_S): 503" in (record.error or "")
+
+
+@pytest.mark.parametrize("where", ["find_errors", "put_errors"])
+def test_stopping_gives_back_a_job_that_waits_for_the_storage(worker: Worker, where: str) -> None:
+    worker.submit(JOB)
+    setattr(worker.storage, where, [StorageError("503")] * 100_000)
+    future = worker.begin(JOB)
+    assert worker.storage.failed.wait(SOON_S)
+    worker.service.stop()
+    assert isinstance(future.exception(SOON_S), EngineStoppedError)
+    assert (worker.records.get(JOB.id).state, worker.records.get(JOB.id).attempts) == (
+        State.QUEUED,
+        0,
+    )
+
+
+def test_stopping_gives_back_a_job_that_is_rendered(worker: Worker) -> None:
+    worker.submit(JOB)
+    worker.runner.gate.clear()
+    future = worker.begin(JOB)
+    assert worker.runner.entered.wait(SOON_S)
+    stop = threading.Thread(target=worker.engine.stop)
+    stop.start()
+    assert isinstance(future.exception(SOON_S), EngineStoppedError)
+    worker.runner.gate.set()
+    stop.join(SOON_S)
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.attempts, record.tries) == (State.QUEUED, 0, ())
+
+
+# --- failures of Redis ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["claim", "done"])
+def test_an_attempt_that_ends_in_an_error_of_redis_does_not_count(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """However often: the job is not at fault. A claim may have been heard all the same."""
+    worker.submit(JOB)
+    heard = getattr(worker.records, call)
+
+    def fail(*args: Any, **options: Any) -> None:
+        if call == "claim":
+            heard(*args, **options)
+        raise RedisError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.records, call, fail)
+        for _ in range(5):
+            with pytest.raises(RedisError, match="no answer"):
+                worker.handle(JOB, redelivered=True)
+            record = worker.records.get(JOB.id)
+            assert (record.state, record.attempts, record.tries) == (State.QUEUED, 0, ())
+    assert worker.handle(JOB, redelivered=True) is None
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.attempts) == (State.DONE, 1)
+    assert worker.runner.prepared == [5]
+
+
+# --- messages ---------------------------------------------------------------------------------------------
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> Any:
+    message: dict[str, Any] = json.loads(json.dumps(message_of(JOB)))
+    return change(message) or message
+
+
+MALFORMED: dict[str, Any] = {
+    "nothing": None,
+    "a list": [],
+    "a text": "render",
+    "empty": {},
+    "no version": changed(lambda message: message.pop("version") and None),
+    "no number as version": changed(lambda message: message.update(version="one")),
+    "another job's id": changed(lambda message: message.update(id="0" * 32)),
+    "an unknown field": changed(lambda message: message.update(callback="http://x")),
+    "no job": changed(lambda message: message.update(job=None)),
+    "a job past its limits": changed(lambda message: message["job"].update(steps=10**6)),
+    "a job with an unknown field": changed(lambda message: message["job"].update(path="/etc/passwd")),
+    "a lone surrogate": changed(lambda message: message["job"].update(prompt="\ud800")),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_what_is_no_job_is_dropped_with_a_line_in_the_log(
+    worker: Worker, client: Redis, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    assert worker.service.handle(MALFORMED[what], "m1") is None
+    assert [record.message[:8] for record in caplog.records] == ["Dropped:"]
+    assert client.dbsize() == 0
+    assert worker.runner.prepared == []
+
+
+def test_a_newer_message_goes_back_untouched(worker: Worker, client: Redis) -> None:
+    newer = {"version": 2, "id": "?", "jobs": []}
+    with pytest.raises(NewerMessageError, match="of version 2, this worker reads up to 1: update it"):
+        worker.service.handle(newer, "m1")
+    assert client.dbsize() == 0

@@ -1,0 +1,183 @@
+"""What a worker says and hears beside its jobs, on a real Redis that comes and goes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from deploy.embedded.servers import ValkeyProcess
+from deploy.embedded.stack import Stack
+from tests.worker.engine.fake_runner import SERVED, SOON_S, job_of
+from worker.jobs.heartbeat import Heartbeat
+from worker.state.fleet import Fleet, WorkerInfo
+from worker.state.records import WORKERS_CHANNEL, Claim, Records
+from worker.state.redis_client import connect
+
+JOB, MATE = job_of(1), job_of(2)
+INFO = WorkerInfo(
+    name="w1", served=SERVED, started_at=1.0, device="CPU", attention="sdpa", max_rows=8, versions={}
+)
+#: So long that only what is asked for is written.
+LEASE_S = 3_600.0
+
+
+class Beating:
+    """A heartbeat, what it is told, and what it tells."""
+
+    def __init__(self, url: str) -> None:
+        self.client = connect(url, retry_s=1)
+        self.records = Records(self.client, 1_000)
+        self.fleet = Fleet(self.client, 1_000)
+        self.jobs: dict[str, tuple[int, int]] = {}
+        self.cancelled: queue.Queue[str] = queue.Queue()
+        self.watched = threading.Semaphore(0)
+        self.heartbeat = Heartbeat(
+            self.records,
+            self.fleet,
+            INFO,
+            lease_s=LEASE_S,
+            jobs=lambda: self.jobs,
+            cancel=self.cancelled.put,
+            watchdog=self.watched.release,
+        )
+
+    def run(self, *jobs: Any) -> None:
+        """Have `jobs` on board."""
+        for job in jobs:
+            self.records.submitted(job, "q")
+            self.records.claim(job, "m1", worker="w1", lease_s=1, max_attempts=3, queue="q")
+            self.jobs[job.id] = (1, 4)
+
+    def hears(self) -> None:
+        """Wait until it listens."""
+        until_true(lambda: self.client.pubsub_numsub(WORKERS_CHANNEL)[0][1] > 0)
+
+
+def until_true(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread brings about soon."""
+    until = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < until, "it did not come about"
+        threading.Event().wait(0.01)
+
+
+@pytest.fixture
+def beating(valkey: ValkeyProcess) -> Iterator[Beating]:
+    beating = Beating(valkey.url)
+    yield beating
+    beating.heartbeat.stop()
+
+
+def test_a_worker_is_announced_once_it_starts_and_gone_once_it_stops(beating: Beating) -> None:
+    assert beating.fleet.workers() == []
+    beating.heartbeat.start()
+    assert beating.fleet.workers() == [INFO]
+    beating.heartbeat.stop()
+    assert beating.fleet.workers() == []
+
+
+def test_a_worker_that_leaves_goes_on_beating_for_its_jobs(beating: Beating) -> None:
+    beating.run(JOB)
+    beating.heartbeat.start()
+    beating.heartbeat.leave()
+    until_true(lambda: beating.fleet.workers() == [])
+    beating.records.cancel(JOB.id)
+    assert beating.cancelled.get(timeout=SOON_S) == JOB.id
+
+
+def test_claims_are_extended(beating: Beating) -> None:
+    beating.run(JOB)
+    beating.heartbeat.start()
+    until_true(lambda: beating.records.get(JOB.id).steps == 4)
+    claim_until = float(beating.client.hget(f"smallcat:job:{JOB.id}", "claim_until") or 0)
+    assert claim_until > beating.fleet.now() + LEASE_S / 2
+    verdict, *_ = beating.records.claim(JOB, "m2", worker="w2", lease_s=1, max_attempts=3, queue="q")
+    assert verdict is Claim.TAKEN
+
+
+def test_progress_is_written_while_somebody_looks(beating: Beating) -> None:
+    beating.heartbeat.start()
+    beating.hears()
+    beating.run(JOB, MATE)
+    beating.jobs.update({JOB.id: (2, 4), MATE.id: (3, 4)})
+    beating.records.watch()
+    until_true(lambda: beating.records.get(MATE.id).step == 3)
+    assert beating.records.get(JOB.id).step == 2
+    beating.jobs[JOB.id] = (3, 4)
+    until_true(lambda: beating.records.get(JOB.id).step == 3)
+
+
+def test_a_cancellation_is_passed_on_at_once_for_that_job_only(beating: Beating) -> None:
+    beating.heartbeat.start()
+    beating.hears()
+    beating.run(JOB, MATE)
+    beating.records.cancel(JOB.id)
+    assert beating.cancelled.get(timeout=SOON_S) == JOB.id
+    assert beating.cancelled.empty()
+
+
+def test_a_cancellation_that_was_said_before_anyone_listened_is_heard_with_the_next_beat(
+    beating: Beating,
+) -> None:
+    beating.run(JOB)
+    beating.records.cancel(JOB.id)
+    beating.heartbeat.start()
+    assert beating.cancelled.get(timeout=SOON_S) == JOB.id
+
+
+def test_a_job_that_was_submitted_again_since_is_not_cancelled(beating: Beating) -> None:
+    beating.heartbeat.start()
+    beating.hears()
+    beating.run(JOB, MATE)
+    # The word of a cancellation that arrives late, and one of a job that runs elsewhere.
+    beating.client.publish(WORKERS_CHANNEL, f"cancel {JOB.id}")
+    beating.client.publish(WORKERS_CHANNEL, f"cancel {job_of(9).id}")
+    beating.records.cancel(MATE.id)
+    assert beating.cancelled.get(timeout=SOON_S) == MATE.id
+    assert beating.cancelled.empty()
+
+
+@pytest.mark.parametrize("word", ["", "cancel", "nonsense", "cancel  ", "watch out"])
+def test_words_it_does_not_know_do_not_stop_it(beating: Beating, word: str) -> None:
+    beating.heartbeat.start()
+    beating.hears()
+    beating.run(JOB)
+    beating.client.publish(WORKERS_CHANNEL, word)
+    beating.records.cancel(JOB.id)
+    assert beating.cancelled.get(timeout=SOON_S) == JOB.id
+
+
+def test_it_survives_the_loss_of_its_connections(beating: Beating, valkey: ValkeyProcess) -> None:
+    beating.heartbeat.start()
+    beating.hears()
+    beating.run(JOB)
+    with connect(valkey.url, retry_s=2) as other:
+        other.client_kill_filter(_type="pubsub", skipme=True)
+        other.client_kill_filter(_type="normal", skipme=True)
+    beating.records.cancel(JOB.id)
+    # Said while nobody listened, perhaps: then a look brings the next beat.
+    until_true(lambda: beating.records.watch() or not beating.cancelled.empty())  # type: ignore[func-returns-value]
+    assert beating.cancelled.get() == JOB.id
+
+
+def test_the_watchdog_goes_on_while_redis_is_away_and_the_worker_is_announced_once_it_is_back(
+    new_stack: Callable[..., Stack], caplog: pytest.LogCaptureFixture
+) -> None:
+    valkey = new_stack(workers=0).valkey
+    beating = Beating(valkey.url)
+    valkey.kill()
+    beating.heartbeat.start()
+    try:
+        assert "not announced yet" in caplog.text
+        for _ in range(3):
+            assert beating.watched.acquire(timeout=SOON_S)
+        valkey.start()
+        until_true(lambda: beating.fleet.workers() == [INFO])
+        assert caplog.text.count("wait for Redis") == 1
+    finally:
+        beating.heartbeat.stop()

@@ -1,0 +1,114 @@
+"""Files of pictures: pixels, and the parameters where other tools look for them."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from worker.contract.infotext import read_parameters
+from worker.contract.job import ImageFormat
+from worker.engine.runner import Picture
+from worker.jobs.image_file import CONTENT_TYPES, encode
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+PICTURE = Picture(PIXELS)
+TEXT = 'a small cat, "🐈"\nNegative prompt: dog\nSteps: 20, Seed: 5'
+USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
+
+
+@pytest.mark.parametrize("image_format", ImageFormat)
+@settings(deadline=None, max_examples=25)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1))
+def test_the_parameters_come_back_as_they_were(image_format: ImageFormat, text: str) -> None:
+    assert read_parameters(encode(PICTURE, image_format, text)) == text
+
+
+@pytest.mark.parametrize("image_format", [ImageFormat.PNG, ImageFormat.WEBP])
+def test_png_and_webp_are_lossless(image_format: ImageFormat) -> None:
+    with Image.open(io.BytesIO(encode(PICTURE, image_format, TEXT))) as image:
+        assert np.array_equal(np.asarray(image.convert("RGB")), PIXELS)
+
+
+def test_jpeg_is_close_and_keeps_its_colours() -> None:
+    smooth = np.zeros((64, 64, 3), np.uint8)
+    smooth[:, :32, 0] = 200
+    smooth[:, 32:, 2] = np.arange(32)[None, :] * 6
+    with Image.open(io.BytesIO(encode(Picture(smooth), ImageFormat.JPEG, TEXT))) as image:
+        assert np.abs(np.asarray(image).astype(int) - smooth).max() < 30
+        # Without chroma subsampling: one sampling factor for all three components.
+        assert {layer[1:3] for layer in image.layer} == {(1, 1)}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("image_format", ImageFormat)
+def test_a_file_is_of_the_format_that_its_type_says(image_format: ImageFormat) -> None:
+    with Image.open(io.BytesIO(encode(PICTURE, image_format, TEXT))) as image:
+        assert image.get_format_mimetype() == CONTENT_TYPES[image_format]
+        assert image.size == (32, 24)
+
+
+def test_a_png_has_the_text_chunk_of_automatic1111() -> None:
+    with Image.open(io.BytesIO(encode(PICTURE, ImageFormat.PNG, TEXT))) as image:
+        assert image.text == {"parameters": TEXT}  # type: ignore[attr-defined]
+
+
+def user_comment(exif: bytes) -> bytes:
+    """Exif's UserComment, read byte by byte by the specification, as piexif does (CIPA DC-008)."""
+    tiff = exif.removeprefix(b"Exif\x00\x00")
+    order = {b"MM": ">", b"II": "<"}[tiff[:2]]
+
+    def entries(offset: int) -> dict[int, tuple[int, int, int, int]]:
+        (count,) = struct.unpack_from(f"{order}H", tiff, offset)
+        rows = (
+            (offset + 2 + 12 * i, *struct.unpack_from(f"{order}HHII", tiff, offset + 2 + 12 * i))
+            for i in range(count)
+        )
+        return {row[1]: (row[0], row[2], row[3], row[4]) for row in rows}
+
+    (first,) = struct.unpack_from(f"{order}I", tiff, 4)
+    sub = entries(first)[EXIF_IFD][3]
+    _, kind, length, at = entries(sub)[USER_COMMENT]
+    assert kind == 7, "UserComment is of type UNDEFINED"
+    return tiff[at : at + length]
+
+
+@pytest.mark.parametrize("image_format", [ImageFormat.WEBP, ImageFormat.JPEG])
+def test_webp_and_jpeg_have_the_user_comment_of_automatic1111(image_format: ImageFormat) -> None:
+    """There it is written by `piexif.helper.UserComment.dump(text, "unicode")`: a mark, then UTF-16BE."""
+    with Image.open(io.BytesIO(encode(PICTURE, image_format, TEXT))) as image:
+        assert user_comment(image.info["exif"]) == b"UNICODE\x00" + TEXT.encode("utf-16-be")
+
+
+def with_comment(comment: bytes) -> bytes:
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("comment", "text"),
+    [
+        (b"UNICODE\x00" + "a cat".encode("utf-16-be"), "a cat"),
+        (b"ASCII\x00\x00\x00a cat", "a cat"),
+        (b"a cat", "a cat"),
+        (b"UNICODE\x00" + "a cat".encode("utf-16-be") + b"\x00", "a cat\ufffd"),
+        (b"UNICODE\x00\xd8\x00", "\ufffd"),
+    ],
+    ids=["unicode", "ascii", "unmarked", "cut", "surrogate"],
+)
+def test_other_tools_comments_are_read_as_far_as_they_go(comment: bytes, text: str) -> None:
+    assert read_parameters(with_comment(comment)) == text
+
+
+@pytest.mark.parametrize("name", ["PNG", "WEBP", "JPEG", "GIF"])
+def test_a_picture_without_parameters_has_none(name: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, name)
+    assert read_parameters(file.getvalue()) is None

@@ -1,0 +1,164 @@
+"""Who gets which GPU of a machine: real processes, GPUs that are only UUIDs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from worker.contract.errors import SettingsError
+from worker.model import gpu_lock
+
+#: A worker as far as its GPU goes: takes one, says which, and lives until its input ends.
+WORKER = """
+import sys
+from worker.model import gpu_lock
+from worker.contract.errors import SettingsError
+try:
+    print(*gpu_lock.take(int(sys.argv[1]), "uuid-{}".format), flush=True)
+except SettingsError as error:
+    print(error, flush=True)
+sys.stdin.read()
+"""
+#: The same, with a child that was forked and outlives it.
+PARENT = WORKER.replace(
+    "sys.stdin.read()", "import os\nif pid := os.fork():\n    print(pid, flush=True)\nsys.stdin.read()"
+)
+
+
+class Worker:
+    """A process that runs one of the scripts above."""
+
+    def __init__(self, folder: Path, count: int, script: str, **environment: str) -> None:
+        cleaned = {name: value for name, value in os.environ.items() if name != gpu_lock.CHOSEN_BY}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, str(count)],
+            env={**cleaned, "TMPDIR": str(folder), **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def says(self) -> str:
+        """Its next line."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().rstrip("\n")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """Starts workers on one machine, which end with the test."""
+    with ExitStack() as cleanup:
+
+        def one(count: int, script: str = WORKER, **environment: str) -> Worker:
+            worker = Worker(tmp_path, count, script, **environment)
+            cleanup.enter_context(worker.process)
+            cleanup.callback(worker.kill)
+            return worker
+
+        yield one
+
+
+def test_each_worker_takes_the_first_free_gpu(start: Callable[..., Worker]) -> None:
+    first, second = start(2), start(2)
+    assert {first.says()[:1], second.says()[:1]} == {"0", "1"}
+
+
+def test_what_is_said_of_the_choice(start: Callable[..., Worker]) -> None:
+    first = start(3)
+    assert first.says() == "0 the first free one of 3 GPUs"
+    assert (
+        start(3).says() == f"1 the first free one of 3 GPUs; process {first.process.pid} has the ones before"
+    )
+
+
+def test_when_all_are_taken_the_holders_and_the_remedy_are_named(start: Callable[..., Worker]) -> None:
+    workers = []
+    for _ in range(2):
+        workers.append(start(2))
+        workers[-1].says()
+    pids = [worker.process.pid for worker in workers]
+    assert start(2).says() == (
+        f"Every GPU that this worker sees is taken (GPU 0 by process {pids[0]}, GPU 1 by process {pids[1]}): "
+        "stop one of them, start fewer workers on this machine, or set CUDA_VISIBLE_DEVICES to one GPU to "
+        "share it."
+    )
+
+
+def test_a_killed_worker_frees_its_gpu(start: Callable[..., Worker]) -> None:
+    victim = start(1)
+    assert victim.says() == "0 the only GPU"
+    victim.kill()
+    assert start(1).says() == "0 the only GPU"
+
+
+def test_a_child_that_outlives_a_killed_worker_does_not_keep_its_gpu(start: Callable[..., Worker]) -> None:
+    """Compilers are forked children of a worker."""
+    victim = start(1, PARENT)
+    victim.says()
+    child = int(victim.says())
+    victim.kill()
+    os.kill(child, 0)
+    assert start(1).says() == "0 the only GPU"
+    os.kill(child, signal.SIGKILL)
+
+
+def test_the_users_own_choice_is_taken_in_any_case(start: Callable[..., Worker]) -> None:
+    first = start(1, CUDA_VISIBLE_DEVICES="3")
+    assert first.says() == "0 CUDA_VISIBLE_DEVICES chooses it"
+    assert start(1, CUDA_VISIBLE_DEVICES="3").says() == (
+        f"0 CUDA_VISIBLE_DEVICES leaves no other, although process {first.process.pid} uses it"
+    )
+
+
+def test_the_users_own_choice_is_respected_by_others(start: Callable[..., Worker]) -> None:
+    start(1, CUDA_VISIBLE_DEVICES="0").says()
+    assert start(2).says()[:1] == "1"
+
+
+def test_of_several_that_the_user_leaves_each_worker_takes_one(start: Callable[..., Worker]) -> None:
+    """As a cluster's scheduler sets it for all that runs on the machine."""
+    for expected in ("0 the first", "1 the first", "Every GPU"):
+        assert start(2, CUDA_VISIBLE_DEVICES="4,5").says().startswith(expected)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process as a worker on a machine of its own."""
+    monkeypatch.setattr(gpu_lock.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(gpu_lock, "_held", set())
+    return tmp_path
+
+
+def test_a_process_that_takes_twice_gets_the_same_one(here: Path) -> None:
+    """The benchmark loads one model after the other."""
+    assert gpu_lock.take(2, "uuid-{}".format, {})[0] == 0
+    assert gpu_lock.take(2, "uuid-{}".format, {}) == (0, "taken by this process before")
+
+
+def test_the_lock_belongs_to_the_gpu_whatever_its_index(here: Path, start: Callable[..., Worker]) -> None:
+    """CUDA_VISIBLE_DEVICES gives the same GPU another index."""
+    assert gpu_lock.take(1, lambda index: "uuid-1", {})[0] == 0
+    assert [start(2).says()[:1], start(2).says()[:5]] == ["0", "Every"]
+
+
+def test_every_user_of_the_machine_may_lock(here: Path) -> None:
+    gpu_lock.take(1, "uuid-{}".format, {})
+    assert gpu_lock.lock_path("uuid-0").stat().st_mode & 0o777 == 0o666
+
+
+def test_a_lock_file_that_cannot_be_used(here: Path) -> None:
+    (here / "elsewhere").touch()
+    gpu_lock.lock_path("uuid-0").symlink_to(here / "elsewhere")
+    with pytest.raises(SettingsError, match=r"smallcat-gpu-uuid-0\.lock cannot be used \(ELOOP\): delete it"):
+        gpu_lock.take(1, "uuid-{}".format, {})

@@ -1,0 +1,463 @@
+"""What `SMALLCAT_MODEL` can be, what is refused and with which sentence, and what a revision stands for."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tests import tiny_models
+from worker.contract.errors import SettingsError
+from worker.contract.settings import WorkerSettings
+from worker.model import files as model_files
+from worker.model import loader, placement
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.tiny_sd1(tmp_path_factory.mktemp("models") / "sd1", safety_checker="nothing")
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A model of the test's own to break."""
+    return Path(shutil.copytree(original, tmp_path / "tiny-model"))
+
+
+def load(model: Path | str, **settings: Any) -> loader.Loaded:
+    return loader.load(WorkerSettings(model=str(model), **settings))
+
+
+def find(model: Path | str, *, half: bool = False, **settings: Any) -> model_files.ModelFiles:
+    return model_files.find(WorkerSettings(model=str(model), **settings), half=half)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refuse(model: Path | str, sentence: str, **settings: Any) -> None:
+    with pytest.raises(SettingsError, match=sentence) as caught:
+        load(model, **settings)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+# --- a folder -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder(folder: Path) -> None:
+    loaded = load(folder)
+    assert loaded.served.name == "tiny-model"
+    assert len(loaded.served.revision) == 16
+    assert isinstance(loaded.pipeline, diffusers.StableDiffusionPipeline)
+    assert loaded.pipeline.safety_checker is not None
+    assert (loaded.device, loaded.dtype) == (CPU, torch.float32)
+    assert not loaded.pipeline.unet.training
+    assert not any(weight.requires_grad for weight in loaded.pipeline.unet.parameters())
+
+
+def test_the_name_can_be_set_and_may_not_be_default(folder: Path) -> None:
+    assert load(folder, model_name="cats").served.name == "cats"
+    reserved = folder.rename(folder.with_name("default"))
+    refuse(reserved, "set SMALLCAT_MODEL_NAME")
+
+
+def test_defaults_come_from_the_settings_then_the_model(folder: Path) -> None:
+    assert load(folder).served.defaults.steps == 30
+    tiny_models.set_defaults(folder, steps=8, guidance_scale=2.5)
+    assert load(folder).served.defaults.model_dump() == {
+        "width": 64,
+        "height": 64,
+        "steps": 8,
+        "guidance_scale": 2.5,
+    }
+    assert load(folder, default_steps=5).served.defaults.steps == 5
+    assert load(folder, default_guidance_scale=0.0).served.defaults.guidance_scale == 0.0
+    # They are no part of the picture: a job carries what it was rendered with.
+    revision = load(folder).served.revision
+    tiny_models.set_defaults(folder, steps=9)
+    assert load(folder).served.revision == revision
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"steps": 0}', '{"step": 5}'])
+def test_defaults_that_make_no_sense(folder: Path, text: str) -> None:
+    (folder / "smallcat.json").write_text(text)
+    with pytest.raises(SettingsError, match=r"smallcat\.json must be like"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "changed", ["unet/config.json", "tokenizer/tokenizer.json", "vae/config.json", "model_index.json"]
+)
+def test_a_changed_file_is_another_revision(folder: Path, changed: str) -> None:
+    before = find(folder).revision
+    assert find(folder).revision == before
+    (folder / "README.md").write_text("hello")
+    (folder / "unet" / "notes.md").write_text("hello")
+    assert find(folder).revision == before
+    edit(folder / changed, something=1)
+    assert find(folder).revision != before
+
+
+def test_changed_weights_are_another_revision(folder: Path) -> None:
+    before = find(folder).revision
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.bias"] += 1e-3
+    save_file(weights, path)
+    assert find(folder).revision != before
+
+
+def test_a_copy_elsewhere_is_the_same_revision(folder: Path, original: Path) -> None:
+    assert find(folder).revision == find(original).revision
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+def halve(folder: Path, component: str) -> None:
+    for path in list((folder / component).glob("*.safetensors")):
+        weights = {name: tensor.half() for name, tensor in load_file(path).items()}
+        save_file(weights, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+
+
+def test_fp16_files_are_taken_for_fp16_where_all_have_them(folder: Path) -> None:
+    for component in ("unet", "vae", "text_encoder"):
+        halve(folder, component)
+    assert find(folder, half=True).variant is None
+    halve(folder, "safety_checker")
+    assert find(folder, half=True).variant == "fp16"
+    assert find(folder, half=False).variant is None
+    for path in folder.rglob("*.safetensors"):
+        if ".fp16" not in path.name:
+            path.unlink()
+    assert find(folder, half=False).variant == "fp16"
+    # fp16 files do for an fp32 worker.
+    assert load(folder).pipeline.unet.dtype == torch.float32
+
+
+def pickled(path: Path) -> None:
+    path.unlink()
+    path.with_name("pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+
+
+def test_pickled_weights_beside_safetensors_do_not_matter(folder: Path) -> None:
+    revision = find(folder).revision
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    assert load(folder).served.revision == revision
+
+
+@pytest.mark.parametrize(
+    ("breaks", "sentence"),
+    [
+        (Path.unlink, "has no weights for its unet: get its files again"),
+        (pickled, r"The unet of .* has no \.safetensors: pickled weights can run any code"),
+        (zipped, "holds a pickle under a .safetensors name: pickled weights can run any code"),
+        (lambda path: path.write_bytes(pickle.dumps({})), "holds a pickle under a .safetensors name"),
+        (lambda path: path.write_bytes(b""), "truncated or no safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"is truncated: [\d,]+ bytes of [\d,]+"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "truncated or no safetensors file"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n" * 9), "git-lfs"),
+        (lambda path: path.write_bytes(struct.pack("<Q", 4) + b"null"), "is no safetensors file"),
+        (lambda path: save_file({"x": torch.zeros(1)}, path), r"The unet of .* has 1 weights of [\d,]+"),
+    ],
+)
+def test_weights_that_cannot_be_used(folder: Path, breaks: Callable[[Path], Any], sentence: str) -> None:
+    breaks(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    refuse(folder, sentence)
+
+
+def test_weights_that_lack_a_tensor(folder: Path) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    del weights[next(name for name in weights if "mlp" in name)]
+    save_file(weights, path, metadata={"format": "pt"})
+    refuse(folder, r"The text_encoder of .* has [\d,]+ weights of [\d,]+: get its files again")
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_header_or_a_sentence(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(SettingsError):
+        model_files.read_header(path)
+
+
+# --- what is not served -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"_class_name": "FluxPipeline"}, "is a FluxPipeline, which is not served: use a StableDiffusion"),
+        ({"_class_name": "StableDiffusionInpaintPipeline"}, "is not served"),
+        ({"_class_name": ["pipeline", "MyPipeline"]}, "is not served"),
+        (
+            {"unet": ["my_unet", "MyUNet"]},
+            "The unet of .* comes from my_unet, which is code of the model's own",
+        ),
+        ({"unet": [None, None]}, "has no unet"),
+    ],
+)
+def test_pipelines_that_are_not_served(folder: Path, changes: dict[str, Any], sentence: str) -> None:
+    edit(folder / "model_index.json", **changes)
+    refuse(folder, sentence)
+
+
+def test_an_index_that_is_missing_or_no_json(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{")
+    refuse(folder, "is no JSON object")
+    (folder / "model_index.json").write_text("[1]")
+    refuse(folder, "is no JSON object")
+    (folder / "model_index.json").unlink()
+    refuse(folder, "has no model_index.json")
+
+
+@pytest.mark.parametrize("component", ["scheduler", "tokenizer", "unet", "safety_checker"])
+def test_a_component_that_is_missing(folder: Path, component: str) -> None:
+    shutil.rmtree(folder / component)
+    refuse(folder, f"(no|its) {component}: get its files again")
+
+
+def test_a_tokenizer_without_words(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    refuse(folder, "The tokenizer of .* has no vocabulary: get its files again")
+
+
+def test_an_inpainting_unet_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.weight"] = torch.zeros(16, 9, 3, 3)
+    save_file(weights, path, metadata={"format": "pt"})
+    edit(folder / "unet" / "config.json", in_channels=9)
+    refuse(folder, "UNet of 9 input channels and a VAE of 4: inpainting")
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "sentence"),
+    [
+        ("/nowhere/at/all", {}, "SMALLCAT_MODEL is /nowhere/at/all, where there is nothing"),
+        ("./models", {}, "where there is nothing"),
+        ("sd 1.5", {}, "where there is nothing"),
+        ("model.ckpt", {}, "pickled weights can run any code"),
+        ("/models/v1-5.PT", {}, "pickled weights can run any code"),
+        ("owner/name", {"model_config_dir": "x"}, "leave the folder of configs out"),
+    ],
+)
+def test_places_where_there_is_no_model(model: str, settings: dict[str, str], sentence: str) -> None:
+    refuse(model, sentence, **settings)
+
+
+def test_a_revision_is_for_hub_ids(folder: Path) -> None:
+    refuse(folder, "leave the revision out", model_revision="main")
+
+
+def test_the_bundled_model(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(model_files, "__file__", str(tmp_path / "model" / "files.py"))
+    refuse("", "No model is bundled with this installation: set SMALLCAT_MODEL")
+    for place in (tmp_path / "demo" / "model", tmp_path / "demo"):
+        shutil.rmtree(tmp_path / "demo", ignore_errors=True)
+        shutil.copytree(folder, place)
+        assert load("").served.name == "smallcat-demo"
+
+
+# --- a single file ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_models.tiny_single_file(tmp_path_factory.mktemp("single"))
+
+
+def test_a_single_file(single: tuple[Path, Path], tmp_path: Path) -> None:
+    path, configs = single
+    loaded = load(path, model_config_dir=str(configs))
+    assert loaded.served.name == "tiny"
+    assert loaded.pipeline.safety_checker is None
+    # Its name is no part of the revision; its bytes and its configs are.
+    renamed = Path(shutil.copy(path, tmp_path / "other.safetensors"))
+    assert find(renamed, model_config_dir=str(configs)).revision == loaded.served.revision
+    others = Path(shutil.copytree(configs, tmp_path / "configs"))
+    edit(others / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    assert find(path, model_config_dir=str(others)).revision != loaded.served.revision
+
+
+def test_a_single_file_without_configs_where_there_is_no_hub(single: tuple[Path, Path]) -> None:
+    refuse(single[0], "set SMALLCAT_MODEL_CONFIG_DIR to a folder with its components' configs")
+
+
+def test_single_files_that_are_no_checkpoint(single: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_down.alpha": torch.zeros(1)}, path)
+    refuse(path, "is no whole Stable Diffusion checkpoint")
+    text = tmp_path / "notes.txt"
+    text.touch()
+    refuse(text, "use a hub id, a folder or a .safetensors file")
+    refuse(single[0], "has no model_index.json", model_config_dir=str(tmp_path))
+
+
+def test_configs_of_another_family(single: tuple[Path, Path], tmp_path: Path) -> None:
+    configs = Path(shutil.copytree(single[1], tmp_path / "configs"))
+    edit(configs / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    refuse(
+        single[0],
+        "for a StableDiffusionPipeline, but .* of a StableDiffusionXL",
+        model_config_dir=str(configs),
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({"model.x", "first_stage_model.x", "cond_stage_model.x"}, "StableDiffusionPipeline"),
+        ({"model.x", "first_stage_model.x", "conditioner.x"}, "StableDiffusionXLPipeline"),
+    ],
+)
+def test_the_kind_of_a_checkpoint(keys: set[str], kind: str) -> None:
+    assert model_files.original_kind(keys, "a file") == kind
+
+
+# --- the hub ------------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`owner/cats` in the hub's cache, as a download leaves it; the hub itself is out of reach."""
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--owner--cats" / "snapshots" / COMMIT
+    shutil.copytree(folder, snapshot)
+    refs = cache / "models--owner--cats" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return snapshot
+
+
+def test_a_hub_model_from_the_cache_is_its_commit(cached: Path) -> None:
+    for revision in ("", "main", COMMIT):
+        loaded = load("owner/cats", model_revision=revision)
+        assert (loaded.served.name, loaded.served.revision) == ("owner/cats", COMMIT)
+    assert load("owner/cats", safety_checker=False).served.revision == f"{COMMIT}-unchecked"
+
+
+def test_a_hub_model_that_is_half_in_the_cache(cached: Path) -> None:
+    shutil.rmtree(cached / "vae")
+    refuse("owner/cats", "The model owner/cats has no weights for its vae")
+
+
+def test_a_hub_out_of_reach(cached: Path) -> None:
+    refuse("owner/dogs", "SMALLCAT_MODEL is owner/dogs, which is no folder here, and the hub is out of reach")
+
+
+def test_only_what_is_loaded_is_fetched(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = [
+        *(path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()),
+        *(f"{name}/diffusion_pytorch_model.fp16.safetensors" for name in ("unet", "vae")),
+        *(f"{name}/model.fp16.safetensors" for name in ("text_encoder", "safety_checker")),
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "v1-5-pruned.safetensors",
+        "pipeline.py",
+        "README.md",
+    ]
+    asked: list[set[str]] = []
+
+    def fetch(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        assert (repo, revision) == ("owner/cats", COMMIT)
+        asked.append(set(allow_patterns))
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision: online)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    find("owner/cats")
+    find("owner/cats", half=True)
+    find("owner/cats", safety_checker=False)
+    plain, half, unchecked = asked
+    assert "unet/diffusion_pytorch_model.safetensors" in plain - half
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in half - plain
+    assert plain - unchecked == {"safety_checker/config.json", "safety_checker/model.safetensors"}
+    for fetched in asked:
+        assert {"model_index.json", "smallcat.json", "tokenizer/tokenizer.json"} <= fetched
+        assert not fetched & set(online[-5:])
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (hub_errors.RepositoryNotFoundError, "neither a folder here nor a public model on the hub"),
+        (hub_errors.RevisionNotFoundError, "has no revision v9: correct SMALLCAT_MODEL_REVISION"),
+        (hub_errors.GatedRepoError, "is gated: accept its licence on the hub and set HF_TOKEN"),
+        (hub_errors.RemoteEntryNotFoundError, "cannot be fetched as a diffusers pipeline"),
+    ],
+)
+def test_what_the_hub_says_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], sentence: str
+) -> None:
+    def fail(*args: object, **more: object) -> str:
+        failure = error.__new__(error)
+        failure.args = ("404 Client Error.\n\nEntry Not Found",)
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    refuse("owner/cats", sentence, model_revision="v9")
+
+
+# --- choices ------------------------------------------------------------------------------------------------
+
+
+def test_choosing_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert placement.choose_device("auto") == (CPU, "torch finds no CUDA GPU")
+    assert placement.choose_device("cpu") == (CPU, "SMALLCAT_DEVICE asks for it")
+    with pytest.raises(SettingsError, match=r"SMALLCAT_DEVICE is cuda, but torch .* finds no CUDA GPU"):
+        placement.choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert placement.choose_device("auto") == (GPU, "there is a GPU")
+    assert placement.choose_device("cuda") == (GPU, "SMALLCAT_DEVICE asks for it")
+
+
+def test_taking_a_gpu_makes_it_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs, of which another worker has the first."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}")
+    )
+    monkeypatch.setattr(placement.gpu_lock, "take", lambda count, uuid_of: (count - 1, uuid_of(1)))
+    present: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", present.append)
+    assert placement.take_gpu() == (torch.device("cuda", 1), "GPU-1")
+    assert present == [1]
+
+
+def test_choosing_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert placement.choose_dtype("auto", GPU)[0] == torch.float16
+    assert placement.choose_dtype("auto", CPU)[0] == torch.float32
+    assert placement.choose_dtype("bf16", CPU)[0] == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    with pytest.raises(SettingsError, match="SMALLCAT_DTYPE is bf16, which this GPU does not have"):
+        placement.choose_dtype("bf16", GPU)

@@ -1,0 +1,230 @@
+"""Which workers live, what a job's model means, and which queue it goes to."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kombu import Connection
+from redis import Redis
+
+from deploy.embedded.servers import ValkeyProcess
+from worker.celery import app, connection
+from worker.contract.job import Defaults, Job, ServedModel
+from worker.contract.message import message_of, message_priority
+from worker.contract.queues import lists_of, queue_of, queues_of
+from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo
+from worker.state.records import Records
+from worker.state.redis_client import connect
+
+TTL_S = 1_000
+
+
+@pytest.fixture
+def client(valkey: ValkeyProcess) -> Iterator[Redis]:
+    with connect(valkey.url, retry_s=2) as client:
+        yield client
+
+
+@pytest.fixture
+def fleet(client: Redis) -> Fleet:
+    return Fleet(client, TTL_S)
+
+
+def served(model: str, revision: str = "r1", **defaults: Any) -> ServedModel:
+    said = {"width": 512, "height": 512, "steps": 30, "guidance_scale": 7.5} | defaults
+    return ServedModel(name=model, revision=revision, defaults=Defaults(**said))
+
+
+def worker(name: str, model: str, revision: str = "r1", started_at: float = 1.0) -> WorkerInfo:
+    return WorkerInfo(
+        name=name,
+        served=served(model, revision),
+        started_at=started_at,
+        device="CPU",
+        attention="sdpa",
+        max_rows=8,
+        versions={"torch": "2"},
+    )
+
+
+def job(**fields: Any) -> Job:
+    return Job.parse({"prompt": "a small cat", "seed": 1} | fields)
+
+
+def test_a_worker_is_known_as_it_announced_itself_longest_up_first(fleet: Fleet) -> None:
+    young, old = worker("a", "m", started_at=5.5), worker("b", "m", started_at=2.5)
+    fleet.announce(young)
+    fleet.announce(old)
+    assert fleet.workers() == [old, young]
+
+
+def test_a_worker_that_leaves_or_falls_silent_is_gone(fleet: Fleet, client: Redis) -> None:
+    for name in ("leaves", "falls silent", "stays"):
+        fleet.announce(worker(name, "m"))
+    assert 0 < client.ttl("smallcat:worker:falls silent") <= ANNOUNCE_TTL_S
+    fleet.withdraw("leaves")
+    client.delete("smallcat:worker:falls silent")  # As its expiry does.
+    assert [each.name for each in fleet.workers()] == ["stays"]
+    assert client.smembers("smallcat:workers") == {"stays"}
+
+
+def test_every_key_expires(fleet: Fleet, client: Redis) -> None:
+    fleet.announce(worker("a", "m"))
+    keys = list(client.scan_iter())
+    assert len(keys) == 3
+    assert all(0 < client.ttl(key) <= TTL_S for key in keys)
+
+
+# --- what a job's model means -----------------------------------------------------------------------------
+
+
+def test_the_default_is_the_model_of_the_worker_that_is_up_longest(fleet: Fleet) -> None:
+    fleet.announce(worker("a", "newcomer", started_at=9.0))
+    fleet.announce(worker("b", "veteran", started_at=3.0))
+    resolved = fleet.resolve(job())
+    assert (resolved.model, resolved.revision, resolved.steps) == ("veteran", "r1", 30)
+
+
+def test_the_newest_revision_of_a_model_is_meant(fleet: Fleet) -> None:
+    fleet.announce(worker("a", "m", "old", started_at=1.0))
+    fleet.announce(worker("b", "m", "new", started_at=2.0))
+    assert fleet.resolve(job()).revision == "new"
+    assert fleet.resolve(job(model="m")).revision == "new"
+    assert fleet.resolve(job(model="m", revision="old")).revision == "old"
+
+
+def test_what_was_last_seen_is_meant_while_no_worker_is_up(fleet: Fleet) -> None:
+    fleet.announce(worker("a", "m", started_at=1.0))
+    fleet.announce(worker("b", "n", started_at=2.0))
+    before = fleet.resolve(job()), fleet.resolve(job(model="n"))
+    fleet.withdraw("a")
+    fleet.withdraw("b")
+    assert (fleet.resolve(job()), fleet.resolve(job(model="n"))) == before
+
+
+def test_a_model_is_remembered_while_its_workers_are_away_and_others_are_up(fleet: Fleet) -> None:
+    fleet.announce(worker("a", "m", started_at=1.0))
+    before = fleet.resolve(job(model="m"))
+    fleet.withdraw("a")
+    fleet.announce(worker("b", "n", started_at=2.0))
+    fleet.announce(worker("b", "n", started_at=2.0))
+    assert fleet.resolve(job(model="m")) == before
+    # But the default is what is up.
+    assert fleet.resolve(job()).model == "n"
+    fleet.withdraw("b")
+    assert fleet.resolve(job()).model == "n"
+
+
+def test_a_job_is_open_where_nobody_ever_announced_its_model(fleet: Fleet) -> None:
+    assert fleet.resolve(job()).is_open
+    fleet.announce(worker("a", "m"))
+    assert not fleet.resolve(job()).is_open
+    assert fleet.resolve(job(model="another")).is_open
+
+
+def test_a_named_revision_that_nobody_serves_is_waited_for(fleet: Fleet) -> None:
+    fleet.announce(worker("a", "m"))
+    wanted = job(model="m", revision="future")
+    assert fleet.resolve(wanted) == wanted
+
+
+def test_one_job_has_one_id_whoever_announces_in_between(fleet: Fleet) -> None:
+    fleet.announce(worker("a", "m"))
+    first = fleet.resolve(job())
+    fleet.announce(worker("b", "m", started_at=2.0))
+    assert fleet.resolve(job()).id == first.id
+
+
+# --- queues -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [{}, {"model": "a/model"}, {"model": "a/model", "revision": "r1"}])
+def test_a_worker_listens_where_jobs_for_it_are_sent(fleet: Fleet, asked: dict[str, str]) -> None:
+    fleet.announce(worker("a", "a/model"))
+    queue = queue_of(fleet.resolve(job(**asked)))
+    assert queue in queues_of(served("a/model"))
+    assert [each.name for each in fleet.serving(queue)] == ["a"]
+
+
+def test_a_worker_listens_where_open_jobs_for_it_were_sent_before(fleet: Fleet) -> None:
+    queues = [queue_of(fleet.resolve(job(**asked))) for asked in ({}, {"model": "m"})]
+    assert set(queues) <= set(queues_of(served("m")))
+
+
+def test_a_worker_does_not_listen_for_other_models_or_revisions(fleet: Fleet) -> None:
+    queues = queues_of(served("m", "r1"))
+    assert queue_of(job().resolved(served("m", "r2"))) not in queues
+    assert queue_of(job().resolved(served("n", "r1"))) not in queues
+    assert queue_of(job(model="n").opened()) not in queues
+
+
+#: Names that are easily mistaken for each other.
+MODELS = [
+    "a/b",
+    "a-b",
+    "a b",
+    "A/b",
+    "a//b",
+    "a@b",
+    "a.b",
+    "x" * 60,
+    "x" * 61,
+    "x" * 62,
+    "ä",
+    "ö",
+    "a\u2028b",
+]
+REVISIONS = ["r" * 40, "r" * 39 + "x", "0" * 40, "1" * 40, "main", "a@b", "a-b", "open", ""]
+
+
+def test_no_two_models_or_revisions_share_a_queue() -> None:
+    names = [queue_of(job(model=model).opened()) for model in MODELS]
+    names += [
+        queue_of(job(model=model, revision=revision))
+        for model, revision in itertools.product(MODELS, REVISIONS)
+    ]
+    lists = [each for name in names for each in lists_of(name)]
+    assert len(set(lists)) == len(lists)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=80),
+    st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=60),
+)
+def test_a_queue_has_a_short_plain_name(model: str, revision: str) -> None:
+    name = queue_of(job(model=model, revision=revision))
+    assert len(name) < 100
+    assert name.isascii()
+    assert name.isprintable()
+    assert " " not in name
+
+
+def test_lists_are_named_as_kombu_names_them_and_messages_in_them_are_counted(
+    fleet: Fleet, client: Redis, valkey: ValkeyProcess
+) -> None:
+    jobs = [job(priority=priority).resolved(served("m")) for priority in range(10)]
+    queue = queue_of(jobs[0])
+    to_valkey: Connection = connection(valkey.url)
+    with to_valkey as link, app.amqp.Producer(link) as producer:
+        for each in jobs:
+            app.send_task(
+                "smallcat.render",
+                args=[message_of(each)],
+                queue=queue,
+                priority=message_priority(each),
+                producer=producer,
+            )
+    assert fleet.length(queue) == 10
+    assert [client.llen(name) for name in lists_of(queue)] == [1] * 10
+    # The most urgent one lies in the list that is fetched from first.
+    body = json.loads(client.lindex(lists_of(queue)[0], 0) or "{}")
+    assert body["properties"]["priority"] == 0
+    Records(client, TTL_S).submitted(jobs[9], queue)
+    assert fleet.waiting() == {queue: 10}

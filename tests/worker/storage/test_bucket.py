@@ -1,0 +1,313 @@
+"""The bucket, on a real S3 server: what is put is there, whole, and every refusal is one sentence."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import resource
+import secrets
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import botocore.exceptions
+import pytest
+
+from deploy.embedded.stack import BUCKET, Stack
+from tests.conftest import Bucket
+from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
+from worker.contract.job import ImageFormat
+from worker.storage.bucket import Storage
+
+JOB_ID = "0123456789abcdef0123456789abcdef"
+PNG, WEBP = ImageFormat.PNG, ImageFormat.WEBP
+
+
+@pytest.fixture
+def storage(s3_environment: Bucket) -> Storage:
+    return Storage(s3_environment.name, "a/prefix")
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """botocore's pauses between its tries, which are noted instead of slept."""
+    noted: list[float] = []
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=noted.append))
+    return noted
+
+
+def put(storage: Storage, picture: bytes = b"picture", record: bytes = b'{"job": 1}') -> None:
+    storage.put(JOB_ID, PNG, picture, record, "image/png")
+
+
+def test_what_was_put_is_there(storage: Storage) -> None:
+    assert storage.find(JOB_ID, PNG) is None
+    assert storage.record(JOB_ID) is None
+    put(storage)
+    assert storage.find(JOB_ID, PNG) == b'{"job": 1}'
+    assert storage.record(JOB_ID) == b'{"job": 1}'
+    assert storage.get(storage.uri(JOB_ID, PNG)) == b"picture"
+    # Another format is another picture.
+    assert storage.find(JOB_ID, WEBP) is None
+
+
+def test_addresses_follow_from_the_id_alone(storage: Storage, s3_environment: Bucket) -> None:
+    assert storage.uri(JOB_ID, PNG) == f"s3://{s3_environment.name}/a/prefix/images/01/{JOB_ID}.png"
+    assert storage.root == f"s3://{s3_environment.name}/a/prefix/"
+    assert Storage("bucket").uri(JOB_ID, WEBP) == f"s3://bucket/images/01/{JOB_ID}.webp"
+    assert Storage("bucket").root == "s3://bucket/"
+
+
+def test_prefixes_do_not_see_each_other(storage: Storage, s3_environment: Bucket) -> None:
+    put(storage)
+    assert Storage(s3_environment.name, "another").find(JOB_ID, PNG) is None
+    assert Storage(s3_environment.name).find(JOB_ID, PNG) is None
+
+
+def test_putting_twice_is_putting_once(storage: Storage) -> None:
+    put(storage, b"first")
+    put(storage, b"second")
+    assert storage.get(storage.uri(JOB_ID, PNG)) == b"second"
+
+
+def test_deleting_leaves_nothing_and_may_be_done_twice(storage: Storage) -> None:
+    put(storage)
+    storage.delete(JOB_ID, PNG)
+    storage.delete(JOB_ID, PNG)
+    assert storage.find(JOB_ID, PNG) is None
+    assert storage.record(JOB_ID) is None
+
+
+def test_a_link_opens_without_keys(storage: Storage) -> None:
+    put(storage)
+    link = storage.url(storage.uri(JOB_ID, PNG), expires_s=60)
+    with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310 - our own server
+        assert answer.read() == b"picture"
+        assert answer.headers["Content-Type"] == "image/png"
+
+
+@pytest.mark.parametrize("expires_s", [0, -1, 604_801])
+def test_a_link_of_a_life_that_s3_does_not_allow_is_refused(storage: Storage, expires_s: int) -> None:
+    with pytest.raises(ValueError, match="S3 allows 1 to 604,800 seconds"):
+        storage.url(storage.uri(JOB_ID, PNG), expires_s)
+
+
+@pytest.mark.parametrize("prefix", ["a b/ä", "a#b?c=d", "a%20b+c&d"])
+def test_any_prefix_works(s3_environment: Bucket, prefix: str) -> None:
+    storage = Storage(s3_environment.name, prefix)
+    put(storage)
+    uri = storage.uri(JOB_ID, PNG)
+    assert storage.get(uri) == b"picture"
+    with urllib.request.urlopen(storage.url(uri), timeout=10) as answer:  # noqa: S310 - our own server
+        assert answer.read() == b"picture"
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "picture.png", "s3://", "s3://bucket", "s3://bucket/", "http://bucket/key"]
+)
+def test_what_is_no_address_is_refused(storage: Storage, uri: str) -> None:
+    for ask in (storage.get, storage.url):
+        with pytest.raises(ValueError, match="is no s3://bucket/key address"):
+            ask(uri)
+
+
+def test_nothing_at_an_address_is_told_so(storage: Storage) -> None:
+    with pytest.raises(UnknownJobError, match="Nothing is at s3://"):
+        storage.get(storage.uri(JOB_ID, PNG))
+
+
+def test_the_record_is_put_last_and_removed_first(storage: Storage) -> None:
+    """Where it is, all is: so a death between the two leaves nothing that looks whole."""
+    requests: list[str] = []
+    storage._client.meta.events.register(
+        "before-send.s3", lambda request, **_: requests.append(f"{request.method} {request.url[-4:]}")
+    )
+    put(storage)
+    storage.delete(JOB_ID, PNG)
+    assert requests == ["PUT .png", "PUT json", "DELETE json", "DELETE .png"]
+
+
+@pytest.mark.parametrize("ending", ["json", "png"])
+def test_half_a_job_does_not_count(storage: Storage, s3_environment: Bucket, ending: str) -> None:
+    put(storage)
+    key = f"a/prefix/images/01/{JOB_ID}.{ending}"
+    storage._client.delete_object(Bucket=s3_environment.name, Key=key)
+    assert storage.find(JOB_ID, PNG) is None
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
+def test_a_storage_that_is_full_holds_nothing_of_a_job(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full for whatever is larger than 4 KiB, as a disk is that has so much left."""
+    with Stack(workers=0) as stack:
+        for name, value in stack.coordinates.items():
+            monkeypatch.setenv(name, value)
+        storage = Storage(BUCKET)
+        limits = resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
+        picture = secrets.token_bytes(20_000)
+        with pytest.raises(StorageError, match="fails"):
+            put(storage, picture)
+        assert pauses  # It was tried again.
+        assert list(storage.below(f"s3://{BUCKET}")) == []
+        assert not [path for path in stack.s3.folder.rglob("*") if path.is_file()]
+        # A picture that fits while its record does not is no job either, and is replaced.
+        with pytest.raises(StorageError, match="fails"):
+            put(storage, b"picture", record=secrets.token_bytes(20_000))
+        assert storage.record(JOB_ID) is None
+        assert storage.find(JOB_ID, PNG) is None
+        resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE, limits)
+        put(storage, picture)
+        assert storage.find(JOB_ID, PNG) == b'{"job": 1}'
+        assert storage.get(storage.uri(JOB_ID, PNG)) == picture
+
+
+def test_each_body_is_sent_with_its_md5(storage: Storage) -> None:
+    sent: dict[bytes, str] = {}
+
+    def note(params: dict[str, Any], **_: Any) -> None:
+        sent[bytes(params["Body"])] = params["ContentMD5"]
+
+    storage._client.meta.events.register("provide-client-params.s3.PutObject", note)
+    put(storage, b"picture", b"{}")
+    assert sent == {
+        body: base64.b64encode(hashlib.md5(body).digest()).decode()  # noqa: S324 - what S3 asks for
+        for body in (b"picture", b"{}")
+    }
+
+
+def test_bytes_that_changed_on_their_way_are_refused(storage: Storage, pauses: list[float]) -> None:
+    def damage(params: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return params | {"Body": b"damaged"}
+
+    storage._client.meta.events.register("provide-client-params.s3.PutObject", damage)
+    with pytest.raises(StorageError, match="fails"):
+        put(storage)
+    assert storage.find(JOB_ID, PNG) is None
+
+
+def test_checking_leaves_nothing(storage: Storage, s3_environment: Bucket) -> None:
+    storage.check()
+    assert storage._client.list_objects_v2(Bucket=s3_environment.name).get("Contents", []) == []
+
+
+def test_workers_that_start_together_do_not_disturb_each_other_s_check(storage: Storage) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: storage.check(), range(40)))
+
+
+def test_many_threads_share_one_client(storage: Storage) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        clients = set(pool.map(lambda _: id(storage._client), range(16)))
+        assert len(clients) == 1
+        ids = [f"{number:032x}" for number in range(32)]
+        list(pool.map(lambda job_id: storage.put(job_id, PNG, job_id.encode(), b"{}", "image/png"), ids))
+        pictures = pool.map(lambda job_id: storage.get(storage.uri(job_id, PNG)), ids)
+        assert list(pictures) == [job_id.encode() for job_id in ids]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+CALLS: dict[str, Callable[[Storage], Any]] = {
+    "put": put,
+    "find": lambda storage: storage.find(JOB_ID, PNG),
+    "check": lambda storage: storage.check(),
+}
+
+
+@pytest.mark.parametrize("call", ["put", "check"])
+def test_a_missing_bucket_is_told_with_the_remedy(s3_environment: Bucket, call: str) -> None:
+    with pytest.raises(PermanentStorageError) as caught:
+        CALLS[call](Storage("no-such-bucket"))
+    sentence = str(caught.value)
+    assert sentence.startswith('The bucket "no-such-bucket" refuses (')
+    assert sentence.endswith("create it, or set S3_BUCKET.")
+
+
+def test_no_bucket_at_all_is_told_with_the_remedy(s3_environment: Bucket) -> None:
+    with pytest.raises(StorageError, match="S3_BUCKET is not set: name the bucket"):
+        Storage("").check()
+
+
+@pytest.mark.parametrize(
+    ("variable", "remedy"),
+    [("AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"), ("AWS_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")],
+)
+@pytest.mark.parametrize("call", ["put", "find"])
+def test_wrong_keys_are_told_with_the_remedy(
+    s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch, variable: str, remedy: str, call: str
+) -> None:
+    monkeypatch.setenv(variable, "x" * 20)
+    with pytest.raises(PermanentStorageError) as caught:
+        CALLS[call](Storage(s3_environment.name))
+    assert remedy in str(caught.value)
+    assert str(caught.value).startswith(f'The bucket "{s3_environment.name}" refuses (')
+
+
+def test_missing_keys_are_told_with_the_remedy(
+    s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(PermanentStorageError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        put(Storage(s3_environment.name))
+
+
+@pytest.fixture
+def nobody(s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An endpoint where connections are refused."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{held.getsockname()[1]}")
+        yield
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("call", ["put", "find"])
+def test_a_server_that_is_down_is_tried_again_and_told_as_what_may_pass(
+    pauses: list[float], s3_environment: Bucket, call: str
+) -> None:
+    with pytest.raises(StorageError) as caught:
+        CALLS[call](Storage(s3_environment.name))
+    assert not isinstance(caught.value, PermanentStorageError)
+    assert "is out of reach" in str(caught.value)
+    assert str(caught.value).endswith("check AWS_ENDPOINT_URL_S3.")
+    assert len(pauses) >= 2
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_server_that_is_down_at_the_start_is_told_soon(s3_environment: Bucket) -> None:
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="is out of reach"):
+        Storage(s3_environment.name, attempts=2).check()
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("SlowDown", 503, StorageError),
+        ("InternalError", 500, StorageError),
+        ("InsufficientStorage", 507, PermanentStorageError),
+        ("QuotaExceeded", 403, PermanentStorageError),
+        ("AccessDenied", 403, PermanentStorageError),
+        ("XMinioStorageFull", 507, PermanentStorageError),
+        ("SomethingNew", 400, StorageError),
+    ],
+)
+def test_an_answer_is_permanent_where_waiting_does_not_mend_it(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, code: str, status: int, kind: type[StorageError]
+) -> None:
+    def refuse(**_: Any) -> None:
+        answer = {"Error": {"Code": code, "Message": "told"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        raise botocore.exceptions.ClientError(answer, "PutObject")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(storage._client, "put_object", refuse)
+    with pytest.raises(StorageError) as caught:
+        put(storage)
+    assert type(caught.value) is kind
+    assert f"({code} told)" in str(caught.value)

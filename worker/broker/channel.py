@@ -1,0 +1,383 @@
+"""The consuming side of the transport: kombu's Redis channel with an atomic fetch.
+
+kombu pops a message and then registers it: a worker killed in between has lost it. Here one script does
+both. When all lists are empty, the connection waits for Redis to say that one of them changed (CLIENT
+TRACKING, which pops nothing and watches any number of lists at once), then fetches again. All of it goes
+over kombu's own polled connection, in the place of its BRPOP, so that the event loop never waits for Redis:
+
+    READY --fetch--> FETCHING --message--> READY
+                        |
+                      empty --exists?--> LOOKING --none--> WAITING --changed, or a second later--> READY
+"""
+
+# mypy: disallow-untyped-calls=False
+# kombu says that it is typed, but most of its functions are not.
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+import ssl
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty
+from time import monotonic
+from typing import Any, Final
+
+import redis.exceptions
+from kombu.transport import redis as stock
+from kombu.utils.json import loads
+
+from worker.broker.lease import Held, Lease, lease_of_process
+from worker.broker.malformed import MALFORMED, refuse_malformed_task
+from worker.broker.qos import QoS
+from worker.broker.scripts import FETCH, Layout, json_name
+from worker.broker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE, open_steps
+
+logger = logging.getLogger("smallcat.transport")
+
+#: Seconds between two looks at empty lists: should a change ever go unnoticed, and to hear of a dead
+#: connection. Also the rest after a fetch that Redis refused.
+LOOK_AGAIN_S: Final = 1.0
+
+
+#: What a read of the consuming connection gives when Redis says that a list changed.
+CHANGED: Final = object()
+
+
+class Poller(stock.MultiChannelPoller):
+    """kombu's poller, with the fetch in the place of BRPOP."""
+
+    def _register(self, channel: Channel, client: Any, type: str) -> None:  # noqa: A002 -- kombu's name
+        super()._register(channel, client, type)
+        if type == "BRPOP":
+            channel.track()
+
+    def _register_BRPOP(self, channel: Channel) -> None:  # noqa: N802 -- kombu's name
+        super()._register_BRPOP(channel)
+        channel.fetch_if_due()
+
+    def get(self, callback: Any, timeout: float | None = None) -> Any:
+        """Wait for one event, but not so long that empty lists are never looked at again."""
+        return super().get(callback, LOOK_AGAIN_S if timeout is None else min(timeout, LOOK_AGAIN_S))
+
+
+class Stage(enum.Enum):
+    """What the consuming connection is doing."""
+
+    READY = enum.auto()
+    FETCHING = enum.auto()
+    LOOKING = enum.auto()
+    WAITING = enum.auto()
+
+
+class Channel(stock.Channel):
+    """kombu's Redis channel, but nothing that it fetches is ever outside Redis' books."""
+
+    QoS = QoS
+    visibility_timeout: Any = LEASE_S
+    unacked_restore_interval = 2
+    unacked_restore_limit: Any = 1000
+    _in_poll: Any = None
+    _brpop_sent_at: Any = None
+
+    #: Whether messages are consumed that have to be acknowledged.
+    acknowledging = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._lost = False
+        self._stage = Stage.READY
+        self._wake_at = 0.0
+        self._lists: list[tuple[str, str]] = []
+        self._steps: Sequence[int] = ()
+        self._receivers: dict[str, tuple[bool, Callable[[Any], Any]]] = {}
+        self._lease: Lease | None = None
+        super().__init__(*args, **kwargs)
+
+    # Consumers.
+
+    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:
+        """Consume from a queue; messages of one with `no_ack` are gone once fetched, as with kombu."""
+        result = super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
+        if queue not in self.active_fanout_queues:
+            self._receivers[queue] = (bool(no_ack), callback)
+        if not no_ack:
+            self.acknowledging = True
+            self.lease.attach(self)
+        return result
+
+    def _basic_cancel(self, consumer_tag: str) -> Any:
+        self._receivers.pop(self._tag_to_queue.get(consumer_tag, ""), None)
+        result = super()._basic_cancel(consumer_tag)
+        if self._stage is Stage.FETCHING and self._in_poll and not self.active_queues:
+            # Nobody reads this connection any more, and what it brings would lie until its lease ran out.
+            with suppress(*self.connection_errors):
+                while self._stage is Stage.FETCHING:
+                    with suppress(Empty):
+                        self._brpop_read()
+        return result
+
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
+        """Fetch one message now, or None."""
+        lists = [(queue, self._key(queue, priority)) for priority in self.priority_steps]
+        self.acknowledging = self.acknowledging or not no_ack
+        with self._plain_client() as client:
+            while reply := client.execute_command(*self._fetch_command(lists, no_ack=no_ack)):
+                index, raw, tag = reply
+                message = self._read_message(lists[index][0], raw, tag)
+                if message is not None:
+                    return message
+        return None
+
+    def close(self) -> None:
+        """Close in order: give everything back. After `lose` everything stays with the process."""
+        if not self.closed and not self._lost:
+            for consumer_tag in list(self._consumers):
+                self._basic_cancel(consumer_tag)
+        self._in_poll = None
+        try:
+            super().close()
+        finally:
+            if self._lease is not None:
+                self._lease.detach(self)
+
+    def lose(self) -> None:
+        """The connection is gone, but no job with it: its messages belong to the process now."""
+        self._lost = True
+        self._in_poll = None
+        self._stage = Stage.READY
+        self.auto_delete_queues.clear()  # Closing would delete them over this connection.
+        if self.acknowledging:
+            self.acknowledging = False
+            self.lease.orphan(self.qos)
+
+    @property
+    def lease(self) -> Lease:
+        """What this process holds from the Redis of this channel; outlives the channel."""
+        if self._lease is None:
+            broker = self.connection.client
+            keys = (self.layout.unacked, self.layout.index)
+            name = (broker.hostname, broker.port, broker.virtual_host, *keys)
+            self._lease = lease_of_process(name, self._new_lease)
+        return self._lease
+
+    def _new_lease(self) -> Lease:
+        params = self._connparams()
+        # An answer that is later than the next renewal is as good as none.
+        limits = (self.visibility_timeout / 4, self.socket_timeout)
+        params["socket_timeout"] = min(limit for limit in limits if limit)
+        return Lease(
+            lambda: redis.Redis(connection_pool=redis.ConnectionPool(**params)),
+            self.layout,
+            timeout_s=self.visibility_timeout,
+            sweep_every_s=self.unacked_restore_interval,
+            sweep_limit=self.unacked_restore_limit,
+        )
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where this channel's Redis has its messages."""
+        prefix = self.global_keyprefix
+        return Layout(
+            unacked=prefix + UNACKED,
+            index=prefix + UNACKED_INDEX,
+            undecodable=prefix + UNDECODABLE,
+            bindings=prefix + self.keyprefix_queue,
+            prefix=prefix,
+            separator=self.sep,
+            priority_steps=tuple(self.priority_steps),
+        )
+
+    # Fetching.
+
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        params = super()._connparams(asynchronous=asynchronous)
+        if asynchronous:
+            params["protocol"] = 3  # In which Redis can speak unasked.
+        return params
+
+    def track(self) -> None:
+        """Ask Redis to say on this new connection when a list that was seen empty changes."""
+        connection = self.client.connection
+        connection._parser.set_invalidation_push_handler(lambda _: CHANGED)
+        connection.send_command("CLIENT", "TRACKING", "ON", "NOLOOP", check_health=False)
+        try:
+            connection.read_response()
+        except redis.exceptions.ResponseError as error:
+            logger.warning("Redis refuses CLIENT TRACKING (%s): idle workers look once a second", error)
+
+    def fetch_if_due(self) -> None:
+        """Send the next fetch, unless one is on its way or all lists are known to be empty."""
+        if self._stage is Stage.READY or (self._stage is Stage.WAITING and self._may_look_again()):
+            self._brpop_start()
+
+    def _may_look_again(self) -> bool:
+        """Whether an answer that all lists are empty is old, or was about other lists than those of now."""
+        return monotonic() >= self._wake_at or self._steps != self._open_steps()
+
+    def _open_steps(self) -> Sequence[int]:
+        """The priorities that may be fetched: the last places are reserved for urgent messages."""
+        return open_steps(self.priority_steps, self.lease.count if self.acknowledging else 0)
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        self._steps = self._open_steps()
+        # Priority before queue: the most urgent message of all queues is next.
+        self._lists = [(queue, self._key(queue, step)) for step in self._steps for queue in queues]
+        # Stays set: kombu drops a connection that is readable without it.
+        self._in_poll = self.client.connection
+        self._send(Stage.FETCHING, *self._fetch_command(self._lists))
+
+    def _fetch_command(self, lists: list[tuple[str, str]], no_ack: bool = False) -> tuple[Any, ...]:
+        keys = [self.layout.unacked, self.layout.index, self.layout.undecodable]
+        keys += [key for _, key in lists]
+        unacknowledged = {queue for queue, (no_ack_queue, _) in self._receivers.items() if no_ack_queue}
+        names = ["" if no_ack or queue in unacknowledged else json_name(queue) for queue, _ in lists]
+        return ("EVAL", FETCH, len(keys), *keys, *names)
+
+    def _key(self, queue: str, priority: int) -> str:
+        return f"{self.global_keyprefix}{self._q_for_pri(queue, priority)}"
+
+    def _plain_client(self) -> Any:
+        """A client that leaves keys alone: here they are complete."""
+        return redis.Redis(connection_pool=self.pool)
+
+    def _send(self, stage: Stage, *command: Any) -> None:
+        self._stage = stage
+        self._brpop_sent_at = monotonic()
+        # A health check would wait for its answer; kombu's own drops the connection when this one is late.
+        self.client.connection.send_command(*command, check_health=False)
+
+    def _rest(self, stage: Stage) -> None:
+        self._stage = stage
+        self._brpop_sent_at = None
+        self._wake_at = monotonic() + LOOK_AGAIN_S
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Read all that has arrived. Raises Empty when there was no message in it."""
+        connection = self.client.connection
+        delivered = False
+        try:
+            while True:
+                try:
+                    reply = connection.read_response(disable_decoding=True, push_request=True)
+                except redis.exceptions.ReadOnlyError as error:
+                    # A master that is none any more: the next connection finds the new one.
+                    raise redis.exceptions.ConnectionError(str(error)) from error
+                except redis.exceptions.ResponseError as error:
+                    logger.error("Redis refuses to hand out messages: %s", error)
+                    self._rest(Stage.WAITING)
+                else:
+                    delivered |= self._advance(reply)
+                # What the parser has read ahead would not make the socket readable again.
+                if connection._sock is None or not connection.can_read(timeout=0):
+                    break
+        except redis.exceptions.ConnectionError:
+            connection.disconnect()
+            raise
+        if not delivered:
+            raise Empty
+        return True
+
+    def _advance(self, reply: Any) -> bool:
+        """Take the next step after a reply; whether it was a message."""
+        if reply is CHANGED:
+            if self._stage is Stage.WAITING:
+                self._stage = Stage.READY
+        elif reply is None:
+            pass  # Redis has other things to say, too: that it is about to move, for one.
+        elif self._stage is Stage.LOOKING:
+            self._rest(Stage.READY if reply else Stage.WAITING)
+        elif self._stage is Stage.FETCHING and reply:
+            self._rest(Stage.READY)
+            index, raw, tag = reply
+            queue = self._lists[index][0]
+            self._queue_cycle.rotate(queue)
+            self._receive_message(queue, raw, tag)
+            return True
+        elif self._stage is Stage.FETCHING:
+            self._send(Stage.LOOKING, "EXISTS", *(key for _, key in self._lists))
+        return False
+
+    # Delivering.
+
+    def _read_message(self, queue: str, raw: bytes, tag: bytes | None) -> Any:
+        """Decode a fetched message and hold it, or set it aside and return None."""
+        if tag:
+            self.lease.hold(tag.decode(), Held(self.qos, raw, queue))
+        try:
+            if tag is None:
+                raise ValueError("it is not JSON with a delivery tag")
+            message = self.Message(loads(raw), channel=self)
+            refuse_malformed_task(message)
+            return message
+        except Exception as error:  # noqa: BLE001 -- whatever is wrong is wrong with the message
+            self._set_aside(queue, tag, error)
+            return None
+
+    def _receive_message(self, queue: str, raw: bytes, tag: bytes | None) -> None:
+        message = self._read_message(queue, raw, tag)
+        if message is None:
+            return
+        no_ack, callback = self._receivers.get(queue, (False, None))
+        if callback is None:  # Cancelled while the fetch was on its way.
+            if tag:
+                self.lease.requeue(tag.decode(), first=True)
+            return
+        try:
+            callback(message)
+        except MALFORMED as error:
+            if no_ack:
+                raise
+            self._set_aside(queue, tag, error)
+        except BaseException:
+            # It never reached the pool.
+            if tag:
+                self.lease.requeue(tag.decode(), first=True)
+            raise
+
+    def _set_aside(self, queue: str, tag: bytes | None, error: Exception) -> None:
+        if tag:
+            self.lease.set_aside(tag.decode())
+        logger.error(
+            "A message in queue %r cannot be read and is set aside in %r: %s: %.200s",
+            queue, self.layout.undecodable, type(error).__name__, error,
+        )  # fmt: skip
+
+    # What a full Redis refuses.
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        try:
+            super()._queue_bind(exchange, routing_key, pattern, queue)
+        except redis.exceptions.OutOfMemoryError as error:
+            # Consuming is what makes room, and needs no binding.
+            logger.warning("The binding of queue %r was not written: %s", queue, error)
+
+
+class Transport(stock.Transport):
+    """kombu's Redis transport with the channel of this module."""
+
+    Channel = Channel
+    cycle: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cycle = Poller()
+
+    def _collect(self, connection: Any) -> None:
+        """Drop a lost connection; kombu and Celery call it then, and `close_connection` otherwise."""
+        for channel in (*self.channels, *self._avail_channels):
+            channel.lose()
+        self.close_connection(connection)
+
+
+class TLSTransport(Transport):
+    """The same over TLS: the server's certificate is verified unless `ssl_cert_reqs` says otherwise."""
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        if not isinstance(client.ssl, dict):
+            client.ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+        super().__init__(client, **kwargs)

@@ -1,0 +1,393 @@
+"""The messages that this process holds from one Redis: kept alive, acknowledged, given back.
+
+They belong to the process, not to the connection that delivered them: a job outlives its connection. One
+daemon thread with a connection of its own does all that a held message needs of Redis, in this order:
+
+1. settle: acknowledge or return what the consumer is done with, again until Redis has answered;
+2. renew: set the score of each held message to Redis' time, at every quarter of the lease;
+3. sweep: put messages whose lease ran out, whoever held them, back into their queues.
+
+Only Redis' clock decides when a lease ends. And only a Redis that answers: after an outage each process
+waits for half a lease before it sweeps, so that all others renew first.
+"""
+
+# mypy: disallow-untyped-calls=False
+# kombu says that it is typed, but most of its functions are not.
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import monotonic, sleep
+from typing import Any, Final
+
+from kombu.utils.json import dumps, loads
+from redis import Redis
+from redis.exceptions import RedisError
+
+from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW, Layout
+from worker.broker.transport import alive
+
+logger = logging.getLogger("smallcat.transport")
+
+#: Seconds that a closing channel, and an ending process, wait for what Redis has not heard yet.
+FLUSH_S: Final = 5.0
+
+#: Seconds until a command that Redis did not answer is sent again.
+RETRY_S: Final = 0.25
+
+
+@dataclass(frozen=True)
+class Held:
+    """A message that this process works on."""
+
+    #: Whoever fetched it, and gives it back when it closes; None once that one's connection is lost.
+    owner: object | None
+    #: The message as it was in the list; None for a broadcast, which is nowhere in Redis.
+    raw: bytes | None
+    queue: str
+    #: Seconds until it may be fetched again, once it is given back by `requeue`.
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A message that comes back after a while."""
+
+    delay_s: float
+
+
+@dataclass(frozen=True)
+class Move:
+    """A message that goes into lists again."""
+
+    keys: Sequence[str]
+    message: bytes | str
+    #: LPUSH: fetched last. RPUSH: fetched next.
+    push: str
+
+
+def redelivered(payload: Any) -> str:
+    """The message with the marks by which a task knows that it may have run before, as kombu sets them."""
+    for marks in (payload.get("headers"), payload["properties"].get("delivery_info")):
+        if isinstance(marks, dict):
+            marks["redelivered"] = True
+    return str(dumps(payload))
+
+
+class Lease:
+    """All messages that this process holds from one Redis, and the thread that keeps them.
+
+    connect: opens the thread's own client. timeout_s: seconds, > 0. sweep_every_s: seconds, > 0.
+    All methods are safe from every thread, return at once and raise nothing on a lost connection; only
+    `flush` waits.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Redis],
+        layout: Layout,
+        *,
+        timeout_s: float,
+        sweep_every_s: float,
+        sweep_limit: int,
+    ) -> None:
+        self._connect = connect
+        self._layout = layout
+        self._timeout_s = timeout_s
+        self._sweep_every_s = sweep_every_s
+        self._sweep_limit = sweep_limit
+        self._changed = threading.Condition()
+        self._consumers: set[object] = set()
+        self._held: dict[str, Held] = {}
+        self._owed: dict[str, Move | Wait | None] = {}
+        self._lost: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._renewed_at: float | None = None
+        self._patient_until = 0.0
+
+    # What the consumer says.
+
+    def attach(self, consumer: object) -> None:
+        """Renew and sweep from now on, until `detach`, and then for as long as anything is held or owed."""
+        with self._changed:
+            self._consumers.add(consumer)
+            self._ensure_thread()
+
+    def detach(self, consumer: object) -> None:
+        """Forget a consumer."""
+        with self._changed:
+            self._consumers.discard(consumer)
+            self._changed.notify_all()
+
+    def hold(self, tag: str, held: Held) -> None:
+        """Keep a message that Redis has registered as fetched."""
+        with self._changed:
+            self._held[tag] = held
+            self._ensure_thread()
+
+    @property
+    def count(self) -> int:
+        """How many messages this process holds."""
+        return len(self._held)
+
+    def acknowledge(self, tag: str) -> None:
+        """The message is done with: Redis is told until it has heard."""
+        with self._changed:
+            self._held.pop(tag, None)
+            self._owe({tag: None})
+
+    def postpone(self, tag: str, delay_s: float) -> None:
+        """Let the message wait for `delay_s` seconds, once it is given back by `requeue`."""
+        with self._changed:
+            if (held := self._held.get(tag)) is not None:
+                self._held[tag] = replace(held, delay_s=delay_s)
+
+    def requeue(self, tag: str, *, first: bool) -> None:
+        """Give the message back: `first` to be fetched next, else after all others of its priority."""
+        with self._changed:
+            held = self._held.get(tag)
+            if held is not None and held.raw is not None and held.delay_s > 0:
+                del self._held[tag]
+                self._owe({tag: Wait(held.delay_s)})
+                return
+            self._return([tag], "RPUSH" if first else "LPUSH")
+
+    def set_aside(self, tag: str) -> None:
+        """Move a message that this worker cannot read to where a person sees it."""
+        with self._changed:
+            held = self._held.pop(tag, None)
+            if held is not None and held.raw is not None:
+                self._owe({tag: Move([self._layout.undecodable], held.raw, "LPUSH")})
+
+    def orphan(self, owner: object) -> None:
+        """The owner's connection is lost: its messages stay with the process."""
+        with self._changed:
+            for tag, held in self._held.items():
+                if held.owner is owner:
+                    self._held[tag] = Held(None, held.raw, held.queue)
+
+    def give_back(self, owner: object | None) -> int:
+        """The owner closes: return its messages and all orphans to their queues. Returns how many."""
+        with self._changed:
+            tags = [tag for tag, held in self._held.items() if held.owner in (owner, None)]
+            # Each is pushed to the end that is fetched next, so the oldest goes last.
+            self._return(reversed(tags), "RPUSH")
+            return len(tags)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until Redis has heard all that it is owed. False when `timeout_s` seconds were not enough."""
+        with self._changed:
+            heard = self._changed.wait_for(lambda: not self._owed, timeout_s)
+            if not heard:
+                logger.error("Redis did not hear %d acknowledgements: these jobs come again", len(self._owed))
+            return heard
+
+    def end(self, timeout_s: float) -> None:
+        """The process ends, perhaps without a connection to close: say what can still be said."""
+        self.give_back(None)
+        self.flush(timeout_s)
+
+    def _return(self, tags: Any, push: str) -> None:
+        for tag in tags:
+            held = self._held.pop(tag, None)
+            if held is not None and held.raw is not None:
+                self._owe({tag: self._move(held.raw, held.queue, push)})
+
+    def _move(self, raw: bytes | str, queue: str, push: str) -> Move:
+        try:
+            payload = loads(raw)
+            message = redelivered(payload)
+            return Move([self._layout.list_of(queue, payload["properties"].get("priority"))], message, push)
+        except Exception:
+            logger.exception("A message of queue %r cannot be read and is set aside", queue)
+            return Move([self._layout.undecodable], raw, "LPUSH")
+
+    def _owe(self, owed: Mapping[str, Move | Wait | None]) -> None:
+        self._owed.update(owed)
+        self._ensure_thread()
+        self._changed.notify_all()
+
+    # What the thread does.
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="smallcat-lease", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        client = self._connect()
+        self._renewed_at = None
+        renew_at = sweep_at = monotonic()
+        reachable = True
+        while self._wait(min(renew_at, sweep_at)):
+            try:
+                self._settle(client)
+                if monotonic() >= renew_at:
+                    self._renew(client)
+                    renew_at = monotonic() + self._timeout_s / 4
+                if monotonic() >= sweep_at:
+                    self._sweep(client)
+                    sweep_at = monotonic() + self._sweep_every_s
+                reachable = True
+            except (RedisError, OSError) as error:
+                if reachable:
+                    logger.warning("Redis cannot be told of %d held messages: %s", self.count, error)
+                reachable = False
+                sleep(RETRY_S)
+            except Exception:
+                logger.exception("The lease thread goes on after an error")
+                sleep(RETRY_S)
+        client.close()
+        client.connection_pool.disconnect()
+
+    def _wait(self, until: float) -> bool:
+        """Wait for something to do; False when nothing can come any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._owed or self._idle, max(0.0, until - monotonic()))
+            if self._idle:
+                self._thread = None
+                return False
+            return True
+
+    @property
+    def _idle(self) -> bool:
+        return not (self._consumers or self._held or self._owed)
+
+    def _settle(self, client: Redis) -> None:
+        with self._changed:
+            owed = dict(self._owed)
+        if not owed:
+            return
+        done = [tag for tag, move in owed.items() if move is None]
+        pipeline = client.pipeline(transaction=True)
+        if done:
+            pipeline.zrem(self._layout.index, *done)
+            pipeline.hdel(self._layout.unacked, *done)
+        for tag, move in owed.items():
+            if isinstance(move, Wait):
+                pipeline.eval(POSTPONE, 1, self._layout.index, tag, str(move.delay_s - self._timeout_s))
+            elif move is not None:
+                self._queue_move(pipeline, tag, "", move)
+        pipeline.execute()
+        with self._changed:
+            for tag, move in owed.items():
+                if self._owed.get(tag) is move:
+                    self._owed.pop(tag, None)
+            self._changed.notify_all()
+
+    def _renew(self, client: Redis) -> None:
+        if not alive():
+            logger.critical("The engine is lost: the leases of %d messages run out", self.count)
+            return
+        with self._changed:
+            tags = [tag for tag, held in self._held.items() if held.raw is not None]
+        missing: Any = client.eval(RENEW, 1, self._layout.index, *tags)
+        lost = {tag.decode() for tag in missing}
+        now = monotonic()
+        if self._renewed_at is not None and now - self._renewed_at > self._timeout_s / 2:
+            # The others could not renew either.
+            self._patient_until = now + self._timeout_s / 2
+        self._renewed_at = now
+        with self._changed:
+            lost &= self._held.keys()
+        for tag in lost - self._lost:
+            logger.warning("The lease of message %s ran out while its job ran: it runs a second time", tag)
+        self._lost = lost
+
+    def _sweep(self, client: Redis) -> None:
+        layout = self._layout
+        due: Any = client.eval(
+            EXPIRED, 2, layout.index, layout.unacked, str(self._timeout_s), str(self._sweep_limit)
+        )
+        if not due or not self._steady():
+            return
+        with self._changed:
+            mine = {tag.encode() for tag in (*self._held, *self._owed)}
+        pipeline = client.pipeline(transaction=False)
+        for tag, score, entry in due:
+            if tag not in mine:
+                self._queue_move(pipeline, tag, score, self._restored(client, entry))
+        restored = 0
+        for result in pipeline.execute(raise_on_error=False):
+            if isinstance(result, Exception):
+                logger.error("A message whose lease ran out could not be restored: %s", result)
+            else:
+                restored += result
+        if restored:
+            logger.warning("Restored %d messages of a worker that is no longer heard of", restored)
+
+    def _steady(self) -> bool:
+        """Whether Redis has been answering for long enough that whoever lives has renewed."""
+        now = monotonic()
+        recent = self._renewed_at is not None and now - self._renewed_at <= self._timeout_s / 2
+        return recent and now >= self._patient_until
+
+    def _restored(self, client: Redis, entry: bytes | None) -> Move:
+        if entry is None:  # Acknowledged by halves: only the index is left to clear.
+            return Move([], b"", "RPUSH")
+        try:
+            payload, exchange, routing_key = loads(entry)
+            queues = self._queues_of(client, exchange, routing_key) if exchange else [routing_key]
+            priority = payload["properties"].get("priority")
+            keys = [self._layout.list_of(queue, priority) for queue in queues]
+            return Move(keys or [self._layout.undecodable], redelivered(payload), "RPUSH")
+        except (RedisError, OSError):
+            raise
+        except Exception:
+            logger.exception("A message that was held cannot be read and is set aside")
+            return Move([self._layout.undecodable], entry, "LPUSH")
+
+    def _queues_of(self, client: Redis, exchange: str, routing_key: str) -> list[str]:
+        """Where kombu's own transport, which keeps the exchange in its entries, would put the message."""
+        queues = []
+        bindings: Any = client.smembers(self._layout.bindings % exchange)
+        for binding in bindings:
+            key, pattern, queue = binding.decode().split(self._layout.separator)
+            if key == routing_key or (pattern and re.match(pattern, routing_key)):
+                queues.append(queue)
+        return queues
+
+    def _queue_move(self, pipeline: Any, tag: str | bytes, score: str | bytes, move: Move) -> None:
+        keys = [self._layout.index, self._layout.unacked, *move.keys]
+        pipeline.eval(MOVE, len(keys), *keys, tag, score, move.push, move.message)
+
+
+_leases: dict[tuple[object, ...], Lease] = {}
+_leases_lock = threading.Lock()
+
+
+def lease_of_process(broker: tuple[object, ...], new: Callable[[], Lease]) -> Lease:
+    """The one lease that this process has from a broker, made by `new` when it is the first to ask."""
+    with _leases_lock:
+        if broker not in _leases:
+            _leases[broker] = new()
+            atexit.register(_leases[broker].end, FLUSH_S)
+        return _leases[broker]
+
+
+def postpone(delivery_tag: str, delay_s: float) -> None:
+    """Let a message that this process holds wait for `delay_s` seconds, once its task is rejected.
+
+    Celery's Reject alone would have it back at once, again and again. While it waits it stays registered
+    as held, so that nothing is lost whoever is killed, and any worker takes it up afterwards. The tag of a
+    running task is `task.request.properties["delivery_tag"]`.
+    """
+    with _leases_lock:
+        for lease in _leases.values():
+            lease.postpone(delivery_tag, delay_s)
+
+
+def _forget_leases() -> None:
+    """After a fork: the child has the parent's leases, but not its threads."""
+    for lease in _leases.values():
+        atexit.unregister(lease.end)
+    _leases.clear()
+
+
+os.register_at_fork(after_in_child=_forget_leases)

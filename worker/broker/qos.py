@@ -1,0 +1,58 @@
+"""What a channel may still fetch, and what becomes of what it fetched."""
+
+# mypy: disallow-untyped-calls=False
+# kombu says that it is typed, but most of its functions are not.
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from kombu.transport import redis as stock
+
+from worker.broker.lease import FLUSH_S, Held
+from worker.broker.transport import alive
+
+logger = logging.getLogger("smallcat.transport")
+
+
+class QoS(stock.QoS):
+    """kombu's accounts of a channel, kept by the lease of the process: they outlive the channel."""
+
+    def can_consume(self) -> bool:
+        """Whether one more message may be fetched: counted are all that the process holds, on any channel."""
+        if not self.channel.acknowledging:
+            return True
+        limit = self.prefetch_count
+        return alive() and (not limit or self.channel.lease.count < limit)
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Hold a broadcast, which came over publish/subscribe and is registered nowhere."""
+        self.channel.lease.hold(delivery_tag, Held(self, None, ""))
+
+    def ack(self, delivery_tag: str) -> None:
+        """Acknowledge; also long after the connection that delivered the message is gone."""
+        self.channel.lease.acknowledge(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Drop the message, or give it back behind all others of its priority."""
+        if requeue:
+            self.channel.lease.requeue(delivery_tag, first=False)
+        else:
+            self.channel.lease.acknowledge(delivery_tag)
+
+    def restore_unacked(self, client: Any = None) -> None:
+        """Give back what the process holds, and let Redis hear all that it is owed."""
+        returned = self.channel.lease.give_back(self)
+        if returned:
+            logger.info("Gave %d unfinished messages back", returned)
+        self.channel.lease.flush(FLUSH_S)
+
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        """Give back when the channel closes in order or the process ends; not when the connection is lost."""
+        self._on_collect.cancel()
+        if self.channel.acknowledging:
+            self.restore_unacked()
+
+    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
+        """Left to the lease's thread."""

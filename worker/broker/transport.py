@@ -1,0 +1,124 @@
+"""How jobs travel: Celery's Redis transport with the holes closed through which it loses or doubles jobs.
+
+This module is what the rest of smallcat sees of it, and is light: it registers the transport with kombu by
+name, so that Redis' client is imported only where a connection is opened. `worker.broker.channel` consumes,
+`worker.broker.lease` keeps what was consumed.
+
+Keys and messages are those of kombu's own Redis transport: its producers, Flower and `celery inspect` work
+beside it. What differs is what a worker promises: a message is in a queue or leased to a living process at
+every instant, whoever is killed; a lease is renewed for as long as its process lives, so that a short
+timeout never runs a long job twice; a lost connection ends no job; an acknowledgement is sent until heard.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from kombu.transport import TRANSPORT_ALIASES
+
+logger = logging.getLogger("smallcat.transport")
+
+#: Scheme in `REDIS_URL` -> scheme that Celery is given. No "+" in them: kombu would cut the URL in two there.
+SCHEMES: Final = {"redis": "smallcat-redis", "rediss": "smallcat-rediss"}
+
+TRANSPORT_ALIASES[SCHEMES["redis"]] = "worker.broker.channel:Transport"
+TRANSPORT_ALIASES[SCHEMES["rediss"]] = "worker.broker.channel:TLSTransport"
+
+#: kombu's own names: the hash of messages that workers hold, and when each was last heard of.
+UNACKED: Final = "unacked"
+UNACKED_INDEX: Final = "unacked_index"
+
+#: The list of messages that no worker can read, newest first, each as it was found.
+UNDECODABLE: Final = "smallcat:undecodable"
+
+#: Seconds that a message stays with a worker that is no longer heard of.
+LEASE_S: Final = 30.0
+
+_is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- what there is before `set_liveness`
+_reserve: tuple[int, int] | None = None
+
+
+def broker_url(redis_url: str) -> str:
+    """Map `REDIS_URL` to the URL that Celery is given: another scheme, and all else as it was.
+
+    Several URLs, parted by semicolons, are mapped each. A ValueError says which scheme is not Redis'; it
+    does not repeat the URL, which may hold a password.
+    """
+    return ";".join(_broker_url(url) for url in redis_url.split(";"))
+
+
+def _broker_url(redis_url: str) -> str:
+    scheme, separator, rest = redis_url.partition("://")
+    if not separator or scheme not in SCHEMES:
+        found = f", not with {scheme}://" if separator else ""
+        raise ValueError(f"A Redis URL begins with redis:// or rediss://{found}")
+    return f"{SCHEMES[scheme]}://{rest}"
+
+
+def transport_options(lease_s: float = LEASE_S) -> dict[str, Any]:
+    """Make `broker_transport_options`; all processes that consume need the same, the shortest lease wins.
+
+    lease_s: seconds, > 0: how long a killed worker's jobs wait for another worker, and how long a
+    worker may be out of Redis' reach before its jobs run twice.
+
+    visibility_timeout: the lease. Can be shorter than a job, because it is renewed at every quarter.
+    unacked_restore_interval: how often each worker looks for leases that ran out; one cheap command.
+    unacked_restore_limit: how many it restores at a time, so that a large restore blocks nobody.
+    queue_order_strategy: among messages of equal priority, queues take turns.
+    priority_steps: a list for each of the ten priorities; kombu's default folds them into four.
+    socket_connect_timeout: a host that does not answer is tried again soon.
+    socket_timeout: a command to a Redis that vanished without a word ends.
+    socket_keepalive: firewalls forget idle connections.
+    health_check_interval: how soon a dead connection is noticed.
+    """
+    if lease_s <= 0:
+        raise ValueError(f"lease_s is {lease_s}; it must be above 0")
+    return {
+        "visibility_timeout": lease_s,
+        "unacked_restore_interval": 2,
+        "unacked_restore_limit": 1000,
+        "queue_order_strategy": "round_robin",
+        "priority_steps": list(range(10)),
+        "socket_connect_timeout": 5,
+        "socket_timeout": 30,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+    }
+
+
+def set_liveness(is_alive: Callable[[], bool]) -> None:
+    """Say how to tell whether this process still works on its jobs.
+
+    While `is_alive()` is false or raises, no lease is renewed and no message fetched: another worker takes
+    the jobs over when the lease ends. It is called from two threads, up to once a message: it must be quick.
+    """
+    global _is_alive
+    _is_alive = is_alive
+
+
+def set_reserve(open_to_all: int, urgent: int) -> None:
+    """Keep this process' places beyond the first `open_to_all`, >= 1, for urgent messages.
+
+    Those are of priority 0 to `urgent`, as Redis' priorities count: 0 is fetched first. While the process
+    holds `open_to_all` messages or more, of whatever priority, it fetches no others.
+    """
+    global _reserve
+    _reserve = open_to_all, urgent
+
+
+def open_steps(priority_steps: Sequence[int], held: int) -> Sequence[int]:
+    """Those of `priority_steps` whose messages may be fetched by a process that holds `held` messages."""
+    if _reserve is None or held < _reserve[0]:
+        return priority_steps
+    return [step for step in priority_steps if step <= _reserve[1]]
+
+
+def alive() -> bool:
+    """Whether this process still works on its jobs, by the word of whoever called `set_liveness`."""
+    try:
+        return bool(_is_alive())
+    except Exception:
+        logger.exception("The engine's state could not be learnt: it counts as lost")
+        return False

@@ -1,0 +1,146 @@
+"""Every error of smallcat, split by whose fault it is, because that decides what happens to the job.
+
+    SmallcatError
+    ├── CallerError                 the caller's fault: never tried again
+    │   ├── InvalidJobError         a field is outside its limits
+    │   ├── PromptFileError         a file of prompts cannot be read, or does not fit the run
+    │   ├── UnknownModelError       no worker may serve that model
+    │   ├── UnknownJobError         there is no job of that id
+    │   ├── JobCancelledError       the caller took the job back
+    │   └── SettingsError           an environment variable is wrong or misspelt
+    ├── JobError                    the job's own fault: tried again a few times, then set aside
+    │   ├── RenderError             the model raised while rendering this job alone
+    │   ├── NotFiniteError          its latents turned NaN or infinite
+    │   ├── JobTooLargeError        it does not fit in the device's memory, even alone
+    │   ├── JobTimeoutError         it was not done within its time limit
+    │   └── PoisonJobError          it was on board each time a worker died
+    ├── MachineError                the worker's fault: the job goes back to the queue, at once
+    │   ├── OutOfMemoryError        a batch did not fit; the engine tries again with fewer rows
+    │   ├── DeviceError             the device failed, and will for every job
+    │   ├── EngineStoppedError      the engine is stopping or lost
+    │   └── NewerMessageError       the message is of a newer version than this worker reads
+    └── ServiceError                a service is out of reach: tried again for as long as it makes sense
+        ├── QueueError              Redis
+        └── StorageError            the S3 bucket
+            └── PermanentStorageError   it refuses for a reason that waiting does not mend
+
+Each text names the value, the limit and the remedy. Constructor arguments are positional and go to
+`super().__init__`, so that an error survives pickling and a job's record.
+"""
+
+from __future__ import annotations
+
+
+class SmallcatError(Exception):
+    """The root: catch it to catch everything smallcat raises on purpose."""
+
+
+class CallerError(SmallcatError):
+    """Raised when the caller asked for something that cannot be done. Trying again does not help."""
+
+
+class InvalidJobError(CallerError):
+    """Raised when a field of a job is unknown or outside its limits. Nothing has been sent."""
+
+
+class PromptFileError(CallerError):
+    """Raised when a file of prompts cannot be read, or what is asked of it cannot be done."""
+
+
+class UnknownModelError(CallerError):
+    """Raised when a job names a model that this worker does not serve."""
+
+
+class UnknownJobError(CallerError):
+    """Raised when neither Redis nor the bucket knows the job's id."""
+
+
+class JobCancelledError(CallerError):
+    """Raised when the job was cancelled before its picture was done."""
+
+
+class SettingsError(CallerError):
+    """Raised when a setting is misspelt or has a value it cannot have."""
+
+
+class JobError(SmallcatError):
+    """Raised when this job cannot be rendered, while its batch mates can."""
+
+
+class RenderError(JobError):
+    """Raised when the model fails on this job alone."""
+
+
+class NotFiniteError(JobError):
+    """Raised when the job's latents hold NaN or infinity."""
+
+
+class JobTooLargeError(JobError):
+    """Raised when one row of this job alone does not fit in the device's memory."""
+
+
+class JobTimeoutError(JobError):
+    """Raised when a job is not done within `SMALLCAT_JOB_TIMEOUT_S`."""
+
+
+class PoisonJobError(JobError):
+    """Raised when a job was on board every time a worker died, `SMALLCAT_MAX_ATTEMPTS` times."""
+
+
+class MachineError(SmallcatError):
+    """Raised when this worker cannot go on, whatever the job. Another worker can do the job."""
+
+
+class OutOfMemoryError(MachineError):
+    """Raised when a batch does not fit in the device's memory. The same batch in halves may."""
+
+
+class DeviceError(MachineError):
+    """Raised when the device itself fails. The process must end: its CUDA context does not recover."""
+
+
+class EngineStoppedError(MachineError):
+    """Raised when the engine is draining, stopped or lost. The job goes back to the queue."""
+
+
+class NewerMessageError(MachineError):
+    """Raised when a message is of a newer version than this worker reads. It goes back untouched."""
+
+
+class ServiceError(SmallcatError):
+    """Raised when a service smallcat relies on is out of reach or refuses."""
+
+
+class QueueError(ServiceError):
+    """Raised when Redis is out of reach, full, read-only or refuses the password."""
+
+
+class StorageError(ServiceError):
+    """Raised when the bucket is out of reach, missing, full or refuses the keys."""
+
+
+class PermanentStorageError(StorageError):
+    """Raised when the bucket refuses for a reason that waiting does not mend."""
+
+
+def _tree(root: type[SmallcatError]) -> dict[str, type[SmallcatError]]:
+    """Name to class for `root` and all below it."""
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+def named(name: str, message: str) -> SmallcatError:
+    """The error of class `name`, as it was raised on a worker, for raising again on the caller's side.
+
+    A name that this version does not know becomes a plain `JobError` that mentions it, so that an old
+    producer can read a newer worker's record.
+    """
+    kind = _tree(SmallcatError).get(name)
+    return kind(message) if kind else JobError(f"{name}: {message}")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, for a sentence of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -1,0 +1,211 @@
+"""What the environment sets, read once at start into one frozen class a side.
+
+`worker_settings()` and `producer_settings()` are the only readers of the environment. An unknown
+`SMALLCAT_*` name stops the start and names the near miss; so does a value outside its limits.
+Credentials, endpoint and region of the bucket are boto3's own `AWS_*` variables and are not read here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from worker.contract.errors import SettingsError
+from worker.contract.job import MAX_GUIDANCE, MAX_STEPS
+
+#: Variables that are not `SMALLCAT_` plus the field's name.
+_OTHER_NAMES = {
+    "redis_url": "REDIS_URL",
+    "s3_bucket": "S3_BUCKET",
+    "s3_prefix": "S3_PREFIX",
+    "use_memory_efficient_attention": "USE_MEMORY_EFFICIENT_ATTENTION",
+}
+
+
+#: Seconds that a setting may be, at most: a year, which is also well below what a lock can wait for.
+_YEAR_S = 31_536_000
+
+
+def _redis_url(value: str) -> str:
+    rule = "must look like redis://[:password@]host:port/db, or rediss:// for TLS"
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:  # Its text may hold the password.
+        raise ValueError(rule) from None
+    number = parts.path.removeprefix("/")
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or port == 0:
+        raise ValueError(f"{rule}. Write special characters of the password as %XX")
+    if number and not (number.isascii() and number.isdigit()):
+        raise ValueError(f"{rule}. The database is a number")
+    return value
+
+
+def _prefix(value: str) -> str:
+    """A key prefix without slashes at its ends; no part may be empty or climb up."""
+    value = value.strip("/")
+    if any(part in ("", ".", "..") for part in value.split("/")) and value:
+        raise ValueError('may not hold empty, "." or ".." parts')
+    if not value.isprintable() or "\\" in value:
+        raise ValueError("may not hold backslashes or control characters")
+    return value
+
+
+class Settings(BaseModel):
+    """What both sides read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Where the queue and the jobs' records are: redis:// or rediss://, with password and database number.
+    redis_url: Annotated[str, AfterValidator(_redis_url)] = Field(
+        default="redis://localhost:6379/0", repr=False
+    )
+    #: Bucket for the pictures. A worker needs it; a producer only to look up jobs whose record expired.
+    s3_bucket: str = ""
+    #: Key prefix in the bucket, for sharing it with other things.
+    s3_prefix: Annotated[str, AfterValidator(_prefix)] = ""
+    #: Seconds, > 0, that a job's record stays in Redis after its last change (default: 7 days).
+    record_ttl_s: int = Field(default=604_800, gt=0, le=_YEAR_S)
+    #: Seconds, >= 1, until a dead worker's jobs go to another one. The same on every worker of a queue.
+    lease_s: float = Field(default=30, ge=1, le=_YEAR_S)
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """The environment variable that sets `field`."""
+        return _OTHER_NAMES.get(field, f"SMALLCAT_{field.upper()}")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """These settings as `environment` has them. An empty value counts as not set.
+
+        Raises `SettingsError` that names the variable, its value and what it must be.
+        """
+        _refuse_misspelt(environment)
+        values: dict[str, Any] = {
+            field: environment[cls.variable(field)]
+            for field in cls.model_fields
+            if environment.get(cls.variable(field))
+        }
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            finding = error.errors(include_url=False)[0]
+            field = str(finding["loc"][0])
+            rule = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+            shown = "***" if field == "redis_url" else repr(finding["input"])
+            raise SettingsError(f"{cls.variable(field)} has the value {shown}. It {_must(rule)}.") from None
+
+
+class ProducerSettings(Settings):
+    """What a process that submits jobs reads."""
+
+    #: Seconds, > 0, that `submit_job` tries to reach Redis before it gives up.
+    submit_timeout_s: float = Field(default=5, gt=0, le=_YEAR_S)
+
+
+class WorkerSettings(Settings):
+    """What a worker reads."""
+
+    #: Hub id, folder or single .safetensors file. Not set: the bundled model.
+    model: str = ""
+    #: The name jobs ask for. Not set: the hub id, or the folder's or file's name.
+    model_name: str = ""
+    #: Branch, tag or commit of a hub id. Not set: its main branch.
+    model_revision: str = ""
+    #: Folder with the components' configs (no weights needed) for a single file, where no hub is in reach.
+    model_config_dir: str = ""
+    #: Steps for jobs that do not say. Not set: the model's, else 30.
+    default_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    #: Guidance for jobs that do not say. Not set: the model's, else 7.5.
+    default_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+    #: Where to run: auto takes a GPU where there is one.
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    #: Attention backend. One asked for by name that does not work stops the start.
+    attention: Literal["auto", "xformers", "sdpa", "naive"] = "auto"
+    #: 0 is attention=naive, 1 is attention=xformers: the origin's switch. SMALLCAT_ATTENTION wins.
+    use_memory_efficient_attention: Literal["0", "1"] | None = None
+    #: Whether a GPU runs compiled steps: a minute or two at the first start, twice the speed ever after.
+    compile: bool = True
+    #: Whether a job's picture is the same to the bit, alone or in company, on the same kind of GPU.
+    exact: bool = False
+    #: Folder for compiled kernels and for measured choices.
+    cache_dir: str = "~/.cache/smallcat"
+    #: Rows in one forward of the UNet, 1 to 256; a guided job takes two. Not set: measured at start.
+    max_batch: int | None = Field(default=None, ge=1, le=256)
+    #: Whether the safety checker of a model that ships one looks at every picture.
+    safety_checker: bool = True
+    #: Seconds, > 0, that a job may spend in the engine.
+    job_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
+    #: Times, >= 1, that a job is tried before it is set aside.
+    max_attempts: int = Field(default=3, ge=1)
+    #: Seconds, >= 0, that a stopping worker goes on with the jobs on board before it gives them back.
+    drain_s: float = Field(default=30, ge=0, le=_YEAR_S)
+    #: Seconds, > 0, that a finished picture is put again while the storage fails, before the job fails.
+    upload_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
+    #: Port of the Prometheus metrics, 1 to 65535. Not set: none.
+    metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, with the user's home in the place of a tilde."""
+        return Path(self.cache_dir).expanduser()
+
+    @property
+    def attention_backend(self) -> Literal["auto", "xformers", "sdpa", "naive"]:
+        """The backend asked for, either way of asking."""
+        if self.attention != "auto" or self.use_memory_efficient_attention is None:
+            return self.attention
+        return "xformers" if self.use_memory_efficient_attention == "1" else "naive"
+
+
+def worker_settings(environment: Mapping[str, str] | None = None) -> WorkerSettings:
+    """A worker's settings from the environment. Raises `SettingsError`."""
+    return WorkerSettings.from_environment(os.environ if environment is None else environment)
+
+
+def producer_settings(environment: Mapping[str, str] | None = None) -> ProducerSettings:
+    """A producer's settings from the environment. Raises `SettingsError`."""
+    return ProducerSettings.from_environment(os.environ if environment is None else environment)
+
+
+def hidden(redis_url: str) -> str:
+    """`redis_url` without its password, for logs and errors."""
+    parts = urlsplit(redis_url)
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    if parts.port:
+        host = f"{host}:{parts.port}"
+    if parts.password:
+        host = f"{parts.username or ''}:***@{host}"
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def variables() -> dict[str, type[Settings]]:
+    """Every variable that is read, with the class that reads it."""
+    sides: tuple[type[Settings], ...] = (WorkerSettings, ProducerSettings, Settings)
+    return {side.variable(field): side for side in sides for field in side.model_fields}
+
+
+def _refuse_misspelt(environment: Mapping[str, str]) -> None:
+    known = variables()
+    for name in environment:
+        if name.startswith("SMALLCAT_") and name not in known:
+            # Without the prefix, which alone would make any name look near.
+            tails = [each.removeprefix("SMALLCAT_") for each in known if each.startswith("SMALLCAT_")]
+            near = difflib.get_close_matches(name.removeprefix("SMALLCAT_"), tails, 1)
+            hint = (
+                f"Did you mean SMALLCAT_{near[0]}?" if near else "The README's settings table has all names."
+            )
+            raise SettingsError(f"There is no setting {name}. {hint}")
+
+
+def _must(rule: str) -> str:
+    return rule if rule.startswith(("must", "may")) else f"must be {rule}"

@@ -1,0 +1,1 @@
+"""A step on the device: `model_runner` is the door."""

@@ -1,0 +1,388 @@
+"""Attention in the UNet and the VAE: one processor, three exact backends behind one switch.
+
+`naive` is softmax(QK^T)V with the matrix of all pairs in memory, as in 2022; `sdpa` is torch's; `xformers` is
+memory-efficient attention (Rabe and Staats, 2021; Dao et al., 2022) as the origin of this project used it.
+All get queries, keys and values as (batch, tokens, heads, head width) views of what the projections wrote:
+nothing is copied on the way in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import import_utils
+from torch import library
+
+from worker.contract.errors import SettingsError, first_line
+from worker.contract.versions import versions
+from worker.model.placement import Choice
+
+Backend = Literal["auto", "xformers", "sdpa", "naive"]
+#: (queries, keys, values, scale) to their attention, all (batch, tokens, heads, head width).
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+#: Rows that `auto` times: a full batch, so that launches do not hide the kernels.
+TIMED_ROWS = 32
+#: Times that a kernel is run in a row, and how often those are timed.
+_BURST, _BURSTS = 4, 8
+#: How far, relative to values around 1, an xformers result may be from naive's in half precision.
+_TOLERANCE = 2e-2
+_NO_CPU_OPERATOR = "has no operator for a CPU"
+_REMEDY = (
+    "install the worker with its cuda extra (pip install '.[cuda]': xformers and nvidia-cuda-runtime-cu12), "
+    "or leave SMALLCAT_ATTENTION and USE_MEMORY_EFFICIENT_ATTENTION out"
+)
+
+# diffusers imports xformers wherever it is installed: on a CPU for a warning, and on a GPU before the CUDA
+# runtime below is loaded, after which no operator of it works. Here is the one door to it, so diffusers is
+# told that there is none. Its models read this when they are first imported, which is after this module.
+import_utils._xformers_available = False
+
+
+def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(QK^T)V with the (tokens x tokens) matrix in memory: the baseline of 2022."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    weights = torch.softmax((query * scale) @ key.transpose(-1, -2), dim=-1)
+    return (weights @ value).transpose(1, 2)
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """torch's scaled_dot_product_attention, which picks its own kernel."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    result = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+    return result.transpose(1, 2)
+
+
+@functools.cache
+def load_xformers() -> Kernel:
+    """xformers' memory-efficient attention. Raises `ImportError` or `OSError` when it does not load.
+
+    Its wheels are linked against CUDA 12. Where torch brings CUDA 13, the runtime of 12 comes from the wheel
+    nvidia-cuda-runtime-cu12 and must be in the process before xformers is first imported; otherwise xformers
+    imports with a warning and then refuses every call.
+    """
+    if not (torch.version.cuda or "").startswith("12."):
+        ctypes.CDLL(str(_cuda_12_runtime()), mode=ctypes.RTLD_GLOBAL)
+    # Not at the top: importing it on a CPU prints a warning, and it may be absent.
+    import xformers.ops
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        do = in_one_piece if torch.compiler.is_compiling() else xformers.ops.memory_efficient_attention
+        result: torch.Tensor = do(query, key, value, scale=scale)
+        return result
+
+    # An operator of torch's, so that the compiler does not look inside. For eager steps it would be a detour
+    # through Python, longer than all that xformers does itself.
+    @library.custom_op("smallcat::xformers_attention", mutates_args=())
+    def in_one_piece(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        result: torch.Tensor = xformers.ops.memory_efficient_attention(query, key, value, scale=scale)
+        return result
+
+    @in_one_piece.register_fake
+    def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+    return attend
+
+
+def _cuda_12_runtime() -> Path | str:
+    """libcudart.so.12: the wheel's, or for the system's loader to find."""
+    try:
+        package = importlib.util.find_spec("nvidia.cuda_runtime")
+    except ModuleNotFoundError:
+        package = None
+    for folder in (package.submodule_search_locations or []) if package else []:
+        library = Path(folder) / "lib" / "libcudart.so.12"
+        if library.is_file():
+            return library
+    return "libcudart.so.12"
+
+
+class Processor:
+    """diffusers' attention processor for plain attention, self and cross, of UNets and VAEs.
+
+    The order of operations is `AttnProcessor2_0`'s (diffusers/models/attention_processor.py).
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        #: Whether to compute once for each job, which is right before the first layer that sees a prompt.
+        self.once_a_job = False
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        prompted: torch.Tensor | None = None,
+        job_of_row: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of `hidden_states`, (batch, tokens, width) or (batch, width, height, width).
+
+        Keys and values come from `encoder_hidden_states` where given. Masks are not supported: none of the
+        pipelines that are served uses one.
+
+        `prompted` and `job_of_row` tell which rows are whose: see `worker.device.step.Batch`.
+        """
+        if attention_mask is not None:
+            raise ValueError("This attention takes no mask.")
+        if self.once_a_job and prompted is not None:
+            return self._attended(attn, hidden_states[prompted], encoder_hidden_states)[job_of_row]
+        return self._attended(attn, hidden_states, encoder_hidden_states)
+
+    def _attended(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
+    ) -> torch.Tensor:
+        residual, shape = hidden_states, hidden_states.shape
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        heads = (query.shape[0], -1, attn.heads, query.shape[-1] // attn.heads)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads)
+        if attn.upcast_attention and self._kernel is naive:
+            # Stable Diffusion 2.1's products overflow fp16; the other kernels add up in fp32 by themselves.
+            result = naive(query.float(), key.float(), value.float(), attn.scale).to(query.dtype)
+        else:
+            result = self._kernel(query, key, value, attn.scale)
+        hidden_states = attn.to_out[0](result.flatten(2))
+        if residual.ndim == 4:
+            hidden_states = hidden_states.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        if attn.rescale_output_factor != 1.0:
+            hidden_states = hidden_states / attn.rescale_output_factor
+        return hidden_states
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention of a forward of one row."""
+
+    query_tokens: int
+    key_tokens: int
+    heads: int
+    head_width: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.query_tokens}x{self.key_tokens} {self.heads} heads of {self.head_width} {dtype}"
+
+    def draw(self, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Random queries, keys and values of this shape."""
+        tokens = (self.query_tokens, self.key_tokens, self.key_tokens)
+        query, key, value = (
+            torch.randn(rows, n, self.heads, self.head_width, device=device, dtype=self.dtype) for n in tokens
+        )
+        return query, key, value
+
+
+def install(pipeline: Any, backend: Backend, device: torch.device, cache: Path) -> Choice:
+    """Let every attention of the pipeline's UNet and VAE run on `backend`, and say which and why.
+
+    `auto` takes sdpa on a CPU, and on a GPU the fastest for each shape, which it measures once and keeps in
+    `cache`. Raises `SettingsError` with the remedy when the backend was asked for by name and does not work.
+    """
+    kernels, reason = _choose(pipeline, backend, device, cache)
+    for module, shape in attentions(pipeline):
+        module.set_processor(Processor(kernels[shape]))
+    names = sorted({_name(kernel) for kernel in kernels.values()})
+    return Choice("attention", backend if backend != "auto" else " and ".join(names), reason)
+
+
+def probe(device: torch.device) -> dict[str, str]:
+    """Each backend with what keeps it from working on `device`; empty: it works."""
+    problem = _NO_CPU_OPERATOR
+    if device.type != "cpu":
+        # The widest attention of Stable Diffusion 1.x that is not the VAE's.
+        _, problem = _probe([Shape(64, 64, heads=8, head_width=160, dtype=torch.float16)], device)
+    return {"naive": "", "sdpa": "", "xformers": problem}
+
+
+def _choose(
+    pipeline: Any, backend: Backend, device: torch.device, cache: Path
+) -> tuple[dict[Shape, Kernel], str]:
+    shapes = Counter(shape for _, shape in attentions(pipeline))
+    if backend == "naive":
+        return dict.fromkeys(shapes, naive), "asked for; the baseline of 2022, with N x N matrices in memory"
+    if backend == "sdpa":
+        return dict.fromkeys(shapes, sdpa), "asked for"
+    if device.type == "cpu":
+        if backend == "xformers":
+            raise SettingsError(
+                f"The attention backend xformers is asked for, but it {_NO_CPU_OPERATOR}: set "
+                "SMALLCAT_ATTENTION=sdpa and leave USE_MEMORY_EFFICIENT_ATTENTION out."
+            )
+        return dict.fromkeys(shapes, sdpa), f"xformers {_NO_CPU_OPERATOR}"
+    kernels, refused = _probe(shapes, device)
+    if backend == "xformers":
+        if not any(kernel is not sdpa for kernel in kernels.values()):
+            raise SettingsError(
+                f"The attention backend xformers is asked for, but does not work ({refused}): {_REMEDY}."
+            )
+        return kernels, "asked for" + (f"; sdpa where it refuses: {refused}" if refused else "")
+    if all(kernel is sdpa for kernel in kernels.values()):
+        return kernels, f"xformers does not work: {refused}"
+    return _fastest(kernels, device, cache)
+
+
+def _fastest(
+    kernels: dict[Shape, Kernel], device: torch.device, cache: Path
+) -> tuple[dict[Shape, Kernel], str]:
+    """The faster of sdpa and `kernels` for each shape, and the table that says so."""
+    known = _Measured(cache, device)
+    chosen: dict[Shape, Kernel] = {}
+    table = []
+    for shape, kernel in kernels.items():
+        times = {"sdpa": math.inf, "xformers": math.inf} | known.of(shape)
+        for name, each in (("sdpa", sdpa), ("xformers", kernel)):
+            if times[name] == math.inf and (name == "sdpa" or kernel is not sdpa):
+                times[name] = _time(each, shape, device)
+        known.keep(shape, times)
+        chosen[shape] = kernel if times["xformers"] < times["sdpa"] else sdpa
+        table.append(f"{shape}: " + " ".join(f"{name} {time:.3f}" for name, time in times.items()))
+    known.save()
+    return chosen, f"the fastest for each shape, ms for {TIMED_ROWS} rows: {'; '.join(table)}"
+
+
+class _Measured:
+    """Milliseconds by shape and backend, kept for the next start on the same GPU with the same libraries."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._path = path
+        xformers = (f"{name} {version}" for name, version in versions(["xformers"]).items())
+        self._place = " ".join([torch.cuda.get_device_name(device), torch.__version__, *xformers])
+        self._all: dict[str, dict[str, dict[str, float]]] = {}
+        # A cache that cannot be read is as good as none, and is written anew.
+        with contextlib.suppress(OSError, ValueError):
+            self._all = dict(json.loads(path.read_text("utf-8")))
+
+    def of(self, shape: Shape) -> dict[str, float]:
+        """What is known of `shape`."""
+        return self._all.get(self._place, {}).get(str(shape), {})
+
+    def keep(self, shape: Shape, times: dict[str, float]) -> None:
+        """Remember the times that are finite."""
+        finite = {name: time for name, time in times.items() if math.isfinite(time)}
+        self._all.setdefault(self._place, {})[str(shape)] = finite
+
+    def save(self) -> None:
+        """Write the file; where that cannot be done, the next start measures again."""
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            beside = self._path.with_suffix(f".{os.getpid()}")
+            beside.write_text(json.dumps(self._all, indent=1), "utf-8")
+            beside.replace(self._path)
+
+
+def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:
+    """xformers for each shape that it computes rightly, sdpa for the others, with the first reason why."""
+    try:
+        kernel = load_xformers()
+    except Exception as error:  # noqa: BLE001 - any reason not to load is one, and is told
+        return dict.fromkeys(shapes, sdpa), f"it does not load: {first_line(error)}"
+    kernels: dict[Shape, Kernel] = {}
+    refused = ""
+    for shape in shapes:
+        try:
+            drawn = shape.draw(1, device)
+            scale = shape.head_width**-0.5
+            wrong = (kernel(*drawn, scale).float() - sdpa(*drawn, scale).float()).abs().max().item()
+            if not wrong < _TOLERANCE:
+                raise RuntimeError(f"its result is off by {wrong:.2g}")
+            kernels[shape] = kernel
+        except Exception as error:  # noqa: BLE001 - likewise
+            kernels[shape] = sdpa
+            refused = refused or f"heads of {shape.head_width} in {shape.dtype}: {first_line(error)}"
+    return kernels, refused
+
+
+def _time(kernel: Kernel, shape: Shape, device: torch.device) -> float:
+    """Milliseconds of one attention of `TIMED_ROWS` rows: the fastest burst, for others may use the GPU."""
+    drawn = shape.draw(TIMED_ROWS, device)
+    scale = shape.head_width**-0.5
+    event: Any = torch.cuda.Event
+    times = []
+    for _ in range(_BURSTS):
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        for _ in range(_BURST):
+            kernel(*drawn, scale)
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) / _BURST)
+    # The first ones load and choose kernels.
+    return min(times)
+
+
+def attentions(pipeline: Any) -> Iterator[tuple[Any, Shape]]:
+    """Each attention of the UNet, in its order, and of the VAE, with its shape at the default size.
+
+    Raises `SettingsError` for attention of another kind than Stable Diffusion's.
+    """
+    unet, vae = pipeline.unet, pipeline.vae
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    text = pipeline.tokenizer.model_max_length
+    lowest = len(unet.down_blocks) - 1
+    levels = [(block, level) for level, block in enumerate(unet.down_blocks)]
+    levels += [(unet.mid_block, lowest)]
+    levels += [(block, lowest - level) for level, block in enumerate(unet.up_blocks)]
+    places = [(block, -(-height // 2**level) * -(-width // 2**level)) for block, level in levels]
+    places += [(vae, height * width)]
+    for place, tokens in places:
+        for module in place.modules() if place is not None else ():
+            if isinstance(module, _attention_class()):
+                yield module, _shape(module, tokens, text)
+
+
+def _shape(module: Any, tokens: int, text: int) -> Shape:
+    unknown = (
+        module.added_kv_proj_dim is not None
+        or any((module.norm_q, module.norm_k, module.norm_cross, module.spatial_norm))
+        or module.fused_projections
+        or module.inner_kv_dim != module.inner_dim
+    )
+    if unknown:
+        raise SettingsError(
+            "The model has attention of another kind than Stable Diffusion's: use another model."
+        )
+    return Shape(
+        query_tokens=tokens,
+        key_tokens=text if module.is_cross_attention else tokens,
+        heads=module.heads,
+        head_width=module.inner_dim // module.heads,
+        dtype=module.to_q.weight.dtype,
+    )
+
+
+def _attention_class() -> type[torch.nn.Module]:
+    # Not at the top: the first import of diffusers' models must come after xformers is hidden from them.
+    from diffusers.models import attention_processor
+
+    attention: type[torch.nn.Module] = attention_processor.Attention
+    return attention
+
+
+def _name(kernel: Kernel) -> str:
+    names: dict[Kernel, str] = {naive: "naive", sdpa: "sdpa"}
+    return names.get(kernel, "xformers")

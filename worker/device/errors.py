@@ -1,0 +1,38 @@
+"""The one place where torch's errors become ours."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+
+import torch
+
+from worker.contract.errors import DeviceError, OutOfMemoryError, RenderError, SmallcatError, first_line
+
+
+@contextlib.contextmanager
+def mapped(doing: str) -> Iterator[None]:
+    """Raise `OutOfMemoryError`, `DeviceError` or `RenderError` for what torch raises while `doing`."""
+    try:
+        yield
+    except SmallcatError:
+        raise
+    except Exception as error:
+        # The frames of the failed forward hold its tensors for as long as somebody holds the error, and the
+        # engine tries again with fewer rows while it does.
+        traceback.clear_frames(error.__traceback__)
+        if is_out_of_memory(error):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise OutOfMemoryError(f"Out of memory while trying to {doing}: {first_line(error)}") from error
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceError(f"The device failed to {doing}: {first_line(error)}") from error
+        raise RenderError(f"The model failed to {doing}: {first_line(error)}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for it on a GPU; on a CPU the text tells."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -1,0 +1,1 @@
+"""The way of one job through a worker: `handler` is the door."""

@@ -1,0 +1,1 @@
+"""From files to a pipeline on a device: `loader` is the door."""

@@ -1,0 +1,297 @@
+"""The files behind `SMALLCAT_MODEL`: a hub id, a folder or one .safetensors file. No torch here.
+
+They are found or fetched, checked before anything of them is loaded (safetensors alone, no code, a pipeline
+that is served), and hashed into a revision, so that other files never answer for the same job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from worker.contract.errors import SettingsError
+from worker.contract.settings import WorkerSettings
+from worker.model import index as model_index
+
+#: Beside it: what the model's maker recommends, `{"steps": 8, "guidance_scale": 2.0}`.
+RECOMMENDED = "smallcat.json"
+_CHECKER = "safety_checker"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files on this machine, checked."""
+
+    #: The folder with model_index.json, or the single file.
+    path: Path
+    #: `path` is one .safetensors file.
+    single_file: bool
+    #: What `SMALLCAT_MODEL` said, for people.
+    source: str
+    #: The model's name unless the settings give it another.
+    name: str
+    #: The hub's commit, or 16 hexadecimal digits over the files.
+    revision: str
+    #: One of `model_index.PIPELINES`.
+    pipeline_class: str
+    #: Variant of the weights' files, "fp16" or None.
+    variant: str | None
+    #: Why these weights.
+    reason: str
+    #: The model ships a safety checker, used or not.
+    ships_checker: bool
+    #: Component to the number of values in the weights that will be loaded for it; empty for a single file.
+    values: Mapping[str, int]
+
+
+def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
+    """The files of the model that the settings name, fetched from the hub where need be.
+
+    `half`: prefer fp16 weights. Raises `SettingsError` for whatever is missing, out of reach or not served.
+    """
+    path = Path(settings.model).expanduser() if settings.model else _bundled()
+    source = settings.model or "bundled with smallcat"
+    if path.suffix.lower() in model_index.PICKLED:
+        raise SettingsError(f"SMALLCAT_MODEL is {source}: {model_index.PICKLE_REASON}.")
+    is_here = path.exists()
+    if is_here and settings.model_revision:
+        raise SettingsError(
+            f"SMALLCAT_MODEL_REVISION is {settings.model_revision}, but SMALLCAT_MODEL is {source}, which is "
+            "no hub id: leave the revision out."
+        )
+    if settings.model_config_dir and not path.is_file():
+        raise SettingsError(
+            f"SMALLCAT_MODEL_CONFIG_DIR is set, but SMALLCAT_MODEL is {source}, which is no single file: "
+            "leave the folder of configs out."
+        )
+    if path.is_file():
+        return _single_file(path, source, settings)
+    if is_here:
+        name = path.resolve().name if settings.model else "smallcat-demo"
+        return _folder(path, source, name, None, half=half, checked=settings.safety_checker)
+    if not _HUB_ID.fullmatch(source) or source.startswith("."):
+        raise SettingsError(
+            f"SMALLCAT_MODEL is {source}, where there is nothing: use a hub id (owner/name), a folder with "
+            f"{model_index.INDEX}, or a .safetensors file."
+        )
+    folder = _from_hub(source, settings.model_revision, half=half, checked=settings.safety_checker)
+    return _folder(folder, source, source, folder.name, half=half, checked=settings.safety_checker)
+
+
+def _bundled() -> Path:
+    """The folder of the model that comes with smallcat."""
+    demo = Path(__file__).parents[1] / "demo"
+    for folder in (demo, demo / "model"):
+        if (folder / model_index.INDEX).is_file():
+            return folder
+    raise SettingsError(
+        "No model is bundled with this installation: set SMALLCAT_MODEL to a hub id, a folder or a "
+        ".safetensors file."
+    )
+
+
+# --- a folder -----------------------------------------------------------------------------------------------
+
+
+def _folder(
+    path: Path, source: str, name: str, revision: str | None, *, half: bool, checked: bool
+) -> ModelFiles:
+    index = model_index.read_index(path, source)
+    ships_checker = _CHECKER in model_index.components(index)
+    if not checked:
+        index.pop(_CHECKER, None)
+    names = _names(path)
+    variant, reason = model_index.choose_variant(index, names, source, half=half)
+    model_index.refuse_incomplete(index, names, source)
+    files = {name: path / name for name in model_index.wanted(index, names)}
+    headers = {name: read_header(file) for name, file in files.items() if file.suffix == ".safetensors"}
+    values = {
+        component: sum(math.prod(tensor["shape"]) for name in found for tensor in headers[name].values())
+        for component, found in model_index.loaded(index, names, variant).items()
+    }
+    return ModelFiles(
+        path=path,
+        single_file=False,
+        source=source,
+        name=name,
+        revision=revision or digest(files),
+        pipeline_class=index["_class_name"],
+        variant=variant,
+        reason=reason,
+        ships_checker=ships_checker,
+        values=values,
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
+# --- the hub ------------------------------------------------------------------------------------------------
+
+
+def _from_hub(repo: str, revision: str, *, half: bool, checked: bool) -> Path:
+    """The folder in the hub's cache that holds `repo`, named by its commit; fetched unless it is there.
+
+    Where the hub is out of reach, what the cache holds is used.
+    """
+    try:
+        return _fetch(repo, revision or None, half=half, checked=checked)
+    except hub_errors.GatedRepoError:
+        raise SettingsError(
+            f"The model {repo} is gated: accept its licence on the hub and set HF_TOKEN to your token."
+        ) from None
+    except hub_errors.RevisionNotFoundError:
+        raise SettingsError(
+            f"The model {repo} has no revision {revision}: correct SMALLCAT_MODEL_REVISION."
+        ) from None
+    except hub_errors.RepositoryNotFoundError:
+        raise SettingsError(
+            f"SMALLCAT_MODEL is {repo}, which is neither a folder here nor a public model on the hub: "
+            "correct it, or set HF_TOKEN for a private model."
+        ) from None
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
+        raise SettingsError(
+            f"SMALLCAT_MODEL is {repo}, which is no folder here, and the hub is out of reach: get on the "
+            "network once to fetch it, or set SMALLCAT_MODEL to a folder."
+        ) from error
+    except (hub_errors.EntryNotFoundError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), "")[:200]
+        raise SettingsError(
+            f"The model {repo} cannot be fetched as a diffusers pipeline ({first_line}): use one with a "
+            f"{model_index.INDEX}."
+        ) from error
+
+
+def _fetch(repo: str, revision: str | None, *, half: bool, checked: bool) -> Path:
+    folder = Path(huggingface_hub.hf_hub_download(repo, model_index.INDEX, revision=revision)).parent
+    index = model_index.read_index(folder, repo)
+    if not checked:
+        index.pop(_CHECKER, None)
+    try:
+        names = huggingface_hub.list_repo_files(repo, revision=folder.name)
+    except Exception:  # noqa: BLE001 - out of reach, which has other classes in other versions
+        return folder  # What is missing from the cache is found, and named, when the folder is checked.
+    variant, _ = model_index.choose_variant(index, names, repo, half=half)
+    loaded = {name for files in model_index.loaded(index, names, variant).values() for name in files}
+    patterns = [
+        name
+        for name in model_index.wanted(index, names)
+        if name in loaded or not name.endswith(".safetensors")
+    ]
+    return Path(
+        huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=[*patterns, RECOMMENDED])
+    )
+
+
+# --- a single file ------------------------------------------------------------------------------------------
+
+
+def _single_file(path: Path, source: str, settings: WorkerSettings) -> ModelFiles:
+    if path.suffix.lower() != ".safetensors":
+        raise SettingsError(f"SMALLCAT_MODEL is {source}: use a hub id, a folder or a .safetensors file.")
+    kind = original_kind(read_header(path), source)
+    files = {"": path}
+    if settings.model_config_dir:
+        configs = Path(settings.model_config_dir).expanduser()
+        index = model_index.read_index(configs, f"in SMALLCAT_MODEL_CONFIG_DIR={configs}")
+        if ("XL" in kind) != ("XL" in index["_class_name"]):
+            raise SettingsError(
+                f"The file {source} is for a {kind}, but SMALLCAT_MODEL_CONFIG_DIR={configs} has the configs "
+                f"of a {index['_class_name']}: set it to a folder that fits."
+            )
+        index.pop(_CHECKER, None)  # A single file has none.
+        names = _names(configs)
+        model_index.refuse_incomplete(index, names, f"in SMALLCAT_MODEL_CONFIG_DIR={configs}")
+        kind = index["_class_name"]
+        files |= {
+            name: configs / name
+            for name in model_index.wanted(index, names)
+            if not name.endswith(".safetensors")
+        }
+    return ModelFiles(
+        path=path,
+        single_file=True,
+        source=source,
+        name=path.stem,
+        revision=digest(files),
+        pipeline_class=kind,
+        variant=None,
+        reason="a single file",
+        ships_checker=False,
+        values={},
+    )
+
+
+def original_kind(keys: Iterable[str], source: str) -> str:
+    """The pipeline for a checkpoint in Stable Diffusion's original layout, by the names of its tensors."""
+    parts = {key.split(".", 1)[0] for key in keys}
+    if {"model", "first_stage_model", "conditioner"} <= parts:
+        return "StableDiffusionXLPipeline"
+    if {"model", "first_stage_model", "cond_stage_model"} <= parts:
+        return "StableDiffusionPipeline"
+    raise SettingsError(
+        f"The file {source} is no whole Stable Diffusion checkpoint (UNet, VAE and text encoder): use one, "
+        "or a folder that diffusers saved a pipeline to."
+    )
+
+
+# --- bytes --------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The tensors that a .safetensors file declares, by name.
+
+    Only the header is read: 8 bytes of length, JSON, then the data (the format of huggingface/safetensors).
+    Raises `SettingsError` when the file is truncated, or something else under that name.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        # A zip archive is what torch.save writes; the others begin a bare pickle of protocol 2 to 5.
+        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+            raise SettingsError(
+                f"{path} holds a pickle under a .safetensors name: {model_index.PICKLE_REASON}."
+            )
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise SettingsError(
+                f"{path} is truncated or no safetensors file ({size:,} bytes): get it again, with git-lfs "
+                "where it came from a git clone."
+            )
+        text = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise SettingsError(f"{path} is no safetensors file: get it again.") from None
+    if 8 + length + end != size:
+        raise SettingsError(f"{path} is truncated: {size:,} bytes of {8 + length + end:,}; get it again.")
+    return header
+
+
+def digest(files: Mapping[str, Path]) -> str:
+    """16 hexadecimal digits: SHA-256 over the names and the files' contents, in the names' order."""
+
+    def one(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    names = sorted(files)
+    # Hashing gives up the interpreter's lock: a model of several large files takes a fraction of the time.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        sums = list(pool.map(one, (files[name] for name in names)))
+    return hashlib.sha256(json.dumps([names, sums]).encode()).hexdigest()[:16]

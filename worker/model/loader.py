@@ -1,0 +1,237 @@
+"""A diffusers pipeline from `SMALLCAT_MODEL`: found, checked, hashed and loaded, without running code of it.
+
+Served are the text-to-image pipelines of the Stable Diffusion UNet family (1.x, 2.x, XL and their latent
+consistency models), from safetensors alone. Whatever cannot be served is a `SettingsError` of one sentence.
+Each `choose_...` returns its choice with the reason, for the log.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from worker.contract.errors import SettingsError, first_line
+from worker.contract.job import (
+    DEFAULT_MODEL,
+    MAX_GUIDANCE,
+    MAX_MODEL,
+    MAX_SIZE,
+    MAX_STEPS,
+    MIN_SIZE,
+    SIZE_STEP,
+    Defaults,
+    ServedModel,
+)
+from worker.contract.settings import WorkerSettings
+from worker.model import files as model_files
+from worker.model.placement import (
+    Choice,
+    choose_device,
+    choose_dtype,
+    choose_safety_checker,
+    device_name,
+    take_gpu,
+)
+
+#: Steps and guidance where neither the settings nor the model say.
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 30, 7.5
+#: What diffusers' own call uses for a latent consistency model, which more steps make no better.
+LCM_STEPS, LCM_GUIDANCE = 4, 8.5
+
+
+class Recommended(BaseModel):
+    """What a model's maker recommends for jobs that do not say, from `smallcat.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Denoising steps, 1 to 150.
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    #: Classifier-free guidance, 0 to 30; 1 and below is none.
+    guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline on its device, ready to run, and what there is to say about it."""
+
+    pipeline: Any
+    served: ServedModel
+    device: torch.device
+    dtype: torch.dtype
+    choices: tuple[Choice, ...]
+
+
+def load(settings: WorkerSettings) -> Loaded:
+    """The pipeline that the settings name, on its device, in evaluation mode.
+
+    Raises `SettingsError` when the model is missing, out of reach, truncated, pickled or of another kind,
+    or when the device or dtype asked for is not to be had.
+    """
+    device, device_reason = choose_device(settings.device)
+    if device.type == "cuda":
+        device, device_reason = take_gpu()
+    dtype, dtype_reason = choose_dtype(settings.dtype, device)
+    files = model_files.find(settings, half=dtype == torch.float16)
+    _quieten()
+    pipeline = _load(files, settings, dtype)
+    _check(pipeline, files)
+    layout = _place(pipeline, device, compiled=settings.compile)
+    served = ServedModel(
+        name=_name(settings, files),
+        revision=_revision(files, settings),
+        defaults=_defaults(pipeline, files, settings),
+    )
+    choices = (
+        Choice("device", device_name(device), device_reason),
+        Choice("dtype", str(dtype).removeprefix("torch."), dtype_reason),
+        Choice(
+            "model",
+            f"{served.name} at {served.revision}",
+            f"{type(pipeline).__name__}, {files.source}: {files.reason}",
+        ),
+        Choice("safety checker", *choose_safety_checker(settings, ships_one=files.ships_checker)),
+        Choice("memory layout", *layout),
+    )
+    return Loaded(pipeline, served, device, dtype, choices)
+
+
+def _quieten() -> None:
+    """Let the libraries say errors alone: what else matters is a choice here, or a render's warning.
+
+    Their warnings would also put prompts into the log.
+    """
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        logging: Any = library
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.dtype) -> Any:
+    kind = getattr(diffusers, files.pipeline_class)
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if "XL" in files.pipeline_class:
+        # A watermark changes pixels, and diffusers' default depends on what happens to be installed.
+        options["add_watermarker"] = False
+    elif not (files.ships_checker and settings.safety_checker):
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        if files.single_file:
+            configs = settings.model_config_dir
+            return kind.from_single_file(
+                str(files.path), config=configs or None, **options | {"local_files_only": bool(configs)}
+            )
+        return kind.from_pretrained(files.path, variant=files.variant, use_safetensors=True, **options)
+    except Exception as error:
+        remedy = (
+            "set SMALLCAT_MODEL_CONFIG_DIR to a folder with its components' configs"
+            if files.single_file and not settings.model_config_dir
+            else "get its files again"
+        )
+        raise SettingsError(
+            f"The model {files.source} does not load ({first_line(error)}): {remedy}."
+        ) from error
+
+
+def _check(pipeline: Any, files: model_files.ModelFiles) -> None:
+    """Refuse what loads, but is no text-to-image model or not whole."""
+    source, kind = files.source, type(pipeline.unet)
+    if not issubclass(kind, diffusers.UNet2DConditionModel):
+        raise SettingsError(f"The model {source} has a {kind.__name__}: use one with a UNet2DConditionModel.")
+    takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes != has:
+        raise SettingsError(
+            f"The model {source} has a UNet of {takes} input channels and a VAE of {has}: inpainting and "
+            "image-to-image models are not served, use a text-to-image one."
+        )
+    for name, component in pipeline.components.items():
+        if not isinstance(component, torch.nn.Module):
+            continue
+        weights = list(component.parameters())
+        needed = sum(weight.numel() for weight in weights)
+        # The libraries leave a tensor that is missing from the files empty or random, and only warn.
+        if any(weight.is_meta for weight in weights) or files.values.get(name, needed) < needed:
+            raise SettingsError(
+                f"The {name} of {source} has {files.values.get(name, 0):,} weights of {needed:,}: get its "
+                "files again."
+            )
+
+
+def _place(pipeline: Any, device: torch.device, *, compiled: bool) -> tuple[str, str]:
+    """Move all to the device, ready for inference. Returns the memory layout chosen, and why."""
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    vae = pipeline.vae
+    is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+    if is_xl and vae.config.force_upcast and vae.dtype == torch.float16:
+        # SDXL's VAE overflows in fp16: diffusers raises it to fp32 for each decode, here it stays there.
+        vae.to(torch.float32)
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    if device.type == "cuda" and not compiled:
+        return "contiguous", "channels_last pays on a GPU only where the UNet is compiled"
+    pipeline.unet.to(memory_format=torch.channels_last)
+    vae.to(memory_format=torch.channels_last)
+    if device.type == "cuda":
+        return "channels_last", "what the tensor cores take, and compiled code converts nothing"
+    return "channels_last", "convolutions take up to a third less time on a CPU"
+
+
+def _name(settings: WorkerSettings, files: model_files.ModelFiles) -> str:
+    name = settings.model_name or files.name
+    if name == DEFAULT_MODEL or len(name) > MAX_MODEL or not name.isprintable():
+        raise SettingsError(
+            f'The model\'s name is "{name[:60]}", which jobs cannot ask for: set SMALLCAT_MODEL_NAME to '
+            f"another, up to {MAX_MODEL} printable characters."
+        )
+    return name
+
+
+def _revision(files: model_files.ModelFiles, settings: WorkerSettings) -> str:
+    """The files' revision. Without its safety checker, a model gives other pictures."""
+    if files.ships_checker and not settings.safety_checker:
+        return f"{files.revision}-unchecked"
+    return files.revision
+
+
+def _defaults(pipeline: Any, files: model_files.ModelFiles, settings: WorkerSettings) -> Defaults:
+    """What jobs that do not say get: the settings, else the model's own, else 30 steps and guidance 7.5."""
+    recommended = _recommended(files)
+    is_lcm = isinstance(pipeline, diffusers.LatentConsistencyModelPipeline)
+    steps = (settings.default_steps, recommended.steps, LCM_STEPS if is_lcm else DEFAULT_STEPS)
+    guidance = (
+        settings.default_guidance_scale,
+        recommended.guidance_scale,
+        LCM_GUIDANCE if is_lcm else DEFAULT_GUIDANCE,
+    )
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return Defaults(
+        width=_pixels(width * pipeline.vae_scale_factor),
+        height=_pixels(height * pipeline.vae_scale_factor),
+        steps=next(value for value in steps if value is not None),
+        guidance_scale=next(value for value in guidance if value is not None),
+    )
+
+
+def _recommended(files: model_files.ModelFiles) -> Recommended:
+    path = files.path / model_files.RECOMMENDED
+    if files.single_file or not path.is_file():
+        return Recommended()
+    try:
+        return Recommended.model_validate(json.loads(path.read_text("utf-8")))
+    except (ValidationError, ValueError) as error:
+        raise SettingsError(
+            f'{path} must be like {{"steps": 8, "guidance_scale": 2.0}} and nothing else: {error}'
+        ) from None
+
+
+def _pixels(side: int) -> int:
+    """The nearest side that a job may have."""
+    return max(MIN_SIZE, min(MAX_SIZE, side // SIZE_STEP * SIZE_STEP))

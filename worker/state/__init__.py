@@ -1,0 +1,1 @@
+"""Jobs and workers in Redis: `records` and `fleet` are the doors, `redis_client` the connection."""

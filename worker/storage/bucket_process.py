@@ -1,0 +1,105 @@
+"""The bucket, asked by a process of its own.
+
+A picture's three requests are more than half of all the Python that a worker runs for it. One thread of a
+process runs Python at a time, so where jobs have few steps, the one that feeds the GPU would wait for those
+that upload. Here a request costs the worker one message there and one back (docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import secrets
+import signal
+import sys
+import threading
+from multiprocessing.managers import BaseManager
+from typing import Any, cast
+
+from worker.contract.errors import StorageError
+from worker.contract.job import ImageFormat
+from worker.storage.bucket import Storage
+
+
+class _Manager(BaseManager):
+    """The process. It has a thread for each one that asks."""
+
+
+_Manager.register("storage", Storage, exposed=("find", "put"))
+
+
+class BucketProcess(Storage):
+    """A `Storage` whose `find` and `put` are another process' work. Thread-safe; raises as `Storage` does.
+
+    The process ends with this one, however this one ends. Where it ends by itself, those who wait for it get
+    a `StorageError`, and the next request starts another one.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
+        super().__init__(bucket, prefix, connections=connections, attempts=attempts)
+        self._starting = threading.Lock()
+        #: A proxy, by which each thread has a connection of its own.
+        self._remote: Any = None
+
+    def start(self) -> None:
+        """Begin to start the process, which takes a second: the first request need not wait for it then."""
+
+        def begin() -> None:
+            # Whoever asks next is told.
+            with contextlib.suppress(EOFError, OSError):
+                self._started()
+
+        threading.Thread(target=begin, name="storage", daemon=True).start()
+
+    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
+        """As `Storage.find`."""
+        return cast("bytes | None", self._ask("find", job_id, image_format))
+
+    def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
+        """As `Storage.put`."""
+        self._ask("put", job_id, image_format, picture, record, mime)
+
+    def _ask(self, method: str, *arguments: object) -> object:
+        remote = None
+        try:
+            remote = self._started()
+            return remote._callmethod(method, arguments)
+        except (EOFError, OSError) as error:
+            with self._starting:
+                if self._remote is remote:
+                    self._remote = None
+            ended = f"The process that asks the bucket has ended ({error!r})"
+            raise StorageError(f"{ended}: the next request starts another one.") from error
+
+    def _started(self) -> Any:
+        with self._starting:
+            if self._remote is None:
+                manager = _Manager(_address(), ctx=multiprocessing.get_context("spawn"))
+                manager.start(_end_with_parent)
+                self._remote = cast("Any", manager).storage(
+                    self.bucket,
+                    self._prefix.removesuffix("/"),
+                    connections=self._connections,
+                    attempts=self._attempts,
+                )
+            return self._remote
+
+
+def _address() -> str | None:
+    """Where it listens: on Linux, by a name that is no file, so that a process that is killed leaves none."""
+    return f"\0smallcat-storage-{secrets.token_hex(8)}" if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Let this process live as long as its parent: no signal to the group of both ends it before."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101 - it was spawned
+
+    def wait() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
