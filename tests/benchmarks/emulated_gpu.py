@@ -13,7 +13,7 @@ import torch
 from tests.faults.runner import FaultRunner
 from worker.contract.errors import SmallcatError
 from worker.contract.job import Job
-from worker.device.job_state import Check, Render, batch_of
+from worker.device.job_state import Check, JobState, batch_of
 from worker.device.samplers import SLOTS, Schedule
 from worker.device.text_encoder import Text
 from worker.engine.runner import Picture
@@ -84,7 +84,7 @@ class EmulatedRunner(FaultRunner):
         #: The last step of each render on board.
         self._steps: dict[int, threading.Event] = {}
 
-    def prepare(self, job: Job) -> Render:  # type: ignore[override]
+    def prepare(self, job: Job) -> JobState:  # type: ignore[override]
         steps = job.steps or 1
         schedule = Schedule(
             tuple(map(float, range(steps))),
@@ -95,9 +95,9 @@ class EmulatedRunner(FaultRunner):
         )
         generator = torch.Generator("cpu").manual_seed(job.seed)
         noise = torch.randn((1, *LATENTS), generator=generator)[0] * schedule.noise_scale
-        return Render(job, self._text, {}, schedule, None, generator, noise)
+        return JobState(job, self._text, {}, schedule, None, generator, noise)
 
-    def step(self, renders: Sequence[Render]) -> list[SmallcatError | None]:  # type: ignore[override]
+    def step(self, renders: Sequence[JobState]) -> list[SmallcatError | None]:  # type: ignore[override]
         batch = batch_of(renders)
         room = batch.room_for(len(renders), len(renders))
         for into, value in zip(room.tensors(), batch.tensors(), strict=True):
@@ -113,14 +113,14 @@ class EmulatedRunner(FaultRunner):
             render.outcome(check, place, states[place], predictions[place])
         return [None] * len(renders)
 
-    def decode(self, renders: Sequence[Render]) -> Iterator[Picture | SmallcatError]:  # type: ignore[override]
+    def decode(self, renders: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:  # type: ignore[override]
         for render in renders:
             self._steps.pop(id(render)).wait()
             render.failure()
         chunks = [renders[start : start + CHUNK] for start in range(0, len(renders), CHUNK)]
         return self._pictures([self._chunk(chunk) for chunk in chunks])
 
-    def _chunk(self, renders: Sequence[Render]) -> tuple[torch.Tensor, threading.Event]:
+    def _chunk(self, renders: Sequence[JobState]) -> tuple[torch.Tensor, threading.Event]:
         latents = torch.cat([render.latents for render in renders]) / 2
         pixels = latents.new_zeros((len(latents), 8, 8, 3), dtype=torch.uint8)
         return pixels, self._device.set_off(1, cost_s(DECODE_MS, len(renders)))

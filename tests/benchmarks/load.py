@@ -42,7 +42,7 @@ from tests.benchmarks.simulation import Arrival, Finished, Point, arrivals, runs
 from worker.contract.errors import SmallcatError
 from worker.contract.job import Job, Scheduler
 from worker.contract.settings import WorkerSettings, worker_settings
-from worker.device.job_state import Render
+from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
 from worker.engine.batcher import Batcher
 from worker.engine.engine import Engine
@@ -100,7 +100,7 @@ def measure(runner: ModelRunner) -> Device:
     return Device(tuple(steps), tuple(decoding), ROWS * seats)
 
 
-def _decode(runner: ModelRunner, renders: Sequence[Render]) -> None:
+def _decode(runner: ModelRunner, renders: Sequence[JobState]) -> None:
     for picture in runner.decode(renders):
         if isinstance(picture, SmallcatError):
             raise picture

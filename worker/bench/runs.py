@@ -13,7 +13,7 @@ from worker.bench.report import Cat, Rate, Setup, images_per_s
 from worker.contract.errors import OutOfMemoryError, SettingsError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device.job_state import Render
+from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
 
 #: The origin's prompt.
@@ -123,12 +123,12 @@ class Bench:
         self._decode([render])
         return time.perf_counter() - started_s
 
-    def _step(self, renders: Sequence[Render]) -> None:
+    def _step(self, renders: Sequence[JobState]) -> None:
         for failure in self._runner.step(renders):
             if failure is not None:
                 raise failure
 
-    def _decode(self, renders: Sequence[Render]) -> None:
+    def _decode(self, renders: Sequence[JobState]) -> None:
         for picture in self._runner.decode(renders):
             if isinstance(picture, SmallcatError):
                 raise picture

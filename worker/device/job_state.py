@@ -39,7 +39,7 @@ class Check:
         return self._arrival.wait()[0].tolist()
 
 
-class Render:
+class JobState:
     """One job on board. Made by `ModelRunner.prepare`, changed by `ModelRunner.step` alone."""
 
     def __init__(
@@ -188,7 +188,7 @@ class Render:
         return rows[-self.rows :]
 
 
-def batch_of(renders: Sequence[Render]) -> Batch:
+def batch_of(renders: Sequence[JobState]) -> Batch:
     """The next step of `renders`, of one lane and none of them done, as tensors on their device."""
     device = renders[0]._state.device
     for render in renders:
@@ -224,7 +224,7 @@ def batch_of(renders: Sequence[Render]) -> Batch:
     )
 
 
-def _noise_of(renders: Sequence[Render], device: torch.device) -> torch.Tensor:
+def _noise_of(renders: Sequence[JobState], device: torch.device) -> torch.Tensor:
     """(jobs, channels, height, width): what the steps draw, zeros where they draw none."""
     drawn = [render._fresh_noise() for render in renders]
     shape = renders[0]._state.shape[1:]

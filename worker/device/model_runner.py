@@ -26,7 +26,7 @@ from worker.device import attention, unet_patches
 from worker.device.compiler import Compiler, keep_kernels_in
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
 from worker.device.errors import mapped
-from worker.device.job_state import Check, Render, batch_of
+from worker.device.job_state import Check, JobState, batch_of
 from worker.device.samplers import Samplers
 from worker.device.step import Step, denoise
 from worker.device.text_encoder import Text, TextEncoder
@@ -193,7 +193,7 @@ class ModelRunner:
                 break
         return curve
 
-    def _seconds_of(self, renders: Sequence[Render]) -> float:
+    def _seconds_of(self, renders: Sequence[JobState]) -> float:
         started_s = time.perf_counter()
         for step in self._run(self._groups(renders)):
             step.finite.tolist()
@@ -224,7 +224,7 @@ class ModelRunner:
         return self._cost.seconds(rows, _area(lane))
 
     @torch.no_grad()
-    def prepare(self, job: Job) -> Render:
+    def prepare(self, job: Job) -> JobState:
         """`job` with its text encoded, its noise drawn and its schedule made, ready for its first step.
 
         Raises `InvalidJobError` for what the model cannot do, `RenderError` when the text encoder fails, and
@@ -250,7 +250,7 @@ class ModelRunner:
         with mapped("encode the prompt"), self._own_stream():
             text = self._texts.encode(job.prompt, job.negative_prompt, guided=guided)
             conditions = self._conditions(job, text)
-            return Render(job, text, conditions, schedule, sampler, generator, noise.to(self._device))
+            return JobState(job, text, conditions, schedule, sampler, generator, noise.to(self._device))
 
     def _own_stream(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU: a stream beside that of the steps, and before it where both want the same."""
@@ -278,7 +278,7 @@ class ModelRunner:
         return conditions
 
     @torch.no_grad()
-    def step(self, renders: Sequence[Render]) -> list[SmallcatError | None]:
+    def step(self, renders: Sequence[JobState]) -> list[SmallcatError | None]:
         """One denoising step for `renders`, of one lane and none of them done, in one forward of the UNet.
 
         Returns each one's outcome: None when it is a step further, else its error; then it is as it was. A
@@ -299,7 +299,7 @@ class ModelRunner:
                 ]
         return outcomes
 
-    def _run(self, groups: Sequence[Sequence[Render]]) -> list[Step]:
+    def _run(self, groups: Sequence[Sequence[JobState]]) -> list[Step]:
         """The step of each group, set off."""
         batches = [batch_of(group) for group in groups]
         lane = groups[0][0].lane
@@ -307,18 +307,18 @@ class ModelRunner:
             return steps
         return [Step(*denoise(self._pipeline.unet, batch)) for batch in batches]
 
-    def _groups(self, renders: Sequence[Render]) -> list[list[Render]]:
+    def _groups(self, renders: Sequence[JobState]) -> list[list[JobState]]:
         """Who is in one forward together: all, as far as a bucket takes them; in exact mode each alone."""
         if self._exact:
             return [[render] for render in renders]
-        groups: list[list[Render]] = [[]]
+        groups: list[list[JobState]] = [[]]
         for render in renders:
             if sum(mate.rows for mate in groups[-1]) + render.rows > MAX_ROWS and self._graphs is not None:
                 groups.append([])
             groups[-1].append(render)
         return groups
 
-    def decode(self, renders: Sequence[Render]) -> Iterator[Picture | SmallcatError]:
+    def decode(self, renders: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:
         """Set off the decoding of `renders`, which may be of different lanes.
 
         Returns the picture of each, or its error, and waits as it is asked: on any one thread.

@@ -29,7 +29,7 @@ class Picture:
 Outcome = Picture | SmallcatError
 
 
-class Render(Protocol):
+class JobState(Protocol):
     """A job on board, as its runner keeps it."""
 
     @property
@@ -53,7 +53,7 @@ class Render(Protocol):
         """What the caller should know although the picture is fine."""
 
 
-R = TypeVar("R", bound=Render)
+R = TypeVar("R", bound=JobState)
 
 
 class Runner(Costs, Protocol[R]):

@@ -29,7 +29,7 @@ from worker.contract.errors import (
 )
 from worker.contract.job import Job, Scheduler
 from worker.contract.settings import WorkerSettings
-from worker.device.model_runner import ModelRunner, Render
+from worker.device.model_runner import JobState, ModelRunner
 from worker.device.samplers import CLASSES
 from worker.engine.runner import Picture
 
@@ -109,14 +109,14 @@ def a_job(**fields: Any) -> Job:
     return Job(**{"prompt": "a small cat", "seed": 7, "steps": 4, **fields})
 
 
-def finish(runner: ModelRunner, *renders: Render) -> list[Picture | SmallcatError]:
+def finish(runner: ModelRunner, *renders: JobState) -> list[Picture | SmallcatError]:
     """Step all of them together until all are done; the shorter ones leave early."""
     while running := [render for render in renders if render.step < render.steps]:
         assert runner.step(running) == [None] * len(running)
     return list(runner.decode(renders))
 
 
-def renders(runner: ModelRunner, *jobs: Job) -> list[Render]:
+def renders(runner: ModelRunner, *jobs: Job) -> list[JobState]:
     return [runner.prepare(job) for job in jobs]
 
 
@@ -335,7 +335,7 @@ def test_text_is_encoded_once(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_prepare_from_another_thread_while_steps_run(sd1: Model) -> None:
     jobs = [a_job(prompt=f"thread {number}", seed=number, scheduler="euler_ancestral") for number in range(6)]
-    made: list[Render] = []
+    made: list[JobState] = []
 
     def prepare() -> None:
         made.extend(sd1.runner.prepare(job) for job in jobs)
