@@ -109,6 +109,17 @@ def test_the_wheel_holds_the_bundled_model(wheel: zipfile.ZipFile) -> None:
     assert data <= set(wheel.namelist())
 
 
+def test_the_wheel_holds_the_lua_scripts(wheel: zipfile.ZipFile) -> None:
+    scripts = {
+        str(path.relative_to(ROOT))
+        for package in ("worker", "producer")
+        for path in (ROOT / package).rglob("*.lua")
+    }
+
+    assert scripts
+    assert scripts <= set(wheel.namelist())
+
+
 def test_the_wheel_has_its_licence_and_its_command(wheel: zipfile.ZipFile, metadata: Message) -> None:
     licence = next(name for name in wheel.namelist() if name.endswith("/LICENSE"))
     commands = next(name for name in wheel.namelist() if name.endswith("/entry_points.txt"))

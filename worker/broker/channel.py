@@ -29,10 +29,11 @@ import redis.exceptions
 from kombu.transport import redis as stock
 from kombu.utils.json import loads
 
+from worker.broker.layout import Layout, json_name
 from worker.broker.lease import Held, Lease, lease_of_process
 from worker.broker.malformed import MALFORMED, refuse_malformed_task
 from worker.broker.qos import QoS
-from worker.broker.scripts import FETCH, Layout, json_name
+from worker.broker.scripts import FETCH
 from worker.broker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE, open_steps
 
 logger = logging.getLogger("smallcat.transport")

@@ -30,7 +30,8 @@ from kombu.utils.json import dumps, loads
 from redis import Redis
 from redis.exceptions import RedisError
 
-from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW, Layout
+from worker.broker.layout import Layout
+from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW
 from worker.broker.transport import alive
 
 logger = logging.getLogger("smallcat.transport")

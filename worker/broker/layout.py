@@ -1,0 +1,42 @@
+"""Where the transport keeps messages in Redis: the keys, and what stands in them."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The keys of one transport. All are complete: with `global_keyprefix`."""
+
+    #: Hash of held messages: delivery tag -> [message, exchange, routing key] as JSON.
+    unacked: str
+    #: Their index, a sorted set: delivery tag -> Unix seconds when its holder last renewed the lease.
+    index: str
+    #: List of messages that no worker can read.
+    undecodable: str
+    #: Set of an exchange's bindings; holds one %s.
+    bindings: str
+    #: `global_keyprefix`, for the queues.
+    prefix: str
+    #: Between queue and priority in a list's key, and between the parts of a binding.
+    separator: str
+    #: Lowest priority value of each list, ascending.
+    priority_steps: Sequence[int]
+
+    def list_of(self, queue: str, priority: object) -> str:
+        """The list in which a message of this priority waits."""
+        try:
+            value = max(0, min(int(priority), 9))  # type: ignore[call-overload]
+        except (TypeError, ValueError):
+            value = 0
+        step = self.priority_steps[bisect.bisect(self.priority_steps, value) - 1]
+        return f"{self.prefix}{queue}{self.separator}{step}" if step else f"{self.prefix}{queue}"
+
+
+def json_name(queue: str) -> str:
+    """A queue's name as it stands in an entry of the `unacked` hash."""
+    return json.dumps(queue)
