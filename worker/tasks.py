@@ -29,8 +29,8 @@ from worker.contract.message import RENDER, URGENT
 from worker.contract.queues import queues_of
 from worker.contract.settings import WorkerSettings, hidden, worker_settings
 from worker.contract.versions import versions
+from worker.engine.capacity import JOBS_PER_ROW, jobs_in_flight, uploading_jobs
 from worker.engine.engine import Engine
-from worker.engine.step_cost import JOBS_PER_ROW, places
 from worker.jobs import metrics
 from worker.jobs.handler import JobHandler
 from worker.jobs.heartbeat import Heartbeat
@@ -124,15 +124,15 @@ def _start(sender: Any, **_: Any) -> None:
     served, max_rows = _process.service.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
     if sender.concurrency == "auto":
-        open_to_all, reserved = places(max_rows, _process.engine.job_s)
+        job_s = _process.engine.job_s
+        open_to_all, reserved = jobs_in_flight(max_rows, job_s)
         sender.concurrency = open_to_all + reserved
         transport.set_reserve(open_to_all, URGENT)
-        uploaded = open_to_all - JOBS_PER_ROW * max_rows
         _say(
-            "jobs on board",
-            f"{open_to_all} and {reserved}",
-            f"{JOBS_PER_ROW} a row of a step and {uploaded} that are uploaded; "
-            f"and {reserved} for priority {DEFAULT_PRIORITY} and above",
+            "jobs in flight",
+            f"{open_to_all} and {reserved} reserved",
+            f"{JOBS_PER_ROW} for each row of a step and {uploading_jobs(max_rows, job_s)} being uploaded; "
+            f"{reserved} more slots are reserved for priority {DEFAULT_PRIORITY} and above",
         )
 
 

@@ -24,8 +24,8 @@ import torch
 from worker.contract.job import Job
 from worker.contract.settings import worker_settings
 from worker.device.model_runner import ModelRunner
+from worker.engine.capacity import JOBS_PER_ROW
 from worker.engine.engine import Engine
-from worker.engine.step_cost import JOBS_PER_ROW
 from worker.engine.ticket import Rendered
 
 #: Threads that submit.

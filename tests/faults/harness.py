@@ -27,7 +27,7 @@ from producer import submit_job
 from worker.contract.errors import QueueError
 from worker.contract.job import Job
 from worker.contract.queues import lists_of, queues_of
-from worker.engine.step_cost import places as places_of
+from worker.engine.capacity import jobs_in_flight
 
 from tests.faults.runner import SERVED, FaultRunner  # isort: skip
 
@@ -48,7 +48,7 @@ def wait_until(what: str, happened: Callable[[], bool], timeout_s: float = 30.0)
 
 def places(rows: int) -> int:
     """Jobs that a worker of so many rows has on board at once, those among them that must be urgent."""
-    return sum(places_of(rows, FaultRunner.job_s))
+    return sum(jobs_in_flight(rows, FaultRunner.job_s))
 
 
 class FaultWorker(WorkerProcess):

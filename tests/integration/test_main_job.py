@@ -20,7 +20,7 @@ from producer import JobHandle, JobResult, job_from_image, submit_job
 from tests.tiny_models import tiny_sd1
 from worker.contract.errors import InvalidJobError, JobCancelledError
 from worker.contract.record import JobRecord, State
-from worker.engine.step_cost import places
+from worker.engine.capacity import jobs_in_flight
 
 #: Steps and pixels of a job that is still running whenever a test looks.
 LONG = {"steps": 150, "width": 256, "height": 256}
@@ -141,7 +141,7 @@ def test_mixed_jobs_render_together_and_each_gets_its_own_picture() -> None:
 
 
 def test_a_live_job_is_next_while_a_prompt_file_fills_the_worker() -> None:
-    least, most = (places(ROWS, job_s)[0] for job_s in (math.inf, 1e-9))
+    least, most = (jobs_in_flight(ROWS, job_s)[0] for job_s in (math.inf, 1e-9))
     filling = [submit_job(f"line {n}", seed=n, priority=3, **LONG) for n in range(most + ROWS)]
     for handle in filling[:least]:
         wait_until_running(handle)

@@ -47,21 +47,3 @@ def test_a_worker_whose_engine_is_lost_leaves_at_once(
 def test_without_a_loop_there_is_nothing_to_wake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "get_event_loop", lambda: None)
     tasks._wake_loop()
-
-
-@pytest.mark.parametrize(
-    ("max_rows", "job_s", "expected"),
-    [
-        # 50 steps, 20 steps, LCM and one step on a GPU: the shorter a job, the more are being uploaded.
-        (16, 0.207, (34, 8)),
-        (16, 0.083, (36, 8)),
-        (16, 0.008, (48, 8)),
-        (16, 0.002, (48, 8)),
-        (2, 5.0, (5, 1)),
-        (1, 1e-9, (3, 1)),
-    ],
-)
-def test_as_many_jobs_are_on_board_as_keep_the_device_busy(
-    max_rows: int, job_s: float, expected: tuple[int, int]
-) -> None:
-    assert tasks.places(max_rows, job_s) == expected

@@ -73,7 +73,7 @@ class ModelRunner:
         #: The model as it is announced.
         self.served = loaded.served
         self._asked_rows = settings.max_batch
-        self._cost = StepCost((), self._default_area, settings.max_batch or step_cost.LEAST)
+        self._cost = StepCost((), self._default_area, settings.max_batch or step_cost.MIN_CAP)
         #: Each choice made at start, with its reason.
         self.choices = (
             *loaded.choices,
@@ -165,7 +165,7 @@ class ModelRunner:
     def _measure(self) -> Choice:
         """Set what steps cost, and with it the most rows they should have."""
         curve = self._curve()
-        rows, reason = step_cost.choose(curve)
+        rows, reason = step_cost.choose_cap(curve)
         if self._asked_rows is not None:
             rows, reason = self._asked_rows, "SMALLCAT_MAX_BATCH asks for it"
         self._cost = StepCost(curve, self._default_area, rows)
@@ -178,7 +178,7 @@ class ModelRunner:
         curve: list[tuple[int, float]] = []
         budget_s = GPU_MEASURE_S if self._device.type == "cuda" else CPU_MEASURE_S
         started_s = time.monotonic()
-        for rows in step_cost.ROWS:
+        for rows in step_cost.BATCH_SIZES:
             if self._asked_rows is not None and rows > self._asked_rows:
                 break
             try:
@@ -189,7 +189,7 @@ class ModelRunner:
                 break
             curve.append((rows, seconds))
             is_late = time.monotonic() - started_s > budget_s and len(curve) >= LEAST_SIZES
-            if step_cost.is_over(curve) or is_late:
+            if step_cost.is_past_gain(curve) or is_late:
                 break
         return curve
 

@@ -1,21 +1,21 @@
-"""What a step costs by its rows, measured, and what follows from it: the cap of a batch. No torch.
+"""The measured cost of a step by its rows, and the batch size that follows from it. No torch.
 
-A step of more rows costs more, but less for each, until the device is full: then a larger batch only makes
-its jobs wait for each other. Where that is depends on device, model and size, so it is measured.
+A step of more rows takes longer, but less time for each row, until the device is fully used. Beyond that a
+larger batch only makes its jobs wait for each other. Where that point lies depends on the device, the model
+and the size of the pictures, so it is measured.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: How much less a row must cost in a batch twice as large for that batch to be worth it.
-WORTH_IT = 0.03
-#: Rows that are tried, as far as they fit and pay.
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-#: The cap of a device for which more does not pay: a guided job's two rows.
-LEAST = 2
+#: A batch of twice the size must lower the time of a row by at least this share.
+MIN_GAIN = 0.03
+#: Batch sizes that are measured, in rows, as far as they fit in memory and gain.
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+#: The cap of a device that gains nothing from larger batches: the two rows of a guided job.
+MIN_CAP = 2
 
 #: (rows, seconds a step), by rows.
 Curve = Sequence[tuple[int, float]]
@@ -23,27 +23,27 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class StepCost:
-    """The cost of steps over latents of any size, from a curve measured at one of them.
+    """The cost of steps over latents of any size, from a curve that was measured at one size.
 
-    A device is full at about the same number of latent pixels, and runs out of memory likewise, so a row of
-    twice the area counts as two.
+    A device is fully used, and runs out of memory, at about the same number of latent pixels. So a row of
+    twice the area counts as two rows.
     """
 
-    #: Measured; empty: nothing was, and each row costs the same.
+    #: The measured curve; empty: nothing was measured, and each row costs the same.
     curve: Curve
     #: Latent pixels of a row when it was measured.
     area: int
-    #: Rows worth having in a step of that size, >= 1.
+    #: The cap of a step of that size in rows, >= 1.
     max_rows: int
 
     def cap(self, area: int) -> int:
-        """Rows worth having in a step over latents of `area` pixels: as much work, at least one row."""
-        return max(1, min(ROWS[-1], self.max_rows * self.area // area))
+        """The cap of a step over latents of `area` pixels: rows of the same total area, >= 1."""
+        return max(1, min(BATCH_SIZES[-1], self.max_rows * self.area // area))
 
     def seconds(self, rows: int, area: int) -> float:
-        """What a step of `rows` rows of `area` pixels costs: between the measured points, in a straight line.
+        """The cost of a step of `rows` rows of `area` pixels, by linear interpolation.
 
-        In seconds where a curve was measured, else in units of its own.
+        In seconds if a curve was measured, otherwise in rows of the default area.
         """
         work = rows * area / self.area
         if not self.curve:
@@ -56,42 +56,24 @@ class StepCost:
         return before_s * work / before_rows
 
 
-def pays(curve: Curve) -> bool:
-    """Whether the last point of `curve` is worth it against the one before."""
+def gains(curve: Curve) -> bool:
+    """Whether the last batch size of `curve` gains at least `MIN_GAIN` a row over the one before it."""
     if len(curve) < 2:
         return True
     (few, few_s), (many, many_s) = curve[-2:]
-    return many_s / many <= (1 - WORTH_IT) * few_s / few
+    return many_s / many <= (1 - MIN_GAIN) * few_s / few
 
 
-def choose(curve: Curve) -> tuple[int, str]:
-    """The most rows worth having in a step, at least `LEAST`, and why, with the curve."""
-    cap = LEAST
+def choose_cap(curve: Curve) -> tuple[int, str]:
+    """The largest batch size in rows that still gains, at least `MIN_CAP`; and why, with the curve."""
+    cap = MIN_CAP
     for points in range(2, len(curve) + 1):
-        if pays(curve[:points]):
+        if gains(curve[:points]):
             cap = max(cap, curve[points - 1][0])
-    told = ", ".join(f"{rows}: {1e3 * seconds / rows:.3g}" for rows, seconds in curve)
-    return cap, f"more gain less than {WORTH_IT:.0%} a row; measured ms a row by rows: {told}"
+    measured = ", ".join(f"{rows}: {1e3 * seconds / rows:.3g}" for rows, seconds in curve)
+    return cap, f"larger batches gain less than {MIN_GAIN:.0%} a row; measured ms a row by rows: {measured}"
 
 
-def is_over(curve: Curve) -> bool:
-    """Whether there is no point in trying more rows. One point that does not pay may be noise."""
-    return not pays(curve) and not pays(curve[:-1])
-
-
-#: Jobs on board for each row of a batch: while one is rendered, the next is prepared or the last decoded.
-JOBS_PER_ROW = 2
-#: Seconds in which a picture is encoded and uploaded, with some to spare: as many more jobs are on board as
-#: end in that time, up to a batch. Measured by `tests.benchmarks.emulated`.
-UPLOAD_S = 0.25
-#: Rows of a batch for each place more that only urgent jobs may take: a batch of guided ones finds places.
-ROWS_PER_URGENT = 2
-
-
-def places(max_rows: int, job_s: float) -> tuple[int, int]:
-    """How many jobs a worker has on board, and how many more of them that are urgent.
-
-    `max_rows`: rows of a step. `job_s`: seconds of the device's time for a job, in full batches.
-    """
-    uploaded = min(max_rows, math.ceil(UPLOAD_S / job_s))
-    return JOBS_PER_ROW * max_rows + uploaded, max(1, max_rows // ROWS_PER_URGENT)
+def is_past_gain(curve: Curve) -> bool:
+    """Whether larger batch sizes need no measuring: the last two did not gain. A single one may be noise."""
+    return not gains(curve) and not gains(curve[:-1])
