@@ -13,7 +13,7 @@ import secrets
 import unicodedata
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypedDict
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
@@ -269,6 +269,28 @@ class Job(BaseModel):
     def id(self) -> str:
         """32 hexadecimal digits: SHA-256 over all that determines the picture, cut to 128 bits."""
         return hashlib.sha256(hashed(self.model_dump(mode="json")).encode()).hexdigest()[:32]
+
+
+class JobFields(TypedDict, total=False):
+    """The fields of `Job` beside its prompt, as keyword parameters: `**fields: Unpack[JobFields]`.
+
+    None means the model's own default. tests/worker/contract/test_job.py compares names and types with `Job`.
+    """
+
+    negative_prompt: str
+    seed: int
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float | None
+    guidance_start: float
+    guidance_stop: float
+    scheduler: Scheduler | str
+    model: str
+    revision: str
+    format: ImageFormat | str
+    priority: int
+    metadata: dict[str, Any]
 
 
 def hashed(fields: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from enum import StrEnum
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from worker.contract.job import (
     Defaults,
     ImageFormat,
     Job,
+    JobFields,
     Scheduler,
     ServedModel,
 )
@@ -343,6 +345,21 @@ def test_parse_gives_a_job_or_an_invalid_job_error_and_nothing_else(fields: Any)
         assert Job.model_validate_json(job.model_dump_json()) == job
         assert Job.parse(json.loads(json.dumps(job.model_dump(mode="json")))) == job
         assert len(job.id) == 32
+
+
+def test_the_keyword_parameters_are_the_fields_of_a_job_with_their_types() -> None:
+    meant = {}
+    hints = get_type_hints(Job)
+    for name in Job.model_fields:
+        kind = hints[name]
+        # Choices are taken by their name as well.
+        is_choice = isinstance(kind, type) and issubclass(kind, StrEnum)
+        meant[name] = kind | str if is_choice else kind
+    del meant["prompt"]
+    keywords = get_type_hints(JobFields)
+    assert keywords == meant
+    assert list(keywords) == list(meant)
+    assert not JobFields.__required_keys__
 
 
 VALID = st.fixed_dictionaries(
