@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from redis.client import Redis
 
     from worker.state.fleet import Fleet
-    from worker.storage.bucket import Storage
+    from worker.storage.bucket import Bucket
 
 logger = logging.getLogger("smallcat.producer")
 
@@ -283,7 +283,7 @@ def _client() -> _Client:
     return _client_for(producer_settings())
 
 
-def _storage() -> Storage:
+def _storage() -> Bucket:
     settings = producer_settings()
     return bucket(settings.s3_bucket, settings.s3_prefix)
 

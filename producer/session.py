@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from worker.contract.settings import ProducerSettings
     from worker.state.fleet import Fleet
     from worker.state.records import Records
-    from worker.storage.bucket import Storage
+    from worker.storage.bucket import Bucket
 
 #: Tries of a request: who asks waits, a few seconds and not the minute that a worker has.
 ATTEMPTS = 4
@@ -23,22 +23,22 @@ ATTEMPTS = 4
 REDIS_RETRY_S = 60.0
 
 
-def bucket(name: str, prefix: str = "") -> Storage:
+def bucket(name: str, prefix: str = "") -> Bucket:
     """The bucket in the environment as it is now: when boto3's variables change, it is another one."""
     ours = tuple(sorted(each for each in os.environ.items() if each[0].startswith("AWS_")))
     return _made(name, prefix, ours)
 
 
-def bucket_of(uri: str) -> Storage:
+def bucket_of(uri: str) -> Bucket:
     """The bucket that s3://bucket/key lies in."""
     return bucket(urlsplit(uri).netloc)
 
 
 @functools.lru_cache(maxsize=16)
-def _made(name: str, prefix: str, environment: tuple[tuple[str, str], ...]) -> Storage:
-    from worker.storage.bucket import Storage
+def _made(name: str, prefix: str, environment: tuple[tuple[str, str], ...]) -> Bucket:
+    from worker.storage.bucket import Bucket
 
-    return Storage(name, prefix, attempts=ATTEMPTS)
+    return Bucket(name, prefix, attempts=ATTEMPTS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Services:
     records: Records
     fleet: Fleet
     #: None where S3_BUCKET is not set.
-    storage: Storage | None
+    storage: Bucket | None
 
     @classmethod
     def of_environment(cls) -> Services:
@@ -59,11 +59,11 @@ class Services:
         from worker.state.fleet import Fleet
         from worker.state.records import Records
         from worker.state.redis_client import connect
-        from worker.storage.bucket import Storage
+        from worker.storage.bucket import Bucket
 
         settings = producer_settings()
         redis = connect(settings.redis_url, REDIS_RETRY_S)
-        storage = Storage(settings.s3_bucket, settings.s3_prefix) if settings.s3_bucket else None
+        storage = Bucket(settings.s3_bucket, settings.s3_prefix) if settings.s3_bucket else None
         ttl_s = settings.record_ttl_s
         return cls(settings, redis, Records(redis, ttl_s), Fleet(redis, ttl_s), storage)
 

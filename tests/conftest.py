@@ -43,7 +43,7 @@ _FOREIGN = (
 
 
 @dataclass(frozen=True)
-class Bucket:
+class EmptyBucket:
     """An empty bucket on a real S3 server."""
 
     #: Its name.
@@ -120,16 +120,16 @@ def s3_administrator(servers: Stack) -> S3Client:
 
 
 @pytest.fixture
-def s3(servers: Stack, s3_administrator: S3Client) -> Bucket:
+def s3(servers: Stack, s3_administrator: S3Client) -> EmptyBucket:
     """A bucket that no other test has."""
     name = f"test-{secrets.token_hex(4)}"
     # By the server, not beside it as a folder: that it would see only when its cache of folders expires.
     s3_administrator.create_bucket(Bucket=name)
-    return Bucket(name, servers.s3.environment(name))
+    return EmptyBucket(name, servers.s3.environment(name))
 
 
 @pytest.fixture
-def s3_environment(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+def s3_environment(s3: EmptyBucket, monkeypatch: pytest.MonkeyPatch) -> EmptyBucket:
     """The same, and this process' own settings say where it is."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
@@ -137,7 +137,7 @@ def s3_environment(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 
 
 @pytest.fixture
-def stack_env(valkey: ValkeyProcess, s3: Bucket) -> dict[str, str]:
+def stack_env(valkey: ValkeyProcess, s3: EmptyBucket) -> dict[str, str]:
     """A whole environment for a worker or a producer: give it to a process, or to `from_environment`."""
     return {**clean_environment(), "REDIS_URL": valkey.url, **s3.environment}
 

@@ -26,7 +26,7 @@ from worker.jobs.handler import JobHandler
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
 from worker.state.redis_client import connect
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 SERVED = ServedModel(
     name="fast", revision="f" * 40, defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
@@ -61,7 +61,7 @@ class FastEngine:
         return {}
 
 
-class NoStorage:
+class NoBucket:
     """A bucket that takes everything and remembers nothing."""
 
     def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
@@ -93,7 +93,7 @@ def announce(redis_url: str, seconds: int = 3_600) -> None:
 
 def _service() -> JobHandler:
     fake: Any = FastEngine()
-    storage: Any = Storage(settings.s3_bucket, settings.s3_prefix) if settings.s3_bucket else NoStorage()
+    storage: Any = Bucket(settings.s3_bucket, settings.s3_prefix) if settings.s3_bucket else NoBucket()
     return JobHandler(
         name="fast@test",
         served=SERVED,

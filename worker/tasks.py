@@ -37,7 +37,7 @@ from worker.jobs.heartbeat import Heartbeat
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
 from worker.state.redis_client import connect, connect_until, queue_errors
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _assemble(name: str) -> _Process:
         # Asked on a client that does not wait: at start Redis is there or it is not.
         connect(settings.redis_url, retry_s=1).ping()
     # Asked by one that does not wait, as above.
-    Storage(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
+    Bucket(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
     storage = BucketProcess(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
     storage.start()
     _say("queue", hidden(settings.redis_url), "REDIS_URL")

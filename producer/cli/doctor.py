@@ -15,7 +15,7 @@ from worker.contract.queues import queues_of
 from worker.contract.settings import ProducerSettings, hidden, producer_settings
 from worker.state.fleet import Fleet
 from worker.state.redis_client import connect, queue_errors
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 
 class Finding(NamedTuple):
@@ -75,7 +75,7 @@ def _redis(settings: ProducerSettings) -> Iterator[Finding]:
 
 
 def _bucket(settings: ProducerSettings) -> Iterator[Finding]:
-    storage = Storage(settings.s3_bucket, settings.s3_prefix, attempts=2)
+    storage = Bucket(settings.s3_bucket, settings.s3_prefix, attempts=2)
     storage.check()
     yield Finding("bucket", True, f"{storage.root} can be written, read and deleted from")
     job_id, body = f"doctor-{secrets.token_hex(8)}", b"smallcat"

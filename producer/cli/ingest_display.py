@@ -21,7 +21,7 @@ from producer.ingest.run_state import Ended, Status
 from producer.ingest.types import Counts, Display
 
 if TYPE_CHECKING:
-    from worker.storage.bucket import Storage
+    from worker.storage.bucket import Bucket
 
 #: Seconds over which the speed is measured.
 _SPEED_OVER_S = 20.0
@@ -122,7 +122,7 @@ class LineDisplay(QuietDisplay):
 class LiveDisplay(QuietDisplay):
     """A bar at the foot of the terminal, with what failed above it and the last picture beside it."""
 
-    def __init__(self, console: Console, storage: Storage | None) -> None:
+    def __init__(self, console: Console, storage: Bucket | None) -> None:
         super().__init__(console)
         self._storage = storage
         self._speed = Speed()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from producer.ingest.journal import Journal
     from producer.prompts.sources import Source
     from worker.contract.job import Job
-    from worker.storage.bucket import Storage
+    from worker.storage.bucket import Bucket
 
 #: The template, unless it is said otherwise; for several files the file's name goes before it.
 TEMPLATE = "{line:06d}-{seed}-{slug}.png"
@@ -79,7 +79,7 @@ class Downloads:
     """Fetches pictures into a folder. Called from one thread; fetches on several."""
 
     def __init__(
-        self, folder: Path, storage: Storage, sources: Sequence[Source], template: str | None = None
+        self, folder: Path, storage: Bucket, sources: Sequence[Source], template: str | None = None
     ) -> None:
         """Raises `PromptFileError` for a bad template or a folder that cannot be made."""
         default = TEMPLATE if len(sources) == 1 else "{file}-" + TEMPLATE

@@ -39,7 +39,7 @@ from worker.contract.record import JobRecord
 from worker.contract.settings import WorkerSettings, worker_settings
 from worker.jobs.handler import JobHandler
 from worker.state.records import Records
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 
 # A mark is counted in the step that makes it: so that two of them, by whatever way, are seen.
@@ -120,7 +120,7 @@ class Service(JobHandler):
         return answer
 
 
-class Dying(Storage):
+class Dying(Bucket):
     """Dies between the two objects of a job, and after both."""
 
     def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:

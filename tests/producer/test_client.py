@@ -43,7 +43,7 @@ from worker.jobs.image_file import encode
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
 from worker.state.redis_client import connect
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 WORKER = WorkerInfo(
     name="w1", served=SERVED, started_at=1.0, device="CPU", attention="sdpa", max_rows=8, versions={}
@@ -82,7 +82,7 @@ def messages(client: Redis, job: Job) -> list[dict[str, Any]]:
     return [json.loads(base64.b64decode(body["body"]))[0][0] for body in bodies]
 
 
-def finish(records: Records, storage: Storage, job: Job) -> JobRecord:
+def finish(records: Records, storage: Bucket, job: Job) -> JobRecord:
     """What a worker does."""
     records.claim(job, "m1", worker="w1", lease_s=30, max_attempts=3, queue=queue_of(job))
     record = JobRecord(
@@ -101,8 +101,8 @@ def finish(records: Records, storage: Storage, job: Job) -> JobRecord:
 
 
 @pytest.fixture
-def storage(environment: dict[str, str]) -> Storage:
-    return Storage(environment["S3_BUCKET"])
+def storage(environment: dict[str, str]) -> Bucket:
+    return Bucket(environment["S3_BUCKET"])
 
 
 # --- submitting -------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_a_redis_that_comes_back_in_time_gets_the_job_once(
 
 
 def test_a_result_is_the_record_and_the_way_to_the_picture(
-    fleet: Fleet, records: Records, storage: Storage
+    fleet: Fleet, records: Records, storage: Bucket
 ) -> None:
     handle = submit_job("a small cat", seed=3, metadata={"mine": 1})
     finish(records, storage, handle.record().job)
@@ -288,7 +288,7 @@ def test_a_result_is_the_record_and_the_way_to_the_picture(
     assert handle._repr_png_() == result._repr_png_()
 
 
-def test_a_picture_can_be_asked_for_again_by_itself(fleet: Fleet, records: Records, storage: Storage) -> None:
+def test_a_picture_can_be_asked_for_again_by_itself(fleet: Fleet, records: Records, storage: Bucket) -> None:
     handle = submit_job('a "small" cat,\nSteps: 3', seed=3, steps=9)
     finish(records, storage, handle.record().job)
     assert submit_job(job_from_image(handle.result(5).data())).id == handle.id
@@ -367,7 +367,7 @@ def test_a_running_job_is_asked_to_stop(fleet: Fleet, records: Records) -> None:
     assert records.progress({handle.id: (1, 4)}, 30) == [handle.id]
 
 
-def test_progress_tells_steps_and_place(fleet: Fleet, records: Records, storage: Storage) -> None:
+def test_progress_tells_steps_and_place(fleet: Fleet, records: Records, storage: Bucket) -> None:
     submit_job("a small cat", seed=2)
     handle = submit_job("a small cat", seed=3)
     progress = handle.progress()
@@ -411,7 +411,7 @@ def test_a_served_job_warns_of_nothing(fleet: Fleet, monkeypatch: pytest.MonkeyP
 
 
 def test_a_handle_works_in_another_process_by_its_id(
-    fleet: Fleet, records: Records, storage: Storage, environment: dict[str, str]
+    fleet: Fleet, records: Records, storage: Bucket, environment: dict[str, str]
 ) -> None:
     handle = submit_job("a small cat", seed=3)
     finish(records, storage, handle.record().job)
@@ -423,7 +423,7 @@ def test_a_handle_works_in_another_process_by_its_id(
 
 
 def test_a_record_that_expired_is_read_from_the_bucket(
-    fleet: Fleet, records: Records, storage: Storage, client: Redis
+    fleet: Fleet, records: Records, storage: Bucket, client: Redis
 ) -> None:
     handle = submit_job("a small cat", seed=3)
     finish(records, storage, handle.record().job)
@@ -435,7 +435,7 @@ def test_a_record_that_expired_is_read_from_the_bucket(
 
 
 def test_a_record_in_the_bucket_without_its_picture_is_no_done_job(
-    fleet: Fleet, records: Records, storage: Storage, client: Redis
+    fleet: Fleet, records: Records, storage: Bucket, client: Redis
 ) -> None:
     handle = submit_job("a small cat", seed=3)
     job = handle.record().job
@@ -465,7 +465,7 @@ def test_without_a_bucket_an_unknown_job_is_unknown(
         JobHandle("0" * 32).state()
 
 
-def test_a_picture_that_was_deleted_is_told_so(fleet: Fleet, records: Records, storage: Storage) -> None:
+def test_a_picture_that_was_deleted_is_told_so(fleet: Fleet, records: Records, storage: Bucket) -> None:
     handle = submit_job("a small cat", seed=3)
     job = handle.record().job
     finish(records, storage, job)

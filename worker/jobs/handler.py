@@ -53,7 +53,7 @@ from worker.jobs.image_file import CONTENT_TYPES, encode
 from worker.jobs.quarantine import Quarantine
 from worker.state.records import Claim, Records
 from worker.state.redis_client import RedisError
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 logger = logging.getLogger("smallcat.jobs")
 
@@ -75,7 +75,7 @@ class JobHandler:
         served: ServedModel,
         engine: Engine[Any],
         records: Records,
-        storage: Storage,
+        storage: Bucket,
         lease_s: float,
         max_attempts: int,
         upload_timeout_s: float,

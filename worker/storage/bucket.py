@@ -52,7 +52,7 @@ _PERMANENT = {
 }
 
 
-class Storage:
+class Bucket:
     """One bucket. Thread-safe: boto3's client is, and there is one.
 
     `connections` is the most requests at once, `attempts` how often one is tried while the server is out of
@@ -60,8 +60,8 @@ class Storage:
     settings.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
-        self.bucket = bucket
+    def __init__(self, name: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
+        self.name = name
         self._prefix = f"{prefix}/" if prefix else ""
         self._connections = connections
         self._attempts = attempts
@@ -84,24 +84,24 @@ class Storage:
 
     def check(self) -> None:
         """Raise `StorageError` with the remedy unless the bucket is there and can be read and written."""
-        if not self.bucket:
+        if not self.name:
             raise StorageError("S3_BUCKET is not set: name the bucket for the pictures.")
         # A name of its own: workers that start together must not delete each other's.
         key = f"{self._prefix}.smallcat-check-{secrets.token_hex(8)}"
         with self._errors():
-            self._client.head_bucket(Bucket=self.bucket)
-            self._client.put_object(Bucket=self.bucket, Key=key, Body=b"smallcat")
-            self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-            self._client.delete_object(Bucket=self.bucket, Key=key)
+            self._client.head_bucket(Bucket=self.name)
+            self._client.put_object(Bucket=self.name, Key=key, Body=b"smallcat")
+            self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
+            self._client.delete_object(Bucket=self.name, Key=key)
 
     @property
     def root(self) -> str:
         """The s3:// address below which everything lies."""
-        return f"s3://{self.bucket}/{self._prefix}"
+        return f"s3://{self.name}/{self._prefix}"
 
     def uri(self, job_id: str, image_format: ImageFormat) -> str:
         """Where the picture of that job lies, or will."""
-        return f"s3://{self.bucket}/{self._key(job_id, image_format)}"
+        return f"s3://{self.name}/{self._key(job_id, image_format)}"
 
     def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
         """Store the picture and then the record, each checked by its MD5. Raises `StorageError`."""
@@ -118,9 +118,7 @@ class Storage:
         """The record of a job as it lies in the bucket, or None. Raises `StorageError`."""
         with self._errors():
             try:
-                return self._client.get_object(Bucket=self.bucket, Key=self._key(job_id, "json"))[
-                    "Body"
-                ].read()
+                return self._client.get_object(Bucket=self.name, Key=self._key(job_id, "json"))["Body"].read()
             except self._client.exceptions.NoSuchKey:
                 return None
 
@@ -170,7 +168,7 @@ class Storage:
         with self._errors():
             # The record first: where it is, all is.
             for key in (self._key(job_id, "json"), self._key(job_id, image_format)):
-                self._client.delete_object(Bucket=self.bucket, Key=key)
+                self._client.delete_object(Bucket=self.name, Key=key)
 
     def _key(self, job_id: str, ending: str) -> str:
         return f"{self._prefix}images/{job_id[:2]}/{job_id}.{ending}"
@@ -178,7 +176,7 @@ class Storage:
     def _is_there(self, key: str) -> bool:
         with self._errors():
             try:
-                self._client.head_object(Bucket=self.bucket, Key=key)
+                self._client.head_object(Bucket=self.name, Key=key)
             except botocore.exceptions.ClientError as error:
                 if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
                     return False
@@ -188,7 +186,7 @@ class Storage:
     def _put(self, key: str, body: bytes, mime: str) -> None:
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         with self._errors():
-            self._client.put_object(Bucket=self.bucket, Key=key, Body=body, ContentType=mime, ContentMD5=md5)
+            self._client.put_object(Bucket=self.name, Key=key, Body=body, ContentType=mime, ContentMD5=md5)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -199,16 +197,16 @@ class Storage:
             code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
             if remedy := _PERMANENT.get(code):
                 raise PermanentStorageError(
-                    f'The bucket "{self.bucket}" refuses ({code} {message}): {remedy}.'
+                    f'The bucket "{self.name}" refuses ({code} {message}): {remedy}.'
                 ) from error
-            raise StorageError(f'The bucket "{self.bucket}" fails ({code} {message}).') from error
+            raise StorageError(f'The bucket "{self.name}" fails ({code} {message}).') from error
         except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
             raise PermanentStorageError(
                 f"The bucket needs keys ({error}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             ) from error
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             raise StorageError(
-                f'The bucket "{self.bucket}" is out of reach ({error}): check AWS_ENDPOINT_URL_S3.'
+                f'The bucket "{self.name}" is out of reach ({error}): check AWS_ENDPOINT_URL_S3.'
             ) from error
 
 

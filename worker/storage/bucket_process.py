@@ -19,25 +19,25 @@ from typing import Any, cast
 
 from worker.contract.errors import StorageError
 from worker.contract.job import ImageFormat
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 
 class _Manager(BaseManager):
     """The process. It has a thread for each one that asks."""
 
 
-_Manager.register("storage", Storage, exposed=("find", "put"))
+_Manager.register("storage", Bucket, exposed=("find", "put"))
 
 
-class BucketProcess(Storage):
-    """A `Storage` whose `find` and `put` are another process' work. Thread-safe; raises as `Storage` does.
+class BucketProcess(Bucket):
+    """A `Bucket` whose `find` and `put` are another process' work. Thread-safe; raises as `Bucket` does.
 
     The process ends with this one, however this one ends. Where it ends by itself, those who wait for it get
     a `StorageError`, and the next request starts another one.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
-        super().__init__(bucket, prefix, connections=connections, attempts=attempts)
+    def __init__(self, name: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
+        super().__init__(name, prefix, connections=connections, attempts=attempts)
         self._starting = threading.Lock()
         #: A proxy, by which each thread has a connection of its own.
         self._remote: Any = None
@@ -53,11 +53,11 @@ class BucketProcess(Storage):
         threading.Thread(target=begin, name="storage", daemon=True).start()
 
     def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
-        """As `Storage.find`."""
+        """As `Bucket.find`."""
         return cast("bytes | None", self._ask("find", job_id, image_format))
 
     def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
-        """As `Storage.put`."""
+        """As `Bucket.put`."""
         self._ask("put", job_id, image_format, picture, record, mime)
 
     def _ask(self, method: str, *arguments: object) -> object:
@@ -78,7 +78,7 @@ class BucketProcess(Storage):
                 manager = _Manager(_address(), ctx=multiprocessing.get_context("spawn"))
                 manager.start(_end_with_parent)
                 self._remote = cast("Any", manager).storage(
-                    self.bucket,
+                    self.name,
                     self._prefix.removesuffix("/"),
                     connections=self._connections,
                     attempts=self._attempts,

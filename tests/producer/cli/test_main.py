@@ -29,7 +29,7 @@ from worker.jobs.image_file import encode
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
 from worker.state.redis_client import connect
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def claim(client: Redis, job: Job) -> Records:
 
 def finish(client: Redis, environment: dict[str, str], job: Job) -> str:
     """Have the job done, as by a worker. Returns its address."""
-    storage = Storage(environment["S3_BUCKET"])
+    storage = Bucket(environment["S3_BUCKET"])
     uri = storage.uri(job.id, job.format)
     record = JobRecord(id=job.id, state=State.DONE, job=job, step=4, steps=4, uri=uri, warnings=("cut",))
     picture = encode(picture_of(job), job.format, infotext.write(job))

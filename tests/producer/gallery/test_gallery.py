@@ -24,12 +24,12 @@ from producer.ingest.manifest import write_manifest
 from producer.ingest.message_templates import Composer
 from producer.ingest.plan import Cursor, Planned
 from producer.prompts.sources import source
-from tests.conftest import Bucket
+from tests.conftest import EmptyBucket
 from worker.contract.errors import CallerError, PermanentStorageError
 from worker.contract.infotext import write
 from worker.contract.job import Job
 from worker.contract.record import JobRecord, State, Timings
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 HOSTILE = [
     "</script><script>window.pwned = 1</script>",
@@ -85,11 +85,11 @@ def no_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bucket(s3_environment: Bucket) -> Storage:
-    return Storage(s3_environment.name, "runs/1")
+def bucket(s3_environment: EmptyBucket) -> Bucket:
+    return Bucket(s3_environment.name, "runs/1")
 
 
-def stored(storage: Storage, job: Job, picture: bytes | None = None) -> str:
+def stored(storage: Bucket, job: Job, picture: bytes | None = None) -> str:
     uri = storage.uri(job.id, job.format)
     record = JobRecord(id=job.id, state=State.DONE, job=job, uri=uri, timings=Timings(rendered=1.5))
     storage.put(job.id, job.format, picture or png(), record.model_dump_json().encode(), "image/png")
@@ -296,14 +296,14 @@ def test_odd_lines_become_frames_without_a_picture(
 # ---- The bucket ----
 
 
-def test_an_address_shows_the_pictures_below_it_from_their_records(bucket: Storage, tmp_path: Path) -> None:
+def test_an_address_shows_the_pictures_below_it_from_their_records(bucket: Bucket, tmp_path: Path) -> None:
     first, second = job_of("one"), job_of("two")
     uris = {first.id: stored(bucket, first), second.id: stored(bucket, second)}
-    stored(Storage(bucket.bucket, "runs/10"), job_of("not this one"))
+    stored(Bucket(bucket.name, "runs/10"), job_of("not this one"))
     # A worker died before it put the record: the job is not done.
     half = job_of("nor this one")
     bucket._put(bucket._key(half.id, half.format), png(), "image/png")
-    page = write_gallery(f"s3://{bucket.bucket}/runs/1", tmp_path / "page.html")
+    page = write_gallery(f"s3://{bucket.name}/runs/1", tmp_path / "page.html")
     rows = {row["id"]: row for row in rows_of(page.path)}
     assert {name: row["uri"] for name, row in rows.items()} == uris
     assert rows[first.id]["parameters"] == write(first)
@@ -312,14 +312,14 @@ def test_an_address_shows_the_pictures_below_it_from_their_records(bucket: Stora
 
 
 def test_what_a_manifest_leaves_open_comes_from_the_record(
-    bucket: Storage, manifest: Callable[..., str]
+    bucket: Bucket, manifest: Callable[..., str]
 ) -> None:
     job = job_of("from the record")
     page = write_gallery(manifest({"id": job.id, "uri": stored(bucket, job), "state": "done"}))
     assert rows_of(page.path)[0]["prompt"] == "from the record"
 
 
-def test_embedded_thumbnails_are_small_webp_in_order(bucket: Storage, manifest: Callable[..., str]) -> None:
+def test_embedded_thumbnails_are_small_webp_in_order(bucket: Bucket, manifest: Callable[..., str]) -> None:
     jobs = [job_of(seed=seed) for seed in range(3)]
     uris = [stored(bucket, job, png((512, 256))) for job in jobs[:2]]
     gone = bucket.uri(jobs[2].id, jobs[2].format)
@@ -336,11 +336,11 @@ def test_embedded_thumbnails_are_small_webp_in_order(bucket: Storage, manifest: 
     assert "img-src data: http" in page.path.read_text()
 
 
-def test_a_bucket_that_is_not_there_is_an_error_of_the_service(bucket: Storage, tmp_path: Path) -> None:
+def test_a_bucket_that_is_not_there_is_an_error_of_the_service(bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(PermanentStorageError, match="NoSuchBucket"):
         write_gallery("s3://no-such-bucket-here/x", tmp_path / "page.html")
     with pytest.raises(CallerError, match="no job in"):
-        write_gallery(f"s3://{bucket.bucket}/empty", tmp_path / "page.html")
+        write_gallery(f"s3://{bucket.name}/empty", tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
 
 

@@ -19,7 +19,7 @@ from worker.engine.runner import Picture
 from worker.jobs.image_file import encode
 
 
-class Bucket:
+class FakeBucket:
     """Pictures by address."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ def test_a_slug_is_the_first_words_of_a_prompt() -> None:
 
 
 def test_pictures_are_saved_once_under_their_names(tmp_path: Path) -> None:
-    bucket: Any = Bucket()
+    bucket: Any = FakeBucket()
     jobs = [Job(prompt="a cat", seed=1), Job(prompt="a cat", seed=1, steps=9, format=ImageFormat.WEBP)]
     jobs.append(Job(prompt="a cat", seed=1, steps=7))
     uris = [bucket.put(job) for job in jobs]
@@ -94,7 +94,7 @@ def test_pictures_are_saved_once_under_their_names(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_user_s_own_is_not_overwritten(tmp_path: Path) -> None:
-    bucket: Any = Bucket()
+    bucket: Any = FakeBucket()
     job = Job(prompt="a cat", seed=1)
     uri = bucket.put(job)
     (tmp_path / "x.png").write_text("mine")

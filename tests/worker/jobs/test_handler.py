@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from redis import Redis
 
-from tests.conftest import Bucket
+from tests.conftest import EmptyBucket
 from tests.worker.engine.fake_runner import SERVED, SOON_S, FakeRender, FakeRunner, Faults, job_of, picture_of
 from worker.contract import infotext
 from worker.contract.errors import (
@@ -35,10 +35,10 @@ from worker.engine.engine import Engine
 from worker.jobs.handler import JobHandler
 from worker.state.records import Records
 from worker.state.redis_client import RedisError, connect
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 
-class FlakyStorage(Storage):
+class FlakyBucket(Bucket):
     """The real bucket behind a service that fails as often as it is told to."""
 
     def __init__(self, bucket: str) -> None:
@@ -65,7 +65,7 @@ class FlakyStorage(Storage):
 class Worker:
     """A worker process without Celery. Used as a context, which stops it."""
 
-    def __init__(self, client: Redis, storage: FlakyStorage, name: str = "w1", **options: Any) -> None:
+    def __init__(self, client: Redis, storage: FlakyBucket, name: str = "w1", **options: Any) -> None:
         self.runner = FakeRunner()
         self.engine: Engine[FakeRender] = Engine(self.runner, job_timeout_s=600, on_death=lambda error: None)
         self.records = Records(client, 1_000)
@@ -105,13 +105,13 @@ def client(valkey: Any) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def storage(s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> FlakyStorage:
+def storage(s3_environment: EmptyBucket, monkeypatch: pytest.MonkeyPatch) -> FlakyBucket:
     monkeypatch.setattr("worker.jobs.handler.PUT_BACKOFF_S", (0.001, 0.002))
-    return FlakyStorage(s3_environment.name)
+    return FlakyBucket(s3_environment.name)
 
 
 @pytest.fixture
-def worker(client: Redis, storage: FlakyStorage) -> Iterator[Worker]:
+def worker(client: Redis, storage: FlakyBucket) -> Iterator[Worker]:
     with Worker(client, storage) as worker:
         yield worker
 
@@ -186,7 +186,7 @@ def test_two_messages_for_one_job_are_one_render(worker: Worker) -> None:
 
 
 def test_two_workers_with_a_message_each_make_one_render(
-    worker: Worker, client: Redis, storage: FlakyStorage
+    worker: Worker, client: Redis, storage: FlakyBucket
 ) -> None:
     with Worker(client, storage, "w2") as other:
         worker.runner.gate.clear()
@@ -237,7 +237,7 @@ def test_a_job_cancelled_while_it_runs_stops_at_its_next_step(worker: Worker) ->
 
 @pytest.mark.parametrize("where", ["find_errors", "put_errors"])
 def test_a_job_cancelled_while_it_waits_for_the_storage_ends_at_once(
-    client: Redis, storage: FlakyStorage, monkeypatch: pytest.MonkeyPatch, where: str
+    client: Redis, storage: FlakyBucket, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setattr("worker.jobs.handler.PUT_BACKOFF_S", (600.0, 600.0))
     with Worker(client, storage, upload_timeout_s=10_000.0) as worker:
@@ -382,7 +382,7 @@ def test_a_storage_that_refuses_for_good_fails_the_job_at_once(worker: Worker, w
 
 @pytest.mark.parametrize("where", ["find_errors", "put_errors"])
 def test_a_storage_that_fails_for_too_long_fails_the_job(
-    client: Redis, storage: FlakyStorage, where: str
+    client: Redis, storage: FlakyBucket, where: str
 ) -> None:
     with Worker(client, storage, upload_timeout_s=0.02) as worker:
         setattr(storage, where, [StorageError("503")] * 100_000)

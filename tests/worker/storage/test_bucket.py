@@ -18,18 +18,18 @@ import botocore.exceptions
 import pytest
 
 from deploy.embedded.stack import BUCKET, Stack
-from tests.conftest import Bucket
+from tests.conftest import EmptyBucket
 from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
 from worker.contract.job import ImageFormat
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 
 JOB_ID = "0123456789abcdef0123456789abcdef"
 PNG, WEBP = ImageFormat.PNG, ImageFormat.WEBP
 
 
 @pytest.fixture
-def storage(s3_environment: Bucket) -> Storage:
-    return Storage(s3_environment.name, "a/prefix")
+def storage(s3_environment: EmptyBucket) -> Bucket:
+    return Bucket(s3_environment.name, "a/prefix")
 
 
 @pytest.fixture
@@ -40,11 +40,11 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return noted
 
 
-def put(storage: Storage, picture: bytes = b"picture", record: bytes = b'{"job": 1}') -> None:
+def put(storage: Bucket, picture: bytes = b"picture", record: bytes = b'{"job": 1}') -> None:
     storage.put(JOB_ID, PNG, picture, record, "image/png")
 
 
-def test_what_was_put_is_there(storage: Storage) -> None:
+def test_what_was_put_is_there(storage: Bucket) -> None:
     assert storage.find(JOB_ID, PNG) is None
     assert storage.record(JOB_ID) is None
     put(storage)
@@ -55,26 +55,26 @@ def test_what_was_put_is_there(storage: Storage) -> None:
     assert storage.find(JOB_ID, WEBP) is None
 
 
-def test_addresses_follow_from_the_id_alone(storage: Storage, s3_environment: Bucket) -> None:
+def test_addresses_follow_from_the_id_alone(storage: Bucket, s3_environment: EmptyBucket) -> None:
     assert storage.uri(JOB_ID, PNG) == f"s3://{s3_environment.name}/a/prefix/images/01/{JOB_ID}.png"
     assert storage.root == f"s3://{s3_environment.name}/a/prefix/"
-    assert Storage("bucket").uri(JOB_ID, WEBP) == f"s3://bucket/images/01/{JOB_ID}.webp"
-    assert Storage("bucket").root == "s3://bucket/"
+    assert Bucket("bucket").uri(JOB_ID, WEBP) == f"s3://bucket/images/01/{JOB_ID}.webp"
+    assert Bucket("bucket").root == "s3://bucket/"
 
 
-def test_prefixes_do_not_see_each_other(storage: Storage, s3_environment: Bucket) -> None:
+def test_prefixes_do_not_see_each_other(storage: Bucket, s3_environment: EmptyBucket) -> None:
     put(storage)
-    assert Storage(s3_environment.name, "another").find(JOB_ID, PNG) is None
-    assert Storage(s3_environment.name).find(JOB_ID, PNG) is None
+    assert Bucket(s3_environment.name, "another").find(JOB_ID, PNG) is None
+    assert Bucket(s3_environment.name).find(JOB_ID, PNG) is None
 
 
-def test_putting_twice_is_putting_once(storage: Storage) -> None:
+def test_putting_twice_is_putting_once(storage: Bucket) -> None:
     put(storage, b"first")
     put(storage, b"second")
     assert storage.get(storage.uri(JOB_ID, PNG)) == b"second"
 
 
-def test_deleting_leaves_nothing_and_may_be_done_twice(storage: Storage) -> None:
+def test_deleting_leaves_nothing_and_may_be_done_twice(storage: Bucket) -> None:
     put(storage)
     storage.delete(JOB_ID, PNG)
     storage.delete(JOB_ID, PNG)
@@ -82,7 +82,7 @@ def test_deleting_leaves_nothing_and_may_be_done_twice(storage: Storage) -> None
     assert storage.record(JOB_ID) is None
 
 
-def test_a_link_opens_without_keys(storage: Storage) -> None:
+def test_a_link_opens_without_keys(storage: Bucket) -> None:
     put(storage)
     link = storage.url(storage.uri(JOB_ID, PNG), expires_s=60)
     with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310 - our own server
@@ -91,14 +91,14 @@ def test_a_link_opens_without_keys(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("expires_s", [0, -1, 604_801])
-def test_a_link_of_a_life_that_s3_does_not_allow_is_refused(storage: Storage, expires_s: int) -> None:
+def test_a_link_of_a_life_that_s3_does_not_allow_is_refused(storage: Bucket, expires_s: int) -> None:
     with pytest.raises(ValueError, match="S3 allows 1 to 604,800 seconds"):
         storage.url(storage.uri(JOB_ID, PNG), expires_s)
 
 
 @pytest.mark.parametrize("prefix", ["a b/ä", "a#b?c=d", "a%20b+c&d"])
-def test_any_prefix_works(s3_environment: Bucket, prefix: str) -> None:
-    storage = Storage(s3_environment.name, prefix)
+def test_any_prefix_works(s3_environment: EmptyBucket, prefix: str) -> None:
+    storage = Bucket(s3_environment.name, prefix)
     put(storage)
     uri = storage.uri(JOB_ID, PNG)
     assert storage.get(uri) == b"picture"
@@ -109,18 +109,18 @@ def test_any_prefix_works(s3_environment: Bucket, prefix: str) -> None:
 @pytest.mark.parametrize(
     "uri", ["", "picture.png", "s3://", "s3://bucket", "s3://bucket/", "http://bucket/key"]
 )
-def test_what_is_no_address_is_refused(storage: Storage, uri: str) -> None:
+def test_what_is_no_address_is_refused(storage: Bucket, uri: str) -> None:
     for ask in (storage.get, storage.url):
         with pytest.raises(ValueError, match="is no s3://bucket/key address"):
             ask(uri)
 
 
-def test_nothing_at_an_address_is_told_so(storage: Storage) -> None:
+def test_nothing_at_an_address_is_told_so(storage: Bucket) -> None:
     with pytest.raises(UnknownJobError, match="Nothing is at s3://"):
         storage.get(storage.uri(JOB_ID, PNG))
 
 
-def test_the_record_is_put_last_and_removed_first(storage: Storage) -> None:
+def test_the_record_is_put_last_and_removed_first(storage: Bucket) -> None:
     """Where it is, all is: so a death between the two leaves nothing that looks whole."""
     requests: list[str] = []
     storage._client.meta.events.register(
@@ -132,7 +132,7 @@ def test_the_record_is_put_last_and_removed_first(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("ending", ["json", "png"])
-def test_half_a_job_does_not_count(storage: Storage, s3_environment: Bucket, ending: str) -> None:
+def test_half_a_job_does_not_count(storage: Bucket, s3_environment: EmptyBucket, ending: str) -> None:
     put(storage)
     key = f"a/prefix/images/01/{JOB_ID}.{ending}"
     storage._client.delete_object(Bucket=s3_environment.name, Key=key)
@@ -147,7 +147,7 @@ def test_a_storage_that_is_full_holds_nothing_of_a_job(
     with Stack(workers=0) as stack:
         for name, value in stack.coordinates.items():
             monkeypatch.setenv(name, value)
-        storage = Storage(BUCKET)
+        storage = Bucket(BUCKET)
         limits = resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
         picture = secrets.token_bytes(20_000)
@@ -167,7 +167,7 @@ def test_a_storage_that_is_full_holds_nothing_of_a_job(
         assert storage.get(storage.uri(JOB_ID, PNG)) == picture
 
 
-def test_each_body_is_sent_with_its_md5(storage: Storage) -> None:
+def test_each_body_is_sent_with_its_md5(storage: Bucket) -> None:
     sent: dict[bytes, str] = {}
 
     def note(params: dict[str, Any], **_: Any) -> None:
@@ -181,7 +181,7 @@ def test_each_body_is_sent_with_its_md5(storage: Storage) -> None:
     }
 
 
-def test_bytes_that_changed_on_their_way_are_refused(storage: Storage, pauses: list[float]) -> None:
+def test_bytes_that_changed_on_their_way_are_refused(storage: Bucket, pauses: list[float]) -> None:
     def damage(params: dict[str, Any], **_: Any) -> dict[str, Any]:
         return params | {"Body": b"damaged"}
 
@@ -191,17 +191,17 @@ def test_bytes_that_changed_on_their_way_are_refused(storage: Storage, pauses: l
     assert storage.find(JOB_ID, PNG) is None
 
 
-def test_checking_leaves_nothing(storage: Storage, s3_environment: Bucket) -> None:
+def test_checking_leaves_nothing(storage: Bucket, s3_environment: EmptyBucket) -> None:
     storage.check()
     assert storage._client.list_objects_v2(Bucket=s3_environment.name).get("Contents", []) == []
 
 
-def test_workers_that_start_together_do_not_disturb_each_other_s_check(storage: Storage) -> None:
+def test_workers_that_start_together_do_not_disturb_each_other_s_check(storage: Bucket) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: storage.check(), range(40)))
 
 
-def test_many_threads_share_one_client(storage: Storage) -> None:
+def test_many_threads_share_one_client(storage: Bucket) -> None:
     with ThreadPoolExecutor(16) as pool:
         clients = set(pool.map(lambda _: id(storage._client), range(16)))
         assert len(clients) == 1
@@ -213,7 +213,7 @@ def test_many_threads_share_one_client(storage: Storage) -> None:
 
 # --- refusals ---------------------------------------------------------------------------------------------
 
-CALLS: dict[str, Callable[[Storage], Any]] = {
+CALLS: dict[str, Callable[[Bucket], Any]] = {
     "put": put,
     "find": lambda storage: storage.find(JOB_ID, PNG),
     "check": lambda storage: storage.check(),
@@ -221,17 +221,17 @@ CALLS: dict[str, Callable[[Storage], Any]] = {
 
 
 @pytest.mark.parametrize("call", ["put", "check"])
-def test_a_missing_bucket_is_told_with_the_remedy(s3_environment: Bucket, call: str) -> None:
+def test_a_missing_bucket_is_told_with_the_remedy(s3_environment: EmptyBucket, call: str) -> None:
     with pytest.raises(PermanentStorageError) as caught:
-        CALLS[call](Storage("no-such-bucket"))
+        CALLS[call](Bucket("no-such-bucket"))
     sentence = str(caught.value)
     assert sentence.startswith('The bucket "no-such-bucket" refuses (')
     assert sentence.endswith("create it, or set S3_BUCKET.")
 
 
-def test_no_bucket_at_all_is_told_with_the_remedy(s3_environment: Bucket) -> None:
+def test_no_bucket_at_all_is_told_with_the_remedy(s3_environment: EmptyBucket) -> None:
     with pytest.raises(StorageError, match="S3_BUCKET is not set: name the bucket"):
-        Storage("").check()
+        Bucket("").check()
 
 
 @pytest.mark.parametrize(
@@ -240,25 +240,25 @@ def test_no_bucket_at_all_is_told_with_the_remedy(s3_environment: Bucket) -> Non
 )
 @pytest.mark.parametrize("call", ["put", "find"])
 def test_wrong_keys_are_told_with_the_remedy(
-    s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch, variable: str, remedy: str, call: str
+    s3_environment: EmptyBucket, monkeypatch: pytest.MonkeyPatch, variable: str, remedy: str, call: str
 ) -> None:
     monkeypatch.setenv(variable, "x" * 20)
     with pytest.raises(PermanentStorageError) as caught:
-        CALLS[call](Storage(s3_environment.name))
+        CALLS[call](Bucket(s3_environment.name))
     assert remedy in str(caught.value)
     assert str(caught.value).startswith(f'The bucket "{s3_environment.name}" refuses (')
 
 
 def test_missing_keys_are_told_with_the_remedy(
-    s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch
+    s3_environment: EmptyBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(PermanentStorageError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-        put(Storage(s3_environment.name))
+        put(Bucket(s3_environment.name))
 
 
 @pytest.fixture
-def nobody(s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nobody(s3_environment: EmptyBucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An endpoint where connections are refused."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -269,10 +269,10 @@ def nobody(s3_environment: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.mark.usefixtures("nobody")
 @pytest.mark.parametrize("call", ["put", "find"])
 def test_a_server_that_is_down_is_tried_again_and_told_as_what_may_pass(
-    pauses: list[float], s3_environment: Bucket, call: str
+    pauses: list[float], s3_environment: EmptyBucket, call: str
 ) -> None:
     with pytest.raises(StorageError) as caught:
-        CALLS[call](Storage(s3_environment.name))
+        CALLS[call](Bucket(s3_environment.name))
     assert not isinstance(caught.value, PermanentStorageError)
     assert "is out of reach" in str(caught.value)
     assert str(caught.value).endswith("check AWS_ENDPOINT_URL_S3.")
@@ -280,10 +280,10 @@ def test_a_server_that_is_down_is_tried_again_and_told_as_what_may_pass(
 
 
 @pytest.mark.usefixtures("nobody")
-def test_a_server_that_is_down_at_the_start_is_told_soon(s3_environment: Bucket) -> None:
+def test_a_server_that_is_down_at_the_start_is_told_soon(s3_environment: EmptyBucket) -> None:
     began = time.monotonic()
     with pytest.raises(StorageError, match="is out of reach"):
-        Storage(s3_environment.name, attempts=2).check()
+        Bucket(s3_environment.name, attempts=2).check()
     assert time.monotonic() - began < 10
 
 
@@ -300,7 +300,7 @@ def test_a_server_that_is_down_at_the_start_is_told_soon(s3_environment: Bucket)
     ],
 )
 def test_an_answer_is_permanent_where_waiting_does_not_mend_it(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch, code: str, status: int, kind: type[StorageError]
+    storage: Bucket, monkeypatch: pytest.MonkeyPatch, code: str, status: int, kind: type[StorageError]
 ) -> None:
     def refuse(**_: Any) -> None:
         answer = {"Error": {"Code": code, "Message": "told"}, "ResponseMetadata": {"HTTPStatusCode": status}}

@@ -1,4 +1,4 @@
-"""The process that asks the bucket, with a real S3 server: it does as `Storage` does, and leaves nothing."""
+"""The process that asks the bucket, with a real S3 server: it does as `Bucket` does, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import Bucket
+from tests.conftest import EmptyBucket
 from worker.contract.errors import PermanentStorageError, StorageError
 from worker.contract.job import ImageFormat
-from worker.storage.bucket import Storage
+from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 
 JOB_ID = "0123456789abcdef0123456789abcdef"
@@ -34,14 +34,14 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def storage(s3_environment: Bucket) -> Iterator[BucketProcess]:
+def storage(s3_environment: EmptyBucket) -> Iterator[BucketProcess]:
     storage = BucketProcess(s3_environment.name, "a/prefix")
     yield storage
     if storage._remote is not None:
         storage._remote._manager.shutdown()
 
 
-def put(storage: Storage) -> None:
+def put(storage: Bucket) -> None:
     storage.put(JOB_ID, PNG, b"picture" * 100_000, b'{"job": 1}', "image/png")
 
 
@@ -50,9 +50,9 @@ def process_of(storage: BucketProcess) -> psutil.Process:
 
 
 def test_what_another_process_puts_is_what_a_storage_finds(
-    storage: BucketProcess, s3_environment: Bucket
+    storage: BucketProcess, s3_environment: EmptyBucket
 ) -> None:
-    here = Storage(s3_environment.name, "a/prefix")
+    here = Bucket(s3_environment.name, "a/prefix")
     assert storage.find(JOB_ID, PNG) is None
     put(storage)
     assert storage.find(JOB_ID, PNG) == here.find(JOB_ID, PNG) == b'{"job": 1}'
@@ -68,7 +68,7 @@ def test_many_threads_ask_one_process(storage: BucketProcess) -> None:
     assert [child.pid for child in spawned] == [process_of(storage).pid]
 
 
-def test_refusals_come_over_as_they_are(s3_environment: Bucket) -> None:
+def test_refusals_come_over_as_they_are(s3_environment: EmptyBucket) -> None:
     storage = BucketProcess("no-such-bucket")
     with pytest.raises(PermanentStorageError, match=r'The bucket "no-such-bucket" refuses .*create it'):
         put(storage)
@@ -96,7 +96,7 @@ def test_signals_to_its_group_do_not_end_it(storage: BucketProcess) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, None], ids=["killed", "ended", "returns"])
 def test_it_ends_with_its_owner_and_leaves_nothing(
-    s3_environment: Bucket, tmp_path: Path, number: int | None
+    s3_environment: EmptyBucket, tmp_path: Path, number: int | None
 ) -> None:
     program = tmp_path / "owner.py"
     program.write_text(OWNER)
