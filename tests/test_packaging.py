@@ -120,6 +120,13 @@ def test_the_wheel_holds_the_lua_scripts(wheel: zipfile.ZipFile) -> None:
     assert scripts <= set(wheel.namelist())
 
 
+def test_the_wheel_holds_the_parts_of_the_gallerys_page(wheel: zipfile.ZipFile) -> None:
+    parts = [path for path in (ROOT / "producer" / "gallery" / "static").iterdir() if path.is_file()]
+
+    assert {path.suffix for path in parts} == {".html", ".css", ".js"}
+    assert {str(path.relative_to(ROOT)) for path in parts} <= set(wheel.namelist())
+
+
 def test_the_wheel_has_its_licence_and_its_command(wheel: zipfile.ZipFile, metadata: Message) -> None:
     licence = next(name for name in wheel.namelist() if name.endswith("/LICENSE"))
     commands = next(name for name in wheel.namelist() if name.endswith("/entry_points.txt"))

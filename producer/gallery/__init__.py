@@ -3,7 +3,8 @@
     `lines`      what is known of each job: manifest lines, or the records beside the pictures
     frames.py    from that to what the page shows: texts, link, thumbnail
     page.py      the file: a template, a policy, and blocks of data that cannot become markup
-    page.html, page.css, page.js
+    fields.py    the fields of a job that the page lists and filters by
+    static/      page.html, page.css and the parts of the page's script
 
 Lines become frames in a few threads and are written as they come, in order: memory stays flat.
 """

@@ -17,9 +17,21 @@ from pathlib import Path
 from typing import IO, Any, Self
 from urllib.parse import parse_qs, urlsplit
 
+from producer.gallery import fields
 from producer.gallery.frames import Frame
 from worker.contract.errors import CallerError
 
+#: The parts of the page's one script, in `static/`, in the order in which they run.
+SCRIPTS = (
+    "data.js",
+    "axes.js",
+    "filter.js",
+    "layout.js",
+    "drawing.js",
+    "keyboard.js",
+    "viewer.js",
+    "start.js",
+)
 #: Rows in one block of data.
 _ROWS = 500
 #: Thumbnails in one block: about 1 MB, which a browser reads in the time of a frame.
@@ -89,28 +101,29 @@ class PageWriter:
         """
         self._flush_rows()
         self._flush_thumbs()
-        facts = {
+        about = {
             "made_at": made_at,
             "expires_at": expires_at,
             "temporary_keys": self._temporary_keys,
             "command": command,
             "notices": list(notices),
-            "thumbs_in_block": _THUMBS if self._embeds else 0,
+            "thumbs_per_block": _THUMBS if self._embeds else 0,
+            "fields": fields.as_json(),
         }
-        style, script = _part("page.css"), _part("page.js")
+        style, script = _static("page.css"), _script()
         filled = {
             "policy": html.escape(self._policy(style, script)),
             "title": html.escape(_whole(title)),
             "style": style,
             "script": script,
-            "facts": as_data(facts),
+            "about": as_data(about),
         }
         poured: dict[str, IO[bytes]] = {"rows": self._row_file, "thumbs": self._thumb_file}
         unfinished = self._path.with_name(f".{self._path.name}.part")
         with self._errors():
             try:
                 with unfinished.open("wb") as page:
-                    for text, name in _pieces(_part("page.html")):
+                    for text, name in _pieces(_static("page.html")):
                         page.write(text.encode())
                         if name in poured:
                             poured[name].seek(0)
@@ -185,8 +198,14 @@ def _pieces(template: str) -> Iterator[tuple[str, str]]:
     yield from zip(parts[::2], [*parts[1::2], ""], strict=True)
 
 
-def _part(name: str) -> str:
-    return files("producer.gallery").joinpath(name).read_text(encoding="utf-8")
+def _static(name: str) -> str:
+    return files("producer.gallery").joinpath("static", name).read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    """The parts as one script, in a function of its own: no name of theirs is the page's."""
+    parts = "\n".join(_static(name) for name in SCRIPTS)
+    return f'\n"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def _hash(text: str) -> str:
