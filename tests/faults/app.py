@@ -31,7 +31,7 @@ from pathlib import Path
 import worker.state.scripts as scripts
 import worker.tasks as tasks
 from tests.faults.app_names import DIED, MARKS
-from tests.faults.runner import FaultRender, FaultRunner, verbs_of
+from tests.faults.runner import FaultRunner, FaultState, verbs_of
 from worker.celery import app as app
 from worker.contract.errors import SmallcatError
 from worker.contract.job import ImageFormat
@@ -80,10 +80,10 @@ def die(point: str, prompt: str, job_id: str) -> None:
 class TellingRunner(FaultRunner):
     """Journals its steps."""
 
-    def step(self, renders: Sequence[FaultRender]) -> list[SmallcatError | None]:
+    def step(self, states: Sequence[FaultState]) -> list[SmallcatError | None]:
         note("step", "-")
         try:
-            return super().step(renders)
+            return super().step(states)
         finally:
             note("stepped", "-")
 

@@ -1,4 +1,4 @@
-"""A runner without torch for real workers: what a job does is written in its prompt.
+"""A runner without torch for real workers: a job's prompt says what happens to it.
 
 name verb:argument verb:argument ...
 
@@ -9,7 +9,7 @@ raise:KIND@WHERE    KIND in prepare, step or decode: Exception, SystemExit, Memo
 nan:            its latents are not finite
 kill:           its process dies by SIGKILL in its first step; kill:N, only in its first N attempts
 lose:N          its device fails in its first step, in its first N attempts
-die:POINT       its process dies once at that point of its way: see `tests.faults.app`
+die:POINT       its process dies once at that point: see `tests.faults.app`
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RAISED: dict[str, type[BaseException]] = {
     "OutOfMemoryError": OutOfMemoryError,
     "KeyboardInterrupt": KeyboardInterrupt,
 }
-#: Seconds that a turn takes in which every job only waits.
+#: Seconds of a step in which every job only waits.
 IDLE_TURN_S = 0.005
 
 
@@ -53,7 +53,7 @@ class Choice:
 
 
 def verbs_of(prompt: str) -> dict[str, str]:
-    """What a prompt asks for."""
+    """The verbs of a prompt and their arguments."""
     words = [word.partition(":") for word in prompt.split()[1:]]
     return {verb: argument for verb, colon, argument in words if colon}
 
@@ -64,8 +64,8 @@ def pixel_of(job: Job) -> int:
 
 
 @dataclass
-class FaultRender:
-    """A job on board."""
+class FaultState:
+    """A job in flight."""
 
     job: Job
     verbs: dict[str, str]
@@ -85,7 +85,7 @@ class FaultRender:
 
 
 class FaultRunner:
-    """A `worker.engine.runner.Runner`. `note` is told what happens, `may_die` asked before a kill."""
+    """A `worker.engine.runner.Runner`. `note` gets each event; `may_die` decides on a kill."""
 
     served = SERVED
     job_s = 1.0
@@ -105,7 +105,7 @@ class FaultRunner:
         self._may_die = may_die
 
     def warm_up(self) -> tuple[Choice, ...]:
-        """Nothing to warm."""
+        """There is nothing to warm up."""
         return (Choice("max rows", str(self.max_rows), "a fake"),)
 
     def memory(self) -> dict[str, int]:
@@ -113,47 +113,47 @@ class FaultRunner:
         return {}
 
     def cap(self, lane: Hashable) -> int:
-        """The same in each lane."""
+        """The same for each lane."""
         return self.max_rows
 
     def step_s(self, lane: Hashable, rows: int) -> float:
         """The same for any rows."""
         return 1.0
 
-    def prepare(self, job: Job) -> FaultRender:
+    def prepare(self, job: Job) -> FaultState:
         """As the contract says."""
         self._note("start", job)
         verbs = verbs_of(job.prompt)
         _raise(verbs, "prepare")
         assert job.steps is not None
-        return FaultRender(job, verbs, job.steps, time.monotonic() + float(verbs.get("sleep", 0)))
+        return FaultState(job, verbs, job.steps, time.monotonic() + float(verbs.get("sleep", 0)))
 
-    def step(self, renders: Sequence[FaultRender]) -> list[SmallcatError | None]:
-        """As the contract says: what raises leaves all renders as they were."""
-        for render in renders:
-            _raise(render.verbs, "step")
-            if "kill" in render.verbs and self._may_die(render.job.id, int(render.verbs["kill"] or 10**6)):
+    def step(self, states: Sequence[FaultState]) -> list[SmallcatError | None]:
+        """As the contract says: if it raises, all states are unchanged."""
+        for state in states:
+            _raise(state.verbs, "step")
+            if "kill" in state.verbs and self._may_die(state.job.id, int(state.verbs["kill"] or 10**6)):
                 os.kill(os.getpid(), signal.SIGKILL)
-            if "lose" in render.verbs and self._may_die(render.job.id, int(render.verbs["lose"])):
+            if "lose" in state.verbs and self._may_die(state.job.id, int(state.verbs["lose"])):
                 raise DeviceError("The device is gone.")
-        going = [render for render in renders if not render.waits()]
+        going = [state for state in states if not state.waits()]
         time.sleep(self._step_s if going else IDLE_TURN_S)
-        for render in going:
-            render.step += 1
-        return [None] * len(renders)
+        for state in going:
+            state.step += 1
+        return [None] * len(states)
 
-    def decode(self, renders: Sequence[FaultRender]) -> Iterator[Picture | SmallcatError]:
+    def decode(self, states: Sequence[FaultState]) -> Iterator[Picture | SmallcatError]:
         """As the contract says."""
-        for render in renders:
-            _raise(render.verbs, "decode")
-        for render in renders:
-            self._note("end", render.job)
+        for state in states:
+            _raise(state.verbs, "decode")
+        for state in states:
+            self._note("end", state.job)
         return iter(
             [
                 NotFiniteError("NaN")
-                if "nan" in render.verbs
-                else Picture(np.full((8, 8, 3), pixel_of(render.job), np.uint8))
-                for render in renders
+                if "nan" in state.verbs
+                else Picture(np.full((8, 8, 3), pixel_of(state.job), np.uint8))
+                for state in states
             ]
         )
 

@@ -1,1 +1,1 @@
-"""Which job takes a step when, without torch: `engine` is the door, `runner` what it asks of a device."""
+"""Which jobs take the next step, without torch: `engine` is the door, `runner` what it asks of a device."""

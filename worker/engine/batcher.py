@@ -1,27 +1,30 @@
-"""Which jobs run together: pure decisions, with the clock passed in. No torch, no threads, no I/O.
+"""Decides which jobs run together, step by step. The clock is passed in. No torch, no threads, no I/O.
 
-Words. A **lane** is a set of jobs that may share a step (equal latent shape). A job that has a place in
-its lane is **seated**: it stays seated until it is finished, removed or outranked. A lane has as many seats
-as its **cap** has rows; a guided job takes two rows, one without guidance takes one. A job's **rank** is its
-priority, plus one for every `AGEING_S` seconds since it came. Of two jobs, one is **below** the other if its
-priority is lower and its rank is lower by a whole one; since both age alike, that never changes.
+Terms. A **lane** is a set of jobs that may share a step, since their latents have the same shape. A job in a
+lane is **waiting** or **scheduled**; a scheduled job stays so until it is finished, removed or preempted. The
+**cap** is the most rows that a lane's batch may have; a guided job takes two rows, others take one. A job's
+**effective priority** is its priority plus one for every `AGEING_S` seconds since it was added. A job **may
+preempt** another one if its priority is higher and its effective priority is higher by at least one. Since
+all jobs age at the same rate, that never changes for two given jobs.
 
 Rules.
-1. Seats go to the waiting job of the highest rank; among equals, the first come. So order within a priority
-   is kept, and everybody's turn comes: whoever has waited long enough is below no newcomer.
-2. The job next in rank is never passed over by a smaller one: if its rows do not fit, the seat stays free
-   for the moment until they do. At most one row of a cap is unused this way.
-3. A job that is waiting takes the seats of those below it, lowest first, if that makes room for it. They
-   keep their place in line and all their progress.
-4. A job is not slowed down by those below it: they take part in its steps only as far as these cost no more
-   than `COMPANY` times what they cost without them. Where a batch is far from full, that is nearly free.
-5. Lanes take turns by stride scheduling (Waldspurger and Weihl, 1995): each lane has a pass; the lane with
-   the lowest one runs a step, and its pass grows by the step's cost over its weight, which doubles with
-   each two ranks, up to the highest priority's. The pass of all grows with every step by its cost over the
-   weight of all lanes: there a new lane starts, neither catching up nor ahead of those who wait. So no lane
-   waits for another one to become empty, whatever arrives.
-6. A lane's cap falls by half when its batch did not fit in memory, for good. Where seats are too few, then
-   or because a job needs more rows than before, the lowest in rank lose theirs, and no progress.
+1. The waiting job of the highest effective priority is scheduled first; of equal ones, the earliest. So jobs
+   of one priority keep their order. No job waits for ever: after some time no new job may preempt it.
+2. No smaller job overtakes that job. If its rows do not fit yet, they stay free until it fits. At most one
+   row of a cap is unused for this reason.
+3. A waiting job preempts those that it may, the lowest effective priority first, if that makes enough room.
+   A preempted job waits again, keeps its effective priority, and loses no step.
+4. Jobs do not slow down one that may preempt them: they take part in its steps only while such a step costs
+   at most `MAX_SLOWDOWN` times what it costs without them. A batch that is far from full has room for them.
+5. Lanes take turns by stride scheduling (Waldspurger and Weihl, 1995). Each lane has a pass. The lane with
+   the lowest pass runs a step, and its pass grows by the step's cost divided by the lane's weight. The weight
+   doubles with every two points of the highest effective priority among the lane's scheduled jobs, up to
+   `MAX_PRIORITY`. The global pass grows at each step by its cost divided by the weight of all lanes. A new
+   lane starts there, neither ahead of the lanes that wait nor behind them. So no lane has to wait until
+   another one is empty, whatever jobs are added.
+6. If a batch did not fit in memory, the cap of its lane is halved for the life of the process. If there are
+   more rows than the cap, because of that or because a job needs more rows than before, the scheduled jobs
+   of the lowest effective priority are preempted.
 """
 
 from __future__ import annotations
@@ -34,110 +37,114 @@ from worker.contract.job import MAX_PRIORITY
 
 #: Seconds of waiting that count as one step of priority.
 AGEING_S = 30.0
-#: How much more a step may cost for the sake of jobs below those whose step it is.
-COMPANY = 1.3
+#: How many times the cost of a step may grow by jobs that others in the batch may preempt.
+MAX_SLOWDOWN = 1.3
 
 T = TypeVar("T", bound=Hashable)
 
 
 class Costs(Protocol):
-    """What the device can take, and how long it takes. See `worker.engine.step_cost`."""
+    """The largest batches of a device, and the cost of its steps. See `worker.engine.step_cost`."""
 
     def cap(self, lane: Hashable) -> int:
-        """Rows worth having in one step of `lane`, >= 1: its cap to begin with."""
+        """The cap of a lane at the start, in rows, >= 1."""
 
     def step_s(self, lane: Hashable, rows: int) -> float:
-        """What a step of `rows` rows of `lane` costs, > 0, in seconds or any one unit."""
+        """The cost of a step of `rows` rows of `lane`, > 0, in seconds or in any other unit."""
 
 
 @dataclass
-class _Place(Generic[T]):
-    """A job in a lane, waiting or seated."""
+class _Entry(Generic[T]):
+    """A job in a lane, waiting or scheduled."""
 
     item: T
     rows: int
     priority: int
-    arrived_s: float
-    #: Number in order of arrival: settles what the clock cannot.
+    added_s: float
+    #: The order in which jobs were added.
     number: int
 
-    def rank(self, now_s: float) -> tuple[float, int]:
-        """Higher is sooner."""
-        return self.priority + max(0.0, now_s - self.arrived_s) / AGEING_S, -self.number
+    def effective_priority(self, now_s: float) -> float:
+        """Priority with ageing."""
+        return self.priority + max(0.0, now_s - self.added_s) / AGEING_S
 
-    def is_below(self, other: _Place[T]) -> bool:
-        """Whether this job may be put off for the other's sake."""
-        apart = self.priority - other.priority + (other.arrived_s - self.arrived_s) / AGEING_S
-        return self.priority < other.priority and apart <= -1
+    def order(self, now_s: float) -> tuple[float, int]:
+        """The key to sort by: higher is scheduled sooner."""
+        return self.effective_priority(now_s), -self.number
+
+    def may_preempt(self, other: _Entry[T]) -> bool:
+        """Whether the other job may have to wait for this one."""
+        difference = self.priority - other.priority + (other.added_s - self.added_s) / AGEING_S
+        return self.priority > other.priority and difference >= 1
 
 
 @dataclass
 class _Lane(Generic[T]):
     cap: int
     pass_: float
-    waiting: dict[T, _Place[T]] = field(default_factory=dict)
-    seated: dict[T, _Place[T]] = field(default_factory=dict)
+    waiting: dict[T, _Entry[T]] = field(default_factory=dict)
+    scheduled: dict[T, _Entry[T]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
-        """Seats taken."""
-        return sum(place.rows for place in self.seated.values())
+        """Rows of the scheduled jobs."""
+        return sum(entry.rows for entry in self.scheduled.values())
 
-    def fill(self, now_s: float) -> None:
-        """Give seats to those waiting, by rank."""
-        self.make_fit(now_s)
+    def schedule(self, now_s: float) -> None:
+        """Keep the cap, then schedule waiting jobs while they fit."""
+        self._preempt_over_cap(now_s)
         while self.waiting:
-            first = max(self.waiting.values(), key=lambda place: place.rank(now_s))
-            if not self._seat(first, now_s):
+            first = max(self.waiting.values(), key=lambda entry: entry.order(now_s))
+            if not self._try_schedule(first, now_s):
                 return
 
-    def _seat(self, first: _Place[T], now_s: float) -> bool:
-        """Give `first` a seat, if need be of those below it. False: there is none for it now."""
-        below = [place for place in self._lowest_first(now_s) if place.is_below(first)]
-        room = self.cap - self.rows + sum(place.rows for place in below)
-        # A job of more rows than the whole cap runs alone: whether it fits is for the device to say.
-        if first.rows > room and len(below) < len(self.seated):
+    def _try_schedule(self, first: _Entry[T], now_s: float) -> bool:
+        """Schedule `first`, and preempt others for it if need be. False: it does not fit now."""
+        preemptible = [entry for entry in self._lowest_first(now_s) if first.may_preempt(entry)]
+        room = self.cap - self.rows + sum(entry.rows for entry in preemptible)
+        # A job of more rows than the cap runs alone: only the device knows whether it fits.
+        if first.rows > room and len(preemptible) < len(self.scheduled):
             return False
-        for place in below:
+        for entry in preemptible:
             if self.rows + first.rows <= self.cap:
                 break
-            self._unseat(place)
-        self.seated[first.item] = self.waiting.pop(first.item)
+            self._preempt(entry)
+        self.scheduled[first.item] = self.waiting.pop(first.item)
         return True
 
-    def make_fit(self, now_s: float) -> None:
-        """Take seats back, from the lowest in rank, until the cap is kept or one job is left."""
-        for place in self._lowest_first(now_s):
-            if self.rows <= self.cap or len(self.seated) == 1:
+    def _preempt_over_cap(self, now_s: float) -> None:
+        """Preempt the lowest effective priorities until the cap is kept or one job is left."""
+        for entry in self._lowest_first(now_s):
+            if self.rows <= self.cap or len(self.scheduled) == 1:
                 return
-            self._unseat(place)
+            self._preempt(entry)
 
-    def batch(self, costs: Costs, name: Hashable, now_s: float) -> list[_Place[T]]:
-        """Those seated who take part in the next step."""
-        seated = list(self.seated.values())
-        if len({place.priority for place in seated}) == 1:
-            return seated
-        below = [place for place in seated if any(place.is_below(other) for other in seated)]
-        chosen = [place for place in seated if place not in below]
-        rows = sum(place.rows for place in chosen)
-        limit = COMPANY * costs.step_s(name, rows)
-        for place in sorted(below, key=lambda place: place.rank(now_s), reverse=True):
-            rows += place.rows
+    def batch(self, costs: Costs, name: Hashable, now_s: float) -> list[_Entry[T]]:
+        """The scheduled jobs that take part in the next step."""
+        scheduled = list(self.scheduled.values())
+        if len({entry.priority for entry in scheduled}) == 1:
+            return scheduled
+        preemptible = [entry for entry in scheduled if any(other.may_preempt(entry) for other in scheduled)]
+        chosen = [entry for entry in scheduled if entry not in preemptible]
+        rows = sum(entry.rows for entry in chosen)
+        limit = MAX_SLOWDOWN * costs.step_s(name, rows)
+        for entry in sorted(preemptible, key=lambda entry: entry.order(now_s), reverse=True):
+            rows += entry.rows
             if costs.step_s(name, rows) > limit:
                 break
-            chosen.append(place)
+            chosen.append(entry)
         return chosen
 
     def weight(self, now_s: float) -> float:
-        """How large its share of the time is. Bounded, or the oldest lane would in the end run alone."""
-        highest = max(place.rank(now_s)[0] for place in self.seated.values())
+        """The lane's share of the time, > 0. Bounded, or the oldest lane would in the end run alone."""
+        highest = max(entry.effective_priority(now_s) for entry in self.scheduled.values())
         return float(2.0 ** (min(highest, MAX_PRIORITY) / 2))
 
-    def _lowest_first(self, now_s: float) -> list[_Place[T]]:
-        return sorted(self.seated.values(), key=lambda place: place.rank(now_s))
+    def _lowest_first(self, now_s: float) -> list[_Entry[T]]:
+        return sorted(self.scheduled.values(), key=lambda entry: entry.order(now_s))
 
-    def _unseat(self, place: _Place[T]) -> None:
-        self.waiting[place.item] = self.seated.pop(place.item)
+    def _preempt(self, entry: _Entry[T]) -> None:
+        self.waiting[entry.item] = self.scheduled.pop(entry.item)
 
 
 class Batcher(Generic[T]):
@@ -145,69 +152,69 @@ class Batcher(Generic[T]):
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        #: Caps that were lowered outlive their lane.
+        #: Lowered caps, which are kept when their lane becomes empty.
         self._caps: dict[Hashable, int] = {}
         self._lanes: dict[Hashable, _Lane[T]] = {}
         self._lane_of: dict[T, Hashable] = {}
-        self._arrivals = 0
-        #: The pass of all: where a lane starts that was idle.
+        self._added = 0
+        #: The global pass: where a new lane starts.
         self._pass = 0.0
 
     def __len__(self) -> int:
-        """Jobs in all lanes, waiting and seated."""
+        """Jobs in all lanes, waiting and scheduled."""
         return len(self._lane_of)
 
     def __iter__(self) -> Iterator[T]:
-        """Jobs in all lanes, waiting and seated, in the order they came."""
+        """Jobs in all lanes, waiting and scheduled, in the order they were added."""
         return iter(self._lane_of)
 
     def __contains__(self, item: T) -> bool:
-        """Whether `item` is in a lane, waiting or seated."""
+        """Whether `item` is in a lane, waiting or scheduled."""
         return item in self._lane_of
 
     def add(self, item: T, *, lane: Hashable, rows: int, priority: int, now_s: float) -> None:
-        """Let `item` wait in `lane` for a seat. It must not be in any lane yet."""
+        """Let `item` wait in `lane`. Raises `ValueError` if it is in a lane already."""
         if item in self._lane_of:
-            raise ValueError(f"{item!r} is on board already.")
-        self._arrivals += 1
+            raise ValueError(f"{item!r} is in lane {self._lane_of[item]!r} already: remove it first.")
+        self._added += 1
         if lane not in self._lanes:
             self._lanes[lane] = _Lane(cap=self.cap(lane), pass_=self._pass)
-        self._lanes[lane].waiting[item] = _Place(item, rows, priority, now_s, self._arrivals)
+        self._lanes[lane].waiting[item] = _Entry(item, rows, priority, now_s, self._added)
         self._lane_of[item] = lane
 
     def resize(self, item: T, rows: int) -> None:
         """Let `item` take `rows` rows from the next step on."""
         lane = self._lanes[self._lane_of[item]]
-        (lane.seated.get(item) or lane.waiting[item]).rows = rows
+        (lane.scheduled.get(item) or lane.waiting[item]).rows = rows
 
     def remove(self, item: T) -> None:
-        """Let `item` go, finished or not. Its seat is free for the next batch."""
+        """Take `item` out of its lane, finished or not. Its rows are free for the next batch."""
         name = self._lane_of.pop(item)
         lane = self._lanes[name]
         lane.waiting.pop(item, None)
-        lane.seated.pop(item, None)
-        if not lane.waiting and not lane.seated:
+        lane.scheduled.pop(item, None)
+        if not lane.waiting and not lane.scheduled:
             del self._lanes[name]
 
     def next_batch(self, now_s: float) -> list[T]:
-        """The jobs to run one step of, all of one lane; empty when idle."""
+        """The jobs to run one step of, all of one lane; empty when there are none."""
         if not self._lanes:
             return []
         for lane in self._lanes.values():
-            lane.fill(now_s)
-        name, turn = min(self._lanes.items(), key=lambda named: named[1].pass_)
-        batch = turn.batch(self._costs, name, now_s)
-        cost = self._costs.step_s(name, sum(place.rows for place in batch))
-        turn.pass_ += cost / turn.weight(now_s)
+            lane.schedule(now_s)
+        name, lowest = min(self._lanes.items(), key=lambda named: named[1].pass_)
+        batch = lowest.batch(self._costs, name, now_s)
+        cost = self._costs.step_s(name, sum(entry.rows for entry in batch))
+        lowest.pass_ += cost / lowest.weight(now_s)
         self._pass += cost / sum(lane.weight(now_s) for lane in self._lanes.values())
-        return [place.item for place in batch]
+        return [entry.item for entry in batch]
 
     def cap(self, lane: Hashable) -> int:
-        """Rows of a step in `lane`, at most."""
+        """The most rows in a step of `lane`, >= 1."""
         return self._caps[lane] if lane in self._caps else self._costs.cap(lane)
 
     def lower_cap(self, lane: Hashable, rows: int) -> None:
-        """Remember that `rows` rows do not fit in `lane`: half of them from now on, at least one."""
+        """Lower the cap of `lane` to half of `rows`, which did not fit in memory; to one row at least."""
         self._caps[lane] = max(1, min(self.cap(lane), rows // 2))
         if lane in self._lanes:
             self._lanes[lane].cap = self._caps[lane]

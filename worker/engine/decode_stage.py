@@ -1,127 +1,150 @@
-"""Finished jobs to pictures, beside the steps where the device has room for that.
+"""Decodes finished jobs to pictures, in parallel with the steps where the device gains by it.
 
-    add ─► decode, which sets it off ─► each outcome waited for ─► deliver
-           (the decoder's thread)       (the deliverer's thread)
+    add ─► the runner's decode, which starts it ─► wait for each outcome ─► deliver
+           (thread "decode")                       (thread "deliver")
 
-Two threads, because each picture that is delivered wakes another one, which encodes and uploads it: while
-those fight for Python, the device must have its next pictures already.
+There are two threads, because each delivered picture wakes a thread that encodes and uploads it. While those
+compete for Python's lock, the device must have its next pictures already.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Generic
 
-from worker.engine.runner import Outcome
+from worker.engine.runner import Outcome, Runner, StateT
+from worker.engine.ticket import Ticket, as_job_error, is_machine_fault
 
-T = TypeVar("T")
-#: Decodings that are set off, at most: one that is waited for, and the next. Those that come meanwhile are
-#: decoded together, for less each.
-AHEAD = 2
+logger = logging.getLogger("smallcat.engine")
+
+#: Decode calls in flight, at most: one that is waited for, and the next. Jobs that finish meanwhile are
+#: decoded together, which takes less time for each.
+MAX_IN_FLIGHT = 2
 
 
-class Decoding(Generic[T]):
-    """Decodes items in the order in which they come, as many together as are waiting.
+class DecodeStage(Generic[StateT]):
+    """Decodes jobs in the order in which they are added, all that wait in one call.
 
-    `decode` sets it off and returns the outcomes in order, each waited for when it is asked for; `deliver`
-    is given them one by one. `fail` is told what either of them raises, and `on_room` is called when another
-    decoding may begin. Where not `beside`, all of it happens in `add`. Public methods may be called from any
-    thread.
+    `deliver` is called with each job and its outcome, in order; `fail` with what `deliver` raises or with a
+    machine fault; `on_free_slot` when another decode call may start. If the runner does not decode beside
+    steps, all of this happens inside `add`. Public methods may be called from any thread.
     """
 
     def __init__(
         self,
-        decode: Callable[[Sequence[T]], Iterator[Outcome]],
-        deliver: Callable[[T, Outcome], None],
+        runner: Runner[StateT],
+        deliver: Callable[[Ticket[StateT], Outcome], None],
         fail: Callable[[BaseException], None],
-        on_room: Callable[[], None],
+        on_free_slot: Callable[[], None],
         *,
-        beside: bool,
         clock: Callable[[], float],
     ) -> None:
-        self._decode = decode
+        self._runner = runner
         self._deliver = deliver
         self._fail = fail
-        self._on_room = on_room
+        self._on_free_slot = on_free_slot
         self._clock = clock
-        self._waiting: list[T] = []
-        self._since_s: list[float] = []
+        self._waiting: list[Ticket[StateT]] = []
+        self._started_s: list[float] = []
         self._stopped = False
         self._changed = threading.Condition()
-        self._decoder = ThreadPoolExecutor(1, "decoder") if beside else None
-        self._deliverer = ThreadPoolExecutor(1, "deliverer") if beside else None
+        has_threads = runner.decodes_beside
+        self._decode_thread = ThreadPoolExecutor(1, "decode") if has_threads else None
+        self._deliver_thread = ThreadPoolExecutor(1, "deliver") if has_threads else None
 
     @property
-    def since_s(self) -> Sequence[float]:
-        """When each decoding began of those that go on."""
-        return tuple(self._since_s)
+    def started_s(self) -> Sequence[float]:
+        """When each decode call in flight started, by `clock`."""
+        return tuple(self._started_s)
 
     @property
     def is_full(self) -> bool:
-        """Whether what is added now would have to wait."""
-        return len(self._since_s) >= AHEAD
+        """Whether a job that is added now has to wait for a decode call to end."""
+        return len(self._started_s) >= MAX_IN_FLIGHT
 
-    def add(self, items: Iterable[T]) -> None:
-        """Have `items` decoded. After `stop` they are forgotten."""
+    def add(self, tickets: Iterable[Ticket[StateT]]) -> None:
+        """Decode finished jobs. After `stop` they are ignored."""
         with self._changed:
-            self._waiting.extend(items)
-        self._on(self._decoder, self._set_off)
+            self._waiting.extend(tickets)
+        self._run_on(self._decode_thread, self._start_next)
 
-    def settle(self) -> None:
-        """Wait until nothing is decoded and nobody waits for it, or `stop`."""
+    def wait_until_idle(self) -> None:
+        """Wait until no job is being decoded or waits for it, or until `stop`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or not (self._waiting or self._since_s))
+            self._changed.wait_for(lambda: self._stopped or not (self._waiting or self._started_s))
 
     def stop(self) -> None:
-        """Forget who is waiting. What is being decoded is still delivered, or forgotten."""
+        """Drop the jobs that wait. Those being decoded are still delivered, or dropped."""
         with self._changed:
             self._stopped = True
             self._waiting.clear()
             self._changed.notify_all()
-        for thread in (self._decoder, self._deliverer):
+        for thread in (self._decode_thread, self._deliver_thread):
             if thread is not None:
                 thread.shutdown(wait=False, cancel_futures=True)
 
-    def _set_off(self) -> None:
+    def decode(self, tickets: Sequence[Ticket[StateT]]) -> Iterator[Outcome]:
+        """The outcomes of `tickets`, in order, decoded together.
+
+        If that fails, each half is decoded by itself, down to the job that fails alone. Raises only what is
+        the machine's fault.
+        """
+        if not tickets:
+            return iter(())
+        try:
+            return self._runner.decode([ticket.state for ticket in tickets if ticket.state is not None])
+        except BaseException as error:
+            if is_machine_fault(error):
+                raise
+            if len(tickets) == 1:
+                return iter((as_job_error(tickets[0].job, error),))
+            logger.warning("Decoding %d pictures at once failed (%r): trying halves.", len(tickets), error)
+            middle = len(tickets) // 2
+            return itertools.chain(self.decode(tickets[:middle]), self.decode(tickets[middle:]))
+
+    def _start_next(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or not self.is_full)
-            items, self._waiting = self._waiting, []
-            if not items:
-                # An earlier decoding took them along.
-                return
-            since_s = self._clock()
-            self._since_s.append(since_s)
+            tickets, self._waiting = self._waiting, []
+            if not tickets:
+                return  # An earlier call took them.
+            started_s = self._clock()
+            self._started_s.append(started_s)
         try:
-            outcomes = self._decode(items)
-            self._on(self._deliverer, lambda: self._deliver_all(items, outcomes, since_s))
-        except BaseException as error:  # noqa: BLE001 - it is told
-            self._end(since_s)
+            outcomes = self.decode(tickets)
+            self._run_on(self._deliver_thread, lambda: self._deliver_all(tickets, outcomes, started_s))
+        except BaseException as error:  # noqa: BLE001 - `fail` reports it
+            self._end(started_s)
             self._fail(error)
 
-    def _deliver_all(self, items: Sequence[T], outcomes: Iterator[Outcome], since_s: float) -> None:
+    def _deliver_all(
+        self, tickets: Sequence[Ticket[StateT]], outcomes: Iterator[Outcome], started_s: float
+    ) -> None:
         try:
-            for item, outcome in zip(items, outcomes, strict=True):
-                self._deliver(item, outcome)
-        except BaseException as error:  # noqa: BLE001 - it is told
+            for ticket, outcome in zip(tickets, outcomes, strict=True):
+                self._deliver(ticket, outcome)
+        except BaseException as error:  # noqa: BLE001 - `fail` reports it
             self._fail(error)
         finally:
-            self._end(since_s)
+            self._end(started_s)
 
-    def _end(self, since_s: float) -> None:
+    def _end(self, started_s: float) -> None:
         with self._changed:
-            self._since_s.remove(since_s)
+            self._started_s.remove(started_s)
             self._changed.notify_all()
-        self._on_room()
+        self._on_free_slot()
 
-    def _on(self, thread: ThreadPoolExecutor | None, do: Callable[[], None]) -> None:
-        """Have it done on `thread`, where there is one, or here."""
+    def _run_on(self, thread: ThreadPoolExecutor | None, work: Callable[[], None]) -> None:
+        """Do `work` on `thread`, or here if there is none."""
         if thread is None:
-            do()
+            work()
             return
         try:
-            thread.submit(do)
+            thread.submit(work)
         except RuntimeError:
             if not self._stopped:
                 raise

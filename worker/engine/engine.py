@@ -1,27 +1,28 @@
 """The loop that owns the device: one denoising step a turn.
 
-    submit ─► prepare ─► inbox ─► batcher ─► step ─► finished? ─► decode ─► the job's future
-    (its own thread)     (the engine's thread) │                  (worker.engine.decode_stage)
-                                               └─ cancelled, late, failed: leaves now, alone
+    submit ─► prepare ─► prepared ─► batcher ─► step ─► finished? ─► decode ─► the job's future
+    (caller's thread)    (engine's thread)       │                   (worker.engine.decode_stage)
+                                                 └─ cancelled, late or failed: leaves now, alone
 
-Jobs join at the next step and leave at their last. The loop does nothing but steps: a job's text is encoded
-on the thread that submits it, and its picture is decoded beside the next step where the device has room for
-that. Whatever happens to one job happens to it alone: a forward that fails is run again in halves from the
-same latents until the one that cannot run is found; one that does not fit in memory lowers the lane's cap;
-and a job is too large only when it does not fit with the device to itself.
-Every future is resolved, whatever happens. Only a `MachineError` of the runner ends the loop: then all jobs
-go back to the queue, and the process ends.
+This is continuous batching: a job joins at the next step and leaves after its last. The loop runs steps and
+nothing else. A job's text is encoded on the thread that submits it, and its picture is decoded beside the
+next step where the device gains by it.
+
+A job fails alone. If a step fails, each half of its batch runs again from the same latents, down to the job
+that fails by itself. If a batch does not fit in memory, the lane's cap is lowered. A job is too large only if
+it does not fit while the device does nothing else.
+Every future is resolved, whatever happens. Only a machine fault (`MachineError`) of the runner ends the loop:
+then all jobs go back to the queue, and the process ends.
 
 The engine is given its runner (`worker.engine.runner`) and imports no torch.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Generic
 
@@ -35,25 +36,25 @@ from worker.contract.errors import (
 )
 from worker.contract.job import Job
 from worker.engine.batcher import Batcher
-from worker.engine.decode_stage import Decoding
-from worker.engine.runner import Outcome, Picture, R, Runner
-from worker.engine.ticket import Rendered, Ticket, as_job_error, ends_the_engine
+from worker.engine.decode_stage import DecodeStage
+from worker.engine.runner import Outcome, Picture, Runner, StateT
+from worker.engine.ticket import Rendered, Ticket, as_job_error, is_machine_fault
 
 logger = logging.getLogger("smallcat.engine")
 
 
-class Engine(Generic[R]):
+class Engine(Generic[StateT]):
     """Renders jobs together, a step at a time, on a thread of its own.
 
-    `job_timeout_s` (> 0) bounds each job's stay. `on_death` is called once, from the engine's thread, if
-    the loop itself fails: all jobs have been given back by then, and the process should exit.
-    `on_step` is told the rows of each step and the seconds it took. `clock` returns monotonic seconds.
+    `job_timeout_s` (seconds, > 0) limits the time of each job in the engine. `on_death` is called once, from
+    the engine's thread, if the loop fails: all jobs have been given back by then, and the process should
+    exit. `on_step` is called with the rows of each step and its seconds. `clock` returns monotonic seconds.
     All public methods may be called from any thread.
     """
 
     def __init__(
         self,
-        runner: Runner[R],
+        runner: Runner[StateT],
         *,
         job_timeout_s: float,
         on_death: Callable[[BaseException], None],
@@ -65,52 +66,52 @@ class Engine(Generic[R]):
         self._on_death = on_death
         self._on_step = on_step
         self._clock = clock
-        self._batcher: Batcher[Ticket[R]] = Batcher(runner)
-        #: On board: from `submit` until resolved.
-        self._tickets: dict[str, Ticket[R]] = {}
-        #: Prepared, for the batcher.
-        self._inbox: list[Ticket[R]] = []
-        #: Whose text or picture did not fit in memory beside a step, for the engine's thread.
-        self._crowded: list[Ticket[R]] = []
+        self._batcher: Batcher[Ticket[StateT]] = Batcher(runner)
+        #: All jobs in flight by id: from `submit` until resolved.
+        self._tickets: dict[str, Ticket[StateT]] = {}
+        #: Jobs that are ready for their first step and not in the batcher yet.
+        self._prepared: list[Ticket[StateT]] = []
+        #: Jobs whose text or picture did not fit in memory beside a step: the engine's thread tries again.
+        self._out_of_memory: list[Ticket[StateT]] = []
         self._changed = threading.Condition()
         self._stopped = False
         self._died = False
-        #: What ends the loop, found on another thread.
+        #: An error of another thread that ends the loop.
         self._failure: BaseException | None = None
-        #: When the present turn began; None between two.
-        self._turn_since_s: float | None = None
+        #: When the present turn of the loop started; None between two turns.
+        self._turn_started_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        #: Of those past their last step.
-        self._decoding: Decoding[Ticket[R]] = Decoding(
-            self._decode, self._deliver, self._fail, self._wake, beside=runner.decodes_beside, clock=clock
+        #: Has the jobs that are past their last step.
+        self._decode_stage: DecodeStage[StateT] = DecodeStage(
+            runner, self._deliver, self._fail, self._notify, clock=clock
         )
 
     @property
     def max_rows(self) -> int:
-        """Rows in one step, at most."""
+        """The most rows in one step, at the model's default size."""
         return self._runner.max_rows
 
     @property
     def job_s(self) -> float:
-        """Seconds of the device's time that a job takes which leaves all to the model's defaults, > 0."""
+        """Seconds of the device's time for a job with the model's defaults, > 0."""
         return self._runner.job_s
 
     def start(self) -> None:
-        """Begin to render."""
+        """Start the loop."""
         self._thread.start()
 
     def submit(self, job_id: str, job: Job) -> Future[Rendered]:
-        """Take a job on board: encode its text now, on the caller's thread, and let it wait for a seat.
+        """Encode the job's text on the caller's thread, and let the job wait for its first step.
 
-        The future resolves to a `Rendered`, or to the job's own `SmallcatError`. A job of an id that is on
-        board already joins it. A stopped engine answers `EngineStoppedError`.
+        The future resolves to a `Rendered`, or to the job's own `SmallcatError`. A job whose id is in flight
+        shares that one's future. If the engine has stopped, the error is `EngineStoppedError`.
         """
         with self._changed:
             if (known := self._tickets.get(job_id)) is not None:
-                # Whoever submits a job again after its cancellation wants it.
+                # Submitted again after its cancellation: it is wanted again.
                 known.cancelled = False
                 return known.future
-            ticket: Ticket[R] = Ticket(job_id, job, self._clock() + self._job_timeout_s)
+            ticket: Ticket[StateT] = Ticket(job_id, job, self._clock() + self._job_timeout_s)
             if self._stopped:
                 ticket.resolve(EngineStoppedError("The engine has stopped: the job goes back to the queue."))
                 return ticket.future
@@ -118,269 +119,257 @@ class Engine(Generic[R]):
         try:
             self._prepare(ticket)
         except OutOfMemoryError:
-            self._wait_in(self._crowded, ticket)
+            self._append(self._out_of_memory, ticket)
         return ticket.future
 
     def cancel(self, job_id: str) -> None:
-        """Let a job leave at the next step with `JobCancelledError`. One that is not on board: nothing."""
+        """End a job at the next step with `JobCancelledError`. Does nothing if it is not in flight."""
         with self._changed:
             if ticket := self._tickets.get(job_id):
                 ticket.cancelled = True
                 self._changed.notify()
 
     def progress(self) -> dict[str, tuple[int, int]]:
-        """(steps done, steps in all) of each job on board, by id; in all is 0 until its text is encoded."""
+        """(steps done, steps in total) of each job in flight, by id; (0, 0) until its text is encoded."""
         with self._changed:
             tickets = list(self._tickets.values())
         return {
-            ticket.job_id: (ticket.render.step, ticket.render.steps) if ticket.render else (0, 0)
+            ticket.job_id: (ticket.state.step, ticket.state.steps) if ticket.state else (0, 0)
             for ticket in tickets
         }
 
     def is_lost(self) -> bool:
-        """Whether the loop will not go on: it has failed, or it hangs."""
+        """Whether the loop has failed or hangs, so that no job will be finished any more."""
         return self._died or self.is_hung()
 
     def is_hung(self) -> bool:
-        """Whether the device has been at one step or one decoding for longer than any job may take."""
-        begun = (self._turn_since_s, *self._decoding.since_s)
-        return any(since is not None and self._clock() - since > self._job_timeout_s for since in begun)
+        """Whether a step or a decode call has been running for longer than `job_timeout_s`."""
+        started = (self._turn_started_s, *self._decode_stage.started_s)
+        return any(at is not None and self._clock() - at > self._job_timeout_s for at in started)
 
     def drain(self, timeout_s: float) -> None:
-        """Wait until all jobs on board are done, at most `timeout_s` seconds; then `stop`."""
+        """Wait until all jobs in flight are done, at most `timeout_s` seconds; then `stop`."""
         deadline = self._clock() + timeout_s
         with self._changed:
             self._changed.wait_for(lambda: not self._tickets, timeout=max(0.0, deadline - self._clock()))
         self.stop()
 
     def stop(self) -> None:
-        """Give back all jobs on board, with `EngineStoppedError`, and end the loop after its current step."""
+        """Give back all jobs in flight with `EngineStoppedError`, and end the loop after its current step."""
         self._give_all_back(EngineStoppedError("The worker is stopping: the job goes back to the queue."))
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
 
-    # What follows runs on the engine's thread.
+    # The methods below run on the engine's thread.
 
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._turn_since_s = self._clock()
+                self._turn_started_s = self._clock()
                 self._admit()
-                self._evict()
-                self._relieve()
-                if not self._is_early() and (batch := self._batcher.next_batch(self._clock())):
+                self._drop_cancelled_and_late()
+                self._retry_out_of_memory()
+                if not self._should_wait() and (batch := self._batcher.next_batch(self._clock())):
                     self._step(batch)
-                    self._retire(batch)
-                self._turn_since_s = None
+                    self._decode_finished(batch)
+                self._turn_started_s = None
         except BaseException as error:
             self._died = True
-            logger.critical("The engine is lost: %r", error, exc_info=True)
-            self._give_all_back(EngineStoppedError(f"The engine is lost ({error!r}): the job goes back."))
+            logger.critical("The engine failed, its jobs go back to the queue: %r", error, exc_info=True)
+            self._give_all_back(
+                EngineStoppedError(f"The engine failed ({error!r}): the job goes back to the queue.")
+            )
             self._on_death(error)
 
     def _wait_for_work(self) -> bool:
-        """Sleep while there is none. False: stop. Raises what was found on another thread."""
+        """Sleep while there is no work. False: stop. Raises the `_failure` of another thread."""
         with self._changed:
             self._changed.wait_for(
                 lambda: (
                     self._stopped
                     or self._failure
-                    or self._inbox
-                    or self._crowded
-                    or (len(self._batcher) and not self._is_early())
+                    or self._prepared
+                    or self._out_of_memory
+                    or (len(self._batcher) and not self._should_wait())
                 )
             )
             if self._failure is not None:
                 raise self._failure
             return not self._stopped
 
-    def _is_early(self) -> bool:
-        """Whether a step would only finish jobs for which the decoder has no room yet.
+    def _should_wait(self) -> bool:
+        """Whether the next step would only finish jobs, which then had to wait for the decode stage.
 
-        More may come meanwhile to share it: where jobs have few steps, small batches are what costs most.
+        Until the stage has a free slot, more jobs may join the step. Where jobs have few steps, small batches
+        are the largest loss of throughput.
         """
-        if not self._decoding.is_full:
+        if not self._decode_stage.is_full:
             return False
-        renders = [ticket.render for ticket in self._batcher if ticket.render is not None]
-        rows = sum(render.rows for render in renders)
-        return rows < self._runner.max_rows and all(render.step == render.steps - 1 for render in renders)
+        states = [ticket.state for ticket in self._batcher if ticket.state is not None]
+        rows = sum(state.rows for state in states)
+        return rows < self._runner.max_rows and all(state.step == state.steps - 1 for state in states)
 
     def _admit(self) -> None:
-        """Let those who came in since the last step wait for a seat."""
+        """Move the jobs that were prepared since the last step to the batcher."""
         with self._changed:
-            arrived = list(self._inbox)
-            self._inbox.clear()
-        for ticket in arrived:
-            if ticket.render is not None:
+            prepared = list(self._prepared)
+            self._prepared.clear()
+        for ticket in prepared:
+            if ticket.state is not None:
                 self._batcher.add(
                     ticket,
-                    lane=ticket.render.lane,
-                    rows=ticket.render.rows,
+                    lane=ticket.state.lane,
+                    rows=ticket.state.rows,
                     priority=ticket.job.priority,
                     now_s=self._clock(),
                 )
 
-    def _evict(self) -> None:
-        """Let go of those who were cancelled or are past their time."""
+    def _drop_cancelled_and_late(self) -> None:
         now_s = self._clock()
         for ticket in list(self._batcher):
             if ticket.cancelled:
                 self._drop(ticket, JobCancelledError("The job was cancelled."))
-            elif now_s > ticket.deadline_s and ticket.render is not None:
+            elif now_s > ticket.deadline_s and ticket.state is not None:
                 limit = f"{self._job_timeout_s:g} s (SMALLCAT_JOB_TIMEOUT_S)"
-                done = f"step {ticket.render.step} of {ticket.render.steps}"
+                done = f"step {ticket.state.step} of {ticket.state.steps}"
                 self._drop(ticket, JobTimeoutError(f"The job was at {done} after its limit of {limit}."))
 
-    def _step(self, batch: Sequence[Ticket[R]], *, settled: bool = False) -> None:
-        """One step of `batch`. On failure: again in halves, from the same latents, until it works.
+    def _step(self, batch: Sequence[Ticket[StateT]], *, is_alone: bool = False) -> None:
+        """Run one step of `batch`. If it fails, run each half from the same latents, down to one job.
 
-        One job for which there is no memory has it to itself before it is called too large: `settled`.
+        `is_alone`: nothing else runs on the device. A job is called too large only if it does not fit then.
         """
-        renders = [ticket.render for ticket in batch if ticket.render is not None]
-        rows = sum(render.rows for render in renders)
+        states = [ticket.state for ticket in batch if ticket.state is not None]
+        rows = sum(state.rows for state in states)
         started_s = self._clock()
         try:
-            outcomes = self._runner.step(renders)
+            failures = self._runner.step(states)
         except BaseException as error:
-            if ends_the_engine(error):
+            if is_machine_fault(error):
                 raise
-            is_full = isinstance(error, OutOfMemoryError)
-            if len(batch) == 1 and is_full and not settled:
-                logger.warning("A job alone does not fit in memory: once more, with nothing beside it.")
-                self._decoding.settle()
-                self._step(batch, settled=True)
+            is_out_of_memory = isinstance(error, OutOfMemoryError)
+            if len(batch) == 1 and is_out_of_memory and not is_alone:
+                logger.warning("A step of one job is out of memory: trying again with nothing beside it.")
+                self._decode_stage.wait_until_idle()
+                self._step(batch, is_alone=True)
                 return
             if len(batch) == 1:
                 self._drop(batch[0], as_job_error(batch[0].job, error))
                 return
-            if is_full:
-                self._batcher.lower_cap(renders[0].lane, rows)
-                cap = self._batcher.cap(renders[0].lane)
-                logger.warning("%d rows do not fit: the cap is %d now.", rows, cap)
+            if is_out_of_memory:
+                self._lower_cap(states[0], rows)
             else:
                 jobs = len(batch)
-                logger.warning("A step of %d jobs failed (%r): finding the job that did it.", jobs, error)
+                logger.warning("A step of %d jobs failed (%r): trying halves to find the job.", jobs, error)
             self._step_halves(batch)
             return
         self._on_step(rows, self._clock() - started_s)
-        for ticket, render, failure in zip(batch, renders, outcomes, strict=True):
+        for ticket, state, failure in zip(batch, states, failures, strict=True):
             if failure is not None:
                 self._drop(ticket, failure)
             else:
-                self._batcher.resize(ticket, render.rows)
+                self._batcher.resize(ticket, state.rows)
 
-    def _step_halves(self, batch: Sequence[Ticket[R]]) -> None:
+    def _step_halves(self, batch: Sequence[Ticket[StateT]]) -> None:
         middle = len(batch) // 2
         self._step(batch[:middle])
         self._step(batch[middle:])
 
-    def _retire(self, batch: Iterable[Ticket[R]]) -> None:
-        """Hand those of `batch` that are finished to the decoder."""
+    def _lower_cap(self, state: StateT, rows: int) -> None:
+        """Remember that `rows` rows of this job's lane do not fit in memory."""
+        self._batcher.lower_cap(state.lane, rows)
+        cap = self._batcher.cap(state.lane)
+        logger.warning("A step of %d rows is out of memory: from now on at most %d at this size.", rows, cap)
+
+    def _decode_finished(self, batch: Iterable[Ticket[StateT]]) -> None:
         finished = [
             ticket
             for ticket in batch
-            if ticket in self._batcher and ticket.render and ticket.render.step >= ticket.render.steps
+            if ticket in self._batcher and ticket.state and ticket.state.step >= ticket.state.steps
         ]
         if not finished:
             return
         for ticket in finished:
             self._batcher.remove(ticket)
-        self._decoding.add(finished)
+        self._decode_stage.add(finished)
 
-    def _drop(self, ticket: Ticket[R], outcome: SmallcatError) -> None:
-        """Let a job go before its time: its seat is free, its future resolved."""
+    def _drop(self, ticket: Ticket[StateT], error: SmallcatError) -> None:
+        """End a job before its last step."""
         self._batcher.remove(ticket)
-        self._leave(ticket, outcome)
+        self._resolve(ticket, error)
 
-    def _relieve(self) -> None:
-        """Do once more what did not fit in memory beside a step, now with the device to itself."""
+    def _retry_out_of_memory(self) -> None:
+        """Prepare or decode again what did not fit in memory beside a step, with nothing beside it."""
         with self._changed:
-            tickets = list(self._crowded)
-            self._crowded.clear()
+            tickets = list(self._out_of_memory)
+            self._out_of_memory.clear()
         if not tickets:
             return
-        logger.warning("%d jobs did not fit in memory beside a step: once more, by themselves.", len(tickets))
-        # Only this thread sets a decoding off.
-        self._decoding.settle()
+        logger.warning("%d jobs did not fit in memory beside a step: trying each one alone.", len(tickets))
+        # No decode call starts meanwhile: only this thread adds jobs to the stage.
+        self._decode_stage.wait_until_idle()
         for ticket in tickets:
-            if ticket.render is not None:
-                for outcome in self._decode([ticket]):
+            if ticket.state is not None:
+                for outcome in self._decode_stage.decode([ticket]):
                     self._finish(ticket, outcome)
                 continue
             try:
                 self._prepare(ticket)
             except OutOfMemoryError as error:
-                self._leave(ticket, as_job_error(ticket.job, error))
+                self._resolve(ticket, as_job_error(ticket.job, error))
 
-    # What follows runs on `worker.engine.decode_stage`'s threads, where it has some.
+    # The methods below run on any thread.
 
-    def _decode(self, tickets: Sequence[Ticket[R]]) -> Iterator[Outcome]:
-        """Decode together; on failure in halves, until the one that cannot be decoded is found."""
-        if not tickets:
-            return iter(())
-        try:
-            return self._runner.decode([ticket.render for ticket in tickets if ticket.render is not None])
-        except BaseException as error:
-            if ends_the_engine(error):
-                raise
-            if len(tickets) == 1:
-                return iter((as_job_error(tickets[0].job, error),))
-            logger.warning("Decoding %d pictures together failed (%r): trying halves.", len(tickets), error)
-            middle = len(tickets) // 2
-            return itertools.chain(self._decode(tickets[:middle]), self._decode(tickets[middle:]))
-
-    def _deliver(self, ticket: Ticket[R], outcome: Outcome) -> None:
-        """Let a job go with its picture, or without; but what did not fit beside a step is done once more."""
-        if isinstance(outcome, JobTooLargeError) and self._runner.decodes_beside:
-            self._wait_in(self._crowded, ticket)
-        else:
-            self._finish(ticket, outcome)
-
-    # What follows runs on any thread.
-
-    def _prepare(self, ticket: Ticket[R]) -> None:
+    def _prepare(self, ticket: Ticket[StateT]) -> None:
         """Make a job ready for its first step. Raises `OutOfMemoryError`: it may fit at another time."""
         try:
-            ticket.render = self._runner.prepare(ticket.job)
+            ticket.state = self._runner.prepare(ticket.job)
         except OutOfMemoryError:
             raise
         except BaseException as error:  # noqa: BLE001 - a job fails alone
-            if ends_the_engine(error):
+            if is_machine_fault(error):
                 self._fail(error)
             else:
-                self._leave(ticket, as_job_error(ticket.job, error))
+                self._resolve(ticket, as_job_error(ticket.job, error))
         else:
-            self._wait_in(self._inbox, ticket)
+            self._append(self._prepared, ticket)
 
-    def _wait_in(self, tickets: list[Ticket[R]], ticket: Ticket[R]) -> None:
-        """Let a job wait for the engine's thread."""
+    def _append(self, tickets: list[Ticket[StateT]], ticket: Ticket[StateT]) -> None:
+        """Hand a job to the engine's thread, by one of its lists."""
         with self._changed:
             tickets.append(ticket)
             self._changed.notify_all()
 
-    def _finish(self, ticket: Ticket[R], outcome: Outcome) -> None:
-        """Let a job go with its picture, or without."""
-        if isinstance(outcome, Picture):
-            assert ticket.render is not None  # noqa: S101 - it had its last step
-            self._leave(ticket, Rendered(outcome, ticket.render.warnings))
+    def _deliver(self, ticket: Ticket[StateT], outcome: Outcome) -> None:
+        """End a job with its outcome, but try again if it did not fit in memory beside a step."""
+        if isinstance(outcome, JobTooLargeError) and self._runner.decodes_beside:
+            self._append(self._out_of_memory, ticket)
         else:
-            self._leave(ticket, outcome)
+            self._finish(ticket, outcome)
 
-    def _leave(self, ticket: Ticket[R], outcome: Rendered | SmallcatError) -> None:
-        """The only way out: off the books, its future resolved."""
+    def _finish(self, ticket: Ticket[StateT], outcome: Outcome) -> None:
+        """End a job with its picture or its error."""
+        if isinstance(outcome, Picture):
+            assert ticket.state is not None  # noqa: S101 - it had its last step
+            self._resolve(ticket, Rendered(outcome, ticket.state.warnings))
+        else:
+            self._resolve(ticket, outcome)
+
+    def _resolve(self, ticket: Ticket[StateT], outcome: Rendered | SmallcatError) -> None:
+        """End a job: it is no longer in flight, and its future has a result. Every job ends here."""
         with self._changed:
             if self._tickets.get(ticket.job_id) is ticket:
                 del self._tickets[ticket.job_id]
             self._changed.notify_all()
         ticket.resolve(outcome)
 
-    def _wake(self) -> None:
-        """Let the engine's thread look again."""
+    def _notify(self) -> None:
+        """Let the engine's thread check for work."""
         with self._changed:
             self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
-        """Let the loop end with `error`."""
+        """End the loop with `error`."""
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
@@ -390,9 +379,9 @@ class Engine(Generic[R]):
             self._stopped = True
             tickets = list(self._tickets.values())
             self._tickets.clear()
-            self._inbox.clear()
-            self._crowded.clear()
+            self._prepared.clear()
+            self._out_of_memory.clear()
             self._changed.notify_all()
-        self._decoding.stop()
+        self._decode_stage.stop()
         for ticket in tickets:
             ticket.resolve(error)

@@ -1,4 +1,4 @@
-"""What the engine asks of what computes: `worker.device.model_runner` is the real one."""
+"""What the engine asks of a device. `worker.device.model_runner` implements it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture, off the device."""
+    """A decoded picture in the host's memory."""
 
     #: (height, width, 3) uint8 RGB.
     pixels: NDArray[np.uint8]
@@ -25,20 +25,20 @@ class Picture:
     nsfw: bool | None = None
 
 
-#: What becomes of a finished job.
+#: The result of a finished job.
 Outcome = Picture | SmallcatError
 
 
 class JobState(Protocol):
-    """A job on board, as its runner keeps it."""
+    """What a runner keeps of a job that is in flight."""
 
     @property
     def lane(self) -> Hashable:
-        """Renders of equal lanes may share a step."""
+        """Jobs of equal lanes may share a step."""
 
     @property
     def rows(self) -> int:
-        """Rows in the next forward of the UNet: 2 with guidance, 1 without."""
+        """Rows in the next forward of the model: 2 with guidance, 1 without."""
 
     @property
     def step(self) -> int:
@@ -46,40 +46,48 @@ class JobState(Protocol):
 
     @property
     def steps(self) -> int:
-        """Steps in all; some schedulers take more than the job's."""
+        """Steps in total; some schedulers take more than the job asks for."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know although the picture is fine."""
 
 
-R = TypeVar("R", bound=JobState)
+StateT = TypeVar("StateT", bound=JobState)
 
 
-class Runner(Costs, Protocol[R]):
-    """What computes. See `worker.device.model_runner.ModelRunner`."""
+class Runner(Costs, Protocol[StateT]):
+    """Runs the model on one device.
+
+    Each method may raise a `MachineError`, which ends the engine; `OutOfMemoryError` is the exception: then
+    the engine tries again with fewer jobs.
+    """
 
     @property
     def max_rows(self) -> int:
-        """Rows worth having in one step of the size most jobs have."""
+        """The cap of a step of the model's default size, in rows, >= 1."""
 
     @property
     def job_s(self) -> float:
-        """Seconds of the device's time for the steps of a job of the model's defaults, in full batches."""
+        """Seconds of the device's time for a job of the model's defaults, in full batches, > 0."""
 
     @property
     def decodes_beside(self) -> bool:
-        """Whether `decode` may run on another thread while `step` does, and gains by it."""
+        """Whether `decode` may run on another thread while `step` runs, and gains by it."""
 
-    def prepare(self, job: Job) -> R:
-        """Encode the text, draw the noise. Raises for this job alone. Called on any thread."""
+    def prepare(self, job: Job) -> StateT:
+        """Encode the text and draw the noise. An error is this job's alone. Called on any thread."""
 
-    def step(self, renders: Sequence[R]) -> list[SmallcatError | None]:
-        """Run one step of renders of one lane. Those whose outcome is an error are as they were before."""
+    def step(self, states: Sequence[StateT]) -> list[SmallcatError | None]:
+        """Run one step of jobs of one lane, none of them finished.
 
-    def decode(self, renders: Sequence[R]) -> Iterator[Outcome]:
-        """Set off the decoding of finished renders.
+        Returns each job's error, or None for one that is a step further. A job with an error is unchanged. If
+        this raises, all are unchanged.
+        """
 
-        Returns their pictures, or errors, in order. Each is waited for when it is asked for, on any one
-        thread.
+    def decode(self, states: Sequence[StateT]) -> Iterator[Outcome]:
+        """Start to decode finished jobs, of any lanes.
+
+        Returns their pictures or errors, in order. The iterator waits for each one, and may be read on any
+        one thread.
         """

@@ -1,4 +1,4 @@
-"""A job in the engine, from its submission to its future's result."""
+"""A job in the engine, from its submission to the result of its future."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from worker.contract.errors import (
     SmallcatError,
 )
 from worker.contract.job import Job
-from worker.engine.runner import Picture, R
+from worker.engine.runner import Picture, StateT
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a job's future resolves to."""
+    """The result of a job's future."""
 
     picture: Picture
     #: What the caller should know although the picture is fine.
@@ -27,15 +27,16 @@ class Rendered:
 
 
 @dataclass(eq=False)
-class Ticket(Generic[R]):
-    """A job in the engine, from submission to its future's result."""
+class Ticket(Generic[StateT]):
+    """A job in the engine. Two tickets of equal jobs are not equal."""
 
     job_id: str
     job: Job
+    #: On the engine's clock, in seconds.
     deadline_s: float
     future: Future[Rendered] = field(default_factory=Future)
-    #: Set before the ticket is in the inbox.
-    render: R | None = None
+    #: Set once the job is prepared.
+    state: StateT | None = None
     cancelled: bool = False
 
     def resolve(self, outcome: Rendered | BaseException) -> None:
@@ -46,16 +47,16 @@ class Ticket(Generic[R]):
             else:
                 self.future.set_exception(outcome)
         except InvalidStateError:
-            pass  # Resolved already: given back by a stop, while its last step ran.
+            pass  # `Engine.stop` gave the job back while its last step ran.
 
 
-def ends_the_engine(error: BaseException) -> bool:
-    """Whether no other job on this machine would be spared either."""
+def is_machine_fault(error: BaseException) -> bool:
+    """Whether the machine failed and no job: then every other job would fail too, and the engine ends."""
     return isinstance(error, MachineError) and not isinstance(error, OutOfMemoryError)
 
 
 def as_job_error(job: Job, error: BaseException) -> SmallcatError:
-    """What failed for `job` alone, as its own error."""
+    """The error of `job` for whatever was raised while it ran alone."""
     if isinstance(error, OutOfMemoryError):
         size = f"{job.width}x{job.height}"
         return JobTooLargeError(f"A job of {size} does not fit in the device's memory, even alone: {error}")

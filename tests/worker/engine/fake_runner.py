@@ -1,6 +1,6 @@
-"""A runner without a model: keeps `worker.engine.runner.Runner`'s contract, and fails where it is told to.
+"""A runner without a model. It keeps the contract of `worker.engine.runner.Runner`, and fails on demand.
 
-Jobs are told apart by their seed. Everything that a test wants to order is an event or a gate, no sleep.
+A job is known by its seed. Tests order what happens by events and gates, without a sleep.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from worker.engine.runner import Picture
 SERVED = ServedModel(
     name="fake", revision="f" * 40, defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
 )
-#: Seconds that a test waits for what must come; only a failing test waits so long.
+#: Seconds that a test waits for an event; only a failing test waits so long.
 SOON_S = 20.0
 
 
 @dataclass
-class FakeRender:
-    """A job on board."""
+class FakeState:
+    """A job in flight."""
 
     job: Job
     steps: int
@@ -42,73 +42,73 @@ class Faults:
 
     #: Raised by `prepare`.
     prepare: BaseException | None = None
-    #: Step (from 0) -> the outcome of this job alone, mates unharmed.
+    #: Step (from 0) -> the outcome of this job alone; the other jobs of the batch go on.
     outcome: dict[int, SmallcatError] = field(default_factory=dict)
     #: Step (from 0) -> raised, for the whole batch that the job is in.
     batch: dict[int, BaseException] = field(default_factory=dict)
     #: Raised by `decode`, for all pictures of that call.
     decode: BaseException | None = None
-    #: Its latents are not finite, which `decode` says of it alone.
+    #: Its latents are not finite: `decode` returns an error for it alone.
     nan: bool = False
 
 
 class FakeRunner:
-    """See the module."""
+    """A device for tests; each attribute below makes something happen."""
 
     job_s = 1.0
 
     def __init__(self, max_rows: int = 8, memory_rows: int = 10**6, *, decodes_beside: bool = False) -> None:
         self.max_rows = max_rows
         self.decodes_beside = decodes_beside
-        #: Rows that fit in memory: more are an `OutOfMemoryError`.
+        #: Rows that fit in memory; a step of more raises `OutOfMemoryError`.
         self.memory_rows = memory_rows
-        #: Calls of `step` (from 0) that are out of memory whatever their rows.
+        #: Calls of `step` (from 0) that raise `OutOfMemoryError`, whatever their rows.
         self.oom_calls: set[int] = set()
-        #: By seed.
+        #: What goes wrong, by seed.
         self.faults: dict[int, Faults] = {}
-        #: Seeds for whose text and picture there is memory on the engine's thread alone.
-        self.crowded: set[int] = set()
+        #: Seeds whose text and picture fit in memory on the engine's thread alone.
+        self.out_of_memory_beside: set[int] = set()
         #: Warnings of each job, by seed.
         self.warnings: dict[int, tuple[str, ...]] = {}
-        #: While clear, a step waits; `entered` says that it does.
+        #: While clear, a step waits; `entered` is set when it does.
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
-        #: The same for a decoding.
+        #: The same for a call of `decode`.
         self.decode_gate = threading.Event()
         self.decode_gate.set()
-        self.decoding = threading.Event()
-        #: While clear, no picture of those that are set off arrives.
-        self.arrival_gate = threading.Event()
-        self.arrival_gate.set()
-        #: Called with the number of decodings so far when one is set off.
+        self.decode_entered = threading.Event()
+        #: While clear, the pictures of a call of `decode` are not ready.
+        self.picture_gate = threading.Event()
+        self.picture_gate.set()
+        #: Called at each call of `decode`, with the number of calls so far.
         self.on_decode: Callable[[int], None] = lambda count: None
-        #: Seeds of each decoding, in order.
+        #: Seeds of each call of `decode`, in order.
         self.decoded: list[list[int]] = []
-        #: Rows of a job at each of its steps, by seed; for others guidance says it.
+        #: Rows of a job at each of its steps, by seed; by default guidance decides.
         self.rows: dict[int, list[int]] = {}
         #: Called with the seeds in each step before it runs.
         self.on_step: Callable[[list[int]], None] = lambda seeds: None
-        #: Seeds of each step that worked, in order.
+        #: Seeds of each step that succeeded, in order.
         self.batches: list[list[int]] = []
-        #: Steps that worked, by seed.
+        #: Steps that succeeded, by seed.
         self.steps_done: Counter[int] = Counter()
         #: Seeds in order of `prepare`.
         self.prepared: list[int] = []
         self._calls = 0
 
     def cap(self, lane: Hashable) -> int:
-        """The same in each lane."""
+        """The same for each lane."""
         return self.max_rows
 
     def step_s(self, lane: Hashable, rows: int) -> float:
-        """A row is a row."""
+        """Each row costs one."""
         return float(rows)
 
-    def prepare(self, job: Job) -> FakeRender:
+    def prepare(self, job: Job) -> FakeState:
         """As the contract says."""
         self.prepared.append(job.seed)
-        self._make_room(job)
+        self._check_memory(job)
         if error := self._faults(job).prepare:
             raise error
         job = job.resolved(SERVED)
@@ -117,56 +117,56 @@ class FakeRunner:
         rows = 2 if job.guidance_scale > 1 else 1
         rows = self.rows.get(job.seed, [rows])[0]
         warnings = self.warnings.get(job.seed, ())
-        return FakeRender(job, job.steps, rows, lane=(job.width, job.height), warnings=warnings)
+        return FakeState(job, job.steps, rows, lane=(job.width, job.height), warnings=warnings)
 
-    def step(self, renders: Sequence[FakeRender]) -> list[SmallcatError | None]:
-        """As the contract says: what raises leaves all renders as they were."""
+    def step(self, states: Sequence[FakeState]) -> list[SmallcatError | None]:
+        """As the contract says: if it raises, all states are unchanged."""
         call, self._calls = self._calls, self._calls + 1
-        seeds = [render.job.seed for render in renders]
-        assert len({render.lane for render in renders}) == 1, "a step is of one lane"
-        assert all(render.step < render.steps for render in renders), "a finished job takes no step"
+        seeds = [state.job.seed for state in states]
+        assert len({state.lane for state in states}) == 1, "a step is of one lane"
+        assert all(state.step < state.steps for state in states), "a finished job takes no step"
         self.on_step(seeds)
         self.entered.set()
         assert self.gate.wait(SOON_S), "nobody opened the gate"
-        rows = sum(render.rows for render in renders)
+        rows = sum(state.rows for state in states)
         if rows > self.memory_rows or call in self.oom_calls:
             raise OutOfMemoryError(f"{rows} rows")
-        for render in renders:
-            if error := self._faults(render.job).batch.get(render.step):
+        for state in states:
+            if error := self._faults(state.job).batch.get(state.step):
                 raise error
-        outcomes = [self._faults(render.job).outcome.get(render.step) for render in renders]
+        outcomes = [self._faults(state.job).outcome.get(state.step) for state in states]
         self.batches.append(seeds)
-        for render, outcome in zip(renders, outcomes, strict=True):
+        for state, outcome in zip(states, outcomes, strict=True):
             if outcome is None:
-                render.step += 1
-                if (rows := self.rows.get(render.job.seed)) and render.step < render.steps:
-                    render.rows = rows[render.step]
-                self.steps_done[render.job.seed] += 1
+                state.step += 1
+                if (rows := self.rows.get(state.job.seed)) and state.step < state.steps:
+                    state.rows = rows[state.step]
+                self.steps_done[state.job.seed] += 1
         return outcomes
 
-    def decode(self, renders: Sequence[FakeRender]) -> Iterator[Picture | SmallcatError]:
+    def decode(self, states: Sequence[FakeState]) -> Iterator[Picture | SmallcatError]:
         """As the contract says."""
-        self.decoding.set()
+        self.decode_entered.set()
         assert self.decode_gate.wait(SOON_S), "nobody opened the gate"
-        self.decoded.append([render.job.seed for render in renders])
+        self.decoded.append([state.job.seed for state in states])
         self.on_decode(len(self.decoded))
-        for render in renders:
-            self._make_room(render.job)
-            if error := self._faults(render.job).decode:
+        for state in states:
+            self._check_memory(state.job)
+            if error := self._faults(state.job).decode:
                 raise error
-        return self._arriving(
+        return self._when_ready(
             [
-                NotFiniteError("NaN") if self._faults(render.job).nan else picture_of(render.job)
-                for render in renders
+                NotFiniteError("NaN") if self._faults(state.job).nan else picture_of(state.job)
+                for state in states
             ]
         )
 
-    def _arriving(self, outcomes: list[Picture | SmallcatError]) -> Iterator[Picture | SmallcatError]:
-        assert self.arrival_gate.wait(SOON_S), "nobody opened the gate"
+    def _when_ready(self, outcomes: list[Picture | SmallcatError]) -> Iterator[Picture | SmallcatError]:
+        assert self.picture_gate.wait(SOON_S), "nobody opened the gate"
         yield from outcomes
 
-    def _make_room(self, job: Job) -> None:
-        if job.seed in self.crowded and threading.current_thread().name != "engine":
+    def _check_memory(self, job: Job) -> None:
+        if job.seed in self.out_of_memory_beside and threading.current_thread().name != "engine":
             raise OutOfMemoryError("beside a step")
 
     def _faults(self, job: Job) -> Faults:

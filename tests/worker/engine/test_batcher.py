@@ -1,4 +1,4 @@
-"""Which jobs run together: caps, order, turns; and that nobody waits for ever, whoever else arrives."""
+"""Which jobs run together: caps, order and turns; and no job waits for ever, whatever other jobs arrive."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from worker.engine.batcher import AGEING_S, COMPANY, Batcher
+from worker.engine.batcher import AGEING_S, MAX_SLOWDOWN, Batcher
 
 
 @dataclass(frozen=True)
 class Device:
-    """What every lane may have and costs: `fixed` for a step, and one for each row."""
+    """The same cap and costs for every lane: `fixed` for a step, and one for each row."""
 
     max_rows: int
     fixed: float = 0.0
@@ -46,15 +46,15 @@ def batcher_with(
         (8, [("a", 2), ("b", 1), ("c", 2)], ["a", "b", "c"]),
         (4, [("a", 2), ("b", 2), ("c", 2)], ["a", "b"]),
         (1, [("a", 1), ("b", 1)], ["a"]),
-        # The next in rank is never passed over by a smaller one.
+        # No smaller job overtakes the next one.
         (3, [("a", 2), ("b", 2), ("c", 1)], ["a"]),
-        # One that is wider than the cap runs alone, when its turn comes: the device decides.
+        # A job of more rows than the cap runs alone, when it is next: the device decides.
         (1, [("a", 2), ("b", 1)], ["a"]),
         (2, [("a", 1), ("b", 3), ("c", 1)], ["a"]),
         (8, [], []),
     ],
 )
-def test_seats_go_first_come_first_served_within_the_cap(
+def test_jobs_are_scheduled_first_come_first_served_within_the_cap(
     max_rows: int, jobs: list[tuple[str, int]], batch: list[str]
 ) -> None:
     assert batcher_with(max_rows, *jobs).next_batch(0.0) == batch
@@ -71,20 +71,20 @@ def test_a_new_job_joins_at_the_next_step_and_a_finished_one_leaves_at_once() ->
     assert batcher.next_batch(0.3) == ["b", "c"]
 
 
-def test_higher_priority_sits_down_first() -> None:
+def test_the_higher_priority_is_scheduled_first() -> None:
     batcher = batcher_with(2, ("low", 2), priority=1)
     batcher.add("high", lane="lane", rows=2, priority=8, now_s=1.0)
     assert batcher.next_batch(1.0) == ["high"]
 
 
-def test_a_seat_is_kept_whoever_arrives_of_equal_priority() -> None:
+def test_no_job_of_equal_priority_preempts_another() -> None:
     batcher = batcher_with(2, ("first", 2))
     for now_s in (0.0, 1.0, 1e6):
         batcher.add(f"at {now_s}", lane="lane", rows=2, priority=5, now_s=now_s)
         assert batcher.next_batch(now_s) == ["first"]
 
 
-def test_a_job_takes_the_seats_of_the_lowest_below_it_and_they_come_back() -> None:
+def test_a_job_preempts_the_lowest_effective_priority_which_is_scheduled_again_later() -> None:
     batcher = batcher_with(6, ("a", 2), ("b", 2), ("c", 2), priority=3, fixed=100.0)
     assert batcher.next_batch(0.0) == ["a", "b", "c"]
     batcher.add("live", lane="lane", rows=2, priority=5, now_s=1.0)
@@ -93,11 +93,11 @@ def test_a_job_takes_the_seats_of_the_lowest_below_it_and_they_come_back() -> No
     assert sorted(batcher.next_batch(2.0)) == ["a", "b", "c"]
 
 
-def test_no_seat_is_taken_in_vain() -> None:
+def test_no_job_is_preempted_in_vain() -> None:
     batcher = batcher_with(4, ("equal", 2), fixed=100.0)
     batcher.add("low", lane="lane", rows=2, priority=3, now_s=0.0)
     assert batcher.next_batch(0.0) == ["equal", "low"]
-    # Four rows would not fit beside its equal, however many below it left.
+    # Its four rows do not fit beside its equal, whichever jobs it preempts.
     batcher.add("wide", lane="lane", rows=4, priority=5, now_s=0.0)
     assert batcher.next_batch(0.0) == ["equal", "low"]
 
@@ -107,7 +107,7 @@ def test_no_seat_is_taken_in_vain() -> None:
     [(29.0, ["live"]), (31.0, ["old"]), (1e6, ["old"])],
     ids=["soon", "late", "much later"],
 )
-def test_who_has_waited_long_enough_is_below_no_newcomer(later_s: float, batch: list[str]) -> None:
+def test_no_new_job_preempts_one_that_has_waited_long_enough(later_s: float, batch: list[str]) -> None:
     batcher = batcher_with(2, ("old", 2), priority=3)
     batcher.next_batch(0.0)
     batcher.add("live", lane="lane", rows=2, priority=5, now_s=later_s)
@@ -117,23 +117,23 @@ def test_who_has_waited_long_enough_is_below_no_newcomer(later_s: float, batch: 
 @pytest.mark.parametrize(
     ("fixed", "batch"),
     [
-        # Each row costs the same: those below it would slow the live job down.
+        # Each row costs the same: any other job would slow the live one down.
         (0.0, ["live"]),
         # 10 + 2 rows alone, 10 + 4 with one of them: 1.17 times; 10 + 6 with both: 1.33 times.
         (10.0, ["live", "a"]),
-        # Rows are as good as free.
+        # A row costs next to nothing.
         (1000.0, ["live", "a", "b"]),
     ],
 )
-def test_those_below_ride_along_as_far_as_it_is_nearly_free(fixed: float, batch: list[str]) -> None:
-    assert COMPANY == 1.3
+def test_preemptible_jobs_join_a_step_only_while_it_costs_little_more(fixed: float, batch: list[str]) -> None:
+    assert MAX_SLOWDOWN == 1.3
     batcher = batcher_with(8, ("a", 2), ("b", 2), priority=3, fixed=fixed)
     batcher.next_batch(0.0)
     batcher.add("live", lane="lane", rows=2, priority=5, now_s=0.0)
     assert batcher.next_batch(0.0) == batch
 
 
-def test_a_job_that_needs_more_rows_than_before_is_made_room_for() -> None:
+def test_a_job_that_needs_more_rows_than_before_gets_them() -> None:
     batcher = batcher_with(4, ("a", 1), ("b", 2), ("c", 1))
     assert batcher.next_batch(0.0) == ["a", "b", "c"]
     batcher.resize("a", 2)
@@ -143,16 +143,16 @@ def test_a_job_that_needs_more_rows_than_before_is_made_room_for() -> None:
 
 
 @pytest.mark.parametrize(("waited_s", "first"), [(209.0, "high"), (211.0, "low")])
-def test_waiting_raises_priority_by_one_every_thirty_seconds(waited_s: float, first: str) -> None:
+def test_waiting_raises_effective_priority_by_one_every_thirty_seconds(waited_s: float, first: str) -> None:
     assert AGEING_S == 30
     batcher = batcher_with(2, ("low", 2), priority=1)
     batcher.add("high", lane="lane", rows=2, priority=8, now_s=waited_s)
     assert batcher.next_batch(waited_s) == [first]
 
 
-def test_a_job_is_on_board_once() -> None:
+def test_a_job_is_added_once() -> None:
     batcher = batcher_with(2, ("a", 1))
-    with pytest.raises(ValueError, match="on board already"):
+    with pytest.raises(ValueError, match="'a' is in lane 'lane' already: remove it first"):
         batcher.add("a", lane="elsewhere", rows=1, priority=5, now_s=0.0)
 
 
@@ -181,7 +181,7 @@ def test_a_lane_of_two_priorities_more_gets_twice_the_time() -> None:
 
 
 def test_ageing_ends_at_the_highest_priority() -> None:
-    """Else the weight of an old job would grow until no other lane moved, and beyond what a float holds."""
+    """Otherwise an old job's weight would grow until no other lane ran, and past the range of a float."""
     batcher = batcher_with(8, ("old", 2), priority=9, lane="one")
     batcher.add("new", lane="other", rows=2, priority=9, now_s=1e9)
     assert steps_of(batcher, 100, now_s=1e9) == {"old": 50, "new": 50}
@@ -200,7 +200,7 @@ def test_a_full_lane_does_not_hold_up_another_one() -> None:
     assert steps_of(batcher, 4)["other"] == 2
 
 
-def test_a_cap_is_lowered_to_half_and_for_good() -> None:
+def test_a_lowered_cap_is_half_and_is_kept() -> None:
     batcher = batcher_with(8, *((name, 2) for name in "abcd"))
     assert batcher.next_batch(0.0) == ["a", "b", "c", "d"]
     batcher.lower_cap("lane", 8)
@@ -213,7 +213,7 @@ def test_a_cap_is_lowered_to_half_and_for_good() -> None:
     assert batcher.cap("another") == 8
 
 
-def test_those_who_lose_their_seat_are_the_next_to_sit_down() -> None:
+def test_a_preempted_job_is_the_next_to_be_scheduled() -> None:
     batcher = batcher_with(4, ("a", 2), ("b", 2))
     batcher.next_batch(0.0)
     batcher.lower_cap("lane", 4)
@@ -233,7 +233,7 @@ def test_a_cap_never_rises_and_never_falls_below_one_row() -> None:
 
 @dataclass
 class Known:
-    """What the model knows of a job."""
+    """What the test's model knows of a job."""
 
     lane: str
     rows: int
@@ -243,7 +243,7 @@ class Known:
 
 
 class AnyOrderOfEvents(RuleBasedStateMachine):
-    """Whatever happens in whatever order: nobody is lost, caps and order are kept."""
+    """In any order of events: no job is lost, caps and order are kept."""
 
     @initialize(max_rows=st.integers(1, 6))
     def begin(self, max_rows: int) -> None:
@@ -282,13 +282,13 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
 
-    def rank(self, item: int) -> tuple[float, int]:
+    def order(self, item: int) -> tuple[float, int]:
         job = self.known[item]
         return job.priority + (self.now_s - job.arrived_s) / AGEING_S, -job.number
 
-    def is_below(self, low: int, high: int) -> bool:
-        apart = self.rank(low)[0] - self.rank(high)[0]
-        return self.known[low].priority < self.known[high].priority and apart <= -1 + 1e-6
+    def may_preempt(self, high: int, low: int) -> bool:
+        difference = self.order(high)[0] - self.order(low)[0]
+        return self.known[high].priority > self.known[low].priority and difference >= 1 - 1e-6
 
     @rule()
     def step(self) -> None:
@@ -301,18 +301,18 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         assert len(lane) == 1, "one lane a step"
         (name,) = lane
         rows = sum(self.known[item].rows for item in batch)
-        assert rows <= self.caps[name] or len(batch) == 1, "the cap is kept, but for one that is wider alone"
+        assert rows <= self.caps[name] or len(batch) == 1, "the cap is kept, except by one job"
         waiting = [item for item, job in self.known.items() if job.lane == name and item not in batch]
-        if waiting and not any(self.is_below(low, high) for low in waiting for high in batch):
-            first = max(waiting, key=self.rank)
-            assert rows + self.known[first].rows > self.caps[name], "no seat is free that the next one fits"
+        if waiting and not any(self.may_preempt(high, low) for low in waiting for high in batch):
+            first = max(waiting, key=self.order)
+            assert rows + self.known[first].rows > self.caps[name], "the next job does not fit"
         for late in batch:
             for early in waiting:
                 equals = self.known[late].priority == self.known[early].priority
                 assert not (equals and early < late), "order within equal priority is kept"
 
     @invariant()
-    def nobody_is_lost(self) -> None:
+    def no_job_is_lost(self) -> None:
         assert len(self.batcher) == len(self.known)
         assert {lane: self.batcher.cap(lane) for lane in "xyz"} == self.caps
 
@@ -360,10 +360,10 @@ ADVERSARIES: dict[str, Callable[[int], list[Arrival]]] = {
     "a lane that is always full": lambda turn: [("other", 2, 4, 9)],
     "one-step jobs, whose lane is new each time": lambda turn: [("other", 1, 1, 9)],
     "a lane of its own for every job": lambda turn: [(f"lane {turn}", 2, 1, 9)],
-    "wide batches that come and go": lambda turn: [("other", 8, 1, 9)],
-    "urgent mates in its own lane, at first": lambda turn: [("victim", 2, 1, 9)] if turn < 2_400 else [],
-    "equals in its own lane": lambda turn: [("victim", 2, 4, 0)],
-    "narrow mates that would fit beside": lambda turn: [("victim", 1, 30, 0)],
+    "wide jobs of one step each": lambda turn: [("other", 8, 1, 9)],
+    "urgent jobs in its own lane, at first": lambda turn: [("victim", 2, 1, 9)] if turn < 2_400 else [],
+    "jobs of its own priority in its own lane": lambda turn: [("victim", 2, 4, 0)],
+    "narrow jobs that would fit beside it": lambda turn: [("victim", 1, 30, 0)],
 }
 
 
@@ -375,8 +375,8 @@ def test_a_job_is_done_in_bounded_time_whatever_else_arrives(adversary: str, vic
     assert turns < 6_000
 
 
-def test_a_fleet_that_has_been_busy_for_weeks_still_shares() -> None:
-    """Passes stay far from where adding a stride to them would be lost in rounding."""
+def test_a_batcher_that_has_been_busy_for_weeks_still_shares_the_time() -> None:
+    """Passes stay small enough that adding a stride to them is not lost in rounding."""
     batcher = batcher_with(8, ("old", 1), priority=9, lane="one")
     batcher._pass = 1e7
     batcher._lanes["one"].pass_ = 1e7

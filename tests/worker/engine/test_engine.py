@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worker.engine.fake_runner import SOON_S, FakeRender, FakeRunner, Faults, job_of, picture_of
+from tests.worker.engine.fake_runner import SOON_S, FakeRunner, FakeState, Faults, job_of, picture_of
 from worker.contract.errors import (
     EngineStoppedError,
     JobCancelledError,
@@ -26,7 +26,7 @@ from worker.contract.errors import (
     RenderError,
     SmallcatError,
 )
-from worker.engine.decode_stage import AHEAD
+from worker.engine.decode_stage import MAX_IN_FLIGHT
 from worker.engine.engine import Engine
 from worker.engine.ticket import Rendered
 
@@ -43,7 +43,7 @@ class Bench:
     steps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.engine: Engine[FakeRender] = Engine(
+        self.engine: Engine[FakeState] = Engine(
             self.runner,
             job_timeout_s=self.job_timeout_s,
             on_death=self._on_death,
@@ -69,14 +69,14 @@ class Bench:
 
 @contextmanager
 def bench_of(runner: FakeRunner, **options: Any) -> Iterator[Bench]:
-    """A bench whose engine is not started yet; stopped at the end."""
+    """A bench whose engine is not started yet. It is stopped at the end."""
     bench = Bench(runner, **options)
     try:
         yield bench
     finally:
         runner.gate.set()
         runner.decode_gate.set()
-        runner.arrival_gate.set()
+        runner.picture_gate.set()
         bench.engine.stop()
         assert not bench.deaths or bench.died.is_set()
 
@@ -147,19 +147,19 @@ def test_a_job_that_needs_fewer_rows_for_a_while_leaves_them_to_others(runner: F
 
 
 @contextmanager
-def bench_at_a_decoding(**options: Any) -> Iterator[tuple[Bench, FakeRunner, Future[Rendered]]]:
-    """An engine that decodes its first job beside the steps, until the runner's `decode_gate` is set."""
+def bench_in_decode(**options: Any) -> Iterator[tuple[Bench, FakeRunner, Future[Rendered]]]:
+    """An engine whose first job is in the decode stage until the runner's `decode_gate` is set."""
     runner = FakeRunner(max_rows=8, decodes_beside=True)
     runner.decode_gate.clear()
     with bench_of(runner, **options) as bench:
         bench.engine.start()
         first = bench.submit(1, steps=1)
-        assert runner.decoding.wait(SOON_S)
+        assert runner.decode_entered.wait(SOON_S)
         yield bench, runner, first
 
 
-def test_steps_go_on_while_pictures_are_decoded_and_what_finishes_meanwhile_is_decoded_together() -> None:
-    with bench_at_a_decoding() as (bench, runner, first):
+def test_steps_go_on_while_pictures_are_decoded_and_jobs_that_finish_meanwhile_are_decoded_together() -> None:
+    with bench_in_decode() as (bench, runner, first):
         others = [bench.submit(seed, steps=2) for seed in (2, 3)]
         fiftieth = threading.Event()
         runner.on_step = lambda seeds: fiftieth.set() if runner.steps_done[4] == 49 else None
@@ -173,74 +173,74 @@ def test_steps_go_on_while_pictures_are_decoded_and_what_finishes_meanwhile_is_d
 
 
 @contextmanager
-def bench_with_a_full_decoder() -> Iterator[Bench]:
-    """An engine of 4 rows with two decodings set off, whose pictures come when `arrival_gate` is set."""
+def bench_with_a_full_decode_stage() -> Iterator[Bench]:
+    """An engine of 4 rows with two decode calls in flight, whose pictures come when `picture_gate` is set."""
     runner = FakeRunner(max_rows=4, decodes_beside=True)
-    runner.arrival_gate.clear()
+    runner.picture_gate.clear()
     second = threading.Event()
-    runner.on_decode = lambda count: second.set() if count == AHEAD else None
+    runner.on_decode = lambda count: second.set() if count == MAX_IN_FLIGHT else None
     with bench_of(runner) as bench:
         bench.engine.start()
-        for seed in range(AHEAD):
-            runner.decoding.clear()
+        for seed in range(MAX_IN_FLIGHT):
+            runner.decode_entered.clear()
             bench.submit(seed, steps=1, guidance_scale=1)
-            assert runner.decoding.wait(SOON_S)
+            assert runner.decode_entered.wait(SOON_S)
         assert second.wait(SOON_S)
         runner.batches.clear()
         yield bench
 
 
-def test_a_step_that_would_but_finish_jobs_waits_for_the_decoder_or_for_more_rows() -> None:
-    with bench_with_a_full_decoder() as bench:
+def test_a_step_that_would_only_finish_jobs_waits_for_the_decode_stage_or_for_more_rows() -> None:
+    with bench_with_a_full_decode_stage() as bench:
         stepped = threading.Event()
         bench.runner.on_step = lambda seeds: stepped.set()
         futures = [bench.submit(seed, steps=1, guidance_scale=1) for seed in range(10, 14)]
         # The fourth makes the batch full.
         assert stepped.wait(SOON_S)
         assert not any(future.done() for future in futures)
-        bench.runner.arrival_gate.set()
+        bench.runner.picture_gate.set()
         wait(futures, SOON_S)
         assert bench.runner.batches == [[10, 11, 12, 13]]
-        # What came while two were under way was decoded together.
-        assert bench.runner.decoded[AHEAD:] == [[10, 11, 12, 13]]
+        # Jobs that were added while two calls were in flight are decoded together.
+        assert bench.runner.decoded[MAX_IN_FLIGHT:] == [[10, 11, 12, 13]]
 
 
-def test_a_job_with_steps_to_go_waits_for_no_decoder() -> None:
-    with bench_with_a_full_decoder() as bench:
+def test_a_job_with_more_than_one_step_left_does_not_wait_for_the_decode_stage() -> None:
+    with bench_with_a_full_decode_stage() as bench:
         first = bench.submit(10, steps=1, guidance_scale=1)
         longer = bench.submit(11, steps=3, guidance_scale=1)
         second_step = threading.Event()
         bench.runner.on_step = lambda seeds: second_step.set() if bench.runner.steps_done[11] else None
         assert second_step.wait(SOON_S)
         assert not longer.done()
-        bench.runner.arrival_gate.set()
+        bench.runner.picture_gate.set()
         wait([first, longer], SOON_S)
         assert bench.runner.batches == [[10, 11], [11], [11]]
 
 
-def test_a_step_that_waited_goes_on_when_the_decoder_has_room() -> None:
-    with bench_with_a_full_decoder() as bench:
+def test_a_step_that_waited_runs_when_the_decode_stage_has_a_free_slot() -> None:
+    with bench_with_a_full_decode_stage() as bench:
         future = bench.submit(10, steps=1, guidance_scale=1)
-        bench.runner.arrival_gate.set()
+        bench.runner.picture_gate.set()
         assert picture(future).any()
 
 
-def test_a_decoder_that_cannot_start_ends_the_loop_and_leaves_no_job_waiting(
+def test_a_decode_thread_that_cannot_start_ends_the_loop_and_leaves_no_job_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*args: object) -> None:
         raise RuntimeError("can't start new thread")
 
     with bench_of(FakeRunner(decodes_beside=True)) as bench:
-        monkeypatch.setattr(bench.engine._decoding._decoder, "submit", refuse)
+        monkeypatch.setattr(bench.engine._decode_stage._decode_thread, "submit", refuse)
         future = bench.submit(1)
         bench.engine.start()
         assert isinstance(error_of(future), EngineStoppedError)
         assert bench.died.wait(SOON_S)
 
 
-def test_an_engine_whose_decoding_hangs_is_lost() -> None:
-    with bench_at_a_decoding(job_timeout_s=10.0) as (bench, runner, future):
+def test_an_engine_whose_decode_call_hangs_is_lost() -> None:
+    with bench_in_decode(job_timeout_s=10.0) as (bench, runner, future):
         assert not bench.engine.is_lost()
         bench.now_s = 11.0
         assert bench.engine.is_lost()
@@ -248,12 +248,12 @@ def test_an_engine_whose_decoding_hangs_is_lost() -> None:
         wait([future], SOON_S)
 
 
-def test_equal_ids_join(bench: Bench, runner: FakeRunner) -> None:
+def test_jobs_of_equal_ids_share_one_picture(bench: Bench, runner: FakeRunner) -> None:
     one, other = bench.submit(1), bench.submit(1)
     bench.engine.start()
     assert picture(one) is picture(other)
     assert runner.prepared == [1]
-    # Once it has left, the same job is a new one.
+    # After its end, the same job is a new one.
     assert picture(bench.submit(1)) is not picture(one)
 
 
@@ -263,34 +263,34 @@ FAILURES: dict[str, tuple[Faults, type[SmallcatError], int]] = {
     "prepare fails": (Faults(prepare=RuntimeError("tokenizer")), RenderError, 0),
     "prepare fails by name": (Faults(prepare=NotFiniteError("noise")), NotFiniteError, 0),
     "prepare does not fit": (Faults(prepare=OutOfMemoryError("2 GiB")), JobTooLargeError, 0),
-    "a step says so": (Faults(outcome={2: NotFiniteError("NaN")}), NotFiniteError, 2),
-    "its first step says so": (Faults(outcome={0: NotFiniteError("NaN")}), NotFiniteError, 0),
+    "a step reports it": (Faults(outcome={2: NotFiniteError("NaN")}), NotFiniteError, 2),
+    "its first step reports it": (Faults(outcome={0: NotFiniteError("NaN")}), NotFiniteError, 0),
     "a whole step raises": (Faults(batch={2: RuntimeError("shape")}), RenderError, 2),
     "the first step raises": (Faults(batch={0: ValueError("shape")}), RenderError, 0),
     "decoding raises": (Faults(decode=RuntimeError("vae")), RenderError, 4),
     "decoding does not fit": (Faults(decode=OutOfMemoryError("vae")), JobTooLargeError, 4),
-    "the picture is no number": (Faults(nan=True), NotFiniteError, 4),
+    "the picture is not finite": (Faults(nan=True), NotFiniteError, 4),
 }
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("place", range(4))
-def test_a_job_fails_alone_and_its_mates_run_every_step_once(
-    bench: Bench, runner: FakeRunner, failure: str, place: int
+@pytest.mark.parametrize("index", range(4))
+def test_a_job_fails_alone_and_the_others_run_every_step_once(
+    bench: Bench, runner: FakeRunner, failure: str, index: int
 ) -> None:
     faults, kind, steps = FAILURES[failure]
-    runner.faults[place] = faults
+    runner.faults[index] = faults
     futures = bench.submit_together(0, 1, 2, 3)
     bench.engine.start()
-    assert type(error_of(futures[place])) is kind
-    for seed in {0, 1, 2, 3} - {place}:
+    assert type(error_of(futures[index])) is kind
+    for seed in {0, 1, 2, 3} - {index}:
         assert np.array_equal(picture(futures[seed]), picture_of(job_of(seed)).pixels)
         assert runner.steps_done[seed] == 4
-    assert runner.steps_done[place] == steps
+    assert runner.steps_done[index] == steps
     assert not bench.deaths
 
 
-def test_a_foreign_error_becomes_one_that_says_what_it_was(bench: Bench, runner: FakeRunner) -> None:
+def test_an_unknown_error_becomes_a_render_error_that_quotes_it(bench: Bench, runner: FakeRunner) -> None:
     runner.faults[1] = Faults(batch={0: ValueError("mat1 and mat2")})
     bench.engine.start()
     error = error_of(bench.submit(1))
@@ -298,7 +298,7 @@ def test_a_foreign_error_becomes_one_that_says_what_it_was(bench: Bench, runner:
     assert isinstance(error.__cause__, ValueError)
 
 
-def test_all_can_fail_and_the_engine_goes_on(bench: Bench, runner: FakeRunner) -> None:
+def test_all_jobs_may_fail_and_the_engine_goes_on(bench: Bench, runner: FakeRunner) -> None:
     for seed in range(4):
         runner.faults[seed] = Faults(batch={seed: RuntimeError("each")})
     futures = bench.submit_together(0, 1, 2, 3)
@@ -311,10 +311,10 @@ def test_all_can_fail_and_the_engine_goes_on(bench: Bench, runner: FakeRunner) -
 
 
 @pytest.mark.parametrize("seeds", [{1}, {0, 1, 2, 3}], ids=["one of four", "all"])
-def test_what_does_not_fit_beside_a_step_is_done_with_the_device_to_itself(
+def test_what_does_not_fit_beside_a_step_is_tried_again_with_nothing_beside_it(
     bench: Bench, runner: FakeRunner, seeds: set[int]
 ) -> None:
-    runner.crowded = seeds
+    runner.out_of_memory_beside = seeds
     bench.engine.start()
     futures = bench.submit_together(0, 1, 2, 3)
     for seed, future in enumerate(futures):
@@ -323,8 +323,8 @@ def test_what_does_not_fit_beside_a_step_is_done_with_the_device_to_itself(
     assert set(runner.steps_done.values()) == {4}
 
 
-def test_a_step_of_one_job_waits_for_the_memory_of_those_that_are_decoded() -> None:
-    with bench_at_a_decoding() as (bench, runner, first):
+def test_a_step_of_one_job_that_is_out_of_memory_waits_for_the_decode_stage() -> None:
+    with bench_in_decode() as (bench, runner, first):
         runner.oom_calls = {1}
         second = bench.submit(2, steps=1)
         runner.decode_gate.set()
@@ -342,7 +342,7 @@ def test_out_of_memory_lowers_the_cap_and_loses_no_step(memory_rows: int) -> Non
         wait(futures, SOON_S)
         assert all(not future.exception() for future in futures)
         assert runner.steps_done == dict.fromkeys(range(4), 6)
-        # Remembered: what did not fit is not tried again.
+        # The cap is kept: a batch size that did not fit is not tried again.
         assert max(bench.steps) <= memory_rows
         assert runner._calls <= len(runner.batches) + 3
 
@@ -357,7 +357,7 @@ def test_out_of_memory_at_any_step_loses_no_step(call: int, runner: FakeRunner, 
     assert runner.steps_done == dict.fromkeys(range(4), 4)
 
 
-def test_a_job_too_large_alone_says_so_and_its_mates_go_on(bench: Bench, runner: FakeRunner) -> None:
+def test_a_job_that_does_not_fit_alone_fails_and_the_others_go_on(bench: Bench, runner: FakeRunner) -> None:
     runner.memory_rows = 1
     futures = [bench.submit(1, guidance_scale=1), bench.submit(2), bench.submit(3, guidance_scale=1)]
     bench.engine.start()
@@ -368,7 +368,7 @@ def test_a_job_too_large_alone_says_so_and_its_mates_go_on(bench: Bench, runner:
     assert picture(futures[2]) is not None
 
 
-# --- leaving early ----------------------------------------------------------------------------------------
+# --- cancelled or late ------------------------------------------------------------------------------------
 
 
 def test_a_running_job_is_cancelled_at_its_next_step(bench: Bench, runner: FakeRunner) -> None:
@@ -383,7 +383,7 @@ def test_a_running_job_is_cancelled_at_its_next_step(bench: Bench, runner: FakeR
     assert (runner.steps_done[1], runner.steps_done[2]) == (1, 4)
 
 
-def test_a_job_that_waits_for_a_seat_can_be_cancelled() -> None:
+def test_a_waiting_job_can_be_cancelled() -> None:
     with bench_of(FakeRunner(max_rows=2)) as bench:
         futures = bench.submit_together(1, 2)
         bench.runner.gate.clear()
@@ -396,7 +396,7 @@ def test_a_job_that_waits_for_a_seat_can_be_cancelled() -> None:
         assert bench.runner.steps_done[2] == 0
 
 
-def test_a_job_that_has_only_just_come_in_can_be_cancelled(bench: Bench, runner: FakeRunner) -> None:
+def test_a_job_that_is_not_in_the_batcher_yet_can_be_cancelled(bench: Bench, runner: FakeRunner) -> None:
     future = bench.submit(1)
     bench.cancel(1)
     bench.engine.start()
@@ -404,7 +404,7 @@ def test_a_job_that_has_only_just_come_in_can_be_cancelled(bench: Bench, runner:
     assert runner.steps_done[1] == 0
 
 
-def test_cancelling_what_is_not_on_board_does_nothing(bench: Bench) -> None:
+def test_cancelling_a_job_that_is_not_in_flight_does_nothing(bench: Bench) -> None:
     bench.engine.start()
     bench.cancel(7)
     assert picture(bench.submit(7)) is not None
@@ -419,7 +419,7 @@ def test_a_job_that_is_submitted_again_after_its_cancellation_goes_on(bench: Ben
     assert picture(first) is picture(second)
 
 
-def test_a_job_past_its_deadline_leaves_with_what_it_had_done(runner: FakeRunner) -> None:
+def test_a_job_past_its_deadline_fails_and_its_error_names_its_last_step(runner: FakeRunner) -> None:
     with bench_of(runner, job_timeout_s=10.0) as bench:
         late = bench.submit(1, steps=4)
         bench.now_s = 5.0
@@ -439,21 +439,21 @@ def test_a_job_past_its_deadline_leaves_with_what_it_had_done(runner: FakeRunner
 # --- the end ----------------------------------------------------------------------------------------------
 
 
-def test_draining_finishes_what_is_on_board(bench: Bench, runner: FakeRunner) -> None:
+def test_draining_finishes_the_jobs_in_flight(bench: Bench, runner: FakeRunner) -> None:
     futures = bench.submit_together(*range(20))
     bench.engine.start()
     bench.engine.drain(SOON_S)
     assert all(future.done() and not future.exception() for future in futures)
 
 
-def test_draining_gives_back_what_is_not_done_in_time(bench: Bench, runner: FakeRunner) -> None:
+def test_draining_gives_back_jobs_that_are_not_done_in_time(bench: Bench, runner: FakeRunner) -> None:
     futures = bench.submit_together(*range(20))
     runner.gate.clear()
     bench.engine.start()
     assert runner.entered.wait(SOON_S)
     drain = threading.Thread(target=bench.engine.drain, args=(0.0,))
     drain.start()
-    # Given back although a step still runs.
+    # They are given back although a step still runs.
     assert all(isinstance(error_of(future), EngineStoppedError) for future in futures)
     runner.gate.set()
     drain.join(SOON_S)
@@ -461,7 +461,7 @@ def test_draining_gives_back_what_is_not_done_in_time(bench: Bench, runner: Fake
     assert len(runner.batches) == 1
 
 
-def test_a_stopped_engine_takes_nothing_on_board(bench: Bench) -> None:
+def test_a_stopped_engine_takes_no_job(bench: Bench) -> None:
     bench.engine.start()
     bench.engine.stop()
     assert isinstance(error_of(bench.submit(1)), EngineStoppedError)
@@ -482,16 +482,14 @@ DEATHS: dict[str, Callable[[Bench, BaseException], None]] = {
 
 
 @pytest.mark.parametrize("where", DEATHS)
-def test_the_machines_own_fault_ends_the_loop_gives_all_jobs_back_and_is_told(
-    bench: Bench, where: str
-) -> None:
+def test_a_machine_fault_ends_the_loop_gives_all_jobs_back_and_is_reported(bench: Bench, where: str) -> None:
     death = MachineError("the GPU has fallen off the bus")
     DEATHS[where](bench, death)
     futures = bench.submit_together(*range(12))
     bench.engine.start()
     assert bench.died.wait(SOON_S)
     assert bench.deaths == [death]
-    # By the time it is told, all have been given back: none of the machine's faults is a job's.
+    # All have been given back by the time it is reported: a machine fault is no job's error.
     assert all(future.done() for future in futures)
     errors = [error for future in futures if (error := future.exception())]
     assert errors
@@ -500,7 +498,7 @@ def test_the_machines_own_fault_ends_the_loop_gives_all_jobs_back_and_is_told(
     assert isinstance(error_of(bench.submit(99)), EngineStoppedError)
 
 
-def test_a_bug_in_the_loop_itself_gives_all_jobs_back_and_is_told(runner: FakeRunner) -> None:
+def test_a_bug_in_the_loop_itself_gives_all_jobs_back_and_is_reported(runner: FakeRunner) -> None:
     with bench_of(runner) as bench:
         bench.steps = None  # type: ignore[assignment]  # what it reports to
         futures = bench.submit_together(1, 2)
@@ -511,7 +509,7 @@ def test_a_bug_in_the_loop_itself_gives_all_jobs_back_and_is_told(runner: FakeRu
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), MemoryError()], ids=repr)
 @pytest.mark.parametrize("where", DEATHS)
-def test_what_a_library_raises_for_one_job_ends_neither_loop_nor_process(
+def test_an_exception_of_a_library_in_one_job_ends_neither_loop_nor_process(
     bench: Bench, where: str, error: BaseException
 ) -> None:
     DEATHS[where](bench, error)
@@ -529,7 +527,7 @@ def test_an_engine_in_good_health_is_not_lost(bench: Bench) -> None:
     assert not bench.engine.is_lost()
 
 
-def test_an_engine_that_hangs_in_one_turn_for_longer_than_a_job_may_take_is_lost(runner: FakeRunner) -> None:
+def test_an_engine_whose_step_takes_longer_than_a_job_may_is_lost(runner: FakeRunner) -> None:
     with bench_of(runner, job_timeout_s=10.0) as bench:
         runner.gate.clear()
         bench.engine.start()
@@ -543,7 +541,7 @@ def test_an_engine_that_hangs_in_one_turn_for_longer_than_a_job_may_take_is_lost
         wait([future], SOON_S)
 
 
-def test_progress_is_told_for_all_on_board() -> None:
+def test_progress_is_reported_for_all_jobs_in_flight() -> None:
     with bench_of(FakeRunner(max_rows=2)) as bench:
         bench.submit_together(1, 2)
         assert bench.engine.progress() == {job_of(1).id: (0, 4), job_of(2).id: (0, 4)}
@@ -553,7 +551,7 @@ def test_progress_is_told_for_all_on_board() -> None:
         assert bench.engine.progress() == {job_of(1).id: (0, 4), job_of(2).id: (0, 4)}
 
 
-# --- any script -------------------------------------------------------------------------------------------
+# --- any order of events ----------------------------------------------------------------------------------
 
 FAULTS = st.one_of(
     st.builds(Faults),

@@ -15,7 +15,7 @@ from PIL import Image
 from redis import Redis
 
 from tests.conftest import EmptyBucket
-from tests.worker.engine.fake_runner import SERVED, SOON_S, FakeRender, FakeRunner, Faults, job_of, picture_of
+from tests.worker.engine.fake_runner import SERVED, SOON_S, FakeRunner, FakeState, Faults, job_of, picture_of
 from worker.contract import infotext
 from worker.contract.errors import (
     EngineStoppedError,
@@ -67,7 +67,7 @@ class Worker:
 
     def __init__(self, client: Redis, storage: FlakyBucket, name: str = "w1", **options: Any) -> None:
         self.runner = FakeRunner()
-        self.engine: Engine[FakeRender] = Engine(self.runner, job_timeout_s=600, on_death=lambda error: None)
+        self.engine: Engine[FakeState] = Engine(self.runner, job_timeout_s=600, on_death=lambda error: None)
         self.records = Records(client, 1_000)
         self.storage = storage
         given = {"lease_s": 30.0, "max_attempts": 3, "upload_timeout_s": 60.0} | options
