@@ -6,18 +6,28 @@ bucket. Both sides use this module and nothing else to read and write it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import secrets
-import unicodedata
 from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated, Any, Self, TypedDict
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from worker.contract.errors import InvalidJobError
+from worker.contract.explain import explain
+from worker.contract.job_checks import (
+    divisible_by,
+    not_blank,
+    one_line,
+    one_zero,
+    printable,
+    small_json,
+    spelled_as,
+)
+from worker.contract.job_fields import FieldEntry, JobField, table_of
 
 #: Version of the message and of the hash below. A change to either is a new number.
 FORMAT_VERSION = 1
@@ -39,15 +49,12 @@ MAX_METADATA_DEPTH = 64
 MAX_PRIORITY, DEFAULT_PRIORITY = 9, 5
 #: A model's name, at most this long: a hub id, or the name under which a worker serves a folder or file.
 MAX_MODEL = 200
+#: A revision, at most this long.
+MAX_REVISION = 100
 #: The model that a job means when it names none: the fleet's default.
 DEFAULT_MODEL = "default"
 #: Start of the revision of a job that was submitted before any worker had announced its model.
 OPEN_REVISION = "open-"
-
-
-#: Parameters that the first jobs did not have. At their default they are left out of the id, which so stays
-#: what it was.
-_LATER_FIELDS = ("guidance_start", "guidance_stop")
 
 
 class Scheduler(StrEnum):
@@ -63,6 +70,22 @@ class Scheduler(StrEnum):
     PNDM = "pndm"
     UNIPC = "unipc"
     LCM = "lcm"
+
+
+#: AUTOMATIC1111's names for them.
+SAMPLERS: Mapping[str, str] = MappingProxyType(
+    {
+        Scheduler.DDIM: "DDIM",
+        Scheduler.EULER: "Euler",
+        Scheduler.EULER_ANCESTRAL: "Euler a",
+        Scheduler.DPMPP_2M: "DPM++ 2M",
+        Scheduler.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
+        Scheduler.PNDM: "PLMS",
+        Scheduler.UNIPC: "UniPC",
+        Scheduler.LCM: "LCM",
+        Scheduler.DEFAULT: "Default",
+    }
+)
 
 
 class ImageFormat(StrEnum):
@@ -104,51 +127,9 @@ class ServedModel(BaseModel):
     defaults: Defaults
 
 
-def _text(value: str) -> str:
-    """Refuse characters that no prompt means: control characters but tab and newline, lone surrogates."""
-    return _name(value, allowed="\t\n\r")
-
-
-def _name(value: str, allowed: str = "") -> str:
-    """Refuse control characters: in a name also tab and newline."""
-    for character in value:
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in allowed:
-            raise ValueError(f"holds the control character U+{ord(character):04X}: remove it")
-    return value
-
-
-def _depth(value: object) -> int:
-    """Levels of lists and objects in `value`; counted no further than one past the limit."""
-    deepest, below = 0, [(value, 1)]
-    while below and deepest <= MAX_METADATA_DEPTH:
-        each, level = below.pop()
-        if isinstance(each, dict | list | tuple):
-            deepest = max(deepest, level)
-            below += [(inner, level + 1) for inner in (each.values() if isinstance(each, dict) else each)]
-    return deepest
-
-
-def _size(value: int | None) -> int | None:
-    """Refuse sizes that the model's downsampling does not divide, naming the two nearest that fit."""
-    if value is not None and value % SIZE_STEP:
-        below = value - value % SIZE_STEP
-        raise ValueError(
-            f"is {value}, which is no multiple of {SIZE_STEP}: use {below} or {below + SIZE_STEP}"
-        )
-    return value
-
-
-def _choice(value: object) -> object:
-    """Let names be given in any case and with blanks or dashes ("DPM++ 2M Karras", "euler a")."""
-    if not isinstance(value, str) or isinstance(value, StrEnum):
-        return value
-    name = value.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
-    name = {"euler_a": "euler_ancestral", "dpmpp_2m_k": "dpmpp_2m_karras", "jpg": "jpeg"}.get(name, name)
-    # What is none is shown as it was given.
-    return name if name in {*Scheduler, *ImageFormat} else value
-
-
-Size = Annotated[int, Field(strict=True, ge=MIN_SIZE, le=MAX_SIZE)]
+#: Limits that several fields share.
+_SIZE = Field(ge=MIN_SIZE, le=MAX_SIZE, strict=True)
+_SHARE = Field(ge=0, le=1, strict=True, allow_inf_nan=False)
 
 
 class Job(BaseModel):
@@ -156,85 +137,178 @@ class Job(BaseModel):
 
     A field that is None means the model's own default, which `resolved` fills in. The id is a hash of
     what determines the picture; priority and metadata belong to the submission and are left out of it.
+
+    To add a field: its annotation with limits, a `#:` line with units and ranges, a default that changes no
+    picture, and the same name in `JobFields`. `JobField` says what it is called elsewhere. All else is made
+    from `JOB_FIELDS`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
 
     #: What to draw: 1 to 2,000 characters. Beyond the text encoder's window it is cut, as diffusers does.
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT, strict=True)
+    prompt: Annotated[
+        str,
+        Field(min_length=1, max_length=MAX_PROMPT, strict=True),
+        AfterValidator(printable),
+        AfterValidator(not_blank),
+        JobField(
+            a1111_option="prompt",
+            diffusers="prompt",
+            headings=("text", "caption", "prompts", "positive_prompt", "positive"),
+            is_prompt=True,
+            is_searched=True,
+            is_original=True,
+        ),
+    ]
     #: What to keep out; needs guidance above 1. Up to 2,000 characters.
-    negative_prompt: str = Field(default="", max_length=MAX_PROMPT, strict=True)
+    negative_prompt: Annotated[
+        str,
+        Field(max_length=MAX_PROMPT, strict=True),
+        AfterValidator(printable),
+        JobField(
+            a1111_option="negative_prompt",
+            diffusers="negative_prompt",
+            headings=("negative", "negativeprompt", "neg_prompt"),
+            is_prompt=True,
+            is_searched=True,
+            is_original=True,
+        ),
+    ] = ""
     #: Seed of the CPU noise generator, 0 to 2^63-1. Not given: drawn at submission.
-    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, le=MAX_SEED, strict=True)
+    seed: Annotated[
+        int,
+        Field(ge=0, le=MAX_SEED, strict=True),
+        JobField(
+            infotext_order=6,
+            a1111_option="seed",
+            headings=("random_seed",),
+            is_searched=True,
+            is_original=True,
+        ),
+    ] = Field(default_factory=lambda: secrets.randbits(32))
     #: Pixels, 64 to 2,048, a multiple of 8.
-    width: Size | None = None
+    width: Annotated[
+        int | None,
+        _SIZE,
+        AfterValidator(divisible_by(SIZE_STEP)),
+        JobField(
+            pair="size",
+            label="Size",
+            infotext_order=7,
+            a1111_option="width",
+            diffusers="width",
+            headings=("w",),
+            is_searched=True,
+            is_original=True,
+        ),
+    ] = None
     #: Pixels, 64 to 2,048, a multiple of 8.
-    height: Size | None = None
+    height: Annotated[
+        int | None,
+        _SIZE,
+        AfterValidator(divisible_by(SIZE_STEP)),
+        JobField(
+            pair="size",
+            label="Size",
+            infotext_order=7,
+            a1111_option="height",
+            diffusers="height",
+            headings=("h",),
+            is_searched=True,
+            is_original=True,
+        ),
+    ] = None
     #: Denoising steps, 1 to 150.
-    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, strict=True)
+    steps: Annotated[
+        int | None,
+        Field(ge=1, le=MAX_STEPS, strict=True),
+        JobField(
+            infotext_order=1,
+            a1111_option="steps",
+            diffusers="num_inference_steps",
+            headings=("inference_steps", "sampling_steps"),
+            is_original=True,
+        ),
+    ] = None
     #: Classifier-free guidance, 0 to 30; 1 and below is none and takes half the work.
-    guidance_scale: float | None = Field(
-        default=None, ge=0, le=MAX_GUIDANCE, strict=True, allow_inf_nan=False
-    )
+    guidance_scale: Annotated[
+        float | None,
+        Field(ge=0, le=MAX_GUIDANCE, strict=True, allow_inf_nan=False),
+        AfterValidator(one_zero),
+        JobField(
+            label="Guidance",
+            infotext="CFG scale",
+            infotext_order=3,
+            a1111_option="cfg_scale",
+            diffusers="guidance_scale",
+            headings=("cfg", "guidance"),
+            is_original=True,
+        ),
+    ] = None
     #: Share of the steps, 0 to 1, from which on guidance is used (Kynkäänniemi et al., 2024).
-    guidance_start: float = Field(default=0.0, ge=0, le=1, strict=True, allow_inf_nan=False)
+    guidance_start: Annotated[float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=4)] = 0.0
     #: Share of the steps, 0 to 1, from which on it no longer is. Steps without guidance take half the work.
-    guidance_stop: float = Field(default=1.0, ge=0, le=1, strict=True, allow_inf_nan=False)
+    guidance_stop: Annotated[float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=5)] = 1.0
     #: diffusers noise scheduler; `default` is the model's own.
-    scheduler: Annotated[Scheduler, BeforeValidator(_choice)] = Scheduler.DEFAULT
-    #: The model's name; `default` is the fleet's.
-    model: str = Field(default=DEFAULT_MODEL, min_length=1, max_length=MAX_MODEL, strict=True)
-    #: The model's revision. Not given: filled in at submission from what the workers announced.
-    revision: str = Field(default="", max_length=100, strict=True)
+    scheduler: Annotated[
+        Scheduler,
+        BeforeValidator(
+            spelled_as(Scheduler, {"euler_a": "euler_ancestral", "dpmpp_2m_k": "dpmpp_2m_karras"})
+        ),
+        JobField(
+            infotext="Sampler",
+            infotext_order=2,
+            a1111_option="sampler_name",
+            a1111_values=SAMPLERS,
+            headings=("sampler",),
+            is_searched=True,
+            is_original=True,
+        ),
+    ] = Scheduler.DEFAULT
+    #: The model's name, up to 200 characters; `default` is the fleet's.
+    model: Annotated[
+        str,
+        Field(min_length=1, max_length=MAX_MODEL, strict=True),
+        AfterValidator(one_line),
+        JobField(
+            infotext_order=8,
+            infotext_ours_only=True,
+            a1111_option="sd_model",
+            headings=("model_name",),
+            is_searched=True,
+            is_original=True,
+        ),
+    ] = DEFAULT_MODEL
+    #: The model's revision, up to 100 characters. Not given: filled in at submission from what the workers
+    #: announced.
+    revision: Annotated[
+        str,
+        Field(max_length=MAX_REVISION, strict=True),
+        AfterValidator(one_line),
+        JobField(
+            infotext="Model hash",
+            infotext_order=9,
+            infotext_ours_only=True,
+            is_filled_by_fleet=True,
+            is_original=True,
+        ),
+    ] = ""
     #: The picture's encoding.
-    format: Annotated[ImageFormat, BeforeValidator(_choice)] = ImageFormat.PNG
+    format: Annotated[
+        ImageFormat,
+        BeforeValidator(spelled_as(ImageFormat, {"jpg": "jpeg"})),
+        JobField(infotext_order=10, is_original=True),
+    ] = ImageFormat.PNG
     #: 0 to 9; jobs of a higher one are rendered first.
-    priority: int = Field(default=DEFAULT_PRIORITY, ge=0, le=MAX_PRIORITY, strict=True)
+    priority: Annotated[
+        int, Field(ge=0, le=MAX_PRIORITY, strict=True), JobField(is_submission=True, is_original=True)
+    ] = DEFAULT_PRIORITY
     #: The caller's own JSON object, up to 4 KiB, returned untouched.
-    metadata: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("prompt", "negative_prompt")
-    @classmethod
-    def _printable(cls, value: str) -> str:
-        return _text(value)
-
-    @field_validator("model", "revision")
-    @classmethod
-    def _one_line(cls, value: str) -> str:
-        return _name(value)
-
-    @field_validator("guidance_scale", "guidance_start", "guidance_stop")
-    @classmethod
-    def _one_zero(cls, value: float | None) -> float | None:
-        # -0.0 is the same picture, and so must be the same id.
-        return value if value is None else value + 0.0
-
-    @field_validator("prompt")
-    @classmethod
-    def _says_something(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("is blank: say what to draw")
-        return value
-
-    @field_validator("width", "height")
-    @classmethod
-    def _divisible(cls, value: int | None) -> int | None:
-        return _size(value)
-
-    @field_validator("metadata")
-    @classmethod
-    def _plain_json(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if _depth(value) > MAX_METADATA_DEPTH:
-            raise ValueError(f"is nested deeper than {MAX_METADATA_DEPTH} levels: keep a reference")
-        try:
-            text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-            size = len(text.encode())
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"is not JSON: {_short(str(error))}") from None
-        if size > MAX_METADATA:
-            raise ValueError(f"is {size:,} bytes of JSON, the limit is {MAX_METADATA:,}: keep a reference")
-        # A copy: what the caller changes later is not part of the job.
-        return dict(json.loads(text))
+    metadata: Annotated[
+        dict[str, Any],
+        AfterValidator(small_json(MAX_METADATA, MAX_METADATA_DEPTH)),
+        JobField(is_submission=True, is_original=True),
+    ] = Field(default_factory=dict)
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Self:
@@ -245,7 +319,7 @@ class Job(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise InvalidJobError(_explain(error)) from None
+            raise InvalidJobError(explain(error, JOB_FIELDS)) from None
 
     def resolved(self, served: ServedModel) -> Self:
         """This job for `served`: what it left open is filled in from the model, its revision is pinned."""
@@ -293,50 +367,19 @@ class JobFields(TypedDict, total=False):
     metadata: dict[str, Any]
 
 
+#: The table that all else is made from; see `worker.contract.job_fields`.
+JOB_FIELDS: Mapping[str, FieldEntry] = table_of(Job)
+#: What belongs to the submission, and not to the picture.
+SUBMISSION_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_submission)
+_HASHED = tuple(each.name for each in JOB_FIELDS.values() if each.is_hashed)
+#: Fields that the first version did not have, with their default, at which they are left out of the id.
+_LATER = {each.name: each.default for each in JOB_FIELDS.values() if each.is_hashed and not each.is_original}
+
+
 def hashed(fields: Mapping[str, Any]) -> str:
     """The text whose hash is a job's id: of all its fields, as JSON has them, those that make the picture."""
-    picture = {name: value for name, value in fields.items() if name not in ("priority", "metadata")}
-    for name in _LATER_FIELDS:
-        if picture[name] == Job.model_fields[name].default:
+    picture = {name: fields[name] for name in _HASHED}
+    for name, default in _LATER.items():
+        if picture[name] == default:
             del picture[name]
     return json.dumps([FORMAT_VERSION, picture], sort_keys=True, separators=(",", ":"))
-
-
-def _explain(error: ValidationError) -> str:
-    """pydantic's findings as sentences: the field, its value, the limit and the remedy."""
-    sentences = []
-    for finding in error.errors(include_url=False):
-        field = str(finding["loc"][0]) if finding["loc"] else "job"
-        value = finding.get("input")
-        match finding["type"]:
-            case "extra_forbidden":
-                near = difflib.get_close_matches(field, Job.model_fields, 1)
-                hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(Job.model_fields)}."
-                shown = f'"{field}"' if field.isprintable() and len(field) <= 60 else _short(field)
-                sentences.append(f"There is no job field {shown}: {hint}")
-            case "missing":
-                sentences.append(f"{field} is missing: a job needs a prompt.")
-            case "value_error":
-                sentences.append(f"{field} {str(finding['msg']).removeprefix('Value error, ')}.")
-            case "enum":
-                kind = Scheduler if field == "scheduler" else ImageFormat
-                sentences.append(f"{field} is {_short(value)}: use one of {', '.join(kind)}.")
-            case "string_too_short":
-                remedy = "say what to draw" if field == "prompt" else "leave it out for the fleet's default"
-                sentences.append(f"{field} is empty: {remedy}.")
-            case "string_too_long":
-                limit = finding["ctx"]["max_length"]
-                sentences.append(f"{field} is {len(str(value)):,} characters, the limit is {limit:,}.")
-            case _:
-                limit = str(finding["msg"]).removeprefix("Input should be ")
-                sentences.append(f"{_short(field)[1:-1]} is {_short(value)}: it must be {limit}.")
-    return " ".join(sentences)
-
-
-def _short(value: object) -> str:
-    """A value as an error can show it."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists without end
-        return f"a huge {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,52 @@
+"""pydantic's findings about a job as sentences: the field, its value, the limit and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from worker.contract.job_fields import FieldEntry
+
+
+def explain(error: ValidationError, table: Mapping[str, FieldEntry]) -> str:
+    """One sentence for each finding, in one line. `table` has the fields there are."""
+    sentences = []
+    for finding in error.errors(include_url=False):
+        field = str(finding["loc"][0]) if finding["loc"] else "job"
+        value = finding.get("input")
+        match finding["type"]:
+            case "extra_forbidden":
+                near = difflib.get_close_matches(field, table, 1)
+                hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(table)}."
+                shown = f'"{field}"' if field.isprintable() and len(field) <= 60 else short(field)
+                sentences.append(f"There is no job field {shown}: {hint}")
+            case "missing":
+                sentences.append(f"{field} is missing: a job needs a {field}.")
+            case "value_error":
+                sentences.append(f"{field} {str(finding['msg']).removeprefix('Value error, ')}.")
+            case "enum":
+                sentences.append(f"{field} is {short(value)}: use one of {', '.join(table[field].choices)}.")
+            case "string_too_short":
+                is_needed = field in table and table[field].is_required
+                remedy = "say what to draw" if is_needed else "leave it out for the fleet's default"
+                sentences.append(f"{field} is empty: {remedy}.")
+            case "string_too_long":
+                limit = finding["ctx"]["max_length"]
+                sentences.append(f"{field} is {len(str(value)):,} characters, the limit is {limit:,}.")
+            case _:
+                limit = str(finding["msg"]).removeprefix("Input should be ")
+                sentences.append(f"{short(field)[1:-1]} is {short(value)}: it must be {limit}.")
+    return " ".join(sentences)
+
+
+def short(value: object) -> str:
+    """A value as an error can show it: 60 characters at most."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists without end
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,97 @@
+"""What values of job fields must be, beyond the limits that pydantic knows. Each check gives back the value.
+
+A check raises `ValueError` with the end of a sentence that begins with the field's name.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any
+
+from worker.contract.explain import short
+
+
+def printable(value: str) -> str:
+    """Refuse characters that no prompt means: control characters but tab and newline, lone surrogates."""
+    return one_line(value, allowed="\t\n\r")
+
+
+def one_line(value: str, allowed: str = "") -> str:
+    """Refuse control characters: in a name also tab and newline."""
+    for character in value:
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in allowed:
+            raise ValueError(f"holds the control character U+{ord(character):04X}: remove it")
+    return value
+
+
+def not_blank(value: str) -> str:
+    """Refuse a text of nothing but white space."""
+    if not value.strip():
+        raise ValueError("is blank: say what to draw")
+    return value
+
+
+def one_zero(value: float | None) -> float | None:
+    """-0.0 is the same picture as 0.0, and so must be the same id."""
+    return value if value is None else value + 0.0
+
+
+def divisible_by(step: int) -> Callable[[int | None], int | None]:
+    """Refuse numbers that `step` does not divide, naming the two nearest that fit."""
+
+    def check(value: int | None) -> int | None:
+        if value is not None and value % step:
+            below = value - value % step
+            raise ValueError(f"is {value}, which is no multiple of {step}: use {below} or {below + step}")
+        return value
+
+    return check
+
+
+def spelled_as(choices: type[StrEnum], others: Mapping[str, str]) -> Callable[[object], object]:
+    """Take a choice's name in any case, with blanks or dashes ("DPM++ 2M Karras"), or one of `others`."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, str) or isinstance(value, StrEnum):
+            return value
+        name = value.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
+        name = others.get(name, name)
+        # What is no choice is shown as it was given.
+        return name if name in set(choices) else value
+
+    return check
+
+
+def small_json(max_bytes: int, max_depth: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Refuse objects that JSON cannot hold, or of more bytes as compact JSON, or nested deeper.
+
+    What is given back is a copy: what the caller changes later is not part of the job.
+    """
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        if _depth(value, max_depth) > max_depth:
+            raise ValueError(f"is nested deeper than {max_depth} levels: keep a reference")
+        try:
+            text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+            size = len(text.encode())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"is not JSON: {short(str(error))}") from None
+        if size > max_bytes:
+            raise ValueError(f"is {size:,} bytes of JSON, the limit is {max_bytes:,}: keep a reference")
+        return dict(json.loads(text))
+
+    return check
+
+
+def _depth(value: object, most: int) -> int:
+    """Levels of lists and objects in `value`; counted no further than one past `most`."""
+    deepest, below = 0, [(value, 1)]
+    while below and deepest <= most:
+        each, level = below.pop()
+        if isinstance(each, dict | list | tuple):
+            deepest = max(deepest, level)
+            below += [(inner, level + 1) for inner in (each.values() if isinstance(each, dict) else each)]
+    return deepest

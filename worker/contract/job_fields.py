@@ -1,0 +1,173 @@
+"""The table of job fields: what `Job` says of each field in one place, for everything that is made from it.
+
+A field of `Job` carries its limits and its type, a `#:` line, and a `JobField` with its names elsewhere.
+`table_of` puts these together. Command-line options, headings of prompt files, AUTOMATIC1111's options,
+infotext, manifest columns, names of downloads, gallery rows, the job's id and docs/job-fields.md are made
+from the table, so that a new field is added in `Job` alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+#: Types that a field can have: a number, a text (choices are texts) or a JSON object.
+KINDS = (int, float, str, dict)
+#: Where a key of the infotext stands that says nothing of it: behind those of AUTOMATIC1111.
+LAST = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobField:
+    """What a field of `Job` is called elsewhere, and how it is treated: part of its annotation.
+
+    Nothing has to be said of a new field. It is hashed into the id unless it is at its default, so that the
+    ids of old jobs stay, and its names are made from its own.
+    """
+
+    #: What people read over its values. Made from the field's name when empty.
+    label: str = ""
+    #: The field is shown and written together with the others of this name, as `512x768`.
+    pair: str = ""
+    #: Its key in an infotext. Made from the label when empty.
+    infotext: str = ""
+    #: Keys of an infotext are in the order of these numbers.
+    infotext_order: int = LAST
+    #: Whether another tool's infotext means something else by this key, so that only our own is read.
+    infotext_ours_only: bool = False
+    #: AUTOMATIC1111's names of its values, where it has choices.
+    a1111_values: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    #: Its option in AUTOMATIC1111's script "Prompts from file or textbox"; empty: there is none.
+    a1111_option: str = ""
+    #: Its argument in diffusers' pipelines; empty: there is none.
+    diffusers: str = ""
+    #: Other headings in tables of prompts, in lower case with underscores, beside the two names above.
+    headings: tuple[str, ...] = ()
+    #: Whether the gallery's filter finds its values without the field's name.
+    is_searched: bool = False
+    #: Whether it is a text in the syntax of prompts, which has lines of its own in an infotext.
+    is_prompt: bool = False
+    #: Whether it belongs to the submission rather than the picture: it is not part of the id.
+    is_submission: bool = False
+    #: Whether the fleet fills it in at submission, from what the workers announced.
+    is_filled_by_fleet: bool = False
+    #: Whether the first version had it: always part of the id, and in its old place in CSV manifests.
+    is_original: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldEntry(JobField):
+    """A row of the table: what is said of the field, and what follows from its annotation."""
+
+    #: Its name in `Job`, in JSON, and in tables.
+    name: str
+    #: One of `KINDS`.
+    kind: type
+    #: The values it can have, where these are listed.
+    choices: tuple[str, ...] = ()
+    #: Whether it has to be given.
+    is_required: bool = False
+    #: Its value where it is not given; None where the model or the fleet decides, or it is drawn.
+    default: Any = None
+    #: Whether None stands for the model's own default.
+    is_nullable: bool = False
+    #: Whether its value is drawn or made where it is not given.
+    is_made: bool = False
+
+    @property
+    def option(self) -> str:
+        """Its option on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether it determines the picture, and so is part of the job's id."""
+        return not self.is_submission
+
+    @property
+    def is_axis(self) -> bool:
+        """Whether a grid can cross its values."""
+        return self.is_hashed and not self.is_required and not self.is_filled_by_fleet
+
+    @property
+    def is_known_when_resolved(self) -> bool:
+        """Whether a submitted job may lack it and a resolved one has it."""
+        return self.is_hashed and (
+            self.is_required or self.is_nullable or self.is_made or self.is_filled_by_fleet
+        )
+
+    @property
+    def all_headings(self) -> tuple[str, ...]:
+        """Its other names in tables of prompts, each once."""
+        names = dict.fromkeys((*self.headings, self.a1111_option, self.diffusers))
+        return tuple(name for name in names if name and name != self.name)
+
+
+def table_of(model: type[BaseModel]) -> Mapping[str, FieldEntry]:
+    """The table of a model's fields, by their names. Raises `TypeError` for a field of an unknown type."""
+    return MappingProxyType({name: _entry(name, info) for name, info in model.model_fields.items()})
+
+
+def _entry(name: str, info: FieldInfo) -> FieldEntry:
+    said = next((each for each in info.metadata if isinstance(each, JobField)), JobField())
+    kind, is_nullable = _kind(info.annotation)
+    is_choice = isinstance(kind, type) and issubclass(kind, StrEnum)
+    plain = str if is_choice else kind
+    if plain not in KINDS:
+        known = ", ".join(each.__name__ for each in KINDS)
+        raise TypeError(f"The job field {name} has the type {kind}: use one of {known}, or a StrEnum.")
+    label = said.label or name.replace("_", " ").capitalize()
+    return FieldEntry(
+        **{
+            **vars(said),
+            "label": label,
+            "infotext": said.infotext or label,
+            "name": name,
+            "kind": plain,
+            "choices": tuple(map(str, kind)) if is_choice else (),
+            "is_required": info.is_required(),
+            "default": None if info.default is PydanticUndefined else info.default,
+            "is_nullable": is_nullable,
+            "is_made": info.default_factory is not None,
+        }
+    )
+
+
+def _kind(annotation: Any) -> tuple[Any, bool]:
+    """The type itself, without what is said of it, and whether None is a value as well."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kind(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        [kind] = [each for each in get_args(annotation) if each is not NoneType]
+        return _kind(kind)[0], True
+    return origin or annotation, False
+
+
+@functools.cache
+def help_lines(model: type[BaseModel]) -> Mapping[str, str]:
+    """The `#:` lines over each of a model's own fields, as one text. Reads the model's source."""
+    source = textwrap.dedent(inspect.getsource(model))
+    lines = source.splitlines()
+    [definition] = ast.parse(source).body
+    found = {}
+    for node in definition.body if isinstance(definition, ast.ClassDef) else ():
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            above = node.lineno - 2
+            texts: list[str] = []
+            while lines[above].strip().startswith("#:"):
+                texts.insert(0, lines[above].strip().removeprefix("#:").strip())
+                above -= 1
+            found[node.target.id] = " ".join(texts)
+    return MappingProxyType(found)
