@@ -9,37 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from worker.contract.errors import PromptFileError
-from worker.contract.job import Job
+from worker.contract.job import JOB_FIELDS
 
 #: Other names for job fields, as tables from elsewhere have them, in lower case with underscores.
-ALIASES = {
-    "text": "prompt",
-    "caption": "prompt",
-    "prompts": "prompt",
-    "positive_prompt": "prompt",
-    "positive": "prompt",
-    "negative": "negative_prompt",
-    "negativeprompt": "negative_prompt",
-    "neg_prompt": "negative_prompt",
-    "num_inference_steps": "steps",
-    "inference_steps": "steps",
-    "sampling_steps": "steps",
-    "cfg": "guidance_scale",
-    "cfg_scale": "guidance_scale",
-    "guidance": "guidance_scale",
-    "sampler": "scheduler",
-    "sampler_name": "scheduler",
-    "sd_model": "model",
-    "model_name": "model",
-    "w": "width",
-    "h": "height",
-    "random_seed": "seed",
-}
-_INTEGERS = {"seed", "width", "height", "steps", "priority"}
-_NUMBERS = {"guidance_scale", "guidance_start", "guidance_stop"}
+ALIASES = {name: field.name for field in JOB_FIELDS.values() for name in field.all_headings}
+_INTEGERS = {field.name for field in JOB_FIELDS.values() if field.kind is int}
+_NUMBERS = {field.name for field in JOB_FIELDS.values() if field.kind is float}
+#: Fields that a text is turned into a number for.
+_NUMERIC = _INTEGERS | _NUMBERS
 _INTEGER = re.compile(r"[+-]?\d{1,30}(\.0*)?")
 #: Job fields that a heading can name.
-_FIELDS = tuple(Job.model_fields)
+_FIELDS = tuple(JOB_FIELDS)
 
 
 class Headings:
@@ -95,7 +75,7 @@ class Headings:
                 metadata[name] = value if _is_json(value) else str(value)
             elif field in _INTEGERS and isinstance(value, float) and value.is_integer():
                 fields[field] = int(value)  # A column with gaps is one of floats.
-            elif field in (*_INTEGERS, *_NUMBERS) and isinstance(value, str):
+            elif field in _NUMERIC and isinstance(value, str):
                 fields[field] = typed(field, value)
             else:
                 fields[field] = value

@@ -303,7 +303,7 @@ def test_what_is_no_picture_is_refused(data: bytes) -> None:
 def test_a_picture_without_papers_is_refused() -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
-    with pytest.raises(InvalidJobError, match="holds no parameters text"):
+    with pytest.raises(InvalidJobError, match="holds no infotext"):
         job_from_image(file.getvalue())
 
 

@@ -1,62 +1,57 @@
-"""The `parameters` text of a picture, as AUTOMATIC1111 writes it and many tools read it.
+"""The infotext of a picture: its job, as AUTOMATIC1111 writes it and many tools read it.
 
     a small cat
     Negative prompt: blurry
     Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 5, Size: 512x512, Model: ..., Model hash: ...
 
+It is in the PNG's text chunk `parameters`, or in Exif's UserComment. Its keys are in the table of job fields.
 The format cannot hold every prompt (one with a line that starts with "Steps: ", say). Where reading the
-text back would not give the same job, the texts are added once more as JSON, which reading prefers.
+infotext back would not give the same job, the prompts are added once more as JSON, which reading prefers.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import ExifTags, Image
 
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import Job, Scheduler
+from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job_fields import FieldEntry
 
-#: AUTOMATIC1111's names for diffusers' schedulers.
-SAMPLERS = {
-    Scheduler.DDIM: "DDIM",
-    Scheduler.EULER: "Euler",
-    Scheduler.EULER_ANCESTRAL: "Euler a",
-    Scheduler.DPMPP_2M: "DPM++ 2M",
-    Scheduler.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
-    Scheduler.PNDM: "PLMS",
-    Scheduler.UNIPC: "UniPC",
-    Scheduler.LCM: "LCM",
-    Scheduler.DEFAULT: "Default",
-}
-_SCHEDULERS = {name: scheduler for scheduler, name in SAMPLERS.items()}
+#: The keys in the order in which they are written, each with its fields: width and height are one key.
+_KEYS: tuple[tuple[str, tuple[FieldEntry, ...]], ...] = tuple(
+    (key, tuple(fields))
+    for key, fields in itertools.groupby(
+        sorted(
+            (each for each in JOB_FIELDS.values() if each.is_hashed and not each.is_prompt),
+            key=lambda each: each.infotext_order,
+        ),
+        key=lambda each: each.infotext,
+    )
+)
+#: The names of choices in an infotext, by field; and the choices by these names.
+_NAMES = {each.name: each.a1111_values for each in JOB_FIELDS.values()}
+_CHOICES = {field: {name: choice for choice, name in names.items()} for field, names in _NAMES.items()}
 
 _NEGATIVE = "Negative prompt: "
 _TEXTS = "Texts"
+#: Whose infotext it is: another tool's model and its hash mean nothing here.
+_VERSION, _OURS = "Version", "smallcat"
 #: One `name: value`; a value with a comma or colon is quoted as JSON (modules/infotext_utils.py there).
 _PAIR = re.compile(r'\s*(\w[\w \-/]*): ("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 def write(job: Job) -> str:
-    """The text for a resolved job. `read` of it gives back all that determines the picture."""
-    pairs: dict[str, object] = {
-        "Steps": job.steps,
-        "Sampler": SAMPLERS[job.scheduler],
-        "CFG scale": job.guidance_scale,
-        # Where guidance is used throughout, as other tools have it, nothing is said of it.
-        **({"Guidance start": job.guidance_start} if job.guidance_start > 0 else {}),
-        **({"Guidance stop": job.guidance_stop} if job.guidance_stop < 1 else {}),
-        "Seed": job.seed,
-        "Size": f"{job.width}x{job.height}",
-        "Model": _quote(job.model),
-        "Model hash": _quote(job.revision),
-        "Format": job.format,
-        "Version": "smallcat",
-    }
+    """The infotext of a resolved job. `read` of it gives back all that determines the picture."""
+    pairs = {key: _value(job, fields) for key, fields in _KEYS if _is_said(job, fields)}
+    pairs[_VERSION] = _OURS
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):
         # Not as ASCII: six characters for each of a long prompt's would not fit into a JPEG's Exif.
@@ -67,51 +62,61 @@ def write(job: Job) -> str:
 
 
 def read(text: str) -> Job:
-    """The job that a picture's `parameters` text describes. Other tools' texts are read as far as they go.
+    """The job that an infotext describes. Other tools' infotexts are read as far as they go.
 
     Raises `InvalidJobError` where a value is outside a job's limits.
     """
     prompt, negative = _texts(text)
     pairs = _pairs(text.rpartition("\n")[2])
+    is_ours = pairs.get(_VERSION) == _OURS
     fields: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
-    if size := pairs.get("Size"):
-        if not (sides := re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)):
-            raise InvalidJobError(
-                f"The parameters text has Size: {size[:40]!r}, which is no size like 512x512."
-            )
-        fields["width"], fields["height"] = int(sides[1]), int(sides[2])
-    for name, field, kind in (
-        ("Steps", "steps", int),
-        ("CFG scale", "guidance_scale", float),
-        ("Guidance start", "guidance_start", float),
-        ("Guidance stop", "guidance_stop", float),
-        ("Seed", "seed", int),
-    ):
-        if name in pairs:
-            fields[field] = _number(kind, name, pairs[name])
-    for name, field in (("Model", "model"), ("Model hash", "revision"), ("Format", "format")):
-        if name in pairs:
-            fields[field] = pairs[name]
-    if sampler := pairs.get("Sampler"):
-        # Since its version 1.9 the schedule is apart from the sampler.
-        karras = f"{sampler} Karras" if pairs.get("Schedule type") == "Karras" else sampler
-        fields["scheduler"] = _SCHEDULERS.get(karras, karras)
-    if pairs.get("Version") != "smallcat":
-        # Another tool's hash and model file name mean nothing here.
-        fields.pop("revision", None)
-        fields.pop("model", None)
+    for key, entries in _KEYS:
+        if key in pairs and (is_ours or not entries[0].infotext_ours_only):
+            fields |= _fields(key, entries, pairs)
     return Job.parse(fields)
 
 
-def _number(kind: type[int] | type[float], name: str, text: str) -> int | float:
+def _is_said(job: Job, fields: tuple[FieldEntry, ...]) -> bool:
+    """Whether the key is written. What a later version added is left out at its default, as other tools do."""
+    return any(field.is_original or getattr(job, field.name) != field.default for field in fields)
+
+
+def _value(job: Job, fields: tuple[FieldEntry, ...]) -> str:
+    values = (getattr(job, field.name) for field in fields)
+    texts = (_NAMES[field.name].get(value, value) for field, value in zip(fields, values, strict=True))
+    return "x".join(_quote(str(text)) for text in texts)
+
+
+def _fields(key: str, entries: tuple[FieldEntry, ...], pairs: Mapping[str, str]) -> dict[str, Any]:
+    """The job fields that the value of a key means."""
+    text, entry = pairs[key], entries[0]
+    if len(entries) > 1:
+        return _sizes(key, entries, text) if text else {}
+    if entry.kind in (int, float):
+        return {entry.name: _number(entry.kind, key, text)}
+    if choices := _CHOICES[entry.name]:
+        # Since AUTOMATIC1111's version 1.9 the schedule is apart from the sampler.
+        named = f"{text} Karras" if text and pairs.get("Schedule type") == "Karras" else text
+        return {entry.name: choices.get(named, named)} if named else {}
+    return {entry.name: text}
+
+
+def _sizes(key: str, entries: tuple[FieldEntry, ...], text: str) -> dict[str, Any]:
+    if not (sides := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)):
+        raise InvalidJobError(f"The infotext has {key}: {text[:40]!r}, which is no size like 512x512.")
+    return {entry.name: int(side) for entry, side in zip(entries, sides.groups(), strict=True)}
+
+
+def _number(kind: type, key: str, text: str) -> int | float:
     try:
-        return kind(text)
+        number: int | float = kind(text)
     except ValueError:
         shown = text if len(text) <= 40 else f"{text[:37]}..."
-        raise InvalidJobError(f"The parameters text has {name}: {shown!r}, which is no number.") from None
+        raise InvalidJobError(f"The infotext has {key}: {shown!r}, which is no number.") from None
+    return number
 
 
-def _join(job: Job, pairs: dict[str, object]) -> str:
+def _join(job: Job, pairs: Mapping[str, str]) -> str:
     lines = [job.prompt]
     if job.negative_prompt:
         lines.append(_NEGATIVE + job.negative_prompt)
@@ -119,7 +124,7 @@ def _join(job: Job, pairs: dict[str, object]) -> str:
 
 
 def _texts(text: str) -> tuple[str, str]:
-    """Prompt and negative prompt of a parameters text."""
+    """Prompt and negative prompt of an infotext."""
     body, _, last = text.rpartition("\n")
     if not last.startswith("Steps: "):
         body, last = text, ""
@@ -127,7 +132,7 @@ def _texts(text: str) -> tuple[str, str]:
         try:
             prompt, negative = json.loads(texts)
         except (ValueError, TypeError, RecursionError):
-            raise InvalidJobError(f"The parameters text has {_TEXTS} that are no pair of texts.") from None
+            raise InvalidJobError(f"The infotext has {_TEXTS} that are no pair of texts.") from None
         return prompt, negative
     prompt, mark, negative = ("\n" + body).partition("\n" + _NEGATIVE)
     return prompt[1:], negative if mark else ""
@@ -158,21 +163,19 @@ _UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
 def job_from_image(data: bytes) -> Job:
     """The job that the infotext of a picture describes: submitting it gives the same picture.
 
-    `data` is a PNG, WebP or JPEG file with a `parameters` text. Raises `InvalidJobError` without one.
+    `data` is a PNG, WebP or JPEG file with an infotext. Raises `InvalidJobError` without one.
     """
     try:
-        text = read_parameters(data)
+        text = read_infotext(data)
     except (OSError, ValueError, SyntaxError) as error:  # What Pillow raises for what it cannot read.
         raise InvalidJobError(f"That is no picture that can be read: {error}.") from None
     if text is None:
-        raise InvalidJobError(
-            "The picture holds no parameters text: it was not made by smallcat, or was edited."
-        )
+        raise InvalidJobError("The picture holds no infotext: it was not made by smallcat, or was edited.")
     return read(text)
 
 
-def read_parameters(data: bytes) -> str | None:
-    """The parameters text inside a PNG, WebP or JPEG; None where there is none."""
+def read_infotext(data: bytes) -> str | None:
+    """The infotext inside a PNG, WebP or JPEG; None where there is none."""
     with Image.open(io.BytesIO(data)) as image:
         if (text := image.info.get("parameters")) is not None:
             return str(text)
@@ -184,13 +187,13 @@ def read_parameters(data: bytes) -> str | None:
     return comment.removeprefix(_ASCII).decode("utf-8", "replace")
 
 
-def exif(parameters: str) -> bytes:
-    """An Exif block that holds a UserComment and nothing else.
+def exif(infotext: str) -> bytes:
+    """An Exif block that holds a UserComment with the infotext, and nothing else.
 
     Written by hand: Pillow gives the comment the type BYTE, which piexif, and so AUTOMATIC1111, cannot read.
     Big-endian throughout, as those readers expect; IFD0 at 8, Exif's own IFD at 26, the comment at 44.
     """
-    comment = _UNICODE + parameters.encode("utf-16-be")
+    comment = _UNICODE + infotext.encode("utf-16-be")
     header = struct.pack(">2sHI", b"MM", 42, 8)
     pointer = struct.pack(">HHHIII", 1, ExifTags.IFD.Exif, 4, 1, 26, 0)
     entry = struct.pack(">HHHIII", 1, ExifTags.Base.UserComment, 7, len(comment), 44, 0)

@@ -1,4 +1,4 @@
-"""The parameters text: what is read from it is the job that it was written for."""
+"""The infotext: what is read from it is the job that it was written for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from worker.contract.errors import InvalidJobError
-from worker.contract.infotext import SAMPLERS, read, write
-from worker.contract.job import MAX_SEED, ImageFormat, Job, Scheduler
+from worker.contract.infotext import read, write
+from worker.contract.job import MAX_SEED, SAMPLERS, ImageFormat, Job, Scheduler
 
 
 def resolved(**fields: Any) -> Job:

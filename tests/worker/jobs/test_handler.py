@@ -26,7 +26,7 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
-from worker.contract.infotext import read_parameters
+from worker.contract.infotext import read_infotext
 from worker.contract.job import ImageFormat, Job
 from worker.contract.message import message_of
 from worker.contract.queues import queue_of
@@ -138,7 +138,7 @@ def test_a_job_goes_all_the_way(worker: Worker, image_format: str) -> None:
     with Image.open(io.BytesIO(data)) as image:
         assert np.abs(np.asarray(image).astype(int) - picture_of(job).pixels).max() <= 1
     # The picture's own papers are the job.
-    assert infotext.read(read_parameters(data) or "").id == job.id
+    assert infotext.read(read_infotext(data) or "").id == job.id
 
     lasting = json.loads(worker.storage.record(job.id) or b"{}")
     assert Job.parse(lasting["job"]) == job

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from worker.contract.infotext import read_parameters
+from worker.contract.infotext import read_infotext
 from worker.contract.job import ImageFormat
 from worker.engine.runner import Picture
 from worker.jobs.image_file import CONTENT_TYPES, encode
@@ -26,7 +26,7 @@ USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
 @settings(deadline=None, max_examples=25)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1))
 def test_the_parameters_come_back_as_they_were(image_format: ImageFormat, text: str) -> None:
-    assert read_parameters(encode(PICTURE, image_format, text)) == text
+    assert read_infotext(encode(PICTURE, image_format, text)) == text
 
 
 @pytest.mark.parametrize("image_format", [ImageFormat.PNG, ImageFormat.WEBP])
@@ -104,11 +104,11 @@ def with_comment(comment: bytes) -> bytes:
     ids=["unicode", "ascii", "unmarked", "cut", "surrogate"],
 )
 def test_other_tools_comments_are_read_as_far_as_they_go(comment: bytes, text: str) -> None:
-    assert read_parameters(with_comment(comment)) == text
+    assert read_infotext(with_comment(comment)) == text
 
 
 @pytest.mark.parametrize("name", ["PNG", "WEBP", "JPEG", "GIF"])
 def test_a_picture_without_parameters_has_none(name: str) -> None:
     file = io.BytesIO()
     Image.fromarray(PIXELS).save(file, name)
-    assert read_parameters(file.getvalue()) is None
+    assert read_infotext(file.getvalue()) is None
