@@ -1,4 +1,4 @@
-"""Makes the README's settings table from the settings classes: `python -m tests.readme`."""
+"""Makes the documents' tables of settings and of job fields from the code: `python -m tests.readme`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from worker.contract import settings
+from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job_fields import FieldEntry, help_lines
 from worker.contract.settings import ProducerSettings, Settings, WorkerSettings
 
 README = Path(__file__).parent.parent / "README.md"
@@ -47,6 +49,38 @@ def table() -> str:
                 text = lines[kind.__name__, name].replace("|", "\\|")
                 rows.append(f"| `{kind.variable(name)}` | {reader} | {_default(field.default)} | {text} |")
     return "\n".join(rows) + "\n"
+
+
+def job_fields_table() -> str:
+    """The table of job fields in Markdown, for docs/job-fields.md. Empty cells: there is no such name."""
+    rows = ["| Field | Type | Default | Meaning | Headings in tables | A1111 option | Infotext | diffusers |"]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    for name, entry in JOB_FIELDS.items():
+        cells = [f"`{name}`", _type(entry), _field_default(entry), help_lines(Job)[name].replace("|", "\\|")]
+        cells.append(", ".join(f"`{heading}`" for heading in entry.all_headings))
+        cells.append(f"`--{entry.a1111_option}`" if entry.a1111_option else "")
+        cells.append(f"`{entry.infotext}`" if entry.is_hashed and not entry.is_prompt else "")
+        cells.append(f"`{entry.diffusers}`" if entry.diffusers else "")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _type(entry: FieldEntry) -> str:
+    if entry.choices:
+        return ", ".join(f"`{choice}`" for choice in entry.choices)
+    return {int: "integer", float: "number", str: "text", dict: "JSON object"}[entry.kind]
+
+
+def _field_default(entry: FieldEntry) -> str:
+    if entry.is_required:
+        return "required"
+    if entry.is_nullable:
+        return "the model's own"
+    if entry.is_filled_by_fleet:
+        return "the newest served"
+    if entry.is_made:
+        return "empty" if entry.kind is dict else "drawn"
+    return _default(entry.default) or "empty"
 
 
 def renewed(text: str) -> str:

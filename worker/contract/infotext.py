@@ -77,7 +77,7 @@ def read(text: str) -> Job:
 
 
 def _is_said(job: Job, fields: tuple[FieldEntry, ...]) -> bool:
-    """Whether the key is written. What a later version added is left out at its default, as other tools do."""
+    """Whether the key is written: what a later version added is left out at its default."""
     return any(field.is_original or getattr(job, field.name) != field.default for field in fields)
 
 
