@@ -7,8 +7,8 @@ Real servers from Python wheels: no root, no Docker. Everything that was started
 ends: at the end of CMD, by Ctrl-C (once: gracefully, twice: at once), SIGTERM or SIGHUP, when a part fails,
 and also when this process itself is killed. For development, demos and tests, not for production.
 
-Exit codes: CMD's own; 128 + N when signal N ended it; 3 when a part could not be started or was lost; 2 for
-a wrong option.
+Exit codes: CMD's own; 128 + N when signal N ended it; 3 when a part could not be started or ended by itself;
+2 for a wrong option.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from deploy.embedded.stack import Stack
 
 #: Exit code when the stack itself failed.
 STACK_FAILED = 3
-#: Seconds that CMD gets to end by itself after a signal: first to hear the terminal's own, then ours.
-_HEAR_S, _END_S = 2.0, 8.0
-#: Seconds between two looks at the logs, with `--logs`.
+#: Seconds that CMD has to end after the terminal's own SIGINT, and then after a signal of ours.
+_TERMINAL_GRACE_S, _GRACE_S = 2.0, 8.0
+#: Seconds between two reads of the logs, with `--logs`.
 _LOGS_EVERY_S = 0.2
-#: Left in the user's shell, these would go before or spoil what the stack prints.
-_IN_THE_WAY = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "S3_PREFIX")
+#: Variables that would override what the stack prints, if they were left in the user's shell.
+_OVERRIDES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "S3_PREFIX")
 
 
 class Interrupted(BaseException):
@@ -52,19 +52,19 @@ class Interrupted(BaseException):
 
 
 class _Signals:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into `Interrupted`, and later ones into `hurry()`.
+    """Raises `Interrupted` at the first SIGINT, SIGTERM or SIGHUP, and calls `kill` at each later one.
 
-    After `disarm` every signal means `hurry()`: so the first exception cannot be overtaken by a second one,
-    and stopping is never cut short by an exception.
+    After `disarm` every signal calls `kill`: no second exception can replace the first one, and none can
+    interrupt the stopping.
     """
 
-    def __init__(self, hurry: Callable[[], None]) -> None:
-        self._hurry = hurry
+    def __init__(self, kill: Callable[[], None]) -> None:
+        self._kill = kill
         self._armed = True
-        self._holding = False
-        self._held: int | None = None
+        self._deferring = False
+        self._deferred: int | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Ignored by whoever started us (nohup, a background job): then it stays ignored.
+            # nohup and shells' background jobs start us with signals ignored: they stay ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
@@ -73,24 +73,24 @@ class _Signals:
         self._armed = False
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Within it, the first signal is kept, and raised when what is inside is done: not half of it."""
-        self._holding = True
+    def deferred(self) -> Iterator[None]:
+        """A context that is never interrupted: a signal within it raises `Interrupted` at its end."""
+        self._deferring = True
         try:
             yield
         finally:
-            self._holding = False
-        if self._held is not None:
-            raise Interrupted(self._held)
+            self._deferring = False
+        if self._deferred is not None:
+            raise Interrupted(self._deferred)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._armed:
-            self._hurry()
+            self._kill()
             return
         self._armed = False
-        if not self._holding:
+        if not self._deferring:
             raise Interrupted(number)
-        self._held = number
+        self._deferred = number
 
 
 class _Command:
@@ -106,24 +106,24 @@ class _Command:
         """Raises `OSError` when there is no such program."""
         self._shared = os.isatty(0)
         self._popen = subprocess.Popen(argv, env=dict(environment), process_group=None if self._shared else 0)
-        home.order(f"{'process' if self._shared else 'group'} {self._popen.pid}")
+        home.tell_guard(f"{'process' if self._shared else 'group'} {self._popen.pid}")
         self._home = home
         self._ended = threading.Event()
         threading.Thread(target=self._watch, args=[on_end], name="watch command", daemon=True).start()
 
     @property
     def code(self) -> int:
-        """Exit code as a shell gives it: 128 + N after signal N. Known when the command has ended."""
+        """Exit code as a shell gives it: 128 + N after signal N. Valid when the command has ended."""
         code = self._popen.returncode
         return code if code >= 0 else 128 - code
 
     def end(self, number: int) -> None:
-        """Have the command end because of signal `number`, and return when it has."""
-        heard = self._shared and number == signal.SIGINT and self._ended.wait(_HEAR_S)
-        if not heard:
-            # Not SIGINT again: a program that is busy with the first one would be cut short by a second.
+        """End the command because of signal `number`, by force if it takes too long; return when it ended."""
+        by_terminal = self._shared and number == signal.SIGINT and self._ended.wait(_TERMINAL_GRACE_S)
+        if not by_terminal:
+            # Not SIGINT again: many programs end without cleaning up at a second one.
             self._signal(signal.SIGTERM if self._shared else number)
-        if not self._ended.wait(_END_S):
+        if not self._ended.wait(_GRACE_S):
             self.kill_now()
             self._ended.wait()
 
@@ -141,27 +141,27 @@ class _Command:
         if not self._shared:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._popen.pid, signal.SIGKILL)  # what it left in the background
-        self._home.order(f"forget {self._popen.pid}")
+        self._home.tell_guard(f"forget {self._popen.pid}")
         self._ended.set()
         on_end()
 
 
 class _Session:
-    """One run of the program: a stack, perhaps a command in it, and the user in front of it."""
+    """One run of the program: a stack, and the command in it if there is one."""
 
     def __init__(self, stack: Stack, console: Console, *, hold: bool) -> None:
         self._stack = stack
         self._console = console
         self._hold = hold and os.isatty(0)
         self._command: _Command | None = None
-        #: What happens while we wait: a lost part, or None for the end of the command.
-        self._news: queue.SimpleQueue[Process | None] = queue.SimpleQueue()
-        stack.on_loss = self._news.put
+        #: What ends the waiting: a part that ended by itself, or None for the end of the command.
+        self._events: queue.SimpleQueue[Process | None] = queue.SimpleQueue()
+        stack.on_loss = self._events.put
 
     def run(self, argv: Sequence[str], signals: _Signals) -> int:
-        """Start the stack, run `argv` in it or wait for a signal; the exit code. The stack is left running.
+        """Start the stack, run `argv` in it or wait for a signal, and return the exit code.
 
-        Raises `StackError` and `Interrupted`.
+        The stack is left running. Raises `StackError` and `Interrupted`.
         """
         status = self._console.status("Starting the queue and the bucket")
         with status if self._console.is_terminal else contextlib.nullcontext():
@@ -170,11 +170,11 @@ class _Session:
             return self._serve()
         code = self._run(argv, signals)
         if self._hold and code == 0:
-            self._hold_on()
+            self._wait_for_enter()
         return code
 
-    def hurry(self) -> None:
-        """The user is out of patience: end everything at once."""
+    def kill_now(self) -> None:
+        """Send SIGKILL to the command and to all parts, without waiting."""
         if self._command is not None:
             self._command.kill_now()
         self._stack.kill_now()
@@ -182,70 +182,70 @@ class _Session:
     def _started(self, part: Process, update: Callable[[str], None]) -> None:
         if isinstance(part, WorkerProcess):
             for line in part.choices():
-                self._note(f"  {line}")
-        self._note(f"{part.name} is ready.")
+                self._print_note(f"  {line}")
+        self._print_note(f"{part.name} is ready.")
         update("Loading the model")
 
-    def _note(self, line: str) -> None:
-        """Say something that is of interest to a person in front of a terminal, and to nobody else."""
+    def _print_note(self, line: str) -> None:
+        """Print `line` where standard error is a terminal: it is for people, not for logs."""
         if self._console.is_terminal:
             self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def _serve(self) -> int:
         """Print the environment, and wait. A signal is the normal end: exit code 0."""
         with contextlib.suppress(Interrupted):
-            print(exports(self._stack.coordinates), flush=True)
-            self._note("The stack is up; Ctrl-C stops it.")
-            while (part := self._news.get()) is None:
+            print(exports(self._stack.variables), flush=True)
+            self._print_note("The stack is up; Ctrl-C stops it.")
+            while (part := self._events.get()) is None:
                 pass
-            raise part.lost()
+            raise part.loss()
         return 0
 
     def _run(self, argv: Sequence[str], signals: _Signals) -> int:
         try:
-            with signals.held():
-                # A signal that came in the midst of this would leave a command that nobody knows.
+            with signals.deferred():
+                # An exception between the start and the assignment would leave the command running.
                 self._command = _Command(
-                    argv, self._stack.environment, self._stack.home, on_end=lambda: self._news.put(None)
+                    argv, self._stack.environment, self._stack.home, on_end=lambda: self._events.put(None)
                 )
-            part = self._news.get()
+            part = self._events.get()
         except OSError as error:
-            # The codes that a shell gives: there is no such program, or it is none.
-            complain(self._console, f"{argv[0]} cannot be run: {error.strerror}.")
+            # As a shell: 127 where there is no such program, 126 where it cannot be executed.
+            print_error(self._console, f"{argv[0]} cannot be run: {error.strerror}. Check its name and PATH.")
             return 127 if isinstance(error, FileNotFoundError) else 126
         except Interrupted as interruption:
-            assert self._command is not None  # noqa: S101 - it is raised when there is one
+            assert self._command is not None  # noqa: S101 - `deferred` raises after the assignment
             self._command.end(interruption.number)
             raise
         if part is not None:
             self._command.end(signal.SIGTERM)
-            raise part.lost()
+            raise part.loss()
         return self._command.code
 
-    def _hold_on(self) -> None:
+    def _wait_for_enter(self) -> None:
         """Keep the stack up until Enter or a signal, so that links to the bucket can be opened."""
         with contextlib.suppress(Interrupted):
-            self._note("The stack stays up. To use it from another terminal:")
-            print(exports(self._stack.coordinates), flush=True)
+            self._print_note("The stack stays up. To use it from another terminal:")
+            print(exports(self._stack.variables), flush=True)
             self._console.input("[dim]Press Enter to stop it. [/dim]")
 
 
-def exports(coordinates: Mapping[str, str]) -> str:
-    """Lines for a shell that make it use the stack at `coordinates`."""
-    unset = [f"unset {name}" for name in _IN_THE_WAY if name in os.environ]
-    return "\n".join(unset + [f"export {name}={shlex.quote(value)}" for name, value in coordinates.items()])
+def exports(variables: Mapping[str, str]) -> str:
+    """Lines for a shell that set `variables`, and unset what would override them."""
+    unset = [f"unset {name}" for name in _OVERRIDES if name in os.environ]
+    return "\n".join(unset + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()])
 
 
-def complain(console: Console, text: str) -> None:
-    """Say what went wrong, as it is: paths and brackets are no markup, and long lines stay whole."""
+def print_error(console: Console, text: str) -> None:
+    """Print `text` in red and unchanged: brackets are not markup, and long lines are not wrapped."""
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _stream(stack: Stack, console: Console, over: threading.Event) -> None:
-    """Print the logs of all parts as they grow, until `over`."""
+def _print_logs(stack: Stack, console: Console, ended: threading.Event) -> None:
+    """Print the logs of all parts as they grow, until `ended` is set."""
     shown: dict[str, int] = {}
     while True:
-        last = over.wait(_LOGS_EVERY_S)
+        last = ended.wait(_LOGS_EVERY_S)
         for part in stack.parts:
             lines = part.output().splitlines()
             for line in lines[shown.get(part.name, 0) :]:
@@ -261,7 +261,7 @@ def _stream(stack: Stack, console: Console, over: threading.Event) -> None:
     default=1,
     show_default=True,
     type=click.IntRange(0),
-    help="Workers to start; each takes a GPU of its own where there are any.",
+    help="Workers to start. Each takes a GPU of its own where there are GPUs.",
 )
 @click.option("--no-worker", is_flag=True, help="Start queue and bucket only.")
 @click.option(
@@ -284,35 +284,35 @@ def main(
     try:
         stack = Stack(0 if no_worker else workers, data)
     except (StackError, OSError) as error:
-        complain(console, str(error))
+        print_error(console, str(error))
         sys.exit(STACK_FAILED)
     sys.exit(_supervise(stack, _Session(stack, console, hold=hold), command, console, logs=logs))
 
 
 def _supervise(stack: Stack, session: _Session, argv: Sequence[str], console: Console, *, logs: bool) -> int:
-    """Run `session` and stop `stack`, whatever happens; the exit code."""
-    over = threading.Event()
-    stream = threading.Thread(target=_stream, args=[stack, console, over], name="logs", daemon=True)
+    """Run `session`, stop `stack` whatever happens, and return the exit code."""
+    ended = threading.Event()
+    printer = threading.Thread(target=_print_logs, args=[stack, console, ended], name="logs", daemon=True)
     if logs:
-        stream.start()
-    signals = _Signals(session.hurry)
-    complaint = ""
+        printer.start()
+    signals = _Signals(session.kill_now)
+    failure = ""
     try:
         try:
             code = session.run(argv, signals)
         except StackError as error:
-            code, complaint = STACK_FAILED, str(error)
+            code, failure = STACK_FAILED, str(error)
         signals.disarm()
     except Interrupted as interruption:
         code = 128 + interruption.number
-    over.set()
+    ended.set()
     if logs:
-        stream.join()
+        printer.join()
     stack.stop()
     # The terminal may be gone by now.
     with contextlib.suppress(OSError):
-        if complaint:
-            complain(console, complaint)
+        if failure:
+            print_error(console, failure)
     return code
 
 

@@ -1,1 +1,1 @@
-"""The embedded stack, of Python wheels alone: `stack` is the door."""
+"""The embedded stack: Valkey, an S3 server and workers from Python wheels alone. `stack` is the door."""

@@ -1,17 +1,17 @@
-"""Ends what a stack has started, once the stack itself is gone.
+"""The guard: ends the processes of a stack, and removes its folder, once the stack's own process is gone.
 
-Run as a program of its own (`python -I -S guard.py`), in a session of its own. It reads orders from
-standard input, one a line, and acts when that input ends: which it does when the other side closes the
-pipe, and just as surely when the other side was killed by SIGKILL and could not tidy up.
+Run as a program (`python -I -S guard.py`) in a session of its own. It reads orders from standard input, one
+a line, and carries them out when that input ends. The input ends when the stack closes the pipe, and also
+when the stack was killed by SIGKILL and could clean up nothing itself.
 
     group N     end the process group N
     process N   end the process N alone
-    forget N    N has ended and was reaped: the number may belong to someone else by now
+    forget N    N has ended and was reaped: another process may have its number by now
     remove PATH remove this folder, after the processes
 
-Processes are ended by SIGKILL: by then there is nobody left to wait for a graceful end, and whoever was
-able to ask for one has done so before closing the pipe. Only the standard library is used, and nothing of
-this project is imported, so that it is up within milliseconds.
+Processes are ended by SIGKILL: a stack that was able to end them gracefully has done so before it closed
+the pipe. Only the standard library is imported, and nothing of this project: the guard is ready within
+milliseconds.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ import sys
 from collections.abc import Callable, Iterable
 
 
-def obey(orders: Iterable[str]) -> None:
-    """Carry out `orders` when they end, processes before folders."""
-    enders: dict[int, Callable[[int, int], None]] = {}
+def carry_out(orders: Iterable[str]) -> None:
+    """Read all of `orders`, then carry them out: processes before folders."""
+    kills: dict[int, Callable[[int, int], None]] = {}
     folders: list[str] = []
     for order in orders:
         verb, _, argument = order.rstrip("\n").partition(" ")
         if verb == "group":
-            enders[int(argument)] = os.killpg
+            kills[int(argument)] = os.killpg
         elif verb == "process":
-            enders[int(argument)] = os.kill
+            kills[int(argument)] = os.kill
         elif verb == "forget":
-            enders.pop(int(argument), None)
+            kills.pop(int(argument), None)
         elif verb == "remove":
             folders.append(argument)
-    for number, end in enders.items():
+    for number, kill in kills.items():
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            end(number, signal.SIGKILL)
+            kill(number, signal.SIGKILL)
     for folder in folders:
         _remove(folder)
 
 
 def _remove(folder: str) -> None:
-    """Remove `folder`. A process that is just dying may still add a file to it, hence more than one try."""
+    """Remove `folder`, in ten attempts: a process that is about to end may still write a file to it."""
     for _ in range(10):
         shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):  # noqa: PTH110 - pathlib would double the start-up time
+        if not os.path.exists(folder):  # noqa: PTH110 - importing pathlib would double the start-up time
             return
 
 
 if __name__ == "__main__":
-    # Signals meant for the stack are the stack's affair: this process ends when the stack has.
+    # The stack handles these signals itself. The guard ends after the stack, when the pipe is closed.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    obey(sys.stdin)
+    carry_out(sys.stdin)

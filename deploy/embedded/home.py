@@ -1,4 +1,4 @@
-"""Where an embedded stack lives: a folder, and the promise that nothing outlives it."""
+"""The folder of an embedded stack, and the guard that ends all of its processes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ HOST = "127.0.0.1"
 
 
 class StackError(Exception):
-    """Raised when a part cannot be started or was lost; the text says which, and shows the end of its log."""
+    """Raised when a part cannot be started or ended by itself; names it and shows the end of its log."""
 
 
 class Home:
-    """A folder, and the promise that no process started in it outlives it.
+    """A stack's folder. No process that was started with `spawn` outlives it.
 
-    A guard process (`deploy/embedded/guard.py`) keeps the promise. It holds the other end of a pipe, and
-    acts when this side closes the pipe, or is killed. `PR_SET_PDEATHSIG` was the alternative, but it exists
-    on Linux only, and fires when the *thread* that started the child ends.
+    A guard process (`guard.py`) sees to that. It reads from a pipe, and ends the processes when this side
+    closes the pipe or is killed. `PR_SET_PDEATHSIG` is no alternative: it exists on Linux only, and fires
+    when the *thread* that started the child ends.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """Take `path`, which is kept and has one home at a time; None: a new folder, removed in the end.
+        """Use `path`, which stays and belongs to one stack at a time. None: a new folder, removed by `close`.
 
         Raises `StackError` when another stack is running in `path`.
         """
-        #: Whether the folder stays when the home ends.
+        #: Whether the folder stays after `close`.
         self.kept = path is not None
         self._lock = -1
         if path is not None:
@@ -45,7 +45,7 @@ class Home:
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            # The guard shares the lock: a folder is free again only after its processes are gone.
+            # The guard shares the lock, so that the folder stays locked until its processes have ended.
             pass_fds=[self._lock] if path is not None else [],
             start_new_session=True,
             cwd="/",
@@ -54,12 +54,13 @@ class Home:
         self._orders = self._guard.stdin
         if path is None:
             self.path = Path(tempfile.gettempdir()) / f"smallcat-{secrets.token_hex(6)}"
-            self.order(f"remove {self.path}")  # before it is there, so that it cannot be left behind
+            # Before the folder is made, so that it is removed even if this process is killed in between.
+            self.tell_guard(f"remove {self.path}")
             self.path.mkdir(mode=0o700)
         (self.path / "logs").mkdir(exist_ok=True)
 
-    def order(self, line: str) -> None:
-        """Tell the guard. Does nothing when the guard is gone: then the home is closed."""
+    def tell_guard(self, line: str) -> None:
+        """Send the guard an order (see `guard.py`). Does nothing after `close`."""
         with contextlib.suppress(BrokenPipeError, ValueError):
             os.write(self._orders.fileno(), f"{line}\n".encode())
 
@@ -68,8 +69,8 @@ class Home:
     ) -> subprocess.Popen[bytes]:
         """Start `argv` in a process group of its own, with its output appended to `log`.
 
-        The new process announces itself to the guard before it becomes `argv`, so there is no moment at
-        which it could be left behind.
+        The new process gives the guard its number before it becomes `argv`: there is no moment at which the
+        guard does not know it.
         """
         with log.open("ab") as output:
             return subprocess.Popen(
@@ -82,7 +83,7 @@ class Home:
             )
 
     def close(self) -> None:
-        """End what still runs, remove the folder if it is a temporary one, and wait until that is done."""
+        """End the processes that still run, remove a temporary folder, and return when that is done."""
         with contextlib.suppress(BrokenPipeError):
             self._orders.close()
         self._guard.wait()
@@ -98,11 +99,11 @@ class Home:
 
 
 def _locked(folder: Path) -> int:
-    """A file descriptor that holds the lock of `folder`. Raises `StackError` when another stack has it."""
+    """A file descriptor that holds the lock of `folder`. Raises `StackError` when another stack holds it."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise StackError(f"Another stack is running in {folder}. Stop it, or use another folder.") from None
+        raise StackError(f"Another stack is running in {folder}. Stop it, or name another folder.") from None
     return lock

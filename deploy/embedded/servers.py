@@ -1,8 +1,8 @@
 """The parts of an embedded stack: Valkey, an S3 server and workers. Real servers, not mocks.
 
-Ports, passwords and data survive a restart, so that a part can be killed and started again under its
-clients' feet, which is what the fault tests do. Only the loopback address is used, and nothing is read from
-the user's own Redis, AWS or rclone configuration.
+Ports, passwords and data survive a restart, so that the fault tests can kill a part and start it again while
+clients use it. Only the loopback address is used. The user's own Redis, AWS and rclone configuration is not
+read.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from deploy.embedded.process import Process
 if TYPE_CHECKING:
     from redis import Redis
 
-#: Below the ports that systems hand out to outgoing connections. A client that keeps knocking at a dead
-#: server's port could otherwise be given that very port, connect to itself, and keep the server out.
+#: Below the ports that systems give to outgoing connections. A client that tries to connect to a stopped
+#: server could be given the server's port for its own end, connect to itself, and keep the port.
 _PORTS = range(20_000, 32_000)
 #: The message in a line of a worker's log, in Celery's format.
 _INFORMATION = re.compile(r"^\[[^]]*: INFO/MainProcess\] (.*)$", re.MULTILINE)
 
 
 class _Server(Process):
-    """A part that listens on a port: chosen at the first start, the same at every later one."""
+    """A part that listens on a port: chosen at the first start, the same at later ones."""
 
     def __init__(self, home: Home, name: str) -> None:
         super().__init__(home, name)
@@ -45,7 +45,7 @@ class _Server(Process):
         self.folder.mkdir(exist_ok=True)
 
     def start(self) -> None:
-        """As `Process.start`; a port that was taken in the meantime is replaced at the first start."""
+        """As `Process.start`. At the first start, a port that another process took meanwhile is replaced."""
         first = self.port == 0
         for _ in range(5):
             try:
@@ -54,10 +54,12 @@ class _Server(Process):
                 if not first or "ddress already in use" not in self.output():
                     raise
                 self.port = 0
-        raise self.failure(f"{self.name} found no free port in {_PORTS.start}-{_PORTS.stop - 1}.")
+        raise self.failure(
+            f"{self.name} found no free port in {_PORTS.start}-{_PORTS.stop - 1}: end what listens there."
+        )
 
     def launch(self) -> None:
-        """As `Process.launch`, on a port that was free just now."""
+        """As `Process.launch`, on a port that is free at this moment."""
         if self.port == 0:
             self.port = _free_port()
         super().launch()
@@ -76,15 +78,15 @@ class ValkeyProcess(_Server):
         return f"redis://:{self.password}@{HOST}:{self.port}/0"
 
     def _argv(self) -> list[str]:
-        # A file, because arguments would show the password to every user of the machine.
+        # The password is in a file: every user of the machine can read a process' arguments.
         config = self.folder / "valkey.conf"
         config.touch(mode=0o600)
         folder = str(self.folder).replace("\\", r"\\").replace('"', r"\"")
         config.write_text(
             f'bind {HOST}\nport {self.port}\ndir "{folder}"\nrequirepass {self.password}\n'
-            # As in production: a queue may lose nothing at a crash, and may evict nothing when full.
+            # As in production: the queue must lose nothing at a crash, and evict nothing when memory is full.
             "appendonly yes\nappendfsync everysec\nmaxmemory-policy noeviction\n"
-            # The append-only file is the one store: no snapshots beside it.
+            # No snapshots: the append-only file has everything.
             'save ""\n'
         )
         return [str(valkey_server()), str(config)]
@@ -93,7 +95,7 @@ class ValkeyProcess(_Server):
         return {"PATH": os.defpath}
 
     def _is_ready(self) -> bool:
-        """Whether it answers a PING with our password: then it is ours, and its data are loaded."""
+        """Whether it answers a PING with our password: then it is our server, and its data are loaded."""
         try:
             with socket.create_connection((HOST, self.port), timeout=1) as connection:
                 connection.sendall(f"AUTH {self.password}\r\nPING\r\n".encode())
@@ -132,31 +134,31 @@ class S3Process(_Server):
         }
 
     def create_bucket(self, bucket: str) -> None:
-        """Create `bucket`, if it is not there yet, before the server's start; later, ask the server to."""
+        """Create `bucket` if it does not exist. Before the server's start only; later, use the S3 API."""
         (self.folder / bucket).mkdir(exist_ok=True)
 
     def _argv(self) -> list[str]:
         flags = {
             "--addr": f"{HOST}:{self.port}",
-            "--config": "",  # in memory: the user's rclone remotes are none of our business
-            "--dir-cache-time": "1s",  # a bucket made after the start is seen
+            "--config": "",  # in memory: the user's own rclone configuration is not read
+            "--dir-cache-time": "1s",  # seconds until a bucket that was made after the start is found
         }
         arguments = [word for flag in flags.items() for word in flag]
-        # Without --no-cleanup a bucket would vanish with its last object.
+        # Without --no-cleanup a bucket would be removed with its last object.
         return [str(rclone()), "serve", "s3", "--no-cleanup", *arguments, str(self.folder)]
 
     def _environment(self) -> dict[str, str]:
-        # The key goes by the environment, because arguments are there for every user to see.
+        # The key is in the environment: every user of the machine can read a process' arguments.
         key = f'"{self.access_key},{self.secret_key}"'
         return {"PATH": os.defpath, "HOME": str(self.home.path), "RCLONE_AUTH_KEY": key}
 
     def _is_ready(self) -> bool:
-        """Whether it says that it listens (so that the port is ours), and answers."""
+        """Whether it logged that it listens, so that the port is its own, and answers."""
         if "Starting s3 server on" not in self.output():
             return False
         connection = http.client.HTTPConnection(HOST, self.port, timeout=1)
         try:
-            connection.request("GET", "/")  # unsigned, so it is refused: that is an answer, too
+            connection.request("GET", "/")  # unsigned: any answer will do, a refusal too
             connection.getresponse()
             return True
         except (OSError, http.client.HTTPException):
@@ -171,11 +173,11 @@ class WorkerProcess(Process):
     `environment` is the whole of its environment: that of the stack, and any settings.
     """
 
-    #: Loading a model takes its time, and a first download from the hub takes longer.
+    #: Long enough to download a model from the hub.
     start_timeout_s = 900.0
-    #: As long as a worker drains at most, and a little more.
+    #: A little longer than a worker's drain time, SMALLCAT_DRAIN_S.
     grace_s = 40.0
-    look_every_s = 0.1
+    check_every_s = 0.1
 
     def __init__(self, home: Home, name: str, environment: Mapping[str, str]) -> None:
         super().__init__(home, name)
@@ -185,7 +187,7 @@ class WorkerProcess(Process):
 
     @property
     def node(self) -> str:
-        """Celery's name for it, and its name in the fleet."""
+        """Its name in Celery and in the fleet."""
         return f"{self.name}@localhost"
 
     def launch(self) -> None:
@@ -194,19 +196,19 @@ class WorkerProcess(Process):
         super().launch()
 
     def choices(self) -> list[str]:
-        """What the worker has said at its start: a line for each choice it made, and why."""
+        """What the worker has logged of its choices (device, batch size and others), a line each."""
         return _INFORMATION.findall(self.output())
 
     def _argv(self) -> list[str]:
         return [sys.executable, "-m", "celery", "-A", "worker", "worker", "--hostname", self.node]
 
     def _environment(self) -> dict[str, str]:
-        # Unbuffered: the last words of a worker that dies are in its log.
+        # Unbuffered: what a worker wrote just before a crash is in its log.
         return {"PYTHONUNBUFFERED": "1", **self.environment}
 
     def _is_ready(self) -> bool:
-        """Whether it has announced itself in Redis since its launch, which it does when the model is warm."""
-        # Imported while the worker is loading its model, so that nobody waits for it.
+        """Whether it has announced itself in Redis since its launch: it does so when its model is warm."""
+        # Imported here, while the worker loads its model, so that the import delays nothing.
         from redis import Redis
         from redis.exceptions import RedisError
 
@@ -218,7 +220,7 @@ class WorkerProcess(Process):
             live = Fleet(self._redis, ANNOUNCE_TTL_S).workers()
         except RedisError:
             return False
-        # An earlier run that was killed counts as live for some seconds more: hence the time.
+        # The announcement of an earlier run that was killed stays for some seconds: hence the comparison.
         return any(each.name == self.node and each.started_at >= self.launched_at for each in live)
 
 
@@ -246,7 +248,7 @@ def _installed(*names: str) -> Path:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on just now. Raises `StackError` when there is none."""
+    """A port on which no process listens at this moment. Raises `StackError` when there is none."""
     for port in random.sample(_PORTS, 200):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -255,4 +257,6 @@ def _free_port() -> int:
             except OSError:
                 continue
             return port
-    raise StackError(f"No port is free between {_PORTS.start} and {_PORTS.stop - 1}.")
+    raise StackError(
+        f"None of 200 ports between {_PORTS.start} and {_PORTS.stop - 1} is free: end what listens there."
+    )

@@ -1,4 +1,4 @@
-"""Valkey, an S3 server and workers, together: one object to start, use and stop them.
+"""Valkey, an S3 server and workers together: one object to start, use and stop them.
 
 with Stack(workers=2) as stack:
     subprocess.run([...], env=stack.environment)
@@ -19,7 +19,7 @@ from deploy.embedded.servers import S3Process, ValkeyProcess, WorkerProcess
 
 #: The bucket that every stack has.
 BUCKET = "smallcat"
-#: What may not leak from the user's shell into a stack: other servers, other credentials, other settings.
+#: Variables that are not passed on from the user's shell, by their start: they name other servers and keys.
 _FOREIGN = ("AWS_", "CELERY_", "FLOWER_", "RCLONE_", "S3_", "REDIS_")
 
 
@@ -29,19 +29,19 @@ def clean_environment() -> dict[str, str]:
     `SMALLCAT_*` stays, so that a user can choose the worker's model.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-    # A proxy that is set for the outside world would be asked for the local bucket.
+    # The local bucket must not be reached through a proxy.
     for name in ("NO_PROXY", "no_proxy"):
         kept[name] = ",".join(filter(None, (kept.get(name), HOST, "localhost")))
-    # boto3 looks for settings and credentials in more places than the environment.
+    # boto3 would also read settings and credentials from these files, and from EC2's metadata service.
     nowhere = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     return {**kept, **nowhere, "AWS_EC2_METADATA_DISABLED": "true"}
 
 
 class Stack:
-    """A queue, a bucket and `workers` workers that live and end together.
+    """A queue, a bucket and `workers` workers, started and stopped together.
 
-    `data` is a folder that keeps queue and pictures between runs; without one, both end with the stack.
-    `base` is the environment that the workers' own is built on; without one, `clean_environment()`.
+    `data` is a folder that keeps queue and pictures between runs; None: both are removed with the stack.
+    `base` is the environment to which the workers' variables are added; None: `clean_environment()`.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Stack:
         self.valkey = ValkeyProcess(self.home)
         self.s3 = S3Process(self.home)
         self.s3.create_bucket(BUCKET)
-        #: Started by `start` or `add_worker`.
+        #: The workers that `start` and `new_worker` have made.
         self.workers: list[WorkerProcess] = []
         self._workers_wanted = workers
-        #: Called from a thread when a part ends although nobody asked it to. Set it before `start`.
+        #: Called from a thread when a part ends by itself. Set it before `start`.
         self.on_loss: Callable[[Process], None] | None = None
 
     @property
@@ -65,19 +65,19 @@ class Stack:
         return [self.valkey, self.s3, *self.workers]
 
     @property
-    def coordinates(self) -> dict[str, str]:
-        """The variables that say where the stack is: all that a client needs. Known once it is started."""
+    def variables(self) -> dict[str, str]:
+        """The environment variables that a client needs to use the stack. Valid once it is started."""
         return {"REDIS_URL": self.valkey.url, **self.s3.environment(BUCKET)}
 
     @property
     def environment(self) -> dict[str, str]:
-        """A whole environment for a client's process."""
-        return {**self._base, **self.coordinates}
+        """The whole environment of a client's process. Valid once the stack is started."""
+        return {**self._base, **self.variables}
 
     def start(self, on_ready: Callable[[Process], None] = lambda part: None) -> None:
-        """Start all parts, and return when all are ready; `on_ready` is called with each that is.
+        """Start all parts, and return when all are ready. Each that is ready is passed to `on_ready`.
 
-        Raises `StackError`, and then nothing is left running that `stop` does not end.
+        Raises `StackError`. Call `stop` then, too: it ends the parts that were started.
         """
         for server in (self.valkey, self.s3):
             server.on_loss = self.on_loss
@@ -90,12 +90,12 @@ class Stack:
             on_ready(worker)
 
     def new_worker(self, settings: Mapping[str, str] | None = None) -> WorkerProcess:
-        """One more worker of this stack, with `settings` in its environment, still to be started."""
+        """One more worker of this stack, not yet started, with `settings` added to its environment."""
         environment = {
-            # Stopping the stack should not take as long as the slowest job.
+            # So that stopping the stack does not take as long as the slowest job.
             "SMALLCAT_DRAIN_S": "2",
-            # OpenMP's threads wait for each other by spinning, unless told to sleep: 0.2 s less for a picture
-            # on two idle cores, but many seconds more where other processes want them, as they do here.
+            # By default OpenMP's threads spin while they wait for each other. On two idle cores that saves
+            # 0.2 s a picture; where other processes need the cores, as here, it costs many seconds.
             "OMP_WAIT_POLICY": "PASSIVE",
             **self.environment,
             **(settings or {}),
@@ -106,9 +106,9 @@ class Stack:
         return worker
 
     def stop(self) -> None:
-        """End all parts, workers before the servers that they use. Nothing is left running afterwards.
+        """End all parts, workers before the servers that they use, and return when all have ended.
 
-        Gracefully where data are kept; else there is nothing to bring to an end.
+        Gracefully where data are kept; at once where they are removed anyway.
         """
         if not self.home.kept:
             self.kill_now()
@@ -121,7 +121,7 @@ class Stack:
         self.home.close()
 
     def kill_now(self) -> None:
-        """Send SIGKILL to all parts without waiting; a `stop` under way then returns at once."""
+        """Send SIGKILL to all parts without waiting. A `stop` in another thread then returns at once."""
         for part in self.parts:
             part.kill_now()
 

@@ -111,7 +111,7 @@ def main(jobs: int) -> None:
         port = free.getsockname()[1]
     os.environ["SMALLCAT_METRICS_PORT"] = str(port)
     with Stack() as stack, tempfile.TemporaryDirectory() as folder:
-        os.environ |= stack.coordinates
+        os.environ |= stack.variables
         steps = Steps(port)
         latencies(2, "first")  # Connections are made, caches are warm.
         idle = latencies(jobs, "sleeping")

@@ -55,7 +55,7 @@ class FaultWorker(WorkerProcess):
     """A worker of `tests.faults.app`."""
 
     start_timeout_s = 60.0
-    look_every_s = 0.02
+    check_every_s = 0.02
     #: The Celery app that it runs.
     app = "tests.faults.app"
 
@@ -133,7 +133,7 @@ class Ground:
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the producer in this process submit here."""
-        for name, value in self.stack.coordinates.items():
+        for name, value in self.stack.variables.items():
             monkeypatch.setenv(name, value)
 
     @property

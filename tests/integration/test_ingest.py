@@ -93,7 +93,7 @@ def command(stack: Stack, folder: Path, *words: str) -> subprocess.Popen[str]:
 
 def within(stack: Stack, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the command in this process: a dozen starts of an interpreter take longer than all else here."""
-    for name, value in stack.coordinates.items():
+    for name, value in stack.variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)
 

@@ -1,4 +1,4 @@
-"""The embedded stack: what it starts it also stops, however it ends; and its parts can be mistreated."""
+"""The embedded stack stops what it started, however it ends; its parts can be killed, paused, restarted."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.usefixtures("servers")  # skips at home, fails in CI, w
 
 #: Seconds, at most, for what takes well under one.
 SOON_S = 15
-#: Begins a command inside a stack: says which processes the stack consists of.
-SAY_ALL = (
+#: First lines of a command inside a stack: prints the names and numbers of all processes of the stack.
+PRINT_PARTS = (
     "import json, os, psutil, signal, sys\n"
     "stack = psutil.Process(os.getppid())\n"
     "parts = {part.name(): part.pid for part in stack.children(recursive=True)}\n"
     "print(json.dumps(parts), flush=True)\n"
 )
-#: Ends such a command: nothing more, until a signal.
+#: Last line of such a command: waits for a signal.
 WAIT = "signal.pause()"
 
 
@@ -66,7 +66,7 @@ class Run:
         return line
 
     def until_up(self) -> None:
-        """Return when the command has said, by `SAY_ALL`, of what the stack consists."""
+        """Return when the command has printed, by `PRINT_PARTS`, which processes there are."""
         parts: dict[str, int] = json.loads(self.line())
         assert {"valkey-server", "rclone"} < set(parts), "servers, guard and command"
         for pid in parts.values():
@@ -74,13 +74,13 @@ class Run:
                 self._started.append(psutil.Process(pid))
 
     def end(self) -> tuple[int, str, str]:
-        """Exit code and outputs. Fails when anything is left behind: a process, or a temporary file."""
+        """Exit code and outputs. Fails when a process or a temporary file is left."""
         assert self.popen.stdout is not None
         assert self.popen.stderr is not None
         out, err = self.popen.stdout.read(), self.popen.stderr.read()
         code = self.popen.wait(timeout=SOON_S)
         _, left = psutil.wait_procs(self._started, timeout=SOON_S)
-        # Adopted by an init that reaps nobody, an ended process stays listed; it runs no more.
+        # In a container whose init process reaps none, an ended process stays listed as a zombie.
         assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
         assert list(self.temporary.iterdir()) == []
         return code, out, err
@@ -108,7 +108,7 @@ def client(stack: Stack) -> Redis:
 
 
 def test_a_command_runs_inside_a_stack_and_its_exit_code_is_returned(run: Callable[..., Run]) -> None:
-    stack = run(SAY_ALL + "print(os.environ['REDIS_URL'], os.environ['S3_BUCKET']); sys.exit(7)")
+    stack = run(PRINT_PARTS + "print(os.environ['REDIS_URL'], os.environ['S3_BUCKET']); sys.exit(7)")
     stack.until_up()
 
     code, out, err = stack.end()
@@ -119,13 +119,13 @@ def test_a_command_runs_inside_a_stack_and_its_exit_code_is_returned(run: Callab
 
 
 def test_a_command_that_dies_by_a_signal_gives_the_exit_code_of_a_shell(run: Callable[..., Run]) -> None:
-    stack = run(SAY_ALL + "os.kill(os.getpid(), signal.SIGKILL)")
+    stack = run(PRINT_PARTS + "os.kill(os.getpid(), signal.SIGKILL)")
     stack.until_up()
 
     assert stack.end()[0] == 128 + signal.SIGKILL
 
 
-def test_a_command_that_does_not_exist_is_said_so(run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_command_that_does_not_exist_is_named(run: Callable[..., Run], tmp_path: Path) -> None:
     stack = subprocess.run(
         [sys.executable, "-m", "deploy.local", "--no-worker", "--", str(tmp_path / "nothing")],
         capture_output=True,
@@ -139,7 +139,7 @@ def test_a_command_that_does_not_exist_is_said_so(run: Callable[..., Run], tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
 def test_a_signal_ends_the_command_and_the_stack(run: Callable[..., Run], number: signal.Signals) -> None:
-    stack = run(SAY_ALL + WAIT)
+    stack = run(PRINT_PARTS + WAIT)
     stack.until_up()
 
     stack.popen.send_signal(number)
@@ -149,7 +149,7 @@ def test_a_signal_ends_the_command_and_the_stack(run: Callable[..., Run], number
 
 def test_a_second_signal_ends_a_command_that_ignores_the_first(run: Callable[..., Run]) -> None:
     stubborn = "signal.signal(signal.SIGINT, lambda *_: os.write(1, b'heard\\n'))\n"
-    stack = run(stubborn.join(["import os, signal\n", SAY_ALL]) + "while True: signal.pause()")
+    stack = run(stubborn.join(["import os, signal\n", PRINT_PARTS]) + "while True: signal.pause()")
     stack.until_up()
 
     stack.popen.send_signal(signal.SIGINT)
@@ -168,25 +168,25 @@ def _own_handlers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_own_handlers")
-def test_a_signal_while_the_command_is_being_started_is_heard_when_it_is() -> None:
-    hurried: list[str] = []
-    signals = local._Signals(lambda: hurried.append("hurry"))
+def test_a_signal_while_the_command_is_being_started_is_raised_when_it_is_started() -> None:
+    killed: list[str] = []
+    signals = local._Signals(lambda: killed.append("killed"))
     done = []
 
     def start() -> None:
-        with signals.held():
+        with signals.deferred():
             signal.raise_signal(signal.SIGTERM)
             done.append("started")
 
     with pytest.raises(local.Interrupted) as raised:
         start()
-    assert (done, raised.value.number, hurried) == (["started"], signal.SIGTERM, [])
+    assert (done, raised.value.number, killed) == (["started"], signal.SIGTERM, [])
     signal.raise_signal(signal.SIGINT)
-    assert hurried == ["hurry"]
+    assert killed == ["killed"]
 
 
 def test_nothing_outlives_a_stack_that_is_killed(run: Callable[..., Run]) -> None:
-    stack = run(SAY_ALL + WAIT)
+    stack = run(PRINT_PARTS + WAIT)
     stack.until_up()
     assert list(stack.temporary.iterdir())
 
@@ -199,14 +199,14 @@ def test_what_a_command_left_in_the_background_ends_with_it(run: Callable[..., R
     leave = (
         "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
     )
-    stack = run(leave + SAY_ALL)
+    stack = run(leave + PRINT_PARTS)
     stack.until_up()
 
     assert stack.end()[0] == 0
 
 
-def test_a_part_that_is_lost_ends_the_command_and_is_named(run: Callable[..., Run]) -> None:
-    stack = run(SAY_ALL + "os.kill(parts['valkey-server'], signal.SIGKILL)\n" + WAIT)
+def test_a_part_that_ends_by_itself_ends_the_command_and_is_named(run: Callable[..., Run]) -> None:
+    stack = run(PRINT_PARTS + "os.kill(parts['valkey-server'], signal.SIGKILL)\n" + WAIT)
     stack.until_up()
 
     code, _, err = stack.end()
@@ -301,12 +301,12 @@ def test_two_stacks_run_side_by_side(new_stack: Callable[..., Stack]) -> None:
     client(one).set("cat", "small")
 
     assert client(other).get("cat") is None
-    assert one.coordinates["AWS_ENDPOINT_URL_S3"] != other.coordinates["AWS_ENDPOINT_URL_S3"]
+    assert one.variables["AWS_ENDPOINT_URL_S3"] != other.variables["AWS_ENDPOINT_URL_S3"]
 
 
 def test_the_queue_survives_a_restart_and_a_crash_on_the_same_port(new_stack: Callable[..., Stack]) -> None:
     stack = new_stack(workers=0)
-    before = stack.coordinates
+    before = stack.variables
     redis = client(stack)
     redis.set("restarted", "yes")
 
@@ -316,13 +316,13 @@ def test_the_queue_survives_a_restart_and_a_crash_on_the_same_port(new_stack: Ca
     assert not stack.valkey.running
     stack.valkey.start()
 
-    assert stack.coordinates == before
+    assert stack.variables == before
     assert redis.mget("restarted", "crashed") == ["yes", "yes"]
 
 
 def test_the_bucket_survives_a_crash_and_its_last_object(new_stack: Callable[..., Stack]) -> None:
     stack = new_stack(workers=0)
-    where = stack.coordinates
+    where = stack.variables
     bucket = boto3.client(
         "s3",
         endpoint_url=where["AWS_ENDPOINT_URL_S3"],
@@ -340,7 +340,7 @@ def test_the_bucket_survives_a_crash_and_its_last_object(new_stack: Callable[...
     assert "Contents" not in bucket.list_objects_v2(Bucket=BUCKET)
 
 
-def test_a_paused_queue_answers_nobody_until_it_is_resumed(new_stack: Callable[..., Stack]) -> None:
+def test_a_paused_queue_does_not_answer_until_it_is_resumed(new_stack: Callable[..., Stack]) -> None:
     stack = new_stack(workers=0)
     redis = client(stack)
 
@@ -361,7 +361,9 @@ def test_a_paused_part_can_be_stopped(new_stack: Callable[..., Stack]) -> None:
     assert not stack.valkey.running
 
 
-def test_only_a_loss_that_nobody_asked_for_is_reported(new_stack: Callable[..., Stack]) -> None:
+def test_only_the_end_of_a_part_that_was_not_asked_to_end_is_reported(
+    new_stack: Callable[..., Stack],
+) -> None:
     lost: list[str] = []
     stack = new_stack(workers=0)
     stack.valkey.on_loss = stack.s3.on_loss = lambda part: lost.append(part.name)

@@ -44,7 +44,7 @@ def stack(model: Path, servers: Stack) -> Iterator[Stack]:
 
 @pytest.fixture(autouse=True)
 def producer_environment(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in stack.coordinates.items():
+    for name, value in stack.variables.items():
         monkeypatch.setenv(name, value)
 
 

@@ -119,7 +119,7 @@ def session(servers: Stack) -> Iterator[Session]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with Stack(workers=0) as stack, pytest.MonkeyPatch.context() as patch:
-        for name, value in stack.coordinates.items():
+        for name, value in stack.variables.items():
             patch.setenv(name, value)
         # No model is named, so it is the bundled one.
         stack.new_worker({"SMALLCAT_MAX_BATCH": "16", "SMALLCAT_METRICS_PORT": str(port)}).start()

@@ -1,4 +1,4 @@
-"""A worker that cannot work does not start: it says in one sentence what to do, and leaves."""
+"""A worker with a wrong setting does not start: it prints one sentence with the remedy, and exits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-#: Nobody listens on this port.
+#: An address at which no server listens.
 NOWHERE = "127.0.0.1:9"
 
 
 def refusal(environment: dict[str, str]) -> str:
-    """Start a worker that must refuse; return the one sentence."""
+    """Start a worker that must refuse to start; return its one sentence."""
     done = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "worker", "worker"],
         env=environment,

@@ -145,7 +145,7 @@ def test_a_storage_that_is_full_holds_nothing_of_a_job(
 ) -> None:
     """Full for whatever is larger than 4 KiB, as a disk is that has so much left."""
     with Stack(workers=0) as stack:
-        for name, value in stack.coordinates.items():
+        for name, value in stack.variables.items():
             monkeypatch.setenv(name, value)
         storage = Bucket(BUCKET)
         limits = resource.prlimit(stack.s3.pid, resource.RLIMIT_FSIZE)
