@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import re
@@ -12,19 +11,13 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from producer.session import bucket
+from producer.session import Session, session
 from worker.contract.errors import QueueError, UnknownJobError
 from worker.contract.job import Job
 from worker.contract.record import JobRecord, State
-from worker.contract.settings import ProducerSettings, producer_settings
-from worker.state.records import Records
 
 if TYPE_CHECKING:
     from PIL import Image
-    from redis.client import Redis
-
-    from worker.state.fleet import Fleet
-    from worker.storage.bucket import Bucket
 
 logger = logging.getLogger("smallcat.producer")
 
@@ -33,6 +26,11 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 class JobResult(JobRecord):
     """A finished job: its record, and the way to its picture."""
+
+    @classmethod
+    def of(cls, record: JobRecord) -> JobResult:
+        """The result that `record` describes."""
+        return cls.model_validate(dict(record))
 
     @property
     def seed(self) -> int:
@@ -51,11 +49,13 @@ class JobResult(JobRecord):
 
     def url(self, expires_s: int = 3_600) -> str:
         """A link to the picture that any browser opens for `expires_s` seconds (1 to 604,800)."""
-        return _storage().url(self._where(), expires_s)
+        uri = self._where()
+        return session().bucket_of(uri).url(uri, expires_s)
 
     def data(self) -> bytes:
         """The picture's file as it lies in the bucket. Raises `StorageError`, `UnknownJobError`."""
-        return _storage().get(self._where())
+        uri = self._where()
+        return session().bucket_of(uri).get(uri)
 
     def image(self) -> Image.Image:
         """The picture. Raises `StorageError`, `UnknownJobError`."""
@@ -118,22 +118,21 @@ class JobHandle:
 
         Raises `UnknownJobError`, `QueueError`, `StorageError`.
         """
-        client = _client()
+        now = session()
         try:
-            with client.queue_errors():
-                record = client.records.get(self.id)
+            with now.queue_errors():
+                return JobResult.of(now.records.get(self.id))
         except UnknownJobError:
             # What is no id would be a strange key.
-            if not client.settings.s3_bucket or not _ID.fullmatch(self.id):
+            if now.bucket is None or not _ID.fullmatch(self.id):
                 raise
-            if (stored := _storage().record(self.id)) is None:
+            if (stored := now.bucket.record(self.id)) is None:
                 raise
             result = JobResult.model_validate_json(stored)
             # Somebody may have deleted the picture alone.
-            if _storage().find(self.id, result.job.format) is None:
+            if now.bucket.find(self.id, result.job.format) is None:
                 raise
             return result
-        return JobResult.model_validate(record.model_dump())
 
     def state(self) -> State:
         """Where the job is. Raises as `record`."""
@@ -148,12 +147,12 @@ class JobHandle:
         queued = workers = 0
         note = ""
         if not record.state.is_final:
-            client = _client()
-            with client.queue_errors():
-                workers = len(client.fleet.serving(record.queue))
+            now = session()
+            with now.queue_errors():
+                workers = len(now.fleet.serving(record.queue))
                 if record.state is State.RUNNING:
-                    client.records.watch()
-                queued = client.fleet.length(record.queue) if record.state is State.QUEUED else 0
+                    now.records.watch()
+                queued = now.fleet.length(record.queue) if record.state is State.QUEUED else 0
             if not workers:
                 note = _nobody(record)
         return Progress(record.state, record.step, record.steps, queued, workers, note)
@@ -165,24 +164,24 @@ class JobHandle:
         `CallerError`, `StorageError`; see `worker.contract.errors`) where it failed, `JobCancelledError`,
         `TimeoutError`, `UnknownJobError`, `QueueError`.
         """
-        client = _client()
+        now = session()
         warned = False
 
         def idle(record: JobRecord) -> None:
             nonlocal warned
-            if not warned and not client.fleet.serving(record.queue):
+            if not warned and not now.fleet.serving(record.queue):
                 warned = True
                 warnings.warn(_nobody(record), stacklevel=4)
 
         if timeout is not None and not (timeout >= 0 and math.isfinite(timeout)):
             raise ValueError(f"timeout is {timeout}: it must be None or seconds >= 0.")
         try:
-            with client.queue_errors():
-                record = client.records.wait(self.id, timeout, idle)
+            with now.queue_errors():
+                record = now.records.wait(self.id, timeout, idle)
         except UnknownJobError:
             return self.record()
         record.raise_for_state()
-        return JobResult.model_validate(record.model_dump())
+        return JobResult.of(record)
 
     def image(self, timeout: float | None = None) -> Image.Image:
         """Wait for the picture and fetch it. Raises as `result`."""
@@ -193,9 +192,9 @@ class JobHandle:
 
         A job that is done, failed or cancelled stays what it is. Raises `UnknownJobError`, `QueueError`.
         """
-        client = _client()
-        with client.queue_errors():
-            return client.records.cancel(self.id)
+        now = session()
+        with now.queue_errors():
+            return now.records.cancel(self.id)
 
     def _repr_png_(self) -> bytes | None:
         """The picture in a notebook, once it is done."""
@@ -218,74 +217,41 @@ def submit_job(prompt: str | Job, **fields: Any) -> JobHandle:
         job = Job.parse(prompt.model_dump(exclude_unset=False) | fields)
     else:
         job = Job.parse({"prompt": prompt, **fields})
-    return _client().submit(job)
+    return _send(session(), job)
 
 
-class _Client:
-    """One Redis as a producer sees it. Thread-safe."""
+def _send(now: Session, job: Job) -> JobHandle:
+    """Enqueue `job`, trying again while Redis is out of reach. Raises `QueueError`."""
+    from kombu.pools import producers
 
-    def __init__(self, settings: ProducerSettings) -> None:
-        from worker.state.fleet import Fleet
-        from worker.state.redis_client import connect
+    from worker.celery import app, connection
+    from worker.contract.message import RENDER, args_repr, message_of, message_priority
+    from worker.contract.queues import queue_of
 
-        self.settings = settings
-        self._redis: Redis = connect(settings.redis_url, settings.submit_timeout_s)
-        self.records = Records(self._redis, settings.record_ttl_s)
-        self.fleet: Fleet = Fleet(self._redis, settings.record_ttl_s)
-
-    def queue_errors(self) -> Any:
-        """Context that turns redis-py's errors into `QueueError`."""
-        from worker.state.redis_client import queue_errors
-
-        return queue_errors(self.settings.redis_url)
-
-    def submit(self, job: Job) -> JobHandle:
-        from kombu.pools import producers
-
-        from worker.celery import app, connection
-        from worker.contract.message import RENDER, args_repr, message_of, message_priority
-        from worker.contract.queues import queue_of
-        from worker.state.redis_client import within
-
-        deadline = time.monotonic() + self.settings.submit_timeout_s
-        with self.queue_errors(), within(self.settings.submit_timeout_s):
-            job = self.fleet.resolve(job)
-            queue = queue_of(job)
-            self.records.submitted(job, queue)
-        pool = producers[connection(self.settings.redis_url)]
-        while True:
-            try:
-                with self.queue_errors(), pool.acquire(block=True) as producer:
-                    app.send_task(
-                        RENDER,
-                        args=[message_of(job)],
-                        argsrepr=args_repr(job.prompt, job.seed),
-                        # Another one for each try: should both have arrived, the second finds the job taken.
-                        task_id=f"{job.id}-{secrets.token_hex(4)}",
-                        queue=queue,
-                        priority=message_priority(job),
-                        producer=producer,
-                    )
-                return JobHandle(job.id)
-            except QueueError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.2)
-
-
-@functools.lru_cache(maxsize=4)
-def _client_for(settings: ProducerSettings) -> _Client:
-    return _Client(settings)
-
-
-def _client() -> _Client:
-    """The client for the environment as it is now: a changed one gets a client of its own."""
-    return _client_for(producer_settings())
-
-
-def _storage() -> Bucket:
-    settings = producer_settings()
-    return bucket(settings.s3_bucket, settings.s3_prefix)
+    deadline = time.monotonic() + now.redis_retry_s
+    with now.queue_errors(), now.one_retry():
+        job = now.fleet.resolve(job)
+        queue = queue_of(job)
+        now.records.submitted(job, queue)
+    pool = producers[connection(now.settings.redis_url)]
+    while True:
+        try:
+            with now.queue_errors(), pool.acquire(block=True) as producer:
+                app.send_task(
+                    RENDER,
+                    args=[message_of(job)],
+                    argsrepr=args_repr(job.prompt, job.seed),
+                    # Another one for each try: should both have arrived, the second finds the job taken.
+                    task_id=f"{job.id}-{secrets.token_hex(4)}",
+                    queue=queue,
+                    priority=message_priority(job),
+                    producer=producer,
+                )
+            return JobHandle(job.id)
+        except QueueError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _nobody(record: JobRecord) -> str:

@@ -26,7 +26,7 @@ FOLDERS = {
     "producer.cli": "producer.client producer.gallery producer.ingest",
     "producer.cli producer.ingest": "producer.prompts",
     "producer.cli producer.client producer.gallery producer.ingest producer.prompts": "producer.session",
-    "producer.cli producer.client producer.ingest producer.session": "worker.state worker.storage",
+    "producer.cli producer.ingest producer.session": "worker.state worker.storage",
     "producer.ingest": "worker.broker",
     "producer.client producer.ingest": "worker.celery",
 }

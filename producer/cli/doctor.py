@@ -9,13 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from producer.session import Session, session
 from worker.contract.errors import SmallcatError
 from worker.contract.job import ImageFormat
 from worker.contract.queues import queues_of
-from worker.contract.settings import ProducerSettings, hidden, producer_settings
-from worker.state.fleet import Fleet
-from worker.state.redis_client import connect, queue_errors
-from worker.storage.bucket import Bucket
+from worker.contract.settings import hidden
 
 
 class Finding(NamedTuple):
@@ -31,10 +29,10 @@ class Finding(NamedTuple):
 
 def examine() -> Iterator[Finding]:
     """Look at Redis, the bucket, the workers and this machine. Raises `SettingsError` only."""
-    settings = producer_settings()
-    yield from _guarded("redis", _redis(settings))
-    yield from _guarded("bucket", _bucket(settings))
-    yield from _guarded("workers", _workers(settings))
+    now = session(redis_retry_s=1)
+    yield from _guarded("redis", _redis(now))
+    yield from _guarded("bucket", _bucket(now))
+    yield from _guarded("workers", _workers(now))
     if importlib.util.find_spec("torch"):
         yield from _guarded("device", _device())
 
@@ -47,12 +45,11 @@ def _guarded(what: str, findings: Iterator[Finding]) -> Iterator[Finding]:
         yield Finding(what, False, str(error))
 
 
-def _redis(settings: ProducerSettings) -> Iterator[Finding]:
-    with queue_errors(settings.redis_url):
-        client = connect(settings.redis_url, retry_s=1)
-        client.ping()
-        info = client.info()
-    where = hidden(settings.redis_url)
+def _redis(now: Session) -> Iterator[Finding]:
+    with now.queue_errors():
+        now.redis.ping()
+        info = now.redis.info()
+    where = hidden(now.settings.redis_url)
     yield Finding(
         "redis", True, f"{where} answers, version {info.get('valkey_version', info['redis_version'])}"
     )
@@ -74,18 +71,18 @@ def _redis(settings: ProducerSettings) -> Iterator[Finding]:
     )
 
 
-def _bucket(settings: ProducerSettings) -> Iterator[Finding]:
-    storage = Bucket(settings.s3_bucket, settings.s3_prefix, attempts=2)
-    storage.check()
-    yield Finding("bucket", True, f"{storage.root} can be written, read and deleted from")
+def _bucket(now: Session) -> Iterator[Finding]:
+    bucket = now.bucket_named(now.settings.s3_bucket)
+    bucket.check()
+    yield Finding("bucket", True, f"{bucket.root} can be written, read and deleted from")
     job_id, body = f"doctor-{secrets.token_hex(8)}", b"smallcat"
-    storage.put(job_id, ImageFormat.PNG, body, b"{}", "image/png")
+    bucket.put(job_id, ImageFormat.PNG, body, b"{}", "image/png")
     try:
-        link = storage.url(storage.uri(job_id, ImageFormat.PNG), expires_s=60)
+        link = bucket.url(bucket.uri(job_id, ImageFormat.PNG), expires_s=60)
         with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310 - our own presigned http(s) link
             ok = answer.read() == body
     finally:
-        storage.delete(job_id, ImageFormat.PNG)
+        bucket.delete(job_id, ImageFormat.PNG)
     yield Finding(
         "bucket",
         ok,
@@ -93,11 +90,9 @@ def _bucket(settings: ProducerSettings) -> Iterator[Finding]:
     )
 
 
-def _workers(settings: ProducerSettings) -> Iterator[Finding]:
-    client = connect(settings.redis_url, retry_s=1)
-    fleet = Fleet(client, settings.record_ttl_s)
-    with queue_errors(settings.redis_url):
-        live, waiting = fleet.workers(), fleet.waiting()
+def _workers(now: Session) -> Iterator[Finding]:
+    with now.queue_errors():
+        live, waiting = now.fleet.workers(), now.fleet.waiting()
     served = {queue for worker in live for queue in queues_of(worker.served)}
     if not live:
         yield Finding("workers", False, "none is alive: start one with `celery -A worker worker`")

@@ -1,40 +1,61 @@
-"""Jobs that failed for good: list them, look at one, try them again, forget them."""
+"""Jobs that failed for good: list them, show one, submit them again, forget them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from producer.client import JobHandle, JobResult, submit_job
+from producer.session import session
 from worker.contract.errors import CallerError, UnknownJobError
 from worker.contract.record import State
+
+if TYPE_CHECKING:
+    from worker.state.failures import Failure
+
+
+def find(
+    job_ids: Sequence[str] = (), *, error_type: str | None = None, run: str | None = None
+) -> list[Failure]:
+    """The jobs that failed for good, the latest first; those of `job_ids` in their order.
+
+    Of these, only those that failed with the error class named `error_type`, and those that belong to the
+    prompt file's run `run`. Raises `UnknownJobError` for an id that is no failed job's, `QueueError`.
+    """
+    now = session()
+    with now.queue_errors():
+        failures = now.failures.list()
+    if job_ids:
+        by_id = {failure.id: failure for failure in failures}
+        for job_id in job_ids:
+            if job_id not in by_id:
+                raise _unknown(job_id)
+        failures = [by_id[job_id] for job_id in job_ids]
+    return [
+        failure
+        for failure in failures
+        if (error_type is None or failure.error_type == error_type)
+        and (run is None or any(mark.startswith(f"{run}:") for mark in failure.runs))
+    ]
 
 
 def select(
     job_ids: Sequence[str] = (), *, error_type: str | None = None, run: str | None = None
 ) -> list[JobResult]:
-    """The records of jobs that failed for good, the latest first.
+    """The whole records of the jobs that `find` finds. Raises as `find`.
 
-    All of them, or those of `job_ids`; of these, those that failed with the error class named `error_type`
-    and those that belong to the prompt file's run `run`. Raises `UnknownJobError` for an id that is no
-    failed job's, `QueueError`.
+    A record that expires meanwhile is left out, unless its id was given: then it is unknown.
     """
-    from producer.client import _client
-
-    client = _client()
-    with client.queue_errors():
-        failed = client.records.failures()
-    for job_id in job_ids:
-        if job_id not in failed:
-            raise UnknownJobError(f"No failed job has the id {job_id}: see `smallcat failed list`.")
-    records = (JobHandle(job_id).record() for job_id in job_ids or failed)
-    return [
-        record
-        for record in records
-        if record.state is State.FAILED
-        and (error_type is None or record.error_type == error_type)
-        and (run is None or any(mark.startswith(f"{run}:") for mark in record.runs))
-    ]
+    now = session()
+    ids = [failure.id for failure in find(job_ids, error_type=error_type, run=run)]
+    with now.queue_errors():
+        records = now.records.read(ids)
+    for job_id in ids if job_ids else ():
+        if job_id not in records:
+            raise _unknown(job_id)
+    failed = (records[job_id] for job_id in ids if job_id in records)
+    return [JobResult.of(record) for record in failed if record.state is State.FAILED]
 
 
 def retry(records: Iterable[JobResult]) -> list[JobHandle]:
@@ -42,33 +63,32 @@ def retry(records: Iterable[JobResult]) -> list[JobHandle]:
     return [submit_job(record.job) for record in records]
 
 
-def drop(records: Iterable[JobResult]) -> int:
+def drop(job_ids: Sequence[str]) -> int:
     """Forget the jobs. Returns how many there were to forget. Raises `QueueError`."""
-    from producer.client import _client
-
-    client = _client()
-    with client.queue_errors():
-        return sum(client.records.drop(record.id) for record in records)
+    now = session()
+    with now.queue_errors():
+        return now.failures.drop(job_ids)
 
 
-def refuse_all_unasked(job_ids: Sequence[str], filters: Sequence[object], everything: bool) -> None:
-    """Raise `CallerError` where a command without ids or filters would take every failed job unasked."""
+def require_choice(job_ids: Sequence[str], filters: Sequence[object], everything: bool) -> None:
+    """Raise `CallerError` where a command names no jobs: no ids, no filter, and not `--all`."""
     if not (job_ids or any(filters) or everything):
         raise CallerError("Which jobs? Give ids, --error or --run, or --all for every failed job.")
 
 
-def line(record: JobResult) -> str:
+def line(failure: Failure) -> str:
     """A failed job in one line."""
-    at = record.tries[-1].at if record.tries else record.submitted_at
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-    return f"{record.id}  {when}  {record.error_type}: {record.error}"
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(failure.at))
+    return f"{failure.id}  {when}  {failure.error_type}: {failure.error}"
 
 
 def lines(record: JobResult) -> list[str]:
     """A failed job in full: its parameters and each of its attempts."""
     job = record.job
-    told = [
-        line(record),
+    at = record.tries[-1].at if record.tries else record.submitted_at
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    shown = [
+        f"{record.id}  {when}  {record.error_type}: {record.error}",
         f"prompt     {job.prompt!r}",
         f"size       {job.width}x{job.height}, {job.steps} steps, seed {job.seed}, {job.scheduler}",
         f"model      {job.model} at {job.revision}",
@@ -76,6 +96,10 @@ def lines(record: JobResult) -> list[str]:
     ]
     for each in record.tries:
         when = time.strftime("%H:%M:%S", time.localtime(each.at))
-        ended = f"{each.error_type}: {each.error}" if each.error_type else "its worker died, or gave no word"
-        told.append(f"attempt {each.attempt}  {when} on {each.worker}: {ended}")
-    return told
+        ended = f"{each.error_type}: {each.error}" if each.error_type else "its worker died or fell silent"
+        shown.append(f"attempt {each.attempt}  {when} on {each.worker}: {ended}")
+    return shown
+
+
+def _unknown(job_id: str) -> UnknownJobError:
+    return UnknownJobError(f"No failed job has the id {job_id}: see `smallcat failed list`.")

@@ -187,14 +187,14 @@ def _display(options: Mapping[str, Any], *, as_json: bool) -> QuietDisplay:
     from rich.console import Console
 
     from producer.cli.ingest_display import LineDisplay, LiveDisplay, QuietDisplay
-    from producer.session import Services
+    from producer.session import session
 
     console = Console(stderr=True)
     if options["quiet"]:
         return QuietDisplay(console)
     if options["lines"] or not console.is_terminal:
         return LineDisplay(console, every_job=options["lines"], as_json=as_json)
-    return LiveDisplay(console, Services.of_environment().storage)
+    return LiveDisplay(console, session().bucket)
 
 
 def _stop_on_ctrl_c(ingest: Ingest, display: QuietDisplay) -> None:

@@ -252,14 +252,14 @@ def _failed_options(command: F) -> F:
 @_failed_options
 def failed_list(job_ids: tuple[str, ...], error_type: str | None, run: str | None, as_json: bool) -> None:
     """List them, the latest first."""
-    from producer.cli.failed import line, select
+    from producer.cli.failed import find, line, select
 
-    records = select(job_ids, error_type=error_type, run=run)
     if as_json:
+        records = select(job_ids, error_type=error_type, run=run)
         _print_json([record.model_dump(mode="json") for record in records])
         return
-    for record in records:
-        click.echo(line(record))
+    for failure in find(job_ids, error_type=error_type, run=run):
+        click.echo(line(failure))
 
 
 @failed.command("show")
@@ -284,9 +284,9 @@ def failed_retry(
     job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
 ) -> None:
     """Submit them again, with all their attempts."""
-    from producer.cli.failed import refuse_all_unasked, retry, select
+    from producer.cli.failed import require_choice, retry, select
 
-    refuse_all_unasked(job_ids, (error_type, run), everything)
+    require_choice(job_ids, (error_type, run), everything)
     handles = retry(select(job_ids, error_type=error_type, run=run))
     if as_json:
         _print_json([handle.id for handle in handles])
@@ -301,10 +301,10 @@ def failed_drop(
     job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
 ) -> None:
     """Forget them."""
-    from producer.cli.failed import drop, refuse_all_unasked, select
+    from producer.cli.failed import drop, find, require_choice
 
-    refuse_all_unasked(job_ids, (error_type, run), everything)
-    count = drop(select(job_ids, error_type=error_type, run=run))
+    require_choice(job_ids, (error_type, run), everything)
+    count = drop([failure.id for failure in find(job_ids, error_type=error_type, run=run)])
     if as_json:
         _print_json({"dropped": count})
         return

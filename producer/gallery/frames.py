@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from producer.gallery.lines import Line
-from producer.session import bucket_of
+from producer.session import session
 from worker.contract.errors import InvalidJobError, UnknownJobError
 from worker.contract.job import Defaults, Job
 
@@ -54,12 +54,12 @@ class Pictures:
 
     def url(self, uri: str) -> str:
         """A link to the picture. Raises `StorageError`."""
-        return bucket_of(uri).url(uri, self._expires_s)
+        return session().bucket_of(uri).url(uri, self._expires_s)
 
     def record(self, uri: str) -> Line:
         """The record beside the picture, flat; empty where there is none. Raises `StorageError`."""
         try:
-            record = json.loads(bucket_of(uri).get(uri.rpartition(".")[0] + ".json"))
+            record = json.loads(session().bucket_of(uri).get(uri.rpartition(".")[0] + ".json"))
         except (UnknownJobError, ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
@@ -75,7 +75,7 @@ class Pictures:
         if not self._embed:
             return None
         try:
-            return thumbnail(bucket_of(uri).get(uri))
+            return thumbnail(session().bucket_of(uri).get(uri))
         except (UnknownJobError, OSError, Image.DecompressionBombError):
             self._miss("picture")
             return None

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
-from producer.session import bucket
+from producer.session import session
 from worker.contract.errors import CallerError
 from worker.contract.record import Timings
 
@@ -107,7 +107,8 @@ def _bucket_lines(address: str) -> Iterator[Line]:
     if not name:
         raise CallerError(f"{address} names no bucket: s3://BUCKET/PREFIX.")
     # A listing is in the order of the names, so the objects of a job are next to each other.
-    for stem, objects in groupby(bucket(name).below(address), lambda each: each[0].rpartition(".")[0]):
+    listing = session().bucket_named(name).below(address)
+    for stem, objects in groupby(listing, lambda each: each[0].rpartition(".")[0]):
         found = {uri.rpartition(".")[2]: (uri, stored_at) for uri, stored_at in objects}
         if "json" not in found or "/images/" not in stem:
             continue

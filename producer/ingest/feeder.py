@@ -25,7 +25,7 @@ from producer.ingest.pinned import Pinned
 from producer.ingest.plan import Cursor, Plan, Planned, Rejected
 from producer.ingest.run_state import Run, Status
 from producer.ingest.types import Counts, Display, Options, Outcome
-from producer.session import Services
+from producer.session import Session
 from worker.contract.errors import QueueError, UnknownJobError
 from worker.contract.message import run_mark
 from worker.contract.record import JobRecord
@@ -50,16 +50,16 @@ class Ingest:
         self,
         plan: Plan,
         options: Options,
-        services: Services,
+        session: Session,
         display: Display,
         downloads: Downloads | None = None,
     ) -> None:
         self._plan, self._options, self._display = plan, options, display
-        self._services, self._downloads = services, downloads
+        self._session, self._downloads = session, downloads
         self._manifest = options.manifest or plan.sources[0].beside("manifest.jsonl")
-        ttl_s = services.settings.record_ttl_s
-        self.run = Run(services.redis, options.run or plan.digest[:16], plan.digest, ttl_s)
-        self._pinned = Pinned(self.run, services.fleet)
+        ttl_s = session.settings.record_ttl_s
+        self.run = Run(session.redis, options.run or plan.digest[:16], plan.digest, ttl_s)
+        self._pinned = Pinned(self.run, session.fleet)
         self._stop = threading.Event()
         self._envelopes: dict[tuple[str, int], Envelope] = {}
         self._tag = _tag_of_process()
@@ -77,17 +77,17 @@ class Ingest:
 
     def __call__(self) -> Outcome:
         """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; then a later call goes on."""
-        with self._services.queue_errors():
+        with self._session.queue_errors():
             self.run.take()
         try:
-            with self._services.queue_errors(), Journal(self._manifest, self.run.id) as journal:
+            with self._session.queue_errors(), Journal(self._manifest, self.run.id) as journal:
                 return self._feed_until_over(journal)
         finally:
             if self._rejects:
                 self._rejects.close()
             if self._downloads:
                 self._downloads.close()
-            with self._services.queue_errors():
+            with self._session.queue_errors():
                 self.run.leave()
 
     def _feed_until_over(self, journal: Journal) -> Outcome:
@@ -183,7 +183,7 @@ class Ingest:
 
             from worker.celery import connection
 
-            pool = producers[connection(self._services.settings.redis_url)]
+            pool = producers[connection(self._session.settings.redis_url)]
             with pool.acquire(block=True) as producer:
                 self._envelopes[composed.route] = Envelope(*composed.route, producer)
         return self._envelopes[composed.route]
@@ -242,7 +242,7 @@ class Ingest:
         if time.monotonic() - self._counted_at > 0.5:
             self._counted_at = time.monotonic()
             queues = {queue for queue, _ in self._envelopes} or set(self.run.queues)
-            workers = {each.name for queue in queues for each in self._services.fleet.serving(queue)}
+            workers = {each.name for queue in queues for each in self._session.fleet.serving(queue)}
             self._counts = replace(self._count(journal), workers=len(workers))
         self._display.update(status, self._counts)
 
@@ -265,10 +265,10 @@ class Ingest:
         if (result := journal.result(number)) is not None:
             return result
         try:
-            record = self._services.records.get(job_id)
+            record = self._session.records.get(job_id)
         except UnknownJobError:
-            storage = self._services.storage
-            if storage is None or (stored := storage.record(job_id)) is None:
+            bucket = self._session.bucket
+            if bucket is None or (stored := bucket.record(job_id)) is None:
                 return {"state": self.run.state_of(number) or "unknown"}
             record = JobRecord.model_validate_json(stored)
         return record.model_dump(mode="json", exclude={"job"})

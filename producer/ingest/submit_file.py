@@ -14,7 +14,7 @@ from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Options, O
 from producer.prompts.columns import typed
 from producer.prompts.dynamic_prompts import Variations, Wildcards
 from producer.prompts.sources import FORMATS, source
-from producer.session import Services
+from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
 from worker.contract.job import Job
 
@@ -140,13 +140,13 @@ def make_ingest(
         raise PromptFileError(f"run is {options.run!r}: use up to 40 lower-case letters and digits.")
     if name is not None and download is None:
         raise PromptFileError("name is for pictures that are saved: add a folder with download.")
-    services = Services.of_environment()
+    feeder_session = session(FEEDER_RETRY_S)
     downloads = None
     if download is not None:
-        if services.storage is None:
+        if feeder_session.bucket is None:
             raise StorageError("S3_BUCKET is not set: name the bucket that the pictures are in.")
-        downloads = Downloads(download, services.storage, plan.sources, name)
-    return Ingest(plan, options, services, display, downloads)
+        downloads = Downloads(download, feeder_session.bucket, plan.sources, name)
+    return Ingest(plan, options, feeder_session, display, downloads)
 
 
 def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""What a run of prompt files is given, and what it gives: options, services, a display, an outcome."""
+"""What a run of prompt files is given, and what it gives: options, a display, an outcome."""
 
 from __future__ import annotations
 

@@ -140,12 +140,10 @@ def _spooled(name: str, form: str, stream: IO[bytes]) -> Source:
 
 
 def _from_bucket(name: str, form: str) -> Source:
-    from producer.session import bucket
-    from worker.contract.settings import producer_settings
+    from producer.session import session
 
-    settings = producer_settings()
     try:
-        with bucket(settings.s3_bucket, settings.s3_prefix).open(name) as body:
+        with session().bucket_of(name).open(name) as body:
             return _spooled(name, form, body)
     except ValueError as error:
         raise PromptFileError(f"{error}") from None

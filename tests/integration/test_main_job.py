@@ -17,6 +17,7 @@ from PIL import Image
 
 from deploy.embedded.stack import Stack
 from producer import JobHandle, JobResult, job_from_image, submit_job
+from producer.session import session
 from tests.tiny_models import tiny_sd1
 from worker.contract.errors import InvalidJobError, JobCancelledError
 from worker.contract.record import JobRecord, State
@@ -50,9 +51,7 @@ def producer_environment(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wait_until_running(handle: JobHandle) -> None:
     """Return when a step of the job has been seen."""
-    from producer.client import _client
-
-    with _client().records.listen(f"smallcat:job:{handle.id}") as news:
+    with session().records.listen(f"smallcat:job:{handle.id}") as news:
         while handle.state() is State.QUEUED:
             news(1.0)
 

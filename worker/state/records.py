@@ -6,6 +6,7 @@
                                      at a job's progress, so that it is worth writing
     smallcat:queues          set     the queues that jobs were sent to; expires likewise
     smallcat:failed          zset    ids of the jobs that failed for good, by time; expires likewise
+                                     (`worker.state.failures`)
     smallcat:run:<run>       hash    a prompt file's run (`producer.ingest.run_state`), and with it:
       ...:done, ...:failed   bits    one a job of the run, set by the worker in the step that ends the job
       ...:news               list    what became of each job, until the run's feeder has written it down
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ QUEUES = "smallcat:queues"
 FAILED = "smallcat:failed"
 #: Seconds between two looks at a record by one who waits, in case a message was lost with a connection.
 RECHECK_S = 5.0
+#: Records that are read in one round trip.
+READ_AT_ONCE = 500
 
 
 class Claim(StrEnum):
@@ -67,7 +70,7 @@ def run_key(run: str) -> str:
 
 
 class Records:
-    """The jobs' records in one Redis. Thread-safe. Each call is one round trip."""
+    """The jobs' records in one Redis. Thread-safe. Each call but `read` is one round trip."""
 
     def __init__(self, client: Redis, ttl_s: int) -> None:
         self._redis = client
@@ -91,6 +94,19 @@ class Records:
         if "job" not in fields:
             raise UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
         return _record(job_id, fields)
+
+    def read(self, job_ids: Sequence[str]) -> dict[str, JobRecord]:
+        """The records of many jobs by id, in the order of `job_ids`; unknown ones are left out."""
+        found: dict[str, JobRecord] = {}
+        for start in range(0, len(job_ids), READ_AT_ONCE):
+            part = job_ids[start : start + READ_AT_ONCE]
+            with self._redis.pipeline(transaction=False) as pipe:
+                for job_id in part:
+                    pipe.hgetall(key(job_id))
+                for job_id, fields in zip(part, pipe.execute(), strict=True):
+                    if "job" in fields:
+                        found[job_id] = _record(job_id, fields)
+        return found
 
     def claim(
         self,
@@ -149,25 +165,6 @@ class Records:
         """Whether one attempt is left and an earlier one ended without a word: its worker was killed."""
         attempts, deaths = self._redis.hmget(key(job_id), "attempts", "deaths")
         return int(attempts or 0) == max_attempts - 1 and int(deaths or 0) > 0
-
-    def failures(self) -> list[str]:
-        """Ids of the jobs that failed for good, the latest first. Those whose record expired are left out."""
-        ids = [str(job_id) for job_id in self._redis.zrevrange(FAILED, 0, -1)]
-        with self._redis.pipeline(transaction=False) as pipe:
-            for job_id in ids:
-                pipe.exists(key(job_id))
-            there = pipe.execute()
-        gone = [job_id for job_id, is_there in zip(ids, there, strict=True) if not is_there]
-        if gone:
-            self._redis.zrem(FAILED, *gone)
-        return [job_id for job_id in ids if job_id not in gone]
-
-    def drop(self, job_id: str) -> bool:
-        """Forget a job that failed for good. False: it is not one."""
-        if not self._redis.zrem(FAILED, job_id):
-            return False
-        self._redis.delete(key(job_id))
-        return True
 
     def cancel(self, job_id: str) -> State:
         """Ask that the job stops. Returns its state now: a running job becomes cancelled at its next step."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 
 import pytest
 from click.testing import CliRunner
@@ -10,11 +12,14 @@ from click.testing import CliRunner
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli import failed
 from producer.cli.main import cli
-from producer.client import _client, submit_job
+from producer.client import submit_job
+from producer.session import session
 from worker.contract.errors import CallerError, JobTooLargeError, RenderError, SmallcatError, UnknownJobError
+from worker.contract.job import Job
 from worker.contract.message import run_mark
 from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, State
+from worker.state.failures import Failure, Failures
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +30,7 @@ def redis_url(valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
 def fail(prompt: str, error: SmallcatError, run: str = "") -> str:
     """A job that was tried twice and failed with `error`."""
     handle = submit_job(prompt, seed=1)
-    records, job = _client().records, handle.record().job
+    records, job = session().records, handle.record().job
     where = {"worker": "w1", "lease_s": 30, "max_attempts": 2, "queue": queue_of(job), "run": run}
     for attempt in (1, 2):
         verdict, number, _ = records.claim(job, "m1", **where)  # type: ignore[arg-type]
@@ -96,3 +101,80 @@ def test_an_id_that_is_no_failed_jobs_is_refused() -> None:
     waiting = submit_job("waits").id
     with pytest.raises(UnknownJobError, match=waiting):
         failed.select([waiting])
+
+
+@pytest.mark.parametrize("command", ["list", "show", "retry", "drop"])
+def test_a_command_refuses_an_unknown_id_and_touches_no_other(command: str) -> None:
+    job_id = fail("one", RenderError("x"))
+    with pytest.raises(UnknownJobError, match="No failed job has the id nonsense"):
+        CliRunner().invoke(cli, ["failed", command, job_id, "nonsense"], catch_exceptions=False)
+    assert [record.id for record in failed.select()] == [job_id]
+
+
+@pytest.fixture
+def expires_meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets a job's record expire between the reading of the list and that of the records."""
+
+    def arrange(job_id: str) -> None:
+        read = Failures.list
+
+        def and_expires(failures: Failures) -> list[Failure]:
+            found = read(failures)
+            session().redis.delete(f"smallcat:job:{job_id}")
+            return found
+
+        monkeypatch.setattr(Failures, "list", and_expires)
+
+    return arrange
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_record_that_expires_while_it_is_read_is_left_out(
+    expires_meanwhile: Callable[[str], None], flags: tuple[str, ...]
+) -> None:
+    gone, other = fail("one", RenderError("x")), fail("two", RenderError("x"))
+    expires_meanwhile(gone)
+    shown = run("list", *flags)
+    assert other in shown
+    assert run("retry", "--all") == "1 submitted again\n"
+    assert failed.select() == []
+
+
+def test_a_record_that_was_asked_for_by_its_id_and_expires_is_unknown(
+    expires_meanwhile: Callable[[str], None],
+) -> None:
+    gone = fail("one", RenderError("x"))
+    expires_meanwhile(gone)
+    with pytest.raises(UnknownJobError, match=gone):
+        failed.select([gone])
+
+
+def test_twenty_thousand_failed_jobs_are_listed_in_a_second() -> None:
+    number = 20_000
+    redis = session().redis
+    attempts = {
+        f"try:{attempt}": Attempt(
+            attempt=attempt, worker="w1", at=attempt, error_type="RenderError", error="bad kernel"
+        ).model_dump_json()
+        for attempt in (1, 2, 3)
+    }
+    record = {"state": "failed", "error_type": "RenderError", "error": "bad kernel", "queue": "q"}
+    record |= {"submitted_at": "1.5", "attempts": "3", "worker": "w1", "step": "3", "steps": "30"}
+    job = Job(prompt="a photo of a small cat, " * 10, seed=1, width=1024, height=1024, steps=30)
+    with redis.pipeline(transaction=False) as pipe:
+        for each in range(number):
+            pipe.hset(f"smallcat:job:{each:032x}", mapping=record | attempts | {"job": job.model_dump_json()})
+            pipe.zadd("smallcat:failed", {f"{each:032x}": each})
+            if each % 1_000 == 999:
+                pipe.execute()
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        shown = run("list")
+        took.append(time.perf_counter() - began)
+    lines = shown.splitlines()
+    assert len(lines) == number
+    assert lines[0].startswith(f"{number - 1:032x}  ")
+    assert lines[0].endswith("RenderError: bad kernel")
+    # The best of three, so that a busy machine does not fail it.
+    assert min(took) < 1

@@ -33,6 +33,7 @@ from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.engine.engine import Engine
 from worker.jobs.handler import JobHandler
+from worker.state.failures import Failures
 from worker.state.records import Records
 from worker.state.redis_client import RedisError, connect
 from worker.storage.bucket import Bucket
@@ -265,7 +266,7 @@ def test_cancelling_a_job_that_is_not_on_board_does_nothing(worker: Worker) -> N
 # --- failures of the job ----------------------------------------------------------------------------------
 
 
-def test_a_job_that_fails_is_tried_again_and_then_set_aside(worker: Worker) -> None:
+def test_a_job_that_fails_is_tried_again_and_then_set_aside(worker: Worker, client: Redis) -> None:
     worker.runner.faults[5] = Faults(outcome={1: NotFiniteError("NaN at step 1")})
     worker.submit(JOB)
     pauses = [worker.handle(JOB) for _ in range(3)]
@@ -280,7 +281,7 @@ def test_a_job_that_fails_is_tried_again_and_then_set_aside(worker: Worker) -> N
         "NaN at step 1",
     )
     assert record.attempts == 3
-    assert worker.records.failures() == [JOB.id]
+    assert [failure.id for failure in Failures(client).list()] == [JOB.id]
     assert worker.storage.record(JOB.id) is None
 
 

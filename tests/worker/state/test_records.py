@@ -27,6 +27,7 @@ from worker.contract.errors import (
 )
 from worker.contract.job import Job
 from worker.contract.record import Attempt, JobRecord, State, Timings
+from worker.state.failures import Failures
 from worker.state.records import RECHECK_S, Claim, Records, key
 from worker.state.redis_client import connect
 
@@ -221,13 +222,13 @@ def test_a_failed_job_raises_its_own_error(
         record.raise_for_state()
 
 
-def test_a_picture_is_done_even_after_a_failure_was_written(records: Records) -> None:
+def test_a_picture_is_done_even_after_a_failure_was_written(records: Records, client: Redis) -> None:
     claim(records, "m1")
     assert records.failed(JOB.id, "m1", NotFiniteError("NaN"))
     assert records.done(done())
     record = records.get(JOB.id)
     assert (record.state, record.error, record.error_type) == (State.DONE, None, None)
-    assert records.failures() == []
+    assert Failures(client).list() == []
 
 
 def test_a_failure_from_a_message_that_lost_its_claim_changes_nothing(records: Records) -> None:
@@ -288,22 +289,6 @@ def test_a_failed_attempt_counts_and_the_job_waits_for_the_next(records: Records
     records.retried(JOB.id, "m1", failure(1))
     assert (records.get(JOB.id).state, records.get(JOB.id).attempts) == (State.QUEUED, 1)
     assert claim(records, "m1") == (Claim.RENDER, 2)
-
-
-def test_failed_jobs_are_listed_and_can_be_dropped(records: Records) -> None:
-    other = job_of(2)
-    for job in (JOB, other):
-        claim(records, job=job)
-        records.failed(job.id, "m1", NotFiniteError("NaN"))
-    assert set(records.failures()) == {JOB.id, other.id}
-    assert records.drop(JOB.id)
-    assert not records.drop(JOB.id)
-    assert records.failures() == [other.id]
-    with pytest.raises(UnknownJobError):
-        records.get(JOB.id)
-    # Submitted again, it is no failure any more.
-    records.submitted(other, QUEUE)
-    assert records.failures() == []
 
 
 # --- submitting again -------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""The jobs that failed for good, for those who look after them: in bulk, for there may be many thousands.
+
+smallcat:failed          zset    ids of the jobs that failed for good, by time; see `worker.state.records`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from worker.contract.lua import script
+from worker.contract.record import State
+from worker.state.records import FAILED, key
+
+if TYPE_CHECKING:
+    from redis.client import Redis
+
+#: Jobs that are read or dropped in one round trip.
+CHUNK: Final = 500
+
+_READ: Final = script(Path(__file__).parent / "failures.lua")
+
+
+class Failure(NamedTuple):
+    """A job that failed for good, as a list shows it. Its record has the rest."""
+
+    #: The job's id.
+    id: str
+    #: Class name of the error it failed with; see `worker.contract.errors`.
+    error_type: str
+    #: What went wrong and what to do.
+    error: str
+    #: Unix seconds by Redis' clock of its last attempt; of its submission, where no worker took it.
+    at: float
+    #: The places it has in runs of prompt files; see `worker.contract.message.run_mark`.
+    runs: tuple[str, ...]
+
+
+class Failures:
+    """The failed jobs of one Redis. Thread-safe."""
+
+    def __init__(self, client: Redis) -> None:
+        self._redis = client
+        self._read = client.register_script(_READ)
+
+    def list(self) -> list[Failure]:
+        """All of them, the latest first. Those whose record expired are left out, and forgotten."""
+        ids = [str(job_id) for job_id in self._redis.zrevrange(FAILED, 0, -1)]
+        found: list[Failure] = []
+        gone: list[str] = []
+        for part in _parts(ids):
+            for job_id, text in zip(part, self._read(keys=[key(job_id) for job_id in part]), strict=True):
+                state, error_type, error, runs, submitted_at, attempt = json.loads(text)
+                if state is False:
+                    gone.append(job_id)
+                elif state == State.FAILED:
+                    at = json.loads(attempt)["at"] if attempt else submitted_at
+                    places = tuple((runs or "").split())
+                    found.append(Failure(job_id, error_type or "", error or "", float(at), places))
+        for part in _parts(gone):
+            self._redis.zrem(FAILED, *part)
+        return found
+
+    def drop(self, job_ids: Sequence[str]) -> int:
+        """Forget these jobs. Returns how many of them were failed jobs; others stay as they are."""
+        dropped = 0
+        for part in _parts(job_ids):
+            with self._redis.pipeline(transaction=False) as pipe:
+                for job_id in part:
+                    pipe.zrem(FAILED, job_id)
+                removed = [job_id for job_id, count in zip(part, pipe.execute(), strict=True) if count]
+            if removed:
+                self._redis.delete(*map(key, removed))
+            dropped += len(removed)
+        return dropped
+
+
+def _parts(job_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (job_ids[start : start + CHUNK] for start in range(0, len(job_ids), CHUNK))
