@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from producer.cli.job_options import JOB_OPTIONS, given_fields, job_options
+from producer.ingest.types import FILE_PRIORITY
+from worker.contract.job import JOB_FIELDS
+
 if TYPE_CHECKING:
     from producer.cli.ingest_display import QuietDisplay
     from producer.ingest.feeder import Ingest
@@ -79,25 +83,20 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
 )
 
 
-def ingest_options(job_options: Mapping[str, tuple[Any, str]]) -> Callable[[F], F]:
-    """Decorates the command with its arguments; `job_options` are defaults for every line."""
-
-    def decorate(command: F) -> F:
-        for names, settings in reversed(_OPTIONS):
-            command = click.option(*names, **settings)(command)
-        for name, (kind, text) in reversed(list(job_options.items())):
-            if name != "format":
-                flag = f"--{name.replace('_', '-')}"
-                command = click.option(flag, name, type=kind, default=None, help=text)(command)
-        return click.argument("files", nargs=-1, required=True)(command)
-
-    return decorate
+#: Options of the command that have a job field's name and mean more than it, such as `--format`.
+_TAKEN = frozenset(name for names, _ in _OPTIONS for name in names)
 
 
-def run_ingest(
-    files: Sequence[str], fields: Mapping[str, Any], options: Mapping[str, Any], *, as_json: bool
-) -> int:
-    """Do what the command says; the exit code. `fields` are job fields, `options` what `_OPTIONS` has.
+def ingest_options(command: F) -> F:
+    """Decorates the command with its arguments; job fields given as options are defaults for every line."""
+    for names, settings in reversed(_OPTIONS):
+        command = click.option(*names, **settings)(command)
+    command = job_options(command, taken=_TAKEN, defaults={"priority": FILE_PRIORITY})
+    return click.argument("files", nargs=-1, required=True)(command)
+
+
+def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: bool) -> int:
+    """Do what the command says; the exit code. `options` are the job fields given, and what `_OPTIONS` has.
 
     Raises what `producer.ingest.submit_file.submit_file` does.
     """
@@ -108,7 +107,8 @@ def run_ingest(
 
     names = [each for each in files if not _is_axis(each)]
     axes = [each for each in files if _is_axis(each)]
-    file_format, fields = _formats(options["formats"], fields)
+    untaken = {name: options[name] for name, each in JOB_OPTIONS.items() if each.option not in _TAKEN}
+    file_format, fields = _formats(options["formats"], given_fields(untaken))
     folder = wildcards_folder(options["wildcards"], names)
     variations = make_variations(
         fields,
@@ -144,10 +144,8 @@ def run_ingest(
 
 def _is_axis(word: str) -> bool:
     """Whether an argument goes on with `--grid`: it names a job field, and no file."""
-    from worker.contract.job import Job
-
     axis, equals, _ = word.partition("=")
-    return bool(equals) and axis.replace("-", "_") in Job.model_fields and not Path(word).exists()
+    return bool(equals) and axis.replace("-", "_") in JOB_FIELDS and not Path(word).exists()
 
 
 def _formats(formats: Sequence[str], fields: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from producer.cli.ingest import ingest_options, run_ingest
+from producer.cli.job_options import given_fields, job_options
 from producer.client import JobHandle, JobResult, submit_job
 from worker.contract.errors import (
     CallerError,
@@ -27,28 +28,6 @@ from worker.contract.errors import (
     SmallcatError,
     UnknownModelError,
 )
-from worker.contract.job import DEFAULT_PRIORITY, ImageFormat, Scheduler
-
-#: Job parameters as options: their type and help. `seed` and the like default to what `Job` says.
-JOB_OPTIONS: dict[str, tuple[Any, str]] = {
-    "negative_prompt": (str, "What to keep out of the picture."),
-    "seed": (int, "0 to 2^63-1; drawn when not given."),
-    "width": (int, "Pixels, 64 to 2048, a multiple of 8; the model's own when not given."),
-    "height": (int, "Pixels, as for width."),
-    "steps": (int, "Denoising steps, 1 to 150; the model's own when not given."),
-    "guidance_scale": (float, "0 to 30; 1 and below is none; the model's own when not given."),
-    "guidance_start": (
-        float,
-        "Share of the steps, 0 to 1, before which there is no guidance; 0 when not given.",
-    ),
-    "guidance_stop": (float, "Share of the steps, 0 to 1, after which there is none; 1 when not given."),
-    "scheduler": (str, f"One of {', '.join(Scheduler)}."),
-    "model": (str, "The fleet's default when not given."),
-    "revision": (str, "The newest one served when not given."),
-    "format": (str, f"One of {', '.join(ImageFormat)}."),
-    "priority": (int, f"0 to 9, higher is sooner; {DEFAULT_PRIORITY} when not given."),
-    "metadata": (str, "A JSON object of your own, up to 4 KiB, returned untouched."),
-}
 
 
 class _Seconds(click.FloatRange):
@@ -71,14 +50,6 @@ SECONDS = _Seconds()
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _job_options(command: F) -> F:
-    for name, (kind, text) in reversed(JOB_OPTIONS.items()):
-        command = click.option(f"--{name.replace('_', '-')}", name, type=kind, default=None, help=text)(
-            command
-        )
-    return command
-
-
 def _json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
 
@@ -91,7 +62,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("prompt")
-@_job_options
+@job_options
 @click.option("--wait", is_flag=True, help="Wait for the picture.")
 @click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
 @click.option("--output", type=click.Path(path_type=Path), help="Wait, and save the picture in this folder.")
@@ -107,10 +78,7 @@ def submit(
     **fields: Any,
 ) -> None:
     """Enqueue one job."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    if "metadata" in given:
-        given["metadata"] = _parse_metadata(given["metadata"])
-    handle = submit_job(prompt, **given)
+    handle = submit_job(prompt, **given_fields(fields))
     if not (wait or show or output):
         _print_json({"id": handle.id}) if as_json else click.echo(handle.id)
         return
@@ -204,14 +172,11 @@ def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> 
 
 
 @cli.command()
-@ingest_options(JOB_OPTIONS)
+@ingest_options
 @_json_option
 def ingest(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Turn files of prompts (txt, csv, tsv, jsonl, parquet; - for standard input) into pictures."""
-    fields = {name: options[name] for name in JOB_OPTIONS if options.get(name) is not None}
-    if "metadata" in fields:
-        fields["metadata"] = _parse_metadata(fields["metadata"])
-    sys.exit(run_ingest(files, fields, options, as_json=as_json))
+    sys.exit(run_ingest(files, options, as_json=as_json))
 
 
 @cli.command()
@@ -339,13 +304,6 @@ def _exit_code(error: Exception) -> int:
             return 2
         case _:
             return 1
-
-
-def _parse_metadata(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"it is not JSON ({error})", param_hint="--metadata") from None
 
 
 def _follow(handle: JobHandle, timeout: float | None) -> JobResult:

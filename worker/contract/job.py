@@ -160,7 +160,7 @@ class Job(BaseModel):
             is_original=True,
         ),
     ]
-    #: What to keep out; needs guidance above 1. Up to 2,000 characters.
+    #: What to keep out of the picture: up to 2,000 characters. Needs guidance above 1.
     negative_prompt: Annotated[
         str,
         Field(max_length=MAX_PROMPT, strict=True),
@@ -230,7 +230,7 @@ class Job(BaseModel):
             is_original=True,
         ),
     ] = None
-    #: Classifier-free guidance, 0 to 30; 1 and below is none and takes half the work.
+    #: Classifier-free guidance, 0 to 30. At 1 and below there is none, which takes half the work.
     guidance_scale: Annotated[
         float | None,
         Field(ge=0, le=MAX_GUIDANCE, strict=True, allow_inf_nan=False),
@@ -245,11 +245,11 @@ class Job(BaseModel):
             is_original=True,
         ),
     ] = None
-    #: Share of the steps, 0 to 1, from which on guidance is used (Kynkäänniemi et al., 2024).
+    #: Share of the steps, 0 to 1, before which there is no guidance (Kynkäänniemi et al., 2024).
     guidance_start: Annotated[float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=4)] = 0.0
-    #: Share of the steps, 0 to 1, from which on it no longer is. Steps without guidance take half the work.
+    #: Share of the steps, 0 to 1, after which there is no guidance. Steps without it take half the work.
     guidance_stop: Annotated[float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=5)] = 1.0
-    #: diffusers noise scheduler; `default` is the model's own.
+    #: diffusers' noise scheduler; `default` is the model's own.
     scheduler: Annotated[
         Scheduler,
         BeforeValidator(
@@ -299,7 +299,7 @@ class Job(BaseModel):
         BeforeValidator(spelled_as(ImageFormat, {"jpg": "jpeg"})),
         JobField(infotext_order=10, is_original=True),
     ] = ImageFormat.PNG
-    #: 0 to 9; jobs of a higher one are rendered first.
+    #: 0 to 9: jobs of a higher priority are rendered first.
     priority: Annotated[
         int, Field(ge=0, le=MAX_PRIORITY, strict=True), JobField(is_submission=True, is_original=True)
     ] = DEFAULT_PRIORITY

@@ -18,7 +18,8 @@ from PIL import Image
 from redis import Redis
 
 from producer import JobHandle
-from producer.cli.main import JOB_OPTIONS, cli, main
+from producer.cli.job_options import JOB_OPTIONS
+from producer.cli.main import cli, main
 from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
 from worker.contract.errors import NotFiniteError, StorageError, UnknownModelError
@@ -109,6 +110,13 @@ def test_every_job_field_is_an_option_and_in_the_help(smallcat: Shell) -> None:
     assert told.code == 0
     for field in JOB_OPTIONS:
         assert f"--{field.replace('_', '-')}" in told.out
+
+
+def test_the_help_of_each_command_says_its_own_default_priority(smallcat: Shell) -> None:
+    # A file's jobs are behind those that somebody waits for.
+    for command, priority in (("submit", 5), ("ingest", 3)):
+        told = " ".join(smallcat(command, "--help").out.split())
+        assert f"jobs of a higher priority are rendered first. {priority} when not given." in told
 
 
 def commands(group: click.Group, *path: str) -> Iterator[tuple[list[str], click.Command]]:

@@ -1,0 +1,63 @@
+"""The fields of a job as command-line options, made from the table of job fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job_fields import FieldEntry, help_lines
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+#: The fields that are options, by their names. A required field is an argument instead.
+JOB_OPTIONS: Mapping[str, FieldEntry] = {
+    name: entry for name, entry in JOB_FIELDS.items() if not entry.is_required
+}
+
+
+def job_options(command: F, *, taken: Container[str] = (), defaults: Mapping[str, Any] | None = None) -> F:
+    """Add the options to a command, but for those that are `taken`: there they mean something else.
+
+    `defaults` are the command's own defaults by field, for the help texts.
+    """
+    for name, entry in reversed(list(JOB_OPTIONS.items())):
+        if entry.option not in taken:
+            # An object is given as JSON.
+            kind = str if entry.kind is dict else entry.kind
+            text = _help(entry, (defaults or {}).get(name, entry.default))
+            command = click.option(entry.option, name, type=kind, default=None, help=text)(command)
+    return command
+
+
+def _help(entry: FieldEntry, default: Any) -> str:
+    line = help_lines(Job)[entry.name]
+    sentences = [line.replace("`", "")]
+    if entry.choices:
+        sentences.append(f"One of {', '.join(entry.choices)}.")
+    if entry.is_nullable:
+        sentences.append("The model's own when not given.")
+    elif default not in (None, "") and f"`{default}`" not in line:
+        value = f"{default:g}" if entry.kind is float else default
+        sentences.append(f"{value} when not given.")
+    return " ".join(sentences)
+
+
+def given_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The job fields that were given among `options`. Raises `click.BadParameter` for what is not JSON."""
+    given = {name: options[name] for name in JOB_OPTIONS if options.get(name) is not None}
+    for name, text in given.items():
+        if JOB_OPTIONS[name].kind is dict:
+            given[name] = _parsed(JOB_OPTIONS[name].option, text)
+    return given
+
+
+def _parsed(option: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"it is not JSON ({error})", param_hint=option) from None
