@@ -1,1 +1,1 @@
-"""From files to a pipeline on a device: `loader` is the door."""
+"""Loads a model's files into a pipeline on a device: `loader` is the door."""

@@ -1,7 +1,8 @@
-"""The files behind `SMALLCAT_MODEL`: a hub id, a folder or one .safetensors file. No torch here.
+"""Finds the files of `SMALLCAT_MODEL`: a hub id, a folder or one .safetensors file. No torch here.
 
-They are found or fetched, checked before anything of them is loaded (safetensors alone, no code, a pipeline
-that is served), and hashed into a revision, so that other files never answer for the same job.
+The files are downloaded if need be, and checked before any of them is loaded: safetensors only, no code, a
+pipeline that is served. Their hash is the model's revision, so that a job is never answered from a picture of
+other files.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from worker.contract.errors import SettingsError
 from worker.contract.settings import WorkerSettings
 from worker.model import index as model_index
 
-#: Beside it: what the model's maker recommends, `{"steps": 8, "guidance_scale": 2.0}`.
+#: A file in a model's folder with the defaults its author recommends: `{"steps": 8, "guidance_scale": 2.0}`.
 RECOMMENDED = "smallcat.json"
 _CHECKER = "safety_checker"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,34 +33,35 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files on this machine, checked."""
+    """The checked files of a model, on this machine."""
 
     #: The folder with model_index.json, or the single file.
     path: Path
-    #: `path` is one .safetensors file.
+    #: Whether `path` is one .safetensors file.
     single_file: bool
-    #: What `SMALLCAT_MODEL` said, for people.
+    #: The value of `SMALLCAT_MODEL`, for messages.
     source: str
-    #: The model's name unless the settings give it another.
+    #: The model's name, unless the settings give another one.
     name: str
-    #: The hub's commit, or 16 hexadecimal digits over the files.
+    #: The hub's commit, or 16 hexadecimal digits of a hash of the files.
     revision: str
     #: One of `model_index.PIPELINES`.
     pipeline_class: str
-    #: Variant of the weights' files, "fp16" or None.
+    #: The variant of the weights' files, "fp16" or None.
     variant: str | None
-    #: Why these weights.
+    #: Why these weights were chosen.
     reason: str
-    #: The model ships a safety checker, used or not.
+    #: Whether the model has a safety checker, used or not.
     ships_checker: bool
-    #: Component to the number of values in the weights that will be loaded for it; empty for a single file.
+    #: The number of weights in the files that will be loaded, by component; empty for a single file.
     values: Mapping[str, int]
 
 
 def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
-    """The files of the model that the settings name, fetched from the hub where need be.
+    """The files of the model that the settings name, downloaded from the hub if need be.
 
-    `half`: prefer fp16 weights. Raises `SettingsError` for whatever is missing, out of reach or not served.
+    `half`: prefer fp16 weights. Raises `SettingsError` if the model is missing, cannot be downloaded or is
+    not served.
     """
     path = Path(settings.model).expanduser() if settings.model else _bundled()
     source = settings.model or "bundled with smallcat"
@@ -69,12 +71,12 @@ def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
     if is_here and settings.model_revision:
         raise SettingsError(
             f"SMALLCAT_MODEL_REVISION is {settings.model_revision}, but SMALLCAT_MODEL is {source}, which is "
-            "no hub id: leave the revision out."
+            "not a hub id: unset SMALLCAT_MODEL_REVISION."
         )
     if settings.model_config_dir and not path.is_file():
         raise SettingsError(
-            f"SMALLCAT_MODEL_CONFIG_DIR is set, but SMALLCAT_MODEL is {source}, which is no single file: "
-            "leave the folder of configs out."
+            f"SMALLCAT_MODEL_CONFIG_DIR is {settings.model_config_dir}, but SMALLCAT_MODEL is {source}, "
+            "which is not a single file: unset SMALLCAT_MODEL_CONFIG_DIR."
         )
     if path.is_file():
         return _single_file(path, source, settings)
@@ -83,7 +85,7 @@ def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
         return _folder(path, source, name, None, half=half, checked=settings.safety_checker)
     if not _HUB_ID.fullmatch(source) or source.startswith("."):
         raise SettingsError(
-            f"SMALLCAT_MODEL is {source}, where there is nothing: use a hub id (owner/name), a folder with "
+            f"SMALLCAT_MODEL is {source}, which does not exist: use a hub id (owner/name), a folder with "
             f"{model_index.INDEX}, or a .safetensors file."
         )
     folder = _from_hub(source, settings.model_revision, half=half, checked=settings.safety_checker)
@@ -115,11 +117,11 @@ def _folder(
     names = _names(path)
     variant, reason = model_index.choose_variant(index, names, source, half=half)
     model_index.refuse_incomplete(index, names, source)
-    files = {name: path / name for name in model_index.wanted(index, names)}
+    files = {name: path / name for name in model_index.relevant_files(index, names)}
     headers = {name: read_header(file) for name, file in files.items() if file.suffix == ".safetensors"}
     values = {
         component: sum(math.prod(tensor["shape"]) for name in found for tensor in headers[name].values())
-        for component, found in model_index.loaded(index, names, variant).items()
+        for component, found in model_index.weights_to_load(index, names, variant).items()
     }
     return ModelFiles(
         path=path,
@@ -143,12 +145,12 @@ def _names(folder: Path) -> list[str]:
 
 
 def _from_hub(repo: str, revision: str, *, half: bool, checked: bool) -> Path:
-    """The folder in the hub's cache that holds `repo`, named by its commit; fetched unless it is there.
+    """The folder of `repo` in the hub's cache, named by its commit; downloaded if it is not there.
 
-    Where the hub is out of reach, what the cache holds is used.
+    If the hub cannot be reached, the files in the cache are used.
     """
     try:
-        return _fetch(repo, revision or None, half=half, checked=checked)
+        return _download(repo, revision or None, half=half, checked=checked)
     except hub_errors.GatedRepoError:
         raise SettingsError(
             f"The model {repo} is gated: accept its licence on the hub and set HF_TOKEN to your token."
@@ -164,31 +166,31 @@ def _from_hub(repo: str, revision: str, *, half: bool, checked: bool) -> Path:
         ) from None
     except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
         raise SettingsError(
-            f"SMALLCAT_MODEL is {repo}, which is no folder here, and the hub is out of reach: get on the "
-            "network once to fetch it, or set SMALLCAT_MODEL to a folder."
+            f"SMALLCAT_MODEL is {repo}, which is not a folder here, and the hub cannot be reached: connect "
+            "to the network once to download it, or set SMALLCAT_MODEL to a folder."
         ) from error
     except (hub_errors.EntryNotFoundError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
         first_line = next(iter(str(error).strip().splitlines()), "")[:200]
         raise SettingsError(
-            f"The model {repo} cannot be fetched as a diffusers pipeline ({first_line}): use one with a "
+            f"The model {repo} cannot be downloaded as a diffusers pipeline ({first_line}): use one with a "
             f"{model_index.INDEX}."
         ) from error
 
 
-def _fetch(repo: str, revision: str | None, *, half: bool, checked: bool) -> Path:
+def _download(repo: str, revision: str | None, *, half: bool, checked: bool) -> Path:
     folder = Path(huggingface_hub.hf_hub_download(repo, model_index.INDEX, revision=revision)).parent
     index = model_index.read_index(folder, repo)
     if not checked:
         index.pop(_CHECKER, None)
     try:
         names = huggingface_hub.list_repo_files(repo, revision=folder.name)
-    except Exception:  # noqa: BLE001 - out of reach, which has other classes in other versions
-        return folder  # What is missing from the cache is found, and named, when the folder is checked.
+    except Exception:  # noqa: BLE001 - the hub cannot be reached; the error's class depends on the version
+        return folder  # The check of the folder names what is missing from the cache.
     variant, _ = model_index.choose_variant(index, names, repo, half=half)
-    loaded = {name for files in model_index.loaded(index, names, variant).values() for name in files}
+    loaded = {name for files in model_index.weights_to_load(index, names, variant).values() for name in files}
     patterns = [
         name
-        for name in model_index.wanted(index, names)
+        for name in model_index.relevant_files(index, names)
         if name in loaded or not name.endswith(".safetensors")
     ]
     return Path(
@@ -212,13 +214,13 @@ def _single_file(path: Path, source: str, settings: WorkerSettings) -> ModelFile
                 f"The file {source} is for a {kind}, but SMALLCAT_MODEL_CONFIG_DIR={configs} has the configs "
                 f"of a {index['_class_name']}: set it to a folder that fits."
             )
-        index.pop(_CHECKER, None)  # A single file has none.
+        index.pop(_CHECKER, None)  # A single file has no safety checker.
         names = _names(configs)
         model_index.refuse_incomplete(index, names, f"in SMALLCAT_MODEL_CONFIG_DIR={configs}")
         kind = index["_class_name"]
         files |= {
             name: configs / name
-            for name in model_index.wanted(index, names)
+            for name in model_index.relevant_files(index, names)
             if not name.endswith(".safetensors")
         }
     return ModelFiles(
@@ -236,15 +238,15 @@ def _single_file(path: Path, source: str, settings: WorkerSettings) -> ModelFile
 
 
 def original_kind(keys: Iterable[str], source: str) -> str:
-    """The pipeline for a checkpoint in Stable Diffusion's original layout, by the names of its tensors."""
+    """The pipeline of a checkpoint in Stable Diffusion's original layout, by the names of its tensors."""
     parts = {key.split(".", 1)[0] for key in keys}
     if {"model", "first_stage_model", "conditioner"} <= parts:
         return "StableDiffusionXLPipeline"
     if {"model", "first_stage_model", "cond_stage_model"} <= parts:
         return "StableDiffusionPipeline"
     raise SettingsError(
-        f"The file {source} is no whole Stable Diffusion checkpoint (UNet, VAE and text encoder): use one, "
-        "or a folder that diffusers saved a pipeline to."
+        f"The file {source} is not a complete Stable Diffusion checkpoint (UNet, VAE and text encoder): use "
+        "one, or a folder in the format of diffusers."
     )
 
 
@@ -254,22 +256,22 @@ def original_kind(keys: Iterable[str], source: str) -> str:
 def read_header(path: Path) -> dict[str, Any]:
     """The tensors that a .safetensors file declares, by name.
 
-    Only the header is read: 8 bytes of length, JSON, then the data (the format of huggingface/safetensors).
-    Raises `SettingsError` when the file is truncated, or something else under that name.
+    Reads only the header. The format is 8 bytes of length, JSON, then the data (huggingface/safetensors).
+    Raises `SettingsError` if the file is truncated or of another format.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        # A zip archive is what torch.save writes; the others begin a bare pickle of protocol 2 to 5.
+        # torch.save writes a zip archive; the other bytes start a plain pickle of protocol 2 to 5.
         if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
             raise SettingsError(
-                f"{path} holds a pickle under a .safetensors name: {model_index.PICKLE_REASON}."
+                f"{path} is a pickle with the name of a .safetensors file: {model_index.PICKLE_REASON}."
             )
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
             raise SettingsError(
-                f"{path} is truncated or no safetensors file ({size:,} bytes): get it again, with git-lfs "
-                "where it came from a git clone."
+                f"{path} is truncated or not a safetensors file ({size:,} bytes): download it again, with "
+                "git-lfs if it came from a git clone."
             )
         text = file.read(length)
     try:
@@ -277,21 +279,21 @@ def read_header(path: Path) -> dict[str, Any]:
         header.pop("__metadata__", None)
         end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-        raise SettingsError(f"{path} is no safetensors file: get it again.") from None
+        raise SettingsError(f"{path} is not a safetensors file: download it again.") from None
     if 8 + length + end != size:
-        raise SettingsError(f"{path} is truncated: {size:,} bytes of {8 + length + end:,}; get it again.")
+        raise SettingsError(f"{path} has {size:,} of {8 + length + end:,} bytes: download it again.")
     return header
 
 
 def digest(files: Mapping[str, Path]) -> str:
-    """16 hexadecimal digits: SHA-256 over the names and the files' contents, in the names' order."""
+    """16 hexadecimal digits of a SHA-256 over the names and contents of `files`, in the order of names."""
 
-    def one(path: Path) -> str:
+    def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     names = sorted(files)
-    # Hashing gives up the interpreter's lock: a model of several large files takes a fraction of the time.
+    # Hashing releases Python's lock, so that several large files are hashed at once.
     with ThreadPoolExecutor(max_workers=4) as pool:
-        sums = list(pool.map(one, (files[name] for name in names)))
+        sums = list(pool.map(sha256, (files[name] for name in names)))
     return hashlib.sha256(json.dumps([names, sums]).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""One GPU for one worker: a second one on the same machine takes the next GPU, with nothing to set.
+"""Gives each worker of a machine a GPU of its own, without any setting.
 
-A worker holds a lock file for its GPU, named by the GPU's UUID in the system's folder for temporary files,
-for as long as its process lives: however that ends, the kernel frees the lock. No torch here.
+A worker locks a file in the system's temporary folder that is named by its GPU's UUID. It holds the lock for
+the life of its process. However the process ends, the kernel releases the lock. No torch here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 from worker.contract.errors import SettingsError
 
-#: What a user sets to choose by hand, as CUDA reads it.
+#: The variable with which a user chooses GPUs; CUDA reads it.
 CHOSEN_BY = "CUDA_VISIBLE_DEVICES"
 
-#: UUIDs of the GPUs that this process holds. Their files stay open, and must not be opened a second time:
-#: closing any descriptor of a file drops the process' locks on it.
+#: UUIDs of the GPUs that this process has locked. Their files stay open, and must not be opened again:
+#: closing any descriptor of a file releases the process' locks on it.
 _held: set[str] = set()
 _guard = threading.Lock()
 
@@ -29,17 +29,17 @@ _guard = threading.Lock()
 def take(
     count: int, uuid_of: Callable[[int], str], environment: Mapping[str, str] = os.environ
 ) -> tuple[int, str]:
-    """The index of a GPU that no other worker uses, of the `count` >= 1 that this process sees, and why it.
+    """The index of a GPU that no other worker uses, of the `count` >= 1 that this process sees, and why.
 
-    Taken for the life of the process; a later call gives the same one. `uuid_of` gives a GPU's UUID by its
-    index. A GPU that CUDA_VISIBLE_DEVICES leaves as the only one is the user's choice, and taken in any case.
-    Raises `SettingsError` when all are taken.
+    It is locked for the life of the process; a later call returns the same one. `uuid_of` returns a GPU's
+    UUID by its index. If CUDA_VISIBLE_DEVICES names a single GPU, that one is taken even if another worker
+    uses it. Raises `SettingsError` if all GPUs are taken.
     """
     uuids = [uuid_of(index) for index in range(count)]
     with _guard:
         for index, uuid in enumerate(uuids):
             if uuid in _held:
-                return index, "taken by this process before"
+                return index, "this process took it before"
         holders: list[str] = []
         for index, uuid in enumerate(uuids):
             holder = _lock(lock_path(uuid))
@@ -48,35 +48,33 @@ def take(
                 return index, _reason(count, holders, environment)
             holders.append(holder)
     if count == 1 and environment.get(CHOSEN_BY):
-        return 0, f"{CHOSEN_BY} leaves no other, although {holders[0]} uses it"
-    told = ", ".join(f"GPU {index} by {holder}" for index, holder in enumerate(holders))
+        return 0, f"the only GPU in {CHOSEN_BY}, although {holders[0]} uses it"
+    taken = ", ".join(f"GPU {index} by {holder}" for index, holder in enumerate(holders))
     raise SettingsError(
-        f"Every GPU that this worker sees is taken ({told}): stop one of them, start fewer workers on this "
+        f"Every GPU that this worker sees is taken ({taken}): stop one of them, start fewer workers on this "
         f"machine, or set {CHOSEN_BY} to one GPU to share it."
     )
 
 
 def lock_path(uuid: str) -> Path:
-    """The lock file of a GPU. It is left there: deleting it would let two workers hold one GPU."""
+    """The lock file of a GPU. It is never deleted: otherwise two workers could lock one GPU."""
     return Path(tempfile.gettempdir()) / f"smallcat-gpu-{uuid}.lock"
 
 
 def _reason(count: int, holders: list[str], environment: Mapping[str, str]) -> str:
     if count == 1:
-        return f"{CHOSEN_BY} chooses it" if environment.get(CHOSEN_BY) else "the only GPU"
-    others = (
-        f"; {', '.join(holders)} {'has' if len(holders) == 1 else 'have'} the ones before" if holders else ""
-    )
+        return f"the only GPU in {CHOSEN_BY}" if environment.get(CHOSEN_BY) else "the only GPU"
+    others = "".join(f"; {holder} uses GPU {index}" for index, holder in enumerate(holders))
     return f"the first free one of {count} GPUs{others}"
 
 
 def _lock(path: Path) -> str:
-    """Lock the file for the life of this process. Returns who else has it, else ""."""
+    """Lock the file for the life of this process. Returns "", or the process that has locked it."""
     with _explained(path):
         file = _open(path)
         try:
-            # A lock of the process (POSIX), not of the open file (BSD): a child that was forked, such as a
-            # compiler's, does not keep it when this process dies.
+            # A lock of the process (POSIX), not of the open file (BSD): a forked child, such as a compiler's,
+            # does not keep it after this process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             pid = os.pread(file, 32, 0).decode("ascii", "replace").strip()
@@ -87,8 +85,8 @@ def _lock(path: Path) -> str:
 
 
 def _open(path: Path) -> int:
-    """The file's descriptor, for every user of the machine to open as well."""
-    # Not both at once: where /tmp is protected, opening another user's file as if to create it is refused.
+    """Open the file so that every user of the machine can open it too. Returns its descriptor."""
+    # Create, then open: where /tmp is protected, one call for both fails on another user's file.
     with contextlib.suppress(FileExistsError):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
         os.fchmod(file, 0o666)

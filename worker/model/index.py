@@ -1,4 +1,4 @@
-"""What a diffusers folder says it holds, by its model_index.json and the names of its files."""
+"""The components of a diffusers folder, by its model_index.json and the names of its files."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from worker.contract.errors import SettingsError
 
 #: The diffusers pipelines that are served.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
-#: Where a component's class may come from; anything else is code in the model's own repository.
+#: Libraries that a component's class may come from; any other is code in the model's own repository.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-#: The file that says what a folder's components are.
+#: The file that lists a folder's components.
 INDEX = "model_index.json"
-#: Endings of pickled weights.
+#: Suffixes of pickled weights.
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-#: Components that every pipeline that is served needs, and those that SDXL needs besides.
+#: Components that every served pipeline needs, and those that SDXL needs in addition.
 _NEEDED = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 _NEEDED_XL = ("text_encoder_2", "tokenizer_2")
 #: Components without weights.
 _NO_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
-#: Weights that diffusers and transformers load by themselves: whole or in shards, plain or of a variant.
+#: Names of weights that diffusers and transformers load: in one file or in shards, plain or fp16.
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(\.fp16)?(-\d{5}-of-\d{5})?\.safetensors")
 #: Why pickled weights are refused.
 PICKLE_REASON = (
-    "pickled weights can run any code while they load, and are refused: convert them to safetensors, or take "
+    "pickled weights can run any code while they load, and are refused: convert them to safetensors, or use "
     "the model's safetensors version"
 )
 
 
 def read_index(folder: Path, source: str) -> dict[str, Any]:
-    """`folder`'s model_index.json. Raises `SettingsError` unless it is of a pipeline that is served."""
+    """The model_index.json of `folder`. Raises `SettingsError` unless it is of a served pipeline."""
     path = folder / INDEX
     if not path.is_file():
-        raise SettingsError(
-            f"The model {source} has no {INDEX}: use a folder that diffusers saved a pipeline to."
-        )
+        raise SettingsError(f"The model {source} has no {INDEX}: use a folder in the format of diffusers.")
     try:
         index: dict[str, Any] = dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError) as error:
-        raise SettingsError(f"The {INDEX} of {source} is no JSON object ({error}): get it again.") from None
+        raise SettingsError(
+            f"The {INDEX} of {source} is not a JSON object ({error}): download it again."
+        ) from None
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise SettingsError(
@@ -51,14 +51,14 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
     for component, (library, _) in components(index).items():
         if library not in LIBRARIES:
             raise SettingsError(
-                f"The {component} of {source} comes from {library}, which is code of the model's own and is "
-                f"not run: use a model whose components come from {', '.join(LIBRARIES)}."
+                f"The {component} of {source} comes from {library}, which is custom code and is not run: use "
+                f"a model whose components come from {', '.join(LIBRARIES)}."
             )
     return index
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Component to (library, class), without those that the model does not have."""
+    """(library, class) by component, without components that the model does not have."""
     return {
         name: (entry[0], entry[1])
         for name, entry in index.items()
@@ -67,7 +67,7 @@ def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def weights_of(index: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
-    """Component to the names of its weights' files, plain and of variants, for all that have weights."""
+    """Names of weight files by component, plain and of variants, for all components that have weights."""
     found: dict[str, list[str]] = {name: [] for name in components(index) if name not in _NO_WEIGHTS}
     for name in names:
         folder, _, file = name.partition("/")
@@ -77,21 +77,23 @@ def weights_of(index: Mapping[str, Any], names: Iterable[str]) -> dict[str, list
 
 
 def refuse_incomplete(index: Mapping[str, Any], names: Iterable[str], source: str) -> None:
-    """Raise `SettingsError` unless each component that the pipeline needs is there, weights apart."""
+    """Raise `SettingsError` unless each component that the pipeline needs has files. Ignores weights."""
     names = set(names)
     present = components(index)
     needed = _NEEDED + (_NEEDED_XL if "XL" in index["_class_name"] else ())
     for component in sorted({*needed, *present}):
         if component not in present or not any(name.startswith(f"{component}/") for name in names):
-            raise SettingsError(f"The model {source} has no {component}: get its files again.")
+            raise SettingsError(f"The model {source} has no {component}: download its files again.")
         vocabularies = {f"{component}/tokenizer.json", f"{component}/vocab.json"}
-        # Without one, the tokenizer would load empty and every prompt would mean the same.
+        # Without a vocabulary the tokenizer loads empty, and every prompt means the same.
         if component.startswith("tokenizer") and not vocabularies & names:
-            raise SettingsError(f"The {component} of {source} has no vocabulary: get its files again.")
+            raise SettingsError(f"The {component} of {source} has no vocabulary: download its files again.")
 
 
-def loaded(index: Mapping[str, Any], names: Iterable[str], variant: str | None) -> dict[str, list[str]]:
-    """Component to its weights' files of `variant`, or to its plain ones where it has no others."""
+def weights_to_load(
+    index: Mapping[str, Any], names: Iterable[str], variant: str | None
+) -> dict[str, list[str]]:
+    """Names of the weight files to load, by component: those of `variant`, or plain ones if it has none."""
     chosen = {}
     for component, files in weights_of(index, names).items():
         half = [file for file in files if ".fp16" in file]
@@ -105,7 +107,7 @@ def choose_variant(
 ) -> tuple[str | None, str]:
     """The variant of the weights to load, "fp16" or None, and why.
 
-    Raises `SettingsError` when a component has no safetensors at all.
+    Raises `SettingsError` if a component has no safetensors.
     """
     names = list(names)
     weights = weights_of(index, names)
@@ -113,19 +115,21 @@ def choose_variant(
         if files:
             continue
         if any(name.startswith(f"{component}/") and name.endswith(PICKLED) for name in names):
-            raise SettingsError(f"The {component} of {source} has no .safetensors: {PICKLE_REASON}.")
-        raise SettingsError(f"The model {source} has no weights for its {component}: get its files again.")
+            raise SettingsError(f"The {component} of {source} has no .safetensors file: {PICKLE_REASON}.")
+        raise SettingsError(
+            f"The model {source} has no weights for its {component}: download its files again."
+        )
     has_half = all(any(".fp16" in file for file in files) for files in weights.values())
     has_plain = all(any(".fp16" not in file for file in files) for files in weights.values())
     if has_half and half:
-        return "fp16", "its fp16 files"
+        return "fp16", "the fp16 files"
     if has_plain:
-        return None, "its plain files"
-    return "fp16", "its fp16 files, since it has no others for all of it"
+        return None, "the plain files"
+    return "fp16", "the fp16 files, because some components have no others"
 
 
-def wanted(index: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The names that matter to the picture, sorted: configs, tokenizers and weights of all components."""
+def relevant_files(index: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The names of the files that determine a picture, sorted: configs, tokenizers and weights."""
     names = list(names)
     weights = {file for files in weights_of(index, names).values() for file in files}
     present = components(index)

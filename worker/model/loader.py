@@ -1,8 +1,7 @@
-"""A diffusers pipeline from `SMALLCAT_MODEL`: found, checked, hashed and loaded, without running code of it.
+"""Loads the diffusers pipeline of `SMALLCAT_MODEL` onto a device, without running the model's own code.
 
 Served are the text-to-image pipelines of the Stable Diffusion UNet family (1.x, 2.x, XL and their latent
-consistency models), from safetensors alone. Whatever cannot be served is a `SettingsError` of one sentence.
-Each `choose_...` returns its choice with the reason, for the log.
+consistency models), from safetensors only. Any other model raises a `SettingsError` of one sentence.
 """
 
 from __future__ import annotations
@@ -39,26 +38,26 @@ from worker.model.placement import (
     take_gpu,
 )
 
-#: Steps and guidance where neither the settings nor the model say.
+#: Steps and guidance if neither the settings nor the model set them.
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 30, 7.5
-#: What diffusers' own call uses for a latent consistency model, which more steps make no better.
+#: The defaults of diffusers for a latent consistency model, which does not improve with more steps.
 LCM_STEPS, LCM_GUIDANCE = 4, 8.5
 
 
 class Recommended(BaseModel):
-    """What a model's maker recommends for jobs that do not say, from `smallcat.json`."""
+    """The job defaults that a model's author recommends, from `smallcat.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     #: Denoising steps, 1 to 150.
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    #: Classifier-free guidance, 0 to 30; 1 and below is none.
+    #: Classifier-free guidance, 0 to 30; at 1 and below there is none.
     guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pipeline on its device, ready to run, and what there is to say about it."""
+    """A pipeline on its device, ready to run, with all choices that were made."""
 
     pipeline: Any
     served: ServedModel
@@ -70,8 +69,8 @@ class Loaded:
 def load(settings: WorkerSettings) -> Loaded:
     """The pipeline that the settings name, on its device, in evaluation mode.
 
-    Raises `SettingsError` when the model is missing, out of reach, truncated, pickled or of another kind,
-    or when the device or dtype asked for is not to be had.
+    Raises `SettingsError` if the model is missing, cannot be downloaded, is truncated, pickled or not served,
+    or if the machine does not support the device or the dtype of the settings.
     """
     device, device_reason = choose_device(settings.device)
     if device.type == "cuda":
@@ -81,7 +80,7 @@ def load(settings: WorkerSettings) -> Loaded:
     _quieten()
     pipeline = _load(files, settings, dtype)
     _check(pipeline, files)
-    layout = _place(pipeline, device, compiled=settings.compile)
+    layout = _to_device(pipeline, device, compiled=settings.compile)
     served = ServedModel(
         name=_name(settings, files),
         revision=_revision(files, settings),
@@ -102,9 +101,9 @@ def load(settings: WorkerSettings) -> Loaded:
 
 
 def _quieten() -> None:
-    """Let the libraries say errors alone: what else matters is a choice here, or a render's warning.
+    """Let the libraries log only errors.
 
-    Their warnings would also put prompts into the log.
+    Other things that matter are choices here or warnings of a job. And the libraries' warnings quote prompts.
     """
     for library in (diffusers.utils.logging, transformers.utils.logging):
         logging: Any = library
@@ -116,7 +115,7 @@ def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.
     kind = getattr(diffusers, files.pipeline_class)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if "XL" in files.pipeline_class:
-        # A watermark changes pixels, and diffusers' default depends on what happens to be installed.
+        # A watermark changes pixels, and whether diffusers adds one depends on the installed packages.
         options["add_watermarker"] = False
     elif not (files.ships_checker and settings.safety_checker):
         options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -131,7 +130,7 @@ def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.
         remedy = (
             "set SMALLCAT_MODEL_CONFIG_DIR to a folder with its components' configs"
             if files.single_file and not settings.model_config_dir
-            else "get its files again"
+            else "download its files again"
         )
         raise SettingsError(
             f"The model {files.source} does not load ({first_line(error)}): {remedy}."
@@ -139,7 +138,7 @@ def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.
 
 
 def _check(pipeline: Any, files: model_files.ModelFiles) -> None:
-    """Refuse what loads, but is no text-to-image model or not whole."""
+    """Raise `SettingsError` if the loaded model is not text-to-image, or lacks weights."""
     source, kind = files.source, type(pipeline.unet)
     if not issubclass(kind, diffusers.UNet2DConditionModel):
         raise SettingsError(f"The model {source} has a {kind.__name__}: use one with a UNet2DConditionModel.")
@@ -154,32 +153,32 @@ def _check(pipeline: Any, files: model_files.ModelFiles) -> None:
             continue
         weights = list(component.parameters())
         needed = sum(weight.numel() for weight in weights)
-        # The libraries leave a tensor that is missing from the files empty or random, and only warn.
+        # For a tensor that is not in the files, the libraries only warn, and leave it empty or random.
         if any(weight.is_meta for weight in weights) or files.values.get(name, needed) < needed:
             raise SettingsError(
-                f"The {name} of {source} has {files.values.get(name, 0):,} weights of {needed:,}: get its "
-                "files again."
+                f"The {name} of {source} has {files.values.get(name, 0):,} of {needed:,} weights: download "
+                "its files again."
             )
 
 
-def _place(pipeline: Any, device: torch.device, *, compiled: bool) -> tuple[str, str]:
-    """Move all to the device, ready for inference. Returns the memory layout chosen, and why."""
+def _to_device(pipeline: Any, device: torch.device, *, compiled: bool) -> tuple[str, str]:
+    """Move all components to the device, ready for inference. Returns the memory layout, and why."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     vae = pipeline.vae
     is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
     if is_xl and vae.config.force_upcast and vae.dtype == torch.float16:
-        # SDXL's VAE overflows in fp16: diffusers raises it to fp32 for each decode, here it stays there.
+        # SDXL's VAE overflows in fp16. diffusers converts it to fp32 for each call; here it stays fp32.
         vae.to(torch.float32)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     if device.type == "cuda" and not compiled:
-        return "contiguous", "channels_last pays on a GPU only where the UNet is compiled"
+        return "contiguous", "channels_last is faster on a GPU only if the UNet is compiled"
     pipeline.unet.to(memory_format=torch.channels_last)
     vae.to(memory_format=torch.channels_last)
     if device.type == "cuda":
-        return "channels_last", "what the tensor cores take, and compiled code converts nothing"
+        return "channels_last", "the layout of the tensor cores; compiled code needs no conversions"
     return "channels_last", "convolutions take up to a third less time on a CPU"
 
 
@@ -187,21 +186,21 @@ def _name(settings: WorkerSettings, files: model_files.ModelFiles) -> str:
     name = settings.model_name or files.name
     if name == DEFAULT_MODEL or len(name) > MAX_MODEL or not name.isprintable():
         raise SettingsError(
-            f'The model\'s name is "{name[:60]}", which jobs cannot ask for: set SMALLCAT_MODEL_NAME to '
-            f"another, up to {MAX_MODEL} printable characters."
+            f'The model\'s name is "{name[:60]}", which no job can name: set SMALLCAT_MODEL_NAME to another '
+            f"one, of at most {MAX_MODEL} printable characters."
         )
     return name
 
 
 def _revision(files: model_files.ModelFiles, settings: WorkerSettings) -> str:
-    """The files' revision. Without its safety checker, a model gives other pictures."""
+    """The revision of the files. Without its safety checker, a model returns other pictures."""
     if files.ships_checker and not settings.safety_checker:
         return f"{files.revision}-unchecked"
     return files.revision
 
 
 def _defaults(pipeline: Any, files: model_files.ModelFiles, settings: WorkerSettings) -> Defaults:
-    """What jobs that do not say get: the settings, else the model's own, else 30 steps and guidance 7.5."""
+    """The defaults of jobs: from the settings, else from the model, else 30 steps and guidance 7.5."""
     recommended = _recommended(files)
     is_lcm = isinstance(pipeline, diffusers.LatentConsistencyModelPipeline)
     steps = (settings.default_steps, recommended.steps, LCM_STEPS if is_lcm else DEFAULT_STEPS)
@@ -233,5 +232,5 @@ def _recommended(files: model_files.ModelFiles) -> Recommended:
 
 
 def _pixels(side: int) -> int:
-    """The nearest side that a job may have."""
+    """`side` in pixels, as a job may have it: within the limits, and rounded down to the step."""
     return max(MIN_SIZE, min(MAX_SIZE, side // SIZE_STEP * SIZE_STEP))

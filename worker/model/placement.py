@@ -1,4 +1,4 @@
-"""Where a model runs and how: device, arithmetic, safety checker, each choice with its reason."""
+"""Chooses the device, the arithmetic and the safety checker of a model, each with the reason."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from worker.model import gpu_lock
 
 @dataclass(frozen=True)
 class Choice:
-    """One thing that was chosen at start, for the log."""
+    """A choice made at the start, for the log."""
 
-    #: What was to be chosen: "device", "dtype", "attention", "max rows", "model", "safety checker", ...
+    #: What is chosen: "device", "dtype", "attention", "max rows", "model", "safety checker", ...
     what: str
-    #: What was taken.
+    #: The value chosen.
     choice: str
     #: Why.
     reason: str
 
 
 def choose_device(asked: str) -> tuple[torch.device, str]:
-    """What to run on, and why. Raises `SettingsError` when a GPU is asked for and there is none."""
+    """The device to run on, and why. Raises `SettingsError` if `asked` is "cuda" and there is no GPU."""
     if asked == "cpu":
-        return torch.device("cpu"), "SMALLCAT_DEVICE asks for it"
+        return torch.device("cpu"), "set by SMALLCAT_DEVICE"
     if not torch.cuda.is_available():
         if asked == "auto":
             return torch.device("cpu"), "torch finds no CUDA GPU"
@@ -34,18 +34,18 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
             f"SMALLCAT_DEVICE is cuda, but torch {torch.__version__} finds no CUDA GPU: install a CUDA build "
             "of torch and the driver, or set SMALLCAT_DEVICE=cpu."
         )
-    return torch.device("cuda"), "there is a GPU" if asked == "auto" else "SMALLCAT_DEVICE asks for it"
+    return torch.device("cuda"), "torch finds a CUDA GPU" if asked == "auto" else "set by SMALLCAT_DEVICE"
 
 
 def take_gpu() -> tuple[torch.device, str]:
-    """A GPU that no other worker has, for the life of this process, and why this one.
+    """A GPU that no other worker uses, for the life of this process, and why this one.
 
-    Raises `SettingsError` when there is none.
+    Raises `SettingsError` if there is none.
     """
     index, reason = gpu_lock.take(
         torch.cuda.device_count(), lambda index: str(torch.cuda.get_device_properties(index).uuid)
     )
-    # Threads start with the first GPU as theirs, and libraries ask for the present one.
+    # Libraries use the current GPU; by default that is the first one.
     torch.cuda.set_device(index)
     return torch.device("cuda", index), reason
 
@@ -54,31 +54,31 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The arithmetic of the UNet, text encoders and VAE, and why. Sampler arithmetic is always fp32."""
     if asked == "auto":
         if device.type == "cuda":
-            return torch.float16, "half the memory and many times the speed of fp32 on a GPU"
-        return torch.float32, "the fastest on most CPUs, and exact"
+            return torch.float16, "half the memory of fp32, and many times faster on a GPU"
+        return torch.float32, "the fastest and most exact on most CPUs"
     if (
         asked == "bf16"
         and device.type == "cuda"
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise SettingsError(
-            "SMALLCAT_DTYPE is bf16, which this GPU does not have: set SMALLCAT_DTYPE=fp16 or leave it out."
+            "SMALLCAT_DTYPE is bf16, which this GPU does not support: set SMALLCAT_DTYPE=fp16 or unset it."
         )
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    return dtypes[asked], "SMALLCAT_DTYPE asks for it"
+    return dtypes[asked], "set by SMALLCAT_DTYPE"
 
 
 def choose_safety_checker(settings: WorkerSettings, *, ships_one: bool) -> tuple[str, str]:
-    """Whether a safety checker looks at every picture, and why."""
+    """Whether a safety checker checks every picture, and why."""
     if not ships_one:
-        return "none", "the model ships none"
+        return "none", "the model has none"
     if settings.safety_checker:
-        return "on", "the model ships one"
-    return "off", "SMALLCAT_SAFETY_CHECKER switches it off"
+        return "on", "the model has one"
+    return "off", "set by SMALLCAT_SAFETY_CHECKER"
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a log shows it."""
+    """The device as it appears in the log."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"

@@ -414,7 +414,7 @@ def test_without_matplotlib_it_says_so(model: Path, tmp_path: Path, monkeypatch:
     [
         (["--model", "x", "--shapes", "sd15"], 2, "exclude each other"),
         (["--only", "d"], 2, "'d' is not one of"),
-        (["--model", "/nowhere"], 1, "SMALLCAT_MODEL is /nowhere, where there is nothing"),
+        (["--model", "/nowhere"], 1, "SMALLCAT_MODEL is /nowhere, which does not exist"),
     ],
 )
 def test_what_cannot_be_measured(arguments: list[str], exit_code: int, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Who gets which GPU of a machine: real processes, GPUs that are only UUIDs."""
+"""Which worker gets which GPU of a machine: real processes, and GPUs that are only UUIDs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from worker.contract.errors import SettingsError
 from worker.model import gpu_lock
 
-#: A worker as far as its GPU goes: takes one, says which, and lives until its input ends.
+#: A worker reduced to its GPU: it takes one, prints which, and lives until its input ends.
 WORKER = """
 import sys
 from worker.model import gpu_lock
@@ -26,7 +26,7 @@ except SettingsError as error:
     print(error, flush=True)
 sys.stdin.read()
 """
-#: The same, with a child that was forked and outlives it.
+#: The same, with a forked child that outlives it.
 PARENT = WORKER.replace(
     "sys.stdin.read()", "import os\nif pid := os.fork():\n    print(pid, flush=True)\nsys.stdin.read()"
 )
@@ -45,8 +45,8 @@ class Worker:
             text=True,
         )
 
-    def says(self) -> str:
-        """Its next line."""
+    def next_line(self) -> str:
+        """The next line that it prints."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().rstrip("\n")
 
@@ -71,14 +71,17 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
 
 def test_each_worker_takes_the_first_free_gpu(start: Callable[..., Worker]) -> None:
     first, second = start(2), start(2)
-    assert {first.says()[:1], second.says()[:1]} == {"0", "1"}
+    assert {first.next_line()[:1], second.next_line()[:1]} == {"0", "1"}
 
 
-def test_what_is_said_of_the_choice(start: Callable[..., Worker]) -> None:
+def test_the_reason_for_the_choice_names_the_users_of_other_gpus(start: Callable[..., Worker]) -> None:
     first = start(3)
-    assert first.says() == "0 the first free one of 3 GPUs"
-    assert (
-        start(3).says() == f"1 the first free one of 3 GPUs; process {first.process.pid} has the ones before"
+    assert first.next_line() == "0 the first free one of 3 GPUs"
+    second = start(3)
+    assert second.next_line() == f"1 the first free one of 3 GPUs; process {first.process.pid} uses GPU 0"
+    assert start(3).next_line() == (
+        f"2 the first free one of 3 GPUs; process {first.process.pid} uses GPU 0; "
+        f"process {second.process.pid} uses GPU 1"
     )
 
 
@@ -86,9 +89,9 @@ def test_when_all_are_taken_the_holders_and_the_remedy_are_named(start: Callable
     workers = []
     for _ in range(2):
         workers.append(start(2))
-        workers[-1].says()
+        workers[-1].next_line()
     pids = [worker.process.pid for worker in workers]
-    assert start(2).says() == (
+    assert start(2).next_line() == (
         f"Every GPU that this worker sees is taken (GPU 0 by process {pids[0]}, GPU 1 by process {pids[1]}): "
         "stop one of them, start fewer workers on this machine, or set CUDA_VISIBLE_DEVICES to one GPU to "
         "share it."
@@ -97,39 +100,39 @@ def test_when_all_are_taken_the_holders_and_the_remedy_are_named(start: Callable
 
 def test_a_killed_worker_frees_its_gpu(start: Callable[..., Worker]) -> None:
     victim = start(1)
-    assert victim.says() == "0 the only GPU"
+    assert victim.next_line() == "0 the only GPU"
     victim.kill()
-    assert start(1).says() == "0 the only GPU"
+    assert start(1).next_line() == "0 the only GPU"
 
 
 def test_a_child_that_outlives_a_killed_worker_does_not_keep_its_gpu(start: Callable[..., Worker]) -> None:
     """Compilers are forked children of a worker."""
     victim = start(1, PARENT)
-    victim.says()
-    child = int(victim.says())
+    victim.next_line()
+    child = int(victim.next_line())
     victim.kill()
     os.kill(child, 0)
-    assert start(1).says() == "0 the only GPU"
+    assert start(1).next_line() == "0 the only GPU"
     os.kill(child, signal.SIGKILL)
 
 
-def test_the_users_own_choice_is_taken_in_any_case(start: Callable[..., Worker]) -> None:
+def test_a_single_gpu_that_the_user_chooses_is_taken_in_any_case(start: Callable[..., Worker]) -> None:
     first = start(1, CUDA_VISIBLE_DEVICES="3")
-    assert first.says() == "0 CUDA_VISIBLE_DEVICES chooses it"
-    assert start(1, CUDA_VISIBLE_DEVICES="3").says() == (
-        f"0 CUDA_VISIBLE_DEVICES leaves no other, although process {first.process.pid} uses it"
+    assert first.next_line() == "0 the only GPU in CUDA_VISIBLE_DEVICES"
+    assert start(1, CUDA_VISIBLE_DEVICES="3").next_line() == (
+        f"0 the only GPU in CUDA_VISIBLE_DEVICES, although process {first.process.pid} uses it"
     )
 
 
-def test_the_users_own_choice_is_respected_by_others(start: Callable[..., Worker]) -> None:
-    start(1, CUDA_VISIBLE_DEVICES="0").says()
-    assert start(2).says()[:1] == "1"
+def test_a_gpu_that_the_user_chose_is_not_taken_by_others(start: Callable[..., Worker]) -> None:
+    start(1, CUDA_VISIBLE_DEVICES="0").next_line()
+    assert start(2).next_line()[:1] == "1"
 
 
-def test_of_several_that_the_user_leaves_each_worker_takes_one(start: Callable[..., Worker]) -> None:
-    """As a cluster's scheduler sets it for all that runs on the machine."""
+def test_of_several_gpus_that_the_user_chooses_each_worker_takes_one(start: Callable[..., Worker]) -> None:
+    """A cluster's scheduler sets the variable for all processes on a machine."""
     for expected in ("0 the first", "1 the first", "Every GPU"):
-        assert start(2, CUDA_VISIBLE_DEVICES="4,5").says().startswith(expected)
+        assert start(2, CUDA_VISIBLE_DEVICES="4,5").next_line().startswith(expected)
 
 
 @pytest.fixture
@@ -143,13 +146,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_process_that_takes_twice_gets_the_same_one(here: Path) -> None:
     """The benchmark loads one model after the other."""
     assert gpu_lock.take(2, "uuid-{}".format, {})[0] == 0
-    assert gpu_lock.take(2, "uuid-{}".format, {}) == (0, "taken by this process before")
+    assert gpu_lock.take(2, "uuid-{}".format, {}) == (0, "this process took it before")
 
 
 def test_the_lock_belongs_to_the_gpu_whatever_its_index(here: Path, start: Callable[..., Worker]) -> None:
     """CUDA_VISIBLE_DEVICES gives the same GPU another index."""
     assert gpu_lock.take(1, lambda index: "uuid-1", {})[0] == 0
-    assert [start(2).says()[:1], start(2).says()[:5]] == ["0", "Every"]
+    assert [start(2).next_line()[:1], start(2).next_line()[:5]] == ["0", "Every"]
 
 
 def test_every_user_of_the_machine_may_lock(here: Path) -> None:

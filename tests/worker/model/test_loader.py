@@ -1,4 +1,4 @@
-"""What `SMALLCAT_MODEL` can be, what is refused and with which sentence, and what a revision stands for."""
+"""What `SMALLCAT_MODEL` can be, what is refused with which sentence, and what a revision covers."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_defaults_come_from_the_settings_then_the_model(folder: Path) -> None:
     }
     assert load(folder, default_steps=5).served.defaults.steps == 5
     assert load(folder, default_guidance_scale=0.0).served.defaults.guidance_scale == 0.0
-    # They are no part of the picture: a job carries what it was rendered with.
+    # They are not part of the revision: a job names its own steps and guidance.
     revision = load(folder).served.revision
     tiny_models.set_defaults(folder, steps=9)
     assert load(folder).served.revision == revision
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"steps": 0}', '{"step": 5}'])
-def test_defaults_that_make_no_sense(folder: Path, text: str) -> None:
+def test_defaults_that_are_not_valid(folder: Path, text: str) -> None:
     (folder / "smallcat.json").write_text(text)
     with pytest.raises(SettingsError, match=r"smallcat\.json must be like"):
         load(folder)
@@ -139,7 +139,7 @@ def halve(folder: Path, component: str) -> None:
         save_file(weights, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
 
 
-def test_fp16_files_are_taken_for_fp16_where_all_have_them(folder: Path) -> None:
+def test_fp16_files_are_loaded_for_fp16_if_all_components_have_them(folder: Path) -> None:
     for component in ("unet", "vae", "text_encoder"):
         halve(folder, component)
     assert find(folder, half=True).variant is None
@@ -150,7 +150,7 @@ def test_fp16_files_are_taken_for_fp16_where_all_have_them(folder: Path) -> None
         if ".fp16" not in path.name:
             path.unlink()
     assert find(folder, half=False).variant == "fp16"
-    # fp16 files do for an fp32 worker.
+    # An fp32 worker can load fp16 files.
     assert load(folder).pipeline.unet.dtype == torch.float32
 
 
@@ -173,16 +173,19 @@ def test_pickled_weights_beside_safetensors_do_not_matter(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("breaks", "sentence"),
     [
-        (Path.unlink, "has no weights for its unet: get its files again"),
-        (pickled, r"The unet of .* has no \.safetensors: pickled weights can run any code"),
-        (zipped, "holds a pickle under a .safetensors name: pickled weights can run any code"),
-        (lambda path: path.write_bytes(pickle.dumps({})), "holds a pickle under a .safetensors name"),
-        (lambda path: path.write_bytes(b""), "truncated or no safetensors file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"is truncated: [\d,]+ bytes of [\d,]+"),
-        (lambda path: path.write_bytes(path.read_bytes()[:100]), "truncated or no safetensors file"),
+        (Path.unlink, "has no weights for its unet: download its files again"),
+        (pickled, r"The unet of .* has no \.safetensors file: pickled weights can run any code"),
+        (zipped, "is a pickle with the name of a .safetensors file: pickled weights can run any code"),
+        (lambda path: path.write_bytes(pickle.dumps({})), "is a pickle with the name of a .safetensors file"),
+        (lambda path: path.write_bytes(b""), "truncated or not a safetensors file"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1]),
+            r"has [\d,]+ of [\d,]+ bytes: download it again",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "truncated or not a safetensors file"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n" * 9), "git-lfs"),
-        (lambda path: path.write_bytes(struct.pack("<Q", 4) + b"null"), "is no safetensors file"),
-        (lambda path: save_file({"x": torch.zeros(1)}, path), r"The unet of .* has 1 weights of [\d,]+"),
+        (lambda path: path.write_bytes(struct.pack("<Q", 4) + b"null"), "is not a safetensors file"),
+        (lambda path: save_file({"x": torch.zeros(1)}, path), r"The unet of .* has 1 of [\d,]+ weights"),
     ],
 )
 def test_weights_that_cannot_be_used(folder: Path, breaks: Callable[[Path], Any], sentence: str) -> None:
@@ -195,11 +198,13 @@ def test_weights_that_lack_a_tensor(folder: Path) -> None:
     weights = load_file(path)
     del weights[next(name for name in weights if "mlp" in name)]
     save_file(weights, path, metadata={"format": "pt"})
-    refuse(folder, r"The text_encoder of .* has [\d,]+ weights of [\d,]+: get its files again")
+    refuse(folder, r"The text_encoder of .* has [\d,]+ of [\d,]+ weights: download its files again")
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_header_or_a_sentence(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_any_bytes_are_a_header_or_a_settings_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(data)
     with pytest.raises(SettingsError):
@@ -217,7 +222,7 @@ def test_any_bytes_are_a_header_or_a_sentence(tmp_path_factory: pytest.TempPathF
         ({"_class_name": ["pipeline", "MyPipeline"]}, "is not served"),
         (
             {"unet": ["my_unet", "MyUNet"]},
-            "The unet of .* comes from my_unet, which is code of the model's own",
+            "The unet of .* comes from my_unet, which is custom code and is not run",
         ),
         ({"unet": [None, None]}, "has no unet"),
     ],
@@ -227,11 +232,11 @@ def test_pipelines_that_are_not_served(folder: Path, changes: dict[str, Any], se
     refuse(folder, sentence)
 
 
-def test_an_index_that_is_missing_or_no_json(folder: Path) -> None:
+def test_an_index_that_is_missing_or_not_json(folder: Path) -> None:
     (folder / "model_index.json").write_text("{")
-    refuse(folder, "is no JSON object")
+    refuse(folder, "is not a JSON object")
     (folder / "model_index.json").write_text("[1]")
-    refuse(folder, "is no JSON object")
+    refuse(folder, "is not a JSON object")
     (folder / "model_index.json").unlink()
     refuse(folder, "has no model_index.json")
 
@@ -239,12 +244,12 @@ def test_an_index_that_is_missing_or_no_json(folder: Path) -> None:
 @pytest.mark.parametrize("component", ["scheduler", "tokenizer", "unet", "safety_checker"])
 def test_a_component_that_is_missing(folder: Path, component: str) -> None:
     shutil.rmtree(folder / component)
-    refuse(folder, f"(no|its) {component}: get its files again")
+    refuse(folder, f"(no|its) {component}: download its files again")
 
 
-def test_a_tokenizer_without_words(folder: Path) -> None:
+def test_a_tokenizer_without_a_vocabulary(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    refuse(folder, "The tokenizer of .* has no vocabulary: get its files again")
+    refuse(folder, "The tokenizer of .* has no vocabulary: download its files again")
 
 
 def test_an_inpainting_unet_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,20 +264,20 @@ def test_an_inpainting_unet_is_refused(folder: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("model", "settings", "sentence"),
     [
-        ("/nowhere/at/all", {}, "SMALLCAT_MODEL is /nowhere/at/all, where there is nothing"),
-        ("./models", {}, "where there is nothing"),
-        ("sd 1.5", {}, "where there is nothing"),
+        ("/nowhere/at/all", {}, "SMALLCAT_MODEL is /nowhere/at/all, which does not exist"),
+        ("./models", {}, "which does not exist"),
+        ("sd 1.5", {}, "which does not exist"),
         ("model.ckpt", {}, "pickled weights can run any code"),
         ("/models/v1-5.PT", {}, "pickled weights can run any code"),
-        ("owner/name", {"model_config_dir": "x"}, "leave the folder of configs out"),
+        ("owner/name", {"model_config_dir": "x"}, "unset SMALLCAT_MODEL_CONFIG_DIR"),
     ],
 )
-def test_places_where_there_is_no_model(model: str, settings: dict[str, str], sentence: str) -> None:
+def test_values_that_name_no_model(model: str, settings: dict[str, str], sentence: str) -> None:
     refuse(model, sentence, **settings)
 
 
 def test_a_revision_is_for_hub_ids(folder: Path) -> None:
-    refuse(folder, "leave the revision out", model_revision="main")
+    refuse(folder, "unset SMALLCAT_MODEL_REVISION", model_revision="main")
 
 
 def test_the_bundled_model(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
@@ -305,14 +310,14 @@ def test_a_single_file(single: tuple[Path, Path], tmp_path: Path) -> None:
     assert find(path, model_config_dir=str(others)).revision != loaded.served.revision
 
 
-def test_a_single_file_without_configs_where_there_is_no_hub(single: tuple[Path, Path]) -> None:
+def test_a_single_file_without_configs_when_the_hub_cannot_be_reached(single: tuple[Path, Path]) -> None:
     refuse(single[0], "set SMALLCAT_MODEL_CONFIG_DIR to a folder with its components' configs")
 
 
-def test_single_files_that_are_no_checkpoint(single: tuple[Path, Path], tmp_path: Path) -> None:
+def test_single_files_that_are_not_a_checkpoint(single: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file({"lora_unet_down.alpha": torch.zeros(1)}, path)
-    refuse(path, "is no whole Stable Diffusion checkpoint")
+    refuse(path, "is not a complete Stable Diffusion checkpoint")
     text = tmp_path / "notes.txt"
     text.touch()
     refuse(text, "use a hub id, a folder or a .safetensors file")
@@ -347,7 +352,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`owner/cats` in the hub's cache, as a download leaves it; the hub itself is out of reach."""
+    """`owner/cats` in the hub's cache, as a download leaves it; the hub itself cannot be reached."""
     cache = tmp_path / "hub"
     snapshot = cache / "models--owner--cats" / "snapshots" / COMMIT
     shutil.copytree(folder, snapshot)
@@ -365,16 +370,19 @@ def test_a_hub_model_from_the_cache_is_its_commit(cached: Path) -> None:
     assert load("owner/cats", safety_checker=False).served.revision == f"{COMMIT}-unchecked"
 
 
-def test_a_hub_model_that_is_half_in_the_cache(cached: Path) -> None:
+def test_a_hub_model_that_is_incomplete_in_the_cache(cached: Path) -> None:
     shutil.rmtree(cached / "vae")
     refuse("owner/cats", "The model owner/cats has no weights for its vae")
 
 
-def test_a_hub_out_of_reach(cached: Path) -> None:
-    refuse("owner/dogs", "SMALLCAT_MODEL is owner/dogs, which is no folder here, and the hub is out of reach")
+def test_a_hub_that_cannot_be_reached(cached: Path) -> None:
+    refuse(
+        "owner/dogs",
+        "SMALLCAT_MODEL is owner/dogs, which is not a folder here, and the hub cannot be reached",
+    )
 
 
-def test_only_what_is_loaded_is_fetched(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_files_that_are_loaded_are_downloaded(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     online = [
         *(path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()),
         *(f"{name}/diffusion_pytorch_model.fp16.safetensors" for name in ("unet", "vae")),
@@ -412,10 +420,10 @@ def test_only_what_is_loaded_is_fetched(cached: Path, monkeypatch: pytest.Monkey
         (hub_errors.RepositoryNotFoundError, "neither a folder here nor a public model on the hub"),
         (hub_errors.RevisionNotFoundError, "has no revision v9: correct SMALLCAT_MODEL_REVISION"),
         (hub_errors.GatedRepoError, "is gated: accept its licence on the hub and set HF_TOKEN"),
-        (hub_errors.RemoteEntryNotFoundError, "cannot be fetched as a diffusers pipeline"),
+        (hub_errors.RemoteEntryNotFoundError, "cannot be downloaded as a diffusers pipeline"),
     ],
 )
-def test_what_the_hub_says_is_one_sentence(
+def test_each_error_of_the_hub_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception], sentence: str
 ) -> None:
     def fail(*args: object, **more: object) -> str:
@@ -433,25 +441,25 @@ def test_what_the_hub_says_is_one_sentence(
 def test_choosing_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert placement.choose_device("auto") == (CPU, "torch finds no CUDA GPU")
-    assert placement.choose_device("cpu") == (CPU, "SMALLCAT_DEVICE asks for it")
+    assert placement.choose_device("cpu") == (CPU, "set by SMALLCAT_DEVICE")
     with pytest.raises(SettingsError, match=r"SMALLCAT_DEVICE is cuda, but torch .* finds no CUDA GPU"):
         placement.choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert placement.choose_device("auto") == (GPU, "there is a GPU")
-    assert placement.choose_device("cuda") == (GPU, "SMALLCAT_DEVICE asks for it")
+    assert placement.choose_device("auto") == (GPU, "torch finds a CUDA GPU")
+    assert placement.choose_device("cuda") == (GPU, "set by SMALLCAT_DEVICE")
 
 
-def test_taking_a_gpu_makes_it_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taking_a_gpu_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs, of which another worker has the first."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}")
     )
     monkeypatch.setattr(placement.gpu_lock, "take", lambda count, uuid_of: (count - 1, uuid_of(1)))
-    present: list[int] = []
-    monkeypatch.setattr(torch.cuda, "set_device", present.append)
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert placement.take_gpu() == (torch.device("cuda", 1), "GPU-1")
-    assert present == [1]
+    assert current == [1]
 
 
 def test_choosing_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,5 +467,5 @@ def test_choosing_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placement.choose_dtype("auto", CPU)[0] == torch.float32
     assert placement.choose_dtype("bf16", CPU)[0] == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    with pytest.raises(SettingsError, match="SMALLCAT_DTYPE is bf16, which this GPU does not have"):
+    with pytest.raises(SettingsError, match="SMALLCAT_DTYPE is bf16, which this GPU does not support"):
         placement.choose_dtype("bf16", GPU)
