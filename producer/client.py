@@ -225,7 +225,7 @@ def _send(now: Session, job: Job) -> JobHandle:
     from kombu.pools import producers
 
     from worker.celery import app, connection
-    from worker.contract.message import RENDER, args_repr, message_of, message_priority
+    from worker.contract.message import task_call_of
     from worker.contract.queues import queue_of
 
     deadline = time.monotonic() + now.redis_retry_s
@@ -238,13 +238,9 @@ def _send(now: Session, job: Job) -> JobHandle:
         try:
             with now.queue_errors(), pool.acquire(block=True) as producer:
                 app.send_task(
-                    RENDER,
-                    args=[message_of(job)],
-                    argsrepr=args_repr(job.prompt, job.seed),
+                    **task_call_of(job),
                     # Another one for each try: should both have arrived, the second finds the job taken.
                     task_id=f"{job.id}-{secrets.token_hex(4)}",
-                    queue=queue,
-                    priority=message_priority(job),
                     producer=producer,
                 )
             return JobHandle(job.id)

@@ -18,7 +18,7 @@ from celery import Celery
 from worker.celery import app as real
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Defaults, ImageFormat, Job, ServedModel
-from worker.contract.message import RENDER
+from worker.contract.message import TASK
 from worker.contract.settings import producer_settings
 from worker.engine.runner import Picture
 from worker.engine.ticket import Rendered
@@ -109,7 +109,7 @@ def _service() -> JobHandler:
 service = _service()
 
 
-@app.task(name=RENDER, bind=True)  # type: ignore[untyped-decorator]
+@app.task(name=TASK, bind=True)  # type: ignore[untyped-decorator]
 def render(task: Any, payload: dict[str, Any]) -> None:
-    """What `worker.tasks.render` does, without its care for what cannot happen here."""
+    """What `worker.tasks.run_job` does, without its care for what cannot happen here."""
     service.handle(payload, task.request.id)

@@ -25,7 +25,7 @@ from worker.broker.lease import postpone
 from worker.celery import app
 from worker.contract.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
 from worker.contract.job import DEFAULT_PRIORITY
-from worker.contract.message import RENDER, URGENT
+from worker.contract.message import TASK, URGENT
 from worker.contract.queues import queues_of
 from worker.contract.settings import WorkerSettings, hidden, worker_settings
 from worker.contract.versions import versions
@@ -72,9 +72,9 @@ _process: _Process | None = None
 app.steps["consumer"].add(EventGroups)
 
 
-@app.task(name=RENDER, bind=True)
-def render(task: Task[Any, Any], payload: dict[str, Any]) -> None:
-    """Render the job in `payload` (see `worker.contract.message.message_of`) and store its picture.
+@app.task(name=TASK, bind=True)
+def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
+    """Render the job in `payload` (see `worker.contract.message`) and store its picture.
 
     Whatever is raised inside becomes a `Reject` or nothing: Celery acknowledges a message whose task raised
     anything else, and a `SystemExit` or `MemoryError` would leak the pool's slot for good.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from producer.client import JobHandle, JobResult, submit_job
 from producer.session import session
 from worker.contract.errors import CallerError, UnknownJobError
+from worker.contract.message import RunMark
 from worker.contract.record import State
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def find(
         failure
         for failure in failures
         if (error_type is None or failure.error_type == error_type)
-        and (run is None or any(mark.startswith(f"{run}:") for mark in failure.runs))
+        and (run is None or any(RunMark.parse(mark).run == run for mark in failure.runs))
     ]
 
 
@@ -92,7 +93,7 @@ def lines(record: JobResult) -> list[str]:
         f"prompt     {job.prompt!r}",
         f"size       {job.width}x{job.height}, {job.steps} steps, seed {job.seed}, {job.scheduler}",
         f"model      {job.model} at {job.revision}",
-        *(f"run        {mark.split(':')[0]}" for mark in record.runs),
+        *(f"run        {RunMark.parse(mark).run}" for mark in record.runs),
     ]
     for each in record.tries:
         when = time.strftime("%H:%M:%S", time.localtime(each.at))

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from producer.ingest.journal import Journal
 from producer.ingest.manifest import Rejects, write_manifest
-from producer.ingest.message_templates import Composed, Envelope
+from producer.ingest.message_templates import MessageTemplate, TemplatedJob
 from producer.ingest.pinned import Pinned
 from producer.ingest.plan import Cursor, Plan, Planned, Rejected
 from producer.ingest.run_state import Run, Status
 from producer.ingest.types import Counts, Display, Options, Outcome
 from producer.session import Session
 from worker.contract.errors import QueueError, UnknownJobError
-from worker.contract.message import run_mark
+from worker.contract.message import Route, RunMark
 from worker.contract.record import JobRecord
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Ingest:
         self.run = Run(session.redis, options.run or plan.digest[:16], plan.digest, ttl_s)
         self._pinned = Pinned(self.run, session.fleet)
         self._stop = threading.Event()
-        self._envelopes: dict[tuple[str, int], Envelope] = {}
+        self._templates: dict[Route, MessageTemplate] = {}
         self._tag = _tag_of_process()
         self._tags = 0
         self._items: Iterator[Planned | Rejected] | None = None
@@ -168,25 +168,25 @@ class Ingest:
 
     def _message(self, job: Planned, number: int, at: int, again: str) -> tuple[str, str]:
         """The list and the message of job `number`. Every message has an id of its own, for its claim."""
-        envelope = self._envelope(job.composed)
+        template = self._template(job.templated)
         self._tags += 1
-        return envelope.list, envelope.message(
-            job.composed,
-            run_mark(self.run.id, number, job.file, job.line, at),
-            f"{job.composed.id}-{self.run.id}-{number}{again}",
+        return template.list, template.fill(
+            job.templated,
+            RunMark(self.run.id, number, job.file, job.line, at).encode(),
+            f"{job.templated.id}-{self.run.id}-{number}{again}",
             f"{self._tag}{self._tags:012x}",
         )
 
-    def _envelope(self, composed: Composed) -> Envelope:
-        if composed.route not in self._envelopes:
+    def _template(self, templated: TemplatedJob) -> MessageTemplate:
+        if templated.route not in self._templates:
             from kombu.pools import producers
 
             from worker.celery import connection
 
             pool = producers[connection(self._session.settings.redis_url)]
             with pool.acquire(block=True) as producer:
-                self._envelopes[composed.route] = Envelope(*composed.route, producer)
-        return self._envelopes[composed.route]
+                self._templates[templated.route] = MessageTemplate(templated.route, producer)
+        return self._templates[templated.route]
 
     def _look_for_lost(self, status: Status) -> None:
         """Send again what nobody has: messages that were purged, or lost with a Redis that died."""
@@ -205,13 +205,13 @@ class Ingest:
                 if number in lost:
                     missing.append((number, each))
                 number += 1
-        on_board = self.run.are_on_board([job.composed.id for _, job in missing])
+        on_board = self.run.are_on_board([job.templated.id for _, job in missing])
         missing = [job for job, is_there in zip(missing, on_board, strict=True) if not is_there]
         if not missing:
             return
         self._sent_again += 1
         if self._sent_again > MAX_SENT_AGAIN:
-            first = missing[0][1].composed.id
+            first = missing[0][1].templated.id
             raise QueueError(
                 f"{len(missing)} jobs were sent {MAX_SENT_AGAIN} times and are gone from the queue, {first} "
                 "among them: see the workers' logs, and that nobody purges the queue."
@@ -241,7 +241,7 @@ class Ingest:
     def _show(self, status: Status, journal: Journal) -> None:
         if time.monotonic() - self._counted_at > 0.5:
             self._counted_at = time.monotonic()
-            queues = {queue for queue, _ in self._envelopes} or set(self.run.queues)
+            queues = {route.queue for route in self._templates} or set(self.run.queues)
             workers = {each.name for queue in queues for each in self._session.fleet.serving(queue)}
             self._counts = replace(self._count(journal), workers=len(workers))
         self._display.update(status, self._counts)

@@ -98,7 +98,7 @@ def write_manifest(
         for each in jobs:
             if isinstance(each, Rejected):
                 continue
-            values = _manifest_line(each, sources, result(number, each.composed.id))
+            values = _manifest_line(each, sources, result(number, each.templated.id))
             if table:
                 table.writerow(_flat(values))
             else:
@@ -109,23 +109,23 @@ def write_manifest(
 
 
 def _manifest_line(job: Planned, sources: Sequence[Source], result: Mapping[str, Any]) -> dict[str, Any]:
-    composed = job.composed
+    templated = job.templated
     return {
         "file": sources[job.file].name,
         "line": job.line,
-        "id": composed.id,
+        "id": templated.id,
         "state": result["state"],
         "uri": result.get("uri"),
         "path": result.get("path"),
-        "seed": composed.seed,
-        "prompt": composed.prompt,
-        **composed.shape,
+        "seed": templated.seed,
+        "prompt": templated.prompt,
+        **templated.shape,
         "grid": dict(job.grid),
         "cached": bool(result.get("cached")),
         "error_type": result.get("error_type"),
         "error": result.get("error"),
         "timings": result.get("timings") or {},
-        "metadata": composed.metadata,
+        "metadata": templated.metadata,
     }
 
 

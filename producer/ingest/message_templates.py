@@ -1,10 +1,10 @@
-"""Jobs of a prompt file as the messages that carry them, fast: checked once a shape, then only what varies.
+"""Messages of a prompt file's jobs, fast: text templates of which only a few gaps are filled for each job.
 
 A **shape** is all of a job but its prompt, seed and metadata. The first line of a shape goes through `Job`
-itself; its texts are kept in pieces, and for the next line the prompt, the seed and the metadata are
-checked by the same limits and put between them. What these checks do not pass goes through `Job` again,
-which then says what is wrong. The result is that of `Job.parse`, `Fleet.resolve`, `Job.id` and Celery's
-own producer, to the byte; tests/producer/ingest/test_message_templates.py holds it to that.
+itself, and its texts become templates. For each later line of the shape the prompt, the seed and the
+metadata are checked by the same limits and filled in. A line that these checks refuse goes through `Job`,
+which says what is wrong. The result equals that of `Job.parse`, `Fleet.resolve`, `Job.id` and Celery's own
+producer, to the byte; tests/producer/ingest/test_message_templates.py checks it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 from worker.celery import app
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import FORMAT_VERSION, MAX_METADATA, MAX_PROMPT, MAX_SEED, Job, hashed
-from worker.contract.message import RENDER, args_repr, message_priority
-from worker.contract.queues import queue_of
+from worker.contract.job import MAX_METADATA, MAX_PROMPT, MAX_SEED, Job, hashed
+from worker.contract.message import Route, args_repr, payload_text, route_of, task_call
+from worker.contract.queues import list_of
 
 #: Shapes that are kept, at most.
 MAX_SHAPES = 1_000
@@ -32,7 +32,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
-class Composed:
+class TemplatedJob:
     """A checked and resolved job of a run, as texts."""
 
     #: The job's id.
@@ -41,33 +41,33 @@ class Composed:
     job: str
     prompt: str
     seed: int
-    #: The queue and the priority of its message.
-    route: tuple[str, int]
-    #: The other fields that determine the picture, and the metadata: for the manifest.
+    #: Where its message waits.
+    route: Route
+    #: The other fields that determine the picture: for the manifest.
     shape: Mapping[str, Any]
     metadata: Any
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """The texts of one shape: what stands before, between and after what varies."""
+    """The texts of one shape: what stands before, between and after the gaps."""
 
-    #: Of the hash: prompt, seed.
+    #: Of what is hashed into the id; the gaps are prompt and seed.
     hashed: tuple[str, str, str]
-    #: Of the job: prompt, seed, metadata.
+    #: Of the job as JSON; the gaps are prompt, seed and metadata.
     job: tuple[str, str, str, str]
-    route: tuple[str, int]
+    route: Route
     fields: Mapping[str, Any]
 
 
-class Composer:
-    """Makes messages out of job fields. `resolve` pins a job's model, as `Fleet.resolve` does."""
+class JobTemplates:
+    """Makes jobs of job fields. `resolve` fills in the model and its revision, as `Fleet.resolve` does."""
 
     def __init__(self, resolve: Callable[[Job], Job]) -> None:
         self._resolve = resolve
         self._shapes: dict[tuple[object, ...], _Shape] = {}
 
-    def compose(self, fields: Mapping[str, Any]) -> Composed:
+    def fill(self, fields: Mapping[str, Any]) -> TemplatedJob:
         """The job of these fields. Raises `InvalidJobError` as `Job.parse` does."""
         prompt, seed, metadata = fields.get("prompt"), fields.get("seed"), fields.get("metadata", {})
         if (
@@ -77,30 +77,31 @@ class Composer:
             or not prompt.strip()
             or type(seed) is not int
             or not 0 <= seed <= MAX_SEED
-            or (text := _plain_metadata(metadata)) is None
+            or (metadata_text := _plain_metadata(metadata)) is None
         ):
-            return self._carefully(fields)
+            return self._parse(fields)
         try:
             shape = self._shape(fields)
-        except (InvalidJobError, TypeError):  # The job's own error may be longer; a list is in no key.
-            return self._carefully(fields)
-        words, number = quoted(prompt), str(seed)
+        except (InvalidJobError, TypeError):
+            # The job's own error may name more fields; a field that is a list cannot be part of a key.
+            return self._parse(fields)
+        prompt_text, seed_text = quoted(prompt), str(seed)
         before, between, after = shape.hashed
-        job_id = hashlib.sha256(f"{before}{words}{between}{number}{after}".encode()).hexdigest()[:32]
+        job_id = hashlib.sha256(f"{before}{prompt_text}{between}{seed_text}{after}".encode()).hexdigest()[:32]
         first, second, third, last = shape.job
-        job = f"{first}{words}{second}{number}{third}{text}{last}"
-        return Composed(job_id, job, prompt, seed, shape.route, shape.fields, metadata)
+        job = f"{first}{prompt_text}{second}{seed_text}{third}{metadata_text}{last}"
+        return TemplatedJob(job_id, job, prompt, seed, shape.route, shape.fields, metadata)
 
-    def _carefully(self, fields: Mapping[str, Any]) -> Composed:
-        """By way of the job itself."""
+    def _parse(self, fields: Mapping[str, Any]) -> TemplatedJob:
+        """The same without a template, by the job itself."""
         job = self._resolve(Job.parse(dict(fields)))
         values = job.model_dump(mode="json")
         text = json.dumps(values)
         prompt, seed, metadata = (values.pop(name) for name in ("prompt", "seed", "metadata"))
-        return Composed(job.id, text, prompt, seed, _route(job), values, metadata)
+        return TemplatedJob(job.id, text, prompt, seed, route_of(job), values, metadata)
 
     def _shape(self, fields: Mapping[str, Any]) -> _Shape:
-        """Their shape. Raises `InvalidJobError`, or `TypeError` for fields that cannot be a key."""
+        """The shape of these fields. Raises `InvalidJobError`; `TypeError` where they cannot be a key."""
         key = tuple(
             (name, type(value), value)
             for name, value in fields.items()
@@ -116,57 +117,52 @@ class Composer:
         return made
 
 
-class Envelope:
-    """A message of one queue and priority, as Celery's own producer puts it into Redis, with its gaps."""
+class MessageTemplate:
+    """The messages of one route, as Celery's own producer puts them into Redis, with gaps."""
 
-    def __init__(self, queue: str, priority: int, producer: Any) -> None:
+    def __init__(self, route: Route, producer: Any) -> None:
         """`producer` is kombu's, on a connected channel."""
-        gaps = {name: f"@{name}-{secrets.token_hex(8)}@" for name in ("id", "payload", "shown", "tag")}
+        gaps = {name: _gap() for name in ("id", "payload", "shown", "tag")}
+        call = task_call(gaps["payload"], gaps["shown"], route)
         channel, caught = producer.channel, []
-        channel._put = lambda to, message, **_: caught.append((to, message))
+        channel._put = lambda queue, message, **_: caught.append(message)
         try:
-            app.send_task(
-                RENDER,
-                args=[gaps["payload"]],
-                argsrepr=gaps["shown"],
-                task_id=gaps["id"],
-                queue=queue,
-                priority=priority,
-                producer=producer,
-            )
+            app.send_task(**call, task_id=gaps["id"], producer=producer)
         finally:
             del channel._put
-        [(to, message)] = caught
-        #: The list that it waits in.
-        self.list = str(channel._q_for_pri(to, priority))
+        [message] = caught
+        #: The Redis list that the messages go to.
+        self.list = list_of(*route)
         body = base64.b64decode(message["body"]).decode()
         self._body = body.partition(json.dumps(gaps["payload"]))[::2]
-        message["body"] = gaps["body"] = f"@body-{secrets.token_hex(8)}@"
+        message["body"] = gaps["body"] = _gap()
         message["properties"]["delivery_tag"] = gaps["tag"]
         text = json.dumps(message)
         names = {json.dumps(gap): name for name, gap in gaps.items()}
+        # Even places hold texts, odd ones the names of gaps.
         self._parts = [
             names.get(part, part) for part in re.split(f"({'|'.join(map(re.escape, names))})", text)
         ]
-        # Even places are texts, odd ones the names of gaps.
         self._gaps = self._parts[1::2]
 
-    def message(self, composed: Composed, run: str, task_id: str, tag: str) -> str:
-        """The message of one job, at place `run` of its run, as it stands in the list."""
+    def fill(self, templated: TemplatedJob, mark: str, task_id: str, tag: str) -> str:
+        """The message of one job, with its run mark and its delivery tag, as it stands in the list."""
         before, after = self._body
-        body = (
-            f'{before}{{"version": {FORMAT_VERSION}, "id": "{composed.id}", "job": {composed.job}, '
-            f'"run": "{run}"}}{after}'
-        )
+        body = f"{before}{payload_text(templated.id, templated.job, mark)}{after}"
         values = {
             "id": f'"{task_id}"',
             "body": f'"{base64.b64encode(body.encode()).decode()}"',
-            "shown": quoted(args_repr(composed.prompt, composed.seed)),
+            "shown": quoted(args_repr(templated.prompt, templated.seed)),
             "tag": f'"{tag}"',
         }
         parts = self._parts.copy()
         parts[1::2] = [values[name] for name in self._gaps]
         return "".join(parts)
+
+
+def _gap() -> str:
+    """A text that is in no message."""
+    return f"@{secrets.token_hex(16)}@"
 
 
 def _plain_metadata(metadata: object) -> str | None:
@@ -184,7 +180,7 @@ def _plain_metadata(metadata: object) -> str | None:
 
 
 def _shape_of(job: Job) -> _Shape:
-    gaps = [f"@{secrets.token_hex(16)}@" for _ in range(3)]
+    gaps = [_gap() for _ in range(3)]
     values = job.model_dump(mode="json") | dict(zip(("prompt", "seed", "metadata"), gaps, strict=True))
     ends = [json.dumps(gap) for gap in gaps]
     text = json.dumps(values)
@@ -194,8 +190,4 @@ def _shape_of(job: Job) -> _Shape:
     second, rest = rest.split(ends[1])
     third, last = rest.split(ends[2])
     fields = {name: value for name, value in values.items() if name not in ("prompt", "seed", "metadata")}
-    return _Shape((before, between, after), (first, second, third, last), _route(job), fields)
-
-
-def _route(job: Job) -> tuple[str, int]:
-    return queue_of(job), message_priority(job)
+    return _Shape((before, between, after), (first, second, third, last), route_of(job), fields)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from producer.ingest.message_templates import Composed, Composer
+from producer.ingest.message_templates import JobTemplates, TemplatedJob
 from producer.prompts.dynamic_prompts import Variations
 from producer.prompts.reader import BadEntry, LineError, read
 from producer.prompts.sources import Source
@@ -58,7 +58,7 @@ class Planned(NamedTuple):
 
     file: int
     line: int
-    composed: Composed
+    templated: TemplatedJob
     #: The values of the grid's axes.
     grid: Mapping[str, Any]
     #: The place after it.
@@ -89,7 +89,7 @@ class Plan:
         warn: Callable[[str], None] = lambda _: None,
     ) -> Iterator[Planned | Rejected]:
         """The jobs from `start` on, and the lines that are none. Raises `PromptFileError`."""
-        composer = Composer(resolve)
+        templates = JobTemplates(resolve)
         for file in range(start.file, len(self.sources)):
             skip = start.entry if file == start.file else 0
             for number, entry in enumerate(read(self.sources[file], skip, warn), skip):
@@ -106,14 +106,14 @@ class Plan:
                             continue
                         after = Cursor(file, number, offset)
                         try:
-                            composed = composer.compose(variant.fields)
+                            templated = templates.fill(variant.fields)
                         except InvalidJobError as error:
                             finding = (_field(str(error)), str(error))
                             if finding not in said:
                                 said.add(finding)
                                 yield Rejected(file, entry.line, *finding, after)
                             continue
-                        yield Planned(file, entry.line, composed, variant.grid, after)
+                        yield Planned(file, entry.line, templated, variant.grid, after)
                 except LineError as error:
                     yield Rejected(file, entry.line, error.field, error.reason, Cursor(file, number + 1))
                 except RecursionError:

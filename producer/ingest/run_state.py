@@ -14,19 +14,19 @@ killed at any instant leaves both or neither, and of two feeders only one sends.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import re
 import secrets
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from worker.broker.transport import UNACKED
 from worker.contract.errors import PromptFileError
+from worker.contract.message import run_mark_in
+from worker.contract.queues import queue_of_list
 from worker.state.records import QUEUES, key, run_key
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Run:
     @property
     def queues(self) -> list[str]:
         """The queues that its jobs were sent to."""
-        return sorted({name.partition("\x06")[0] for name in self._lists})
+        return sorted({queue_of_list(name) for name in self._lists})
 
     def take(self, timeout_s: float = FEEDER_TTL_S + 2) -> None:
         """Become the run's feeder, and make it where there is none. Waits for a silent one to be given up.
@@ -205,7 +205,7 @@ class Run:
         """
         lists = sorted({name for name, _ in messages} | set(self._lists))
         places = {name: number for number, name in enumerate(lists, 1)}
-        queues = sorted({name.partition("\x06")[0] for name in lists})
+        queues = sorted({queue_of_list(name) for name in lists})
         args: list[str | int] = [self._token, secrets.token_hex(8), before, before + len(messages), cursor]
         args += ["" if total is None else total, rejected, self._ttl_s, len(queues), *queues]
         args += [item for name, message in messages for item in (places[name], message)]
@@ -253,14 +253,13 @@ class Run:
         on board (`Claim.TAKEN`) counts as lost here; `is_on_board` tells.
         """
         held: set[int] = set()
-        mark = re.compile(rf'"run": "{self.id}:(\d+):')
         with self._redis.pipeline(transaction=False) as pipe:
             for name in self._lists:
                 pipe.lrange(name, 0, -1)
             for texts in pipe.execute():
-                held |= {index for text in texts for index in _indexes(json.loads(text), mark)}
+                held |= self._indexes(json.loads(text) for text in texts)
         for text in cast("list[str]", self._redis.hvals(UNACKED)):
-            held |= set(_indexes(json.loads(text)[0], mark))
+            held |= self._indexes([json.loads(text)[0]])
         # Last: a message that was acknowledged meanwhile has set its bit before.
         return {index for index in self._open(fed) if index not in held}
 
@@ -289,6 +288,11 @@ class Run:
     def now(self) -> int:
         """Unix seconds by Redis' clock."""
         return int(self._redis.time()[0])
+
+    def _indexes(self, messages: Iterable[object]) -> set[int]:
+        """Those jobs of this run that the messages carry."""
+        marks = (run_mark_in(message) for message in messages)
+        return {mark.number for mark in marks if mark is not None and mark.run == self.id}
 
     def _open(self, fed: int) -> Iterator[int]:
         """Jobs whose bits are both 0."""
@@ -325,14 +329,6 @@ def _ended(text: str) -> Ended:
         cached == "true",
         int(attempts or 0),
     )
-
-
-def _indexes(message: Any, mark: re.Pattern[str]) -> Iterator[int]:
-    try:
-        body = base64.b64decode(message["body"]).decode()
-    except (KeyError, TypeError, ValueError):
-        return  # Not one of ours.
-    yield from (int(index) for index in mark.findall(body))
 
 
 def _is_dead(token: str) -> bool:

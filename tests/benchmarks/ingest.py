@@ -32,20 +32,20 @@ PLAIN = 2_000
 def plain(redis_url: str, jobs: int) -> float:
     """Jobs a second that Celery's own producer publishes."""
     from worker.celery import app, connection
-    from worker.contract.message import RENDER, message_of, message_priority
-    from worker.contract.queues import queue_of
+    from worker.contract.message import TASK, payload_of, route_of
 
     ready = [Job(prompt=f"a photo of cat number {n}", seed=n).resolved(SERVED) for n in range(jobs)]
     with connection(redis_url) as open_connection:
         producer = app.amqp.Producer(open_connection)
         began = time.perf_counter()
         for job in ready:
+            route = route_of(job)
             app.send_task(
-                RENDER,
-                args=[message_of(job)],
+                TASK,
+                args=[payload_of(job)],
                 task_id=f"{job.id}-{secrets.token_hex(4)}",
-                queue=queue_of(job),
-                priority=message_priority(job),
+                queue=route.queue,
+                priority=route.priority,
                 producer=producer,
             )
         return jobs / (time.perf_counter() - began)

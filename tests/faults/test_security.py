@@ -19,7 +19,7 @@ from tests.faults.harness import Ground, wait_until
 from tests.faults.runner import SERVED
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import FORMAT_VERSION, Job
-from worker.contract.message import RENDER, message_of
+from worker.contract.message import TASK, payload_of
 from worker.contract.queues import queue_of, queues_of
 
 #: Seconds, with room for the start of several workers on a busy machine.
@@ -36,7 +36,7 @@ def envelope(body: bytes, kind: str = "application/json", **headers: Any) -> str
             "body": base64.b64encode(body).decode(),
             "content-encoding": "binary" if "python" in kind else "utf-8",
             "content-type": kind,
-            "headers": {"lang": "py", "task": RENDER, "id": tag, "root_id": tag, **headers},
+            "headers": {"lang": "py", "task": TASK, "id": tag, "root_id": tag, **headers},
             "properties": {
                 "correlation_id": tag,
                 "delivery_tag": tag,
@@ -100,7 +100,7 @@ _JSON = st.recursive(
 @st.composite
 def _near_jobs(draw: st.DrawFn) -> Any:
     """A message of ours with one field replaced, added or left out."""
-    message: dict[str, Any] = json.loads(json.dumps(message_of(Job(prompt="a", seed=1).resolved(SERVED))))
+    message: dict[str, Any] = json.loads(json.dumps(payload_of(Job(prompt="a", seed=1).resolved(SERVED))))
     where = draw(st.sampled_from([message, message["job"]]))
     field = draw(st.sampled_from(sorted(where)) | st.text(max_size=12))
     if draw(st.booleans()):
@@ -234,7 +234,7 @@ def calm_keys(ground: Ground) -> list[bytes]:
 def test_a_message_of_a_newer_version_waits_untouched(calm: Ground) -> None:
     """It says so, and looks at it again every 5 seconds, not all the time."""
     job = calm.job()
-    body = arguments({**message_of(job), "version": 99, "unheard": "of"})
+    body = arguments({**payload_of(job), "version": 99, "unheard": "of"})
     newer = envelope(body, id=f"{job.id}-newer")
     worker = calm.workers[0]
     push(calm, newer)

@@ -35,6 +35,7 @@ from worker.broker.malformed import MALFORMED, refuse_malformed_task
 from worker.broker.qos import QoS
 from worker.broker.scripts import FETCH
 from worker.broker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE, open_steps
+from worker.contract.queues import list_of
 
 logger = logging.getLogger("smallcat.transport")
 
@@ -186,7 +187,6 @@ class Channel(stock.Channel):
             undecodable=prefix + UNDECODABLE,
             bindings=prefix + self.keyprefix_queue,
             prefix=prefix,
-            separator=self.sep,
             priority_steps=tuple(self.priority_steps),
         )
 
@@ -240,7 +240,7 @@ class Channel(stock.Channel):
         return ("EVAL", FETCH, len(keys), *keys, *names)
 
     def _key(self, queue: str, priority: int) -> str:
-        return f"{self.global_keyprefix}{self._q_for_pri(queue, priority)}"
+        return f"{self.global_keyprefix}{list_of(queue, priority)}"
 
     def _plain_client(self) -> Any:
         """A client that leaves keys alone: here they are complete."""

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from worker.contract.queues import list_of
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -22,8 +24,6 @@ class Layout:
     bindings: str
     #: `global_keyprefix`, for the queues.
     prefix: str
-    #: Between queue and priority in a list's key, and between the parts of a binding.
-    separator: str
     #: Lowest priority value of each list, ascending.
     priority_steps: Sequence[int]
 
@@ -34,7 +34,7 @@ class Layout:
         except (TypeError, ValueError):
             value = 0
         step = self.priority_steps[bisect.bisect(self.priority_steps, value) - 1]
-        return f"{self.prefix}{queue}{self.separator}{step}" if step else f"{self.prefix}{queue}"
+        return self.prefix + list_of(queue, step)
 
 
 def json_name(queue: str) -> str:

@@ -33,6 +33,7 @@ from redis.exceptions import RedisError
 from worker.broker.layout import Layout
 from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW
 from worker.broker.transport import alive
+from worker.contract.queues import SEPARATOR
 
 logger = logging.getLogger("smallcat.transport")
 
@@ -349,7 +350,7 @@ class Lease:
         queues = []
         bindings: Any = client.smembers(self._layout.bindings % exchange)
         for binding in bindings:
-            key, pattern, queue = binding.decode().split(self._layout.separator)
+            key, pattern, queue = binding.decode().split(SEPARATOR)
             if key == routing_key or (pattern and re.match(pattern, routing_key)):
                 queues.append(queue)
         return queues

@@ -1,23 +1,67 @@
-"""What travels through Redis for a job, written and read here alone."""
+"""The message of a job: written here by producers, read here by workers.
+
+A message is one call of the Celery task `TASK`, whose only argument is the **payload**, a JSON object:
+
+    {"version": 1, "id": "<job id>", "job": {<the job's fields>}, "run": "<run mark>"}
+
+`run` is left out where the job belongs to no run of a prompt file. `payload_of` makes the payload of a job,
+`payload_text` writes it faster for producers that send jobs by the thousand, `task_call` puts it into a call.
+"""
 
 from __future__ import annotations
+
+import base64
+import json
+import re
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker.contract.errors import InvalidJobError, NewerMessageError
 from worker.contract.job import DEFAULT_PRIORITY, FORMAT_VERSION, MAX_PRIORITY, Job
+from worker.contract.queues import queue_of
 
-#: The one task.
-RENDER = "smallcat.render"
-#: The priority, as Redis' count (see `message_priority`), of a job that somebody waits for: what `submit_job`
-#: sends unless it is told otherwise. Prompt files are behind it.
+#: Name of the one Celery task.
+TASK = "smallcat.render"
+#: Redis' priority (see `Route`) of a job of `DEFAULT_PRIORITY`, which is what `submit_job` sends
+#: unless the caller says otherwise. Jobs of prompt files have a larger number: they come later.
 URGENT = MAX_PRIORITY - DEFAULT_PRIORITY
-#: A job's place in a run: run, index, file, line, when it was sent.
-RUN_MARK = r"[0-9a-z]{1,40}(:[0-9]{1,12}){4}"
+
+
+#: Regular expressions of a run's name, and of a run mark.
+RUN_NAME = r"[0-9a-z]{1,40}"
+RUN_MARK = rf"{RUN_NAME}(:[0-9]{{1,12}}){{4}}"
+
+
+class RunMark(NamedTuple):
+    """Which job of a prompt file's run a message carries. As text: `RUN:NUMBER:FILE:LINE:AT`."""
+
+    #: Name of the run: see `RUN_NAME`.
+    run: str
+    #: Number of the job in its run, from 0: its bit in the run's bitmaps.
+    number: int
+    #: Number of the file, from 0.
+    file: int
+    #: Its line there, from 1.
+    line: int
+    #: Unix seconds by Redis' clock when the message was written.
+    at: int
+
+    def encode(self) -> str:
+        """The mark as text. `RUN_MARK` is its form; `worker/state/mark_runs.lua` reads it too."""
+        return f"{self.run}:{self.number}:{self.file}:{self.line}:{self.at}"
+
+    @classmethod
+    def parse(cls, text: str) -> RunMark:
+        """The mark in `text`. Raises `ValueError` where it is none."""
+        if not re.fullmatch(RUN_MARK, text):
+            raise ValueError(f"{text!r} is no run mark: it must be RUN:NUMBER:FILE:LINE:AT.")
+        run, *numbers = text.split(":")
+        return cls(run, *map(int, numbers))
 
 
 class Message(BaseModel):
-    """What travels through Redis."""
+    """The payload of a message, as a worker reads it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,7 +71,7 @@ class Message(BaseModel):
     id: str
     #: The job.
     job: Job
-    #: Its place in a prompt file's run, as `worker.contract.message.run_mark` writes it; empty: it has none.
+    #: The job's `RunMark` as text; empty where it belongs to no run.
     run: str = Field(default="", pattern=rf"^({RUN_MARK})?$")
 
     @classmethod
@@ -49,28 +93,90 @@ class Message(BaseModel):
         return message
 
 
-def message_of(job: Job, run: str = "") -> dict[str, object]:
-    """What travels through Redis for `job`: versioned, and nothing but JSON.
+def payload_of(job: Job, run: str = "") -> dict[str, object]:
+    """The payload for `job`, and for its run mark `run` where it has one: nothing but JSON."""
+    return _payload(job.id, job.model_dump(mode="json"), run)
 
-    `run` is its place in a prompt file's run (`worker.contract.message.run_mark`), where it has one.
+
+def _payload(job_id: str, job: object, run: str) -> dict[str, object]:
+    """The shape of all payloads."""
+    payload = {"version": FORMAT_VERSION, "id": job_id, "job": job}
+    return payload | {"run": run} if run else payload
+
+
+def _around(text: str, *gaps: str) -> list[str]:
+    """What stands before, between and after the `gaps` in `text`, each of which is in it once."""
+    parts = []
+    for gap in gaps:
+        part, _, text = text.partition(json.dumps(gap))
+        parts.append(part)
+    return [*parts, text]
+
+
+_BEFORE_ID, _BEFORE_JOB, _BEFORE_RUN, _AFTER = _around(
+    json.dumps(_payload("@id@", "@job@", "@run@")), "@id@", "@job@", "@run@"
+)
+
+
+def payload_text(job_id: str, job: str, run: str) -> str:
+    """The payload as JSON, for `job` as JSON and a run mark, both known to need no escaping.
+
+    For producers that send jobs by the thousand: no object is made.
     """
-    message = {"version": FORMAT_VERSION, "id": job.id, "job": job.model_dump(mode="json")}
-    return message | {"run": run} if run else message
+    return f'{_BEFORE_ID}"{job_id}"{_BEFORE_JOB}{job}{_BEFORE_RUN}"{run}"{_AFTER}'
+
+
+def payload_in(message: object) -> Any:
+    """The payload of a message as it lies in a Redis list, decoded from JSON; None where it is not ours."""
+    try:
+        args, _, _ = json.loads(base64.b64decode(message["body"]))  # type: ignore[index]
+        return args[0]
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError):
+        return None
+
+
+def run_mark_in(message: object) -> RunMark | None:
+    """The run mark of a message as it lies in a Redis list, decoded from JSON; None where it has none."""
+    payload = payload_in(message)
+    try:
+        return RunMark.parse(payload["run"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+class Route(NamedTuple):
+    """Where a message waits."""
+
+    #: Its Celery queue.
+    queue: str
+    #: Its priority as Redis counts it: backwards, 0 is fetched first.
+    priority: int
+
+
+def route_of(job: Job) -> Route:
+    """Where the message of `job` waits."""
+    return Route(queue_of(job), MAX_PRIORITY - job.priority)
 
 
 def args_repr(prompt: str, seed: int) -> str:
-    """What Flower shows of a message. Celery's own would cost more time than all else, and more memory."""
+    """What Flower shows of a message. Celery's own would take longer than all else, and more memory."""
     return f"({prompt[:80]!r}, seed {seed})"
 
 
-def message_priority(job: Job) -> int:
-    """Redis' priorities count backwards: 0 is fetched first."""
-    return MAX_PRIORITY - job.priority
+def task_call(payload: object, shown: str, route: Route) -> dict[str, Any]:
+    """A call of the task, as arguments of Celery's `send_task`. The caller adds a task id and a connection.
 
-
-def run_mark(run: str, index: int, file: int, line: int, at: int) -> str:
-    """What the message of a run's job says of it. `RUN_MARK` is its form.
-
-    `index` is the job's bit, `file` and `line` say where it stands, `at` is when it was sent (Unix s).
+    `shown` is the call's `args_repr`.
     """
-    return f"{run}:{index}:{file}:{line}:{at}"
+    return {
+        "name": TASK,
+        "args": [payload],
+        "argsrepr": shown,
+        "queue": route.queue,
+        "priority": route.priority,
+    }
+
+
+def task_call_of(job: Job, run: str = "") -> dict[str, Any]:
+    """The call for `job`, and for its run mark `run` where it has one."""
+    return task_call(payload_of(job, run), args_repr(job.prompt, job.seed), route_of(job))

@@ -1,4 +1,8 @@
-"""The names of the queues, and of the Redis lists that hold them."""
+"""The names of the queues, and of the Redis lists that hold them.
+
+A queue is a model at a revision. kombu keeps a list for each of its priorities: that of the most urgent one
+has the queue's own name, the others have the separator and their number behind it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import hashlib
 import re
 
 from worker.contract.job import DEFAULT_MODEL, MAX_PRIORITY, Job, ServedModel
+
+#: kombu's separator, of a queue and its priority. No queue's name contains it.
+SEPARATOR = "\x06\x16"
 
 
 def queue_of(job: Job) -> str:
@@ -18,16 +25,26 @@ def queues_of(served: ServedModel) -> list[str]:
     return [_queue(served.name, served.revision), _queue(served.name, None), _queue(DEFAULT_MODEL, None)]
 
 
+def list_of(queue: str, priority: int) -> str:
+    """The Redis list of `queue` for messages of this priority, as Redis counts: 0 is fetched first."""
+    return f"{queue}{SEPARATOR}{priority}" if priority else queue
+
+
 def lists_of(queue: str) -> list[str]:
-    """The Redis lists that hold `queue`, one a priority (named as in kombu/transport/redis.py)."""
-    return [queue, *(f"{queue}\x06\x16{priority}" for priority in range(1, MAX_PRIORITY + 1))]
+    """The Redis lists that hold `queue`, the most urgent first."""
+    return [list_of(queue, priority) for priority in range(MAX_PRIORITY + 1)]
+
+
+def queue_of_list(name: str) -> str:
+    """The queue that the Redis list `name` belongs to."""
+    return name.partition(SEPARATOR)[0]
 
 
 def _queue(model: str, revision: str | None) -> str:
     name = f"smallcat.{_slug(model, 60)}"
     if revision is None:
         return name
-    # A commit or a hash is told by its first 16 digits.
+    # A commit or a hash is known by its first 16 digits.
     is_hash = re.fullmatch(r"[0-9a-f]{16,}", revision)
     return f"{name}@{revision[:16] if is_hash else _slug(revision, 16)}"
 
@@ -37,5 +54,5 @@ def _slug(name: str, length: int) -> str:
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     if slug == name and len(slug) <= length:
         return slug
-    # Two names may share a slug: what the slug loses, the hash keeps.
+    # Two names may have the same slug: the hash tells them apart.
     return f"{slug[:length]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -16,7 +16,7 @@ from producer.client import submit_job
 from producer.session import session
 from worker.contract.errors import CallerError, JobTooLargeError, RenderError, SmallcatError, UnknownJobError
 from worker.contract.job import Job
-from worker.contract.message import run_mark
+from worker.contract.message import RunMark
 from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, State
 from worker.state.failures import Failure, Failures
@@ -66,7 +66,7 @@ def test_a_failed_job_shows_each_attempt_with_its_worker() -> None:
 
 
 def test_by_run() -> None:
-    mark = run_mark("abc123", 1, 0, 5, 7)
+    mark = RunMark("abc123", 1, 0, 5, 7).encode()
     inside = fail("in", RenderError("x"), run=mark)
     fail("out", RenderError("x"))
     assert [record.id for record in failed.select(run="abc123")] == [inside]

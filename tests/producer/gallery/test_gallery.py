@@ -21,7 +21,7 @@ from producer.gallery import in_order, write_gallery
 from producer.gallery.lines import read_lines
 from producer.gallery.page import as_data
 from producer.ingest.manifest import write_manifest
-from producer.ingest.message_templates import Composer
+from producer.ingest.message_templates import JobTemplates
 from producer.ingest.plan import Cursor, Planned
 from producer.prompts.sources import source
 from tests.conftest import EmptyBucket
@@ -246,7 +246,7 @@ def test_what_ingest_writes_is_shown_whole(tmp_path: Path, name: str) -> None:
     prompts.write_text("a small cat\n")
     job = job_of("a small\ncat", negative_prompt="fog", metadata={"set": "a"}, seed=2**60)
     fields = job.model_dump(mode="json", exclude={"priority"})
-    planned = Planned(0, 1, Composer(lambda each: each).compose(fields), {"steps": 4}, Cursor())
+    planned = Planned(0, 1, JobTemplates(lambda each: each).fill(fields), {"steps": 4}, Cursor())
     result = {"state": "done", "uri": "s3://b/images/x.png", "timings": {"rendered": 1.5}}
     write_manifest(tmp_path / name, [planned], [source(str(prompts))], lambda *_: result)
     (row,) = rows_of(write_gallery(str(tmp_path / name)).path)

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.embedded.servers import ValkeyProcess
-from producer.ingest.message_templates import Composer, Envelope
+from producer.ingest.message_templates import JobTemplates, MessageTemplate
 from worker.celery import app, connection
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import MAX_SEED, Defaults, Job, ServedModel
-from worker.contract.message import RENDER, args_repr, message_of, message_priority, run_mark
+from worker.contract.message import RunMark, route_of, task_call_of
 from worker.contract.queues import queue_of
 
 SERVED = ServedModel(
     name="m/x", revision="r" * 40, defaults=Defaults(width=512, height=512, steps=30, guidance_scale=7.5)
 )
-MARK = run_mark("abc", 7, 0, 8, 1_700_000_000)
+MARK = RunMark("abc", 7, 0, 8, 1_700_000_000).encode()
 
 texts = st.text(max_size=30) | st.sampled_from(["", " ", "\0", "\x85", "\ud800", "\n", "x" * 2_001, "{é}"])
 plain = st.none() | st.booleans() | st.integers() | st.floats() | texts
@@ -57,24 +57,24 @@ def complaint_about(fields: dict[str, Any]) -> str | None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.fixed_dictionaries({}, optional=FIELDS), min_size=1, max_size=4))
-def test_composed_jobs_are_those_that_job_parse_makes(lines: list[dict[str, Any]]) -> None:
-    composer = Composer(lambda job: job.resolved(SERVED))
+def test_templated_jobs_are_those_that_job_parse_makes(lines: list[dict[str, Any]]) -> None:
+    templates = JobTemplates(lambda job: job.resolved(SERVED))
     for fields in (*lines, *lines):  # Again, when their shapes are known.
         fields = {"prompt": "a cat", "seed": 5} | fields
         if (complaint := complaint_about(fields)) is not None:
             with pytest.raises(InvalidJobError) as same:
-                composer.compose(fields)
+                templates.fill(fields)
             assert str(same.value) == complaint
             continue
         job = Job.parse(fields).resolved(SERVED)
-        composed = composer.compose(fields)
-        assert composed.id == job.id
-        assert composed.job == json.dumps(job.model_dump(mode="json"))
-        assert (composed.prompt, composed.seed) == (job.prompt, job.seed)
-        assert composed.metadata == job.metadata
-        assert composed.route == (queue_of(job), message_priority(job))
+        templated = templates.fill(fields)
+        assert templated.id == job.id
+        assert templated.job == json.dumps(job.model_dump(mode="json"))
+        assert (templated.prompt, templated.seed) == (job.prompt, job.seed)
+        assert templated.metadata == job.metadata
+        assert templated.route == route_of(job) == (queue_of(job), 9 - job.priority)
         values = job.model_dump(mode="json", exclude={"prompt", "seed", "metadata"})
-        assert composed.shape == values
+        assert templated.shape == values
 
 
 @pytest.fixture
@@ -92,21 +92,13 @@ def test_messages_are_byte_for_byte_celery_s_own(
     job = Job.parse(fields).resolved(SERVED)
     queue = queue_of(job)
     with redis.Redis.from_url(valkey.url, decode_responses=True) as client:
-        app.send_task(
-            RENDER,
-            args=[message_of(job, MARK)],
-            argsrepr=args_repr(job.prompt, job.seed),
-            task_id="task-1",
-            queue=queue,
-            priority=message_priority(job),
-            producer=producer,
-        )
+        app.send_task(**task_call_of(job, MARK), task_id="task-1", producer=producer)
         [name] = client.scan_iter(f"{queue}*")
         [sent] = client.lrange(name, 0, -1)
-        composed = Composer(lambda job: job.resolved(SERVED)).compose(fields)
-        envelope = Envelope(*composed.route, producer)
+        templated = JobTemplates(lambda job: job.resolved(SERVED)).fill(fields)
+        template = MessageTemplate(templated.route, producer)
         tag = json.loads(sent)["properties"]["delivery_tag"]
-        assert envelope.message(composed, MARK, "task-1", tag) == sent
-        assert envelope.list == name
-        # Nothing was sent while the envelope was made.
+        assert template.fill(templated, MARK, "task-1", tag) == sent
+        assert template.list == name
+        # Nothing was sent while the template was made.
         assert client.llen(name) == 1

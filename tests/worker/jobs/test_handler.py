@@ -28,7 +28,7 @@ from worker.contract.errors import (
 )
 from worker.contract.infotext import read_infotext
 from worker.contract.job import ImageFormat, Job
-from worker.contract.message import message_of
+from worker.contract.message import payload_of
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.engine.engine import Engine
@@ -82,7 +82,7 @@ class Worker:
 
     def begin(self, job: Job, message_id: str = "m1", **options: Any) -> Future[float | None]:
         """Handle a message for `job` on a thread of the pool."""
-        return self._pool.submit(self.service.handle, message_of(job), message_id, **options)
+        return self._pool.submit(self.service.handle, payload_of(job), message_id, **options)
 
     def handle(self, job: Job, message_id: str = "m1", **options: Any) -> float | None:
         return self.begin(job, message_id, **options).result(SOON_S)
@@ -454,7 +454,7 @@ def test_an_attempt_that_ends_in_an_error_of_redis_does_not_count(
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> Any:
-    message: dict[str, Any] = json.loads(json.dumps(message_of(JOB)))
+    message: dict[str, Any] = json.loads(json.dumps(payload_of(JOB)))
     return change(message) or message
 
 

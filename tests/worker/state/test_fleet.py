@@ -16,7 +16,7 @@ from redis import Redis
 from deploy.embedded.servers import ValkeyProcess
 from worker.celery import app, connection
 from worker.contract.job import Defaults, Job, ServedModel
-from worker.contract.message import message_of, message_priority
+from worker.contract.message import task_call_of
 from worker.contract.queues import lists_of, queue_of, queues_of
 from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo
 from worker.state.records import Records
@@ -214,13 +214,7 @@ def test_lists_are_named_as_kombu_names_them_and_messages_in_them_are_counted(
     to_valkey: Connection = connection(valkey.url)
     with to_valkey as link, app.amqp.Producer(link) as producer:
         for each in jobs:
-            app.send_task(
-                "smallcat.render",
-                args=[message_of(each)],
-                queue=queue,
-                priority=message_priority(each),
-                producer=producer,
-            )
+            app.send_task(**task_call_of(each), producer=producer)
     assert fleet.length(queue) == 10
     assert [client.llen(name) for name in lists_of(queue)] == [1] * 10
     # The most urgent one lies in the list that is fetched from first.
