@@ -34,7 +34,7 @@ class Failure(NamedTuple):
     error: str
     #: Unix seconds by Redis' clock of its last attempt; of its submission, where no worker took it.
     at: float
-    #: The places it has in runs of prompt files; see `worker.contract.message.run_mark`.
+    #: The places it has in runs of prompt files; see `worker.contract.message.RunMark`.
     runs: tuple[str, ...]
 
 

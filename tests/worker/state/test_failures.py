@@ -11,14 +11,14 @@ from deploy.embedded.servers import ValkeyProcess
 from tests.worker.engine.fake_runner import job_of
 from worker.contract.errors import NotFiniteError, UnknownJobError
 from worker.contract.job import Job
-from worker.contract.message import run_mark
+from worker.contract.message import RunMark
 from worker.contract.record import Attempt
 from worker.state.failures import CHUNK, Failure, Failures
 from worker.state.records import FAILED, READ_AT_ONCE, Records, key
 from worker.state.redis_client import connect
 
 JOB, OTHER = job_of(1), job_of(2)
-MARK = run_mark("abc123", 1, 0, 5, 7)
+MARK = RunMark("abc123", 1, 0, 5, 7).encode()
 
 
 @pytest.fixture
