@@ -1,8 +1,8 @@
 """`--download`: the pictures of a run, fetched as they finish, under names made from a template.
 
-A name's place, `{line:06d}-{seed}-{slug}.png`, can be below the folder and nowhere else: fields give plain
-words, and a template that climbs is refused. No file is overwritten: a name that is taken by another
-picture gets the job's id behind it.
+A template such as `{line:06d}-{seed}-{slug}.png` gives a path below the folder and nowhere else: values
+become plain words, and a template that leads out is refused. No file is overwritten: where a name is taken by
+another picture, the job's id is appended.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from worker.contract.errors import PromptFileError, StorageError
+from worker.contract.job import JOB_FIELDS
 
 if TYPE_CHECKING:
     from producer.ingest.journal import Journal
@@ -25,23 +26,24 @@ if TYPE_CHECKING:
     from worker.contract.job import Job
     from worker.storage.bucket import Bucket
 
-#: The template, unless it is said otherwise; for several files the file's name goes before it.
+#: The default template. For several files the file's name goes before it.
 TEMPLATE = "{line:06d}-{seed}-{slug}.png"
-#: What a template can name: of the job, or of its place in the run.
+#: What a template can name: the job's place in the run, its id, the words of its prompt, and its fields.
 FIELDS = (
-    *("line", "number", "file", "id", "seed", "slug", "width", "height", "steps"),
-    *("guidance_scale", "scheduler", "model", "format"),
+    *("line", "number", "file", "id", "slug"),
+    *(each.name for each in JOB_FIELDS.values() if each.is_hashed and not each.is_prompt),
 )
-#: Pictures that are fetched at once, and that wait for it before the run waits for them.
+#: Pictures that are fetched at once; and that may be unsaved before the run waits for them.
 _THREADS, _PENDING = 8, 256
 #: Characters of a prompt in a name, and bytes of a name, at most.
 _SLUG, _NAME = 60, 200
 
 
 class Template:
-    """A name with fields in it. Raises `PromptFileError` for one that is not understood or climbs."""
+    """A name with fields in it."""
 
     def __init__(self, text: str) -> None:
+        """Raises `PromptFileError` for a template that is not understood, or leads out of the folder."""
         self._text = text
         try:
             fields = list(string.Formatter().parse(text))
@@ -56,12 +58,13 @@ class Template:
         if not parts or "\\" in text or "\0" in text or text.startswith("/") or ".." in parts:
             raise PromptFileError(f"The name {text!r} leads out of the folder: use plain names.")
         try:
-            self.name({name: 0 for name in FIELDS if name in ("line", "number", "seed")}, "png")
+            # These are numbers for every picture; the others are empty where a picture has no infotext.
+            self.name({"line": 0, "number": 0, "seed": 0}, "png")
         except (ValueError, TypeError) as error:
             raise PromptFileError(f"The name {text!r} cannot be made: {error}.") from None
 
     def name(self, values: dict[str, Any], ending: str) -> PurePosixPath:
-        """The relative path for a job's values. Its ending is the picture's own."""
+        """The relative path for a job's values. `ending` is the picture's own, such as `png`."""
         texts = {name: values.get(name, "") for name in FIELDS}
         plain = {
             name: value if isinstance(value, int | float) else _plain(str(value))
@@ -87,10 +90,8 @@ class Downloads:
         self._folder, self._storage, self._sources = folder, storage, sources
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="download")
         self._pending: deque[tuple[int, Future[Path]]] = deque()
-        #: Held while a name is looked at and taken.
+        #: Held while a name is checked and taken.
         self._lock = threading.Lock()
-        #: Pictures saved by this call.
-        self.saved = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -103,15 +104,14 @@ class Downloads:
             self.collect(journal)
 
     def fetch(self, number: int, line: int, file: int, uri: str) -> None:
-        """Begin to fetch one picture."""
+        """Begin to fetch the picture of job `number` of the run, from line `line` of file number `file`."""
         self._pending.append((number, self._pool.submit(self._save, number, line, file, uri)))
 
     def collect(self, journal: Journal) -> None:
-        """Write down what was saved; waits while too much is pending. Raises `StorageError`."""
+        """Write into the journal what was saved; waits while too much is pending. Raises `StorageError`."""
         while self._pending and (self._pending[0][1].done() or len(self._pending) > _PENDING):
             number, future = self._pending.popleft()
             journal.write_path(number, future.result())
-            self.saved += 1
 
     def flush(self, journal: Journal) -> bool:
         """Wait for all that is pending; True."""
@@ -121,13 +121,13 @@ class Downloads:
         return True
 
     def close(self) -> None:
-        """End; what has not begun is not fetched."""
+        """Stop. Pictures that no thread has begun to fetch are not fetched."""
         self._pool.shutdown(cancel_futures=True)
 
     def _save(self, number: int, line: int, file: int, uri: str) -> Path:
         data = self._storage.get(uri)
         source = self._sources[file].name if file < len(self._sources) else ""
-        job = _papers(data)
+        job = _job_of(data)
         ending = uri.rpartition(".")[2]
         job_id = PurePosixPath(uri).stem
         values = {"line": line, "number": number, "file": PurePosixPath(source).name.partition(".")[0]}
@@ -155,12 +155,12 @@ def slug(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A value without anything that means something in a path."""
+    """A value without any character that has a meaning in a path."""
     return re.sub(r"[^\w.+-]+", "-", text).strip(".-")
 
 
-def _papers(data: bytes) -> Job | None:
-    """The job that a picture's own papers describe, if it has any."""
+def _job_of(data: bytes) -> Job | None:
+    """The job that a picture's infotext describes; None where it has none."""
     from worker.contract.errors import InvalidJobError
     from worker.contract.infotext import job_from_image
 

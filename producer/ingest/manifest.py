@@ -19,12 +19,21 @@ from typing import Any, TextIO
 
 from producer.ingest.plan import Planned, Rejected
 from producer.prompts.sources import Source
+from worker.contract.job import JOB_FIELDS
+from worker.contract.record import Timings
 
-#: Columns of a manifest in CSV.
+_TIMINGS = tuple(Timings.model_fields)
+#: Fields of a job that are JSON in a cell of CSV.
+_OBJECTS = tuple(each.name for each in JOB_FIELDS.values() if each.kind is dict)
+_FIRST_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_original)
+#: Columns of a manifest in CSV. They are only ever appended to: the first version's come first, in its order,
+#: then the job fields that were added later.
 COLUMNS = (
-    *("file", "line", "id", "state", "uri", "path", "seed", "prompt", "negative_prompt", "width", "height"),
-    *("steps", "guidance_scale", "scheduler", "model", "revision", "format", "priority", "grid", "cached"),
-    *("error_type", "error", "queued", "rendered", "uploaded", "metadata"),
+    *("file", "line", "id", "state", "uri", "path", "seed"),
+    *(name for name in _FIRST_FIELDS if name not in ("seed", *_OBJECTS)),
+    *("grid", "cached", "error_type", "error", *_TIMINGS),
+    *_OBJECTS,
+    *(name for name in JOB_FIELDS if name not in _FIRST_FIELDS),
 )
 
 
@@ -130,8 +139,8 @@ def _manifest_line(job: Planned, sources: Sequence[Source], result: Mapping[str,
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    timings = {name: values["timings"].get(name) for name in ("queued", "rendered", "uploaded")}
-    nested = {name: json.dumps(values[name], ensure_ascii=False) for name in ("grid", "metadata")}
+    timings = {name: values["timings"].get(name) for name in _TIMINGS}
+    nested = {name: json.dumps(values[name], ensure_ascii=False) for name in ("grid", *_OBJECTS)}
     return {name: value for name, value in {**values, **timings, **nested}.items() if name in COLUMNS}
 
 
