@@ -48,7 +48,7 @@ def main(subjects: int) -> None:
     runner = ModelRunner(worker_settings())
     runner.warm_up()
     model, names = classifier.load_classifier()
-    judge = evaluate.Judge(model, names)
+    recogniser = evaluate.Recogniser(model, names)
     words = [word for word in scored_words() if word in set(names)][:subjects]
     table = Table("guidance in", "rows a picture", "s a picture", "recognised", "PSNR, dB")
     reference: list[Picture] = []
@@ -61,7 +61,7 @@ def main(subjects: int) -> None:
         pictures, rows = render(runner, jobs)
         took_s = time.perf_counter() - begun_s
         reference = reference or pictures
-        share = judge.share([Image.fromarray(each.pixels) for each in pictures], words)
+        share = recogniser.share([Image.fromarray(each.pixels) for each in pictures], words)
         near = statistics.median(
             psnr(one.pixels, other.pixels) for one, other in zip(pictures, reference, strict=True)
         )

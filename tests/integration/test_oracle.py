@@ -65,13 +65,13 @@ class Oracle:
     """Tells whether pictures, in the order of `JOBS`, are those of their own jobs."""
 
     def __init__(self) -> None:
-        self._judge = evaluate.Judge(*classifier.load_classifier())
+        self._recogniser = evaluate.Recogniser(*classifier.load_classifier())
         self._pipeline = diffusers.StableDiffusionPipeline.from_pretrained(evaluate.MODEL)
         self._own = self._pipeline.scheduler
 
     def doubted(self, images: Sequence[Image.Image]) -> list[int]:
         """Numbers of the pictures in which the judge does not see what was asked for."""
-        names = self._judge.names(images)
+        names = self._recogniser.names(images)
         return [number for number, (name, word) in enumerate(zip(names, WORDS, strict=True)) if name != word]
 
     def strangers(self, images: Sequence[Image.Image]) -> list[int]:

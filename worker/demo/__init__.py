@@ -1,5 +1,5 @@
-"""The bundled demo model and the recipe that makes it.
+"""The bundled demo model, in `model/`, and its training, in `training/`.
 
-The weights lie in `model/` and load by `diffusers.StableDiffusionPipeline.from_pretrained`.
-The rest of `worker` uses that folder by its path only and imports nothing from here.
+`diffusers.StableDiffusionPipeline.from_pretrained` loads the folder `model/`. The rest of `worker` uses it by
+its path only, and imports nothing from here.
 """

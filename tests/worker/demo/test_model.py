@@ -1,4 +1,4 @@
-"""The shipped weights: their size, a plain load, and that they draw what is asked."""
+"""The bundled weights: their size, how they load, and that they draw what prompts ask for."""
 
 import warnings
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_plain_load_gives_one_precision(pipeline):
 
 
 @pytest.mark.timeout(300)
-def test_it_draws_what_is_asked(pipeline):
+def test_it_draws_what_the_prompt_asks_for(pipeline):
     words = ["rocket", "pizza", "house", "apple"]
     images = evaluate.draw(pipeline, [f"a {word}" for word in words], range(4))
     assert [classifier.recognise(image)[0] for image in images] == words
@@ -55,7 +55,7 @@ def test_it_draws_what_is_asked(pipeline):
 
 
 @pytest.mark.timeout(300)
-def test_size_and_background_words_count(pipeline):
+def test_size_and_background_words_have_their_effect(pipeline):
     prompts = ["a small apple on a blue background", "an apple on a pink background", "a big apple"]
     small, plain, big = evaluate.draw(pipeline, prompts, range(3))
     assert evaluate.extent_of(small) < evaluate.extent_of(plain) < evaluate.extent_of(big)
@@ -84,7 +84,7 @@ def test_contact_sheet_has_64_prompts():
     assert len(prompts) == len(set(prompts)) == 64
 
 
-def test_judge_knows_every_scored_subject():
+def test_classifier_has_a_class_for_every_scored_subject():
     from worker.demo.training.subjects import scored_words
 
     names = classifier.load_classifier()[1]

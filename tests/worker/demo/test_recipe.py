@@ -1,4 +1,4 @@
-"""The recipe on a few made-up emoji: captions are true, pictures are composed as said, training resumes."""
+"""The recipe on a few made-up emoji: captions are true, pictures show their scenes, training resumes."""
 
 import dataclasses
 import io
@@ -38,14 +38,14 @@ TINY = Recipe(
 
 
 class CountingClock(Clock):
-    """A clock that is over after three looks, however slow the machine."""
+    """A clock that is over after three checks, however slow the machine."""
 
-    looks = 0
+    checks = 0
 
     @property
     def over(self):
-        self.looks += 1
-        return self.looks > 3
+        self.checks += 1
+        return self.checks > 3
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +124,7 @@ def test_equal_seeds_give_equal_scenes(subjects):
 def test_captions_are_true(subjects):
     writer = SceneWriter(subjects, 0)
     colours = list(BACKGROUNDS)
-    said = 0
+    named = 0
     for scene in (writer.draw() for _ in range(2000)):
         caption = scene.caption.replace("grey", "gray").replace("sky blue", "light blue")
         if len(scene.subjects) == 1 and scene.caption:
@@ -132,14 +132,14 @@ def test_captions_are_true(subjects):
             assert bool(words & {"small", "little", "tiny"}) == (scene.sizes[0] == SMALL)
             assert bool(words & {"big", "large", "huge"}) == (scene.sizes[0] == BIG)
         if "background" in caption:
-            said += 1
+            named += 1
             assert f"{colours[scene.background]} background" in caption
         elif f" on {colours[scene.background]}" not in caption and scene.caption:
             assert colours[scene.background] == "white"
-    assert said > 300
+    assert named > 300
 
 
-def test_pictures_are_composed_as_said(subjects, data):
+def test_pictures_show_their_scenes(subjects, data):
     composer = Composer(subjects[:4], data, CPU)
     scenes = SceneBatch(
         torch.tensor([[0, -1], [0, -1], [0, -1], [1, 2]]),
@@ -161,7 +161,7 @@ def test_pictures_are_composed_as_said(subjects, data):
         assert float(pictures[3][0, 48, column]) == pytest.approx(random.Random(index).randrange(256), abs=6)
 
 
-def test_tokenizer_knows_captions_and_survives_the_rest(subjects):
+def test_tokenizer_has_tokens_for_captions_and_splits_other_words(subjects):
     writer = SceneWriter(subjects, 0)
     tokenizer = train_tokenizer(writer.draw().caption for _ in range(500))
     assert tokenizer.tokenize("a small Cat") == ["a</w>", "small</w>", "cat</w>"]
@@ -171,7 +171,7 @@ def test_tokenizer_knows_captions_and_survives_the_rest(subjects):
     assert ids[-1] == tokenizer.eos_token_id
 
 
-def test_normalised_latents_are_standard_and_decode_alike():
+def test_normalised_latents_have_mean_0_and_deviation_1():
     torch.manual_seed(0)
     vae = autoencoder.build_autoencoder(dataclasses.replace(TINY, latent_channels=3)).eval()
     pictures = torch.rand(8, 3, 64, 64) * 2 - 1

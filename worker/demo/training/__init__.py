@@ -1,1 +1,1 @@
-"""What made the bundled model, for a checkout only: `train` and `evaluate` are the doors."""
+"""The training of the bundled model, in a checkout only: `train` makes the model and `evaluate` scores it."""

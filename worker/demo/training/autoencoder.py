@@ -1,4 +1,4 @@
-"""The VAE: pictures to latents an eighth the size and back, trained here for emoji alone.
+"""The VAE: pictures to latents of an eighth of the width and height, and back. Trained on emoji alone.
 
 A `diffusers.AutoencoderKL` with 16 latent channels, as Stable Diffusion 3's has; 4 blur edges.
 """
@@ -15,13 +15,13 @@ from worker.demo.training.captions import BACKGROUNDS
 from worker.demo.training.recipe import Clock, Recipe, rate_factor, searched_convolutions
 from worker.demo.training.scenes import Composer, Layout
 
-#: The VAE trains on windows of this many pixels a side, filled by the subjects: a whole picture is
-#: mostly background, from which there is little to learn.
+#: Pixels a side of the windows that the VAE trains on. The subjects fill them: a whole picture is mostly
+#: background, from which little is learnt.
 _WINDOW = 96
 
 
 def build_autoencoder(recipe: Recipe) -> AutoencoderKL:
-    """An untrained VAE. No attention: any size must decode alike."""
+    """An untrained VAE, without attention, so that it decodes pictures of any size equally well."""
     levels = len(recipe.autoencoder_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -43,7 +43,7 @@ def windows(count: int, composer: Composer) -> torch.Tensor:
     device = composer.device
     subjects = torch.randint(composer.count, (count, 2), device=device)
     subjects[:, 1] = torch.where(torch.rand(count, device=device) < 0.3, subjects[:, 1], -1)
-    # Even in the logarithm, so that small subjects are as frequent as their share of the scenes.
+    # Uniform in the logarithm, so that small subjects are frequent enough.
     side = 28 * (130 / 28) ** torch.rand(count, 2, device=device)
     centre = (0.5 + (torch.rand(count, 2, 2, device=device) - 0.5) * 0.7) * _WINDOW
     # The background is pure white, one of the named colours, or any colour.
@@ -60,9 +60,9 @@ def windows(count: int, composer: Composer) -> torch.Tensor:
 
 
 def picture_loss(drawn: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """L1 over pixels and over their differences to the right and down, at full and at half size.
+    """L1 and squared error of pixels, and L1 of their differences to the right and down, in two sizes.
 
-    The differences make edges count; plain L1 leaves them soft.
+    The differences sharpen edges, which plain L1 leaves soft.
     """
     loss = torch.zeros((), device=wanted.device)
     for scale in range(2):
@@ -76,7 +76,7 @@ def picture_loss(drawn: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def train_autoencoder(vae: AutoencoderKL, composer: Composer, recipe: Recipe, clock: Clock) -> None:
-    """Trains encoder and decoder until the clock is over, then sets the latents to mean 0 and deviation 1."""
+    """Trains encoder and decoder until the clock is over, and gives the latents mean 0 and deviation 1."""
 
     def loss_of(pictures: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(pictures).latent_dist
@@ -96,8 +96,8 @@ def train_autoencoder(vae: AutoencoderKL, composer: Composer, recipe: Recipe, cl
         with searched_convolutions():
             loss = run(windows(recipe.autoencoder_batch, composer))
         if not normalised and clock.progress > 0.6:
-            # Folded in before the end: the convolutions' zero padding then means another value at the
-            # border, which the rest of the training makes good.
+            # Before the end, because it changes what the convolutions' zero padding means at the border. The
+            # rest of the training corrects that.
             normalise_latents(vae, windows(8 * recipe.autoencoder_batch, composer))
             normalised = True
         if step % 250 == 0:
@@ -112,7 +112,7 @@ def _stepper(
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One optimiser step on a batch of pictures, in bfloat16 where it pays, giving the loss."""
+    """One optimiser step on a batch of pictures, in bfloat16 on a GPU. Returns the loss."""
     fast = torch.compile(loss_of) if recipe.compiled else loss_of
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -136,9 +136,9 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Makes every latent channel about standard normal, by folding mean and deviation into the weights.
+    """Gives every latent channel mean 0 and deviation 1, by folding both into the weights.
 
-    The pipeline knows one scaling factor for all channels and no shift.
+    The pipeline has one scaling factor for all channels and no shift.
     """
     latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(128)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)).clamp(min=1e-4)
@@ -153,7 +153,7 @@ def normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
 
 @torch.no_grad()
 def peak_signal_to_noise(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
-    """Decibels between pictures (n, 3, height, width; -1..1) and their reconstructions, the mean PSNR."""
+    """The mean PSNR of the reconstructions of pictures (n, 3, height, width; -1..1), decibels."""
     values = []
     for chunk in pictures.split(64):
         drawn = vae.decode(vae.encode(chunk).latent_dist.mode()).sample.float().clamp(-1, 1)

@@ -1,6 +1,6 @@
-"""Captions: what a training picture shows, said in one of many ways.
+"""Scenes and their captions: what a training picture shows, in one of many wordings.
 
-A scene is drawn first (subjects, sizes, background) and then put into words, so a caption is always true.
+The scene (subjects, sizes, background) is drawn first, and then described, so a caption is always true.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from worker.demo.training.subjects import Subject
 
-#: Background colours by name, sRGB 0..255. The first, white, is meant where a caption names none.
+#: Background colours by name, sRGB 0..255. A caption that names none means the first, white.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "black": (24, 24, 28),
@@ -52,9 +52,9 @@ _JOINS = ("and", "and", "and", "and", "next to", "beside", "with")
 
 @dataclass(frozen=True)
 class Scene:
-    """What one training picture shows and the caption that says so."""
+    """What one training picture shows, and its caption."""
 
-    #: The caption. Empty: the picture teaches the unconditional half of guidance.
+    #: The caption. Empty: the picture trains the unconditional prediction that guidance needs.
     caption: str
     #: One or two indexes into the list of subjects, left to right.
     subjects: tuple[int, ...]
@@ -133,7 +133,7 @@ class SceneWriter:
         return subject.name
 
     def _background(self) -> tuple[int, str]:
-        """The background's index and the words for it, which are empty for most white ones."""
+        """The background's index and the words for it, which are empty for most white backgrounds."""
         rng = self._random
         if rng.random() < 0.6:
             return 0, ""
@@ -147,7 +147,7 @@ class SceneWriter:
 
 
 def plural(name: str) -> str:
-    """The English plural by rule: "cats", "boxes", "candies"; good enough for captions."""
+    """The English plural by rule, without exceptions: "cats", "boxes", "candies"."""
     if name.endswith(("s", "x", "ch", "sh")):
         return f"{name}es" if not name.endswith("s") or name.endswith("ss") else name
     if name.endswith("y") and name[-2:-1] not in "aeiou":

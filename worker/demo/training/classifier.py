@@ -1,6 +1,6 @@
-"""A small classifier that says which emoji a picture shows: the tests' and the score's judge.
+"""A small classifier that names the emoji of a picture, for the tests and for the score.
 
-It is trained on the emoji themselves, never on generated pictures, and has no part in training the generator.
+It is trained on the emoji themselves, never on generated pictures, and is not used to train the generator.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from worker.demo.training.captions import BACKGROUNDS
 from worker.demo.training.recipe import Clock, Recipe, rate_factor, searched_convolutions
 from worker.demo.training.scenes import Composer, Layout
 
-#: The shipped weights, fp16; the names of the classes are in the file's metadata.
+#: The weights of the repository, fp16. The names of the classes are in the file's metadata.
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
-#: Pictures are brought to this many pixels a side first.
+#: Pixels a side to which pictures are resized first.
 SIZE = 96
 
 
@@ -52,8 +52,11 @@ class Classifier(nn.Module):
 
 
 def examples(count: int, composer: Composer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (count, 3, 96, 96) and their classes: any size, place and background, often a neighbour's
-    edge, some blur and noise, so that the judge does not stumble over what is not the subject."""
+    """Pictures (count, 3, 96, 96), -1..1, and their classes, int64 (count,).
+
+    Size, position and background vary. Some pictures have the edge of a second emoji, blur, noise and a tint,
+    so that the classifier learns to ignore them.
+    """
     device = composer.device
     subjects = torch.randint(composer.count, (count, 2), device=device)
     labels = subjects[:, 0].clone()
@@ -62,7 +65,7 @@ def examples(count: int, composer: Composer) -> tuple[torch.Tensor, torch.Tensor
     side = SIZE * (0.32 + 0.66 * torch.rand(count, 2, device=device))
     free = (SIZE - side).clamp(min=4)[:, :, None]
     centre = SIZE / 2 + (torch.rand(count, 2, 2, device=device) - 0.5) * free
-    # The neighbour only reaches in from the left or the right.
+    # Of a neighbour only the edge is in the picture, at the left or at the right.
     outside = torch.where(
         torch.rand(count, device=device) < 0.5, -0.42 * side[:, 1], SIZE + 0.42 * side[:, 1]
     )
@@ -113,7 +116,7 @@ def save_classifier(model: Classifier, names: list[str], path: Path) -> None:
 
 
 def load_classifier(path: Path = WEIGHTS) -> tuple[Classifier, list[str]]:
-    """The classifier, ready to judge in fp32, and the names of its classes."""
+    """The classifier in fp32, in evaluation mode, and the names of its classes."""
     with safe_open(path, framework="pt") as file:
         names: list[str] = json.loads(file.metadata()["names"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -127,13 +130,13 @@ _shipped = functools.cache(load_classifier)
 
 @torch.no_grad()
 def recognise(image: Image.Image, k: int = 1) -> list[str]:
-    """The `k` likeliest names of what the image shows, likeliest first: "cat", "house", ..."""
+    """The `k` most likely names of what the image shows, most likely first: "cat", "house", ..."""
     model, names = _shipped()
     scores = model(as_input(image)[None])[0]
     return [names[index] for index in scores.topk(k).indices.tolist()]
 
 
 def as_input(image: Image.Image) -> torch.Tensor:
-    """The image as the classifier takes it: (3, 96, 96), -1..1."""
+    """The image as the classifier's input: (3, 96, 96), -1..1."""
     small = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(small, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()

@@ -19,29 +19,27 @@ from worker.demo.training.recipe import Clock, Recipe, rate_factor, searched_con
 from worker.demo.training.scenes import Composer, SceneBatch
 from worker.demo.training.tokenizer import MAX_TOKENS
 
-#: Share of captions blanked in training, beside the scenes that have none: guidance needs them.
+#: Share of captions that training blanks, beside the scenes that have none: guidance needs both predictions.
 _BLANKED = 0.04
-
-
-#: The noise schedule, of training and of drawing: the first 750 of the 1000 steps of DDPM's (Ho et al. 2020).
-#: 6% of the signal is left at its end, as at Stable Diffusion's. What lies above decides nothing, and
-#: multistep solvers go astray there under strong guidance.
+#: The noise schedule: the first 750 of the 1000 steps of DDPM's (Ho et al. 2020). At its end 6% of the signal
+#: is left, as in Stable Diffusion. The steps above it add nothing to a picture, and with strong guidance
+#: multistep solvers diverge there.
 _STEPS = 750
 _BETA_START = 1e-4
 _BETA_END = _BETA_START + (0.02 - _BETA_START) * (_STEPS - 1) / 999
 
 
 def signal_shares(device: torch.device) -> torch.Tensor:
-    """The schedule: the cumulative products of alpha, (750,)."""
+    """The cumulative products of alpha, float32 (750,)."""
     betas = torch.linspace(_BETA_START, _BETA_END, _STEPS, dtype=torch.float64)
     return (1 - betas).cumprod(dim=0).float().to(device)
 
 
 def build_scheduler() -> UniPCMultistepScheduler:
-    """The scheduler that ships: of diffusers' the one that drew best here in 20 steps.
+    """The model's own scheduler: of diffusers' the one with the best score in 20 steps.
 
-    Settings that only other schedulers read (no clipping above all, latents reach beyond 1) ride along in its
-    configuration, so that `from_config` makes any of them right.
+    Its configuration also has the settings that only other schedulers read, so that `from_config` makes each
+    of them right. The most important is that nothing is clipped: latents go beyond 1.
     """
     settings = {
         "num_train_timesteps": _STEPS,
@@ -60,7 +58,7 @@ def build_scheduler() -> UniPCMultistepScheduler:
 
 
 def build_unet(recipe: Recipe) -> UNet2DConditionModel:
-    """An untrained UNet. The finest level has no attention: there it would cost most and tell least."""
+    """An untrained UNet. The finest level has no attention: there it costs most and improves least."""
     return UNet2DConditionModel(
         sample_size=recipe.size // 8,
         in_channels=recipe.latent_channels,
@@ -95,7 +93,7 @@ def build_text_encoder(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPTextMode
 
 def tokens_of(captions: list[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
     """The captions' token ids, padded as the pipeline pads them: int64 (n, MAX_TOKENS)."""
-    # The tokenizer's own batch call takes twice as long, which counts at 400,000 captions.
+    # The tokenizer's own batch call takes twice as long, which matters for 400,000 captions.
     backend = tokenizer.backend_tokenizer
     backend.enable_truncation(MAX_TOKENS)
     rows = torch.full((len(captions), MAX_TOKENS), tokenizer.pad_token_id)
@@ -105,9 +103,9 @@ def tokens_of(captions: list[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
 
 
 class LatentPool:
-    """Scenes of one canvas with their latents, drawn and encoded once and renewed a few at a time."""
+    """Scenes of one canvas size with their latents, all encoded once and then renewed `CHUNK` at a time."""
 
-    #: Scenes drawn and encoded at a time: one shape, so that one compilation does.
+    #: Scenes drawn and encoded at a time. Always as many, so that one compilation is enough.
     CHUNK = 256
 
     def __init__(
@@ -139,7 +137,7 @@ class LatentPool:
 
     @torch.no_grad()
     def renew(self) -> None:
-        """Draws the next `CHUNK` scenes anew, with other chance, and encodes them."""
+        """Draws the next `CHUNK` scenes again, at other random sizes, and encodes them."""
         device = self.latents.device
         count = min(self.CHUNK, len(self))
         index = torch.arange(self._next, self._next + count, device=device) % len(self)
@@ -158,7 +156,7 @@ class LatentPool:
 
 @dataclass
 class Denoiser:
-    """UNet and text encoder with the running averages of their weights, which are what ships."""
+    """UNet and text encoder with the running averages of their weights. The averages are what is saved."""
 
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
@@ -170,16 +168,16 @@ class Denoiser:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Moves the averages towards the weights; the horizon grows to 500 steps.
+        """Moves the averages towards the weights. Their horizon grows to 500 steps.
 
-        Not more: the learning rate falls to nothing, and a longer average would lag behind what that gains.
+        A longer average would lag behind the progress of the last steps, at low learning rates.
         """
         decay = min(0.998, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.average, [parameter.data for parameter in self.parameters], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges weights and averages: before and after drawing or saving."""
+        """Exchanges weights and averages. Call it before and after drawing or saving."""
         for parameter, average in zip(self.parameters, self.average, strict=True):
             kept = parameter.data.clone()
             parameter.data.copy_(average)
@@ -187,7 +185,7 @@ class Denoiser:
 
 
 class DenoiserTrainer:
-    """The training loop and what it keeps between steps."""
+    """The training loop, with its optimiser."""
 
     def __init__(self, denoiser: Denoiser, recipe: Recipe, blank: torch.Tensor, device: torch.device) -> None:
         """`blank`: the tokens of the empty caption, (1, MAX_TOKENS)."""
@@ -202,18 +200,18 @@ class DenoiserTrainer:
             weight_decay=0.01,
             fused=device.type == "cuda",
         )
-        #: Adam's averages start anew with every run, and so does the warm-up.
+        #: Steps before this run. Adam's averages start again with every run, and so does the warm-up.
         self._first = denoiser.steps
         self._fast: Any = torch.compile(denoiser.unet, dynamic=False) if recipe.compiled else denoiser.unet
 
     def step(self, pool: LatentPool, count: int, unet: Any = None) -> torch.Tensor:
-        """One optimiser step on `count` of the pool's latents; the loss. `unet`: the UNet, uncompiled."""
+        """One optimiser step on `count` of the latents; returns the loss. `unet`: the UNet, uncompiled."""
         device = pool.latents.device
         chosen = torch.randint(len(pool), (count,), device=device)
         latents = pool.latents[chosen].float().contiguous(memory_format=torch.channels_last)
         blanked = torch.rand(count, 1, device=device) < _BLANKED
         tokens = torch.where(blanked, self._blank, pool.tokens[chosen])
-        # Evenly spread over the batch rather than independent: less noise in the gradient.
+        # Spread evenly over the batch, not independent: the gradient has less noise.
         spread = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
         timesteps = (spread[torch.randperm(count, device=device)] * len(self._alphas)).long()
         alpha = self._alphas[timesteps][:, None, None, None]
@@ -242,8 +240,8 @@ class DenoiserTrainer:
                 group["lr"] = rate
             turn, other = divmod(denoiser.steps, recipe.other_size_every)
             if others and clock.progress >= recipe.other_sizes_from and other == recipe.other_size_every - 1:
-                # Not compiled: each canvas would take its own minute of compilation. Half the usual number of
-                # latent cells, because it is slower for that.
+                # Not compiled, because each canvas would need a minute of compilation. Therefore slower, so
+                # half the usual number of latent cells.
                 canvas = others[turn % len(others)]
                 count = recipe.denoiser_batch * cells // (2 * canvas.latents[0, 0].numel())
                 self.step(canvas, max(1, count), denoiser.unet)

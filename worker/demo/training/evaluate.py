@@ -2,7 +2,7 @@
 
     python -m worker.demo.training.evaluate
 
-The judge is the classifier for what is shown, and plain arithmetic on pixels for size and background.
+The classifier names what a picture shows. Size and background are computed from the pixels.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from worker.demo.training.captions import BACKGROUNDS
 from worker.demo.training.scenes import contact_sheet
 from worker.demo.training.subjects import scored_words
 
-#: The shipped model.
+#: The bundled model.
 MODEL = Path(__file__).parent.with_name("model")
 #: 64 prompts, one a line.
 CONTACT_SHEET = Path(__file__).parent.with_name("contact_sheet.txt")
-#: What jobs get that do not say; it ships with the model.
+#: The model's own defaults, which `train` writes into its `smallcat.json`.
 STEPS = 20
 GUIDANCE = 2.0
-#: Where else the score is taken: more than this model needs, and diffusers' own default.
+#: Guidance at which the score is taken, too: more than this model needs, and diffusers' own default.
 MORE_GUIDANCE = (4.0, 7.5)
-#: diffusers' schedulers that the model must work with, by the name that the score prints.
+#: diffusers' schedulers that the model must work with, by the name that is printed.
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDIM": (DDIMScheduler, {}),
     "Euler": (EulerDiscreteScheduler, {}),
@@ -54,8 +54,8 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "UniPC": (UniPCMultistepScheduler, {}),
     "LCM": (LCMScheduler, {}),
 }
-#: PNDM extrapolates from four steps, which multiplies the error of guidance when the steps are wide: with
-#: guidance it is scored in the 50 steps too that it was made for.
+#: PNDM extrapolates from four steps, which multiplies the error of guidance when there are few steps. It is
+#: scored in the 50 steps, too, for which it was made.
 _PNDM_STEPS = 50
 #: Canvases (width, height) that the model must work on.
 SIZES = ((96, 96), (104, 104), (160, 160), (192, 192), (192, 96), (96, 192), (120, 168))
@@ -78,8 +78,8 @@ def draw(
     return images
 
 
-class Judge:
-    """The classifier with its class names."""
+class Recogniser:
+    """The classifier with its class names, for PIL images."""
 
     def __init__(self, model: classifier.Classifier, names: Sequence[str]) -> None:
         self._model = model.eval()
@@ -87,7 +87,7 @@ class Judge:
 
     @torch.no_grad()
     def names(self, images: Sequence[Image.Image]) -> list[str]:
-        """What each image shows."""
+        """The name of what each image shows."""
         device = next(self._model.parameters()).device
         named: list[str] = []
         for first in range(0, len(images), 64):
@@ -97,13 +97,13 @@ class Judge:
         return named
 
     def share(self, images: Sequence[Image.Image], wanted: Sequence[str]) -> float:
-        """The share of images that show what is wanted, 0..1."""
+        """The share of images that show what `wanted` names for them, 0..1."""
         named = self.names(images)
         return float(np.mean([one == other for one, other in zip(named, wanted, strict=True)]))
 
 
 def background_of(image: Image.Image) -> tuple[str, float]:
-    """The name of the background colour, and how far the border is from it: RMS over channels, 0..255."""
+    """The nearest name of the background's colour, and the distance from it: RMS over channels, 0..255."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     border = np.concatenate(
         [pixels[:3].reshape(-1, 3), pixels[:, :3].reshape(-1, 3), pixels[:, -3:].reshape(-1, 3)]
@@ -117,7 +117,7 @@ def background_of(image: Image.Image) -> tuple[str, float]:
 def extent_of(image: Image.Image) -> int:
     """The longest side of what differs from the background, in pixels.
 
-    The outermost pixels do not count: the autoencoder leaves those in the corners a little off.
+    The outermost pixels are left out, because the autoencoder distorts the corners a little.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)[1:-1, 1:-1]
     corners = np.stack([pixels[:4, :4], pixels[:4, -4:]]).reshape(-1, 3)
@@ -129,7 +129,7 @@ def extent_of(image: Image.Image) -> int:
 
 
 def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """The left and the right half of a picture of two subjects, each as the square around its middle line."""
+    """The left and the right half of a picture of two subjects, each cut to a square at mid-height."""
     side, middle = image.width // 2, image.height // 2
     top = middle - side // 2
     return image.crop((0, top, side, top + side)), image.crop(
@@ -138,19 +138,19 @@ def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def score(
-    pipeline: StableDiffusionPipeline, judge: Judge, words: Sequence[str], **options: Any
+    pipeline: StableDiffusionPipeline, recogniser: Recogniser, words: Sequence[str], **options: Any
 ) -> dict[str, float]:
-    """The figures of the model card: each a share, 0..1."""
+    """The figures of the model card over the subjects `words`: each a share, 0..1."""
     words = list(words)
     figures: dict[str, float] = {}
     prompts = [f"a {word}" for word in words for _ in range(3)]
     wanted = [word for word in words for _ in range(3)]
     seeds = [seed for _ in words for seed in range(3)]
     images = draw(pipeline, prompts, seeds, **options)
-    figures["top-1 of common subjects"] = judge.share(images, wanted)
+    figures["top-1 of common subjects"] = recogniser.share(images, wanted)
     cats = draw(pipeline, ["a small cat"] * 100, range(100), **options)
-    figures["'a small cat' is a cat, 10 seeds"] = judge.share(cats[:10], ["cat"] * 10)
-    figures["'a small cat' is a cat, 100 seeds"] = judge.share(cats, ["cat"] * 100)
+    figures["'a small cat' is a cat, 10 seeds"] = recogniser.share(cats[:10], ["cat"] * 10)
+    figures["'a small cat' is a cat, 100 seeds"] = recogniser.share(cats, ["cat"] * 100)
     some = words[:50]
     plain = [extent_of(image) for image in images[: 3 * len(some) : 3]]
     small = [
@@ -173,28 +173,30 @@ def score(
     figures["background is the named colour"] = float(
         np.mean([name == colour for (name, _), colour in zip(found, asked, strict=True)])
     )
-    figures["subject on that background"] = judge.share(coloured, words[: len(phrases)])
-    figures["two subjects, both there"] = _pairs(pipeline, judge, words, **options)
+    figures["subject on that background"] = recogniser.share(coloured, words[: len(phrases)])
+    figures["two subjects, both there"] = _score_pairs(pipeline, recogniser, words, **options)
     return figures
 
 
-def _pairs(pipeline: StableDiffusionPipeline, judge: Judge, words: list[str], **options: Any) -> float:
-    """The share of two-subject prompts that show the first on the left and the second on the right."""
+def _score_pairs(
+    pipeline: StableDiffusionPipeline, recogniser: Recogniser, words: list[str], **options: Any
+) -> float:
+    """The share of prompts for two subjects with the first on the left and the second on the right."""
     lefts, rights = words[:100], [words[(37 * index + 11) % len(words)] for index in range(len(words[:100]))]
     prompts = [f"a {left} and a {right}" for left, right in zip(lefts, rights, strict=True)]
     images = [halves(image) for image in draw(pipeline, prompts, range(len(prompts)), **options)]
     left_names, right_names = (
-        judge.names([left for left, _ in images]),
-        judge.names([right for _, right in images]),
+        recogniser.names([left for left, _ in images]),
+        recogniser.names([right for _, right in images]),
     )
     both = zip(left_names, lefts, right_names, rights, strict=True)
     return float(np.mean([a == b and c == d for a, b, c, d in both]))
 
 
 def score_schedulers(
-    pipeline: StableDiffusionPipeline, judge: Judge, words: Sequence[str]
+    pipeline: StableDiffusionPipeline, recogniser: Recogniser, words: Sequence[str]
 ) -> dict[str, float]:
-    """Top-1 with each scheduler, guided and not, and at each of some other sizes."""
+    """Top-1 accuracy with each scheduler, with and without guidance, and in each of some other sizes."""
     words = list(words)
     own, figures = pipeline.scheduler, {}
     prompts, seeds = [f"a {word}" for word in words], range(len(words))
@@ -202,16 +204,18 @@ def score_schedulers(
         pipeline.scheduler = kind.from_config(own.config, **settings)
         for guidance in (1.0, GUIDANCE, *MORE_GUIDANCE):
             images = draw(pipeline, prompts, seeds, guidance_scale=guidance)
-            figures[f"{name}, guidance {guidance:g}"] = judge.share(images, words)
+            figures[f"{name}, guidance {guidance:g}"] = recogniser.share(images, words)
             if name == "PNDM":
                 images = draw(
                     pipeline, prompts, seeds, guidance_scale=guidance, num_inference_steps=_PNDM_STEPS
                 )
-                figures[f"{name} in {_PNDM_STEPS} steps, guidance {guidance:g}"] = judge.share(images, words)
+                figures[f"{name} in {_PNDM_STEPS} steps, guidance {guidance:g}"] = recogniser.share(
+                    images, words
+                )
     pipeline.scheduler = own
     for width, height in SIZES:
         images = [_square(image) for image in draw(pipeline, prompts, seeds, width=width, height=height)]
-        figures[f"{width}x{height} px"] = judge.share(images, words)
+        figures[f"{width}x{height} px"] = recogniser.share(images, words)
     return figures
 
 
@@ -223,27 +227,29 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 def seconds_per_picture(pipeline: StableDiffusionPipeline, together: int) -> float:
-    """Seconds on the CPU for each of `together` guided 128x128 pictures of 20 steps: the median of 5."""
+    """Seconds a picture for `together` guided 128x128 pictures of 20 steps in one batch: the median of 5."""
     times = []
     for _ in range(6):
         start = time.perf_counter()
         draw(pipeline, ["a small cat"] * together, range(together))
         times.append((time.perf_counter() - start) / together)
-    # The first time includes what torch sets up once.
+    # The first measurement includes what torch sets up once.
     return statistics.median(times[1:])
 
 
 def report(
     pipeline: StableDiffusionPipeline, out: Path, model: classifier.Classifier, names: Sequence[str]
 ) -> None:
-    """Prints the score, and writes the contact sheet and the figures to `out`."""
-    judge = Judge(model, names)
+    """Prints the score, and writes `contact_sheet.png` and `figures.json` to the folder `out`."""
+    recogniser = Recogniser(model, names)
     words = [word for word in scored_words() if word in set(names)]
     start = time.monotonic()
-    # A CPU takes minutes for each.
+    # On a CPU each takes minutes.
     scales = (GUIDANCE, *MORE_GUIDANCE) if pipeline.device.type == "cuda" else (GUIDANCE,)
-    figures = {f"guidance {scale:g}": score(pipeline, judge, words, guidance_scale=scale) for scale in scales}
-    figures["schedulers and sizes"] = score_schedulers(pipeline, judge, words[:40])
+    figures = {
+        f"guidance {scale:g}": score(pipeline, recogniser, words, guidance_scale=scale) for scale in scales
+    }
+    figures["schedulers and sizes"] = score_schedulers(pipeline, recogniser, words[:40])
     prompts = [line for line in CONTACT_SHEET.read_text(encoding="utf-8").splitlines() if line]
     contact_sheet(draw(pipeline, prompts, range(len(prompts)))).save(out / "contact_sheet.png")
     for title, table in figures.items():
@@ -257,13 +263,13 @@ def report(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--classifier", type=Path, default=classifier.WEIGHTS)
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model")
+    parser.add_argument("--classifier", type=Path, default=classifier.WEIGHTS, help="its weights")
     parser.add_argument(
-        "--out", type=Path, default=Path(), help="where contact_sheet.png and figures.json go"
+        "--out", type=Path, default=Path(), help="folder for contact_sheet.png and figures.json"
     )
     parser.add_argument(
-        "--time", action="store_true", help="take only the time a picture, on two threads of the CPU"
+        "--time", action="store_true", help="only measure the seconds a picture, on two CPU threads"
     )
     arguments = parser.parse_args()
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.model)

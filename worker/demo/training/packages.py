@@ -1,4 +1,4 @@
-"""Fetches the two npm packages that the training data comes from, checked by their published digests.
+"""Downloads the two npm packages with the training data, and checks their published digests.
 
 Microsoft's Fluent emoji, 3D style (MIT), as `@lobehub/fluent-emoji-3d`; names and tags from
 `emojibase-data` (MIT).
@@ -39,9 +39,9 @@ NAMES = Package(
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The package's tarball in `folder`, fetched with `npm pack` unless it is there.
+    """The package's tarball in `folder`, downloaded with `npm pack` if it is not there.
 
-    Raises `ValueError` when the bytes are not the published ones, `OSError` or
+    Raises `ValueError` when the file is not the published one, and `OSError` or
     `subprocess.CalledProcessError` when npm is missing or fails.
     """
     path = folder / package.filename

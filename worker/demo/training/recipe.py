@@ -1,4 +1,4 @@
-"""Every number of the recipe in one place."""
+"""All numbers of the recipe, and the clock of its stages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, on how much, for how long. The defaults make the shipped weights."""
+    """Sizes, amounts of data and times. The defaults are those of the bundled model."""
 
-    #: Seed of captions, layouts, noise and initial weights. GPU kernels still leave runs apart by rounding.
+    #: Seed of captions, layouts, noise and initial weights. Rounding on the GPU still makes runs differ.
     seed: int = 0
-    #: Pixels a side of the pictures that are mostly trained on; a multiple of 8.
+    #: Pixels a side of most training pictures; a multiple of 8.
     size: int = 128
-    #: Other canvases (width, height) that the denoiser sees in turn, so that sizes from 96 to 192 px work.
-    #: The smallest is there twice: with fewest pixels for a subject, it is the hardest.
+    #: Other canvases (width, height) on which the denoiser trains in turn, so that sizes from 96 to 192 px
+    #: work. The smallest is listed twice: it has the fewest pixels for a subject and is the hardest.
     other_sizes: tuple[tuple[int, int], ...] = (
         (96, 96),
         (160, 160),
@@ -32,13 +32,13 @@ class Recipe:
         (192, 128),
         (128, 192),
     )
-    #: The share of the denoiser's time after which it sees them.
+    #: Share of the denoiser's time, 0 to 1, from which on they are used.
     other_sizes_from: float = 0.25
     #: One step in this many is on another canvas.
     other_size_every: int = 5
-    #: Scenes drawn and put into words, once; each keeps its caption and is drawn anew many times.
+    #: Scenes with captions. Each keeps its caption and is drawn many times, at random sizes.
     scenes: int = 200_000
-    #: Scenes kept per other canvas.
+    #: Scenes for each other canvas.
     other_scenes: int = 6_000
 
     #: Minutes of training per stage, compilation included.
@@ -60,19 +60,20 @@ class Recipe:
     text_layers: int = 2
     denoiser_batch: int = 512
     denoiser_rate: float = 8e-4
-    #: Every so many steps 256 old latents are encoded anew, with other chance in place and size.
+    #: Steps between two renewals of 256 latents, whose scenes are drawn and encoded again.
     renew_every: int = 6
 
     classifier_batch: int = 512
-    #: Whether to compile for speed (a minute a model; worth it on a GPU only).
+    #: Whether to compile the models: takes a minute a model, and makes training faster on a GPU only.
     compiled: bool = True
 
 
 @contextlib.contextmanager
 def searched_convolutions() -> Iterator[None]:
-    """Within it cuDNN tries its algorithms on every new shape and keeps the fastest.
+    """A context in which cuDNN tries its algorithms on every new shape and keeps the fastest.
 
-    That takes some ten seconds a model, so it is for the thousands of equal steps of a training loop alone.
+    The search takes about ten seconds a model: use it for the thousands of equal steps of a training loop
+    only.
     """
     torch.backends.cudnn.benchmark = True
     try:
@@ -85,11 +86,11 @@ def searched_convolutions() -> Iterator[None]:
 class Clock:
     """Wall-clock time of one stage, over all runs of it."""
 
-    #: Minutes the whole stage may take.
+    #: Minutes that the whole stage may take.
     minutes: float
     #: Minutes spent in earlier runs.
     spent: float = 0.0
-    #: Minutes this run may spend on it.
+    #: Minutes that this run may spend on it.
     allowed: float = float("inf")
     _start: float = field(default_factory=time.monotonic)
 
@@ -105,7 +106,7 @@ class Clock:
 
     @property
     def over(self) -> bool:
-        """Whether the stage, or this run's share of it, has had its time."""
+        """Whether the time of the stage, or of this run, is used up."""
         return self.progress >= 1 or self.elapsed - self.spent >= self.allowed
 
 

@@ -1,7 +1,8 @@
-"""Composition: scenes to pictures, on the training device, a whole batch at once.
+"""Drawing scenes as pictures on the training device, a whole batch at once.
 
-The emoji are kept at a dozen resolutions, premultiplied by alpha, and drawn by bilinear lookup from the
-resolution just above the wanted one, so that edges are anti-aliased at any size and position.
+The emoji are stored in twelve resolutions, premultiplied by alpha (mipmaps). A picture is drawn by bilinear
+sampling from the resolution just above the wanted one, so that edges are anti-aliased at any size and
+position.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from worker.demo.training import packages
 from worker.demo.training.captions import BACKGROUNDS, Scene
 from worker.demo.training.subjects import Subject
 
-#: Longest side of the kept resolutions, in pixels, each the one before / 2^(1/4).
+#: Pixels a side of the stored resolutions: each is the one before it, divided by 2^(1/4).
 LEVELS = tuple(round(192 / 2 ** (step / 4)) for step in range(12))
-#: An emoji whose longest side is under this many of 256 px is small on purpose and stays so.
+#: An emoji whose longest side is less than this, of 256 px, is small on purpose, and stays small.
 _MIN_NATIVE_PX = 150
-#: Longest side of a subject as a share of the canvas, from and to, by size (small, medium, big). Small is
-#: half the canvas: with fewer than 8 latent cells a side an animal has no face.
+#: Longest side of a subject as a share of the canvas, least and most, by size (small, medium, big). Small is
+#: half the canvas: on fewer than 8 latent cells a side an animal's face is lost.
 _ALONE = ((0.48, 0.53), (0.73, 0.78), (0.93, 0.98))
 _IN_PAIR = ((0.3, 0.33), (0.42, 0.45), (0.48, 0.5))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the subjects of a batch of n pictures are drawn; all tensors on one device."""
+    """Where to draw the subjects of a batch of n pictures; all tensors on one device."""
 
     #: int64 (n, 2): subject per layer, -1 for none. The second layer is drawn over the first.
     subjects: torch.Tensor
@@ -65,26 +66,26 @@ class SceneBatch:
         return SceneBatch(self.subjects[index], self.sizes[index], self.backgrounds[index])
 
     def layout(self, width: int, height: int) -> Layout:
-        """Places the subjects on a canvas of `width` x `height` pixels; chance decides their exact size.
+        """Positions the subjects on a canvas of `width` x `height` pixels, at random sizes in their ranges.
 
-        Their place is always the same, the middle of the canvas or of its half: what a subject looks like is
-        then the same in every latent cell of every scene, and the denoiser can learn it sharply.
+        The position is always the middle of the canvas, or of its half for one of two subjects. A subject
+        then covers the same latent cells in every scene, and the denoiser learns it more sharply.
         """
         device, count = self.subjects.device, len(self.subjects)
         pair = self.subjects[:, 1:] >= 0
         ranges = torch.tensor((_ALONE, _IN_PAIR), device=device)[pair.long(), self.sizes]
         share = torch.lerp(ranges[..., 0], ranges[..., 1], torch.rand(count, 2, device=device))
-        # Side by side, the width is what there is to share out; a wide canvas must not let them outgrow it.
+        # Two subjects share the width. On a wide canvas the height limits their size.
         unit = torch.where(pair, float(min(width, 2 * height)), float(min(width, height)))
-        place = torch.tensor([[0.5, 0.5], [0.25, 0.75]], device=device)[pair[:, 0].long()]
-        centre = torch.stack([place, torch.full_like(place, 0.5)], dim=-1)
+        x = torch.tensor([[0.5, 0.5], [0.25, 0.75]], device=device)[pair[:, 0].long()]
+        centre = torch.stack([x, torch.full_like(x, 0.5)], dim=-1)
         colours = torch.tensor(list(BACKGROUNDS.values()), device=device) / 255
         canvas = torch.tensor([float(width), float(height)], device=device)
         return Layout(self.subjects, share * unit, centre * canvas, colours[self.backgrounds])
 
 
 class Composer:
-    """All emoji on one device, and the drawing of layouts. Takes about 0.8 GB for 1,600 emoji."""
+    """All emoji on one device, and the drawing of layouts. 1,600 emoji take about 0.8 GB."""
 
     def __init__(self, subjects: list[Subject], folder: Path, device: torch.device) -> None:
         """Reads the pictures from the npm tarball in `folder`."""
@@ -110,9 +111,10 @@ class Composer:
         return picture * 2 - 1
 
     def _layer(self, layout: Layout, layer: int, width: int, height: int) -> torch.Tensor:
-        """One subject per picture, alone: (n, 4, height, width), premultiplied, 0..1."""
+        """One layer of each picture: float32 (n, 4, height, width), premultiplied RGBA, 0..1."""
         subject, side = layout.subjects[:, layer], layout.side[:, layer]
-        # The smallest resolution that is at least the wanted one: shrinking by < 2^(1/4) barely aliases.
+        # The smallest resolution that is at least the wanted one: shrinking by less than 2^(1/4) hardly
+        # aliases.
         level = (self._sizes[None] >= side[:, None] - 0.5).sum(dim=1).clamp(min=1) - 1
         size = self._sizes[level]
         first = self._starts[level] + subject.clamp(min=0) * size * size
@@ -162,7 +164,7 @@ def _shrunk(native: torch.Tensor, size: int, device: torch.device) -> torch.Tens
             chunk.to(device).float(), size=(size, size), mode="bicubic", antialias=True
         )
         alpha = small[:, 3:].clamp(0, 255)
-        # Bicubic overshoot must not make a colour brighter than its own coverage allows.
+        # Bicubic overshoot must not make a premultiplied colour greater than its alpha.
         small = torch.cat([torch.minimum(small[:, :3].clamp(min=0), alpha), alpha], dim=1)
         texels = small.round().to(torch.int32)
         packed.append(texels[:, 0] | texels[:, 1] << 8 | texels[:, 2] << 16 | texels[:, 3] << 24)

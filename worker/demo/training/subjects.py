@@ -1,7 +1,7 @@
-"""What can be drawn: the emoji, their names, and how often each is shown in training.
+"""The subjects: the emoji with their names, and how often each is shown in training.
 
-Source of names and tags: emojibase-data 17.0.0 (`en/data.json`). Source of the words that people use
-instead of the Unicode name ("car" for "automobile"): `common_subjects.txt` beside this file.
+Names and tags come from emojibase-data 17.0.0 (`en/data.json`). The words that people use instead of the
+Unicode name ("car" for "automobile") come from `common_subjects.txt` beside this file.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import Any
 
 from worker.demo.training import packages
 
-#: Words for the most asked-for subjects, in order of importance.
+#: Words for the most common subjects, in order of importance.
 COMMON_FILE = Path(__file__).with_name("common_subjects.txt")
-#: How many of the first words of `COMMON_FILE` are scored.
+#: Words of `COMMON_FILE`, from the first on, over which the score is taken.
 SCORED = 200
 
-_FLAGS_GROUP = 9
-#: Share of training by emoji group (emojibase's numbers); a common subject weighs `_COMMON_WEIGHT`.
-#: People (361 pictures, mostly one picture per profession and gender) and symbols are seldom asked for.
+#: Weight in training by emoji group (emojibase's numbers). A common subject has `_COMMON_WEIGHT` instead.
+#: People (group 1, 361 pictures, mostly one for each profession and gender) and symbols (8) are rarely asked
+#: for.
 _GROUP_WEIGHT = {0: 1.2, 1: 0.5, 3: 1.6, 4: 1.6, 5: 1.2, 6: 1.4, 7: 1.4, 8: 0.5, 9: 0.8}
 _COMMON_WEIGHT = 9.0
-#: The 24 clock faces differ by the hands alone.
+#: The 24 clock faces, which differ by their hands alone.
 _CLOCK = re.compile(r"o'clock|-thirty$")
-#: A tag that more pictures than this share ("face", "person") says nothing about the picture.
+#: Pictures that may share a tag. A tag of more pictures ("face", "person") is too general for a caption.
 _MAX_TAG_PICTURES = 12
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One emoji that can be drawn."""
+    """One emoji."""
 
-    #: What it is called: the common word if it has one, else the Unicode name. Unique, lower case.
+    #: The common word if there is one, else the Unicode name. Unique, lower case.
     name: str
     #: Other unambiguous names, lower case.
     synonyms: tuple[str, ...]
-    #: Words that fit it and other pictures too, lower case.
+    #: Words that fit it and some other pictures, lower case.
     tags: tuple[str, ...]
-    #: Share of training, > 0.
+    #: Relative frequency in training, > 0.
     weight: float
     #: Whether its name is one of `common_subjects.txt`.
     common: bool
@@ -60,7 +60,7 @@ def common_words() -> dict[str, str]:
 
 
 def scored_words() -> list[str]:
-    """The common subjects that the score is taken over."""
+    """The common subjects over which the score is taken."""
     return list(common_words())[:SCORED]
 
 
@@ -87,25 +87,27 @@ def load_subjects(folder: Path) -> list[Subject]:
 
 
 def _without_variation(code_points: str) -> str:
-    """Code points joined by "-", without U+FE0F: emojibase and the picture files disagree about it."""
+    """Code points joined by "-", without U+FE0F, which only one of the two packages writes."""
     return "-".join(part for part in code_points.split("-") if part != "fe0f")
 
 
 def _named(entries: list[tuple[dict[str, Any], str]]) -> list[Subject]:
-    """The entries with the name, synonyms and tags that captions will use."""
+    """The entries as subjects, with the name, synonyms and tags that captions use."""
     word_of: dict[str, list[str]] = {}
     for word, label in common_words().items():
         word_of.setdefault(label, []).append(word)
     labels = [clean(entry["label"]) for entry, _ in entries]
     if unknown := sorted(set(word_of) - set(labels)):
-        raise ValueError(f"common_subjects.txt names no emoji by {unknown}")
+        raise ValueError(
+            f"common_subjects.txt has labels that no emoji has: {unknown}. Correct or remove them."
+        )
     owned = set(labels) | set(common_words())
     pictures = Counter(tag for entry, _ in entries for tag in {clean(tag) for tag in entry.get("tags", [])})
     subjects = []
     for label, (entry, file) in zip(labels, entries, strict=True):
         words = word_of.get(label, [])
         tags = sorted({clean(tag) for tag in entry.get("tags", [])} - owned - {""})
-        # A common word that is also another emoji's label ("orange book" is not, "football" could be) wins.
+        # A common word may be the label of another emoji, too: the other one is then called "... emoji".
         names = [*words, *([label] if label not in common_words() or label in words else [])]
         names = list(dict.fromkeys(names)) or [f"{label} emoji"]
         subjects.append(

@@ -1,7 +1,7 @@
 """The tokenizer: CLIP's, with a small vocabulary learnt from the captions.
 
-Byte-level byte-pair encoding (Sennrich et al. 2016, over bytes as in GPT-2), so a word never seen falls into
-smaller pieces and is never an error. Frequent words are one token each.
+Byte-level byte-pair encoding (Sennrich et al. 2016, over bytes as in GPT-2): frequent words are one token
+each, and unknown words are split into smaller pieces.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-#: Tokens in all.
+#: Tokens in the vocabulary.
 VOCABULARY = 4096
-#: Tokens of a prompt, begin and end marks included; what is beyond is cut off. CLIP's 77 would cost the
-#: text encoder and every cross attention more than twice the time, and captions here are short.
+#: Tokens of a prompt, begin and end marks included; more are cut off. Captions here are short, and with
+#: CLIP's 77 tokens the text encoder and every cross attention would take more than twice the time.
 MAX_TOKENS = 32
 
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"

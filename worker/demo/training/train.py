@@ -1,8 +1,8 @@
-"""Makes the demo model: `python -m worker.demo.training.train --out OUT`, one GPU, under 20 minutes.
+"""Trains the demo model: `python -m worker.demo.training.train --out OUT`, one GPU, under 20 minutes.
 
-Three stages, each with its share of the time in `recipe.py`: the autoencoder, the classifier (the judge) and
-the denoiser with its text encoder. The model is saved after each and every two minutes
-within the long one; `--resume` goes on from what OUT holds. The classifier's score is printed last.
+Three stages, each with its minutes in `recipe.py`: the autoencoder, the classifier, and the denoiser with its
+text encoder. The model is saved after each stage, and every two minutes within the last. `--resume` continues
+from what OUT holds. At the end the model is scored.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from worker.demo.training.subjects import Subject, load_subjects
 from worker.demo.training.tokenizer import train_tokenizer
 
 STAGES = ("autoencoder", "classifier", "denoiser")
-#: Captions that the vocabulary is learnt from.
+#: Captions from which the vocabulary is learnt.
 _VOCABULARY_CAPTIONS = 60_000
-#: Minutes between two savings of the denoiser.
+#: Minutes after which the denoiser is saved again.
 _SAVE_EVERY = 2.0
 
 
 @dataclass
 class Run:
-    """One run of the recipe: the data, the models so far and the time spent on each stage."""
+    """One run of the recipe: the data, the models so far, and the time spent on each stage."""
 
     recipe: Recipe
     out: Path
@@ -48,25 +48,25 @@ class Run:
     tokenizer: CLIPTokenizer
     vae: AutoencoderKL
     model: denoiser.Denoiser
-    judge: classifier.Classifier
+    classifier: classifier.Classifier
     #: Minutes spent by stage, over all runs.
     spent: dict[str, float]
     started: float
 
     def clock(self, stage: str) -> Clock:
-        """The stage's clock."""
+        """A clock for a stage, which counts the time of earlier runs."""
         planned = getattr(self.recipe, f"{stage}_minutes")
         left = self.minutes - (time.monotonic() - self.started) / 60
         return Clock(planned, self.spent[stage], max(0.0, left))
 
     def finish(self, stage: str, clock: Clock) -> None:
-        """Notes the time spent and saves everything."""
+        """Records the time spent on a stage, and saves everything."""
         self.spent[stage] = clock.elapsed
         self.save()
         print(f"{stage}: {clock.elapsed:.1f} of {clock.minutes} min, saved", flush=True)
 
     def pipeline(self) -> StableDiffusionPipeline:
-        """The model as a pipeline. Call between two `model.swap()`."""
+        """The model as a pipeline. Call it between two `model.swap()`."""
         return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.model.text_encoder,
@@ -79,7 +79,7 @@ class Run:
         )
 
     def save(self) -> None:
-        """Writes OUT: the model and the classifier as they ship, and the full state for `--resume`."""
+        """Writes OUT: model and classifier as the repository has them, and the full state for `--resume`."""
         torch.save(
             {
                 "weights": [parameter.detach() for parameter in self.model.parameters],
@@ -87,7 +87,7 @@ class Run:
                 "steps": self.model.steps,
                 "vae": self.vae.state_dict(),
                 "scaling_factor": self.vae.config.scaling_factor,
-                "judge": self.judge.state_dict(),
+                "judge": self.classifier.state_dict(),
                 "spent": self.spent,
             },
             self.out / "state.pt",
@@ -98,12 +98,12 @@ class Run:
         recommended = {"steps": evaluate.STEPS, "guidance_scale": evaluate.GUIDANCE}
         (self.out / "model" / "smallcat.json").write_text(json.dumps(recommended) + "\n", encoding="utf-8")
         classifier.save_classifier(
-            self.judge, [subject.name for subject in self.subjects], self.out / classifier.WEIGHTS.name
+            self.classifier, [subject.name for subject in self.subjects], self.out / classifier.WEIGHTS.name
         )
         (self.out / "spent.json").write_text(json.dumps(self.spent) + "\n", encoding="utf-8")
 
     def load(self) -> None:
-        """Reads OUT: the full state, or, where that is gone, the model as shipped, in half precision."""
+        """Reads OUT: the full state or, where that is missing, the model in half precision."""
         if (self.out / "state.pt").exists():
             state = torch.load(self.out / "state.pt", map_location=self.device)
             with torch.no_grad():
@@ -116,7 +116,7 @@ class Run:
             )
             self.vae.load_state_dict(state["vae"])
             self.vae.register_to_config(scaling_factor=state["scaling_factor"])
-            self.judge.load_state_dict(state["judge"])
+            self.classifier.load_state_dict(state["judge"])
             return
         model = self.out / "model"
         vae = AutoencoderKL.from_pretrained(model, subfolder="vae")
@@ -127,20 +127,20 @@ class Run:
         text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", dtype=torch.float32)
         self.model.text_encoder.load_state_dict(text_encoder.state_dict())
         self.model.average = [parameter.detach().clone() for parameter in self.model.parameters]
-        self.judge.load_state_dict(
+        self.classifier.load_state_dict(
             classifier.load_classifier(self.out / classifier.WEIGHTS.name)[0].state_dict()
         )
         self.spent = json.loads((self.out / "spent.json").read_text(encoding="utf-8"))
 
 
 def save_half(pipeline: StableDiffusionPipeline, path: Path) -> None:
-    """Saves the pipeline's weights as fp16 safetensors, leaving the pipeline as it is."""
+    """Saves the pipeline with fp16 weights. The pipeline itself stays in fp32."""
     for name in ("vae", "text_encoder", "unet"):
         part: Any = getattr(pipeline, name)
         original = {key: value.clone() for key, value in part.state_dict().items()}
         part.half().save_pretrained(path / name)
         part.float().load_state_dict(original)
-    # transformers loads in the precision that is named here, diffusers in fp32: a plain load must fit.
+    # transformers loads in the precision that is named here, and diffusers in fp32: both must be the same.
     config = path / "text_encoder" / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -150,14 +150,14 @@ def save_half(pipeline: StableDiffusionPipeline, path: Path) -> None:
 
 
 def begin(recipe: Recipe, data: Path, out: Path, minutes: float, limit: int | None = None) -> Run:
-    """Reads the data and builds untrained models. `limit`: only the first so many subjects (for tests)."""
+    """Reads the data and builds untrained models. `limit`: only the first so many subjects, for tests."""
     started = time.monotonic()
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     subjects = load_subjects(data)[:limit]
-    # The vocabulary is the first thing drawn, so that it is the same whatever the stages do afterwards.
+    # A writer of its own, so that the vocabulary does not depend on what the stages draw.
     words = SceneWriter(subjects, recipe.seed)
     tokenizer = train_tokenizer(words.draw().caption for _ in range(min(recipe.scenes, _VOCABULARY_CAPTIONS)))
     unet: Any = denoiser.build_unet(recipe)
@@ -174,7 +174,7 @@ def begin(recipe: Recipe, data: Path, out: Path, minutes: float, limit: int | No
         tokenizer=tokenizer,
         vae=autoencoder.build_autoencoder(recipe).to(device, memory_format=torch.channels_last),
         model=model,
-        judge=classifier.Classifier(len(subjects)).to(device),
+        classifier=classifier.Classifier(len(subjects)).to(device),
         spent=dict.fromkeys(STAGES, 0.0),
         started=started,
     )
@@ -183,7 +183,7 @@ def begin(recipe: Recipe, data: Path, out: Path, minutes: float, limit: int | No
 
 
 def make_autoencoder(run: Run) -> None:
-    """The first stage, and the scaling factor of what it gives."""
+    """The first stage: trains the VAE, and sets the scaling factor of its latents."""
     clock = run.clock("autoencoder")
     autoencoder.train_autoencoder(run.vae, run.composer, run.recipe, clock)
     scenes = draw_scenes(run.writer, min(1024, run.recipe.scenes), run.device)
@@ -199,7 +199,7 @@ def make_autoencoder(run: Run) -> None:
 
 
 def report_autoencoder(run: Run, pictures: torch.Tensor) -> None:
-    """Prints the reconstructions' PSNR and saves 16 pictures above their reconstructions."""
+    """Prints the PSNR, and saves 16 pictures above their reconstructions as `autoencoder.png`."""
     print(f"autoencoder: {autoencoder.peak_signal_to_noise(run.vae, pictures):.2f} dB", flush=True)
     with torch.no_grad():
         again = run.vae.decode(run.vae.encode(pictures[:16]).latent_dist.mode()).sample
@@ -208,9 +208,9 @@ def report_autoencoder(run: Run, pictures: torch.Tensor) -> None:
 
 
 def make_classifier(run: Run) -> None:
-    """The second stage."""
+    """The second stage: trains the classifier."""
     clock = run.clock("classifier")
-    classifier.train_classifier(run.judge, run.composer, run.recipe, clock)
+    classifier.train_classifier(run.classifier, run.composer, run.recipe, clock)
     run.finish("classifier", clock)
 
 
@@ -220,7 +220,7 @@ def draw_scenes(writer: SceneWriter, count: int, device: torch.device) -> SceneB
 
 
 def make_denoiser(run: Run) -> None:
-    """The third stage, saved every two minutes."""
+    """The third stage: trains the denoiser and its text encoder, and saves them every two minutes."""
     recipe, composer = run.recipe, run.composer
     clock = run.clock("denoiser")
 
@@ -251,14 +251,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the state")
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="folder for the npm tarballs (fetched if absent)"
+        "--data",
+        type=Path,
+        default=Path("data"),
+        help="folder for the npm tarballs, which are downloaded if missing",
     )
-    parser.add_argument("--minutes", type=float, default=18.5, help="time for this run (default 18.5)")
-    parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
+    parser.add_argument("--minutes", type=float, default=18.5, help="minutes for this run (default 18.5)")
+    parser.add_argument("--resume", action="store_true", help="continue from what --out holds")
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to run (default all)"
     )
-    parser.add_argument("--seed", type=int, default=Recipe().seed)
+    parser.add_argument(
+        "--seed", type=int, default=Recipe().seed, help="seed of data and weights (default 0)"
+    )
     arguments = parser.parse_args()
     recipe = dataclasses.replace(Recipe(seed=arguments.seed), compiled=torch.cuda.is_available())
     run = begin(recipe, arguments.data, arguments.out, arguments.minutes)
@@ -269,7 +274,7 @@ def main() -> None:
         if name in arguments.stages and run.spent[name] < getattr(recipe, f"{name}_minutes"):
             stage(run)
     run.model.swap()
-    evaluate.report(run.pipeline(), run.out, run.judge, [subject.name for subject in run.subjects])
+    evaluate.report(run.pipeline(), run.out, run.classifier, [subject.name for subject in run.subjects])
 
 
 if __name__ == "__main__":
