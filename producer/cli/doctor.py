@@ -1,4 +1,4 @@
-"""`smallcat doctor`: is everything there that a job needs? One finding a line, each with its remedy."""
+"""`smallcat doctor`: checks everything that a job needs. One finding a line, each with its remedy."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from worker.contract.settings import hidden
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
-    #: What.
+    #: What was checked: redis, bucket, workers, queues, device or attention.
     what: str
     #: Whether it is as it should be.
     ok: bool
-    #: What was seen, and where it is not ok, what to do.
+    #: What was found; where `ok` is false, also what to do.
     text: str
 
 
 def examine() -> Iterator[Finding]:
-    """Look at Redis, the bucket, the workers and this machine. Raises `SettingsError` only."""
+    """Check Redis, the bucket, the workers and this machine. Raises `SettingsError` only."""
     now = session(redis_retry_s=1)
     yield from _guarded("redis", _redis(now))
     yield from _guarded("bucket", _bucket(now))
@@ -38,7 +38,7 @@ def examine() -> Iterator[Finding]:
 
 
 def _guarded(what: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """A check that raises is a finding, and the next check goes on."""
+    """The findings of a check; an error that it raises is one of them."""
     try:
         yield from findings
     except (SmallcatError, OSError) as error:
@@ -108,8 +108,8 @@ def _workers(now: Session) -> Iterator[Finding]:
     for package in sorted({package for package, _ in versions}):
         found = {version: names for (name, version), names in versions.items() if name == package}
         if len(found) > 1:
-            told = "; ".join(f"{version} on {', '.join(names)}" for version, names in found.items())
-            yield Finding("workers", False, f"run different versions of {package}: {told}")
+            shown = "; ".join(f"{version} on {', '.join(names)}" for version, names in found.items())
+            yield Finding("workers", False, f"run different versions of {package}: {shown}")
     for queue, count in waiting.items():
         if count and queue not in served:
             text = f"{count} jobs wait in {queue}, which no live worker serves: start one that does"
@@ -119,7 +119,7 @@ def _workers(now: Session) -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    """Ask the worker's own choosers what a worker would run on here."""
+    """What a worker would run on here, by the worker's own choice."""
     from worker.device.attention import probe
     from worker.model.placement import choose_device
 

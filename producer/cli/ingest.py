@@ -209,8 +209,8 @@ def _stop_on_ctrl_c(ingest: Ingest, display: QuietDisplay) -> None:
     def stop(*_: object) -> None:
         ingest.stop()
         signal.signal(signal.SIGINT, leave)
-        display.say("No more is sent. Waiting for what was; Ctrl-C again leaves at once.")
-        display.say(f"To go on later: {_command()}")
+        display.notice("No more is sent. Waiting for what was; Ctrl-C again leaves at once.")
+        display.notice(f"To go on later: {_command()}")
 
     signal.signal(signal.SIGINT, stop)
 

@@ -1,4 +1,4 @@
-"""What a person, or a log, sees of a run: a bar with the last picture, lines, or nothing."""
+"""Shows a run to a person or a log: a progress bar with the last picture, lines, or notices alone."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from producer.ingest.types import Counts, Display
 if TYPE_CHECKING:
     from worker.storage.bucket import Bucket
 
-#: Seconds over which the speed is measured.
-_SPEED_OVER_S = 20.0
+#: Seconds over which throughput is measured.
+_MEASURED_S = 20.0
 #: Seconds between two previews, and between two lines of progress in a log.
 _PREVIEW_EVERY_S, _LINE_EVERY_S = 2.0, 30.0
 #: Width of the preview, in characters.
 _PREVIEW_WIDTH = 24
 
 
-class Speed:
-    """Jobs a second over the last while, and how long the rest will take."""
+class Throughput:
+    """Jobs a second over the last 20 seconds, and how long the rest will take."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seen: deque[tuple[float, int]] = deque()
 
     def update(self, ended: int) -> None:
-        """Note how many have ended by now."""
+        """Record how many jobs have ended by now."""
         now = self._clock()
         if not self._seen or self._seen[-1][1] != ended or now - self._seen[-1][0] > 1:
             self._seen.append((now, ended))
-        while len(self._seen) > 2 and now - self._seen[0][0] > _SPEED_OVER_S:
+        while len(self._seen) > 2 and now - self._seen[0][0] > _MEASURED_S:
             self._seen.popleft()
 
     @property
@@ -55,12 +55,12 @@ class Speed:
         return (last - first) / max(1e-9, self._clock() - began)
 
     def left_s(self, jobs: int) -> float | None:
-        """Seconds until `jobs` more have ended; None: that cannot be told."""
+        """Seconds until `jobs` more have ended; None where nothing has ended lately."""
         return jobs / self.per_s if self.per_s > 0 else None
 
 
 class QuietDisplay(Display):
-    """Says nothing but what must be said, on standard error."""
+    """Prints notices alone, on standard error."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
@@ -74,7 +74,7 @@ class QuietDisplay(Display):
     def rejected(self, rejected: Rejected, file: str) -> None:
         """Nothing: the file of rejected lines has it."""
 
-    def say(self, text: str) -> None:
+    def notice(self, text: str) -> None:
         """One line."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -83,25 +83,25 @@ class QuietDisplay(Display):
 
 
 class LineDisplay(QuietDisplay):
-    """A line for each thing that happens, and one for the whole every half minute."""
+    """A line for each event, and one on the run's progress every half minute."""
 
     def __init__(
         self, console: Console | None = None, *, every_job: bool = True, as_json: bool = False
     ) -> None:
         super().__init__(console)
         self._every_job, self._as_json = every_job, as_json
-        self._speed = Speed()
-        self._told_at = time.monotonic()
+        self._throughput = Throughput()
+        self._printed_at = time.monotonic()
 
     def update(self, status: Status, counts: Counts) -> None:
         """A line every half minute."""
-        self._speed.update(status.ended)
-        if time.monotonic() - self._told_at > _LINE_EVERY_S:
-            self._told_at = time.monotonic()
-            self._event("progress", summary(status, counts, self._speed))
+        self._throughput.update(status.ended)
+        if time.monotonic() - self._printed_at > _LINE_EVERY_S:
+            self._printed_at = time.monotonic()
+            self._event("progress", summary(status, counts, self._throughput))
 
     def ended(self, ended: Ended) -> None:
-        """A line; of those that are done only if each job was asked for."""
+        """A line. For a job that is done only with `every_job`."""
         if ended.state == "done" and not self._every_job:
             return
         what = ended.uri if ended.state == "done" else ended.error
@@ -113,30 +113,30 @@ class LineDisplay(QuietDisplay):
 
     def _event(self, event: str, text: str, **values: object) -> None:
         if self._as_json:
-            self.say(json.dumps({"event": event, **values, "text": text}, ensure_ascii=False))
+            self.notice(json.dumps({"event": event, **values, "text": text}, ensure_ascii=False))
         else:
             where = "  ".join(f"{name} {value}" for name, value in values.items() if value != "")
-            self.say(f"{event:9} {where}{'  ' if where else ''}{text}")
+            self.notice(f"{event:9} {where}{'  ' if where else ''}{text}")
 
 
 class LiveDisplay(QuietDisplay):
-    """A bar at the foot of the terminal, with what failed above it and the last picture beside it."""
+    """A progress bar at the foot of the terminal, under the last picture; failures scroll above."""
 
-    def __init__(self, console: Console, storage: Bucket | None) -> None:
+    def __init__(self, console: Console, bucket: Bucket | None) -> None:
         super().__init__(console)
-        self._storage = storage
-        self._speed = Speed()
+        self._bucket = bucket
+        self._throughput = Throughput()
         self._last: str | None = None
         self._picture: RenderableType | None = None
         self._over = threading.Event()
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._live.start()
-        if storage is not None and console.color_system is not None:
+        if bucket is not None and console.color_system is not None:
             threading.Thread(target=self._preview, name="preview", daemon=True).start()
 
     def update(self, status: Status, counts: Counts) -> None:
         """Draw the bar anew."""
-        self._speed.update(status.ended)
+        self._throughput.update(status.ended)
         table = Table.grid(padding=(0, 2))
         total = status.total
         table.add_row(
@@ -145,20 +145,20 @@ class LiveDisplay(QuietDisplay):
             else Text("reading the files"),
             Text(f"{status.ended:,} of {total:,}" if total else f"{status.ended:,} of {status.fed:,}+"),
         )
-        text = Text(summary(status, counts, self._speed))
+        text = Text(summary(status, counts, self._throughput))
         parts: list[RenderableType] = [table, text]
         self._live.update(Group(self._picture, *parts) if self._picture is not None else Group(*parts))
 
     def ended(self, ended: Ended) -> None:
-        """Show the picture, or why there is none."""
+        """Remember the picture for the preview, or print why there is none."""
         if ended.state == "done":
             self._last = ended.uri
         else:
-            self.say(f"line {ended.line}: {ended.state}: {ended.error}")
+            self.notice(f"line {ended.line}: {ended.state}: {ended.error}")
 
     def rejected(self, rejected: Rejected, file: str) -> None:
-        """Say why."""
-        self.say(f"{file}, line {rejected.line}: {rejected.reason}")
+        """Print why."""
+        self.notice(f"{file}, line {rejected.line}: {rejected.reason}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -166,26 +166,26 @@ class LiveDisplay(QuietDisplay):
         self._live.stop()
 
     def _preview(self) -> None:
-        """Fetch the last picture now and then. What goes wrong here is not worth a word."""
+        """Fetch the last picture every other second. A picture that cannot be read is not shown."""
         from PIL import Image
         from textual_image.renderable.halfcell import Image as Halfcell
 
         shown = None
         while not self._over.wait(_PREVIEW_EVERY_S):
-            if (uri := self._last) is None or uri == shown or self._storage is None:
+            if (uri := self._last) is None or uri == shown or self._bucket is None:
                 continue
             try:
-                image = Image.open(io.BytesIO(self._storage.get(uri)))
+                image = Image.open(io.BytesIO(self._bucket.get(uri)))
                 image.load()
             except Exception:  # noqa: BLE001, S112 - a picture that cannot be shown is not shown
                 continue
             shown, self._picture = uri, Halfcell(image, width=_PREVIEW_WIDTH, height="auto")
 
 
-def summary(status: Status, counts: Counts, speed: Speed) -> str:
-    """How far a run is, in one line."""
-    parts = [f"{speed.per_s:.1f} images/s"]
-    if status.total is not None and (left_s := speed.left_s(status.total - status.ended)) is not None:
+def summary(status: Status, counts: Counts, throughput: Throughput) -> str:
+    """The progress of a run in one line."""
+    parts = [f"{throughput.per_s:.1f} images/s"]
+    if status.total is not None and (left_s := throughput.left_s(status.total - status.ended)) is not None:
         parts.append(f"{_duration(left_s)} left")
     parts.append(f"{status.queued:,} queued")
     parts.append(f"{counts.workers} workers" if counts.workers != 1 else "1 worker")

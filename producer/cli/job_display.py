@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: a bar while a job runs, and its picture."""
+"""Shows a job at a terminal: a progress bar while it runs, then its picture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from producer.client import JobHandle, JobResult
 
-#: Seconds between two looks at a job's progress.
-LOOK_EVERY_S = 0.25
+#: Seconds between two polls of a job's progress.
+POLL_EVERY_S = 0.25
 
 
 def follow(handle: JobHandle, timeout: float | None) -> JobResult:
@@ -30,10 +30,10 @@ def follow(handle: JobHandle, timeout: float | None) -> JobResult:
 
 
 def show_picture(result: JobResult) -> None:
-    """Draw the picture in the terminal; where standard output is none, one line says what it is."""
+    """Draw the picture in the terminal. Where standard output is no terminal, print one line about it."""
     console = Console()
     if console.is_terminal and min(console.size) > 0:  # Some pseudo-terminals have no size.
-        # Asks the terminal at import what it can draw.
+        # Queries the terminal at import for what it can draw.
         from textual_image.renderable import Image
 
         console.print(Image(result.image(), width=min(48, console.width), height="auto"))
@@ -47,8 +47,8 @@ def show_picture(result: JobResult) -> None:
 
 
 def _watch(handle: JobHandle, console: Console, over: threading.Event) -> None:
-    """Show progress until `over`. What goes wrong here, `result` raises to the caller."""
-    said = ""
+    """Show progress until `over`. An error here is shown; `result` raises it to the caller."""
+    shown = ""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -65,11 +65,11 @@ def _watch(handle: JobHandle, console: Console, over: threading.Event) -> None:
                 now = handle.progress()
             except Exception as error:  # noqa: BLE001 - the waiting thread reports it with its type
                 bar.update(task, text=str(error))
-                over.wait(LOOK_EVERY_S)
+                over.wait(POLL_EVERY_S)
                 continue
             text = now.note or (f"step {now.step} of {now.steps}" if now.steps else "")
             bar.update(task, description=now.state, total=now.steps or None, completed=now.step, text=text)
-            if not console.is_terminal and (line := f"{now.state}  {now.note}".strip()) != said:
+            if not console.is_terminal and (line := f"{now.state}  {now.note}".strip()) != shown:
                 console.print(line, markup=False, highlight=False)
-                said = line
-            over.wait(LOOK_EVERY_S)
+                shown = line
+            over.wait(POLL_EVERY_S)

@@ -1,11 +1,11 @@
-"""Feeding a run of prompt files: a bounded window ahead of the workers, resumable at any instant.
+"""Feeds a run of prompt files: a bounded number of messages ahead of the workers, resumable at any instant.
 
     files ─► plan ─► window of 500 ─► one step in Redis: the messages and the cursor
                                                 │
-    manifest ◄─ journal ◄─ news of each end ◄─ workers
+    manifest ◄─ journal ◄─ outcome of each job ◄─ workers
 
-What is left to do is known from Redis alone: the cursor says what was sent, the workers' bits what has
-ended. A job that was sent, has not ended, and is neither queued nor held by a worker is sent again.
+Redis alone knows what is left to do: the cursor says what was sent, the workers' bits say what has ended. A
+job that was sent, has not ended, and is neither queued nor held by a worker is sent again.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 #: Jobs that are sent in one step.
 WINDOW = 500
-#: Seconds between two looks at the run when there is nothing to do.
-LOOK_EVERY_S = 0.1
-#: Seconds without news, with empty queues, until it is checked that no message is missing.
+#: Seconds between two polls of the run when there is nothing to do.
+POLL_EVERY_S = 0.1
+#: Seconds with empty queues and without an outcome, until a check for lost messages.
 QUIET_S = 3.0
-#: Times that the same jobs are sent again before it is given up.
+#: Times that lost jobs are sent again, at most, before the run fails.
 MAX_SENT_AGAIN = 3
 
 
 class Ingest:
-    """One call that feeds a run until it is over, or as far as it is let."""
+    """Feeds a run when called, until all its jobs have ended or it is stopped."""
 
     def __init__(
         self,
@@ -67,16 +67,16 @@ class Ingest:
         self._items: Iterator[Planned | Rejected] | None = None
         self._rejected = 0
         self._rejects: Rejects | None = None
-        self._heard_at = self._counted_at = 0.0
+        self._received_at = self._counted_at = 0.0
         self._sent_again = 0
         self._counts = Counts()
 
     def stop(self) -> None:
-        """Send no more; `__call__` returns when what was sent has ended. May be called from a signal."""
+        """Send no more: the call returns when what was sent has ended. Safe in a signal handler."""
         self._stop.set()
 
     def __call__(self) -> Outcome:
-        """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; then a later call goes on."""
+        """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; a later call resumes it."""
         with self._session.queue_errors():
             self.run.take()
         try:
@@ -88,22 +88,22 @@ class Ingest:
             if self._downloads:
                 self._downloads.close()
             with self._session.queue_errors():
-                self.run.leave()
+                self.run.release()
 
     def _feed_until_over(self, journal: Journal) -> Outcome:
         status = self.run.status()
         start = Cursor.read(status.cursor)
         self._rejected = status.rejected
         self._rejects = Rejects(self._plan.sources, start)
-        if status.is_over and self.run.noted("manifest") == _seal(self._manifest):
-            if not self._downloads and not self.run.news():
+        if status.is_over and self.run.noted("manifest") == _fingerprint(self._manifest):
+            if not self._downloads and not self.run.outcomes():
                 return self._outcome("finished", status, journal)
             if self._manifest.suffix.lower() != ".csv":
                 journal.adopt(self._manifest)
-        self._items = self._plan.items(self._pinned.resolve, start, self._display.say)
+        self._items = self._plan.items(self._pinned.resolve, start, self._display.notice)
         if self._downloads:
             self._downloads.resume(journal)
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
         while (state := self._turn(journal)) is None:
             pass
         status = self.run.status()
@@ -112,28 +112,28 @@ class Ingest:
         return self._outcome(state, status, journal)
 
     def _turn(self, journal: Journal) -> str | None:
-        """One look at the run, and what there is to do. Returns how the call ends, when it does."""
+        """Poll the run once and act on it. Returns how the call ends, or None while it goes on."""
         status = self.run.status()
-        moved = self._hear(journal)
+        progressed = self._receive(journal)
         self._show(status, journal)
-        if status.is_over and not moved and (not self._downloads or self._downloads.flush(journal)):
+        if status.is_over and not progressed and (not self._downloads or self._downloads.flush(journal)):
             return "finished"
         if self._options.detach and status.total is not None and not status.is_over:
             return "detached"
         if self._stop.is_set():
-            if status.ended >= status.fed and not moved:
+            if status.ended >= status.fed and not progressed:
                 return "stopped"
         elif status.total is None and (room := self._room(status)):
             self._send_window(status, room)
-            moved = True
-        if not moved:
+            progressed = True
+        if not progressed:
             if status.queued == 0 and status.ended < status.fed:
-                self._look_for_lost(status)
-            time.sleep(LOOK_EVERY_S)
+                self._send_lost_again(status)
+            time.sleep(POLL_EVERY_S)
         return None
 
     def _room(self, status: Status) -> int:
-        """Jobs that may be sent now; not a few at a time while the queue is nearly full."""
+        """Jobs that may be sent now; 0 until there is room for half a window."""
         if self._options.detach:
             return WINDOW
         room = self._options.max_queued - status.queued
@@ -142,7 +142,7 @@ class Ingest:
     # Sending.
 
     def _send_window(self, status: Status, room: int) -> None:
-        assert self._items is not None  # noqa: S101 - made before the first turn
+        assert self._items is not None  # noqa: S101 - made before the first poll
         messages: list[tuple[str, str]] = []
         cursor, total = status.cursor, None
         at = self.run.now()
@@ -161,13 +161,13 @@ class Ingest:
         self.run.feed(status.fed, messages, cursor, total, self._rejected)
 
     def _reject(self, rejected: Rejected) -> None:
-        assert self._rejects is not None  # noqa: S101 - made before the first turn
+        assert self._rejects is not None  # noqa: S101 - made before the first poll
         self._rejected += 1
         self._rejects.write(rejected)
         self._display.rejected(rejected, self._plan.sources[rejected.file].name)
 
     def _message(self, job: Planned, number: int, at: int, again: str) -> tuple[str, str]:
-        """The list and the message of job `number`. Every message has an id of its own, for its claim."""
+        """The list and the message of job `number`. Each message has an id of its own, for its claim."""
         template = self._template(job.templated)
         self._tags += 1
         return template.list, template.fill(
@@ -188,11 +188,11 @@ class Ingest:
                 self._templates[templated.route] = MessageTemplate(templated.route, producer)
         return self._templates[templated.route]
 
-    def _look_for_lost(self, status: Status) -> None:
-        """Send again what nobody has: messages that were purged, or lost with a Redis that died."""
-        if time.monotonic() - self._heard_at < QUIET_S:
+    def _send_lost_again(self, status: Status) -> None:
+        """Send jobs again whose messages were purged, or lost with a Redis that died."""
+        if time.monotonic() - self._received_at < QUIET_S:
             return
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
         lost = self.run.lost(status.fed)
         if not lost:
             return
@@ -205,8 +205,8 @@ class Ingest:
                 if number in lost:
                     missing.append((number, each))
                 number += 1
-        on_board = self.run.are_on_board([job.templated.id for _, job in missing])
-        missing = [job for job, is_there in zip(missing, on_board, strict=True) if not is_there]
+        in_flight = self.run.are_in_flight([job.templated.id for _, job in missing])
+        missing = [job for job, is_there in zip(missing, in_flight, strict=True) if not is_there]
         if not missing:
             return
         self._sent_again += 1
@@ -216,27 +216,27 @@ class Ingest:
                 f"{len(missing)} jobs were sent {MAX_SENT_AGAIN} times and are gone from the queue, {first} "
                 "among them: see the workers' logs, and that nobody purges the queue."
             )
-        self._display.say(f"{len(missing)} jobs are gone from the queue and are sent again.")
+        self._display.notice(f"{len(missing)} jobs are gone from the queue and are sent again.")
         at, again = self.run.now(), f"-{_tag_of_process()[:8]}"
         self.run.send_again([self._message(job, number, at, again) for number, job in missing])
 
-    # What comes back.
+    # Receiving.
 
-    def _hear(self, journal: Journal) -> bool:
-        """Write down what has ended. Whether there was anything."""
-        news = self.run.news()
-        journal.write(news)
-        self.run.heard()
-        for each in news:
+    def _receive(self, journal: Journal) -> bool:
+        """Write down the outcomes of jobs. Returns whether there were any."""
+        outcomes = self.run.outcomes()
+        journal.write(outcomes)
+        self.run.acknowledge()
+        for each in outcomes:
             self._display.ended(each)
             if self._downloads and each.state == "done":
                 self._downloads.fetch(each.number, each.line, each.file, str(each.uri))
         if self._downloads:
             self._downloads.collect(journal)
-        if news:
-            self._heard_at = time.monotonic()
+        if outcomes:
+            self._received_at = time.monotonic()
             self._sent_again = 0
-        return bool(news)
+        return bool(outcomes)
 
     def _show(self, status: Status, journal: Journal) -> None:
         if time.monotonic() - self._counted_at > 0.5:
@@ -258,10 +258,10 @@ class Ingest:
             self._plan.sources,
             lambda number, job_id: self._result(journal, number, job_id),
         )
-        self.run.note("manifest", _seal(self._manifest))
+        self.run.note("manifest", _fingerprint(self._manifest))
 
     def _result(self, journal: Journal, number: int, job_id: str) -> Mapping[str, Any]:
-        """What became of a job: by the journal, else by its record, else by the bits alone."""
+        """The outcome of a job: from the journal, else from its record, else from its bits alone."""
         if (result := journal.result(number)) is not None:
             return result
         try:
@@ -292,8 +292,8 @@ class Ingest:
         )
 
 
-def _seal(manifest: Path) -> str:
-    """What tells a manifest from another one at its path; empty where there is none."""
+def _fingerprint(manifest: Path) -> str:
+    """Tells a manifest from another one at its path; empty where there is none."""
     try:
         stat = manifest.stat()
     except OSError:
@@ -302,5 +302,5 @@ def _seal(manifest: Path) -> str:
 
 
 def _tag_of_process() -> str:
-    """The first 24 characters of delivery tags, in the form of a UUID: no other process has them."""
+    """The first 24 characters of delivery tags, in the form of a UUID, which no other process has."""
     return str(uuid.uuid4())[:24]

@@ -1,4 +1,4 @@
-"""Each model once a run: its jobs all mean the same revision."""
+"""All jobs of a run that name the same model are rendered by the same revision of it."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ if TYPE_CHECKING:
 
 
 class Pinned:
-    """Resolves jobs as `Fleet.resolve`, each model once a run: its jobs all mean the same revision."""
+    """Resolves jobs as `Fleet.resolve` does, but each model once in a run. Redis keeps the answer."""
 
     def __init__(self, run: Run, fleet: Fleet) -> None:
         self._run, self._fleet = run, fleet
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
 
     def resolve(self, job: Job) -> Job:
-        """`job` for the model that it means in this run."""
+        """`job` for the model that it means in this run, with that model's defaults."""
         name = (job.model, job.revision)
         if name not in self._known:
-            kept = self._run.keep(f"model:{json.dumps(name)}", json.dumps(self._look(job)))
-            self._known[name] = json.loads(kept)
-        pin = self._known[name]
-        filled = {field: value for field, value in pin.items() if getattr(job, field) in (None, "")}
-        return job.model_copy(update={**filled, "model": pin["model"], "revision": pin["revision"]})
+            pin = self._run.note_once(f"model:{json.dumps(name)}", json.dumps(self._resolve(job)))
+            self._known[name] = json.loads(pin)
+        pinned = self._known[name]
+        filled = {field: value for field, value in pinned.items() if getattr(job, field) in (None, "")}
+        return job.model_copy(update={**filled, "model": pinned["model"], "revision": pinned["revision"]})
 
-    def _look(self, job: Job) -> dict[str, Any]:
-        asked = Job(prompt="x", seed=0, model=job.model, revision=job.revision)
-        meant = self._fleet.resolve(asked)
-        # Nobody has announced it yet: all jobs of the run mean the same unknown revision.
-        revision = OPEN_REVISION + self._run.id if meant.is_open else meant.revision
-        values = {name: getattr(meant, name) for name in Defaults.model_fields}
+    def _resolve(self, job: Job) -> dict[str, Any]:
+        resolved = self._fleet.resolve(Job(prompt="x", seed=0, model=job.model, revision=job.revision))
+        # No worker has announced the model yet: all jobs of the run wait for the same unknown revision.
+        revision = OPEN_REVISION + self._run.id if resolved.is_open else resolved.revision
+        values = {name: getattr(resolved, name) for name in Defaults.model_fields}
         defaults = {name: value for name, value in values.items() if value is not None}
-        return {**defaults, "model": meant.model, "revision": revision}
+        return {**defaults, "model": resolved.model, "revision": revision}

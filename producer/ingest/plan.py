@@ -1,4 +1,4 @@
-"""What a run is made of: files, how their lines vary, and so: which jobs, in which order, time and again."""
+"""The jobs of a run: from files and options, the same jobs in the same order whenever it is asked."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from producer.prompts.sources import Source
 from worker.contract.errors import InvalidJobError, PromptFileError
 from worker.contract.job import FORMAT_VERSION, Job
 
-#: Whatever changes which jobs a plan has, or their order, is a new number.
+#: A change to which jobs a plan has, or to their order, is a new number.
 PLAN_VERSION = 1
 
 _FIELD = re.compile(r'There is no job field "?([^":]+)|(\w+)')
 
 
 class Cursor(NamedTuple):
-    """A place between two jobs of a plan."""
+    """A position between two jobs of a plan."""
 
     #: The file, from 0.
     file: int = 0
     #: The entry of that file, from 0.
     entry: int = 0
-    #: Jobs of that entry that are behind the cursor.
+    #: Jobs of that entry that are before the cursor.
     offset: int = 0
 
     @classmethod
@@ -42,14 +42,14 @@ class Cursor(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A line that is no job, or a variant of it."""
+    """A line that is rejected, or a variant of one."""
 
     file: int
     line: int
-    #: The job field that is wrong; "" where it is the line itself.
+    #: The job field that is wrong; "" where the line itself is.
     field: str
     reason: str
-    #: The place after it.
+    #: The position after it.
     cursor: Cursor
 
 
@@ -61,13 +61,13 @@ class Planned(NamedTuple):
     templated: TemplatedJob
     #: The values of the grid's axes.
     grid: Mapping[str, Any]
-    #: The place after it.
+    #: The position after it.
     cursor: Cursor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs of a run: the same ones in the same order, however often it is asked."""
+    """The jobs of a run: the same ones in the same order each time."""
 
     sources: Sequence[Source]
     variations: Variations = field(default_factory=Variations)
@@ -88,7 +88,7 @@ class Plan:
         start: Cursor = Cursor(),  # noqa: B008 - frozen
         warn: Callable[[str], None] = lambda _: None,
     ) -> Iterator[Planned | Rejected]:
-        """The jobs from `start` on, and the lines that are none. Raises `PromptFileError`."""
+        """The jobs and the rejected lines from `start` on. Raises `PromptFileError`."""
         templates = JobTemplates(resolve)
         for file in range(start.file, len(self.sources)):
             skip = start.entry if file == start.file else 0
@@ -97,20 +97,20 @@ class Plan:
                 if isinstance(entry, BadEntry):
                     yield Rejected(file, entry.line, entry.field, entry.reason, after)
                     continue
-                behind = start.offset if (file, number) == start[:2] else 0
-                said: set[tuple[str, str]] = set()
+                done = start.offset if (file, number) == start[:2] else 0
+                reported: set[tuple[str, str]] = set()
                 offset = 0
                 try:
                     for offset, variant in enumerate(self.variations.expand(entry, file), 1):
-                        if offset <= behind:
+                        if offset <= done:
                             continue
                         after = Cursor(file, number, offset)
                         try:
                             templated = templates.fill(variant.fields)
                         except InvalidJobError as error:
                             finding = (_field(str(error)), str(error))
-                            if finding not in said:
-                                said.add(finding)
+                            if finding not in reported:
+                                reported.add(finding)
                                 yield Rejected(file, entry.line, *finding, after)
                             continue
                         yield Planned(file, entry.line, templated, variant.grid, after)
@@ -122,7 +122,7 @@ class Plan:
 
 
 def unresolved(job: Job) -> Job:
-    """For checking a plan without Redis: every model is taken for served."""
+    """`job` as it is: for checking a plan without Redis, where no model can be resolved."""
     return job
 
 
@@ -133,7 +133,7 @@ def _field(sentence: str) -> str:
 
 
 def check(plan: Plan, found: Callable[[Rejected], None], warn: Callable[[str], None]) -> int:
-    """Look at all lines without sending any. Returns the number of jobs; `found` hears of bad lines."""
+    """Read all lines without sending any. Returns the number of jobs; calls `found` for each bad line."""
     jobs = 0
     for each in plan.items(unresolved, warn=warn):
         if isinstance(each, Rejected):

@@ -1,4 +1,4 @@
-"""`submit_file`: files of prompts into pictures and a manifest, from Python."""
+"""`submit_file`: renders files of prompts and writes their manifest, from Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
 from worker.contract.job import Job
 
-#: The folder of wildcards that is used when it is there and none is named.
+#: The folder of wildcards that is used where it exists and none is named.
 WILDCARDS = "wildcards"
 #: Cells of a grid, at most.
 MAX_GRID = 10_000
@@ -46,14 +46,17 @@ def submit_file(
 ) -> Outcome:
     """Render the prompts of `files`, once each, and write their manifest. Returns when all have ended.
 
-    Call it again after whatever stopped it, and it goes on: nothing is rendered twice or left out.
-    `fields` are job fields for lines that do not name them; `images` is seeds a prompt; `grid` crosses
-    values of job fields; `sample` draws from a line's `{a|b}` alternatives and `__wildcards__`, which
-    `literal` leaves as they are. `download` is a folder for the pictures, `name` their template.
-    At most `max_queued` messages wait in the queue; with `detach` all are queued, and it returns.
+    Called again after an interruption, it resumes: nothing is rendered twice or left out.
+    `fields` are job fields for lines that do not set them; `images` is the number of seeds for each prompt;
+    `grid` renders each combination of values of job fields; `sample` is how many of a line's variants, by
+    `{a|b}` and `__wildcards__`, are drawn, and `literal` leaves both as they are. `download` is a folder for
+    the pictures, `name` the template of their names. At most `max_queued` messages wait in the queue; with
+    `detach` all are queued, and it returns.
 
-    Lines that are no jobs are listed in `FILE.rejected.jsonl`; with `strict` they stop it before anything
-    is sent. Raises `PromptFileError`, `InvalidJobError`, `QueueError`, `StorageError`, `SettingsError`.
+    Rejected lines are listed in `FILE.rejected.jsonl`; with `strict` a single one stops the run before
+    anything is sent.
+
+    Raises `PromptFileError`, `InvalidJobError`, `QueueError`, `StorageError`, `SettingsError`.
     """
     plan = make_plan(
         [str(each) for each in files],
@@ -70,7 +73,7 @@ def submit_file(
     )
     display = SilentDisplay()
     if strict:
-        refuse_bad_lines(plan, display.say)
+        refuse_bad_lines(plan, display.notice)
     options = Options(None if manifest is None else Path(manifest), run, max_queued, detach)
     folder = None if download is None else Path(download)
     return make_ingest(plan, options, display, folder, name)()
@@ -95,7 +98,7 @@ def make_variations(
     *,
     literal: bool,
 ) -> Variations:
-    """How lines vary, checked. Raises `PromptFileError`, and `InvalidJobError` for a field's value."""
+    """The variants of each line, checked. Raises `PromptFileError`, `InvalidJobError`."""
     for name, number, least, most in (("images", images, 1, 1_000_000), ("sample", sample, 1, 1_000_000)):
         if number is not None and not least <= number <= most:
             raise PromptFileError(f"{name} is {number}: it must be {least} to {most:,}.")
@@ -133,7 +136,7 @@ def make_variations(
 def make_ingest(
     plan: Plan, options: Options, display: Display, download: Path | None = None, name: str | None = None
 ) -> Ingest:
-    """A run that is ready to be called. Raises `PromptFileError`, `SettingsError`, `StorageError`."""
+    """A run that is ready to start. Raises `PromptFileError`, `SettingsError`, `StorageError`."""
     if options.max_queued < 1:
         raise PromptFileError(f"max_queued is {options.max_queued}: it must be at least 1.")
     if options.run is not None and not (0 < len(options.run) <= 40 and set(options.run) <= _RUN_LETTERS):
@@ -150,7 +153,7 @@ def make_ingest(
 
 
 def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:
-    """The axes that `field=value,value` words mean. Values with commas are quoted as in CSV."""
+    """The axes of a grid from words such as `steps=20,30`. Values with commas are quoted as in CSV."""
     grid: dict[str, list[Any]] = {}
     for word in words:
         axis, equals, text = word.partition("=")
@@ -163,7 +166,7 @@ def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def wildcards_folder(wildcards: str | Path | None, files: Sequence[str | Path]) -> Path | None:
-    """The folder of wildcards: the one that is named, else one beside the first file, else none."""
+    """The folder of wildcards: the named one, else the one beside the first file, else None."""
     if wildcards is not None:
         if not Path(wildcards).is_dir():
             raise PromptFileError(f"There is no folder of wildcards at {wildcards}.")

@@ -1,4 +1,4 @@
-"""What a run of prompt files is given, and what it gives: options, a display, an outcome."""
+"""What a run of prompt files takes and returns: its options, its display and its outcome."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ if TYPE_CHECKING:
     from producer.ingest.plan import Rejected
     from producer.ingest.run_state import Ended, Status
 
-#: Messages that may wait in a run's queues, unless it is said otherwise.
+#: Default of the messages that may wait in a run's queues.
 MAX_QUEUED = 10_000
-#: Priority of a file's jobs, unless it is said otherwise: whoever waits for a single job goes first.
+#: Default priority of a file's jobs: below that of single jobs, for which somebody waits.
 FILE_PRIORITY = 3
 
 
 class Display(Protocol):
-    """Who watches a run."""
+    """Shows a run to a person or a log."""
 
     def update(self, status: Status, counts: Counts) -> None:
-        """How far it is; called about ten times a second."""
+        """How far the run is; called about ten times a second."""
 
     def ended(self, ended: Ended) -> None:
         """A job has ended."""
 
     def rejected(self, rejected: Rejected, file: str) -> None:
-        """A line is no job."""
+        """A line of the file is rejected."""
 
-    def say(self, text: str) -> None:
-        """Something to know."""
+    def notice(self, text: str) -> None:
+        """Something that a person should know, in a sentence."""
 
 
 class SilentDisplay(Display):
-    """Says nothing but what must be said, on standard error: how `submit_file` is watched."""
+    """Prints notices alone, on standard error: the display of `submit_file`."""
 
     def update(self, status: Status, counts: Counts) -> None:
         """Nothing."""
@@ -45,17 +45,17 @@ class SilentDisplay(Display):
     def rejected(self, rejected: Rejected, file: str) -> None:
         """Nothing: the file of rejected lines has it."""
 
-    def say(self, text: str) -> None:
+    def notice(self, text: str) -> None:
         """One line."""
         print(text, file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many jobs of a run ended in which way, so far."""
+    """How many jobs of a run have ended in which way, so far."""
 
     done: int = 0
-    #: Of those done, the ones whose picture was in the bucket already.
+    #: Jobs that are done because their picture was in the bucket already; `done` includes them.
     cached: int = 0
     failed: int = 0
     cancelled: int = 0
@@ -69,17 +69,19 @@ class Outcome:
 
     #: The run's id.
     run: str
-    #: `finished`; `stopped` (the rest is for the next call); `detached` (all is queued).
+    #: `finished`; `stopped` (the next call sends the rest); `detached` (everything is queued).
     state: str
-    #: Jobs sent, and in all once that is known.
+    #: Jobs sent.
     sent: int
+    #: Jobs in all; None where the end of the files was not reached.
     total: int | None
     done: int
     cached: int
     failed: int
     cancelled: int
-    #: Lines that are no jobs, and where they are listed.
+    #: Lines rejected.
     rejected: int
+    #: The files that list them.
     rejected_files: tuple[Path, ...]
     #: The manifest; None unless the run is finished.
     manifest: Path | None
@@ -92,11 +94,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is fed; none of this changes its jobs."""
+    """How a run is fed. None of it changes the run's jobs."""
 
     #: Where the manifest goes; None: beside the first file.
     manifest: Path | None = None
-    #: The run's name: up to 40 lower-case letters and digits. None: made from its files and options.
+    #: The run's name: up to 40 lower-case letters and digits. None: a hash of its files and options.
     run: str | None = None
     #: Messages that may wait in the run's queues, >= 1.
     max_queued: int = MAX_QUEUED

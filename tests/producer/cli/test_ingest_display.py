@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from producer.cli import ingest_display
-from producer.cli.ingest_display import LineDisplay, LiveDisplay, QuietDisplay, Speed, summary
+from producer.cli.ingest_display import LineDisplay, LiveDisplay, QuietDisplay, Throughput, summary
 from producer.ingest.plan import Cursor, Rejected
 from producer.ingest.run_state import Ended, Status
 from producer.ingest.types import Counts
@@ -26,26 +26,26 @@ def drawn(display: type[QuietDisplay], **options: bool) -> str:
     shown.ended(DONE)
     shown.ended(FAILED)
     shown.rejected(BAD, "p.txt")
-    shown.say("Something.")
+    shown.notice("Something.")
     shown.close()
     return file.getvalue()
 
 
-def test_speed_and_time_left_are_of_the_last_while() -> None:
+def test_throughput_and_time_left_are_of_the_last_while() -> None:
     now = 0.0
-    speed = Speed(clock=lambda: now)
-    assert speed.left_s(5) is None
+    throughput = Throughput(clock=lambda: now)
+    assert throughput.left_s(5) is None
     for now in range(60):
-        speed.update(now * 4 if now > 30 else 0)
-    assert speed.per_s == pytest.approx(4, rel=0.2)
-    assert speed.left_s(400) == pytest.approx(100, rel=0.2)
+        throughput.update(now * 4 if now > 30 else 0)
+    assert throughput.per_s == pytest.approx(4, rel=0.2)
+    assert throughput.left_s(400) == pytest.approx(100, rel=0.2)
 
 
 def test_the_summary_names_what_there_is() -> None:
-    line = summary(STATUS, COUNTS, Speed())
+    line = summary(STATUS, COUNTS, Throughput())
     for part in ("images/s", "380 queued", "3 workers", "9 failed", "1 cancelled", "5 cached", "2 rejected"):
         assert part in line
-    assert "failed" not in summary(STATUS, Counts(), Speed())
+    assert "failed" not in summary(STATUS, Counts(), Throughput())
 
 
 def test_quiet_says_only_what_is_said() -> None:

@@ -54,7 +54,7 @@ def progress(state: State, step: int = 0, note: str = "") -> Progress:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("producer.cli.job_display.LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr("producer.cli.job_display.POLL_EVERY_S", 0.001)
 
 
 def on(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:

@@ -36,7 +36,7 @@ QUEUE = queues_of(SERVED)[0]
 def quick(valkey: ValkeyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", valkey.url)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("producer.ingest.feeder.LOOK_EVERY_S", 0.005)
+    monkeypatch.setattr("producer.ingest.feeder.POLL_EVERY_S", 0.005)
     monkeypatch.setattr("producer.ingest.feeder.QUIET_S", 0.05)
     announce(valkey.url)
 
@@ -141,7 +141,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("method", ["feed", "heard", "news", "status"])
+@pytest.mark.parametrize("method", ["feed", "acknowledge", "outcomes", "status"])
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_at_any_call_and_run_again_is_each_line_once(
     drain: Drain, monkeypatch: pytest.MonkeyPatch, method: str, after: bool
@@ -214,7 +214,7 @@ def test_jobs_that_vanish_again_and_again_are_given_up(drain: Drain) -> None:
 
 
 def test_equal_lines_are_one_picture_and_two_lines_of_the_manifest(drain: Drain) -> None:
-    """The second message comes while the first one's job is on board, and is dropped as taken."""
+    """The second message comes while the first one's job is in flight, and is dropped as taken."""
     run = ingest("a cat\na cat\n", fields={"seed": 5})
     thread = threading.Thread(target=run)
     thread.start()
@@ -230,7 +230,7 @@ def test_equal_lines_are_one_picture_and_two_lines_of_the_manifest(drain: Drain)
     assert len(drain.seen) == 2
 
 
-def test_a_job_that_is_on_board_is_not_sent_again(drain: Drain) -> None:
+def test_a_job_that_is_in_flight_is_not_sent_again(drain: Drain) -> None:
     run = ingest("a cat\na cat\n", fields={"seed": 5})
     thread = threading.Thread(target=run)
     thread.start()
@@ -333,7 +333,7 @@ def test_one_run_has_one_feeder(drain: Drain) -> None:
     first.run.take()
     with pytest.raises(PromptFileError, match=f"Process {os.getpid()}"):
         second.run.take(timeout_s=0.3)
-    first.run.leave()
+    first.run.release()
     second.run.take(timeout_s=0.3)
     with pytest.raises(PromptFileError, match="taken"):
         first.run.status()
