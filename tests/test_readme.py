@@ -1,49 +1,58 @@
-"""What the README says is what there is."""
+"""What the README says is what there is. `tests/test_docs.py` checks the commands and names in it."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from producer.cli.main import cli
-from tests.readme import README, renewed
-from worker.contract.settings import variables
+from tests.docs import DOCUMENTS, ROOT
+from worker.contract.job import MAX_SIZE, MIN_SIZE, SAMPLERS, SIZE_STEP, Scheduler
 
-ROOT = README.parent
-
-
-def test_the_settings_table_is_the_settings() -> None:
-    text = README.read_text()
-    assert renewed(text) == text, "run: python -m tests.readme"
-    for name in variables():
-        assert f"| `{name}` |" in text
+TEXT = (ROOT / "README.md").read_text("utf-8")
+#: Words, as `wc -w` counts them, at most.
+MAX_WORDS = 1_200
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_files_that_are_named_are_there(document: str) -> None:
-    text = (ROOT / document).read_text()
-    for name in re.findall(r"`((?:worker|producer|deploy|tests)/[\w./]*)`", text):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
-        assert (ROOT / name).exists(), name
+def section(heading: str) -> str:
+    """What stands below a heading, up to the next one."""
+    return re.split(r"^#+ ", TEXT.partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def test_make_targets_that_are_named_are_there() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for document in ("README.md", "CONTRIBUTING.md"):
-        used = re.findall(r"(?:^    |`)make ([a-z]+)", (ROOT / document).read_text(), re.MULTILINE)
-        assert used
-        assert set(used) <= targets
+def test_it_is_short() -> None:
+    assert len(TEXT.split()) <= MAX_WORDS
 
 
-def test_commands_that_are_named_are_there() -> None:
-    used = re.findall(r"^ *smallcat ([a-z]+)", README.read_text(), re.MULTILINE)
-    assert used
-    assert set(used) <= set(cli.commands)
+def test_every_document_is_reached_from_it() -> None:
+    pages = {path.name for path in DOCUMENTS if path.parent == ROOT / "docs"} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(docs/([\w-]+\.md)\)", TEXT))
 
 
-def test_the_command_line_s_help_names_its_exit_codes_in_the_readme() -> None:
-    assert re.search(r"exits with 0, 1 \(a job failed\), 2 \(usage\) or 3", README.read_text())
-    assert Path(ROOT / "LICENSE").read_text().lstrip().startswith("Apache License")
+def test_what_is_supported_is_what_the_code_has() -> None:
+    supported = section("What is supported")
+    names = set(SAMPLERS.values()) - {SAMPLERS[Scheduler.DEFAULT], SAMPLERS[Scheduler.PNDM]}
+    assert [name for name in names if name.removeprefix("DPM++ 2M ") not in supported] == []
+    assert "PNDM" in supported
+    assert "the model's own" in supported
+    assert f"{MIN_SIZE} to {MAX_SIZE:,} px, multiples of {SIZE_STEP}" in supported
+
+
+@pytest.mark.parametrize("heading", ["Reliability", "Speed"])
+def test_figures_stand_beside_hardware_and_date(heading: str) -> None:
+    assert re.search(r"(H100|H200|EPYC).*20\d\d-\d\d-\d\d", section(heading))
+
+
+def test_the_figures_are_those_of_the_pages_behind_them() -> None:
+    """A number in bold is in the page that has all of them, though perhaps with one more digit."""
+    for heading, page in (("Reliability", "reliability.md"), ("Speed", "performance.md")):
+        full = (ROOT / "docs" / page).read_text("utf-8")
+        numbers = [float(number) for number in re.findall(r"\d+\.\d+|\d+", full.replace(",", ""))]
+        for found in re.findall(r"\| ([^|]+) \|\n", section(heading)):
+            for shown in re.findall(r"\d+\.\d+", found):
+                digits = len(shown.partition(".")[2])
+                assert any(round(number, digits) == float(shown) for number in numbers), shown
+
+
+def test_the_licence_is_what_it_says() -> None:
+    assert "Apache-2.0" in section("License")
+    assert (ROOT / "LICENSE").read_text("utf-8").lstrip().startswith("Apache License")
