@@ -19,7 +19,7 @@ from worker.device.text_encoder import Text
 from worker.engine.runner import Picture
 
 #: Milliseconds of a step by its rows, and of a decoding by its pictures: about as on an H200, with Stable
-#: Diffusion 1.x shapes at 512x512 px, compiled (docs/measurements.md).
+#: Diffusion 1.x shapes at 512x512 px, compiled (docs/performance.md).
 STEP_MS = {1: 6.6, 2: 6.6, 4: 10.0, 8: 17.2, 16: 33.1, 32: 65.0}
 DECODE_MS = {1: 9.0, 2: 15.4, 4: 29.6, 8: 58.0}
 #: Pictures that are decoded at once, as `worker.device.vae_decoder` does at 512x512 px.

@@ -201,9 +201,7 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
             # Without the prefix, which alone would make any name look near.
             tails = [each.removeprefix("SMALLCAT_") for each in known if each.startswith("SMALLCAT_")]
             near = difflib.get_close_matches(name.removeprefix("SMALLCAT_"), tails, 1)
-            hint = (
-                f"Did you mean SMALLCAT_{near[0]}?" if near else "The README's settings table has all names."
-            )
+            hint = f"Did you mean SMALLCAT_{near[0]}?" if near else "docs/settings.md has all names."
             raise SettingsError(f"There is no setting {name}. {hint}")
 
 

@@ -30,7 +30,7 @@ WORTH_COMPILING = 50
 #: Seconds that a thread may keep Python to itself while another one waits for it and something compiles. That
 #: is a minute of nothing but Python: at Python's own 5 ms the engine's thread, which asks for it a hundred
 #: times a step, would hardly go on. At other times handing it over often costs more than it gives
-#: (docs/measurements.md).
+#: (docs/performance.md).
 SWITCH_S = 0.0005
 
 F = TypeVar("F", bound=Callable[..., Any])

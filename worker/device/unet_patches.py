@@ -45,7 +45,7 @@ class Upsample2D(torch.nn.Module):
     Of the nine weights of the convolution, those that fall on the same smaller pixel may be added up
     beforehand. A larger pixel then takes 2 x 2 smaller ones, by weights that depend on whether its row and
     its column are even: 4/9 of the products (the sub-pixel convolution of Shi et al., 2016). They are a
-    matrix product because cuDNN has no fast convolution for it (measured in docs/measurements.md).
+    matrix product because cuDNN has no fast convolution for it (measured in docs/performance.md).
     """
 
     def __init__(self, original: Any) -> None:

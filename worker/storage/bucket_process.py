@@ -2,7 +2,7 @@
 
 A picture's three requests are more than half of all the Python that a worker runs for it. One thread of a
 process runs Python at a time, so where jobs have few steps, the one that feeds the GPU would wait for those
-that upload. Here a request costs the worker one message there and one back (docs/measurements.md).
+that upload. Here a request costs the worker one message there and one back (docs/performance.md).
 """
 
 from __future__ import annotations

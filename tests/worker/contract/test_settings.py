@@ -125,7 +125,9 @@ def test_a_misspelt_name_stops_either_side_and_names_the_near_miss(
 
 
 def test_a_name_far_from_all_is_sent_to_the_table() -> None:
-    with pytest.raises(SettingsError, match=r"There is no setting SMALLCAT_SUNSHINE\. The README"):
+    with pytest.raises(
+        SettingsError, match=r"There is no setting SMALLCAT_SUNSHINE\. docs/settings\.md has all names\."
+    ):
         worker_settings({"SMALLCAT_SUNSHINE": "1"})
 
 
