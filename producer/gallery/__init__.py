@@ -1,12 +1,12 @@
 """The contact sheet of a run: one self-contained page from a manifest, or from what lies in a bucket.
 
     `lines`      what is known of each job: manifest lines, or the records beside the pictures
-    frames.py    from that to what the page shows: texts, link, thumbnail
+    rows.py      from that to what the page shows: texts, link, thumbnail
     page.py      the file: a template, a policy, and blocks of data that cannot become markup
     fields.py    the fields of a job that the page lists and filters by
     static/      page.html, page.css and the parts of the page's script
 
-Lines become frames in a few threads and are written as they come, in order: memory stays flat.
+Lines become rows in a few threads, which are written in order as they come: memory stays flat.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from producer.gallery.frames import Pictures, frame_of
 from producer.gallery.lines import Line, is_address, read_lines
 from producer.gallery.page import PageWriter
+from producer.gallery.rows import Pictures, row_of
 from worker.contract.errors import CallerError
 
 #: Longest life of a link, seconds: S3's own limit of 7 days.
@@ -85,8 +85,8 @@ def write_gallery(
     made_at = time.time()
     pictures = Pictures(expires_s, embed=embed)
     with PageWriter(path) as page:
-        for frame, thumbnail in in_order(partial(frame_of, pictures), islice(lines, limit)):
-            page.add(frame, thumbnail)
+        for row, thumbnail in in_order(partial(row_of, pictures), islice(lines, limit)):
+            page.add(row, thumbnail)
         if page.jobs == limit and next(lines, None) is not None:
             notices.append(f"Only the first {limit:,} jobs are shown: raise --limit for more.")
         if not page.jobs:

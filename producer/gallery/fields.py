@@ -1,16 +1,21 @@
-"""The fields of a job that the page lists, groups by and filters by."""
+"""The fields of a job that the page lists, groups by and filters by, made from the table of job fields."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from worker.contract.job import JOB_FIELDS
 
 
 @dataclass(frozen=True)
 class PageField:
     """One field as the page's script reads it; the row's value under `name` is text."""
 
-    #: The field's name: in a row, and in front of a value in the filter (`seed:7`).
+    #: Its name: in a row, and in front of a value in the filter (`seed:7`).
     name: str
     #: What people read.
     label: str
@@ -18,23 +23,46 @@ class PageField:
     exact: bool
     #: Whether the filter's words are looked for in it. Not in small numbers: "30" would find every job.
     searched: bool
+    #: Its value in rows that do not have it; empty: there is none.
+    default: str
+    #: The job fields that it shows, joined by "x": width and height are one field of the page, `size`.
+    job_fields: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """What the page's script needs of it."""
+        return {name: value for name, value in vars(self).items() if name != "job_fields"}
 
 
-#: In the order in which the page lists them. `size` is width and height, "512x768".
-FIELDS = (
-    PageField("prompt", "Prompt", exact=False, searched=True),
-    PageField("negative_prompt", "Negative prompt", exact=False, searched=True),
-    PageField("seed", "Seed", exact=True, searched=True),
-    PageField("size", "Size", exact=True, searched=True),
-    PageField("steps", "Steps", exact=True, searched=False),
-    PageField("guidance_scale", "Guidance", exact=True, searched=False),
-    PageField("scheduler", "Scheduler", exact=True, searched=True),
-    PageField("model", "Model", exact=False, searched=True),
-    PageField("revision", "Revision", exact=False, searched=False),
-    PageField("format", "Format", exact=True, searched=False),
-)
+def text_of(value: object) -> str:
+    """A value as people read it."""
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _page_fields() -> Iterator[PageField]:
+    shown = (each for each in JOB_FIELDS.values() if each.is_hashed)
+    for name, group in itertools.groupby(shown, key=lambda each: each.pair or each.name):
+        entries = tuple(group)
+        first = entries[0]
+        yield PageField(
+            name,
+            first.label,
+            # A text that anybody may write is found by a part of it.
+            exact=first.kind is not str or bool(first.choices),
+            searched=first.is_searched,
+            # What a later version added is shown where it is not at its default, as in the infotext.
+            default="" if first.is_original else text_of(first.default),
+            job_fields=tuple(each.name for each in entries),
+        )
+
+
+#: In the order in which the page lists them.
+FIELDS = tuple(_page_fields())
 
 
 def as_json() -> list[dict[str, Any]]:
     """All fields for the page's data."""
-    return [asdict(field) for field in FIELDS]
+    return [field.as_json() for field in FIELDS]

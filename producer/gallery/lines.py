@@ -1,4 +1,4 @@
-"""What is known of each job on the sheet: the lines of a manifest, or the records in a bucket."""
+"""What is known of each job on the page: the lines of a manifest, or the records in a bucket."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any, TextIO
 
 from producer.session import session
 from worker.contract.errors import CallerError
+from worker.contract.job import JOB_FIELDS
 from worker.contract.record import Timings
 
 #: One job: the manifest's fields, or a record's, with the job's own fields beside them. Any may be missing.
 Line = dict[str, Any]
 
 #: Columns of a CSV manifest that hold JSON.
-_JSON = {"grid", "metadata"}
+_JSON = {"grid", *(each.name for each in JOB_FIELDS.values() if each.kind is dict)}
 #: Columns of a CSV manifest that hold numbers.
-_INTEGERS = {"seed", "width", "height", "steps", "priority"}
-_FLOATS = {"guidance_scale", *Timings.model_fields}
+_INTEGERS = {each.name for each in JOB_FIELDS.values() if each.kind is int}
+_FLOATS = {*(each.name for each in JOB_FIELDS.values() if each.kind is float), *Timings.model_fields}
 
 
 def is_address(source: str) -> bool:
@@ -32,8 +33,8 @@ def is_address(source: str) -> bool:
 def read_lines(source: str, warn: Callable[[str], None]) -> Iterator[Line]:
     """The jobs of a manifest (JSONL; CSV by its ending; gzip too) or below an s3:// address, in order.
 
-    A line that cannot be read is left out, and `warn` is called once with how many there were: the last
-    line of a run that was killed may be half. Raises `CallerError`, and `StorageError` for an address.
+    A line that cannot be read is left out, and `warn` is called once with the number of such lines: the last
+    line of a run that was killed may be incomplete. Raises `CallerError`, and `StorageError` for an address.
     """
     if is_address(source):
         return _bucket_lines(source)

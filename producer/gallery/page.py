@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from producer.gallery import fields
-from producer.gallery.frames import Frame
+from producer.gallery.rows import Row
 from worker.contract.errors import CallerError
 
 #: The parts of the page's one script, in `static/`, in the order in which they run.
@@ -34,14 +34,14 @@ SCRIPTS = (
 )
 #: Rows in one block of data.
 _ROWS = 500
-#: Thumbnails in one block: about 1 MB, which a browser reads in the time of a frame.
+#: Thumbnails in one block: about 1 MB, which a browser reads in the time that it draws one frame.
 _THUMBS = 100
 #: What may stand in the policy as a place that pictures come from.
 _ORIGIN = re.compile(r"https?://[\w.\-\[\]:]+")
 
 
 class PageWriter:
-    """Writes one page, frame by frame; it appears under its name when `finish` is done.
+    """Writes one page, row by row; it appears under its name when `finish` is done.
 
     Data waits in temporary files beside it, for its head, which comes first, says where the links lead.
     """
@@ -49,15 +49,15 @@ class PageWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._open = ExitStack()
-        #: Frames so far, and of these those with a picture.
+        #: Rows so far, and of these those with a picture.
         self.jobs = self.pictures = 0
-        #: Frames so far by their state.
+        #: Rows so far by their state.
         self.states: Counter[str] = Counter()
         #: Where the links lead: scheme, host and port.
         self.origins: set[str] = set()
         self._temporary_keys = False
         self._embeds = False
-        self._rows: list[Frame] = []
+        self._rows: list[Row] = []
         self._thumbs: list[str | None] = []
 
     def __enter__(self) -> Self:
@@ -71,15 +71,15 @@ class PageWriter:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def add(self, frame: Frame, thumbnail: str | None) -> None:
-        """The next frame, and its thumbnail as base64. Raises `CallerError` when the disk is full."""
+    def add(self, row: Row, thumbnail: str | None) -> None:
+        """The next row, and its thumbnail as base64. Raises `CallerError` when the disk is full."""
         self.jobs += 1
-        self.states[frame["state"]] += 1
-        self.pictures += "uri" in frame
-        if url := frame.get("url"):
+        self.states[row["state"]] += 1
+        self.pictures += "uri" in row
+        if url := row.get("url"):
             self._note_link(url)
         self._embeds |= thumbnail is not None
-        self._rows.append(frame)
+        self._rows.append(row)
         self._thumbs.append(thumbnail)
         if len(self._rows) == _ROWS:
             self._flush_rows()

@@ -15,11 +15,12 @@ function findAxes() {
   };
   for (const row of rows) {
     for (const name of Object.keys(row.grid ?? {})) {
-      add(`axis:${name}`, labelOf(name), "axis", (each) => each.grid?.[name] ?? each[name]);
+      add(`axis:${name}`, labelOf(name), "axis", (each) => each.grid?.[name] ?? valueOf(each, name));
     }
   }
   for (const [name, { label }] of fields) {
-    if (name !== "prompt" && !found.has(`axis:${name}`)) add(`field:${name}`, label, "field", (each) => each[name]);
+    if (name === "prompt" || found.has(`axis:${name}`)) continue;
+    add(`field:${name}`, label, "field", (each) => valueOf(each, name));
   }
   for (const row of rows) {
     for (const name of Object.keys(row.metadata ?? {})) {

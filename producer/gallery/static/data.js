@@ -24,9 +24,11 @@ rows.forEach((row, index) => { row.index = index; });
 rows.sort((a, b) => (a.at ?? 0) - (b.at ?? 0) || a.index - b.index);
 rows.forEach((row, position) => { row.number = position + 1; });
 
-/** The fields of a job, in the order in which they are shown: name, label, exact, searched. */
+/** The fields of a job, in the order in which they are shown: name, label, exact, searched, default. */
 const fields = new Map(about.fields.map((field) => [field.name, field]));
 const labelOf = (name) => fields.get(name)?.label ?? name;
+/** A row's value of a field. Rows do not have values that are the field's default. */
+const valueOf = (row, name) => row[name] ?? fields.get(name)?.default;
 /** Fields with a place of their own on the page; the others are listed. */
 const TEXTS = new Set(["prompt", "negative_prompt"]);
 

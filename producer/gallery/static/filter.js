@@ -28,7 +28,7 @@ function matcher(query) {
     // "nothing:here" names no field: then it is a word like others.
     const wanted = (field || !name ? "" : `${name}:`) + (phrase ?? word);
     if (wanted === "") continue;
-    const value = (row) => String(row[name] ?? "").toLowerCase();
+    const value = (row) => String(valueOf(row, name) ?? "").toLowerCase();
     const test = !field ? (row) => searchText(row).includes(wanted)
       : field.exact ? (row) => value(row) === wanted
       : (row) => value(row).includes(wanted);

@@ -1,4 +1,4 @@
-"""From what is known of a job to its frame on the sheet: texts, a link, and perhaps a thumbnail."""
+"""From what is known of a job to its row of the page's data: texts, a link, and perhaps a thumbnail."""
 
 from __future__ import annotations
 
@@ -12,39 +12,29 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from producer.gallery.fields import FIELDS, PageField, text_of
 from producer.gallery.lines import Line
 from producer.session import session
+from worker.contract import infotext
 from worker.contract.errors import InvalidJobError, UnknownJobError
-from worker.contract.job import Defaults, Job
+from worker.contract.job import JOB_FIELDS, Job
 
 #: Pixels of a thumbnail's longer side: sharp at the page's first tile size on a screen of 1.5x.
 THUMBNAIL_PX = 256
 #: WebP quality of a thumbnail, 0 to 100.
 THUMBNAIL_QUALITY = 80
 
-#: A frame as the page reads it. All values that people see are text: a browser's numbers end at 2^53.
-Frame = dict[str, Any]
+#: A row as the page reads it. All values that people see are text: a browser's numbers end at 2^53.
+Row = dict[str, Any]
 
-#: Fields of a job that determine its picture, and so its `parameters` text.
-_PICTURE = [name for name in Job.model_fields if name not in ("priority", "metadata")]
-#: What a resolved job has and a submitted one may leave open.
-_RESOLVED = (*Defaults.model_fields, "prompt", "seed", "revision")
-#: Fields of a job that are shown as they are.
-_SHOWN = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "steps",
-    "guidance_scale",
-    "scheduler",
-    "model",
-    "revision",
-    "format",
-)
+#: Fields of a job that determine its picture, and so its infotext.
+_PICTURE = [each.name for each in JOB_FIELDS.values() if each.is_hashed]
+#: Fields that a submitted job may leave open and a resolved one has.
+_RESOLVED = [each.name for each in JOB_FIELDS.values() if each.is_known_when_resolved]
 
 
 class Pictures:
-    """The pictures of a run, in their buckets. Thread-safe; counts what it could not find."""
+    """The pictures of a run, in their buckets. Thread-safe; counts what it did not find."""
 
     def __init__(self, expires_s: int, *, embed: bool) -> None:
         self._expires_s = expires_s
@@ -57,7 +47,7 @@ class Pictures:
         return session().bucket_of(uri).url(uri, self._expires_s)
 
     def record(self, uri: str) -> Line:
-        """The record beside the picture, flat; empty where there is none. Raises `StorageError`."""
+        """The record beside the picture, flat; empty where it cannot be read. Raises `StorageError`."""
         try:
             record = json.loads(session().bucket_of(uri).get(uri.rpartition(".")[0] + ".json"))
         except (UnknownJobError, ValueError, RecursionError):
@@ -68,7 +58,7 @@ class Pictures:
         return flat(record)
 
     def thumbnail(self, uri: str) -> bytes | None:
-        """The picture as a small WebP, where those are embedded; None where it cannot be read.
+        """The picture as a small WebP; None where thumbnails are not embedded, or it cannot be read.
 
         Raises `StorageError`.
         """
@@ -81,7 +71,7 @@ class Pictures:
             return None
 
     def notices(self) -> list[str]:
-        """What was not found, in sentences."""
+        """What could not be read, in sentences."""
         with self._lock:
             found = dict(self._missing)
         return [
@@ -106,24 +96,47 @@ def thumbnail(picture: bytes) -> bytes:
     return file.getvalue()
 
 
-def frame_of(pictures: Pictures, line: Line) -> tuple[Frame, str | None]:
-    """The frame of one line, and its thumbnail as base64.
+def row_of(pictures: Pictures, line: Line) -> tuple[Row, str | None]:
+    """The row of one line, and its thumbnail as base64.
 
-    What the line leaves open of a picture is read from the record beside it. Raises `StorageError`.
+    What the line does not say of its picture is read from the record beside the picture. Raises
+    `StorageError`.
     """
     line = flat(line)
     uri = line.get("uri")
     has_picture = isinstance(uri, str) and _is_picture(uri) and line.get("state", "done") == "done"
-    if has_picture and any(line.get(name) in (None, "") for name in _RESOLVED):
-        line = pictures.record(str(uri)) | line
-    frame = _texts(line)
+    job = _job_of(line)
+    if has_picture and job is None and (record := pictures.record(str(uri))):
+        line = record | line
+        job = _resolved(line)
+    row = _texts(line)
+    # The text that is in the picture itself.
+    row["parameters"] = infotext.write(job) if job else ""
     small = None
     if has_picture:
         data = pictures.thumbnail(str(uri))
         small = base64.b64encode(data).decode() if data else None
-        frame |= {"uri": uri, "url": pictures.url(str(uri))}
-    frame["state"] = _text(line.get("state")) or ("done" if has_picture else "failed")
-    return {name: value for name, value in frame.items() if value not in (None, "", {}, [])}, small
+        row |= {"uri": uri, "url": pictures.url(str(uri))}
+    row["state"] = text_of(line.get("state")) or ("done" if has_picture else "failed")
+    return {name: value for name, value in row.items() if value not in (None, "", {}, [])}, small
+
+
+def _job_of(line: Line) -> Job | None:
+    """The resolved job that a line describes whole; None where it does not.
+
+    Where the line's id is another job's, the line lacks a field: the version that wrote it did not write all.
+    """
+    job = _resolved(line)
+    return job if job and line.get("id", job.id) == job.id else None
+
+
+def _resolved(line: Line) -> Job | None:
+    if any(name not in line for name in _RESOLVED):
+        return None
+    try:
+        return Job.parse({name: line[name] for name in _PICTURE if name in line})
+    except InvalidJobError:
+        return None
 
 
 def flat(line: Line) -> Line:
@@ -134,37 +147,30 @@ def flat(line: Line) -> Line:
     return {name: value for name, value in (line | job).items() if value not in (None, "") and name != "job"}
 
 
-def _texts(line: Line) -> Frame:
-    size = f"{line['width']}x{line['height']}" if "width" in line and "height" in line else ""
+def _texts(line: Line) -> Row:
     warnings = line.get("warnings")
     return {
-        "line": ":".join(_text(line[name]) for name in ("file", "line") if name in line),
+        "line": ":".join(text_of(line[name]) for name in ("file", "line") if name in line),
         "at": line["at"] if isinstance(line.get("at"), float) else None,
-        "id": _text(line.get("id")),
-        **{name: _text(line.get(name)) for name in _SHOWN},
-        "size": size,
+        "id": text_of(line.get("id")),
+        **{field.name: _field_text(field, line) for field in FIELDS},
         "grid": _texts_of(line.get("grid")),
         "metadata": _texts_of(line.get("metadata")),
         "timings": _seconds(line.get("timings")),
-        "worker": _text(line.get("worker")),
+        "worker": text_of(line.get("worker")),
         "nsfw": line.get("nsfw") is True or None,
-        "error_type": _text(line.get("error_type")),
-        "error": _text(line.get("error")),
-        "warnings": [_text(each) for each in warnings] if isinstance(warnings, list) else None,
-        "parameters": _parameters(line),
+        "error_type": text_of(line.get("error_type")),
+        "error": text_of(line.get("error")),
+        "warnings": [text_of(each) for each in warnings] if isinstance(warnings, list) else None,
     }
 
 
-def _parameters(line: Line) -> str:
-    """The text that is in the picture itself; empty for a job that is not resolved."""
-    from worker.contract.infotext import write
-
-    if any(name not in line for name in _RESOLVED):
+def _field_text(field: PageField, line: Line) -> str:
+    """The field's value; empty where the line does not say it whole, or it is what the page assumes."""
+    if any(name not in line for name in field.job_fields):
         return ""
-    try:
-        return write(Job.parse({name: line[name] for name in _PICTURE if name in line}))
-    except InvalidJobError:
-        return ""
+    text = "x".join(text_of(line[name]) for name in field.job_fields)
+    return "" if text == field.default else text
 
 
 def _is_picture(uri: str) -> bool:
@@ -172,16 +178,8 @@ def _is_picture(uri: str) -> bool:
     return parts.scheme == "s3" and bool(parts.netloc) and bool(parts.path.strip("/"))
 
 
-def _text(value: object) -> str:
-    if isinstance(value, float):
-        return str(value).removesuffix(".0")
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _texts_of(value: object) -> dict[str, str]:
-    return {str(name): _text(each) for name, each in value.items()} if isinstance(value, dict) else {}
+    return {str(name): text_of(each) for name, each in value.items()} if isinstance(value, dict) else {}
 
 
 def _seconds(value: object) -> dict[str, str]:
