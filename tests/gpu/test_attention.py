@@ -15,8 +15,8 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ("naive", "sdpa", "xformers")
 #: Stable Diffusion 1.x' first self-attention, and SDXL's: of heads that fit the kernels badly and well.
 PLACES = {
-    "sd15": kernels.Place(token_px=8, heads=8, head_width=40, dtype=torch.float16),
-    "sdxl": kernels.Place(token_px=16, heads=10, head_width=64, dtype=torch.float16),
+    "sd15": kernels.FirstAttention(token_px=8, heads=8, head_width=40, dtype=torch.float16),
+    "sdxl": kernels.FirstAttention(token_px=16, heads=10, head_width=64, dtype=torch.float16),
 }
 #: All attention of Stable Diffusion 1.x at 512 px: (query tokens, key tokens, heads, head width).
 SHAPES = [

@@ -1,1 +1,1 @@
-"""The benchmark for users, on any GPU or CPU, of any model that a worker serves: `__main__` is the door."""
+"""Measures a model on the machine of the user, GPU or CPU: `__main__` is the door."""

@@ -1,10 +1,10 @@
-"""`python -m worker.bench`: measure what this machine makes of a model, and show it.
+"""`python -m worker.bench`: measure a model on this machine.
 
-    a  one picture, "a small cat", with and without memory-efficient attention: the origin's experiment
-    b  one attention by the picture's size, its time and its memory: N^2 against N
-    c  pictures a second by the jobs in a batch, eager and compiled
+    a  one picture, "a small cat", with and without memory-efficient attention, as PhotoRoom did in 2022
+    b  time and memory of one attention layer by the size of the picture
+    c  throughput by the number of jobs in a batch, eager and compiled
 
-Prints tables; writes bench.json and a PNG for each experiment. Progress goes to the standard error output.
+Prints tables, and writes bench.json and a plot (PNG) for each experiment. Progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,24 @@ from worker.contract.settings import WorkerSettings, worker_settings
 
 
 @click.command()
+@click.option("--model", metavar="MODEL", help="The model, as in SMALLCAT_MODEL. Not set: the worker's own.")
 @click.option(
-    "--model", metavar="MODEL", help="What to measure, as SMALLCAT_MODEL. Not set: what a worker serves."
+    "--shapes", "kind", type=click.Choice(get_args(shapes.Shapes)), help="Measure random weights instead."
 )
-@click.option("--shapes", "kind", type=click.Choice(get_args(shapes.Shapes)), help="Random weights instead.")
-@click.option("--only", multiple=True, type=click.Choice(get_args(Experiment)), help="May be repeated.")
-@click.option("--steps", default=50, show_default=True, type=click.IntRange(1, 150), help="Of a picture.")
-@click.option("--quick", is_flag=True, help="Fewer sizes, fewer setups, less time each.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(get_args(Experiment)),
+    help="Measure only this experiment. May be repeated.",
+)
+@click.option(
+    "--steps",
+    default=50,
+    show_default=True,
+    type=click.IntRange(1, 150),
+    help="Denoising steps of a picture.",
+)
+@click.option("--quick", is_flag=True, help="Measure fewer sizes and setups, for a shorter time.")
 @click.option(
     "--output",
     default=Path("outputs/bench"),
@@ -51,12 +62,12 @@ def main(
     quick: bool,
     output: Path,
 ) -> None:
-    """Measure one picture, one attention, and pictures a second; write tables, JSON and plots.
+    """Measure a picture, an attention layer and the throughput; print tables, write JSON and plots.
 
-    All other settings are a worker's, from the environment.
+    Other settings are read from the environment, as by a worker.
     """
     if model and kind:
-        raise click.UsageError("--model and --shapes exclude each other.")
+        raise click.UsageError("--model and --shapes exclude each other: leave one out.")
     console = Console(stderr=True)
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     try:
@@ -87,24 +98,24 @@ def _measure(
 ) -> Report:
     task = progress.add_task("Loading the model", total=None)
     if kind:
-        progress.update(task, description=f"Making a model with the shapes of {kind}")
+        progress.update(task, description=f"Making a model of {kind} with random weights")
         model = str(shapes.make(kind, settings.cache_folder / "shapes" / kind))
     if model:
         settings = settings.model_copy(update={"model": model})
-    run = measuring.Measuring(
+    benchmark = measuring.Benchmark(
         settings,
         only or get_args(Experiment),
         measuring.QUICK if quick else measuring.FULL,
         steps=steps,
         command=shlex.join(["python", "-m", "worker.bench", *sys.argv[1:]]),
     )
-    progress.update(task, total=run.total, completed=-1)
+    progress.update(task, total=benchmark.total, completed=-1)
 
-    def tell(what: str) -> None:
+    def show(what: str) -> None:
         progress.update(task, description=what, advance=1)
 
-    report = run.report(tell)
-    progress.update(task, description="Done", completed=run.total)
+    report = benchmark.report(show)
+    progress.update(task, description="Done", completed=benchmark.total)
     return report
 
 
@@ -112,17 +123,17 @@ def _show(report: Report, folder: Path) -> None:
     console = Console()
     for each in tables.tables(report):
         console.print(each)
-    # As they are, for copying.
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    say(f"Figures: {folder / 'bench.json'}")
+    # Unwrapped, so that paths can be copied.
+    line = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    line(f"Results: {folder / 'bench.json'}")
     if importlib.util.find_spec("matplotlib") is None:
-        say("No plots: install matplotlib with pip install '.[bench]'.")
+        line("No plots: install matplotlib with pip install '.[bench]'.")
         return
-    # Not at the top: it may be absent.
+    # Not at the top: matplotlib may be absent.
     from worker.bench import plots
 
     for path in plots.draw(report, folder):
-        say(f"Plot: {path}")
+        line(f"Plot: {path}")
 
 
 if __name__ == "__main__":

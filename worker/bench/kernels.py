@@ -1,4 +1,4 @@
-"""Experiment b: time and memory of one attention of the UNet by the picture's size, for each backend."""
+"""Experiment b: time and memory of one attention layer by the size of the picture, for each backend."""
 
 from __future__ import annotations
 
@@ -17,77 +17,80 @@ from worker.contract.errors import first_line
 from worker.device import attention
 from worker.device.attention import Kernel, Shape
 
-#: Seconds for which a kernel is run again and again; the fastest run counts.
-ENOUGH_S = 0.3
-#: Share of a CPU's free memory that one attention may take: what is swapped or killed is not measured.
+#: Seconds for which a kernel is repeated; the fastest run counts.
+REPEAT_S = 0.3
+#: Share of the free memory that one attention on a CPU may take, so that nothing is swapped or killed.
 MEMORY_SHARE = 0.5
-#: Writing a 5 there sets the process' highest mark to what it has resident now.
-_MARK = Path("/proc/self/clear_refs")
+#: Writing 5 to this file resets the process' peak of resident memory.
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Place:
-    """The UNet's first self-attention, which has more tokens than any other."""
+class FirstAttention:
+    """The UNet's first self-attention, which has more tokens than any other layer."""
 
-    #: Pixels of the picture that a token's side stands for.
+    #: Side of a token, in pixels of the picture.
     token_px: int
     heads: int
     head_width: int
     dtype: torch.dtype
 
     def shape(self, side_px: int) -> Shape:
-        """It, for a square picture."""
+        """Its shape for a square picture."""
         tokens = (-(-side_px // self.token_px)) ** 2
         return Shape(tokens, tokens, self.heads, self.head_width, self.dtype)
 
 
-def place_in(pipeline: Any) -> Place:
-    """Where `pipeline`'s UNet has its first self-attention."""
+def first_attention(pipeline: Any) -> FirstAttention:
+    """The first self-attention of the pipeline's UNet. Raises `ValueError` if it has none."""
     for level, block in enumerate(pipeline.unet.down_blocks):
         for transformer in getattr(block, "attentions", ()):
             first = transformer.transformer_blocks[0].attn1
-            return Place(
+            return FirstAttention(
                 token_px=int(pipeline.vae_scale_factor) * 2**level,
                 heads=first.heads,
                 head_width=first.inner_dim // first.heads,
                 dtype=first.to_q.weight.dtype,
             )
-    raise ValueError("The UNet has no attention on its way down.")
+    raise ValueError("The UNet's down blocks have no attention, so there is nothing to measure.")
 
 
 def kernel_of(backend: str) -> Kernel:
-    """The attention of a backend that `attention.probe` finds no fault with."""
+    """The kernel of a backend, which must work here by `attention.probe`."""
     kernels = {"naive": lambda: attention.naive, "sdpa": lambda: attention.sdpa}
     return kernels.get(backend, attention.load_xformers)()
 
 
 def curve(
-    backend: str, place: Place, sides_px: Sequence[int], device: torch.device, *, limit_s: float
+    backend: str, layer: FirstAttention, sides_px: Sequence[int], device: torch.device, *, limit_s: float
 ) -> Iterator[Point]:
-    """A point for each of the rising `sides_px`; what does not fit or takes over `limit_s` is left out."""
+    """A point for each of the rising `sides_px`.
+
+    One that does not fit in memory or would take over `limit_s` has no figures.
+    """
     kernel = kernel_of(backend)
-    known: tuple[int, float] | None = None
+    last: tuple[int, float] | None = None
     failed = ""
     for side_px in sides_px:
-        shape = place.shape(side_px)
-        left_out = failed or _too_much(kernel, shape, device, known, limit_s)
+        shape = layer.shape(side_px)
+        left_out = failed or _reason_to_skip(kernel, shape, device, last, limit_s)
         if not left_out:
             try:
                 seconds, memory = measure(kernel, shape, device)
             except torch.OutOfMemoryError:
                 left_out = failed = "does not fit in the GPU's memory"
-            except Exception as error:  # noqa: BLE001 - a kernel may refuse a size, and says why
+            except Exception as error:  # noqa: BLE001 - a kernel may refuse a size
                 left_out = failed = first_line(error)
         if left_out:
             yield Point(backend, side_px, shape.query_tokens, left_out=left_out)
             continue
-        known = shape.query_tokens, seconds
+        last = shape.query_tokens, seconds
         mebibytes = None if memory is None else memory / 2**20
         yield Point(backend, side_px, shape.query_tokens, 1e3 * seconds, mebibytes)
 
 
 def measure(kernel: Kernel, shape: Shape, device: torch.device) -> tuple[float, int | None]:
-    """Seconds of one call for `ROWS` rows, the fastest of several, and its most bytes beyond its inputs."""
+    """Seconds of one call for `ROWS` rows, the fastest of several, and its peak bytes beyond its inputs."""
     drawn = shape.draw(ROWS, device)
     scale = shape.head_width**-0.5
 
@@ -97,11 +100,11 @@ def measure(kernel: Kernel, shape: Shape, device: torch.device) -> tuple[float, 
             torch.cuda.synchronize(device)
 
     with torch.inference_mode():
-        # The first one loads the kernel, which takes time and memory of its own.
+        # The first call also loads the kernel, which takes time and memory.
         run()
         memory = peak_bytes(run, device)
         times_s: list[float] = []
-        while sum(times_s) < ENOUGH_S:
+        while sum(times_s) < REPEAT_S:
             started_s = time.perf_counter()
             run()
             times_s.append(time.perf_counter() - started_s)
@@ -109,10 +112,10 @@ def measure(kernel: Kernel, shape: Shape, device: torch.device) -> tuple[float, 
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
-    """The most memory that `run` holds at any time; None where the system does not tell.
+    """The peak memory of `run` in bytes; None where the system does not report it.
 
-    Of a GPU, torch's own count. Of a CPU, what the process has resident: Linux lets a process reset the
-    highest mark (clear_refs in proc(5)), and glibc gives back what it keeps for the next allocation.
+    On a GPU, torch's own count. On a CPU, the process' resident memory: Linux can reset its peak (clear_refs
+    in proc(5)), after glibc has returned the memory that it keeps for later allocations.
     """
     gc.collect()
     if device.type == "cuda":
@@ -122,33 +125,36 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
         run()
         return torch.cuda.max_memory_allocated(device) - before
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None or not _MARK.exists():
+    if trim is None or not _CLEAR_REFS.exists():
         return None
     trim(0)
-    _MARK.write_text("5")
+    _CLEAR_REFS.write_text("5")
     before = _status("VmRSS")
     run()
     return max(0, _status("VmHWM") - before)
 
 
 def _status(name: str) -> int:
-    """A figure of this process in bytes."""
+    """A value of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def _too_much(
-    kernel: Kernel, shape: Shape, device: torch.device, known: tuple[int, float] | None, limit_s: float
+def _reason_to_skip(
+    kernel: Kernel, shape: Shape, device: torch.device, last: tuple[int, float] | None, limit_s: float
 ) -> str:
-    """Why not to try; "" when nothing speaks against it. A GPU that is too small says so without harm."""
-    if known is not None:
-        tokens, seconds = known
-        # Every exact attention looks at all pairs, whatever it holds in memory.
+    """Why this size is not measured, or "". `last`: tokens and seconds of the size before.
+
+    The memory of a GPU is not checked: running out of it does no harm.
+    """
+    if last is not None:
+        tokens, seconds = last
+        # Every exact attention computes all pairs of tokens, however little memory it takes.
         needed_s = seconds * (shape.query_tokens / tokens) ** 2
         if needed_s > limit_s:
             return f"would take about {needed_s:.0f} s"
     if device.type == "cpu" and kernel is attention.naive:
-        # The matrix of all pairs before and after the softmax.
+        # The matrix of all pairs, before and after the softmax.
         needed = 2 * ROWS * shape.heads * shape.query_tokens * shape.key_tokens * shape.dtype.itemsize
         free = _free_bytes()
         if free is not None and needed > MEMORY_SHARE * free:
@@ -157,7 +163,7 @@ def _too_much(
 
 
 def _free_bytes() -> int | None:
-    """Memory that processes may still take; None where the system does not tell."""
+    """Available memory of the machine; None where the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a benchmark found, as pictures for a README. The one door to matplotlib."""
+"""Plots of a benchmark's results. Only this module imports matplotlib."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from matplotlib.ticker import FuncFormatter
 
 from worker.bench.report import Cat, Point, Rate, Report
 
-#: A colour a backend, the same in every plot; they differ also without colour vision (Okabe and Ito, 2008).
+#: A colour for each backend, distinct for colour-blind readers as well (Okabe and Ito, 2008).
 COLOURS = {"naive": "#D55E00", "xformers": "#0072B2", "sdpa": "#009E73", "auto": "#CC79A7"}
-#: Characters of a caption's line.
+#: Characters in a line of a caption.
 CAPTION = 125
 
-# PNG alone is drawn, which needs no display.
+# The PNG backend, which needs no display.
 mpl.use("Agg")
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """A PNG for each experiment that has figures, in `folder`. Returns their paths."""
+    """Write a PNG to `folder` for each experiment that has figures. Returns their paths."""
     drawn = []
     if any(each.seconds is not None for each in report.cats):
         drawn.append(_saved(_cats(report.cats), report.conditions("a"), folder / "small-cat.png"))
@@ -47,7 +47,7 @@ def _cats(cats: Sequence[Cat]) -> Figure:
     axes.bar_label(bars, fmt="%.2f s", padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.1)
-    axes.set_xlabel("seconds a picture")
+    axes.set_xlabel("seconds")
     axes.set_title('"a small cat", alone: with and without memory-efficient attention')
     return figure
 
@@ -56,11 +56,11 @@ def _points(points: Sequence[Point]) -> Figure:
     has_memory = any(each.memory_mib for each in points)
     figure, panels = _figure(2 if has_memory else 1)
     _curves(panels[0], points, lambda each: each.milliseconds, powers={"N²": 2})
-    panels[0].set_title("Time of one attention")
+    panels[0].set_title("Time of one attention layer")
     panels[0].set_ylabel("milliseconds")
     if has_memory:
         _curves(panels[1], points, lambda each: each.memory_mib, powers={"N²": 2, "N": 1})
-        panels[1].set_title("Memory of one attention")
+        panels[1].set_title("Memory of one attention layer")
         panels[1].set_ylabel("MiB beyond its inputs")
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return figure
@@ -72,28 +72,28 @@ def _curves(
     value: Callable[[Point], float | None],
     powers: dict[str, int],
 ) -> None:
-    """One line a backend over the picture's side, both logarithmic, with guides of the `powers` of N."""
+    """A line for each backend over the picture's side, both logarithmic, with guides for `powers` of N."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ends = []
     for backend in dict.fromkeys(each.attention for each in points):
         own = [each for each in points if each.attention == backend]
-        told = [(each.side_px, each.tokens, number) for each in own if (number := value(each))]
-        if not told:
+        measured = [(each.side_px, each.tokens, number) for each in own if (number := value(each))]
+        if not measured:
             continue
         missing = next((each for each in own if each.left_out), None)
         why = f" ({missing.side_px} px {missing.left_out})" if missing else ""
-        sides, _, values = zip(*told, strict=True)
+        sides, _, values = zip(*measured, strict=True)
         axes.plot(sides, values, "o-", color=COLOURS.get(backend), label=f"{backend}{why}")
-        ends.append(told[-1])
+        ends.append(measured[-1])
     limits = axes.get_ylim()
-    everything = sorted({(each.side_px, each.tokens) for each in points})
+    sizes = sorted({(each.side_px, each.tokens) for each in points})
     for (name, power), style in zip(powers.items(), ("--", ":"), strict=False):
-        # Through the end of the highest line for the first, of the lowest one for the second.
+        # The first guide meets the end of the highest line, the second one that of the lowest line.
         _, tokens, number = (max if style == "--" else min)(ends, key=lambda end: end[2] / end[1])
-        guide = [number * (each / tokens) ** power for _, each in everything]
-        sides_px = [side for side, _ in everything]
-        axes.plot(sides_px, guide, style, color="black", linewidth=1, label=f"as {name}", zorder=3)
+        guide = [number * (each / tokens) ** power for _, each in sizes]
+        sides_px = [side for side, _ in sizes]
+        axes.plot(sides_px, guide, style, color="black", linewidth=1, label=f"grows as {name}", zorder=3)
     axes.set_ylim(limits)
     axes.set_xticks(sorted({each.side_px for each in points}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda side, _: f"{side:g}"))
@@ -105,13 +105,13 @@ def _curves(
 def _rates(rates: Sequence[Rate]) -> Figure:
     figure, (axes,) = _figure(1)
     for setup in dict.fromkeys(each.setup for each in rates):
-        told = [
+        measured = [
             (each.jobs, each.images_per_s)
             for each in rates
             if each.setup == setup and each.images_per_s is not None
         ]
-        if told:
-            jobs, values = zip(*told, strict=True)
+        if measured:
+            jobs, values = zip(*measured, strict=True)
             style = "o-" if setup.compiled else "o--"
             axes.plot(jobs, values, style, color=COLOURS.get(setup.attention), label=str(setup))
     axes.set_xscale("log", base=2)
@@ -120,8 +120,8 @@ def _rates(rates: Sequence[Rate]) -> Figure:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("jobs in a batch")
-    axes.set_ylabel("images a second")
-    axes.set_title("Pictures a second")
+    axes.set_ylabel("images/s")
+    axes.set_title("Throughput")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

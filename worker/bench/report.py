@@ -1,8 +1,8 @@
-"""What a benchmark found: records that become a table, JSON and plots. No measuring here, and no drawing.
+"""The results of a benchmark: records for tables, JSON and plots. Nothing is measured or drawn here.
 
-a  `Cat`    the origin's experiment: one picture, with and without memory-efficient attention
-b  `Point`  one attention of the UNet by the picture's size: its time and its memory
-c  `Rate`   pictures a second by the number of jobs in a batch
+a  `Cat`    one picture, "a small cat", with and without memory-efficient attention, as PhotoRoom in 2022
+b  `Point`  time and memory of one attention layer by the size of the picture
+c  `Rate`   throughput by the number of jobs in a batch
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 Experiment = Literal["a", "b", "c"]
 #: Rows of the attention in b: a guided job has two.
 ROWS = 2
-#: Packages whose versions belong to a figure.
+#: Packages whose versions are reported with the figures.
 PACKAGES = ("smallcat", "torch", "diffusers", "xformers")
 
 
@@ -28,12 +28,12 @@ class Setup:
 
     #: Attention backend: naive is the baseline of 2022, xformers and sdpa are memory-efficient.
     attention: str
-    #: Compiled and captured as CUDA graphs; else eager, as in 2022.
+    #: Whether it is compiled and captured in CUDA graphs; otherwise it is eager, as in 2022.
     compiled: bool
 
     @property
     def how(self) -> str:
-        """In a word."""
+        """In one word."""
         return "compiled" if self.compiled else "eager"
 
     def __str__(self) -> str:
@@ -42,12 +42,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Cat:
-    """One picture alone, text and decoding included."""
+    """One picture alone, including text encoding and decoding."""
 
     setup: Setup
     #: Seconds from the prompt to the pixels.
     seconds: float | None = None
-    #: Most memory of the GPU at any time, weights included, in GiB; None on a CPU, and where compiled.
+    #: Peak memory of the GPU with the weights, in GiB; None on a CPU, and if compiled.
     memory_gib: float | None = None
     #: Why there are no figures.
     left_out: str = ""
@@ -55,14 +55,14 @@ class Cat:
 
 @dataclass(frozen=True)
 class Point:
-    """One self-attention, alone, of `ROWS` rows."""
+    """One self-attention layer alone, for `ROWS` rows."""
 
     attention: str
-    #: Side of the square picture, in pixels, and the tokens that this makes.
+    #: Side of the square picture in pixels, and its tokens in this layer.
     side_px: int
     tokens: int
     milliseconds: float | None = None
-    #: Most memory beyond its inputs, in MiB; None where the system does not tell.
+    #: Peak memory beyond its inputs, in MiB; None if the system does not report it.
     memory_mib: float | None = None
     #: Why there are no figures.
     left_out: str = ""
@@ -70,16 +70,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Rate:
-    """A batch of jobs: its steps and its decoding, one after the other."""
+    """The throughput of a batch of jobs: its steps, then its decoding."""
 
     setup: Setup
     jobs: int
-    #: Milliseconds of one step of all, and of decoding all.
+    #: Milliseconds of one step of the batch, and of decoding all its pictures.
     step_ms: float | None = None
     decode_ms: float | None = None
-    #: Pictures a second, from the two and the number of steps.
+    #: Pictures a second, from these two and the number of steps.
     images_per_s: float | None = None
-    #: As a `Cat`'s.
+    #: As in `Cat`.
     memory_gib: float | None = None
     #: Why there are no figures.
     left_out: str = ""
@@ -87,55 +87,55 @@ class Rate:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found, with what it depends on."""
+    """All figures, and the conditions that they depend on."""
 
-    #: Such as "NVIDIA H200" or "CPU, 2 threads".
+    #: Such as "cuda (NVIDIA H200)" or "cpu (2 threads)".
     device: str
-    #: By package, and of Python.
+    #: Versions by package, and of Python.
     versions: dict[str, str]
-    #: ISO 8601 day.
+    #: Day, ISO 8601.
     date: str
-    #: What to type to get the same.
+    #: The command that was run.
     command: str
-    #: The model's name, and its arithmetic.
+    #: The model's name and dtype.
     model: str
     dtype: str
-    #: Of every picture in a and c.
+    #: Size in pixels, steps and guidance of every picture in a and c.
     width: int
     height: int
     steps: int
     guidance_scale: float
-    #: Attention backends that do not work here, with the reason.
+    #: Attention backends that do not work on this machine, with the reason.
     refused: dict[str, str]
     cats: Sequence[Cat] = ()
     points: Sequence[Point] = ()
     rates: Sequence[Rate] = ()
 
     def conditions(self, experiment: Experiment) -> str:
-        """What a figure of `experiment` was measured on and how, in a few sentences for under it."""
+        """How and on what `experiment` was measured, for the caption below its figures."""
         size = f"{self.width}x{self.height} px"
         of = {
-            "a": f"{size}, {self.steps} steps, guidance {self.guidance_scale:g}, text and decoding included",
+            "a": f"{size}, {self.steps} steps, guidance {self.guidance_scale:g}, including text and decoding",
             "b": f"the UNet's first attention, {ROWS} rows",
-            "c": f"{size}, {self.steps} steps, guidance {self.guidance_scale:g}, steps and decoding in turn",
+            "c": f"{size}, {self.steps} steps, guidance {self.guidance_scale:g}, steps, then decoding",
         }[experiment]
         packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return f"{self.model}, {of}. {self.device}, {self.dtype}, {packages}, {self.date}. {self.command}"
 
     def as_json(self) -> str:
-        """Everything, for other programs. Numbers keep their digits."""
+        """All fields as JSON. Numbers keep all digits."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 def images_per_s(jobs: int, steps: int, step_s: float, decode_s: float) -> float:
-    """Pictures a second of batches of `jobs` jobs that all take `steps` steps and are then decoded."""
+    """Throughput of batches of `jobs` jobs that take `steps` steps each and are then decoded."""
     return jobs / (steps * step_s + decode_s)
 
 
 def exponent(pairs: Iterable[tuple[float, float]]) -> float | None:
-    """The p for which the second of each pair grows as the first to the p; None for less than two pairs.
+    """The p for which y grows as x to the power of p, for pairs (x, y); None for less than two pairs.
 
-    By least squares on logarithms: 1 is linear, 2 is quadratic.
+    1 is linear, 2 is quadratic. By least squares on logarithms.
     """
     logs = [(math.log(x), math.log(y)) for x, y in pairs if x > 0 and y > 0]
     mean_x = sum(x for x, _ in logs) / max(1, len(logs))
@@ -145,13 +145,13 @@ def exponent(pairs: Iterable[tuple[float, float]]) -> float | None:
 
 
 def growth(points: Sequence[Point], attention: str) -> tuple[float | None, float | None]:
-    """With which powers of the number of tokens time and memory of that backend grow, over the larger sizes.
+    """The powers of the number of tokens with which a backend's time and memory grow.
 
-    Small ones tell more of launches and of the allocator than of the algorithm.
+    Only the larger half of the sizes counts: at small ones, launches and the allocator dominate.
     """
-    told = [each for each in points if each.attention == attention and not each.left_out]
-    told = told[-max(2, len(told) // 2) :]
+    measured = [each for each in points if each.attention == attention and not each.left_out]
+    measured = measured[-max(2, len(measured) // 2) :]
     return (
-        exponent((each.tokens, each.milliseconds) for each in told if each.milliseconds is not None),
-        exponent((each.tokens, each.memory_mib) for each in told if each.memory_mib is not None),
+        exponent((each.tokens, each.milliseconds) for each in measured if each.milliseconds is not None),
+        exponent((each.tokens, each.memory_mib) for each in measured if each.memory_mib is not None),
     )

@@ -1,4 +1,4 @@
-"""Experiments a and c: whole pictures, and batches of jobs, by the worker's own model runner."""
+"""Experiments a and c: whole pictures and batches of jobs, run by the worker's own model runner."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from worker.contract.settings import WorkerSettings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
 
-#: The origin's prompt.
+#: The prompt of PhotoRoom's benchmark.
 PROMPT = "a small cat"
-#: Steps before the clock starts: kernels are chosen, and graphs captured, in the first ones.
+#: Steps before the clock starts: the first ones choose kernels and capture graphs.
 WARM_UPS = 2
-#: Steps and decodings that are timed, at least.
+#: Least number of steps, and of decode calls, that are timed.
 TIMED = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to measure with each setup."""
+    """What to measure with each setup."""
 
     #: Denoising steps of a picture.
     steps: int
-    #: Whole pictures in a; the fastest counts. 0: none.
+    #: Experiment a: whole pictures; the fastest counts. 0: none.
     pictures: int
-    #: Jobs of the batches in c, rising; may be empty.
+    #: Experiment c: jobs in a batch, rising; may be empty.
     jobs: Sequence[int]
     #: Seconds of steps that are timed for each batch.
     seconds: float
 
     @property
     def measurements(self) -> int:
-        """How many figures a setup gives."""
+        """The number of figures for each setup."""
         return bool(self.pictures) + len(self.jobs)
 
 
-class Bench:
-    """One setup of the model, loaded and warm. `free` what it leaves before the next one: two may not fit."""
+class LoadedSetup:
+    """One setup, loaded and warmed up. Call `free` before the next one: two may not fit in memory."""
 
     def __init__(self, settings: WorkerSettings, setup: Setup, plan: Plan) -> None:
-        """Load, compile and warm up. Raises `SettingsError` when the setup is not to be had here."""
+        """Load, compile and warm up. Raises `SettingsError` if the setup does not work on this machine."""
         self._setup, self._plan = setup, plan
         self._runner = ModelRunner(
             settings.model_copy(
@@ -64,17 +64,17 @@ class Bench:
             raise SettingsError(f"not compiled: {chosen['compile'].reason}")
 
     def cat(self) -> Cat:
-        """Experiment a: one picture from its prompt to its pixels."""
+        """Experiment a: one picture, from its prompt to its pixels."""
         self._reset_memory()
         try:
-            # The first one is a warm-up.
+            # The first picture is a warm-up.
             fastest = min([self._seconds_of_a_picture() for _ in range(1 + self._plan.pictures)][1:])
         except SmallcatError as error:
             return Cat(self._setup, left_out=_reason(error))
         return Cat(self._setup, fastest, self._memory_gib())
 
     def rates(self) -> Iterator[Rate]:
-        """Experiment c: a rate for each batch. After one that fails, all larger ones are left out."""
+        """Experiment c: the throughput of each batch. If one fails, all larger ones are left out."""
         left_out = ""
         for jobs in self._plan.jobs:
             if not left_out:
@@ -88,13 +88,13 @@ class Bench:
     def _rate(self, jobs: int) -> Rate:
         self._reset_memory()
         steps = self._runner.prepare(self._job(0)).steps
-        # A step costs the same whatever the job's number of steps, so there are always enough to time.
-        renders = [self._runner.prepare(self._job(seed, steps=50)) for seed in range(jobs)]
+        # With 50 steps there are enough to time. The cost of a step does not depend on their number.
+        states = [self._runner.prepare(self._job(seed, steps=50)) for seed in range(jobs)]
         for _ in range(WARM_UPS):
-            self._step(renders)
-        step_s = self._mean_s(lambda: self._step(renders), most=renders[0].steps - WARM_UPS)
-        self._decode(renders)
-        decode_s = self._mean_s(lambda: self._decode(renders), most=TIMED)
+            self._step(states)
+        step_s = self._mean_s(lambda: self._step(states), most=states[0].steps - WARM_UPS)
+        self._decode(states)
+        decode_s = self._mean_s(lambda: self._decode(states), most=TIMED)
         return Rate(
             self._setup,
             jobs,
@@ -105,31 +105,31 @@ class Bench:
         )
 
     def _mean_s(self, run: Callable[[], None], *, most: int) -> float:
-        """Seconds of one call, over as many as the plan has time for: `TIMED` to `most`."""
-        _settle()
+        """Mean seconds of a call, over as many calls as the plan has time for: `TIMED` to `most`."""
+        _synchronize()
         started_s = time.perf_counter()
         for times in range(1, most + 1):
             run()
             if times >= TIMED and time.perf_counter() - started_s >= self._plan.seconds:
                 break
-        _settle()
+        _synchronize()
         return (time.perf_counter() - started_s) / times
 
     def _seconds_of_a_picture(self) -> float:
         started_s = time.perf_counter()
-        render = self._runner.prepare(self._job(0))
-        while render.step < render.steps:
-            self._step([render])
-        self._decode([render])
+        state = self._runner.prepare(self._job(0))
+        while state.step < state.steps:
+            self._step([state])
+        self._decode([state])
         return time.perf_counter() - started_s
 
-    def _step(self, renders: Sequence[JobState]) -> None:
-        for failure in self._runner.step(renders):
+    def _step(self, states: Sequence[JobState]) -> None:
+        for failure in self._runner.step(states):
             if failure is not None:
                 raise failure
 
-    def _decode(self, renders: Sequence[JobState]) -> None:
-        for picture in self._runner.decode(renders):
+    def _decode(self, states: Sequence[JobState]) -> None:
+        for picture in self._runner.decode(states):
             if isinstance(picture, SmallcatError):
                 raise picture
 
@@ -141,17 +141,17 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
     def _memory_gib(self) -> float | None:
-        """The most that was held on the GPU since the last reset.
+        """Peak memory of the GPU since the last reset.
 
-        None where compiled: its graphs keep room for batches of every size, and none has memory of its own.
+        None if compiled: the graphs of all batch sizes share their memory, so a batch has no peak of its own.
         """
         if self._setup.compiled or not torch.cuda.is_initialized():
             return None
         return torch.cuda.max_memory_allocated() / 2**30
 
 
-def _settle() -> None:
-    """Wait until the GPU has done all it was asked for: a step returns before."""
+def _synchronize() -> None:
+    """Wait for the GPU: a step returns before it is computed."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -161,7 +161,7 @@ def _reason(error: SmallcatError) -> str:
 
 
 def free() -> None:
-    """Give back what a setup that nobody refers to any more held: memory, and compiled code."""
+    """Release the memory and the compiled code of setups that are no longer referenced."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_initialized():

@@ -1,10 +1,10 @@
-"""Models of full size with random weights, to measure without downloads.
+"""Makes models of full size with random weights, to measure without downloads.
 
     python -m worker.bench.shapes sd15 DIR
 
-DIR becomes an ordinary diffusers folder, so any worker serves it by `SMALLCAT_MODEL=DIR`. Speed and memory
-are those of the real model, the pictures are noise. The weights follow torch's own defaults, which keep every
-activation finite in fp16; the same seed gives the same bytes on every machine, with a GPU or without.
+DIR becomes a diffusers folder, which a worker serves by `SMALLCAT_MODEL=DIR`. Its speed and memory are those
+of the real model; its pictures are noise. The weights are drawn as torch's layers draw their own, which keeps
+every activation finite in fp16. The same seed gives the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ import transformers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# Imported for what it does: diffusers' models, which are loaded below, must not find xformers before it does.
+# Imported for its effect: it must run before diffusers loads its models below and finds xformers.
 import worker.device.attention  # noqa: F401
 from worker.contract.errors import SettingsError
 
 #: Stable Diffusion 1.5, SDXL base, and 1.5 distilled to a latent consistency model.
 Shapes = Literal["sd15", "sdxl", "sd15-lcm"]
-#: Beside model_index.json: what the folder was made from.
+#: The file beside model_index.json that says how the folder was made.
 MARK = "shapes.json"
-#: CLIP's: tokens in its vocabulary, and in a text.
+#: CLIP's number of tokens in its vocabulary, and in a text.
 VOCABULARY, TOKENS = 49_408, 77
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-#: Deviation of CLIP's token and position embeddings at the start of its training (`initializer_factor` 1).
+#: Standard deviation of CLIP's token and position embeddings before training (`initializer_factor` 1).
 _EMBEDDING_STD = 0.02
 _BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pipeline but for its weights: each component's configuration, as its class takes it."""
+    """A pipeline without weights: the arguments of each component's class."""
 
     pipeline: type
     unet: dict[str, Any]
@@ -58,7 +58,7 @@ class Architecture:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-#: The autoencoder that all of them share.
+#: The autoencoder of all three.
 _VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -87,7 +87,7 @@ _CLIP_BIGG = {
 
 
 def architecture(shapes: Shapes) -> Architecture:
-    """`shapes` as its makers published it (model_index.json and configs of its repository on the hub)."""
+    """The architecture as published (model_index.json and the configs in its repository on the hub)."""
     if shapes == "sdxl":
         return Architecture(
             pipeline=diffusers.StableDiffusionXLPipeline,
@@ -116,7 +116,7 @@ def architecture(shapes: Shapes) -> Architecture:
         unet={
             "sample_size": 64,
             "block_out_channels": (320, 640, 1280, 1280),
-            "attention_head_dim": 8,  # the number of heads, under diffusers' old name
+            "attention_head_dim": 8,  # the number of heads, by diffusers' old name
             "cross_attention_dim": 768,
             "time_cond_proj_dim": 256 if is_lcm else None,
         },
@@ -131,14 +131,14 @@ def architecture(shapes: Shapes) -> Architecture:
 
 
 def make(shapes: Shapes, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
-    """`folder`, holding `shapes` with random weights of `dtype`. What is there already is left as it is.
+    """Make `folder` a model of `shapes` with random weights of `dtype`, unless it is one. Returns `folder`.
 
-    The folder appears whole or not at all. Raises `SettingsError` when `folder` holds something else.
+    The folder appears complete or not at all. Raises `SettingsError` if `folder` holds something else.
     """
     mark = {"shapes": shapes, "seed": seed, "dtype": str(dtype).removeprefix("torch.")}
     if _holds(folder, mark):
         return folder
-    # Their warnings are about pictures that nobody loads, and weights that nobody has drawn yet.
+    # The libraries would warn of missing safety checkers and of weights that are not drawn yet.
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
@@ -150,7 +150,7 @@ def make(shapes: Shapes, folder: Path, *, seed: int = 0, dtype: torch.dtype = to
         try:
             draft.rename(folder)
         except OSError:
-            if not _holds(folder, mark):  # It may have been made beside us in the meantime.
+            if not _holds(folder, mark):  # Another process may have made it meanwhile.
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -158,8 +158,8 @@ def make(shapes: Shapes, folder: Path, *, seed: int = 0, dtype: torch.dtype = to
 
 
 def save(plan: Architecture, folder: Path, *, seed: int, dtype: torch.dtype) -> None:
-    """Write `plan`, with random weights, as diffusers saves a pipeline."""
-    # Nothing is drawn or stored for a module on torch's meta device, so building takes no time.
+    """Write `plan` with random weights to `folder`, in the format of diffusers."""
+    # On torch's meta device nothing is drawn or stored, so that modules are built at once.
     with torch.device("meta"):
         modules = {
             "unet": diffusers.UNet2DConditionModel(**plan.unet),
@@ -179,7 +179,7 @@ def save(plan: Architecture, folder: Path, *, seed: int, dtype: torch.dtype) -> 
 
 
 def tokenizer(*, pad_token: str | None = None) -> CLIPTokenizer:
-    """CLIP's tokenizer without its merges, which only a download has: a token a byte, and CLIP's own ends."""
+    """CLIP's tokenizer without merges, which would need a download: a token per byte, and CLIP's ends."""
     characters = list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
     names = [*characters, *(f"{character}</w>" for character in characters)]
     names += [f"<|unused {index}|>" for index in range(len(names), VOCABULARY - 2)]
@@ -191,7 +191,7 @@ def tokenizer(*, pad_token: str | None = None) -> CLIPTokenizer:
 
 
 def _holds(folder: Path, mark: dict[str, Any]) -> bool:
-    """Whether `folder` was made as `mark` says; False: there is nothing. Raises `SettingsError` otherwise."""
+    """Whether `folder` was made as `mark` says, or does not exist. Raises `SettingsError` otherwise."""
     if not folder.exists():
         return False
     try:
@@ -199,12 +199,12 @@ def _holds(folder: Path, mark: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         found = "something else"
     if found != mark:
-        raise SettingsError(f"{folder} holds {found}, not {mark}: name another folder, or delete it.")
+        raise SettingsError(f"{folder} holds {found}, not {mark}: name another folder, or delete this one.")
     return True
 
 
 def text_encoders(configs: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """CLIP's text encoders by their names in a pipeline; of two, the second one has a projection."""
+    """CLIP's text encoders by their names in a pipeline. If there are two, the second has a projection."""
     ids: dict[str, Any] = {"bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1}
     first, *second = (
         CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=TOKENS, **ids, **config)
@@ -217,9 +217,9 @@ def text_encoders(configs: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 
 def fill(model: torch.nn.Module, seed: str) -> None:
-    """Draw all weights of `model`, on as many cores as there are: each tensor from a seed of its own.
+    """Draw all weights of `model`, each tensor from a seed of its own, on all cores.
 
-    Raises `TypeError` for a weight that is neither of a layer, an embedding nor a norm.
+    Raises `TypeError` for a weight that is not of a linear or convolution layer, an embedding or a norm.
     """
 
     def draw(weight: torch.Tensor, name: str, bound: float) -> None:
@@ -229,33 +229,33 @@ def fill(model: torch.nn.Module, seed: str) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         drawn = []
-        for place, module in model.named_modules():
+        for path, module in model.named_modules():
             for name, weight in module.named_parameters(recurse=False):
                 if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
                     weight.fill_(1.0 if name == "weight" else 0.0)
                 else:
-                    drawn.append(pool.submit(draw, weight, f"{place}.{name}", _bound(module)))
+                    drawn.append(pool.submit(draw, weight, f"{path}.{name}", _bound(module)))
         for each in drawn:
             each.result()
 
 
 def _bound(module: torch.nn.Module) -> float:
-    """Half the width of the uniform distribution that the weights of `module` come from."""
+    """The bound of the uniform distribution of the weights of `module`, -bound to bound."""
     if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-        # As both set themselves up: kaiming_uniform_ with a = sqrt(5).
+        # As torch initializes both: kaiming_uniform_ with a = sqrt(5).
         return 1 / math.sqrt(module.weight[0].numel())
     if isinstance(module, torch.nn.Embedding):
         return _EMBEDDING_STD * math.sqrt(3)
-    raise TypeError(f"There is no rule for the weights of a {type(module).__name__}.")
+    raise TypeError(f"There is no rule for the weights of a {type(module).__name__}: add one.")
 
 
 @click.command()
 @click.argument("shapes", type=click.Choice(get_args(Shapes)))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--seed", default=0, show_default=True, help="Of the weights.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the weights.")
 @click.option("--dtype", default="fp16", show_default=True, type=click.Choice(list(_DTYPES)))
 def main(shapes: Shapes, folder: Path, seed: int, dtype: str) -> None:
-    """Make FOLDER a model of full size with random weights, for a worker's SMALLCAT_MODEL."""
+    """Make FOLDER a model of full size with random weights, for SMALLCAT_MODEL."""
     try:
         click.echo(make(shapes, folder, seed=seed, dtype=_DTYPES[dtype]))
     except SettingsError as error:

@@ -1,4 +1,4 @@
-"""What a benchmark found, as tables for a terminal."""
+"""Tables of a benchmark's results, for a terminal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.text import Text
 
 from worker.bench.report import Cat, Point, Rate, Report, Setup, growth
 
-#: Setup, keys, figures, and why there are none.
+#: A row: the setup, keys, figures, and why there are none.
 _Row = tuple[Setup, list[str], list[str], str]
 
 
 def tables(report: Report) -> Iterator[RenderableType]:
-    """A table for each experiment that was made, with its conditions below it."""
+    """A table for each experiment that was run, with its conditions below it."""
     for backend, problem in report.refused.items():
         yield Text(f"{backend} is left out: {problem}.\n")
     if report.cats:
@@ -32,21 +32,21 @@ def tables(report: Report) -> Iterator[RenderableType]:
 
 
 def cats(found: Sequence[Cat]) -> Table:
-    """Experiment a; the factor is against the baseline of 2022."""
+    """Experiment a; the speed-up is over the baseline of 2022, eager naive attention."""
     baseline = next((each.seconds for each in found if each.setup == Setup("naive", compiled=False)), None)
     rows: list[_Row] = []
     for each in found:
         factor = baseline / each.seconds if baseline and each.seconds else None
         figures = [_number(each.seconds, 3), _number(factor, 2), _number(each.memory_gib, 2)]
         rows.append((each.setup, [], figures, each.left_out))
-    names = ["s a picture", "times as fast", "GPU memory, GiB"]
+    names = ["seconds", "speed-up", "GPU memory, GiB"]
     return _of_setups('One picture: "a small cat"', [], names, rows)
 
 
 def points(found: Sequence[Point]) -> Table:
-    """Experiment b: a row a size, two columns a backend."""
+    """Experiment b: a row for each size, two columns for each backend."""
     backends = list(dict.fromkeys(each.attention for each in found))
-    table = Table(title="The UNet's first attention by the picture's size", title_justify="left")
+    table = Table(title="The UNet's first attention, by the size of the picture", title_justify="left")
     for name in ("px", "tokens", *(f"{backend}, {unit}" for backend in backends for unit in ("ms", "MiB"))):
         table.add_column(name, justify="right")
     by_size: dict[tuple[int, int], dict[str, Point]] = {}
@@ -63,12 +63,12 @@ def points(found: Sequence[Point]) -> Table:
 
 
 def growths(found: Sequence[Point]) -> Iterator[Text]:
-    """A sentence for each backend: quadratic or linear."""
+    """A line for each backend on how its time and memory grow."""
     for backend in dict.fromkeys(each.attention for each in found):
         time, memory = growth(found, backend)
         if time is not None:
-            told = f", its memory as N^{memory:.1f}" if memory is not None else ""
-            yield Text(f"{backend}: of N tokens, its time grows as N^{time:.1f}{told}")
+            also = f" and memory as N^{memory:.1f}" if memory is not None else ""
+            yield Text(f"{backend}: for N tokens, time grows as N^{time:.1f}{also}")
 
 
 def rates(found: Sequence[Rate]) -> Table:
@@ -82,20 +82,20 @@ def rates(found: Sequence[Rate]) -> Table:
             _number(each.memory_gib, 2),
         ]
         rows.append((each.setup, [str(each.jobs)], figures, each.left_out))
-    names = ["images/s", "ms a step", "ms to decode", "GPU memory, GiB"]
-    return _of_setups("Pictures a second by the jobs in a batch", ["jobs"], names, rows)
+    names = ["images/s", "ms/step", "ms to decode", "GPU memory, GiB"]
+    return _of_setups("Throughput, by jobs in a batch", ["jobs"], names, rows)
 
 
 def _of_setups(title: str, keys: list[str], names: list[str], rows: Sequence[_Row]) -> Table:
-    """A table of `rows`, their setup first; columns without a figure are not shown."""
-    told = [place for place in range(len(names)) if any(figures[place] for _, _, figures, _ in rows)]
+    """A table of `rows`, with their setup first; columns without any figure are left out."""
+    shown = [column for column in range(len(names)) if any(figures[column] for _, _, figures, _ in rows)]
     table = Table(title=title, title_justify="left")
     for name in ("attention", "runs"):
         table.add_column(name)
-    for name in (*keys, *(names[place] for place in told)):
+    for name in (*keys, *(names[column] for column in shown)):
         table.add_column(name, justify="right")
     for setup, key, figures, left_out in rows:
-        cells = [escape(left_out)] if left_out else [figures[place] for place in told]
+        cells = [escape(left_out)] if left_out else [figures[column] for column in shown]
         table.add_row(setup.attention, setup.how, *key, *cells)
     return table
 

@@ -1,4 +1,4 @@
-"""`python -m worker.bench`: what it measures is what it says, and it says all of it."""
+"""`python -m worker.bench` measures what it reports, and reports all that it measures."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from worker.device import attention
 from worker.model import loader
 
 CPU = torch.device("cpu")
-#: A UNet's attention in small: some megabytes at 256 pixels.
-PLACE = kernels.Place(token_px=8, heads=2, head_width=8, dtype=torch.float32)
-needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its mark")
+#: A small attention layer: some megabytes at 256 pixels.
+LAYER = kernels.FirstAttention(token_px=8, heads=2, head_width=8, dtype=torch.float32)
+needs_proc = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux can reset the peak of a process' memory"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.tiny_sd1(tmp_path_factory.mktemp("models") / "tiny")
 
 
-# --- what is told -------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------
 
 
 def a_report(**more: Any) -> report.Report:
@@ -84,17 +86,17 @@ def printed(found: report.Report) -> str:
     return capture.get()
 
 
-def test_a_rate_counts_all_steps_and_the_decoding() -> None:
+def test_throughput_counts_all_steps_and_the_decoding() -> None:
     assert report.images_per_s(8, steps=50, step_s=0.03, decode_s=0.1) == 8 / 1.6
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_how_fast_something_grows(power: int) -> None:
+def test_the_exponent_of_growth(power: int) -> None:
     assert report.exponent((n, 3 * n**power) for n in (4, 16, 36)) == pytest.approx(power)
     assert report.exponent([(4, 4)]) is None
 
 
-def test_growth_is_told_by_the_larger_sizes() -> None:
+def test_growth_is_that_of_the_larger_sizes() -> None:
     overhead = [Point("naive", side, side, 5.0 + side**2 / 1e9, 7.0) for side in (1, 2)]
     large = [Point("naive", side, side, side**2 / 1e3, float(side)) for side in (1_000, 4_000)]
     assert report.growth([*overhead, *large, Point("sdpa", 1, 1, 9.0, 9.0)], "naive") == (
@@ -103,10 +105,10 @@ def test_growth_is_told_by_the_larger_sizes() -> None:
     )
 
 
-def test_the_tables_tell_everything() -> None:
+def test_the_tables_have_all_results() -> None:
     text = printed(a_report())
     assert "xformers is left out: it does not load: no such file." in text
-    assert "as fast" in text
+    assert "speed-up" in text
     assert "4.00" in text, "auto against naive"
     for each in (
         "not compiled [no gcc]",
@@ -116,11 +118,11 @@ def test_the_tables_tell_everything() -> None:
         "0.66",
     ):
         assert each in text
-    assert "naive: of N tokens, its time grows as N^2.0, its memory as N^2.0" in text
-    assert "sdpa: of N tokens, its time grows as N^2.0, its memory as N^1.0" in text
+    assert "naive: for N tokens, time grows as N^2.0 and memory as N^2.0" in text
+    assert "sdpa: for N tokens, time grows as N^2.0 and memory as N^1.0" in text
 
 
-def test_what_was_not_measured_has_no_column_and_no_table() -> None:
+def test_an_experiment_that_was_not_run_has_no_column_and_no_table() -> None:
     on_cpu = dataclasses.replace(a_report(), cats=[Cat(Setup("naive", False), 2.0)], points=[], rates=[])
     text = printed(on_cpu)
     assert "GPU memory" not in text
@@ -128,7 +130,7 @@ def test_what_was_not_measured_has_no_column_and_no_table() -> None:
 
 
 @pytest.mark.parametrize("experiment", ["a", "b", "c"])
-def test_a_figure_never_goes_without_its_conditions(experiment: report.Experiment) -> None:
+def test_each_experiment_names_its_conditions(experiment: report.Experiment) -> None:
     text = a_report().conditions(experiment)
     for each in (
         "NVIDIA H200",
@@ -164,7 +166,7 @@ def test_a_plot_for_each_experiment(tmp_path: Path) -> None:
             assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 100
 
 
-def test_no_plot_of_nothing(tmp_path: Path) -> None:
+def test_without_figures_there_is_no_plot(tmp_path: Path) -> None:
     nothing = a_report(cats=[], points=[], rates=[Rate(Setup("naive", False), 1, left_out="does not fit")])
     assert plots.draw(nothing, tmp_path) == []
 
@@ -174,9 +176,14 @@ def test_no_plot_of_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("sd15", kernels.Place(8, 8, 40, torch.float16)), ("sdxl", kernels.Place(16, 10, 64, torch.float16))],
+    [
+        ("sd15", kernels.FirstAttention(8, 8, 40, torch.float16)),
+        ("sdxl", kernels.FirstAttention(16, 10, 64, torch.float16)),
+    ],
 )
-def test_the_first_attention_of_the_real_models(kind: shapes.Shapes, expected: kernels.Place) -> None:
+def test_the_first_attention_of_the_real_models(
+    kind: shapes.Shapes, expected: kernels.FirstAttention
+) -> None:
     plan = shapes.architecture(kind)
     with torch.device("meta"):
         unet = loader.diffusers.UNet2DConditionModel(**plan.unet).half()
@@ -185,12 +192,12 @@ def test_the_first_attention_of_the_real_models(kind: shapes.Shapes, expected: k
         vae_scale_factor = 8
 
     Pipeline.unet = unet  # type: ignore[attr-defined]
-    assert kernels.place_in(Pipeline) == expected
+    assert kernels.first_attention(Pipeline) == expected
     assert expected.shape(1024).query_tokens == (1024 // expected.token_px) ** 2
 
 
 @needs_proc
-def test_on_a_cpu_memory_is_what_the_process_had_at_most() -> None:
+def test_on_a_cpu_memory_is_the_peak_of_the_process() -> None:
     size = 64 << 20
 
     def run() -> None:
@@ -202,25 +209,25 @@ def test_on_a_cpu_memory_is_what_the_process_had_at_most() -> None:
 
 
 @needs_proc
-def test_naive_attention_has_the_matrix_in_memory_and_sdpa_has_not() -> None:
+def test_naive_attention_holds_the_whole_matrix_in_memory_and_sdpa_does_not() -> None:
     sides = (256, 512)
-    naive = [each.memory_mib or 0 for each in kernels.curve("naive", PLACE, sides, CPU, limit_s=60)]
-    sdpa = [each.memory_mib or 0 for each in kernels.curve("sdpa", PLACE, sides, CPU, limit_s=60)]
+    naive = [each.memory_mib or 0 for each in kernels.curve("naive", LAYER, sides, CPU, limit_s=60)]
+    sdpa = [each.memory_mib or 0 for each in kernels.curve("sdpa", LAYER, sides, CPU, limit_s=60)]
     # 2 rows of 2 heads of 4096 x 4096 numbers of 4 bytes, before and after the softmax.
     assert naive[1] == pytest.approx(512, rel=0.1)
     assert naive[1] / naive[0] == pytest.approx(16, rel=0.2)
     assert sdpa[1] < 16
 
 
-def test_where_the_system_does_not_tell_there_is_no_figure(
+def test_without_a_figure_from_the_system_there_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kernels, "_MARK", tmp_path / "no such file")
-    assert [each.memory_mib for each in kernels.curve("sdpa", PLACE, [64], CPU, limit_s=60)] == [None]
+    monkeypatch.setattr(kernels, "_CLEAR_REFS", tmp_path / "no such file")
+    assert [each.memory_mib for each in kernels.curve("sdpa", LAYER, [64], CPU, limit_s=60)] == [None]
 
 
 def fake_measure(monkeypatch: pytest.MonkeyPatch, *outcomes: float | Exception) -> list[int]:
-    """Let measuring take seconds or raise, in this order; returns the tokens that were measured."""
+    """Let each call of `measure` take so long or raise. Returns the tokens of each call."""
     left, asked = list(outcomes), []
 
     def measure(kernel: object, shape: attention.Shape, device: object) -> tuple[float, int]:
@@ -234,49 +241,49 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch, *outcomes: float | Exception) 
     return asked
 
 
-def told(backend: str, sides_px: Sequence[int], limit_s: float = 1.0) -> list[str]:
-    return [each.left_out for each in kernels.curve(backend, PLACE, sides_px, CPU, limit_s=limit_s)]
+def left_out(backend: str, sides_px: Sequence[int], limit_s: float = 1.0) -> list[str]:
+    return [each.left_out for each in kernels.curve(backend, LAYER, sides_px, CPU, limit_s=limit_s)]
 
 
-def test_what_would_take_too_long_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_that_would_take_too_long_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_measure(monkeypatch, 0.2)
-    assert told("sdpa", [80, 160, 320]) == ["", "would take about 3 s", "would take about 51 s"]
+    assert left_out("sdpa", [80, 160, 320]) == ["", "would take about 3 s", "would take about 51 s"]
     assert asked == [100]
 
 
-def test_after_one_that_does_not_fit_no_larger_one_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_size_that_does_not_fit_no_larger_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_measure(monkeypatch, 1e-6, torch.OutOfMemoryError())
-    assert told("sdpa", [80, 160, 320]) == ["", *["does not fit in the GPU's memory"] * 2]
+    assert left_out("sdpa", [80, 160, 320]) == ["", *["does not fit in the GPU's memory"] * 2]
     assert asked == [100, 400]
 
 
-def test_what_a_kernel_says_against_a_size_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_kernel_that_refuses_a_size_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_measure(monkeypatch, RuntimeError("No operator found\nfor query"))
-    assert told("sdpa", [80]) == ["No operator found"]
+    assert left_out("sdpa", [80]) == ["No operator found"]
 
 
 def test_a_cpu_is_not_made_to_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_free_bytes", lambda: 1 << 30)
     fake_measure(monkeypatch, 1e-6, 1e-6)
-    assert told("naive", [256, 1024]) == ["", "would take 8 GiB of memory"]
+    assert left_out("naive", [256, 1024]) == ["", "would take 8 GiB of memory"]
     fake_measure(monkeypatch, 1e-6, 1e-6)
-    assert told("sdpa", [256, 1024]) == ["", ""]
+    assert left_out("sdpa", [256, 1024]) == ["", ""]
 
 
 # --- pictures and batches -----------------------------------------------------------------------------------
 
 
-def a_bench(model: Path, *, jobs: Sequence[int] = (1, 2)) -> runs.Bench:
+def a_setup(model: Path, *, jobs: Sequence[int] = (1, 2)) -> runs.LoadedSetup:
     plan = runs.Plan(steps=3, pictures=1, jobs=jobs, seconds=0.0)
-    return runs.Bench(WorkerSettings(model=str(model)), Setup("naive", compiled=False), plan)
+    return runs.LoadedSetup(WorkerSettings(model=str(model)), Setup("naive", compiled=False), plan)
 
 
 def test_a_picture_and_batches(model: Path) -> None:
-    bench = a_bench(model)
-    cat = bench.cat()
+    setup = a_setup(model)
+    cat = setup.cat()
     assert cat.seconds is not None
     assert cat.seconds > 0
-    found = list(bench.rates())
+    found = list(setup.rates())
     assert [each.jobs for each in found] == [1, 2]
     for each in found:
         assert each.step_ms is not None
@@ -289,65 +296,65 @@ def test_a_picture_and_batches(model: Path) -> None:
 def test_a_batch_that_does_not_fit_is_left_out_with_all_larger_ones(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = a_bench(model, jobs=(1, 2, 4))
-    step = bench._runner.step
+    setup = a_setup(model, jobs=(1, 2, 4))
+    step = setup._runner.step
 
-    def small(renders: Sequence[Any]) -> list[SmallcatError | None]:
-        if len(renders) > 1:
+    def small(states: Sequence[Any]) -> list[SmallcatError | None]:
+        if len(states) > 1:
             raise OutOfMemoryError("no")
-        return step(renders)
+        return step(states)
 
-    monkeypatch.setattr(bench._runner, "step", small)
-    assert [each.left_out for each in bench.rates()] == ["", *["does not fit in memory"] * 2]
-
-
-def test_a_failure_is_one_and_no_fast_step(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = a_bench(model)
-    monkeypatch.setattr(bench._runner, "step", lambda renders: [NotFiniteError("not finite")] * len(renders))
-    assert bench.cat() == Cat(Setup("naive", False), left_out="not finite")
-    assert [each.left_out for each in bench.rates()] == ["not finite"] * 2
+    monkeypatch.setattr(setup._runner, "step", small)
+    assert [each.left_out for each in setup.rates()] == ["", *["does not fit in memory"] * 2]
 
 
-def test_the_attention_that_is_named_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_is_not_counted_as_a_fast_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = a_setup(model)
+    monkeypatch.setattr(setup._runner, "step", lambda states: [NotFiniteError("not finite")] * len(states))
+    assert setup.cat() == Cat(Setup("naive", False), left_out="not finite")
+    assert [each.left_out for each in setup.rates()] == ["not finite"] * 2
+
+
+def test_the_named_attention_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USE_MEMORY_EFFICIENT_ATTENTION", "1")
-    bench = a_bench(model)
-    assert {choice.what: choice.choice for choice in bench._runner.choices}["attention"] == "naive"
+    setup = a_setup(model)
+    assert {choice.what: choice.choice for choice in setup._runner.choices}["attention"] == "naive"
 
 
-def test_asked_to_compile_and_not_compiled_is_no_measurement(model: Path) -> None:
+def test_a_setup_that_should_be_compiled_and_is_not_is_an_error(model: Path) -> None:
     with pytest.raises(SettingsError, match="not compiled: the CPU runs the plain step"):
-        runs.Bench(
+        runs.LoadedSetup(
             WorkerSettings(model=str(model)),
             Setup("sdpa", compiled=True),
             runs.Plan(steps=1, pictures=1, jobs=(), seconds=0.0),
         )
 
 
-def test_what_runs_on_what() -> None:
+def test_the_setups_of_each_device() -> None:
     backends = ["naive", "sdpa"]
     eager = [Setup("naive", False), Setup("sdpa", False)]
-    assert measuring.setups(backends, on_gpu=False, patience=measuring.FULL) == eager
-    assert measuring.setups(backends, on_gpu=True, patience=measuring.QUICK) == [*eager, Setup("auto", True)]
-    assert measuring.setups(backends, on_gpu=True, patience=measuring.FULL) == [
+    assert measuring.setups(backends, on_gpu=False, scope=measuring.FULL) == eager
+    assert measuring.setups(backends, on_gpu=True, scope=measuring.QUICK) == [*eager, Setup("auto", True)]
+    assert measuring.setups(backends, on_gpu=True, scope=measuring.FULL) == [
         *eager,
         Setup("naive", True),
         Setup("sdpa", True),
     ]
 
 
-def test_a_setup_that_is_not_to_be_had_is_told_and_the_others_go_on(
+def test_a_setup_that_does_not_work_is_reported_and_the_others_go_on(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         measuring, "setups", lambda *_, **__: [Setup("sdpa", compiled=True), Setup("sdpa", compiled=False)]
     )
-    patience = dataclasses.replace(measuring.QUICK, cpu_jobs=(1,), seconds=0.0)
-    run = measuring.Measuring(
-        WorkerSettings(model=str(model)), ["a", "c"], patience, steps=2, command="python -m worker.bench"
+    scope = dataclasses.replace(measuring.QUICK, cpu_jobs=(1,), seconds=0.0)
+    run = measuring.Benchmark(
+        WorkerSettings(model=str(model)), ["a", "c"], scope, steps=2, command="python -m worker.bench"
     )
-    said: list[str] = []
-    found = run.report(said.append)
-    assert len(said) == run.total == 6
+    started: list[str] = []
+    found = run.report(started.append)
+    assert len(started) == run.total == 6
     assert [each.left_out for each in found.cats] == ["not compiled: the CPU runs the plain step", ""]
     assert [each.left_out for each in found.rates] == ["not compiled: the CPU runs the plain step", ""]
 
@@ -361,12 +368,12 @@ def bench(*arguments: str) -> Result:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    patience = dataclasses.replace(measuring.QUICK, sides_px=(64, 128), cpu_jobs=(1, 2), seconds=0.0)
-    monkeypatch.setattr(measuring, "QUICK", patience)
+    scope = dataclasses.replace(measuring.QUICK, sides_px=(64, 128), cpu_jobs=(1, 2), seconds=0.0)
+    monkeypatch.setattr(measuring, "QUICK", scope)
 
 
 @pytest.mark.usefixtures("quick")
-def test_everything(model: Path, tmp_path: Path) -> None:
+def test_all_experiments(model: Path, tmp_path: Path) -> None:
     result = bench("--model", str(model), "--quick", "--steps", "2", "--output", str(tmp_path / "found"))
     assert result.exit_code == 0, result.output
     assert "xformers is left out: has no operator for a CPU" in result.stdout
@@ -402,7 +409,9 @@ def test_one_experiment_with_random_weights(
 
 
 @pytest.mark.usefixtures("quick")
-def test_without_matplotlib_it_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_a_line_names_the_remedy(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = bench("--model", str(model), "--only", "b", "--quick", "--output", str(tmp_path))
     assert "No plots: install matplotlib with pip install '.[bench]'." in result.stdout
@@ -410,14 +419,14 @@ def test_without_matplotlib_it_says_so(model: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "exit_code", "said"),
+    ("arguments", "exit_code", "sentence"),
     [
         (["--model", "x", "--shapes", "sd15"], 2, "exclude each other"),
         (["--only", "d"], 2, "'d' is not one of"),
         (["--model", "/nowhere"], 1, "SMALLCAT_MODEL is /nowhere, which does not exist"),
     ],
 )
-def test_what_cannot_be_measured(arguments: list[str], exit_code: int, said: str) -> None:
+def test_what_cannot_be_measured(arguments: list[str], exit_code: int, sentence: str) -> None:
     result = bench(*arguments)
     assert result.exit_code == exit_code
-    assert said in result.output
+    assert sentence in result.output

@@ -1,4 +1,4 @@
-"""Models of full size with random weights: what they are named after, loaded like any other, and finite."""
+"""Models of full size with random weights: of the real shapes, loaded like any other, and finite."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WEIGHTS = {
 
 
 def scaled_down(kind: shapes.Shapes) -> shapes.Architecture:
-    """As deep as the real one, a fraction as wide."""
+    """As deep as the real model, and much narrower."""
     plan = shapes.architecture(kind)
     width = 32
     texts = tuple(
@@ -100,7 +100,7 @@ def test_a_worker_serves_it_and_fifty_guided_steps_in_fp16_stay_finite(
     assert latents.std() > 1
     with torch.inference_mode():
         image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    # Of 2 from black to white: no flat picture, which would be packed faster than a real one.
+    # From black to white is 2. A flat picture would be compressed faster than a real one.
     assert image.std() > 0.1
 
 
@@ -117,18 +117,18 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_a_second_call_leaves_what_is_there(tmp_path: Path) -> None:
+def test_a_second_call_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
     folder = shapes.make("sd15", tmp_path / "model")
     before = folder.stat().st_mtime_ns, (folder / shapes.MARK).stat().st_ino
     assert shapes.make("sd15", folder) == folder
     assert (folder.stat().st_mtime_ns, (folder / shapes.MARK).stat().st_ino) == before
     with pytest.raises(
-        SettingsError, match=r"holds .*sd15.*, not .*sdxl.*: name another folder, or delete it\."
+        SettingsError, match=r"holds .*sd15.*, not .*sdxl.*: name another folder, or delete this one\."
     ):
         shapes.make("sdxl", folder)
 
 
-def test_a_folder_of_someone_elses_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SettingsError, match="holds something else"):
         shapes.make("sd15", tmp_path)
@@ -136,7 +136,7 @@ def test_a_folder_of_someone_elses_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_half_way_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -161,7 +161,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "name another folder" in refused.output
 
 
-def test_every_kind_of_weight_has_its_rule() -> None:
+def test_a_weight_of_an_unknown_layer_is_an_error() -> None:
     class Odd(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -180,7 +180,7 @@ def test_weights_follow_torchs_own_defaults() -> None:
     assert layer.bias.abs().max().item() <= 400**-0.5
 
 
-def test_a_prompt_has_a_token_a_byte_between_clips_own_ends() -> None:
+def test_a_prompt_has_a_token_for_each_byte_between_clips_own_ends() -> None:
     ids = shapes.tokenizer()("a cat").input_ids
     assert (ids[0], ids[-1], len(ids)) == (shapes.VOCABULARY - 2, shapes.VOCABULARY - 1, 6)
 
