@@ -16,10 +16,12 @@ from producer.prompts.dynamic_prompts import Variations, Wildcards
 from producer.prompts.sources import FORMATS, source
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
-from worker.contract.job import Job
+from worker.contract.job import JOB_FIELDS, Job
 
 #: The folder of wildcards that is used where it exists and none is named.
 WILDCARDS = "wildcards"
+#: Job fields whose values a grid can cross.
+AXES = tuple(each.name for each in JOB_FIELDS.values() if each.is_axis)
 #: Cells of a grid, at most.
 MAX_GRID = 10_000
 #: Run names: see `worker.contract.message.RUN_MARK`.
@@ -108,13 +110,8 @@ def make_variations(
     Job.parse({**defaults, "prompt": "x", "seed": fields.get("seed", seed_start or 0)})
     size = 1
     for axis, values in grid.items():
-        if axis in ("prompt", "metadata", "revision", "priority") or axis not in Job.model_fields:
-            known = [
-                name
-                for name in Job.model_fields
-                if name not in ("prompt", "metadata", "revision", "priority")
-            ]
-            raise PromptFileError(f"grid cannot cross {axis}: use one of {', '.join(known)}.")
+        if axis not in AXES:
+            raise PromptFileError(f"grid cannot cross {axis}: use one of {', '.join(AXES)}.")
         if not values:
             raise PromptFileError(f"grid has no values for {axis}: write {axis}=VALUE,VALUE.")
         for value in values:

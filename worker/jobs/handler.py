@@ -41,7 +41,7 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
-from worker.contract.job import DEFAULT_MODEL, Job, ServedModel
+from worker.contract.job import DEFAULT_MODEL, SUBMISSION_FIELDS, Job, ServedModel
 from worker.contract.message import Message
 from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, JobRecord, State, Timings
@@ -231,7 +231,7 @@ class JobHandler:
         except ValidationError as error:
             logger.warning("Job %s: the record beside its picture cannot be read: %s", message.id, error)
             return False
-        own = {"priority": message.job.priority, "metadata": message.job.metadata}
+        own = {name: getattr(message.job, name) for name in SUBMISSION_FIELDS}
         self._records.done(
             record.model_copy(
                 update={
