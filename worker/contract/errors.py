@@ -1,4 +1,4 @@
-"""Every error of smallcat, split by whose fault it is, because that decides what happens to the job.
+"""Every error of smallcat, by whose fault it is: that decides what happens to the job.
 
     SmallcatError
     ├── CallerError                 the caller's fault: never tried again
@@ -13,16 +13,16 @@
     │   ├── NotFiniteError          its latents turned NaN or infinite
     │   ├── JobTooLargeError        it does not fit in the device's memory, even alone
     │   ├── JobTimeoutError         it was not done within its time limit
-    │   └── PoisonJobError          it was on board each time a worker died
+    │   └── PoisonJobError          it was in flight each time a worker died
     ├── MachineError                the worker's fault: the job goes back to the queue, at once
     │   ├── OutOfMemoryError        a batch did not fit; the engine tries again with fewer rows
     │   ├── DeviceError             the device failed, and will for every job
     │   ├── EngineStoppedError      the engine is stopping or lost
     │   └── NewerMessageError       the message is of a newer version than this worker reads
-    └── ServiceError                a service is out of reach: tried again for as long as it makes sense
+    └── ServiceError                a service is out of reach: tried again for a limited time
         ├── QueueError              Redis
         └── StorageError            the S3 bucket
-            └── PermanentStorageError   it refuses for a reason that waiting does not mend
+            └── PermanentStorageError   it refuses for a reason that lasts
 
 Each text names the value, the limit and the remedy. Constructor arguments are positional and go to
 `super().__init__`, so that an error survives pickling and a job's record.
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 
 class SmallcatError(Exception):
-    """The root: catch it to catch everything smallcat raises on purpose."""
+    """The root: catch it to catch every error that smallcat raises on purpose."""
 
 
 class CallerError(SmallcatError):
@@ -64,7 +64,7 @@ class SettingsError(CallerError):
 
 
 class JobError(SmallcatError):
-    """Raised when this job cannot be rendered, while its batch mates can."""
+    """Raised when this job cannot be rendered, although the other jobs of its batch can."""
 
 
 class RenderError(JobError):
@@ -84,11 +84,11 @@ class JobTimeoutError(JobError):
 
 
 class PoisonJobError(JobError):
-    """Raised when a job was on board every time a worker died, `SMALLCAT_MAX_ATTEMPTS` times."""
+    """Raised when a job was in flight each time a worker died, `SMALLCAT_MAX_ATTEMPTS` times."""
 
 
 class MachineError(SmallcatError):
-    """Raised when this worker cannot go on, whatever the job. Another worker can do the job."""
+    """Raised when this worker cannot continue, whatever the job. Another worker can do the job."""
 
 
 class OutOfMemoryError(MachineError):
@@ -108,7 +108,7 @@ class NewerMessageError(MachineError):
 
 
 class ServiceError(SmallcatError):
-    """Raised when a service smallcat relies on is out of reach or refuses."""
+    """Raised when Redis or the bucket is out of reach, or refuses."""
 
 
 class QueueError(ServiceError):
@@ -120,7 +120,7 @@ class StorageError(ServiceError):
 
 
 class PermanentStorageError(StorageError):
-    """Raised when the bucket refuses for a reason that waiting does not mend."""
+    """Raised when the bucket refuses for a reason that lasts, such as wrong keys. Waiting does not help."""
 
 
 def _tree(root: type[SmallcatError]) -> dict[str, type[SmallcatError]]:
@@ -132,7 +132,7 @@ def _tree(root: type[SmallcatError]) -> dict[str, type[SmallcatError]]:
 
 
 def named(name: str, message: str) -> SmallcatError:
-    """The error of class `name`, as it was raised on a worker, for raising again on the caller's side.
+    """The error that a worker raised, for raising it again on the caller's side: by class name and text.
 
     A name that this version does not know becomes a plain `JobError` that mentions it, so that an old
     producer can read a newer worker's record.
@@ -142,5 +142,5 @@ def named(name: str, message: str) -> SmallcatError:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says first, for a sentence of ours."""
+    """The first line of a library's error, up to 300 characters, for the text of our own."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -1,7 +1,7 @@
-"""What the environment sets, read once at start into one frozen class a side.
+"""The settings of a worker and of a producer: one frozen class for each, read from the environment.
 
 `worker_settings()` and `producer_settings()` are the only readers of the environment. An unknown
-`SMALLCAT_*` name stops the start and names the near miss; so does a value outside its limits.
+`SMALLCAT_*` name is an error that names the nearest one; so is a value outside its limits.
 Credentials, endpoint and region of the bucket are boto3's own `AWS_*` variables and are not read here.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from worker.contract.errors import SettingsError
 from worker.contract.job import MAX_GUIDANCE, MAX_STEPS
 
-#: Variables that are not `SMALLCAT_` plus the field's name.
+#: The variables of fields that are not set by `SMALLCAT_` and the field's name.
 _OTHER_NAMES = {
     "redis_url": "REDIS_URL",
     "s3_bucket": "S3_BUCKET",
@@ -28,12 +29,23 @@ _OTHER_NAMES = {
 }
 
 
-#: Seconds that a setting may be, at most: a year, which is also well below what a lock can wait for.
+#: Seconds that a setting may be, at most: a year. A lock can wait for much longer.
 _YEAR_S = 31_536_000
+
+
+#: A second address, with a scheme of its own or behind the first one's port. A password may hold ";" and ",".
+_SECOND_ADDRESS = re.compile(r"[;,]\s*[a-z+]*://|@[^@/;,]*:\d+[;,]", re.IGNORECASE)
+_ONE_ADDRESS = "until Sentinel is built. Name the primary, or an address that always leads to it"
 
 
 def _redis_url(value: str) -> str:
     rule = "must look like redis://[:password@]host:port/db, or rediss:// for TLS"
+    scheme, _, rest = value.partition("://")
+    if "sentinel" in scheme.lower():
+        raise ValueError(f"{rule}. sentinel:// is not supported {_ONE_ADDRESS}")
+    host = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+    if _SECOND_ADDRESS.search(value) or re.search("[;,]", host):
+        raise ValueError(f"must be one address. Several are not supported {_ONE_ADDRESS}")
     try:
         parts = urlsplit(value)
         port = parts.port
@@ -58,11 +70,11 @@ def _prefix(value: str) -> str:
 
 
 class Settings(BaseModel):
-    """What both sides read."""
+    """The settings that workers and producers share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    #: Where the queue and the jobs' records are: redis:// or rediss://, with password and database number.
+    #: Redis, for the queue and the jobs' records: redis:// or rediss://, with password and database number.
     redis_url: Annotated[str, AfterValidator(_redis_url)] = Field(
         default="redis://localhost:6379/0", repr=False
     )
@@ -82,7 +94,7 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """These settings as `environment` has them. An empty value counts as not set.
+        """The settings that `environment` has. An empty value counts as not set.
 
         Raises `SettingsError` that names the variable, its value and what it must be.
         """
@@ -103,14 +115,14 @@ class Settings(BaseModel):
 
 
 class ProducerSettings(Settings):
-    """What a process that submits jobs reads."""
+    """The settings of a process that submits jobs."""
 
     #: Seconds, > 0, that `submit_job` tries to reach Redis before it gives up.
     submit_timeout_s: float = Field(default=5, gt=0, le=_YEAR_S)
 
 
 class WorkerSettings(Settings):
-    """What a worker reads."""
+    """The settings of a worker."""
 
     #: Hub id, folder or single .safetensors file. Not set: the bundled model.
     model: str = ""
@@ -134,7 +146,7 @@ class WorkerSettings(Settings):
     use_memory_efficient_attention: Literal["0", "1"] | None = None
     #: Whether a GPU runs compiled steps: a minute or two at the first start, twice the speed ever after.
     compile: bool = True
-    #: Whether a job's picture is the same to the bit, alone or in company, on the same kind of GPU.
+    #: Whether a job's picture is the same to the bit, whatever else is in the batch, on one kind of GPU.
     exact: bool = False
     #: Folder for compiled kernels and for measured choices.
     cache_dir: str = "~/.cache/smallcat"
@@ -146,21 +158,21 @@ class WorkerSettings(Settings):
     job_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
     #: Times, >= 1, that a job is tried before it is set aside.
     max_attempts: int = Field(default=3, ge=1)
-    #: Seconds, >= 0, that a stopping worker goes on with the jobs on board before it gives them back.
+    #: Seconds, >= 0, that a stopping worker continues the jobs in flight before it gives them back.
     drain_s: float = Field(default=30, ge=0, le=_YEAR_S)
-    #: Seconds, > 0, that a finished picture is put again while the storage fails, before the job fails.
+    #: Seconds, > 0, that a picture's upload is tried again while the storage fails, before the job fails.
     upload_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
     #: Port of the Prometheus metrics, 1 to 65535. Not set: none.
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
 
     @property
     def cache_folder(self) -> Path:
-        """`cache_dir`, with the user's home in the place of a tilde."""
+        """`cache_dir`, with a leading tilde replaced by the user's home."""
         return Path(self.cache_dir).expanduser()
 
     @property
     def attention_backend(self) -> Literal["auto", "xformers", "sdpa", "naive"]:
-        """The backend asked for, either way of asking."""
+        """The attention backend that either variable asks for."""
         if self.attention != "auto" or self.use_memory_efficient_attention is None:
             return self.attention
         return "xformers" if self.use_memory_efficient_attention == "1" else "naive"
@@ -189,7 +201,7 @@ def hidden(redis_url: str) -> str:
 
 
 def variables() -> dict[str, type[Settings]]:
-    """Every variable that is read, with the class that reads it."""
+    """Every variable that is read, and the class that reads it."""
     sides: tuple[type[Settings], ...] = (WorkerSettings, ProducerSettings, Settings)
     return {side.variable(field): side for side in sides for field in side.model_fields}
 
@@ -198,7 +210,7 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
     known = variables()
     for name in environment:
         if name.startswith("SMALLCAT_") and name not in known:
-            # Without the prefix, which alone would make any name look near.
+            # Compared without the prefix, which alone would make any name look near.
             tails = [each.removeprefix("SMALLCAT_") for each in known if each.startswith("SMALLCAT_")]
             near = difflib.get_close_matches(name.removeprefix("SMALLCAT_"), tails, 1)
             hint = f"Did you mean SMALLCAT_{near[0]}?" if near else "docs/settings.md has all names."

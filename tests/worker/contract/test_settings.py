@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from pydantic import ValidationError
 
@@ -205,3 +207,53 @@ def test_the_process_environment_is_what_is_read(monkeypatch: pytest.MonkeyPatch
 def test_settings_are_frozen(side: type[Settings]) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         side().s3_bucket = "x"  # type: ignore[misc]
+
+
+SENTINEL = "until Sentinel is built. Name the primary, or an address that always leads to it."
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://one:6379/0;redis://two:6379/0",  # Celery's failover list
+        "redis://one;two",
+        "redis://:p%2Cw@one:6379/0;rediss://:p%2Cw@two:6379/0",
+        "redis://one:6379/0; redis://two:6379/0",
+        "redis://one:6379,redis://two:6379",
+        "redis://one:6379,two:6379/0",
+        "redis://:hunter2@one:6379,two:6379/0",
+        "redis://u:hunter2@one:6379,u:hunter2@two:6379/0",
+        "redis://[::1]:6379,[::2]:6379/0",
+    ],
+)
+@pytest.mark.parametrize("side", [worker_settings, producer_settings])
+def test_several_redis_addresses_are_refused_with_the_remedy(side: Callable[..., object], url: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        side({"REDIS_URL": url})
+    assert str(caught.value) == (
+        f"REDIS_URL has the value ***. It must be one address. Several are not supported {SENTINEL}"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sentinel://one:26379",
+        "sentinel://:hunter2@one:26379/0;sentinel://two:26379/0",
+        "redis+sentinel://one:26379,two:26379/mymaster/0",
+        "SENTINEL://one",
+    ],
+)
+def test_sentinel_is_refused_with_the_remedy(url: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        producer_settings({"REDIS_URL": url})
+    assert str(caught.value) == (
+        "REDIS_URL has the value ***. It must look like redis://[:password@]host:port/db, or rediss:// for "
+        f"TLS. sentinel:// is not supported {SENTINEL}"
+    )
+
+
+@pytest.mark.parametrize("password", ["a,b", "a;b", ";", "a;b@c,d", "x%3Bredis"])
+def test_a_password_may_hold_commas_and_semicolons(password: str) -> None:
+    url = f"redis://:{password}@host:6379/0"
+    assert producer_settings({"REDIS_URL": url}).redis_url == url
