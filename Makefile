@@ -5,9 +5,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Touched when the environment matches the two files it was made from: a second `make setup` costs nothing.
+# Touched when the environment matches the two files it is made from: a second `make setup` does nothing.
 READY := .venv/.ready
-# What `make storm` runs, as pytest's -k has it, and how long `make soak` goes on.
+# What `make storm` runs, an expression for pytest's -k, and how many minutes `make soak` takes.
 ONLY ?= test
 MINUTES ?= 60
 
@@ -17,7 +17,7 @@ MINUTES ?= 60
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## Make .venv with everything that the other commands need
+setup: $(READY)  ## Make .venv with all that the other commands need
 
 # The constraints pin every version. Without them pip would take the newest torch with all of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -28,20 +28,20 @@ $(READY): pyproject.toml constraints.txt
 		--editable ".[worker,local,dev]"
 	@touch $@
 
-demo: setup  ## Render "a small cat" on a stack of its own and show it
+demo: setup  ## Render "a small cat" on a stack of its own, and show it
 	@$(BIN)/python -m deploy.local --hold -- \
 		$(BIN)/python -m producer submit "a small cat" --show --output outputs/
 
-local: setup  ## Run queue, bucket and one worker until Ctrl-C, for playing with
+local: setup  ## Run a queue, a bucket and one worker until Ctrl-C, to try things out
 	@$(BIN)/python -m deploy.local --data .smallcat
 
-test: lint  ## Run every check: lint, types, tests
+test: lint  ## Run all checks: style, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-storm: setup  ## Kill, freeze and fill everything under load, some 25 minutes; ONLY=sigkill for some of it
+storm: setup  ## Kill, freeze and fill up all parts under load, 25 minutes; ONLY=sigkill for some of it
 	$(BIN)/python -m pytest tests/faults -m slow -k "not soak and ($(ONLY))" -rP
 
-soak: setup  ## Work for an hour and see that nothing grows; MINUTES=10 for less
+soak: setup  ## Work for an hour and check that nothing grows; MINUTES=10 for less
 	SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/faults -m slow -k soak -rP
 
 lint: setup  ## Check style and types
@@ -49,10 +49,10 @@ lint: setup  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup  ## Put the code into its one format
+format: setup  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## Remove what the commands made, except pictures in outputs/
+clean:  ## Remove what these commands made, except the pictures in outputs/
 	rm -rf .venv .smallcat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
-"""Fixtures that tests share: real servers, and an environment that owes nothing to the user's own.
+"""Fixtures that tests share: real servers, and an environment without the user's own settings.
 
     valkey      a Valkey server, empty at the start of each test
     s3          a bucket of its own for each test, on a real S3 server
-    stack_env   the environment that leads to both; `environment` makes it this process' own
+    stack_env   the environment that names both; `environment` makes it this process' own
     new_stack   makes stacks that belong to one test, for tests that kill or freeze parts
 
 A server that is not installed skips the test at home and fails it in CI (`CI=true`).
@@ -29,7 +29,7 @@ from deploy.embedded.stack import Stack, clean_environment
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-#: What tests may not take from whoever runs them.
+#: Variables, by their start, that tests must not take from the user's environment.
 _FOREIGN = (
     "AWS_",
     "CELERY_",
@@ -53,28 +53,29 @@ class EmptyBucket:
 
 
 def pytest_configure() -> None:
-    """Forget the user's settings, before any module of the project can read them at its import."""
+    """Remove the user's settings, before any module of the project can read them at its import."""
     for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
         del os.environ[name]
     os.environ.update({"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull})
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
-    # Torch's threads spin while they wait, which takes many times as long where others want the cores.
+    # By default torch's threads spin while they wait, which is many times slower where cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A background job of a shell ignores Ctrl-C, and so would every process that a test starts in one.
+    # A shell's background job ignores SIGINT, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # The same by nohup; the tests themselves go on. A handler is not inherited, where ignoring is.
+    # nohup has SIGHUP ignored. With a handler that does nothing the tests still ignore it, and the processes
+    # that they start do not: handlers are not inherited.
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
-    # Tests bring their own tiny models: one that asks the hub is wrong, and fails at once instead of hanging.
+    # Tests bring their own tiny models. One that asks the hub is wrong, and fails at once instead of waiting.
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none. Torch is asked only when there is such a test."""
-    needy = [item for item in items if item.get_closest_marker("gpu")]
-    if needy and not _has_gpu():
-        for item in needy:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and not _has_gpu():
+        for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
@@ -106,7 +107,7 @@ def valkey(servers: Stack) -> ValkeyProcess:
 
 @pytest.fixture(scope="session")
 def s3_administrator(servers: Stack) -> S3Client:
-    """Who makes buckets. Take `s3` instead."""
+    """A client that makes buckets. Take `s3` instead."""
     import boto3
 
     environment = servers.s3.environment("")
@@ -121,16 +122,16 @@ def s3_administrator(servers: Stack) -> S3Client:
 
 @pytest.fixture
 def s3(servers: Stack, s3_administrator: S3Client) -> EmptyBucket:
-    """A bucket that no other test has."""
+    """An empty bucket for one test."""
     name = f"test-{secrets.token_hex(4)}"
-    # By the server, not beside it as a folder: that it would see only when its cache of folders expires.
+    # By the server, not as a folder: the server would find that only when its cache of folders expires.
     s3_administrator.create_bucket(Bucket=name)
     return EmptyBucket(name, servers.s3.environment(name))
 
 
 @pytest.fixture
 def s3_environment(s3: EmptyBucket, monkeypatch: pytest.MonkeyPatch) -> EmptyBucket:
-    """The same, and this process' own settings say where it is."""
+    """The same bucket, and this process' own settings name it."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3
@@ -144,7 +145,7 @@ def stack_env(valkey: ValkeyProcess, s3: EmptyBucket) -> dict[str, str]:
 
 @pytest.fixture
 def environment(stack_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The same, and it is this process' own."""
+    """The same environment, which is also this process' own."""
     for name, value in stack_env.items():
         monkeypatch.setenv(name, value)
     return stack_env
@@ -152,7 +153,7 @@ def environment(stack_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> d
 
 @pytest.fixture
 def new_stack() -> Iterator[Callable[..., Stack]]:
-    """Makes started stacks, with `Stack`'s own arguments, that end with the test. Mistreat them freely."""
+    """Makes started stacks, with `Stack`'s arguments, for one test: it may kill and freeze their parts."""
     _require_servers()
     with ExitStack() as stacks:
         yield lambda *arguments, **options: stacks.enter_context(Stack(*arguments, **options))

@@ -1,4 +1,4 @@
-"""Drains a queue faster than any worker: `python -m tests.drain QUEUE...`, until SIGTERM.
+"""Empties queues faster than any worker: `python -m tests.drain QUEUE...`, until SIGTERM.
 
 Messages are taken by hundreds, read as a worker reads them, and ended with the workers' own scripts. Each
 message is a line in `DRAIN_JOURNAL`: the number of its job in its run. Nothing is rendered.

@@ -1,8 +1,8 @@
-"""A worker without torch, for tests of what is around it: `celery -A tests.fast_worker worker -Q QUEUE`.
+"""A worker without torch, for tests of all that is around it: `celery -A tests.fast_worker worker -Q QUEUE`.
 
 The app's settings, the transport, the records and `JobHandler` are the real ones. The engine gives one
-small picture at once, after `FAST_WORKER_S` seconds; the bucket is a real one where S3_BUCKET is set, else
-it remembers nothing. A prompt that starts with "fail" fails. Each render is a line in `FAST_WORKER_JOURNAL`.
+small picture after `FAST_WORKER_S` seconds. The bucket is a real one where S3_BUCKET is set; else it stores
+nothing. A prompt that starts with "fail" fails. Each render is a line in `FAST_WORKER_JOURNAL`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class FastEngine:
 
 
 class NoBucket:
-    """A bucket that takes everything and remembers nothing."""
+    """A bucket that accepts every picture and stores none."""
 
     def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
         return None
@@ -75,7 +75,7 @@ class NoBucket:
 
 
 def announce(redis_url: str, seconds: int = 3_600) -> None:
-    """Let the fleet have a worker of `SERVED`, for as long as a test takes."""
+    """Announce a worker of `SERVED` in the fleet for `seconds`."""
     client = connect(redis_url, 1)
     fleet = Fleet(client, seconds)
     info = WorkerInfo(

@@ -23,9 +23,9 @@ from worker.contract.errors import InvalidJobError, JobCancelledError
 from worker.contract.record import JobRecord, State
 from worker.engine.capacity import jobs_in_flight
 
-#: Steps and pixels of a job that is still running whenever a test looks.
+#: Steps and pixels of a job that runs longer than any test checks it.
 LONG = {"steps": 150, "width": 256, "height": 256}
-#: Rows in a step of the worker; it has places for twice as many jobs of prompt files.
+#: Rows in a step of the worker, at most. It has more jobs of prompt files in flight.
 ROWS = 4
 
 
@@ -50,10 +50,10 @@ def producer_environment(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_until_running(handle: JobHandle) -> None:
-    """Return when a step of the job has been seen."""
-    with session().records.listen(f"smallcat:job:{handle.id}") as news:
+    """Return when the job has left the queue."""
+    with session().records.listen(f"smallcat:job:{handle.id}") as wait_for_event:
         while handle.state() is State.QUEUED:
-            news(1.0)
+            wait_for_event(1.0)
 
 
 def test_a_prompt_becomes_a_picture_and_a_record(model: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_record_beside_the_picture_is_the_whole_job(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
-def test_a_picture_s_own_papers_give_an_equal_job(image_format: str) -> None:
+def test_a_picture_s_infotext_gives_an_equal_job(image_format: str) -> None:
     text = 'a cat,\nsaid "Steps: 5" — 猫'
     result = submit_job(text, negative_prompt="dogs: none", seed=3, format=image_format).result(timeout=30)
     again = submit_job(job_from_image(result.data()))
@@ -155,14 +155,14 @@ def test_a_live_job_is_next_while_a_prompt_file_fills_the_worker() -> None:
 def test_a_job_that_fails_fails_alone() -> None:
     # LCM takes at most as many steps as the model was distilled for: 50 here.
     bad = submit_job("bad", seed=1, scheduler="lcm", steps=150)
-    mates = [submit_job(f"mate {n}", seed=n) for n in range(3)]
+    others = [submit_job(f"other {n}", seed=n) for n in range(3)]
     with pytest.raises(InvalidJobError, match="150"):
         bad.result(timeout=30)
     assert bad.record().error_type == "InvalidJobError"
-    assert [mate.result(timeout=30).state for mate in mates] == [State.DONE] * 3
+    assert [other.result(timeout=30).state for other in others] == [State.DONE] * 3
 
 
-def test_a_running_job_tells_its_steps_and_stops_when_cancelled() -> None:
+def test_a_running_job_reports_its_steps_and_stops_when_cancelled() -> None:
     handle = submit_job("long", **LONG)
     wait_until_running(handle)
     while not (progress := handle.progress()).step:
@@ -188,7 +188,7 @@ def test_a_long_prompt_is_cut_with_a_warning() -> None:
     assert any("77" in warning for warning in result.warnings)
 
 
-def test_a_job_for_a_model_that_nobody_serves_waits_and_says_so() -> None:
+def test_a_job_for_a_model_that_no_worker_serves_waits_with_a_note() -> None:
     handle = submit_job("a cat", model="another/model")
     assert handle.state() is State.QUEUED
     progress = handle.progress()
@@ -217,15 +217,15 @@ def test_a_handle_works_in_another_process_by_its_id(stack: Stack) -> None:
     assert done.stdout.strip() == handle.result(timeout=30).uri
 
 
-def test_waiting_threads_all_hear_of_the_picture() -> None:
-    handle = submit_job("heard by all", steps=20)
-    heard: list[JobResult] = []
-    threads = [threading.Thread(target=lambda: heard.append(handle.result(timeout=30))) for _ in range(8)]
+def test_all_waiting_threads_get_the_result() -> None:
+    handle = submit_job("for all threads", steps=20)
+    results: list[JobResult] = []
+    threads = [threading.Thread(target=lambda: results.append(handle.result(timeout=30))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(heard) == 8
+    assert len(results) == 8
 
 
 def test_a_changed_model_does_not_answer_with_the_old_one_s_pictures(
@@ -271,7 +271,7 @@ def test_the_command_line_submits_shows_and_saves(stack: Stack, tmp_path: Path) 
         check=True,
         timeout=60,
     )
-    said = json.loads(done.stdout)
-    with Image.open(said["path"]) as image:
+    printed = json.loads(done.stdout)
+    with Image.open(printed["path"]) as image:
         assert image.size == (64, 64)
-    assert said["url"].startswith("http://")
+    assert printed["url"].startswith("http://")

@@ -27,8 +27,8 @@ rows.forEach((row, position) => { row.number = position + 1; });
 /** The fields of a job, in the order in which they are shown: name, label, exact, searched, default. */
 const fields = new Map(about.fields.map((field) => [field.name, field]));
 const labelOf = (name) => fields.get(name)?.label ?? name;
-/** A row's value of a field. Rows do not have values that are the field's default. */
-const valueOf = (row, name) => row[name] ?? fields.get(name)?.default;
+/** A row's value of a field; undefined where it has none. Rows leave out values that are the default. */
+const valueOf = (row, name) => row[name] ?? (fields.get(name)?.default || undefined);
 /** Fields with a place of their own on the page; the others are listed. */
 const TEXTS = new Set(["prompt", "negative_prompt"]);
 
