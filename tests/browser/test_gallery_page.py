@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from producer.gallery.fields import FIELDS
 from producer.gallery.page import PageWriter
 from tests.browser.chromium import Chromium, program
 
@@ -253,6 +254,38 @@ def test_grouping_gives_each_group_its_title(browser: Chromium, write: Write, pi
     titles = browser.run("[...document.querySelectorAll('.title h2')].map((each) => each.textContent)")
     assert titles == ["Steps: 10", "Steps: 11"]
     assert tiles(browser) == ["p0", "p2", "p1", "p3"]
+
+
+def test_a_field_that_a_row_leaves_out_has_its_default(
+    browser: Chromium, write: Write, pictures: str
+) -> None:
+    browser.open(
+        write(*(picture(pictures, f"p{n}", **({"guidance_stop": "0.5"} if n else {})) for n in range(3)))
+    )
+    browser.key("/")
+    browser.type("guidance_stop:1")
+    assert tiles(browser) == ["p0"]
+    browser.key("Escape")
+    browser.run("document.getElementById('group').value = 'field:guidance_stop'")
+    browser.run("document.getElementById('group').dispatchEvent(new Event('change'))")
+    titles = browser.run("[...document.querySelectorAll('.title h2')].map((each) => each.textContent)")
+    assert titles == ["Guidance stop: 0.5", "Guidance stop: 1"]
+    assert tiles(browser) == ["p1", "p2", "p0"]
+
+
+def test_all_fields_of_the_table_are_listed_with_their_labels(
+    browser: Chromium, write: Write, pictures: str
+) -> None:
+    listed = [field for field in FIELDS if field.name not in ("prompt", "negative_prompt")]
+    browser.open(write(picture(pictures, "a cat", **{field.name: f"its {field.name}" for field in listed})))
+    browser.click(".tile")
+    names = browser.run("[...document.querySelectorAll('#viewer-list dt')].map((each) => each.textContent)")
+    values = browser.run("[...document.querySelectorAll('#viewer-list dd')].map((each) => each.textContent)")
+    shown = dict(zip(names, values, strict=True))
+    assert {label: shown[label] for label in (field.label for field in listed)} == {
+        field.label: f"its {field.name}" for field in listed
+    }
+    assert len(listed) >= 10
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
