@@ -33,7 +33,10 @@ from worker.jobs import metrics
 
 ROOT = Path(__file__).parent.parent
 #: Every document that the project ships, and the tests read.
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "worker/demo/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 #: Job fields that are options of `smallcat submit`.
 _SUBMIT_OPTIONS = {

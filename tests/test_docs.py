@@ -32,7 +32,7 @@ MODULE_COMMANDS = {"producer": cli, "deploy.local": local, "worker.bench": bench
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"^(?: {4}.*(?:\n|\Z))+", re.MULTILINE)
 
-documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ def test_options_that_stand_alone_are_those_of_some_command(document: Path) -> N
     known |= {name for command in commands for each in command.params for name in each.opts}
     a1111 = (ROOT / "producer" / "prompts" / "a1111_options.py").read_text("utf-8")
     known |= {f"--{entry.a1111_option}" for entry in JOB_FIELDS.values()}
-    sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    folders = (ROOT / "tests", ROOT / "worker" / "demo" / "training")
+    sources = "".join(path.read_text("utf-8") for folder in folders for path in folder.rglob("*.py"))
     for code in codes(document):
         if code.language == "inline" and (found := re.match(r"(--[a-z][\w-]*)", code.text)):
             name = found[1]
