@@ -6,7 +6,6 @@ message is a line in `DRAIN_JOURNAL`: the number of its job in its run. Nothing 
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -16,11 +15,12 @@ import time
 import redis
 
 from worker.contract.errors import InvalidJobError
-from worker.contract.message import Message
+from worker.contract.message import Message, RunMark, payload_in
 from worker.contract.queues import lists_of
 from worker.contract.record import JobRecord, State
 from worker.state import scripts as scripts
-from worker.state.records import FAILED, Claim, Records, key
+from worker.state.keys import FAILED, job_key
+from worker.state.records import Claim, Records
 
 AT_ONCE = 500
 
@@ -41,7 +41,7 @@ class Drain:
             if text := self.client.rpop(name):
                 payload, task_id = read(str(text))
                 message = Message.parse(payload)
-                self.seen.append((int(message.run.split(":")[1]), message.id))
+                self.seen.append((RunMark.parse(message.run).number, message.id))
                 self.claim(message, task_id)
                 return message, task_id
         return None
@@ -94,7 +94,7 @@ def main(queues: list[str]) -> None:
             messages = [read(text) for text in texts]
             with client.pipeline(transaction=False) as pipe:
                 for payload, task_id in messages:
-                    record = key(payload["id"])
+                    record = job_key(payload["id"])
                     job = json.dumps(payload["job"])
                     run = payload["run"]
                     pipe.evalsha(claim, 1, record, task_id, "drain", 30, 3, 600, job, queues[0], task_id, run)
@@ -102,15 +102,15 @@ def main(queues: list[str]) -> None:
                         finish, 2, record, FAILED, "done", 600, "", payload["id"], "uri", "s3://nowhere/x.png"
                     )
                     pipe.delete(record)
-                    journal.write(f"{run.split(':')[1]} {payload['id']}\n")
+                    journal.write(f"{RunMark.parse(run).number} {payload['id']}\n")
                 pipe.execute()
 
 
 def read(text: str) -> tuple[dict[str, str], str]:
     """A message's payload and id. The first of each hundred is checked as a worker would."""
     message = json.loads(text)
-    [payload], _, _ = json.loads(base64.b64decode(message["body"]))
-    if payload["run"].split(":")[1].endswith("00"):
+    payload = payload_in(message)
+    if RunMark.parse(payload["run"]).number % 100 == 0:
         Message.parse(payload)
     return payload, message["headers"]["id"]
 

@@ -29,7 +29,7 @@ from worker.broker.transport import UNACKED
 from worker.contract.errors import PromptFileError
 from worker.contract.message import run_mark_in
 from worker.contract.queues import queue_of_list
-from worker.state.records import QUEUES, key, run_key
+from worker.state.keys import QUEUES, job_key, run_key
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -237,7 +237,7 @@ class Run:
         """For each job whether its record says that it is queued or running."""
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
-                pipe.hget(key(job_id), "state")
+                pipe.hget(job_key(job_id), "state")
             return [state in ("queued", "running") for state in pipe.execute()]
 
     def note_once(self, name: str, value: str) -> str:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from worker.state.fleet import ANNOUNCE_EVERY_S, Fleet, WorkerInfo
-from worker.state.records import WORKERS_CHANNEL, Records
+from worker.state.keys import WORKERS_CHANNEL
+from worker.state.records import Records
 
 logger = logging.getLogger("smallcat.heartbeat")
 

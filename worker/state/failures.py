@@ -1,6 +1,6 @@
 """The jobs that failed for good, for those who look after them: in bulk, for there may be many thousands.
 
-smallcat:failed          zset    ids of the jobs that failed for good, by time; see `worker.state.records`
+smallcat:failed          zset    ids of the jobs that failed for good, by time; see `worker.state.keys`
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from worker.contract.lua import script
 from worker.contract.record import State
-from worker.state.records import FAILED, key
+from worker.state.keys import FAILED, job_key
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -51,7 +51,7 @@ class Failures:
         found: list[Failure] = []
         gone: list[str] = []
         for part in _parts(ids):
-            for job_id, text in zip(part, self._read(keys=[key(job_id) for job_id in part]), strict=True):
+            for job_id, text in zip(part, self._read(keys=[job_key(job_id) for job_id in part]), strict=True):
                 state, error_type, error, runs, submitted_at, attempt = json.loads(text)
                 if state is False:
                     gone.append(job_id)
@@ -72,7 +72,7 @@ class Failures:
                     pipe.zrem(FAILED, job_id)
                 removed = [job_id for job_id, count in zip(part, pipe.execute(), strict=True) if count]
             if removed:
-                self._redis.delete(*map(key, removed))
+                self._redis.delete(*map(job_key, removed))
             dropped += len(removed)
         return dropped
 

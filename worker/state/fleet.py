@@ -1,12 +1,10 @@
-"""Which workers live, what they serve, and so: what a job's model means and which queue it goes to.
+"""Which workers are alive and what they serve; from that, the model revision and the queue of a job.
 
-    smallcat:worker:<name>   string  a worker's announcement as JSON; expires when the worker falls silent
-    smallcat:workers         set     names of the workers that announced themselves
-    smallcat:served          string  the last announcements of each model, for submitting while it is away
+A worker announces itself every few seconds; its announcement expires when it no longer does.
 
-Rules. A job that names a model gets the revision of the newest live worker that serves it. A job that
-names none gets the fleet's default: the model of the worker that has been up longest. A worker takes only
-jobs of its own model and revision, so a new revision never answers with the old one's pictures.
+A job that names a model gets the revision of the newest live worker that serves it. A job that names none
+gets the fleet's default: the model of the worker that has been up longest. A worker takes only jobs of its
+own model and revision, so a new revision never answers with the old one's pictures.
 """
 
 from __future__ import annotations
@@ -18,17 +16,15 @@ from pydantic import BaseModel, ConfigDict
 
 from worker.contract.job import DEFAULT_MODEL, Job, ServedModel
 from worker.contract.queues import lists_of, queues_of
-from worker.state.records import QUEUES
+from worker.state.keys import QUEUES, SERVED, WORKERS, worker_key
 
 if TYPE_CHECKING:
     from redis.client import Redis
 
-#: Seconds between two announcements of a live worker, and until a silent one counts as gone.
+#: Seconds between two announcements of a worker, and seconds until the last one expires.
 ANNOUNCE_EVERY_S, ANNOUNCE_TTL_S = 5, 15
 #: Announcements that are remembered, at most.
 MAX_SEEN = 1_000
-
-_WORKERS, _SERVED = "smallcat:workers", "smallcat:served"
 
 
 class WorkerInfo(BaseModel):
@@ -40,20 +36,20 @@ class WorkerInfo(BaseModel):
     name: str
     #: What it serves.
     served: ServedModel
-    #: Unix seconds by Redis' clock when it began to serve.
+    #: Unix seconds by Redis' clock when it started.
     started_at: float
     #: What it runs on, such as "NVIDIA H200" or "CPU, 2 threads".
     device: str
     #: Attention backend in use.
     attention: str
-    #: Rows in one forward of the UNet, at most.
+    #: Rows of one forward pass, at most: its largest batch size.
     max_rows: int
     #: Versions of what it runs, by package.
     versions: dict[str, str]
 
 
 class Fleet:
-    """The workers on one Redis, seen from a worker or a producer. Thread-safe."""
+    """The workers of one Redis. Workers announce themselves, producers ask. Thread-safe."""
 
     def __init__(self, client: Redis, ttl_s: int) -> None:
         self._redis = client
@@ -65,42 +61,42 @@ class Fleet:
         return float(seconds + micros / 1e6)
 
     def announce(self, worker: WorkerInfo) -> None:
-        """Say that `worker` lives, for the next 15 seconds."""
+        """Announce `worker` for the next `ANNOUNCE_TTL_S` seconds."""
         with self._redis.pipeline() as pipe:
-            pipe.set(f"smallcat:worker:{worker.name}", worker.model_dump_json(), ex=ANNOUNCE_TTL_S)
-            pipe.sadd(_WORKERS, worker.name)
-            pipe.expire(_WORKERS, self._ttl_s)
+            pipe.set(worker_key(worker.name), worker.model_dump_json(), ex=ANNOUNCE_TTL_S)
+            pipe.sadd(WORKERS, worker.name)
+            pipe.expire(WORKERS, self._ttl_s)
             pipe.execute()
         live = self.workers()
         models = {each.served.name for each in live}
-        # Models whose workers are all away are remembered behind those that are served.
+        # Models that no live worker serves come after those that are served.
         away = [each for each in self._last_seen() if each.served.name not in models]
         seen = json.dumps([each.model_dump(mode="json") for each in [*live, *away][:MAX_SEEN]])
-        self._redis.set(_SERVED, seen, ex=self._ttl_s)
+        self._redis.set(SERVED, seen, ex=self._ttl_s)
 
     def withdraw(self, name: str) -> None:
-        """Say that the worker is leaving."""
+        """Remove the announcement of a worker that is leaving."""
         with self._redis.pipeline() as pipe:
-            pipe.delete(f"smallcat:worker:{name}")
-            pipe.srem(_WORKERS, name)
+            pipe.delete(worker_key(name))
+            pipe.srem(WORKERS, name)
             pipe.execute()
 
     def workers(self) -> list[WorkerInfo]:
-        """The live workers, longest up first."""
-        names = sorted(str(name) for name in self._redis.smembers(_WORKERS))
+        """The live workers, those that have been up longest first."""
+        names = sorted(str(name) for name in self._redis.smembers(WORKERS))
         if not names:
             return []
-        texts = self._redis.mget([f"smallcat:worker:{name}" for name in names])
-        silent = [name for name, text in zip(names, texts, strict=True) if text is None]
-        if silent:
-            self._redis.srem(_WORKERS, *silent)
+        texts = self._redis.mget([worker_key(name) for name in names])
+        gone = [name for name, text in zip(names, texts, strict=True) if text is None]
+        if gone:
+            self._redis.srem(WORKERS, *gone)
         live = [WorkerInfo.model_validate_json(text) for text in texts if text is not None]
         return sorted(live, key=lambda worker: (worker.started_at, worker.name))
 
     def resolve(self, job: Job) -> Job:
-        """`job` for the model it means, or open where no worker has ever announced that model.
+        """`job` with the model and revision that it means; open where no worker ever announced the model.
 
-        A job that names a revision nobody serves stays as it is, and waits for a worker of that revision.
+        A job that names a revision that nobody serves stays as it is, and waits for such a worker.
         """
         live = self.workers()
         for workers in (live, self._last_seen()):
@@ -119,17 +115,17 @@ class Fleet:
         return [worker for worker in self.workers() if queue in queues_of(worker.served)]
 
     def waiting(self) -> dict[str, int]:
-        """Messages that wait, by queue, of every queue that jobs were sent to lately."""
+        """The number of messages that wait in each queue that jobs were sent to lately."""
         queues = sorted(str(queue) for queue in self._redis.smembers(QUEUES))
         return {queue: self.length(queue) for queue in queues}
 
     def length(self, queue: str) -> int:
-        """Messages that wait in `queue`, of all priorities."""
+        """The number of messages that wait in `queue`, of all priorities."""
         with self._redis.pipeline(transaction=False) as pipe:
             for name in lists_of(queue):
                 pipe.llen(name)
             return sum(pipe.execute())
 
     def _last_seen(self) -> list[WorkerInfo]:
-        text = self._redis.get(_SERVED)
+        text = self._redis.get(SERVED)
         return [WorkerInfo.model_validate(each) for each in json.loads(text)] if text else []

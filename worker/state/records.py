@@ -1,19 +1,8 @@
-"""Each job's state, in one Redis hash with an expiry; and the news of it, on one channel a job.
+"""The records of jobs in Redis: each is one hash with an expiry, and each change of state is published.
 
-    smallcat:job:<id>        hash    see `JobRecord`; expires `record_ttl_s` after its last change
-    smallcat:job:<id>        channel the new state, published at every change of state
-    smallcat:to-workers      channel to all workers: "cancel <id>" of a running job; "watch": somebody looks
-                                     at a job's progress, so that it is worth writing
-    smallcat:queues          set     the queues that jobs were sent to; expires likewise
-    smallcat:failed          zset    ids of the jobs that failed for good, by time; expires likewise
-                                     (`worker.state.failures`)
-    smallcat:run:<run>       hash    a prompt file's run (`producer.ingest.run_state`), and with it:
-      ...:done, ...:failed   bits    one a job of the run, set by the worker in the step that ends the job
-      ...:news               list    what became of each job, until the run's feeder has written it down
-
-A job is `queued`, then `running`, then `done`, `failed` or `cancelled`. Changes that two processes could
-make at once are Lua scripts, and all times are Redis' own clock. The lasting record is the JSON beside
-the picture in the bucket; this one is for those who wait.
+A job is `queued`, then `running`, then `done`, `failed` or `cancelled`. A change that two processes could
+make at once is a Lua script. All times are by Redis' clock. The lasting record is the JSON beside the picture
+in the bucket; this one is for those who wait. `worker.state.keys` lists the keys and the fields.
 """
 
 from __future__ import annotations
@@ -30,17 +19,12 @@ from worker.contract.errors import SmallcatError, UnknownJobError
 from worker.contract.job import Job
 from worker.contract.record import Attempt, JobRecord, State
 from worker.state import scripts as scripts
+from worker.state.keys import FAILED, QUEUES, WORKERS_CHANNEL, job_key
 
 if TYPE_CHECKING:
     from redis.client import Redis
 
-#: Channel on which all workers hear what they should know at once.
-WORKERS_CHANNEL = "smallcat:to-workers"
-#: The set of queues that jobs were sent to.
-QUEUES = "smallcat:queues"
-#: The sorted set of jobs that failed for good, scored by when.
-FAILED = "smallcat:failed"
-#: Seconds between two looks at a record by one who waits, in case a message was lost with a connection.
+#: Seconds after which a waiting caller reads the record again, in case an event was lost with a connection.
 RECHECK_S = 5.0
 #: Records that are read in one round trip.
 READ_AT_ONCE = 500
@@ -51,22 +35,12 @@ class Claim(StrEnum):
 
     #: Render it.
     RENDER = "render"
-    #: Nothing: another message for the same job is on board somewhere.
+    #: Nothing: another message of the same job is in flight.
     TAKEN = "taken"
     #: Nothing: the job is done, was cancelled, or has failed for good.
     FINAL = "final"
-    #: Set it aside: it was tried too often.
+    #: Fail it: its attempts are used up.
     POISON = "poison"
-
-
-def key(job_id: str) -> str:
-    """The record's key, and the channel of its news."""
-    return f"smallcat:job:{job_id}"
-
-
-def run_key(run: str) -> str:
-    """The key of a run of prompt files; those of its bits and its news begin with it."""
-    return f"smallcat:run:{run}"
 
 
 class Records:
@@ -83,14 +57,14 @@ class Records:
         self._progress = client.register_script(scripts.PROGRESS)
 
     def submitted(self, job: Job, queue: str) -> None:
-        """Note that `job` goes to `queue`. In flight already: its record stays as it is."""
+        """Write the record of a job that is sent to `queue`. One that is queued or running stays as it is."""
         self._submit(
-            keys=[key(job.id), QUEUES, FAILED], args=[job.model_dump_json(), queue, self._ttl_s, job.id]
+            keys=[job_key(job.id), QUEUES, FAILED], args=[job.model_dump_json(), queue, self._ttl_s, job.id]
         )
 
     def get(self, job_id: str) -> JobRecord:
         """The record of a job. Raises `UnknownJobError` where there is none (any more)."""
-        fields: dict[str, str] = self._redis.hgetall(key(job_id))  # type: ignore[assignment]
+        fields: dict[str, str] = self._redis.hgetall(job_key(job_id))  # type: ignore[assignment]
         if "job" not in fields:
             raise UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
         return _record(job_id, fields)
@@ -102,7 +76,7 @@ class Records:
             part = job_ids[start : start + READ_AT_ONCE]
             with self._redis.pipeline(transaction=False) as pipe:
                 for job_id in part:
-                    pipe.hgetall(key(job_id))
+                    pipe.hgetall(job_key(job_id))
                 for job_id, fields in zip(part, pipe.execute(), strict=True):
                     if "job" in fields:
                         found[job_id] = _record(job_id, fields)
@@ -119,25 +93,26 @@ class Records:
         queue: str,
         run: str = "",
     ) -> tuple[Claim, int, float]:
-        """Take the job for `message`, or learn why not. Returns the verdict, the attempt, seconds queued.
+        """Claim the job for `message`, or say why not. Returns the verdict, the attempt, seconds queued.
 
-        Each claim that renders counts as an attempt, also one that ends with the death of the process.
-        `run` is the message's `run_mark`: that run hears of the job's end, whichever message brings it.
+        Each claim with the verdict `RENDER` counts as an attempt, also one that ends with the death of the
+        process. `run` is the message's run mark: that run is told how the job ended, whichever of its
+        messages was worked on.
         """
         text, delivery = job.model_dump_json(), secrets.token_hex(8)
         verdict, attempt, queued = self._claim(
-            keys=[key(job.id)],
+            keys=[job_key(job.id)],
             args=[message, worker, lease_s, max_attempts, self._ttl_s, text, queue, delivery, run],
         )
         return Claim(verdict), int(attempt), max(0.0, float(queued))
 
     def progress(self, steps: Mapping[str, tuple[int, int]], lease_s: float) -> list[str]:
-        """Write each job's (step, steps) and extend its claim. Returns the ids that were cancelled."""
+        """Write (steps done, steps in all) and extend the claim of each job. Returns the cancelled ids."""
         ids = list(steps)
         if not ids:
             return []
         args = [lease_s, *(number for job_id in ids for number in steps[job_id])]
-        cancelled = self._progress(keys=[key(job_id) for job_id in ids], args=args)
+        cancelled = self._progress(keys=[job_key(job_id) for job_id in ids], args=args)
         return [ids[index - 1] for index in cancelled]
 
     def done(self, record: JobRecord) -> bool:
@@ -155,20 +130,20 @@ class Records:
 
     def give_back(self, job_id: str, message: str) -> None:
         """Undo the claim of `message`, and its attempt: the job goes to another worker."""
-        self._give_back(keys=[key(job_id)], args=[message, ""])
+        self._give_back(keys=[job_key(job_id)], args=[message, ""])
 
     def retried(self, job_id: str, message: str, attempt: Attempt) -> None:
         """Undo the claim of `message`, whose attempt failed: the job is tried again later."""
-        self._give_back(keys=[key(job_id)], args=[message, attempt.model_dump_json()])
+        self._give_back(keys=[job_key(job_id)], args=[message, attempt.model_dump_json()])
 
     def is_suspect(self, job_id: str, max_attempts: int) -> bool:
-        """Whether one attempt is left and an earlier one ended without a word: its worker was killed."""
-        attempts, deaths = self._redis.hmget(key(job_id), "attempts", "deaths")
+        """Whether one attempt is left and an earlier one ended with the death of its worker."""
+        attempts, deaths = self._redis.hmget(job_key(job_id), "attempts", "deaths")
         return int(attempts or 0) == max_attempts - 1 and int(deaths or 0) > 0
 
     def cancel(self, job_id: str) -> State:
         """Ask that the job stops. Returns its state now: a running job becomes cancelled at its next step."""
-        state = self._cancel(keys=[key(job_id)], args=[job_id, WORKERS_CHANNEL])
+        state = self._cancel(keys=[job_key(job_id)], args=[job_id, WORKERS_CHANNEL])
         if state is None:
             raise UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
         return State(state)
@@ -182,27 +157,27 @@ class Records:
     ) -> JobRecord:
         """Sleep until the job's state is final and return its record. Woken by Redis, not by polling.
 
-        `idle` is called with the record about every 5 seconds of waiting. A lost connection is made again
-        by the client. Raises `TimeoutError` after `timeout_s` seconds (None: never), `UnknownJobError`.
+        `idle` is called with the record about every 5 seconds of waiting. The client opens a lost connection
+        again. Raises `TimeoutError` after `timeout_s` seconds (None: never), `UnknownJobError`.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self.listen(key(job_id)) as news:
+        with self.listen(job_key(job_id)) as receive:
             while not (record := self.get(job_id)).state.is_final:
                 left = RECHECK_S if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"Job {job_id} is still {record.state} after {timeout_s:g} s.")
-                if not _worth_a_look(news, min(left, RECHECK_S)):
+                if not _may_be_final(receive, min(left, RECHECK_S)):
                     idle(record)
         return record
 
     @contextmanager
     def listen(self, channel: str) -> Iterator[Callable[[float], str | None]]:
-        """A function that waits up to so many seconds for the next message on `channel`."""
-        with self._redis.pubsub(ignore_subscribe_messages=True) as news:  # type: ignore[no-untyped-call]
-            news.subscribe(channel)
+        """A function that waits up to so many seconds for the next message on `channel`; None: none came."""
+        with self._redis.pubsub(ignore_subscribe_messages=True) as subscriber:  # type: ignore[no-untyped-call]
+            subscriber.subscribe(channel)
 
             def receive(timeout_s: float) -> str | None:
-                message = news.get_message(timeout=timeout_s)
+                message = subscriber.get_message(timeout=timeout_s)
                 return None if message is None else str(message["data"])
 
             yield receive
@@ -210,17 +185,17 @@ class Records:
     def _final(self, job_id: str, state: State, message: str, fields: Mapping[str, str]) -> bool:
         pairs = [item for pair in fields.items() for item in pair]
         args: list[str | int] = [state, self._ttl_s, message, job_id, *pairs]
-        return bool(self._finish(keys=[key(job_id), FAILED], args=args))
+        return bool(self._finish(keys=[job_key(job_id), FAILED], args=args))
 
 
-def _worth_a_look(news: Callable[[float], str | None], timeout_s: float) -> bool:
-    """Whether the job's state may be final: within `timeout_s` the news said so, or some was missed."""
+def _may_be_final(receive: Callable[[float], str | None], timeout_s: float) -> bool:
+    """Whether, within `timeout_s` seconds, an event says that the job has ended, or may have been missed."""
     until = time.monotonic() + timeout_s
     while (left := until - time.monotonic()) > 0:
-        state = news(left)
+        state = receive(left)
         if state is None:
             # Back before its time: the subscription was made just now, at first or after a lost connection,
-            # and what was said before went unheard.
+            # and what was published before was missed.
             return until - time.monotonic() > 0.05
         if State(state).is_final:
             return True
@@ -228,7 +203,7 @@ def _worth_a_look(news: Callable[[float], str | None], timeout_s: float) -> bool
 
 
 def _fields(record: JobRecord) -> dict[str, str]:
-    """What a finished job's record adds to its hash."""
+    """What the record of a finished job adds to its hash."""
     values = record.model_dump(
         mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts", "tries", "runs"}
     )
@@ -239,7 +214,7 @@ def _fields(record: JobRecord) -> dict[str, str]:
     }
 
 
-#: Fields of the hash that are text as they stand; all others are JSON.
+#: Fields of the hash that are plain text; all others are JSON.
 _TEXT = {"state", "uri", "worker", "error_type", "error", "queue"}
 
 

@@ -15,7 +15,8 @@ from deploy.embedded.stack import Stack
 from tests.worker.engine.fake_runner import SERVED, SOON_S, job_of
 from worker.jobs.heartbeat import Heartbeat
 from worker.state.fleet import Fleet, WorkerInfo
-from worker.state.records import WORKERS_CHANNEL, Claim, Records
+from worker.state.keys import WORKERS_CHANNEL
+from worker.state.records import Claim, Records
 from worker.state.redis_client import connect
 
 JOB, MATE = job_of(1), job_of(2)

@@ -14,7 +14,8 @@ from worker.contract.job import Job
 from worker.contract.message import RunMark
 from worker.contract.record import Attempt
 from worker.state.failures import CHUNK, Failure, Failures
-from worker.state.records import FAILED, READ_AT_ONCE, Records, key
+from worker.state.keys import FAILED, job_key
+from worker.state.records import READ_AT_ONCE, Records
 from worker.state.redis_client import connect
 
 JOB, OTHER = job_of(1), job_of(2)
@@ -61,7 +62,7 @@ def test_a_failure_that_no_worker_took_is_dated_by_its_submission(
     records: Records, failures: Failures, client: Redis
 ) -> None:
     records.submitted(JOB, "q")
-    client.hset(key(JOB.id), mapping={"state": "failed", "error_type": "RenderError", "error": "x"})
+    client.hset(job_key(JOB.id), mapping={"state": "failed", "error_type": "RenderError", "error": "x"})
     client.zadd(FAILED, {JOB.id: 1})
     assert failures.list() == [Failure(JOB.id, "RenderError", "x", records.get(JOB.id).submitted_at, ())]
 
@@ -95,7 +96,7 @@ def test_a_failure_whose_record_expired_is_left_out_and_forgotten(
 ) -> None:
     for job in (JOB, OTHER):
         fail(records, job)
-    client.delete(key(JOB.id))
+    client.delete(job_key(JOB.id))
     assert ids(failures) == [OTHER.id]
     assert client.zscore(FAILED, JOB.id) is None
 
@@ -104,7 +105,7 @@ def test_a_failure_that_is_done_meanwhile_is_none(
     records: Records, failures: Failures, client: Redis
 ) -> None:
     fail(records, JOB)
-    client.hset(key(JOB.id), "state", "done")
+    client.hset(job_key(JOB.id), "state", "done")
     assert ids(failures) == []
 
 
@@ -128,8 +129,10 @@ def test_records_are_read_in_bulk_in_order_without_unknown_ones(records: Records
     jobs = [job_of(seed) for seed in range(2 * READ_AT_ONCE + 1)]
     with client.pipeline(transaction=False) as pipe:
         for job in jobs:
-            pipe.hset(key(job.id), mapping={"state": "queued", "job": job.model_dump_json(), "queue": "q"})
-        pipe.hset(key("half"), "state", "queued")
+            pipe.hset(
+                job_key(job.id), mapping={"state": "queued", "job": job.model_dump_json(), "queue": "q"}
+            )
+        pipe.hset(job_key("half"), "state", "queued")
         pipe.execute()
     found = records.read([JOB.id, "0" * 32, "half", *(job.id for job in jobs)])
     assert list(found) == [JOB.id, *(job.id for job in jobs if job.id != JOB.id)]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +28,10 @@ from worker.contract.errors import (
 )
 from worker.contract.job import Job
 from worker.contract.record import Attempt, JobRecord, State, Timings
+from worker.state import scripts
 from worker.state.failures import Failures
-from worker.state.records import RECHECK_S, Claim, Records, key
+from worker.state.keys import job_key, run_key
+from worker.state.records import RECHECK_S, Claim, Records
 from worker.state.redis_client import connect
 
 JOB = job_of(1, metadata={"mine": ["ä", 1]})
@@ -390,7 +393,7 @@ def waiting(pool: ThreadPoolExecutor, records: Records, client: Redis) -> Future
     """Somebody who waits for `JOB`, asleep by now."""
     future = pool.submit(records.wait, JOB.id, SOON_S)
     until = time.monotonic() + SOON_S
-    while client.pubsub_numsub(key(JOB.id))[0][1] == 0:
+    while client.pubsub_numsub(job_key(JOB.id))[0][1] == 0:
         assert time.monotonic() < until, "nobody waits"
         threading.Event().wait(0.005)
     return future
@@ -478,3 +481,9 @@ def test_a_picture_that_is_done_after_its_record_expired_leaves_one_that_expires
     assert all_keys_expire(client)
     assert not records.failed("another", "m1", NotFiniteError("NaN"))
     assert all_keys_expire(client)
+
+
+def test_the_script_that_marks_runs_has_the_keys_that_python_has() -> None:
+    text = (Path(scripts.__file__).parent / "mark_runs.lua").read_text()
+    assert f"local key = '{run_key('')}' .. run" in text
+    assert f"string.len('{job_key('')}')" in text

@@ -1,0 +1,57 @@
+"""Keys and channels of Redis that hold the state of jobs, runs and workers.
+
+    smallcat:job:<id>        hash     a job's record: see below
+    smallcat:job:<id>        channel  the job's new state, published at every change of state
+    smallcat:queues          set      names of the queues that jobs were sent to
+    smallcat:failed          zset     ids of the jobs that failed for good, by time (`worker.state.failures`)
+    smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
+      ...:done, ...:failed   bitmaps  a bit for each job of the run, set by the script that ends the job
+      ...:news               list     how each job ended, until the run's feeder has read it
+    smallcat:worker:<name>   string   a worker's announcement as JSON (`worker.state.fleet`)
+    smallcat:workers         set      names of the workers that announced themselves
+    smallcat:served          string   the last announcements of each model, for when its workers are away
+    smallcat:to-workers      channel  to all workers: "cancel <id>" stops a running job; "watch" says that
+                                      somebody follows a job's progress, so that it must be written often
+
+Keys expire some time after their last change. Those of messages are the transport's (`worker.broker.layout`).
+
+Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
+
+    claim, claim_until   the message that a worker works on, and until when the claim lasts, in Unix seconds
+    delivery             the delivery of that message which was counted as an attempt
+    deaths               attempts that have not ended; while none runs, those that ended with a worker's death
+    try:<attempt>        an attempt, as the JSON of `worker.contract.record.Attempt`
+    cancel               1 while a running job is asked to stop
+    runs                 marks of the runs that the job belongs to, separated by spaces
+    bulk                 1 when only runs have sent the job: its record is short-lived once the job is done
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Names of the queues that jobs were sent to.
+QUEUES: Final = "smallcat:queues"
+#: Ids of the jobs that failed for good, scored by the time.
+FAILED: Final = "smallcat:failed"
+#: Names of the workers that announced themselves.
+WORKERS: Final = "smallcat:workers"
+#: The last announcements of each model.
+SERVED: Final = "smallcat:served"
+#: Channel to all workers.
+WORKERS_CHANNEL: Final = "smallcat:to-workers"
+
+
+def job_key(job_id: str) -> str:
+    """The key of a job's record, and the channel of its state. `mark_runs.lua` takes the id out of it."""
+    return f"smallcat:job:{job_id}"
+
+
+def run_key(run: str) -> str:
+    """The key of a run. Its other keys begin with it. `mark_runs.lua` makes it, too."""
+    return f"smallcat:run:{run}"
+
+
+def worker_key(name: str) -> str:
+    """The key of a worker's announcement."""
+    return f"smallcat:worker:{name}"

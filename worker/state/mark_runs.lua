@@ -1,0 +1,27 @@
+-- Tells the runs that a final job belongs to: sets the job's bit, and appends an event to the list from which
+-- whoever feeds the run reads. A run that is gone, or that never sent the job, is left alone.
+--
+-- KEYS[1]  the job's record, in its final state
+-- runs     run marks (`worker.contract.message.RunMark`), separated by spaces
+local function mark_runs(runs)
+  local r = redis.call('HMGET', KEYS[1], 'state', 'uri', 'timings', 'error_type', 'error', 'cached',
+                       'attempts')
+  local job_id = string.sub(KEYS[1], 1 + string.len('smallcat:job:'))
+  for run, number, file, line in string.gmatch(runs, '(%w+):(%d+):(%d+):(%d+):') do
+    local key = 'smallcat:run:' .. run
+    local ttl, fed = unpack(redis.call('HMGET', key, 'ttl', 'fed'))
+    if ttl and fed and tonumber(number) < tonumber(fed) then
+      local was = redis.call('GETBIT', key .. ':done', number) + redis.call('GETBIT', key .. ':failed', number)
+      if r[1] == 'done' then
+        redis.call('SETBIT', key .. ':done', number, 1)
+        redis.call('SETBIT', key .. ':failed', number, 0)
+      elseif redis.call('GETBIT', key .. ':done', number) == 0 then
+        redis.call('SETBIT', key .. ':failed', number, 1)
+      end
+      if was == 0 then redis.call('HINCRBY', key, 'ended', 1) end
+      redis.call('RPUSH', key .. ':news', cjson.encode({tonumber(number), tonumber(file), tonumber(line),
+                 job_id, r[1], r[2], r[3], r[4], r[5], r[6], r[7]}))
+      for _, part in ipairs({'', ':done', ':failed', ':news'}) do redis.call('EXPIRE', key .. part, ttl) end
+    end
+  end
+end
