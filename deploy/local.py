@@ -211,7 +211,10 @@ class _Session:
             part = self._events.get()
         except OSError as error:
             # As a shell: 127 where there is no such program, 126 where it cannot be executed.
-            print_error(self._console, f"{argv[0]} cannot be run: {error.strerror}. Check its name and PATH.")
+            print_error(
+                self._console,
+                f"{argv[0]} cannot be run: {error.strerror}. Check its name, and that it can be executed.",
+            )
             return 127 if isinstance(error, FileNotFoundError) else 126
         except Interrupted as interruption:
             assert self._command is not None  # noqa: S101 - `deferred` raises after the assignment

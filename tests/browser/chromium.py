@@ -1,4 +1,4 @@
-"""A real headless Chromium, driven over its DevTools pipe: no driver program, no port, no package.
+"""A real headless Chromium, controlled over its DevTools pipe: no driver program, no port, no package.
 
 The protocol is JSON with a zero byte after each message, on file descriptors 3 and 4
 (`--remote-debugging-pipe`; https://chromedevtools.github.io/devtools-protocol/).
@@ -54,7 +54,7 @@ class Chromium:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
-        # Out of the way of 3 and 4, which the shell below sets one after the other.
+        # Not 3 or 4, which the shell below sets one after the other.
         to_read, to_write = _moved(to_read), _moved(to_write)
         command = [str(program()), *_OPTIONS, f"--user-data-dir={self._profile.name}", "about:blank"]
         # The shell puts the pipes where Chromium looks for them.
@@ -124,16 +124,16 @@ class Chromium:
         return answer["result"].get("value")
 
     def wait(self, script: str, timeout_s: float = 20) -> Any:
-        """The value of an expression once it is true, looked at in every frame. Raises `RuntimeError`."""
+        """The value of an expression once it is true; checked in every frame. Raises `RuntimeError`."""
         text = f"""new Promise((done, fail) => {{
             const end = performance.now() + {timeout_s * 1000};
-            const look = () => {{
+            const check = () => {{
                 const value = ({script});
                 if (value) done(value);
                 else if (performance.now() > end) fail(new Error("Never true: " + {json.dumps(script)}));
-                else requestAnimationFrame(look);
+                else requestAnimationFrame(check);
             }};
-            look();
+            check();
         }})"""
         return self.run(text)
 

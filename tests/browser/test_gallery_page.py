@@ -56,7 +56,7 @@ def browser(chromium: Chromium) -> Chromium:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server with red.png and blue.png, standing in for a bucket's links."""
+    """The address of a server with red.png and blue.png, in the place of a bucket's links."""
     folder = tmp_path_factory.mktemp("pictures")
     for colour in ("red", "blue"):
         Image.new("RGB", (96, 64), colour).save(folder / f"{colour}.png")
@@ -71,7 +71,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's own name
-        """Nothing: the test's output is about the page."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -187,9 +187,7 @@ def test_the_filter_takes_words_phrases_exclusions_and_fields(
     assert browser.run("document.getElementById('count').textContent") == "1 of 4"
 
 
-def test_the_keyboard_opens_walks_copies_and_comes_back(
-    browser: Chromium, write: Write, pictures: str
-) -> None:
+def test_the_keyboard_opens_moves_copies_and_closes(browser: Chromium, write: Write, pictures: str) -> None:
     browser.send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     browser.open(write(*(picture(pictures, f"picture {number}", seed=str(number)) for number in range(30))))
     for key in ("ArrowDown", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowRight"):
@@ -290,7 +288,7 @@ def test_all_fields_of_the_table_are_listed_with_their_labels(
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
 @pytest.mark.parametrize("crossed", [False, True])
-def test_nothing_sticks_out_at_any_width(
+def test_nothing_is_wider_than_the_window(
     browser: Chromium, write: Write, pictures: str, width: int, crossed: bool
 ) -> None:
     plain = [picture(pictures, "x" * 300), picture(pictures, "a long prompt " * 30), {"state": "failed"}]
@@ -344,7 +342,9 @@ def test_everything_that_can_be_pressed_has_a_name(browser: Chromium, write: Wri
     browser.send("Accessibility.disable")
 
 
-def test_links_that_expired_or_do_not_answer_say_so(browser: Chromium, write: Write, pictures: str) -> None:
+def test_links_that_expired_or_do_not_answer_are_explained(
+    browser: Chromium, write: Write, pictures: str
+) -> None:
     browser.open(write(picture(pictures, "a cat", "gone.png"), expires_at=1.0))
     browser.wait("document.querySelector('.note')")
     assert browser.run("document.querySelector('.note bdi').textContent") == "Its link has expired."
