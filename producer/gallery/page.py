@@ -1,4 +1,4 @@
-"""The page's file: a template, a strict policy, and the data in blocks that cannot become markup."""
+"""Writes the page's file: a template, a Content-Security-Policy, and data that cannot become markup."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ SCRIPTS = (
 _ROWS = 500
 #: Thumbnails in one block: about 1 MB, which a browser reads in the time that it draws one frame.
 _THUMBS = 100
-#: What may stand in the policy as a place that pictures come from.
+#: An origin that the policy may name as a source of pictures: scheme, host and port.
 _ORIGIN = re.compile(r"https?://[\w.\-\[\]:]+")
 
 
 class PageWriter:
-    """Writes one page, row by row; it appears under its name when `finish` is done.
+    """Writes one page, row by row. `finish` puts it in place, whole.
 
-    Data waits in temporary files beside it, for its head, which comes first, says where the links lead.
+    The data is kept in temporary files beside it until then: the policy comes first in the file, and has to
+    name the origins of all links.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +73,7 @@ class PageWriter:
         self._open.close()
 
     def add(self, row: Row, thumbnail: str | None) -> None:
-        """The next row, and its thumbnail as base64. Raises `CallerError` when the disk is full."""
+        """Add a row, with its thumbnail as base64. Raises `CallerError` when it cannot be written."""
         self.jobs += 1
         self.states[row["state"]] += 1
         self.pictures += "uri" in row
@@ -95,9 +96,9 @@ class PageWriter:
         expires_at: float | None,
         notices: Sequence[str],
     ) -> int:
-        """Put the page together and under its name. Returns its size, bytes. Raises `CallerError`.
+        """Write the whole page under its name. Returns its size, bytes. Raises `CallerError`.
 
-        `command` makes the page again; `notices` are sentences for its head; times are Unix seconds.
+        `command` makes the page again. `notices` are sentences at its top. Times are Unix seconds.
         """
         self._flush_rows()
         self._flush_thumbs()
@@ -118,16 +119,16 @@ class PageWriter:
             "script": script,
             "about": as_data(about),
         }
-        poured: dict[str, IO[bytes]] = {"rows": self._row_file, "thumbs": self._thumb_file}
+        streamed: dict[str, IO[bytes]] = {"rows": self._row_file, "thumbs": self._thumb_file}
         unfinished = self._path.with_name(f".{self._path.name}.part")
         with self._errors():
             try:
                 with unfinished.open("wb") as page:
                     for text, name in _pieces(_static("page.html")):
                         page.write(text.encode())
-                        if name in poured:
-                            poured[name].seek(0)
-                            shutil.copyfileobj(poured[name], page)
+                        if name in streamed:
+                            streamed[name].seek(0)
+                            shutil.copyfileobj(streamed[name], page)
                         elif name:
                             page.write(filled[name].encode())
                     size = page.tell()
@@ -137,7 +138,7 @@ class PageWriter:
         return size
 
     def _policy(self, style: str, script: str) -> str:
-        """This script, this style, pictures from where the links lead; nothing else, no markup from text."""
+        """Allows this script, this style and pictures from the links' origins. Text cannot become markup."""
         pictures = " ".join(["data:" if self._embeds else "", *sorted(self.origins)]).strip() or "'none'"
         return "; ".join(
             [
@@ -156,9 +157,9 @@ class PageWriter:
         parts = urlsplit(url)
         origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         if not _ORIGIN.fullmatch(origin):
-            raise CallerError(f"{origin} is no place that pictures can come from: check AWS_ENDPOINT_URL_S3.")
+            raise CallerError(f"Links to {origin} cannot be shown on a page: check AWS_ENDPOINT_URL_S3.")
         self.origins.add(origin)
-        # Links that were signed with temporary keys end with them, maybe sooner than asked for.
+        # Links that were signed with temporary keys expire with these, perhaps earlier than asked for.
         self._temporary_keys |= "X-Amz-Security-Token" in parse_qs(parts.query)
 
     def _flush_rows(self) -> None:
@@ -184,16 +185,16 @@ class PageWriter:
 
 
 def as_data(value: object) -> str:
-    """JSON that no browser can take for markup, and no text of which can end its block.
+    """JSON without the characters that could end its block or begin markup.
 
-    ASCII only, so that half a surrogate pair, which JSON can hold and UTF-8 cannot, comes through.
+    ASCII only, so that half a surrogate pair is kept: JSON can hold it and UTF-8 cannot.
     """
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _pieces(template: str) -> Iterator[tuple[str, str]]:
-    """A template's texts, each with the name of the `{{hole}}` after it; empty after the last."""
+    """A template's texts, each with the name of the `{{placeholder}}` after it; empty after the last."""
     parts = re.split(r"\{\{(\w+)\}\}", template)
     yield from zip(parts[::2], [*parts[1::2], ""], strict=True)
 
@@ -203,16 +204,16 @@ def _static(name: str) -> str:
 
 
 def _script() -> str:
-    """The parts as one script, in a function of its own: no name of theirs is the page's."""
+    """The parts as one script. They share the scope of one function, and add no name to the page's own."""
     parts = "\n".join(_static(name) for name in SCRIPTS)
     return f'\n"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def _hash(text: str) -> str:
-    """What a Content-Security-Policy names a script or style by (CSP level 3, 6.7.3)."""
+    """The hash by which a Content-Security-Policy names a script or a style (CSP level 3, 6.7.3)."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _whole(text: str) -> str:
-    """`text` without halves of surrogate pairs, which no file can hold."""
+    """`text` without halves of surrogate pairs, which UTF-8 cannot hold."""
     return text.encode(errors="replace").decode()
