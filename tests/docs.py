@@ -7,6 +7,7 @@ A generated part stands between two marks, `<!-- made by tests.docs: NAME -->` a
 from __future__ import annotations
 
 import ast
+import enum
 import importlib
 import inspect
 import re
@@ -23,11 +24,13 @@ from pydantic_core import PydanticUndefined
 import producer
 from deploy.local import main as local
 from producer.cli import main as command_line
+from producer.ingest.types import Outcome
 from tests.test_architecture import FOLDERS
 from worker.bench.__main__ import main as bench
 from worker.contract import errors
 from worker.contract.job import JOB_FIELDS, SAMPLERS, Job, Scheduler
 from worker.contract.job_fields import FieldEntry, help_lines
+from worker.contract.record import Attempt, State, Timings
 from worker.contract.settings import ProducerSettings, Settings, WorkerSettings
 from worker.jobs import metrics
 
@@ -85,12 +88,13 @@ def documented(kind: type) -> dict[str, str]:
     return found
 
 
-def module_comments(module: ModuleType) -> dict[str, str]:
-    """The `#:` lines over a module's own assignments, by name."""
-    source = inspect.getsource(module)
+def comments(owner: ModuleType | type) -> dict[str, str]:
+    """The `#:` line over each plain assignment of a module, or of an enumeration, by name."""
+    source = textwrap.dedent(inspect.getsource(owner))
     lines = source.splitlines()
+    tree: Any = ast.parse(source)
     found = {}
-    for node in ast.parse(source).body:
+    for node in tree.body[0].body if isinstance(owner, type) else tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             above = lines[node.lineno - 2].strip()
             if above.startswith("#:"):
@@ -217,7 +221,7 @@ def error_classes() -> str:
 
 def metric_names() -> str:
     """Every Prometheus metric of a worker."""
-    texts = module_comments(metrics)
+    texts = comments(metrics)
 
     def rows() -> Iterator[tuple[str, ...]]:
         for name, value in vars(metrics).items():
@@ -280,13 +284,12 @@ def bench_command() -> str:
 
 
 def api() -> str:
-    """Every public name of `producer` but the errors: signature and docstring, members likewise."""
-    parts = []
-    for name in producer.__all__:
-        value = getattr(producer, name)
-        if not (inspect.isclass(value) and issubclass(value, Exception)):
-            parts.append(_class(value) if inspect.isclass(value) else _function(value, f"### {name}"))
-    return "\n".join(parts)
+    """Every public name of `producer` but the errors, functions first, and behind them what they return."""
+    public = {name: getattr(producer, name) for name in producer.__all__}
+    public |= {kind.__name__: kind for kind in (Outcome, State, Timings, Attempt)}
+    functions = [_function(each, f"### {name}") for name, each in public.items() if not inspect.isclass(each)]
+    classes = [each for each in public.values() if inspect.isclass(each) and not issubclass(each, Exception)]
+    return "\n".join([*functions, *map(_class, classes)])
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -362,11 +365,11 @@ def _value(option: click.Option) -> str:
 # Python
 
 
-def _function(function: Any, heading: str) -> str:
-    """A function or method in Markdown."""
+def _function(function: Any, heading: str, mark: str = "") -> str:
+    """A function or method in Markdown; `mark` is its decorator."""
     node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    return f"{heading}\n\n```python\n{_signature(node)}\n```\n\n{inspect.getdoc(function)}\n"
+    return f"{heading}\n\n```python\n{mark}{_signature(node)}\n```\n\n{inspect.getdoc(function)}\n"
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
@@ -403,7 +406,8 @@ def _argument(arg: ast.arg, default: ast.expr | None) -> str:
 def _class(kind: type) -> str:
     """A class in Markdown: its docstring, fields, properties and methods, inherited ones of ours too."""
     parts = [f"### {kind.__name__}", "", inspect.getdoc(kind) or "", ""]
-    rows = [(f"`{name}`", text) for name, text in documented(kind).items() if not name.startswith("_")]
+    fields = comments(kind) if issubclass(kind, enum.Enum) else documented(kind)
+    rows = [(f"`{name}`", text) for name, text in fields.items() if not name.startswith("_")]
     methods: list[str] = []
     for each in reversed(kind.__mro__):
         if each.__module__.split(".")[0] not in ("worker", "producer"):
@@ -414,7 +418,10 @@ def _class(kind: type) -> str:
             if isinstance(member, property):
                 rows.append((f"`{name}`", sentence(member.__doc__)))
             elif inspect.isfunction(inspect.unwrap(getattr(member, "__func__", member))):
-                methods.append(_function(getattr(member, "__func__", member), f"#### {kind.__name__}.{name}"))
+                mark = f"@{type(member).__name__}\n" if hasattr(member, "__func__") else ""
+                methods.append(
+                    _function(getattr(member, "__func__", member), f"#### {kind.__name__}.{name}", mark)
+                )
     if rows:
         parts.append(_table("Attribute, Meaning", iter(rows)))
     return "\n".join(parts) + "\n" + "\n".join(methods)

@@ -234,7 +234,7 @@ def test_python_that_is_shown_is_python_and_imports_what_is_there(document: Path
         if code.language != "python":
             continue
         text = re.sub(r"^(>>>|\.\.\.) ?", "", code.text, flags=re.MULTILINE)
-        if text.startswith(("def ", "async def ")) and not text.rstrip().endswith(":"):
+        if re.match(r"(@\w+\n)?(async )?def ", text) and not text.rstrip().endswith(":"):
             text = f"{text.rstrip()}: ..."
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom):
