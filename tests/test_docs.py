@@ -116,6 +116,7 @@ def test_every_public_name_is_documented() -> None:
     text += (ROOT / "docs" / "errors.md").read_text("utf-8")
     missing = [name for name in producer.__all__ if f"### {name}\n" not in text and f"`{name}`" not in text]
     assert missing == []
+    assert re.findall(r"^\| `(\w+)` \|  \|$", text, re.MULTILINE) == [], "attributes without a `#:` line"
 
 
 # What is named

@@ -75,9 +75,13 @@ class Outcome:
     sent: int
     #: Jobs in all; None where the end of the files was not reached.
     total: int | None
+    #: Jobs whose picture is in the bucket.
     done: int
+    #: Of those, the ones whose picture was in the bucket already.
     cached: int
+    #: Jobs that failed for good.
     failed: int
+    #: Jobs that were cancelled.
     cancelled: int
     #: Lines rejected.
     rejected: int
