@@ -13,9 +13,9 @@ import torch
 from tests.faults.runner import FaultRunner
 from worker.contract.errors import SmallcatError
 from worker.contract.job import Job
-from worker.device.job_state import Check, JobState, batch_of
-from worker.device.samplers import SLOTS, Schedule
-from worker.device.text_encoder import Text
+from worker.device.job_state import FiniteCheck, JobState
+from worker.device.schedule import SLOTS, Schedule
+from worker.device.step import batch_of
 from worker.engine.runner import Picture
 
 #: Milliseconds of a step by its rows, and of a decoding by its pictures: about as on an H200, with Stable
@@ -80,7 +80,7 @@ class EmulatedRunner(FaultRunner):
         self.job_s = steps * cost_s(STEP_MS, rows) / rows
         super().__init__(rows, 0.0, lambda event, job: None, lambda job_id, times: False)
         self._device = Device(streams=2)
-        self._text = Text(torch.zeros(1, *TEXT), None, ())
+        self._text = torch.zeros(1, *TEXT)
         #: The last step of each render on board.
         self._steps: dict[int, threading.Event] = {}
 
@@ -95,22 +95,22 @@ class EmulatedRunner(FaultRunner):
         )
         generator = torch.Generator("cpu").manual_seed(job.seed)
         noise = torch.randn((1, *LATENTS), generator=generator)[0] * schedule.noise_scale
-        return JobState(job, self._text, {}, schedule, None, generator, noise)
+        return JobState(job, LATENTS, {"text": self._text}, schedule, None, generator, noise, guided=False)
 
     def step(self, renders: Sequence[JobState]) -> list[SmallcatError | None]:  # type: ignore[override]
-        batch = batch_of(renders)
-        room = batch.room_for(len(renders), len(renders))
-        for into, value in zip(room.tensors(), batch.tensors(), strict=True):
+        batch = batch_of([render.next_inputs() for render in renders])
+        inputs = batch.zeros(len(renders), len(renders))
+        for into, value in zip(inputs.tensors(), batch.tensors(), strict=True):
             into.copy_(value)
         done = self._device.set_off(0, cost_s(STEP_MS, sum(render.rows for render in renders)))
-        states, predictions = room.states.clone(), room.noise.clone()
-        check = Check(torch.ones(len(renders), dtype=torch.bool))
+        states, predictions = inputs.states.clone(), inputs.noise.clone()
+        check = FiniteCheck(torch.ones(len(renders), dtype=torch.bool))
         for place, render in enumerate(renders):
             # Whether it is finite is asked one step later.
             before, self._steps[id(render)] = self._steps.get(id(render)), done
             if before is not None:
                 before.wait()
-            render.outcome(check, place, states[place], predictions[place])
+            render.advance(check, place, states[place], predictions[place])
         return [None] * len(renders)
 
     def decode(self, renders: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:  # type: ignore[override]

@@ -18,14 +18,15 @@ from torch._dynamo.utils import counters
 from tests.benchmarks.mates import jobs_of, psnr
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device.cuda_graphs import MAX_ROWS, bucket_of
+from worker.device.cuda_graphs import MAX_ROWS, batch_size
 from worker.device.model_runner import ModelRunner
 from worker.engine.engine import Engine
 from worker.engine.ticket import Rendered
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 
-#: Decibels of a picture alone against the same in company, at least: what the README promises in fp16.
+#: Least PSNR in decibels of a picture rendered alone against the same one rendered in a batch: what the
+#: README promises in fp16.
 TOLERANCE_DB = 40.0
 
 
@@ -65,10 +66,10 @@ def engine_of() -> Iterator[Any]:
 
 def finish(runner: ModelRunner, *jobs: Job) -> list[Any]:
     """The pixels of jobs that start together."""
-    renders = [runner.prepare(job) for job in jobs]
-    while running := [render for render in renders if render.step < render.steps]:
+    states = [runner.prepare(job) for job in jobs]
+    while running := [state for state in states if state.step < state.steps]:
         assert runner.step(running) == [None] * len(running)
-    return [picture.pixels for picture in runner.decode(renders)]
+    return [picture.pixels for picture in runner.decode(states)]
 
 
 def some_jobs(count: int) -> list[Job]:
@@ -84,13 +85,13 @@ def test_compiled_steps_give_the_pictures_of_plain_ones(compiled: ModelRunner, p
 def test_nothing_is_compiled_again_whatever_the_rows(compiled: ModelRunner) -> None:
     before = counters["stats"]["unique_graphs"]
     most = MAX_ROWS + 8
-    renders = [compiled.prepare(Job(prompt="a cat", seed=seed, steps=150)) for seed in range(most // 2)]
-    for count in range(1, len(renders) + 1):
-        assert compiled.step(renders[:count]) == [None] * count
+    states = [compiled.prepare(Job(prompt="a cat", seed=seed, steps=150)) for seed in range(most // 2)]
+    for count in range(1, len(states) + 1):
+        assert compiled.step(states[:count]) == [None] * count
     assert counters["stats"]["unique_graphs"] == before
 
 
-def test_exact_mode_gives_the_same_bits_alone_and_in_company(cache: str, engine_of: Any) -> None:
+def test_exact_mode_gives_the_same_bits_alone_and_in_a_batch(cache: str, engine_of: Any) -> None:
     runner = ModelRunner(WorkerSettings(cache_dir=cache, exact=True))
     runner.warm_up()
     engine = engine_of(runner)
@@ -163,11 +164,11 @@ def test_a_job_too_large_for_the_memory_fails_alone(
     assert all(future.result(300).picture.pixels.any() for future in small)
 
 
-def test_memory_is_told_for_each_bucket(compiled: ModelRunner) -> None:
+def test_memory_is_reported_for_each_batch_size(compiled: ModelRunner) -> None:
     finish(compiled, Job(prompt="a small cat", seed=1, steps=2))
-    told = compiled.memory()
-    assert told["in use"] <= told["held"]
-    assert told[f"{bucket_of(2)} rows of 2 jobs, 16x16x16"] > 0
+    reported = compiled.memory()
+    assert reported["in use"] <= reported["held"]
+    assert reported[f"{batch_size(2)} rows of 2 jobs, 16x16x16"] > 0
 
 
 def test_the_kernels_are_kept_on_disk(compiled: ModelRunner, cache: str) -> None:

@@ -1,9 +1,11 @@
-"""Attention in the UNet and the VAE: one processor, three exact backends behind one switch.
+"""Attention of the model and its VAE: one processor, three exact backends, one setting that chooses.
 
-`naive` is softmax(QK^T)V with the matrix of all pairs in memory, as in 2022; `sdpa` is torch's; `xformers` is
-memory-efficient attention (Rabe and Staats, 2021; Dao et al., 2022) as the origin of this project used it.
-All get queries, keys and values as (batch, tokens, heads, head width) views of what the projections wrote:
-nothing is copied on the way in.
+`naive` is softmax(QK^T)V with the matrix of all pairs in memory, as in 2022. `sdpa` is torch's
+`scaled_dot_product_attention`. `xformers` is memory-efficient attention (Rabe and Staats, 2021; Dao et al.,
+2022) as the origin of this project used it. All take queries, keys and values as (batch, tokens, heads, head
+width) views of the projections' outputs, without a copy.
+
+Which modules there are, and their shapes, is the model family's to say: see `worker.device.family`.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ import importlib.util
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,14 +31,14 @@ from worker.contract.versions import versions
 from worker.model.placement import Choice
 
 Backend = Literal["auto", "xformers", "sdpa", "naive"]
-#: (queries, keys, values, scale) to their attention, all (batch, tokens, heads, head width).
+#: (queries, keys, values, scale) to the attention's result; tensors are (batch, tokens, heads, head width).
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
-#: Rows that `auto` times: a full batch, so that launches do not hide the kernels.
+#: Rows that `auto` times a kernel with: a full batch, in which launches do not dominate.
 TIMED_ROWS = 32
-#: Times that a kernel is run in a row, and how often those are timed.
-_BURST, _BURSTS = 4, 8
-#: How far, relative to values around 1, an xformers result may be from naive's in half precision.
+#: Calls in one timing, and timings of each kernel; the fastest one counts.
+_CALLS, _TIMINGS = 4, 8
+#: Largest absolute difference between a result of xformers and one of sdpa for inputs around 1, in fp16.
 _TOLERANCE = 2e-2
 _NO_CPU_OPERATOR = "has no operator for a CPU"
 _REMEDY = (
@@ -45,21 +46,22 @@ _REMEDY = (
     "or leave SMALLCAT_ATTENTION and USE_MEMORY_EFFICIENT_ATTENTION out"
 )
 
-# diffusers imports xformers wherever it is installed: on a CPU for a warning, and on a GPU before the CUDA
-# runtime below is loaded, after which no operator of it works. Here is the one door to it, so diffusers is
-# told that there is none. Its models read this when they are first imported, which is after this module.
+# diffusers imports xformers wherever it is installed. On a CPU that only prints a warning. On a GPU it comes
+# before the CUDA runtime below is loaded, and then no operator of xformers works. Only this module may
+# import xformers, so diffusers is made to believe that it is not installed. diffusers' models read this flag
+# when they are first imported, which must come after this module.
 import_utils._xformers_available = False
 
 
 def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(QK^T)V with the (tokens x tokens) matrix in memory: the baseline of 2022."""
+    """softmax(QK^T)V with the (tokens x tokens) matrix in memory: the baseline of 2022. See `Kernel`."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     weights = torch.softmax((query * scale) @ key.transpose(-1, -2), dim=-1)
     return (weights @ value).transpose(1, 2)
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """torch's scaled_dot_product_attention, which picks its own kernel."""
+    """torch's scaled_dot_product_attention, which picks its own kernel. See `Kernel`."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     result = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
     return result.transpose(1, 2)
@@ -69,9 +71,9 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: flo
 def load_xformers() -> Kernel:
     """xformers' memory-efficient attention. Raises `ImportError` or `OSError` when it does not load.
 
-    Its wheels are linked against CUDA 12. Where torch brings CUDA 13, the runtime of 12 comes from the wheel
-    nvidia-cuda-runtime-cu12 and must be in the process before xformers is first imported; otherwise xformers
-    imports with a warning and then refuses every call.
+    The wheels of xformers are linked against CUDA 12. Where torch comes with CUDA 13, the runtime of CUDA 12
+    is that of the wheel nvidia-cuda-runtime-cu12. It must be loaded before xformers is first imported:
+    otherwise xformers imports with a warning and then refuses every call.
     """
     if not (torch.version.cuda or "").startswith("12."):
         ctypes.CDLL(str(_cuda_12_runtime()), mode=ctypes.RTLD_GLOBAL)
@@ -79,20 +81,18 @@ def load_xformers() -> Kernel:
     import xformers.ops
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        do = in_one_piece if torch.compiler.is_compiling() else xformers.ops.memory_efficient_attention
-        result: torch.Tensor = do(query, key, value, scale=scale)
+        attention = operator if torch.compiler.is_compiling() else xformers.ops.memory_efficient_attention
+        result: torch.Tensor = attention(query, key, value, scale=scale)
         return result
 
-    # An operator of torch's, so that the compiler does not look inside. For eager steps it would be a detour
-    # through Python, longer than all that xformers does itself.
+    # Registered as an operator of torch, so that the compiler does not trace into it. An eager step calls
+    # xformers directly: dispatching a custom operator takes longer than all of xformers' own Python.
     @library.custom_op("smallcat::xformers_attention", mutates_args=())
-    def in_one_piece(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         result: torch.Tensor = xformers.ops.memory_efficient_attention(query, key, value, scale=scale)
         return result
 
-    @in_one_piece.register_fake
+    @operator.register_fake
     def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         return torch.empty_like(query, memory_format=torch.contiguous_format)
 
@@ -100,7 +100,7 @@ def load_xformers() -> Kernel:
 
 
 def _cuda_12_runtime() -> Path | str:
-    """libcudart.so.12: the wheel's, or for the system's loader to find."""
+    """The path of libcudart.so.12 in its wheel; without the wheel, its name, which the system may find."""
     try:
         package = importlib.util.find_spec("nvidia.cuda_runtime")
     except ModuleNotFoundError:
@@ -113,15 +113,15 @@ def _cuda_12_runtime() -> Path | str:
 
 
 class Processor:
-    """diffusers' attention processor for plain attention, self and cross, of UNets and VAEs.
+    """diffusers' attention processor for plain attention, self and cross.
 
-    The order of operations is `AttnProcessor2_0`'s (diffusers/models/attention_processor.py).
+    The order of operations is that of `AttnProcessor2_0` (diffusers/models/attention_processor.py).
     """
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, *, once_a_job: bool = False) -> None:
+        """`once_a_job`: see `Layer`."""
         self._kernel = kernel
-        #: Whether to compute once for each job, which is right before the first layer that sees a prompt.
-        self.once_a_job = False
+        self._once_a_job = once_a_job
 
     def __call__(
         self,
@@ -135,18 +135,19 @@ class Processor:
     ) -> torch.Tensor:
         """Attention of `hidden_states`, (batch, tokens, width) or (batch, width, height, width).
 
-        Keys and values come from `encoder_hidden_states` where given. Masks are not supported: none of the
-        pipelines that are served uses one.
+        Keys and values come from `encoder_hidden_states` where given. Masks are not supported: no pipeline
+        that is served uses one, and another one raises `ValueError`.
 
-        `prompted` and `job_of_row` tell which rows are whose: see `worker.device.step.Batch`.
+        `prompted` and `job_of_row` assign rows to jobs: see `worker.device.step.Batch`. A layer that is
+        computed once a job needs both; the others ignore them.
         """
         if attention_mask is not None:
             raise ValueError("This attention takes no mask.")
-        if self.once_a_job and prompted is not None:
-            return self._attended(attn, hidden_states[prompted], encoder_hidden_states)[job_of_row]
-        return self._attended(attn, hidden_states, encoder_hidden_states)
+        if self._once_a_job and prompted is not None:
+            return self._attend(attn, hidden_states[prompted], encoder_hidden_states)[job_of_row]
+        return self._attend(attn, hidden_states, encoder_hidden_states)
 
-    def _attended(
+    def _attend(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
     ) -> torch.Tensor:
         residual, shape = hidden_states, hidden_states.shape
@@ -159,7 +160,7 @@ class Processor:
         heads = (query.shape[0], -1, attn.heads, query.shape[-1] // attn.heads)
         query, key, value = query.view(heads), key.view(heads), value.view(heads)
         if attn.upcast_attention and self._kernel is naive:
-            # Stable Diffusion 2.1's products overflow fp16; the other kernels add up in fp32 by themselves.
+            # The products of Stable Diffusion 2.1 overflow fp16. The other kernels accumulate in fp32.
             result = naive(query.float(), key.float(), value.float(), attn.scale).to(query.dtype)
         else:
             result = self._kernel(query, key, value, attn.scale)
@@ -175,7 +176,7 @@ class Processor:
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention of a forward of one row."""
+    """The sizes of one attention in a forward of one row."""
 
     query_tokens: int
     key_tokens: int
@@ -196,32 +197,70 @@ class Shape:
         return query, key, value
 
 
-def install(pipeline: Any, backend: Backend, device: torch.device, cache: Path) -> Choice:
-    """Let every attention of the pipeline's UNet and VAE run on `backend`, and say which and why.
+@dataclass(frozen=True)
+class Layer:
+    """One attention module of a model, as its family describes it."""
 
-    `auto` takes sdpa on a CPU, and on a GPU the fastest for each shape, which it measures once and keeps in
-    `cache`. Raises `SettingsError` with the remedy when the backend was asked for by name and does not work.
+    #: A `diffusers.models.attention_processor.Attention`.
+    module: Any
+    #: Its sizes in a picture of the model's default size.
+    shape: Shape
+    #: Whether a guided job's two rows are still equal there, so that one of them is enough. That is so before
+    #: the first layer that depends on the prompt.
+    once_a_job: bool = False
+
+
+def shape_of(module: Any, query_tokens: int, key_tokens: int) -> Shape:
+    """The shape of one of diffusers' `Attention` modules for so many tokens.
+
+    Raises `SettingsError` for attention of a kind that `Processor` does not compute.
     """
-    kernels, reason = _choose(pipeline, backend, device, cache)
-    for module, shape in attentions(pipeline):
-        module.set_processor(Processor(kernels[shape]))
+    unknown = (
+        module.added_kv_proj_dim is not None
+        or any((module.norm_q, module.norm_k, module.norm_cross, module.spatial_norm))
+        or module.fused_projections
+        or module.inner_kv_dim != module.inner_dim
+    )
+    if unknown:
+        raise SettingsError(
+            "The model has attention of another kind than Stable Diffusion's: use another model."
+        )
+    return Shape(
+        query_tokens=query_tokens,
+        key_tokens=key_tokens,
+        heads=module.heads,
+        head_width=module.inner_dim // module.heads,
+        dtype=module.to_q.weight.dtype,
+    )
+
+
+def install(layers: Sequence[Layer], backend: Backend, device: torch.device, cache: Path) -> Choice:
+    """Run every one of `layers` on `backend`. Returns what was chosen, and why.
+
+    `auto` takes sdpa on a CPU. On a GPU it takes the fastest kernel for each shape, which it measures once
+    and keeps in the file `cache`. Raises `SettingsError` with the remedy when the backend was asked for by
+    name and does not work.
+    """
+    shapes = list(dict.fromkeys(layer.shape for layer in layers))
+    kernels, reason = _choose(shapes, backend, device, cache)
+    for layer in layers:
+        layer.module.set_processor(Processor(kernels[layer.shape], once_a_job=layer.once_a_job))
     names = sorted({_name(kernel) for kernel in kernels.values()})
     return Choice("attention", backend if backend != "auto" else " and ".join(names), reason)
 
 
 def probe(device: torch.device) -> dict[str, str]:
-    """Each backend with what keeps it from working on `device`; empty: it works."""
+    """Each backend, and the reason why it does not work on `device`; empty where it works."""
     problem = _NO_CPU_OPERATOR
     if device.type != "cpu":
-        # The widest attention of Stable Diffusion 1.x that is not the VAE's.
+        # The widest attention of Stable Diffusion 1.x apart from the VAE's.
         _, problem = _probe([Shape(64, 64, heads=8, head_width=160, dtype=torch.float16)], device)
     return {"naive": "", "sdpa": "", "xformers": problem}
 
 
 def _choose(
-    pipeline: Any, backend: Backend, device: torch.device, cache: Path
+    shapes: Sequence[Shape], backend: Backend, device: torch.device, cache: Path
 ) -> tuple[dict[Shape, Kernel], str]:
-    shapes = Counter(shape for _, shape in attentions(pipeline))
     if backend == "naive":
         return dict.fromkeys(shapes, naive), "asked for; the baseline of 2022, with N x N matrices in memory"
     if backend == "sdpa":
@@ -248,8 +287,8 @@ def _choose(
 def _fastest(
     kernels: dict[Shape, Kernel], device: torch.device, cache: Path
 ) -> tuple[dict[Shape, Kernel], str]:
-    """The faster of sdpa and `kernels` for each shape, and the table that says so."""
-    known = _Measured(cache, device)
+    """The faster of sdpa and `kernels` for each shape, and the times as a table."""
+    known = _Timings(cache, device)
     chosen: dict[Shape, Kernel] = {}
     table = []
     for shape, kernel in kernels.items():
@@ -264,41 +303,41 @@ def _fastest(
     return chosen, f"the fastest for each shape, ms for {TIMED_ROWS} rows: {'; '.join(table)}"
 
 
-class _Measured:
-    """Milliseconds by shape and backend, kept for the next start on the same GPU with the same libraries."""
+class _Timings:
+    """Milliseconds by shape and backend, kept in a file for the next start on the same GPU and libraries."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
         xformers = (f"{name} {version}" for name, version in versions(["xformers"]).items())
-        self._place = " ".join([torch.cuda.get_device_name(device), torch.__version__, *xformers])
+        self._setup = " ".join([torch.cuda.get_device_name(device), torch.__version__, *xformers])
         self._all: dict[str, dict[str, dict[str, float]]] = {}
-        # A cache that cannot be read is as good as none, and is written anew.
+        # A file that cannot be read counts as none, and is written anew.
         with contextlib.suppress(OSError, ValueError):
             self._all = dict(json.loads(path.read_text("utf-8")))
 
     def of(self, shape: Shape) -> dict[str, float]:
-        """What is known of `shape`."""
-        return self._all.get(self._place, {}).get(str(shape), {})
+        """The times of `shape` that are known, by backend."""
+        return self._all.get(self._setup, {}).get(str(shape), {})
 
     def keep(self, shape: Shape, times: dict[str, float]) -> None:
-        """Remember the times that are finite."""
+        """Keep those of `times` that are finite."""
         finite = {name: time for name, time in times.items() if math.isfinite(time)}
-        self._all.setdefault(self._place, {})[str(shape)] = finite
+        self._all.setdefault(self._setup, {})[str(shape)] = finite
 
     def save(self) -> None:
-        """Write the file; where that cannot be done, the next start measures again."""
+        """Write the file. Where that fails, the next start measures again."""
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._path.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(self._all, indent=1), "utf-8")
-            beside.replace(self._path)
+            temporary = self._path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(self._all, indent=1), "utf-8")
+            temporary.replace(self._path)
 
 
 def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:
-    """xformers for each shape that it computes rightly, sdpa for the others, with the first reason why."""
+    """xformers for each shape that it computes correctly, sdpa for the others, and the first reason why."""
     try:
         kernel = load_xformers()
-    except Exception as error:  # noqa: BLE001 - any reason not to load is one, and is told
+    except Exception as error:  # noqa: BLE001 - whatever keeps it from loading is reported
         return dict.fromkeys(shapes, sdpa), f"it does not load: {first_line(error)}"
     kernels: dict[Shape, Kernel] = {}
     refused = ""
@@ -306,9 +345,9 @@ def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, K
         try:
             drawn = shape.draw(1, device)
             scale = shape.head_width**-0.5
-            wrong = (kernel(*drawn, scale).float() - sdpa(*drawn, scale).float()).abs().max().item()
-            if not wrong < _TOLERANCE:
-                raise RuntimeError(f"its result is off by {wrong:.2g}")
+            difference = (kernel(*drawn, scale).float() - sdpa(*drawn, scale).float()).abs().max().item()
+            if not difference < _TOLERANCE:
+                raise RuntimeError(f"its result is off by {difference:.2g}")
             kernels[shape] = kernel
         except Exception as error:  # noqa: BLE001 - likewise
             kernels[shape] = sdpa
@@ -317,70 +356,23 @@ def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, K
 
 
 def _time(kernel: Kernel, shape: Shape, device: torch.device) -> float:
-    """Milliseconds of one attention of `TIMED_ROWS` rows: the fastest burst, for others may use the GPU."""
+    """Milliseconds of one attention of `TIMED_ROWS` rows.
+
+    The fastest of several timings: other processes may use the GPU, and the first calls load kernels.
+    """
     drawn = shape.draw(TIMED_ROWS, device)
     scale = shape.head_width**-0.5
     event: Any = torch.cuda.Event
     times = []
-    for _ in range(_BURSTS):
+    for _ in range(_TIMINGS):
         start, end = event(enable_timing=True), event(enable_timing=True)
         start.record()
-        for _ in range(_BURST):
+        for _ in range(_CALLS):
             kernel(*drawn, scale)
         end.record()
         end.synchronize()
-        times.append(float(start.elapsed_time(end)) / _BURST)
-    # The first ones load and choose kernels.
+        times.append(float(start.elapsed_time(end)) / _CALLS)
     return min(times)
-
-
-def attentions(pipeline: Any) -> Iterator[tuple[Any, Shape]]:
-    """Each attention of the UNet, in its order, and of the VAE, with its shape at the default size.
-
-    Raises `SettingsError` for attention of another kind than Stable Diffusion's.
-    """
-    unet, vae = pipeline.unet, pipeline.vae
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    text = pipeline.tokenizer.model_max_length
-    lowest = len(unet.down_blocks) - 1
-    levels = [(block, level) for level, block in enumerate(unet.down_blocks)]
-    levels += [(unet.mid_block, lowest)]
-    levels += [(block, lowest - level) for level, block in enumerate(unet.up_blocks)]
-    places = [(block, -(-height // 2**level) * -(-width // 2**level)) for block, level in levels]
-    places += [(vae, height * width)]
-    for place, tokens in places:
-        for module in place.modules() if place is not None else ():
-            if isinstance(module, _attention_class()):
-                yield module, _shape(module, tokens, text)
-
-
-def _shape(module: Any, tokens: int, text: int) -> Shape:
-    unknown = (
-        module.added_kv_proj_dim is not None
-        or any((module.norm_q, module.norm_k, module.norm_cross, module.spatial_norm))
-        or module.fused_projections
-        or module.inner_kv_dim != module.inner_dim
-    )
-    if unknown:
-        raise SettingsError(
-            "The model has attention of another kind than Stable Diffusion's: use another model."
-        )
-    return Shape(
-        query_tokens=tokens,
-        key_tokens=text if module.is_cross_attention else tokens,
-        heads=module.heads,
-        head_width=module.inner_dim // module.heads,
-        dtype=module.to_q.weight.dtype,
-    )
-
-
-def _attention_class() -> type[torch.nn.Module]:
-    # Not at the top: the first import of diffusers' models must come after xformers is hidden from them.
-    from diffusers.models import attention_processor
-
-    attention: type[torch.nn.Module] = attention_processor.Attention
-    return attention
 
 
 def _name(kernel: Kernel) -> str:

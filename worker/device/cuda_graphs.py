@@ -1,8 +1,8 @@
 """Functions of tensors as CUDA graphs: captured when first used, then replayed.
 
-A graph's shapes are fixed, so a batch is padded to a **bucket**: a number of rows that there is a graph for.
-No Python of the model runs in a replay, and nothing is compiled: one launch is the whole step, from the
-latents over UNet, guidance and scheduler to the next latents.
+A graph's shapes are fixed, so a batch is padded to one of the captured batch sizes. A replay runs no Python
+of the model and compiles nothing: one launch is the whole step, from the latents through model, guidance and
+scheduler to the next latents.
 """
 
 from __future__ import annotations
@@ -16,31 +16,32 @@ from typing import Any
 import torch
 
 from worker.device.compiler import CompiledLanes, Compiler
-from worker.device.step import Batch, Step, denoise
+from worker.device.family import Lane
+from worker.device.step import Batch, Forward, Step, denoise
 
 logger = logging.getLogger("smallcat.engine")
 
-#: From rows up to the first number on, buckets are the second number of rows apart.
+#: Captured batch sizes: up to the first number of rows, multiples of the second.
 SPACING = ((8, 2), (32, 4), (56, 8))
-#: The largest bucket. diffusers' upsampling takes another way from 64 rows on (models/upsampling.py), which
-#: would have to be compiled apart; and no GPU is known that gains by more.
+#: The largest captured batch size. No GPU is known that gains by more. And from 64 rows on, diffusers
+#: upsamples by another path (models/upsampling.py), which would have to be compiled apart.
 MAX_ROWS = SPACING[-1][0]
-#: Runs before a capture: kernels are loaded and chosen in the first ones, which no graph may hold.
+#: Runs before a capture. Kernels are loaded and chosen in the first ones, which a graph cannot record.
 WARM_UPS = 2
 
-#: What a graph holds: it reads tensors that stay where they are.
+#: What a graph records: a function that reads tensors that stay in their place.
 Captured = Callable[[], tuple[torch.Tensor, ...]]
 _Function = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def bucket_of(rows: int) -> int:
-    """The least bucket that `rows`, 1 to `MAX_ROWS`, fit in."""
+def batch_size(rows: int) -> int:
+    """The smallest captured batch size that `rows`, 1 to `MAX_ROWS`, fit in."""
     spacing = next(spacing for limit, spacing in SPACING if rows <= limit)
     return -(-rows // spacing) * spacing
 
 
 class Graph:
-    """A function of tensors: inputs that stay where they are, and the graph from them to the outputs.
+    """A function of tensors, with inputs that stay in their place, and its CUDA graph.
 
     Used by one thread, on one stream.
     """
@@ -53,12 +54,12 @@ class Graph:
         pool: Any,
         compiler: Compiler,
     ) -> None:
-        """`function` reads `inputs`. It is captured when `run` finds that `compiler` leaves the device free.
+        """`function` reads `inputs`. `run` captures it, once `compiler` holds no `device_sync_lock`.
 
-        Graphs of one `pool` share their memory: they must never run at the same time.
+        Graphs of one `pool` share their memory: they must never run at the same time. `name` is for the log.
         """
-        self._name = name
-        #: The GPU's memory in bytes, at most, while it was captured, all else included.
+        self.name = name
+        #: Most bytes of the GPU's memory in use during the capture, all else included; 0: not captured.
         self.peak = 0
         self._function = function
         self._inputs = inputs
@@ -68,20 +69,20 @@ class Graph:
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def run(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The outputs for `values`, on the current stream; the next run of the same pool overwrites them.
+        """The outputs for `values`, on the current stream. The next run of the same pool overwrites them.
 
-        Values may be shorter than the inputs. What lies beyond them is computed as well, and of no interest.
+        Values may be shorter than the inputs. The outputs beyond their length have no meaning.
         Raises what torch raises when it does not fit in memory.
         """
-        for room, value in zip(self._inputs, values, strict=True):
-            room[: len(value)].copy_(value, non_blocking=True)
+        for padded, value in zip(self._inputs, values, strict=True):
+            padded[: len(value)].copy_(value, non_blocking=True)
         if self._graph is None:
-            if not self._compiler.device.acquire(blocking=False):
+            if not self._compiler.device_sync_lock.acquire(blocking=False):
                 return self._function()
             try:
                 self._capture()
             finally:
-                self._compiler.device.release()
+                self._compiler.device_sync_lock.release()
         self._graph.replay()
         return self._outputs
 
@@ -95,119 +96,125 @@ class Graph:
                 self._function()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile: they step or decode, or encode texts.
+        # Other threads may use the device during the capture: they run steps, decode or encode texts.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._outputs = self._function()
         self._graph = graph
         self.peak = torch.cuda.max_memory_allocated()
         logger.info(
-            "captured %s in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
-            self._name,
+            "captured a CUDA graph for %s in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
+            self.name,
             time.monotonic() - started_s,
             self.peak / 2**30,
             torch.cuda.memory_reserved() / 2**30,
         )
 
 
-class Graphs:
-    """Graphs that share their memory, by name. Used by one thread; they must never run at the same time."""
+class GraphPool:
+    """Graphs that share their memory, by key. Used by one thread; they must never run at the same time."""
 
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[Hashable, Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(
         self,
+        key: Hashable,
         name: str,
         make: Callable[[], tuple[Captured, Sequence[torch.Tensor]]],
         values: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """The outputs of the graph called `name` for `values`: see `Graph.run`.
+        """The outputs of the graph of this `key` for `values`: see `Graph.run`.
 
-        `make` is asked for its function and inputs when it is new.
-
+        Where there is none yet, `make` gives its function and inputs. `name` is for log and metrics.
         Raises what torch raises when it does not fit in memory.
         """
         try:
-            if name not in self._graphs:
-                self._graphs[name] = Graph(name, *make(), self._pool, self._compiler)
-            return self._graphs[name].run(values)
+            if key not in self._graphs:
+                self._graphs[key] = Graph(name, *make(), self._pool, self._compiler)
+            return self._graphs[key].run(values)
         except Exception:
-            # A capture that fails leaves its memory in the pool, where only captures find it: all begin anew.
+            # A failed capture leaves its memory in the pool, where only other captures of the pool find it.
+            # So all graphs are dropped with their pool, and captured again.
             self._graphs.clear()
             self._pool = torch.cuda.graph_pool_handle()
             raise
 
     @property
     def peaks(self) -> dict[str, int]:
-        """The GPU's memory in bytes, at most, while each was captured, all else included."""
-        return {name: graph.peak for name, graph in list(self._graphs.items()) if graph.peak}
+        """Most bytes of the GPU's memory during the capture of each graph, by name, all else included."""
+        peaks: dict[str, int] = {}
+        for graph in list(self._graphs.values()):
+            if graph.peak:
+                peaks[graph.name] = max(graph.peak, peaks.get(graph.name, 0))
+        return peaks
 
 
 class StepGraphs:
-    """A graph of the compiled step for each lane and bucket. Used by one thread, but for what compiles.
+    """A graph of the compiled step for each lane and batch size. Used by one thread; another one compiles.
 
     `at_once` batches are replayed side by side, each by a graph of its own on a stream of its own.
     """
 
-    def __init__(self, unet: Any, compiler: Compiler, *, at_once: int = 1) -> None:
+    def __init__(self, forward: Forward, compiler: Compiler, *, at_once: int = 1) -> None:
         self._lanes: CompiledLanes[_Function] = CompiledLanes(
-            "step", functools.partial(denoise, unet), compiler
+            "step", functools.partial(denoise, forward), compiler
         )
-        self._graphs = [Graphs(compiler) for _ in range(at_once)]
+        self._pools = [GraphPool(compiler) for _ in range(at_once)]
         self._streams = [torch.cuda.Stream() for _ in range(at_once)] if at_once > 1 else []
 
     @property
     def peaks(self) -> dict[str, int]:
-        """The GPU's memory in bytes, at most, in a step of each bucket so far, weights included."""
-        return self._graphs[0].peaks
+        """Most bytes of the GPU's memory in a step of each batch size so far, weights included, by name."""
+        return self._pools[0].peaks
 
-    def compile(self, lane: Hashable, batch: Batch) -> bool:
-        """Compile `lane` now, for batches like `batch`; whether it worked."""
+    def compile(self, lane: Lane, batch: Batch) -> bool:
+        """Compile `lane` now, for batches like `batch`. Returns whether that worked."""
         return self._lanes.compile_now(lane, lambda: _example(batch))
 
-    def run(self, lane: Hashable, batches: Sequence[Batch]) -> list[Step] | None:
-        """The step of each batch, replayed; None while `lane` is not compiled, which this may set off.
+    def run(self, lane: Lane, batches: Sequence[Batch]) -> list[Step] | None:
+        """The step of each batch, replayed. None while `lane` is not compiled; this call may begin to.
 
-        Raises what torch raises, its out-of-memory included, when a new bucket cannot be captured.
+        Raises what torch raises, its out-of-memory included, when a new batch size cannot be captured.
         """
         function = self._lanes.get(lane, lambda: _example(batches[0]))
         if function is None:
             return None
         if not self._streams:
-            return [self._step(function, batch, self._graphs[0]) for batch in batches]
-        here = torch.cuda.current_stream()
+            return [self._step(function, lane, batch, self._pools[0]) for batch in batches]
+        current = torch.cuda.current_stream()
         steps = []
         at_once = len(self._streams)
         for start in range(0, len(batches), at_once):
             together = batches[start : start + at_once]
-            for batch, graphs, stream in zip(together, self._graphs, self._streams, strict=False):
-                stream.wait_stream(here)
+            for batch, pool, stream in zip(together, self._pools, self._streams, strict=False):
+                stream.wait_stream(current)
                 with torch.cuda.stream(stream):
-                    steps.append(self._step(function, batch, graphs))
+                    steps.append(self._step(function, lane, batch, pool))
             for stream in self._streams:
-                here.wait_stream(stream)
+                current.wait_stream(stream)
         return steps
 
-    def _step(self, function: _Function, batch: Batch, graphs: Graphs) -> Step:
-        jobs, rows = len(batch.states), bucket_of(len(batch.job_of_row))
-        # What is computed once for each job costs half as much where all of them are guided. Compiled code
-        # takes two or more.
-        room = max(2, rows // 2)
-        if jobs > room:
-            room = rows
-        name = f"{rows} rows of {room} jobs, {'x'.join(str(side) for side in batch.states.shape[2:])}"
+    def _step(self, function: _Function, lane: Lane, batch: Batch, pool: GraphPool) -> Step:
+        jobs, rows = len(batch.states), batch_size(len(batch.job_of_row))
+        # Where all jobs are guided there are half as many jobs as rows, and what is computed once for each
+        # job costs half as much. Compiled code takes two jobs or more.
+        padded_jobs = max(2, rows // 2)
+        if jobs > padded_jobs:
+            padded_jobs = rows
+        name = f"{rows} rows of {padded_jobs} jobs, {'x'.join(str(side) for side in lane)}"
 
         def make() -> tuple[Captured, Sequence[torch.Tensor]]:
-            inputs = batch.room_for(room, rows)
+            inputs = batch.zeros(padded_jobs, rows)
             return lambda: function(inputs), inputs.tensors()
 
-        # Tensors of its own: the next step writes over the graph's.
-        return Step(*(output[:jobs].clone() for output in graphs.run(name, make, batch.tensors())))
+        # Clones, because the graph's next replay overwrites its outputs.
+        outputs = pool.run((lane, rows, padded_jobs), name, make, batch.tensors())
+        return Step(*(output[:jobs].clone() for output in outputs))
 
 
 def _example(batch: Batch) -> tuple[Batch, list[torch.Tensor]]:
-    """A batch like `batch`, of no particular number of jobs and rows."""
-    example = batch.room_for(jobs=4, rows=6)
+    """A batch like `batch`, whose numbers of jobs and rows are dynamic."""
+    example = batch.zeros(jobs=4, rows=6)
     return example, example.tensors()

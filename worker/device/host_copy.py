@@ -1,14 +1,14 @@
-"""Tensors on their way off the device, while it goes on."""
+"""Copies of tensors from the device to the CPU, which the device does not wait for."""
 
 from __future__ import annotations
 
 import torch
 
 
-class Arrival:
-    """Copies of tensors on the CPU: sent for at once, waited for when they are asked for.
+class HostCopy:
+    """Copies of tensors on the CPU: begun at once, waited for when they are needed.
 
-    On a GPU they leave by the current stream, through page-locked memory.
+    On a GPU the current stream copies them into page-locked memory.
     """
 
     def __init__(self, *tensors: torch.Tensor) -> None:
@@ -21,13 +21,13 @@ class Arrival:
                 )
                 for tensor in tensors
             )
-            # Whoever waits keeps no core busy.
+            # A blocking event keeps no core busy while a thread waits.
             self._event = torch.cuda.Event(blocking=True)
             self._event.record()
 
     @property
-    def is_there(self) -> bool:
-        """Whether nobody has to wait: on a CPU, and once somebody has."""
+    def is_complete(self) -> bool:
+        """Whether `wait` returns at once: always on a CPU, on a GPU after a first `wait`."""
         return self._event is None
 
     def wait(self) -> tuple[torch.Tensor, ...]:

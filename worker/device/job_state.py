@@ -1,113 +1,139 @@
-"""A job on board, and how the next steps of several become one batch."""
+"""A job in flight: its tensors on the device, and how far it is."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from worker.contract.errors import JobError, NotFiniteError, RenderError, first_line
 from worker.contract.job import Job
 from worker.device.errors import is_out_of_memory
-from worker.device.host_copy import Arrival
-from worker.device.samplers import SLOTS, Sampler, Schedule
-from worker.device.step import Batch
-from worker.device.text_encoder import Text
+from worker.device.family import Lane
+from worker.device.host_copy import HostCopy
+from worker.device.schedule import SLOTS, Sampler, Schedule
+from worker.device.step import StepInputs
 
 
-class Check:
-    """Whether each job of a step is finite: known at once on a CPU, on a GPU when the step is computed."""
+class FiniteCheck:
+    """Whether each job of a step is finite. On a CPU known at once, on a GPU when the step is computed."""
 
     def __init__(self, finite: torch.Tensor) -> None:
-        """`finite`: (jobs,) bool, on the device. On a GPU it is sent for, and not waited for."""
-        self._arrival = Arrival(finite)
+        """`finite`: (jobs,) bool, on the device. On a GPU its copy is begun, and not waited for."""
+        self._copy = HostCopy(finite)
 
     @property
     def is_known(self) -> bool:
-        """Whether nobody has to wait for the answer."""
-        return self._arrival.is_there
+        """Whether `is_finite` returns at once."""
+        return self._copy.is_complete
 
-    def is_finite(self, place: int) -> bool:
-        """Whether the job at `place` is. Waits until the step is computed."""
-        return self._answers[place]
+    def is_finite(self, index: int) -> bool:
+        """Whether the job of this index in the step is finite. Waits until the step is computed."""
+        return self._values[index]
 
     @functools.cached_property
-    def _answers(self) -> list[bool]:
+    def _values(self) -> list[bool]:
         # All at once: for each tensor that becomes a number, a thread has to ask for Python's lock again.
-        return self._arrival.wait()[0].tolist()
+        return self._copy.wait()[0].tolist()
 
 
 class JobState:
-    """One job on board. Made by `ModelRunner.prepare`, changed by `ModelRunner.step` alone."""
+    """One job in flight. Made by `ModelRunner.prepare`, changed by `ModelRunner.step` alone."""
 
     def __init__(
         self,
         job: Job,
-        text: Text,
-        conditions: dict[str, torch.Tensor],
+        lane: Lane,
+        conditions: Mapping[str, torch.Tensor],
         schedule: Schedule,
         sampler: Sampler | None,
         generator: torch.Generator,
         latents: torch.Tensor,
+        *,
+        guided: bool,
+        warnings: tuple[str, ...] = (),
     ) -> None:
-        #: The job, with all that it left open filled in.
+        """All tensors are on the device; those made there may still be at work on the current stream.
+
+        `latents`: float32, of any shape. `conditions`: (2, ...) each if `guided`, else (1, ...). `sampler`:
+        for a schedule without weights. `generator` draws the noise that is left to draw.
+        """
+        #: The job, with every field filled in.
         self.job = job
+        #: Jobs of equal lanes may share a step.
+        self.lane = lane
         #: Steps done.
         self.step = 0
         #: Steps in all. Some schedulers take more than the job's: PNDM at least one.
         self.steps = len(schedule.timesteps)
         #: One sentence for each thing the caller should know.
-        self.warnings = text.warnings
-        #: Classifier-free guidance, the job's.
-        self.guidance = job.guidance_scale or 0.0
-        self._text = text
+        self.warnings = warnings
+        self._guided = guided
         self._conditions = conditions
         self._schedule = schedule
-        #: For a scheduler that does more than add, itself.
+        #: For a scheduler that is not linear, the scheduler itself.
         self._sampler = sampler
         self._generator = generator
-        #: Drawn for the present step, which may have to be taken again.
+        #: Drawn for the present step, which may have to be run again.
         self._noise: torch.Tensor | None = None
-        #: Whether the last step's result is finite, and this job's place in the answer.
-        self._check: tuple[Check, int] | None = None
-        #: (SLOTS, channels, height, width), float32, on the device; see `Schedule`.
+        #: Whether the last step's result is finite: the check, and this job's index in it.
+        self._check: tuple[FiniteCheck, int] | None = None
+        #: (SLOTS, *shape), float32, on the device; see `Schedule`.
         self._state = latents.new_zeros((SLOTS, *latents.shape))
         self._state[0] = latents
-        #: When all of this is there; None: it is.
-        self._made: torch.cuda.Event | None = None
+        #: Recorded when all tensors above are made; None: nobody has to wait for them.
+        self._prepared: torch.cuda.Event | None = None
         if latents.is_cuda:
-            self._depart()
-
-    @property
-    def lane(self) -> Hashable:
-        """Renders of equal lanes may share a step: the latents' (channels, height, width)."""
-        return tuple(self._state.shape[1:])
+            self._record_prepared()
 
     @property
     def rows(self) -> int:
-        """Rows in the next forward of the UNet: 2 with guidance, else 1."""
-        if len(self._text.embeddings) == 1:
+        """Rows in the next forward of the model: 2 with guidance, else 1."""
+        if not self._guided:
             return 1
         return 2 if self.job.guidance_start <= self.step / self.steps < self.job.guidance_stop else 1
 
     @property
     def latents(self) -> torch.Tensor:
-        """(1, channels, height, width) float32, after the steps done so far."""
+        """(1, *shape) float32, after the steps done so far."""
         return self._state[:1]
 
-    def outcome(
-        self, check: Check, place: int, state: torch.Tensor, prediction: torch.Tensor
-    ) -> JobError | None:
-        """Be a step further, given what the step computed for this job; or be as before, and say why.
+    def next_inputs(self) -> StepInputs:
+        """What this job brings to its next step. It must not be done.
 
-        On a GPU `check`, in which this job has `place`, is asked at the next step: till then it is computed.
+        May be called again for the same step, with the same result. On a GPU the current stream waits until
+        the job is prepared.
         """
-        before, self._check = self._check, (check, place)
-        asked = self._check if check.is_known else before
+        if self._prepared is not None:
+            torch.cuda.current_stream().wait_event(self._prepared)
+            self._prepared = None
+        weights, rows = self._schedule.weights, self.rows
+        return StepInputs(
+            state=self._state,
+            noise=self._step_noise(),
+            # A scheduler that is not linear makes the next state, in `_advance`: the step keeps the old one.
+            weights=torch.eye(SLOTS, SLOTS + 2) if weights is None else weights[self.step],
+            input_scale=self._input_scale(),
+            guidance=self.job.guidance_scale or 0.0,
+            time=self._schedule.timesteps[self.step],
+            rows=rows,
+            # A guided job's own prompt is its second row.
+            conditions={name: tensor[-rows:] for name, tensor in self._conditions.items()},
+        )
+
+    def advance(
+        self, check: FiniteCheck, index: int, state: torch.Tensor, prediction: torch.Tensor
+    ) -> JobError | None:
+        """Take the result of a step: `state` and `prediction`, as in `Step`. Returns the error, if any.
+
+        After an error the job is as it was before the step. This job has `index` in `check`, which on a GPU
+        is read at the next step, because its value is known by then.
+        """
+        before, self._check = self._check, (check, index)
+        due = self._check if check.is_known else before
         try:
-            if asked is not None and not asked[0].is_finite(asked[1]):
+            if due is not None and not due[0].is_finite(due[1]):
                 raise self._not_finite()
             self._advance(state, prediction)
         except JobError as error:
@@ -115,37 +141,30 @@ class JobState:
         return None
 
     def failure(self) -> NotFiniteError | None:
-        """Why the latents are of no use, if so. Waits until they are computed."""
+        """The error, if the latents are not finite. Waits until they are computed."""
         if self._check is not None and not self._check[0].is_finite(self._check[1]):
             return self._not_finite()
         return None
 
-    def arrive(self) -> None:
-        """Let the current stream wait for what `prepare` set off on another one."""
-        if self._made is not None:
-            torch.cuda.current_stream().wait_event(self._made)
-            self._made = None
-
-    def _depart(self) -> None:
-        """Mark all that was made on the current stream as wanted by the steps', which is another one."""
-        self._made = torch.cuda.Event()
-        self._made.record()
-        for tensor in (self._state, self._text.embeddings, self._text.pooled, *self._conditions.values()):
-            if tensor is not None:
-                # Its memory is not given to others before the steps that read it are done.
-                tensor.record_stream(torch.cuda.default_stream(self._state.device))
+    def _record_prepared(self) -> None:
+        """Let the stream of the steps, which is another one, know when this job's tensors are made."""
+        self._prepared = torch.cuda.Event()
+        self._prepared.record()
+        for tensor in (self._state, *self._conditions.values()):
+            # Its memory is not given to others before the steps that read it are done.
+            tensor.record_stream(torch.cuda.default_stream(self._state.device))
 
     def _advance(self, state: torch.Tensor, prediction: torch.Tensor) -> None:
         if self._sampler is not None:
             state = state.clone()
-            latents, sampler = self._advanced(self._sampler, prediction)
+            latents, sampler = self._sampler_step(self._sampler, prediction)
             if not bool(latents.isfinite().all()):
                 raise self._not_finite()
             state[0], self._sampler = latents[0], sampler
         self._state, self._noise = state, None
         self.step += 1
 
-    def _advanced(self, sampler: Sampler, prediction: torch.Tensor) -> tuple[torch.Tensor, Sampler]:
+    def _sampler_step(self, sampler: Sampler, prediction: torch.Tensor) -> tuple[torch.Tensor, Sampler]:
         try:
             return sampler.advance(prediction[None], self._state[:1], self.step)
         except Exception as error:
@@ -162,77 +181,13 @@ class JobState:
             "try another scheduler, less guidance, or a worker with SMALLCAT_DTYPE=fp32."
         )
 
-    # What this job brings into a batch.
-
-    def _time(self) -> float:
-        return self._schedule.timesteps[self.step]
-
     def _input_scale(self) -> float:
         if self._sampler is None:
             return self._schedule.input_scale[self.step]
-        return float(self._sampler.model_input(torch.ones(1, 1, 1, 1), self.step))
+        return float(self._sampler.model_input(torch.ones(1, 1), self.step))
 
-    def _weights(self) -> torch.Tensor:
-        weights = self._schedule.weights
-        # Its own scheduler makes the next state, in `_advance`; the step leaves the one it found.
-        return torch.eye(SLOTS, SLOTS + 2) if weights is None else weights[self.step]
-
-    def _fresh_noise(self) -> torch.Tensor | None:
-        """Noise for the present step, the same however often it is asked for; None: it takes none."""
+    def _step_noise(self) -> torch.Tensor | None:
+        """Noise for the present step, the same however often it is asked for; None: it adds none."""
         if self._noise is None and self._schedule.draws and self._schedule.draws[self.step]:
             self._noise = torch.randn((1, *self._state.shape[1:]), generator=self._generator)[0]
         return self._noise
-
-    def _prompted(self, rows: torch.Tensor) -> torch.Tensor:
-        """Those of the job's rows that the next step has: a guided job's own prompt is its second."""
-        return rows[-self.rows :]
-
-
-def batch_of(renders: Sequence[JobState]) -> Batch:
-    """The next step of `renders`, of one lane and none of them done, as tensors on their device."""
-    device = renders[0]._state.device
-    for render in renders:
-        render.arrive()
-    jobs, rows = len(renders), [render.rows for render in renders]
-    ends = list(itertools.accumulate(rows))
-    first, last = [end - count for end, count in zip(ends, rows, strict=True)], [end - 1 for end in ends]
-    owner = [place for place in range(jobs) for _ in range(rows[place])]
-    weights = torch.stack([render._weights() for render in renders])
-    scales = [render._input_scale() for render in renders]
-    guidance = [render.guidance for render in renders]
-    times = [renders[place]._time() for place in owner]
-    # Many small things, few transfers.
-    numbers = _sent(torch.cat([weights.flatten(), torch.tensor(scales + guidance + times)]), device)
-    weights, input_scale, guided, time_of_row = numbers.split([weights.numel(), jobs, jobs, len(owner)])
-    places = _sent(torch.tensor(first + last + owner), device)
-    without, prompted, job_of_row = places.split([jobs, jobs, len(owner)])
-    return Batch(
-        states=torch.stack([render._state for render in renders]),
-        noise=_noise_of(renders, device),
-        weights=weights.view(jobs, SLOTS, SLOTS + 2),
-        input_scale=input_scale,
-        guidance=guided,
-        without=without,
-        prompted=prompted,
-        job_of_row=job_of_row,
-        times=time_of_row,
-        text=torch.cat([render._prompted(render._text.embeddings) for render in renders]),
-        conditions={
-            name: torch.cat([render._prompted(render._conditions[name]) for render in renders])
-            for name in renders[0]._conditions
-        },
-    )
-
-
-def _noise_of(renders: Sequence[JobState], device: torch.device) -> torch.Tensor:
-    """(jobs, channels, height, width): what the steps draw, zeros where they draw none."""
-    drawn = [render._fresh_noise() for render in renders]
-    shape = renders[0]._state.shape[1:]
-    if all(noise is None for noise in drawn):
-        return torch.zeros((len(renders), *shape), device=device)
-    return _sent(torch.stack([torch.zeros(shape) if noise is None else noise for noise in drawn]), device)
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on the device, without waiting for it to be there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

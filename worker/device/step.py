@@ -1,45 +1,84 @@
 """One denoising step of a batch, as one pure function of tensors: what a CUDA graph can hold.
 
-    state ─► latents ─► rows ─► UNet ─► guidance ─► weights x (state, prediction, noise) ─► state
+    state ─► latents ─► rows ─► model ─► guidance ─► weights x (state, prediction, noise) ─► state
 
-Jobs in a batch differ in everything but their latents' shape: each brings its own text, timestep, guidance
-and the numbers of its own scheduler's step (`samplers`). J is the number of jobs, R that of rows: a
-job has two rows with guidance and one without, in any order.
+The jobs of a batch differ in everything but their lane (`worker.device.family`): each brings its own text,
+timestep, guidance and the numbers of its own scheduler's step (`worker.device.samplers`). J is the number of
+jobs, R that of rows: a job has two rows with guidance and one without. `*shape` is that of a job's latents.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
+
+from worker.device.schedule import SLOTS
+
+
+class Forward(Protocol):
+    """The model: see `worker.device.family.ModelFamily.forward`."""
+
+    def __call__(
+        self,
+        latents: torch.Tensor,
+        times: torch.Tensor,
+        conditions: Mapping[str, torch.Tensor],
+        *,
+        prompted: torch.Tensor,
+        job_of_row: torch.Tensor,
+    ) -> torch.Tensor:
+        """The output for each row, (R, *shape) float32."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one job brings to its next step."""
+
+    #: (SLOTS, *shape) float32, on the device: the latents, and what the scheduler keeps from step to step.
+    state: torch.Tensor
+    #: (*shape) float32, on the CPU: noise drawn for this step; None: the step adds none.
+    noise: torch.Tensor | None
+    #: (SLOTS, SLOTS + 2) float32, on the CPU: see `worker.device.schedule.Schedule.weights`.
+    weights: torch.Tensor
+    #: What the latents are multiplied with to be the model's input.
+    input_scale: float
+    #: Scale of classifier-free guidance; of no effect where `rows` is 1.
+    guidance: float
+    #: Timestep of the scheduler.
+    time: float
+    #: Rows in the forward: 2 with guidance, the one with the prompt last; else 1.
+    rows: int
+    #: What the model takes besides, by name: (rows, ...) each, on the device.
+    conditions: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step takes. Sampler arithmetic is float32, `text` and `conditions` are of the model's dtype."""
+    """What a step takes, on the device. All but the conditions and the indices is float32."""
 
-    #: (J, SLOTS, channels, height, width): the latents, and what the scheduler remembers.
+    #: (J, SLOTS, *shape): the latents, and what the scheduler keeps from step to step.
     states: torch.Tensor
-    #: (J, channels, height, width): fresh noise; zeros where a step draws none.
+    #: (J, *shape): fresh noise; zeros where a step adds none.
     noise: torch.Tensor
-    #: (J, SLOTS, SLOTS + 2): see `worker.device.samplers.Schedule.weights`.
+    #: (J, SLOTS, SLOTS + 2): see `worker.device.schedule.Schedule.weights`.
     weights: torch.Tensor
-    #: (J,): what the latents are multiplied with before the UNet sees them.
+    #: (J,): what the latents are multiplied with to be the model's input.
     input_scale: torch.Tensor
-    #: (J,): classifier-free guidance; of no effect where both rows are the same.
+    #: (J,): scale of classifier-free guidance; of no effect where both rows of a job are the same one.
     guidance: torch.Tensor
     #: (J,) int64: each job's row without its prompt, and with it; the same row without guidance.
     without: torch.Tensor
     prompted: torch.Tensor
-    #: (R,) int64: whose latents each row has.
+    #: (R,) int64: the job that each row belongs to.
     job_of_row: torch.Tensor
     #: (R,) float32: timesteps.
     times: torch.Tensor
-    #: (R, tokens, width).
-    text: torch.Tensor
-    #: What the UNet takes besides, (R, width) each, by name; see `forward`.
+    #: What the model takes besides, by name: (R, ...) each.
     conditions: dict[str, torch.Tensor]
 
     def tensors(self) -> list[torch.Tensor]:
@@ -47,18 +86,18 @@ class Batch:
         named = [getattr(self, field.name) for field in dataclasses.fields(self)[:-1]]
         return named + [self.conditions[name] for name in sorted(self.conditions)]
 
-    def room_for(self, jobs: int, rows: int) -> Batch:
-        """Room on the device for a batch of `jobs` and `rows` of this shape: zeros."""
+    def zeros(self, jobs: int, rows: int) -> Batch:
+        """A batch of `jobs` and `rows` with tensors of these shapes and dtypes, all zeros."""
 
-        def room(tensor: torch.Tensor, count: int) -> torch.Tensor:
+        def zeros(tensor: torch.Tensor, count: int) -> torch.Tensor:
             return tensor.new_zeros((count, *tensor.shape[1:]))
 
         of_jobs = ("states", "noise", "weights", "input_scale", "guidance", "without", "prompted")
-        of_rows = ("job_of_row", "times", "text")
         return Batch(
-            **{name: room(getattr(self, name), jobs) for name in of_jobs},
-            **{name: room(getattr(self, name), rows) for name in of_rows},
-            conditions={name: room(tensor, rows) for name, tensor in self.conditions.items()},
+            **{name: zeros(getattr(self, name), jobs) for name in of_jobs},
+            job_of_row=zeros(self.job_of_row, rows),
+            times=zeros(self.times, rows),
+            conditions={name: zeros(tensor, rows) for name, tensor in self.conditions.items()},
         )
 
 
@@ -66,38 +105,78 @@ class Batch:
 class Step:
     """What a step gives."""
 
-    #: (J, SLOTS, channels, height, width): the states after it.
+    #: (J, SLOTS, *shape): the states after it.
     states: torch.Tensor
-    #: (J, channels, height, width) float32: the guided prediction, for schedulers that are not linear.
+    #: (J, *shape) float32: the guided prediction, for schedulers that are not linear.
     predictions: torch.Tensor
     #: (J,) bool: whether state and prediction are finite throughout.
     finite: torch.Tensor
 
 
-def denoise(unet: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The step of `batch`: the fields of a `Step`, plain for the compiler."""
-    scaled = batch.states[:, 0] * batch.input_scale.view(-1, 1, 1, 1)
-    output = forward(unet, scaled[batch.job_of_row], batch)
+def denoise(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The step of `batch`: the fields of a `Step`, as a plain tuple for the compiler."""
+    scaled = batch.states[:, 0] * _for_each(batch.input_scale, batch.noise)
+    output = forward(
+        scaled[batch.job_of_row],
+        batch.times,
+        batch.conditions,
+        prompted=batch.prompted,
+        job_of_row=batch.job_of_row,
+    )
     # Ho and Salimans (2022), equation 6, in the parametrisation of Saharia et al. (2022).
     without, prompted = output[batch.without], output[batch.prompted]
-    predictions = without + batch.guidance.view(-1, 1, 1, 1) * (prompted - without)
+    predictions = without + _for_each(batch.guidance, batch.noise) * (prompted - without)
     sources = torch.cat([batch.states, predictions[:, None], batch.noise[:, None]], dim=1)
     states = torch.bmm(batch.weights, sources.flatten(2)).view(batch.states.shape)
     finite = (states.isfinite().flatten(1).all(1)) & (predictions.isfinite().flatten(1).all(1))
     return states, predictions, finite
 
 
-def forward(unet: Any, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The UNet's output for each row, (R, channels, height, width) float32."""
-    conditions = dict(batch.conditions)
-    timestep_cond = conditions.pop("timestep_cond", None)
-    output: torch.Tensor = unet(
-        rows.to(batch.text.dtype),
-        batch.times,
-        encoder_hidden_states=batch.text,
-        timestep_cond=timestep_cond,
-        added_cond_kwargs=conditions or None,
-        cross_attention_kwargs={"prompted": batch.prompted, "job_of_row": batch.job_of_row},
-        return_dict=False,
-    )[0]
-    return output.float()
+def _for_each(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """(J,) values in a shape in which each multiplies its own job's latents, (J, *shape)."""
+    return values.view(-1, *[1] * (latents.ndim - 1))
+
+
+def batch_of(jobs: Sequence[StepInputs]) -> Batch:
+    """The inputs of at least one job, all of one lane, as one batch on their device."""
+    device = jobs[0].state.device
+    rows = [job.rows for job in jobs]
+    ends = list(itertools.accumulate(rows))
+    first, last = [end - count for end, count in zip(ends, rows, strict=True)], [end - 1 for end in ends]
+    owners = [index for index, count in enumerate(rows) for _ in range(count)]
+    weights = torch.stack([job.weights for job in jobs])
+    scales, guidance = [job.input_scale for job in jobs], [job.guidance for job in jobs]
+    times = [jobs[owner].time for owner in owners]
+    # Many small values, few transfers.
+    numbers = _to_device(torch.cat([weights.flatten(), torch.tensor(scales + guidance + times)]), device)
+    all_weights, input_scale, guidance_scale, time_of_row = numbers.split(
+        [weights.numel(), len(jobs), len(jobs), len(owners)]
+    )
+    indices = _to_device(torch.tensor(first + last + owners), device)
+    without, prompted, job_of_row = indices.split([len(jobs), len(jobs), len(owners)])
+    return Batch(
+        states=torch.stack([job.state for job in jobs]),
+        noise=_noise_of(jobs, device),
+        weights=all_weights.view(len(jobs), SLOTS, SLOTS + 2),
+        input_scale=input_scale,
+        guidance=guidance_scale,
+        without=without,
+        prompted=prompted,
+        job_of_row=job_of_row,
+        times=time_of_row,
+        conditions={name: torch.cat([job.conditions[name] for job in jobs]) for name in jobs[0].conditions},
+    )
+
+
+def _noise_of(jobs: Sequence[StepInputs], device: torch.device) -> torch.Tensor:
+    """(J, *shape): the noise of each job, zeros where it has none."""
+    drawn, shape = [job.noise for job in jobs], jobs[0].state.shape[1:]
+    if all(noise is None for noise in drawn):
+        return torch.zeros((len(jobs), *shape), device=device)
+    noises = [torch.zeros(shape) if noise is None else noise for noise in drawn]
+    return _to_device(torch.stack(noises), device)
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on the device, without waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,10 +1,11 @@
-"""Modules of diffusers' that do more work than their result needs, rewritten: the same result for less.
+"""Modules of diffusers' UNets and VAEs that compute more than is needed, with copies that compute less.
 
-The same to rounding, that is: sums are taken in another order. And less once it is compiled: by themselves,
-they are more and smaller kernels.
+The results are the same up to rounding: sums are taken in another order. The copies are for compiled steps.
+Uncompiled they are slower, because they run more and smaller kernels.
 
-A guided job's two rows are the same until the first layer that sees a prompt. What comes before it is
-computed once for each job: the first block's first convolutions, and its first self attention.
+The two rows of a guided job are equal until the first layer that depends on the prompt. What comes before
+that layer is computed once for each job: the first convolutions of the first block (here), and the first
+self attention (`worker.device.attention.Layer.once_a_job`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ from typing import Any
 
 import torch
 
-from worker.device.attention import attentions
-
 
 def install(pipeline: Any) -> None:
-    """Put them into the places of those in the pipeline's UNet and VAE that they can stand for."""
-    # Not at the top: the first import of diffusers' models must come after that of worker.device.attention.
+    """Put the copies into the pipeline's UNet and VAE, in place of the modules that they can stand for."""
+    # Not at the top: diffusers' models must be imported after worker.device.attention.
     from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
     from diffusers.models.upsampling import Upsample2D as Original
 
@@ -27,30 +26,31 @@ def install(pipeline: Any) -> None:
             for name, child in list(parent.named_children()):
                 if isinstance(child, Original) and _is_plain(child):
                     setattr(parent, name, Upsample2D(child))
-    # With SDXL's embedding of the prompt in that of the timestep, every layer sees it.
-    if pipeline.unet.config.addition_embed_type is not None:
-        return
-    attention, _ = next(attentions(pipeline))
-    if not attention.is_cross_attention:
-        # At 512 px, this is a tenth of the time that a step spends in attention.
-        attention.processor.once_a_job = True
     first = pipeline.unet.down_blocks[0]
-    if type(first) is CrossAttnDownBlock2D:
+    if shares_first_layers(pipeline.unet) and type(first) is CrossAttnDownBlock2D:
         pipeline.unet.down_blocks[0] = FirstBlock(first)
 
 
-class Upsample2D(torch.nn.Module):
-    """Nearest neighbours twice as large and a 3 x 3 convolution, as one product for each smaller pixel.
+def shares_first_layers(unet: Any) -> bool:
+    """Whether the first layers give a job's two rows the same values.
 
-    Of the nine weights of the convolution, those that fall on the same smaller pixel may be added up
-    beforehand. A larger pixel then takes 2 x 2 smaller ones, by weights that depend on whether its row and
-    its column are even: 4/9 of the products (the sub-pixel convolution of Shi et al., 2016). They are a
-    matrix product because cuDNN has no fast convolution for it (measured in docs/performance.md).
+    SDXL adds an embedding of the prompt to that of the timestep, so that every layer depends on it.
+    """
+    return unet.config.addition_embed_type is None
+
+
+class Upsample2D(torch.nn.Module):
+    """Upsampling by 2 (nearest neighbour) and a 3 x 3 convolution, as one matrix product an input pixel.
+
+    Of the nine weights of the convolution, those that fall on the same input pixel are added up beforehand.
+    An output pixel then depends on 2 x 2 input pixels, by weights that differ for even and odd rows and
+    columns: 4/9 of the products (the sub-pixel convolution of Shi et al., 2016). It is a matrix product
+    because cuDNN has no fast convolution for it (measured in docs/performance.md).
     """
 
     def __init__(self, original: Any) -> None:
         super().__init__()
-        # For sizes that are not twice the smaller one's.
+        # For outputs that are not exactly twice as large.
         self.original = original
         weight, bias = original.conv.weight, original.conv.bias
         self.weight = torch.nn.Parameter(_phases(weight.float()).to(weight.dtype), requires_grad=False)
@@ -74,9 +74,9 @@ class Upsample2D(torch.nn.Module):
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it is no more than that, in half precision.
+    """Whether `module` is what `Upsample2D` computes, in half precision.
 
-    In single precision torch lets convolutions use the tensor cores, but not matrix products.
+    In single precision torch uses the tensor cores for convolutions, but not for matrix products.
     """
     conv = getattr(module, "conv", None)
     return bool(
@@ -89,7 +89,10 @@ def _is_plain(module: Any) -> bool:
 
 
 def _phases(weight: torch.Tensor) -> torch.Tensor:
-    """(out, in, 3, 3) to (4 out, 4 in): even row and column, odd column, odd row, both; corners likewise."""
+    """The weights of `Upsample2D`, (4 out, 4 in), from those of the convolution, (out, in, 3, 3).
+
+    The order of the four: even row and column, odd column, odd row, both odd. That of the corners is alike.
+    """
     first, middle, last = weight.unbind(2)
     # An even row is the upper half of its pixel: above it is the pixel above, below it its own other half.
     rows = torch.stack([torch.stack([first, middle + last], 1), torch.stack([first + middle, last], 1)])
@@ -100,7 +103,7 @@ def _phases(weight: torch.Tensor) -> torch.Tensor:
 
 
 class FirstBlock(torch.nn.Module):
-    """The UNet's first block, whose first layers come before any that sees a prompt."""
+    """The UNet's first block. Its first layers come before any that depends on the prompt."""
 
     has_cross_attention = True
 

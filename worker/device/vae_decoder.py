@@ -1,10 +1,11 @@
-"""Finished latents to pixels: the VAE, the safety checker, and the way off the device.
+"""Finished latents to pixels: the VAE, the safety checker, and the copy to the CPU.
 
-On a GPU a decoder works on a stream of its own, so that the next denoising step need not wait for it, and
-its pixels leave through page-locked memory. All is set off at once and each picture is waited for when it is
-asked for, so that the device has the next ones before. Pictures are decoded in chunks of a bounded number of
-pixels. Where that does not fit, half as many are decoded at once from then on; what fails in company is tried
-alone.
+On a GPU the VAE decoder works on a stream of its own, so that the next denoising step need not wait for it,
+and copies pixels into page-locked memory. All work is launched at once, and each picture is waited for when
+it is asked for, so that the device always has the next ones to work on.
+
+Pictures are decoded in chunks of a bounded number of pixels. Where a chunk does not fit in memory, later ones
+have half as many pictures. Where a chunk fails otherwise, its pictures are decoded one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import logging
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 
@@ -28,149 +28,131 @@ from worker.contract.errors import (
     SmallcatError,
 )
 from worker.device.compiler import CompiledLanes, Compiler
-from worker.device.cuda_graphs import Captured, Graphs
+from worker.device.cuda_graphs import Captured, GraphPool
 from worker.device.errors import mapped
-from worker.device.host_copy import Arrival
+from worker.device.family import Lane, ModelFamily
+from worker.device.host_copy import HostCopy
 from worker.engine.runner import Picture
 
 logger = logging.getLogger("smallcat.engine")
 
-#: Pixels that are decoded at once, at most: 8 pictures of 512 x 512 on a GPU; on a CPU, where more gain
-#: nothing, 1 of them.
+#: Most pixels that are decoded at once: 8 pictures of 512 x 512 on a GPU, 1 on a CPU, which gains no more.
 GPU_PIXELS, CPU_PIXELS = 8 * 512 * 512, 512 * 512
 
 
-class Decoder:
-    """A pipeline's VAE and safety checker. One thread may call it while another one runs the UNet.
+class VaeDecoder:
+    """A family's VAE and safety checker. One thread may call it while another one runs steps.
 
-    Pictures may be waited for on a third.
+    Pictures may be waited for on a third thread.
     """
 
     def __init__(
-        self,
-        pipeline: Any,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        alone: bool,
-        compiler: Compiler | None,
+        self, family: ModelFamily, device: torch.device, *, alone: bool, compiler: Compiler | None
     ) -> None:
-        """`alone`: one picture at a time, so that its bits are the same whatever the company.
+        """`alone`: one picture at a time, so that its bits do not depend on the others of a chunk.
 
-        Without a `compiler`, the VAE runs as it is.
+        Without a `compiler`, the VAE is neither compiled nor captured.
         """
-        self._pipeline = pipeline
-        self._device, self._dtype = device, dtype
+        self._family = family
         self._alone = alone
-        self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._lanes = CompiledLanes("decoding", self._decoded, compiler) if compiler else None
-        self._graphs = Graphs(compiler) if compiler else None
-        #: By the shape of one picture's latents: those that fit, where more did not.
-        self._caps: dict[torch.Size, int] = {}
+        self._lanes = CompiledLanes("VAE decoder", self._decode, compiler) if compiler else None
+        self._graphs = GraphPool(compiler) if compiler else None
+        #: Pictures that fit in a chunk, by lane, where more did not.
+        self._caps: dict[Lane, int] = {}
 
-    def compile(self, latents: torch.Tensor) -> None:
-        """Compile for latents like these, (1, channels, height, width), now."""
+    def compile(self, lane: Lane, latents: torch.Tensor) -> None:
+        """Compile now for latents of `lane` like these, (1, *shape)."""
         if self._lanes is None:
             return
-        taken = self._as_vae_takes(latents)
-        for count in {1, self._most(latents)}:
-            if self._lanes.compile_now(_lane(taken, count), functools.partial(_example, taken, count)):
-                # Captures it, which the first jobs need not wait for then.
-                list(self.pictures([latents] * count))
+        inputs = self._family.to_vae(lane, latents)
+        for count in {1, self._most(lane)}:
+            if self._lanes.compile_now(_key(inputs, count), functools.partial(_example, inputs, count)):
+                # A first decode captures the graph, so that the first jobs need not wait for that.
+                list(self.pictures(lane, [latents] * count))
 
-    def pictures(self, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
-        """Set off the decoding of `latents`. Returns the picture of each, or its error; waits as it is asked.
+    def pictures(self, lane: Lane, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
+        """Launch the decoding of `latents`. Returns each picture, or its error; waits when it is asked for.
 
-        Latents are (1, channels, height, width) float32, all of one shape.
+        Latents are those of finished jobs of `lane`, (1, *shape) float32 each.
         """
-        return self._in_chunks(latents, self._most(latents[0]))
+        return self._in_chunks(lane, latents, self._most(lane))
 
-    def _in_chunks(self, latents: Sequence[torch.Tensor], size: int) -> Iterator[Picture | SmallcatError]:
-        chunks = [self._chunk(latents[start : start + size]) for start in range(0, len(latents), size)]
+    def _in_chunks(
+        self, lane: Lane, latents: Sequence[torch.Tensor], size: int
+    ) -> Iterator[Picture | SmallcatError]:
+        chunks = [self._chunk(lane, latents[start : start + size]) for start in range(0, len(latents), size)]
         return itertools.chain.from_iterable(chunks)
 
-    def _most(self, latents: torch.Tensor) -> int:
-        """Pictures like this one that are decoded at once, at most."""
-        width, height = self._size(latents)
+    def _most(self, lane: Lane) -> int:
+        """Most pictures of `lane` that are decoded at once."""
+        width, height = self._family.size(lane)
         budget = GPU_PIXELS if self._stream else CPU_PIXELS
         most = 1 if self._alone else max(1, budget // (width * height))
-        return min(most, self._caps.get(latents.shape, most))
+        return min(most, self._caps.get(lane, most))
 
-    def _size(self, latents: torch.Tensor) -> tuple[int, int]:
-        """Width and height in pixels."""
-        factor = int(self._pipeline.vae_scale_factor)
-        return latents.shape[-1] * factor, latents.shape[-2] * factor
-
-    def _chunk(self, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
+    def _chunk(self, lane: Lane, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
         try:
-            with mapped("decode"), torch.no_grad(), self._beside():
-                return self._together(torch.cat(list(latents)))
+            with mapped("decode"), torch.no_grad(), self._on_stream():
+                return self._together(self._family.to_vae(lane, torch.cat(list(latents))))
         except (OutOfMemoryError, RenderError) as error:
             if (count := len(latents)) > 1:
                 size = 1
                 if isinstance(error, OutOfMemoryError):
-                    size = self._caps[latents[0].shape] = count // 2
-                    logger.warning("%d pictures do not fit in one decoding: %d at once now.", count, size)
-                return self._in_chunks(latents, size)
+                    size = self._caps[lane] = count // 2
+                    logger.warning(
+                        "Decoding %d pictures at once does not fit in memory: from now on %d at once.",
+                        count,
+                        size,
+                    )
+                return self._in_chunks(lane, latents, size)
             if isinstance(error, RenderError):
                 return iter((error,))
-            width, height = self._size(latents[0])
+            width, height = self._family.size(lane)
             too_large = (
                 f"A picture of {width} x {height} pixels does not fit in the device's memory while it is "
                 "decoded: ask for a smaller one."
             )
             return iter((JobTooLargeError(too_large),))
 
-    def _beside(self) -> contextlib.AbstractContextManager[Any]:
-        """The decoder's own stream, where there is one."""
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """The VAE decoder's own stream, where there is one."""
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
     def _together(self, latents: torch.Tensor) -> Iterator[Picture | SmallcatError]:
-        pixels, is_finite, images = self._run(self._as_vae_takes(latents))
-        verdicts: list[bool | None] = [None] * len(latents)
-        if getattr(self._pipeline, "safety_checker", None) is not None:
-            images, verdicts = self._pipeline.run_safety_checker(images, self._device, self._dtype)
-            # VaeImageProcessor.postprocess does not denormalise what the checker blacked out.
-            for place in (place for place, is_bad in enumerate(verdicts) if is_bad):
-                pixels[place] = _bytes(images[place])
-        return _pictures(Arrival(pixels, is_finite), verdicts)
+        """Decode `latents`, as the VAE takes them, in one call."""
+        pixels, is_finite, images = self._run(latents)
+        verdicts: Sequence[bool | None] = [None] * len(latents)
+        if (checked := self._family.check_safety(images)) is not None:
+            images, verdicts = checked
+            # As in diffusers, a picture that the checker blacked out is not denormalised.
+            for index in (index for index, is_bad in enumerate(verdicts) if is_bad):
+                pixels[index] = _bytes(images[index])
+        return _pictures(HostCopy(pixels, is_finite), verdicts)
 
     def _run(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`_decoded`, as fast as can be; what it gives may be written over by the next call."""
+        """`_decode`, compiled and replayed where possible. The next call may overwrite its outputs."""
         count, shape = len(latents), latents.shape[1:]
         if self._lanes is None or self._graphs is None:
-            return self._decoded(latents)
-        function = self._lanes.get(_lane(latents, count), lambda: _example(latents, count))
+            return self._decode(latents)
+        function = self._lanes.get(_key(latents, count), lambda: _example(latents, count))
         if function is None:
-            return self._decoded(latents)
-        # A graph for each number would be too many.
-        room = count if count == 1 else count + count % 2
+            return self._decode(latents)
+        # Even numbers alone: a graph for each number would take too much memory.
+        padded = count if count == 1 else count + count % 2
 
         def make() -> tuple[Captured, Sequence[torch.Tensor]]:
-            inputs = latents.new_zeros((room, *shape))
+            inputs = latents.new_zeros((padded, *shape))
             return lambda: function(inputs), [inputs]
 
-        name = f"{room} pictures of {'x'.join(str(side) for side in shape)}"
-        return tuple(output[:count] for output in self._graphs.run(name, make, [latents]))
+        name = f"{padded} pictures of {'x'.join(str(side) for side in shape)}"
+        return tuple(output[:count] for output in self._graphs.run(name, name, make, [latents]))
 
-    def _decoded(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(J, height, width, channels) uint8 pixels, (J,) whether each is finite, and what the VAE gave."""
-        images: torch.Tensor = self._pipeline.vae.decode(latents, return_dict=False)[0]
+    def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(J, height, width, 3) uint8 pixels, (J,) whether each is finite, and the VAE's own output."""
+        images = self._family.decode(latents)
         # Exactly VaeImageProcessor.postprocess and numpy_to_pil; only uint8 leaves the device.
         return _bytes((images * 0.5 + 0.5).clamp(0, 1)), images.isfinite().flatten(1).all(1), images
-
-    def _as_vae_takes(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._unscaled(latents).to(self._pipeline.vae.dtype)
-
-    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the VAE takes them. diffusers reads mean and deviation in its SDXL call alone."""
-        config = self._pipeline.vae.config
-        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if not self._is_xl or mean is None or deviation is None:
-            return latents / float(config.scaling_factor)
-        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, deviation))
-        return latents * deviation / float(config.scaling_factor) + mean
 
 
 def _bytes(images: torch.Tensor) -> torch.Tensor:
@@ -178,10 +160,10 @@ def _bytes(images: torch.Tensor) -> torch.Tensor:
     return (images.float() * 255).round().to(torch.uint8).movedim(-3, -1)
 
 
-def _pictures(arrival: Arrival, verdicts: Sequence[bool | None]) -> Iterator[Picture | SmallcatError]:
-    """The pictures, once there are their pixels, (pictures, height, width, channels), and who is finite."""
+def _pictures(copy: HostCopy, verdicts: Sequence[bool | None]) -> Iterator[Picture | SmallcatError]:
+    """The pictures, once `copy` is complete: (J, height, width, 3) pixels and (J,) whether each is finite."""
     with mapped("decode"):
-        pixels, is_finite = arrival.wait()
+        pixels, is_finite = copy.wait()
     for picture, verdict, is_fine in zip(pixels.numpy(), verdicts, is_finite.tolist(), strict=True):
         if is_fine:
             yield Picture(np.ascontiguousarray(picture), None if verdict is None else bool(verdict))
@@ -191,12 +173,12 @@ def _pictures(arrival: Arrival, verdicts: Sequence[bool | None]) -> Iterator[Pic
             )
 
 
-def _lane(latents: torch.Tensor, count: int) -> Hashable:
-    """What is compiled apart: each shape, and one picture by itself, a special case to the compiler."""
+def _key(latents: torch.Tensor, count: int) -> Hashable:
+    """What is compiled separately: each shape, and one picture alone, a special case to the compiler."""
     return (tuple(latents.shape[1:]), count > 1)
 
 
 def _example(latents: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`count` latents like these; where that is more than one, of no particular number."""
+    """`count` latents like these; where that is more than one, their number is dynamic."""
     example = latents.new_zeros((count, *latents.shape[1:]))
     return example, [example] if count > 1 else []

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tests import tiny_models
 from worker.contract.errors import SettingsError
 from worker.device import attention
+from worker.device.unet_family import UNetFamily
 
 CPU = torch.device("cpu")
 
@@ -27,6 +28,10 @@ CPU = torch.device("cpu")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tiny_models.tiny_sd2(tmp_path_factory.mktemp("models") / "sd2")
     return diffusers.DiffusionPipeline.from_pretrained(folder)
+
+
+def layers(pipeline: Any) -> list[attention.Layer]:
+    return list(UNetFamily(pipeline, CPU, torch.float32).attentions())
 
 
 def an_attention(**options: Any) -> Attention:
@@ -142,7 +147,7 @@ def processors(pipeline: Any) -> list[Any]:
 def test_install_on_a_cpu(
     pipeline: Any, cache: Path, asked: Any, kernel: attention.Kernel, reason: str
 ) -> None:
-    choice = attention.install(pipeline, asked, CPU, cache)
+    choice = attention.install(layers(pipeline), asked, CPU, cache)
     assert (choice.what, choice.choice) == ("attention", "sdpa" if asked == "auto" else asked)
     assert reason in choice.reason
     found = processors(pipeline)
@@ -154,11 +159,11 @@ def test_install_on_a_cpu(
 
 def test_xformers_by_name_on_a_cpu_stops_the_start(pipeline: Any, cache: Path) -> None:
     with pytest.raises(SettingsError, match=r"no operator for a CPU: set SMALLCAT_ATTENTION=sdpa"):
-        attention.install(pipeline, "xformers", CPU, cache)
+        attention.install(layers(pipeline), "xformers", CPU, cache)
 
 
 def test_shapes_are_the_models_own(pipeline: Any) -> None:
-    shapes = Counter(shape for _, shape in attention.attentions(pipeline))
+    shapes = Counter(layer.shape for layer in layers(pipeline))
     unet = {"heads": 4, "head_width": 8, "dtype": torch.float32}
     assert shapes == {
         # 16 x 16 latents, halved once before the first attention; 16 tokens of text.
@@ -174,7 +179,7 @@ def test_attention_of_another_kind_is_refused(
     module = next(module for module in pipeline.unet.modules() if isinstance(module, Attention))
     monkeypatch.setattr(module, "added_kv_proj_dim", 8)
     with pytest.raises(SettingsError, match="another kind"):
-        attention.install(pipeline, "sdpa", CPU, cache)
+        attention.install(layers(pipeline), "sdpa", CPU, cache)
 
 
 # --- xformers, where a GPU would be -------------------------------------------------------------------------
@@ -202,7 +207,7 @@ def test_xformers_by_name(
 ) -> None:
     kernel = fake_xformers()
     monkeypatch.setattr(attention, "load_xformers", lambda: kernel)
-    choice = attention.install(pipeline, "xformers", on_gpu, cache)
+    choice = attention.install(layers(pipeline), "xformers", on_gpu, cache)
     assert (choice.choice, choice.reason) == ("xformers", "asked for")
     assert all(processor._kernel is kernel for processor in processors(pipeline))
 
@@ -211,7 +216,7 @@ def test_what_xformers_refuses_is_sdpas_and_is_said(
     pipeline: Any, on_gpu: torch.device, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "load_xformers", lambda: fake_xformers(least_heads=2))
-    choice = attention.install(pipeline, "xformers", on_gpu, cache)
+    choice = attention.install(layers(pipeline), "xformers", on_gpu, cache)
     assert choice.choice == "xformers"
     assert "sdpa where it refuses: heads of 8 in torch.float32: No operator found" in choice.reason
     assert Counter(processor._kernel is attention.sdpa for processor in processors(pipeline)) == {
@@ -233,8 +238,8 @@ def test_xformers_that_does_not_work_stops_the_start_when_asked_for_and_is_told_
 ) -> None:
     monkeypatch.setattr(attention, "load_xformers", fake)
     with pytest.raises(SettingsError, match=rf"(?s)does not work.*{why}.*pip install '.\[cuda\]'"):
-        attention.install(pipeline, "xformers", on_gpu, cache)
-    choice = attention.install(pipeline, "auto", on_gpu, cache)
+        attention.install(layers(pipeline), "xformers", on_gpu, cache)
+    choice = attention.install(layers(pipeline), "auto", on_gpu, cache)
     assert choice.choice == "sdpa"
     assert why in choice.reason
 
@@ -255,8 +260,8 @@ def test_xformers_that_does_not_load(
 
     monkeypatch.setattr(attention, "load_xformers", fail)
     with pytest.raises(SettingsError, match=r"it does not load: libcudart.so.12"):
-        attention.install(pipeline, "xformers", on_gpu, cache)
-    assert "it does not load" in attention.install(pipeline, "auto", on_gpu, cache).reason
+        attention.install(layers(pipeline), "xformers", on_gpu, cache)
+    assert "it does not load" in attention.install(layers(pipeline), "auto", on_gpu, cache).reason
 
 
 def test_auto_takes_the_fastest_for_each_shape_shows_the_table_and_keeps_it(
@@ -273,7 +278,7 @@ def test_auto_takes_the_fastest_for_each_shape_shows_the_table_and_keeps_it(
         return 2.0 if (kernel is attention.sdpa) != is_self else 3.0
 
     monkeypatch.setattr(attention, "_time", time)
-    choice = attention.install(pipeline, "auto", on_gpu, cache)
+    choice = attention.install(layers(pipeline), "auto", on_gpu, cache)
     assert choice.choice == "sdpa and xformers"
     assert "64x64 4 heads of 8 float32: sdpa 3.000 xformers 2.000" in choice.reason
     assert "64x16 4 heads of 8 float32: sdpa 2.000 xformers 3.000" in choice.reason
@@ -283,14 +288,14 @@ def test_auto_takes_the_fastest_for_each_shape_shows_the_table_and_keeps_it(
     }
     # Three shapes, two backends; at the next start none.
     assert len(timed) == 6
-    assert attention.install(pipeline, "auto", on_gpu, cache) == choice
+    assert attention.install(layers(pipeline), "auto", on_gpu, cache) == choice
     assert len(timed) == 6
     # Another GPU is measured for itself, and so is everything when the file is no longer whole.
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
-    attention.install(pipeline, "auto", on_gpu, cache)
+    attention.install(layers(pipeline), "auto", on_gpu, cache)
     assert len(timed) == 12
     cache.write_text("{")
-    attention.install(pipeline, "auto", on_gpu, cache)
+    attention.install(layers(pipeline), "auto", on_gpu, cache)
     assert len(timed) == 18
 
 

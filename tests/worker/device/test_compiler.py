@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from worker.device.compiler import SWITCH_S, WORTH_COMPILING, CompiledLanes, keep_kernels_in
+from worker.device.compiler import CALLS_BEFORE_COMPILING, SWITCH_S, CompiledLanes, keep_kernels_in
 
 Lanes = CompiledLanes[Callable[[torch.Tensor], torch.Tensor]]
 
@@ -50,15 +50,17 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def lanes_on(thread: ThreadPoolExecutor, function: Any = plain, *, in_background: bool = True) -> Lanes:
-    compiler: Any = SimpleNamespace(thread=thread, in_background=in_background, device=threading.Lock())
+    compiler: Any = SimpleNamespace(
+        thread=thread, in_background=in_background, device_sync_lock=threading.Lock()
+    )
     return CompiledLanes("step", function, compiler)
 
 
-def test_a_lane_is_compiled_beside_the_plain_function_once_it_is_worth_it(
+def test_a_lane_is_compiled_beside_the_plain_function_once_it_is_used_often(
     thread: ThreadPoolExecutor, compiles: list[Any]
 ) -> None:
     lanes = lanes_on(thread)
-    assert all(lanes.get("lane", example) is None for _ in range(WORTH_COMPILING))
+    assert all(lanes.get("lane", example) is None for _ in range(CALLS_BEFORE_COMPILING))
     thread.submit(lambda: None).result(20)
     compiled = lanes.get("lane", example)
     assert compiled is not None
@@ -77,12 +79,12 @@ def test_a_lane_that_is_compiled_now_is_there_at_once(thread: ThreadPoolExecutor
 
 def test_in_exact_mode_nothing_changes_under_way(thread: ThreadPoolExecutor, compiles: list[Any]) -> None:
     lanes = lanes_on(thread, in_background=False)
-    for _ in range(2 * WORTH_COMPILING):
+    for _ in range(2 * CALLS_BEFORE_COMPILING):
         assert lanes.get("lane", example) is None
     assert compiles == []
 
 
-def test_what_does_not_compile_stays_plain_and_is_told(
+def test_what_does_not_compile_stays_plain_and_is_logged(
     thread: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,9 @@ def test_what_does_not_compile_stays_plain_and_is_told(
     lanes = lanes_on(thread, fail)
     with caplog.at_level(logging.WARNING):
         assert not lanes.compile_now("lane", example)
-    assert caplog.messages == ["The step of lane stays uncompiled: no such kernel"]
+    assert caplog.messages == [
+        "The step for the lane lane does not compile and stays uncompiled: no such kernel"
+    ]
     assert lanes.get("lane", example) is None
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from worker.device.cuda_graphs import Captured, Graphs
+from worker.device.cuda_graphs import Captured, GraphPool
 
 
 @pytest.fixture
 def compiler() -> Any:
-    return SimpleNamespace(device=threading.Lock())
+    return SimpleNamespace(device_sync_lock=threading.Lock())
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def doubling() -> tuple[Captured, Sequence[torch.Tensor]]:
-    room = torch.zeros(4)
-    return lambda: (room * 2,), [room]
+    inputs = torch.zeros(4)
+    return lambda: (inputs * 2,), [inputs]
 
 
 def failing() -> tuple[Captured, Sequence[torch.Tensor]]:
@@ -38,27 +38,27 @@ def failing() -> tuple[Captured, Sequence[torch.Tensor]]:
 
 def test_nothing_is_captured_while_a_compiler_may_wait_for_the_device(compiler: Any, pools: Any) -> None:
     """Such waiting would break the capture: then the function itself is run."""
-    graphs = Graphs(compiler)
-    with compiler.device:
-        assert graphs.run("a", doubling, [torch.ones(3)])[0].tolist() == [2, 2, 2, 0]
+    graphs = GraphPool(compiler)
+    with compiler.device_sync_lock:
+        assert graphs.run("a", "a graph", doubling, [torch.ones(3)])[0].tolist() == [2, 2, 2, 0]
     assert graphs.peaks == {}
 
 
 def test_after_a_failure_all_graphs_begin_anew_in_another_pool(compiler: Any, pools: Any) -> None:
     """What a capture had is found by none but captures, until no graph of its pool is left."""
-    graphs = Graphs(compiler)
+    graphs = GraphPool(compiler)
     made = []
 
     def make() -> tuple[Captured, Sequence[torch.Tensor]]:
         made.append(next(pools))
         return doubling()
 
-    with compiler.device:
+    with compiler.device_sync_lock:
         for _ in range(2):
-            graphs.run("a", make, [torch.ones(3)])
+            graphs.run("a", "a graph", make, [torch.ones(3)])
         with pytest.raises(torch.OutOfMemoryError):
-            graphs.run("b", failing, [torch.ones(3)])
-        graphs.run("a", make, [torch.ones(3)])
+            graphs.run("b", "another", failing, [torch.ones(3)])
+        graphs.run("a", "a graph", make, [torch.ones(3)])
     # Made once, and once more after the failure, which took the pool of the number between.
     assert made == [1, 3]
     assert graphs._pool == 2

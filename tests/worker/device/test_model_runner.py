@@ -29,9 +29,11 @@ from worker.contract.errors import (
 )
 from worker.contract.job import Job, Scheduler
 from worker.contract.settings import WorkerSettings
-from worker.device.model_runner import JobState, ModelRunner
+from worker.device.job_state import JobState
+from worker.device.model_runner import ModelRunner
 from worker.device.samplers import CLASSES
 from worker.engine.runner import Picture
+from worker.model import loader
 
 LONG = "a small cat that sits on a very long wall and looks at a very long list of very long words " * 2
 
@@ -49,7 +51,9 @@ class Model:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
-        self.runner = ModelRunner(WorkerSettings(model=str(folder), **settings))
+        worker_settings = WorkerSettings(model=str(folder), **settings)
+        self.loaded = loader.load(worker_settings)
+        self.runner = ModelRunner(worker_settings, self.loaded)
         self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.own = self.pipeline.scheduler
@@ -109,14 +113,14 @@ def a_job(**fields: Any) -> Job:
     return Job(**{"prompt": "a small cat", "seed": 7, "steps": 4, **fields})
 
 
-def finish(runner: ModelRunner, *renders: JobState) -> list[Picture | SmallcatError]:
+def finish(runner: ModelRunner, *states: JobState) -> list[Picture | SmallcatError]:
     """Step all of them together until all are done; the shorter ones leave early."""
-    while running := [render for render in renders if render.step < render.steps]:
+    while running := [state for state in states if state.step < state.steps]:
         assert runner.step(running) == [None] * len(running)
-    return list(runner.decode(renders))
+    return list(runner.decode(states))
 
 
-def renders(runner: ModelRunner, *jobs: Job) -> list[JobState]:
+def prepared(runner: ModelRunner, *jobs: Job) -> list[JobState]:
     return [runner.prepare(job) for job in jobs]
 
 
@@ -131,7 +135,7 @@ def test_every_scheduler_guided_and_not_in_one_batch_sd1(sd1: Model) -> None:
         for number, name in enumerate(Scheduler)
         for guidance in (6.0, 1.0)
     ]
-    for job, picture in zip(jobs, finish(sd1.runner, *renders(sd1.runner, *jobs)), strict=True):
+    for job, picture in zip(jobs, finish(sd1.runner, *prepared(sd1.runner, *jobs)), strict=True):
         sd1.check(job, picture)
 
 
@@ -142,7 +146,7 @@ def test_schedulers_with_v_prediction_and_sdxl(model: str, request: pytest.Fixtu
         a_job(scheduler=name, seed=number, guidance_scale=(5.0, 0.5)[number % 2])
         for number, name in enumerate(Scheduler)
     ]
-    for job, picture in zip(jobs, finish(tiny.runner, *renders(tiny.runner, *jobs)), strict=True):
+    for job, picture in zip(jobs, finish(tiny.runner, *prepared(tiny.runner, *jobs)), strict=True):
         tiny.check(job, picture)
 
 
@@ -156,7 +160,7 @@ def test_zero_terminal_snr(tmp_path: Path) -> None:
         Scheduler.UNIPC,
     )
     jobs = [a_job(scheduler=name) for name in names]
-    for job, picture in zip(jobs, finish(tiny.runner, *renders(tiny.runner, *jobs)), strict=True):
+    for job, picture in zip(jobs, finish(tiny.runner, *prepared(tiny.runner, *jobs)), strict=True):
         tiny.check(job, picture)
 
 
@@ -164,16 +168,16 @@ def test_zero_terminal_snr(tmp_path: Path) -> None:
 def test_a_unet_that_embeds_guidance_takes_one_row(tmp_path: Path, pipeline_class: str) -> None:
     tiny = Model(tiny_models.tiny_lcm(tmp_path / "lcm", pipeline_class=pipeline_class))
     jobs = [a_job(guidance_scale=scale, seed=number) for number, scale in enumerate((8.5, 1.0, 3.0))]
-    on_board = renders(tiny.runner, *jobs)
-    assert [render.rows for render in on_board] == [1, 1, 1]
-    for job, picture in zip(jobs, finish(tiny.runner, *on_board), strict=True):
+    in_flight = prepared(tiny.runner, *jobs)
+    assert [state.rows for state in in_flight] == [1, 1, 1]
+    for job, picture in zip(jobs, finish(tiny.runner, *in_flight), strict=True):
         tiny.check(job, picture)
 
 
 def test_other_sizes(sd1: Model, sdxl: Model) -> None:
     for tiny in (sd1, sdxl):
         jobs = [a_job(width=104, height=72), a_job(width=72, height=104, guidance_scale=1.0)]
-        first, second = renders(tiny.runner, *jobs)
+        first, second = prepared(tiny.runner, *jobs)
         assert first.lane != second.lane
         pictures = [*finish(tiny.runner, first), *finish(tiny.runner, second)]
         for job, picture in zip(jobs, pictures, strict=True):
@@ -186,7 +190,7 @@ def test_other_sizes(sd1: Model, sdxl: Model) -> None:
 def test_negative_prompts(model: str, request: pytest.FixtureRequest) -> None:
     tiny: Model = request.getfixturevalue(model)
     jobs = [a_job(), a_job(negative_prompt="dogs"), a_job(negative_prompt=" ")]
-    pictures = finish(tiny.runner, *renders(tiny.runner, *jobs))
+    pictures = finish(tiny.runner, *prepared(tiny.runner, *jobs))
     for job, picture in zip(jobs, pictures, strict=True):
         tiny.check(job, picture)
     assert len({picture.pixels.tobytes() for picture in pictures if isinstance(picture, Picture)}) > 1
@@ -195,7 +199,7 @@ def test_negative_prompts(model: str, request: pytest.FixtureRequest) -> None:
 def test_sdxl_latents_with_mean_and_deviation(tmp_path: Path) -> None:
     tiny = Model(tiny_models.tiny_sdxl(tmp_path / "moments", latents_mean=True))
     job = a_job()
-    tiny.check(job, finish(tiny.runner, *renders(tiny.runner, job))[0])
+    tiny.check(job, finish(tiny.runner, *prepared(tiny.runner, job))[0])
 
 
 def test_a_single_file_gives_what_its_folder_gives(sd1: Model, tmp_path: Path) -> None:
@@ -203,17 +207,17 @@ def test_a_single_file_gives_what_its_folder_gives(sd1: Model, tmp_path: Path) -
     runner = ModelRunner(WorkerSettings(model=str(path), model_config_dir=str(configs)))
     assert runner.served.name == "tiny"
     job = a_job()
-    sd1.check(job, finish(runner, *renders(runner, job))[0])
+    sd1.check(job, finish(runner, *prepared(runner, job))[0])
 
 
 @pytest.mark.parametrize("backend", ["naive", "sdpa"])
 def test_every_attention_backend_gives_diffusers_picture(sd2: Model, backend: Any) -> None:
     runner = ModelRunner(WorkerSettings(model=str(sd2.folder), attention=backend))
     job = a_job()
-    sd2.check(job, finish(runner, *renders(runner, job))[0])
+    sd2.check(job, finish(runner, *prepared(runner, job))[0])
 
 
-def test_mates_that_come_and_go_leave_no_trace(sd1: Model) -> None:
+def test_jobs_that_join_and_leave_the_batch_leave_no_trace(sd1: Model) -> None:
     """Random jobs join at random steps and leave when done: each picture is diffusers' own."""
     rng = random.Random(3)
     jobs = [
@@ -227,17 +231,17 @@ def test_mates_that_come_and_go_leave_no_trace(sd1: Model) -> None:
         )
         for number in range(14)
     ]
-    waiting, board, done = list(jobs), [], {}
-    while waiting or board:
+    waiting, in_flight, done = list(jobs), [], {}
+    while waiting or in_flight:
         while waiting and rng.random() < 0.6:
-            board.append(sd1.runner.prepare(waiting.pop()))
-        rng.shuffle(board)
-        if board:
-            assert sd1.runner.step(board) == [None] * len(board)
-        finished = [render for render in board if render.step == render.steps]
-        for render, picture in zip(finished, sd1.runner.decode(finished), strict=True):
-            done[render.job.seed] = picture
-        board = [render for render in board if render.step < render.steps]
+            in_flight.append(sd1.runner.prepare(waiting.pop()))
+        rng.shuffle(in_flight)
+        if in_flight:
+            assert sd1.runner.step(in_flight) == [None] * len(in_flight)
+        finished = [state for state in in_flight if state.step == state.steps]
+        for state, picture in zip(finished, sd1.runner.decode(finished), strict=True):
+            done[state.job.seed] = picture
+        in_flight = [state for state in in_flight if state.step < state.steps]
     for job in jobs:
         sd1.check(job, done[job.seed])
 
@@ -261,37 +265,37 @@ def test_guidance_in_an_interval_is_guidance_in_those_steps_alone(sd1: Model) ->
         generator=torch.Generator("cpu").manual_seed(job.seed),
         callback_on_step_end=change,
     ).images[0]
-    (render,) = renders(sd1.runner, job)
+    (state,) = prepared(sd1.runner, job)
     rows = []
-    while render.step < render.steps:
-        rows.append(render.rows)
-        assert sd1.runner.step([render]) == [None]
+    while state.step < state.steps:
+        rows.append(state.rows)
+        assert sd1.runner.step([state]) == [None]
     assert rows == [1, 2, 2, 1, 1]
-    (picture,) = sd1.runner.decode([render])
+    (picture,) = sd1.runner.decode([state])
     assert isinstance(picture, Picture)
     assert np.abs(picture.pixels.astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
-def test_exact_mode_gives_the_same_bits_alone_and_in_company(sd1: Model) -> None:
+def test_exact_mode_gives_the_same_bits_alone_and_in_a_batch(sd1: Model) -> None:
     runner = ModelRunner(WorkerSettings(model=str(sd1.folder), exact=True))
     jobs = [
         a_job(seed=number, scheduler=name, guidance_scale=1.0 + 3 * (number % 2), steps=3 + number % 3)
         for number, name in enumerate(Scheduler)
     ]
-    together = finish(runner, *renders(runner, *jobs))
+    together = finish(runner, *prepared(runner, *jobs))
     for job, picture in zip(jobs, together, strict=True):
-        (alone,) = finish(runner, *renders(runner, job))
+        (alone,) = finish(runner, *prepared(runner, job))
         assert isinstance(picture, Picture)
         assert isinstance(alone, Picture)
         assert np.array_equal(picture.pixels, alone.pixels)
         sd1.check(job, picture)
 
 
-# --- what a render says of itself ---------------------------------------------------------------------------
+# --- what a job state says of itself ------------------------------------------------------------------------
 
 
 def test_rows_lanes_and_steps(sd1: Model) -> None:
-    guided, plain, pndm = renders(
+    guided, plain, pndm = prepared(
         sd1.runner, a_job(scheduler="ddim"), a_job(guidance_scale=1.0), a_job(scheduler="pndm")
     )
     assert (guided.rows, plain.rows) == (2, 1)
@@ -303,12 +307,12 @@ def test_rows_lanes_and_steps(sd1: Model) -> None:
 def test_long_prompts_are_cut_with_a_warning(sd1: Model, sd2: Model) -> None:
     for tiny, limit in ((sd1, 77), (sd2, 16)):
         job = a_job(prompt=LONG, negative_prompt=LONG)
-        (render,) = renders(tiny.runner, job)
-        positive, negative = render.warnings
+        (state,) = prepared(tiny.runner, job)
+        positive, negative = state.warnings
         assert positive.startswith(f'The prompt was cut after {limit} tokens; left out: "')
         assert positive.endswith('words"')
         assert negative.startswith("The negative prompt was cut after")
-        tiny.check(job, finish(tiny.runner, render)[0])
+        tiny.check(job, finish(tiny.runner, state)[0])
 
 
 def test_a_prompt_that_just_fits_has_no_warning(sd2: Model) -> None:
@@ -319,9 +323,9 @@ def test_a_prompt_that_just_fits_has_no_warning(sd2: Model) -> None:
 
 def test_text_is_encoded_once(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    encode = sd1.runner._pipeline.encode_prompt
+    encode = sd1.loaded.pipeline.encode_prompt
     monkeypatch.setattr(
-        sd1.runner._pipeline,
+        sd1.loaded.pipeline,
         "encode_prompt",
         lambda *args, **more: calls.append(args[0]) or encode(*args, **more),
     )
@@ -341,7 +345,7 @@ def test_prepare_from_another_thread_while_steps_run(sd1: Model) -> None:
         made.extend(sd1.runner.prepare(job) for job in jobs)
 
     thread = threading.Thread(target=prepare)
-    (busy,) = renders(sd1.runner, a_job(steps=20))
+    (busy,) = prepared(sd1.runner, a_job(steps=20))
     thread.start()
     while busy.step < busy.steps:
         sd1.runner.step([busy])
@@ -401,11 +405,11 @@ def test_larger_pictures_share_a_step_with_fewer(sd1: Model) -> None:
 
 
 def test_warm_up_refuses_a_model_that_gives_nan(tmp_path: Path) -> None:
-    runner = ModelRunner(WorkerSettings(model=str(tiny_models.tiny_sd1(tmp_path / "nan"))))
+    tiny = Model(tiny_models.tiny_sd1(tmp_path / "nan"))
     with torch.no_grad():
-        runner._pipeline.unet.conv_out.bias.fill_(float("nan"))
+        tiny.loaded.pipeline.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(SettingsError, match=r"failed to render at start.*no longer finite"):
-        runner.warm_up()
+        tiny.runner.warm_up()
 
 
 # --- a job fails alone --------------------------------------------------------------------------------------
@@ -438,14 +442,14 @@ def test_a_latent_consistency_model_takes_its_own_scheduler_alone(lcm: Model) ->
 
 
 def test_sizes_that_the_vae_does_not_divide(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sd1.runner._pipeline, "vae_scale_factor", 16)
+    monkeypatch.setattr(sd1.loaded.pipeline, "vae_scale_factor", 16)
     with pytest.raises(InvalidJobError, match="72 x 64, but this model's sizes are multiples of 16"):
         sd1.runner.prepare(a_job(width=72, height=64))
 
 
-def test_a_nan_in_one_render_is_its_own_alone(sd1: Model) -> None:
+def test_a_nan_in_one_job_is_its_own_alone(sd1: Model) -> None:
     jobs = [a_job(seed=1), a_job(seed=2)]
-    healthy, sick = renders(sd1.runner, *jobs)
+    healthy, sick = prepared(sd1.runner, *jobs)
     sd1.runner.step([healthy, sick])
     sick._state = sick._state * float("nan")
     fine, failure = sd1.runner.step([healthy, sick])
@@ -458,7 +462,7 @@ def test_a_nan_in_one_render_is_its_own_alone(sd1: Model) -> None:
 def test_a_scheduler_that_fails_is_its_own_jobs_alone(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     # With this model's config DDIM clips, so that its own object takes the step.
     jobs = [a_job(seed=1), a_job(seed=2, scheduler="ddim")]
-    healthy, sick = renders(sd1.runner, *jobs)
+    healthy, sick = prepared(sd1.runner, *jobs)
 
     def fail(*args: object, **more: object) -> None:
         raise IndexError("index 5 is out of bounds")
@@ -481,34 +485,34 @@ def test_a_forward_that_fails_at_any_step_changes_nothing(
 ) -> None:
     names = (Scheduler.EULER_ANCESTRAL, Scheduler.LCM, Scheduler.UNIPC, Scheduler.PNDM, Scheduler.DPMPP_2M)
     jobs = [a_job(seed=number, scheduler=name) for number, name in enumerate(names)]
-    on_board = renders(sd1.runner, *jobs)
+    in_flight = prepared(sd1.runner, *jobs)
     expected = OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RenderError
 
     def fail(*args: object, **more: object) -> None:
         raise error
 
-    while running := [render for render in on_board if render.step < render.steps]:
+    while running := [state for state in in_flight if state.step < state.steps]:
         with monkeypatch.context() as patch:
-            patch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+            patch.setattr(sd1.loaded.pipeline.unet, "forward", fail)
             with pytest.raises(expected, match=r"Out of memory while|failed to denoise"):
                 sd1.runner.step(running)
         # With half the rows it goes on.
         middle = len(running) // 2
         assert sd1.runner.step(running[:middle]) == [None] * middle if middle else True
         assert sd1.runner.step(running[middle:]) == [None] * (len(running) - middle)
-    for job, picture in zip(jobs, sd1.runner.decode(on_board), strict=True):
+    for job, picture in zip(jobs, sd1.runner.decode(in_flight), strict=True):
         sd1.check(job, picture)
 
 
 def test_a_device_that_fails_is_nobodys_job(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_board = renders(sd1.runner, a_job(seed=1))
+    in_flight = prepared(sd1.runner, a_job(seed=1))
 
     def fail(*args: object, **more: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+    monkeypatch.setattr(sd1.loaded.pipeline.unet, "forward", fail)
     with pytest.raises(DeviceError, match="illegal memory access"):
-        sd1.runner.step(on_board)
+        sd1.runner.step(in_flight)
 
 
 def test_a_failed_forward_lets_go_of_its_tensors(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,9 +524,9 @@ def test_a_failed_forward_lets_go_of_its_tensors(sd1: Model, monkeypatch: pytest
         held.append(weakref.ref(activations))
         raise torch.OutOfMemoryError(f"no room beside {len(activations)} values")
 
-    monkeypatch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+    monkeypatch.setattr(sd1.loaded.pipeline.unet, "forward", fail)
     try:
-        sd1.runner.step(renders(sd1.runner, a_job()))
+        sd1.runner.step(prepared(sd1.runner, a_job()))
     except OutOfMemoryError:
         gc.collect()
         assert held[0]() is None
@@ -534,21 +538,21 @@ def test_out_of_memory_on_a_cpu_is_known_by_its_text(sd1: Model, monkeypatch: py
     def fail(*args: object, **more: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 TB")
 
-    monkeypatch.setattr(sd1.runner._pipeline.unet, "forward", fail)
+    monkeypatch.setattr(sd1.loaded.pipeline.unet, "forward", fail)
     with pytest.raises(OutOfMemoryError):
-        sd1.runner.step(renders(sd1.runner, a_job()))
+        sd1.runner.step(prepared(sd1.runner, a_job()))
 
 
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
-def test_decoding_in_company_and_over_lanes(sd1: Model) -> None:
+def test_decoding_together_and_over_lanes(sd1: Model) -> None:
     jobs = [a_job(seed=number, width=64 + 8 * (number % 2)) for number in range(5)]
     pictures = []
-    on_board = renders(sd1.runner, *jobs)
-    for lane in {render.lane for render in on_board}:
-        finish(sd1.runner, *(render for render in on_board if render.lane == lane))
-    pictures = list(sd1.runner.decode(on_board))
+    in_flight = prepared(sd1.runner, *jobs)
+    for lane in {state.lane for state in in_flight}:
+        finish(sd1.runner, *(state for state in in_flight if state.lane == lane))
+    pictures = list(sd1.runner.decode(in_flight))
     for job, picture in zip(jobs, pictures, strict=True):
         sd1.check(job, picture)
 
@@ -559,9 +563,9 @@ def test_what_does_not_fit_in_one_decoding_is_decoded_in_smaller_ones_from_then_
     # A model of its own: it remembers.
     tiny = Model(tiny_models.tiny_sd1(tmp_path / "little_memory"))
     jobs = [a_job(seed=number) for number in range(5)]
-    on_board = renders(tiny.runner, *jobs)
-    finish(tiny.runner, *on_board)
-    decode = tiny.runner._pipeline.vae.decode
+    in_flight = prepared(tiny.runner, *jobs)
+    finish(tiny.runner, *in_flight)
+    decode = tiny.loaded.pipeline.vae.decode
     tried: list[int] = []
 
     def small(latents: torch.Tensor, **more: Any) -> Any:
@@ -570,10 +574,10 @@ def test_what_does_not_fit_in_one_decoding_is_decoded_in_smaller_ones_from_then_
             raise torch.OutOfMemoryError("too many")
         return decode(latents, **more)
 
-    monkeypatch.setattr(tiny.runner._pipeline.vae, "decode", small)
+    monkeypatch.setattr(tiny.loaded.pipeline.vae, "decode", small)
     for expected in ([5, 2, 2, 1], [2, 2, 1]):
         tried.clear()
-        pictures = list(tiny.runner.decode(on_board))
+        pictures = list(tiny.runner.decode(in_flight))
         assert tried == expected
     for job, picture in zip(jobs, pictures, strict=True):
         tiny.check(job, picture)
@@ -581,10 +585,10 @@ def test_what_does_not_fit_in_one_decoding_is_decoded_in_smaller_ones_from_then_
 
 def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [a_job(seed=number) for number in range(3)]
-    on_board = renders(sd1.runner, *jobs)
-    finish(sd1.runner, *on_board)
-    on_board[1]._state = on_board[1]._state * float("nan")
-    pictures = list(sd1.runner.decode(on_board))
+    in_flight = prepared(sd1.runner, *jobs)
+    finish(sd1.runner, *in_flight)
+    in_flight[1]._state = in_flight[1]._state * float("nan")
+    pictures = list(sd1.runner.decode(in_flight))
     assert isinstance(pictures[1], NotFiniteError)
     sd1.check(jobs[0], pictures[0])
     sd1.check(jobs[2], pictures[2])
@@ -592,8 +596,8 @@ def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.Monkey
     def fail(*args: object, **more: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sd1.runner._pipeline.vae, "decode", fail)
-    (too_large,) = sd1.runner.decode(on_board[:1])
+    monkeypatch.setattr(sd1.loaded.pipeline.vae, "decode", fail)
+    (too_large,) = sd1.runner.decode(in_flight[:1])
     assert isinstance(too_large, JobTooLargeError)
     assert "64 x 64" in str(too_large)
 
@@ -605,7 +609,7 @@ def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.Monkey
 def test_the_safety_checker_has_its_say(tmp_path: Path, finds: str, nsfw: bool) -> None:
     tiny = Model(tiny_models.tiny_sd1(tmp_path / "checked", safety_checker=finds))
     jobs = [a_job(seed=1), a_job(seed=2)]
-    for job, picture in zip(jobs, finish(tiny.runner, *renders(tiny.runner, *jobs)), strict=True):
+    for job, picture in zip(jobs, finish(tiny.runner, *prepared(tiny.runner, *jobs)), strict=True):
         assert isinstance(picture, Picture)
         assert picture.nsfw is nsfw
         assert np.abs(picture.pixels.astype(int) - tiny.expected(job).astype(int)).max() <= 1
@@ -616,7 +620,7 @@ def test_the_safety_checker_switched_off(tmp_path: Path) -> None:
     folder = tiny_models.tiny_sd1(tmp_path / "checked", safety_checker="all")
     on = ModelRunner(WorkerSettings(model=str(folder)))
     off = ModelRunner(WorkerSettings(model=str(folder), safety_checker=False))
-    (picture,) = finish(off, *renders(off, a_job()))
+    (picture,) = finish(off, *prepared(off, a_job()))
     assert isinstance(picture, Picture)
     assert picture.nsfw is None
     assert picture.pixels.any()
@@ -626,6 +630,6 @@ def test_the_safety_checker_switched_off(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_safety_checker_has_no_verdict(sd1: Model) -> None:
-    (picture,) = finish(sd1.runner, *renders(sd1.runner, a_job()))
+    (picture,) = finish(sd1.runner, *prepared(sd1.runner, a_job()))
     assert isinstance(picture, Picture)
     assert picture.nsfw is None

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Scheduler
-from worker.device.samplers import CLASSES, SLOTS, Sampler, Samplers, Schedule
+from worker.device.family import Schedulers
+from worker.device.samplers import CLASSES, Samplers
+from worker.device.schedule import SLOTS, Sampler, Schedule
 
 SHAPE = (1, 5, 4, 6)
 NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -50,7 +52,18 @@ CONFIGS: dict[str, Any] = {
     "clips": scheduler_of("DDIMScheduler", clip_sample=True),
     "thresholds": scheduler_of("DPMSolverMultistepScheduler", thresholding=True),
 }
-#: Those under which every scheduler only adds.
+#: Flow matching. These have no `init_noise_sigma` and no `scale_model_input`, and only their own names fit.
+FLOWS: dict[str, Any] = {
+    "flow euler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow euler, shifted by size": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    "flow euler, stochastic": diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    "flow heun": diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+    "flow lcm": diffusers.FlowMatchLCMScheduler(shift=3.0),
+}
+FLOW_CLASSES: dict[Scheduler, Any] = {Scheduler.EULER: ("FlowMatchEulerDiscreteScheduler", {})}
+#: What set_timesteps takes besides the number of steps.
+OPTIONS: dict[str, dict[str, Any]] = {"flow euler, shifted by size": {"mu": 0.8}}
+#: Those under which every scheduler is linear.
 LINEAR = ("sd1", "sd2", "zero", "sdxl", "sde", "lcm", "turbo")
 
 
@@ -58,13 +71,19 @@ def a_generator(seed: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
+def schedulers_of(own: Any) -> Schedulers:
+    return Schedulers(own, CLASSES, "a model of noise")
+
+
 @functools.cache
 def samplers_of(config: str) -> Samplers:
-    return Samplers(SimpleNamespace(scheduler=CONFIGS[config]))
+    if config in FLOWS:
+        return Samplers(Schedulers(FLOWS[config], FLOW_CLASSES, "a flow-matching model"))
+    return Samplers(schedulers_of(CONFIGS[config]))
 
 
 def guess(step: int) -> torch.Tensor:
-    """What a UNet might say."""
+    """What a model might predict."""
     return torch.randn(SHAPE, generator=a_generator(1000 + step))
 
 
@@ -98,8 +117,10 @@ def diffusers_own(config: str, name: Scheduler, steps: int, noise: torch.Tensor)
     """The same by diffusers' loop: pipeline_stable_diffusion_xl.py, step 9.
 
     `pipeline_stable_diffusion.py` is the same but for `set_begin_index`, without which it raises an
-    IndexError where the first two timesteps are the same.
+    IndexError where the first two timesteps are the same. Pipelines of flow matching scale nothing.
     """
+    if config in FLOWS:
+        return flow_loop(config, steps, noise)
     own = CONFIGS[config]
     kind, options = CLASSES.get(name, (type(own).__name__, {}))
     scheduler = getattr(diffusers, kind).from_config(own.config, **options)
@@ -112,6 +133,19 @@ def diffusers_own(config: str, name: Scheduler, steps: int, noise: torch.Tensor)
     for step, timestep in enumerate(scheduler.timesteps):
         prediction = guess(step) + 0.1 * scheduler.scale_model_input(latents, timestep)
         latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+        path.append(latents)
+    return path
+
+
+def flow_loop(config: str, steps: int, latents: torch.Tensor) -> list[torch.Tensor]:
+    """As in pipeline_flux.py, step 6."""
+    scheduler = type(FLOWS[config]).from_config(FLOWS[config].config)
+    scheduler.set_timesteps(steps, **OPTIONS.get(config, {}))
+    scheduler.set_begin_index(0)
+    generator, path = a_generator(), []
+    for step, timestep in enumerate(scheduler.timesteps):
+        prediction = guess(step) + 0.1 * latents
+        latents = scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)[0]
         path.append(latents)
     return path
 
@@ -144,6 +178,43 @@ def test_the_weights_do_what_diffusers_does(config: str, name: Scheduler, steps:
         assert (mine - own).abs().max() <= 5e-6 * largest
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 20, 50])
+@pytest.mark.parametrize("config", FLOWS)
+def test_the_weights_do_what_diffusers_does_for_flow_matching(config: str, steps: int) -> None:
+    options, noise = OPTIONS.get(config), torch.randn(SHAPE, generator=a_generator(1))
+    schedule = samplers_of(config).schedule(Scheduler.DEFAULT, steps, options)
+    expected = flow_loop(config, steps, noise)
+    assert schedule.noise_scale == 1.0
+    assert schedule.input_scale == (1.0,) * len(expected)
+    path = by_weights(schedule, noise)
+    assert len(path) == len(expected) == len(schedule.timesteps)
+    for mine, own in zip(path, expected, strict=True):
+        assert (mine - own).abs().max() <= 5e-6 * max(1.0, own.abs().max())
+    # A sampler takes the same steps, one job at a time, over latents of any number of axes.
+    tokens = samplers_of(config).own(Scheduler.DEFAULT, steps, a_generator(), options)
+    latents = noise.flatten(2)
+    for step, own in enumerate(expected):
+        prediction = (guess(step) + 0.1 * tokens.model_input(latents, step).view(SHAPE)).flatten(2)
+        tokens.advance(prediction * float("nan"), latents, step)
+        latents, tokens = tokens.advance(prediction, latents, step)
+        assert torch.equal(latents, own.flatten(2))
+
+
+def test_schedules_with_other_options_are_others() -> None:
+    samplers = samplers_of("flow euler, shifted by size")
+    one, other = (samplers.schedule(Scheduler.EULER, 4, {"mu": mu}) for mu in (0.5, 1.0))
+    assert one.timesteps != other.timesteps
+    assert samplers.schedule(Scheduler.EULER, 4, {"mu": 0.5}) is one
+
+
+def test_a_scheduler_that_does_not_fit_the_model_is_refused_with_those_that_do() -> None:
+    with pytest.raises(
+        InvalidJobError,
+        match=r'scheduler is "ddim", but this is a flow-matching model: use "default" or "euler"\.',
+    ):
+        samplers_of("flow euler").own(Scheduler.DDIM, 4, a_generator())
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @settings(max_examples=10, deadline=None)
 @given(name=st.sampled_from(list(Scheduler)), steps=st.integers(4, 24))
@@ -169,18 +240,18 @@ def test_few_steps(name: Scheduler, steps: int) -> None:
 
 def test_dpmpp_2m_is_what_its_name_says_whatever_the_models_config() -> None:
     for name, karras in ((Scheduler.DPMPP_2M, False), (Scheduler.DPMPP_2M_KARRAS, True)):
-        config = samplers_of("sde").own(name, 5, a_generator())._scheduler.config
+        config = samplers_of("sde").own(name, 5, a_generator()).scheduler.config
         assert config.algorithm_type == "dpmsolver++"
         assert config.solver_order == 2
         assert config.use_karras_sigmas is karras
-    own = samplers_of("sde").own(Scheduler.DEFAULT, 5, a_generator())._scheduler.config
+    own = samplers_of("sde").own(Scheduler.DEFAULT, 5, a_generator()).scheduler.config
     assert (own.algorithm_type, own.solver_order) == ("sde-dpmsolver++", 3)
 
 
 @pytest.mark.parametrize("config", ["sd2", "zero"])
 def test_what_the_model_predicts_is_kept(config: str) -> None:
     for name in Scheduler:
-        scheduler = samplers_of(config).own(name, 5, a_generator())._scheduler
+        scheduler = samplers_of(config).own(name, 5, a_generator()).scheduler
         assert scheduler.config.prediction_type == "v_prediction"
         if config == "zero" and hasattr(scheduler.config, "rescale_betas_zero_snr"):
             assert scheduler.config.rescale_betas_zero_snr
@@ -239,8 +310,8 @@ def test_slots_are_as_many_as_needed_and_those_not_in_use_are_zero() -> None:
         ("EulerDiscreteScheduler", {"prediction_type": "tea leaves"}),
     ],
 )
-def test_what_does_more_than_add_has_no_weights(kind: str, config: dict[str, Any]) -> None:
-    samplers = Samplers(SimpleNamespace(scheduler=scheduler_of(kind, **config)))
+def test_what_is_not_linear_has_no_weights(kind: str, config: dict[str, Any]) -> None:
+    samplers = Samplers(schedulers_of(scheduler_of(kind, **config)))
     schedule = samplers.schedule(Scheduler.DEFAULT, 9)
     assert (schedule.weights, schedule.input_scale, schedule.draws) == (None, (), ())
     assert list(schedule.timesteps) == samplers.own(Scheduler.DEFAULT, 9, a_generator()).timesteps.tolist()
@@ -253,12 +324,12 @@ def test_without_weights_the_jobs_own_sampler_is_exact(config: str) -> None:
     path = ours(samplers.own(Scheduler.DEFAULT, 9, a_generator()), noise)
     expected = diffusers_own(config, Scheduler.DEFAULT, 9, noise)
     assert all(map(torch.equal, path, expected))
-    # It does clip: a scheduler that only adds takes noise of twice the size to other latents.
+    # It does clip: a linear scheduler takes noise of twice the size to other latents.
     assert any(latents.abs().max() <= 1.0 for latents in path)
 
 
 def test_a_schedule_is_made_once_for_all_threads() -> None:
-    samplers, together = Samplers(SimpleNamespace(scheduler=CONFIGS["sd1"])), threading.Barrier(8)
+    samplers, together = Samplers(schedulers_of(CONFIGS["sd1"])), threading.Barrier(8)
 
     def ask(number: int) -> tuple[int, Schedule]:
         together.wait(timeout=30)
@@ -268,7 +339,7 @@ def test_a_schedule_is_made_once_for_all_threads() -> None:
         asked = list(pool.map(ask, range(8)))
     assert len({id(schedule) for _, schedule in asked}) == 2
     assert all(len(schedule.timesteps) == 20 + which for which, schedule in asked)
-    assert samplers._kept.cache_info().misses == 2
+    assert samplers._cached.cache_info().misses == 2
 
 
 def test_a_schedule_is_the_same_whatever_was_asked_for_before() -> None:
@@ -276,7 +347,7 @@ def test_a_schedule_is_the_same_whatever_was_asked_for_before() -> None:
     first = samplers.schedule(Scheduler.DEFAULT, 12).weights
     samplers.schedule(Scheduler.DEFAULT, 30)
     ours(samplers.own(Scheduler.DEFAULT, 12, a_generator()), torch.ones(SHAPE))
-    samplers._kept.cache_clear()
+    samplers._cached.cache_clear()
     again = samplers.schedule(Scheduler.DEFAULT, 12).weights
     assert first is not None
     assert again is not None
@@ -304,11 +375,11 @@ def test_what_diffusers_refuses_is_the_callers_error() -> None:
     with pytest.raises(
         InvalidJobError, match=r'steps is 41, which scheduler "default" refuses with this model'
     ):
-        Samplers(SimpleNamespace(scheduler=own)).own(Scheduler.DEFAULT, 41, a_generator())
+        Samplers(schedulers_of(own)).own(Scheduler.DEFAULT, 41, a_generator())
 
 
 def test_a_noise_schedule_that_a_class_does_not_know() -> None:
-    samplers = Samplers(SimpleNamespace(scheduler=diffusers.DDPMScheduler(beta_schedule="sigmoid")))
+    samplers = Samplers(schedulers_of(diffusers.DDPMScheduler(beta_schedule="sigmoid")))
     samplers.own(Scheduler.DEFAULT, 5, a_generator())
     with pytest.raises(InvalidJobError, match='scheduler is "ddim", which does not know this model'):
         samplers.own(Scheduler.DDIM, 5, a_generator())

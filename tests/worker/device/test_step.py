@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,31 @@ from torch._dynamo.utils import counters
 from tests import tiny_models
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device import unet_patches
-from worker.device.cuda_graphs import MAX_ROWS, SPACING, bucket_of
-from worker.device.job_state import batch_of
-from worker.device.model_runner import ModelRunner
-from worker.device.samplers import SLOTS
-from worker.device.step import Batch, denoise
+from worker.device.cuda_graphs import MAX_ROWS, SPACING, batch_size
+from worker.device.model_runner import ModelRunner, family_of
+from worker.device.schedule import SLOTS
+from worker.device.step import Batch, batch_of, denoise
+from worker.model import loader
 
 ATTENDS_FIRST = functools.partial(tiny_models.tiny_sd1, attends_first=True)
 SHAPE = (4, 8, 8)
 
 
-def a_unet(rows: torch.Tensor, times: torch.Tensor, **more: Any) -> tuple[torch.Tensor]:
-    """One whose output says which row and time it was for."""
-    return (
-        rows * 2 + times.view(-1, 1, 1, 1) + more["encoder_hidden_states"].mean((1, 2)).view(-1, 1, 1, 1),
-    )
+def a_model(
+    latents: torch.Tensor, times: torch.Tensor, conditions: Mapping[str, torch.Tensor], **more: Any
+) -> torch.Tensor:
+    """One whose output shows which row, time and text it was for, for latents of any number of axes."""
+    text = conditions["text"].mean((1, 2))
+    return latents * 2 + (times + text).view(-1, *[1] * (latents.ndim - 1))
 
 
-def a_batch() -> Batch:
+def a_batch(shape: tuple[int, ...] = SHAPE) -> Batch:
     """Two jobs: the first with guidance 3, of rows 0 and 1; the second without, of row 2."""
     generator = torch.Generator().manual_seed(1)
     draw = functools.partial(torch.randn, generator=generator)
     return Batch(
-        states=draw(2, SLOTS, *SHAPE),
-        noise=draw(2, *SHAPE),
+        states=draw(2, SLOTS, *shape),
+        noise=draw(2, *shape),
         weights=draw(2, SLOTS, SLOTS + 2),
         input_scale=torch.tensor([0.5, 2.0]),
         guidance=torch.tensor([3.0, 9.0]),
@@ -46,79 +46,80 @@ def a_batch() -> Batch:
         prompted=torch.tensor([1, 2]),
         job_of_row=torch.tensor([0, 0, 1]),
         times=torch.tensor([7.0, 7.0, 11.0]),
-        text=draw(3, 5, 6),
-        conditions={},
+        conditions={"text": draw(3, 5, 6)},
     )
 
 
-def test_a_step_is_scale_unet_guidance_and_weights() -> None:
-    batch = a_batch()
-    states, predictions, finite = denoise(a_unet, batch)
-    text = batch.text.mean((1, 2))
+@pytest.mark.parametrize("shape", [SHAPE, (10, 3), (7,)], ids=["image", "tokens", "vector"])
+def test_a_step_is_scale_model_guidance_and_weights(shape: tuple[int, ...]) -> None:
+    batch = a_batch(shape)
+    states, predictions, finite = denoise(a_model, batch)
+    text = batch.conditions["text"].mean((1, 2))
     scaled = [batch.states[0, 0] * 0.5, batch.states[1, 0] * 2.0]
     first = [scaled[0] * 2 + 7.0 + text[row] for row in (0, 1)]
     expected = [first[0] + 3.0 * (first[1] - first[0]), scaled[1] * 2 + 11.0 + text[2]]
     for job in range(2):
         assert torch.allclose(predictions[job], expected[job], atol=1e-5)
         sources = torch.stack([*batch.states[job], expected[job], batch.noise[job]])
-        after = torch.einsum("st,tchw->schw", batch.weights[job], sources)
+        after = torch.einsum("st,t...->s...", batch.weights[job], sources)
         assert torch.allclose(states[job], after, atol=1e-4)
     assert finite.tolist() == [True, True]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_told_of_its_own_job_alone(value: float) -> None:
+def test_what_is_not_finite_is_reported_for_its_own_job_alone(value: float) -> None:
     batch = a_batch()
     batch.states[1, 2, 3, 4, 5] = value
-    expected = denoise(a_unet, a_batch())
-    states, _, finite = denoise(a_unet, batch)
+    expected = denoise(a_model, a_batch())
+    states, _, finite = denoise(a_model, batch)
     assert finite.tolist() == [True, False]
     assert torch.equal(states[0], expected[0][0])
 
 
-def test_room_is_like_the_batch_and_zero() -> None:
+def test_a_batch_of_zeros_has_the_shapes_of_the_batch() -> None:
     batch = a_batch()
-    room = batch.room_for(jobs=5, rows=8)
-    for small, large in zip(batch.tensors(), room.tensors(), strict=True):
+    zeros = batch.zeros(jobs=5, rows=8)
+    for small, large in zip(batch.tensors(), zeros.tensors(), strict=True):
         assert small.shape[1:] == large.shape[1:]
         assert small.dtype == large.dtype
         assert len(large) == (5 if len(small) == 2 else 8)
         assert not large.any()
 
 
-def test_a_bucket_is_the_least_that_fits() -> None:
-    buckets = [bucket_of(rows) for rows in range(1, MAX_ROWS + 1)]
-    assert all(bucket >= rows for rows, bucket in enumerate(buckets, 1))
-    assert buckets == sorted(buckets)
-    # At most a quarter of a bucket is padding, or one row.
-    assert all(bucket - rows <= max(1, bucket / 4) for rows, bucket in enumerate(buckets, 1))
-    assert {limit for limit, _ in SPACING} <= set(buckets)
+def test_a_batch_is_padded_to_the_smallest_captured_size_that_fits() -> None:
+    sizes = [batch_size(rows) for rows in range(1, MAX_ROWS + 1)]
+    assert all(size >= rows for rows, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    # At most a quarter of a batch is padding, or one row.
+    assert all(size - rows <= max(1, size / 4) for rows, size in enumerate(sizes, 1))
+    assert {limit for limit, _ in SPACING} <= set(sizes)
 
 
 @pytest.mark.parametrize("make", [ATTENDS_FIRST, tiny_models.tiny_sdxl, tiny_models.tiny_lcm])
 def test_the_compiler_takes_a_step_in_one_piece_and_once_for_any_rows(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    runner = ModelRunner(WorkerSettings(model=str(make(tmp_path / "model"))))
-    unet = runner._pipeline.unet
-    unet_patches.install(runner._pipeline)
-    batch = batch_of([runner.prepare(Job(prompt="a small cat", seed=1, steps=2))])
+    settings = WorkerSettings(model=str(make(tmp_path / "model")))
+    loaded = loader.load(settings)
+    family = family_of(loaded, compiled=True)
+    runner = ModelRunner(settings, loaded, family)
+    batch = batch_of([runner.prepare(Job(prompt="a small cat", seed=1, steps=2)).next_inputs()])
     torch._dynamo.reset()
     counters.clear()
-    example = batch.room_for(jobs=4, rows=6)
+    example = batch.zeros(jobs=4, rows=6)
     for tensor in example.tensors():
         torch._dynamo.mark_dynamic(tensor, 0)
     with torch.no_grad():
         compiled = torch.compile(
-            functools.partial(denoise, unet), fullgraph=True, dynamic=False, backend="eager"
+            functools.partial(denoise, family.forward), fullgraph=True, dynamic=False, backend="eager"
         )
         compiled(example)
         # On a CPU, convolutions have another way from 16 rows on.
         for jobs, rows in ((2, 2), (2, 4), (6, 6), (3, 12)):
-            padded = batch.room_for(jobs, rows)
-            for room, part in zip(padded.tensors(), batch.tensors(), strict=True):
-                room[: len(part)] = part
-            for one, other in zip(compiled(padded), denoise(unet, batch), strict=True):
+            padded = batch.zeros(jobs, rows)
+            for whole, part in zip(padded.tensors(), batch.tensors(), strict=True):
+                whole[: len(part)] = part
+            for one, other in zip(compiled(padded), denoise(family.forward, batch), strict=True):
                 assert torch.allclose(one[:1].float(), other.float(), atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()

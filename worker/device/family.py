@@ -1,0 +1,147 @@
+"""What the device code asks of a family of models. `worker.device.unet_family` is the one that is served.
+
+A family knows one kind of denoising model: its latents, its conditions, its forward, its VAE. All else (the
+steps of mixed jobs, samplers, compiling, CUDA graphs, batched decoding) is the same for every family, and
+knows none. A new family is a class with the methods of `ModelFamily`, and a line in
+`worker.device.model_runner.family_of`.
+
+Words. The **latents** of a job are one float32 tensor of any number of axes, in the layout in which the model
+takes them: (channels, height, width) for a UNet, packed (tokens, channels) for a transformer. A **row** is
+one sample in a forward; J is the number of jobs in a batch, R that of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from worker.contract.job import Job, Scheduler
+from worker.device.attention import Layer
+
+#: What jobs must have in common to share a step, as whole numbers: in every family so far (channels, height,
+#: width) of the latents before packing. Jobs of equal lanes have latents and conditions of equal shapes.
+Lane = tuple[int, ...]
+
+#: A class of diffusers' schedulers, and what it takes besides the config of the model's own scheduler.
+SchedulerClass = tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The texts of a job, encoded. Jobs of equal texts share it, and nobody changes it."""
+
+    #: What the model takes of the texts, by name: (rows, ...) each, on the device, in the model's dtype. Two
+    #: rows where the job is guided, the negative prompt's first; else the prompt's alone.
+    conditions: Mapping[str, torch.Tensor]
+    #: One sentence for each part of a text that the model does not see.
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Schedulers:
+    """The noise schedulers that fit a model."""
+
+    #: The model's own: a diffusers scheduler with its config. It is never stepped.
+    own: Any
+    #: The others, by the name that a job asks for.
+    classes: Mapping[Scheduler, SchedulerClass]
+    #: What the model is, with its article, to complete "this is ..." where a job asks for a name not in
+    #: `classes`.
+    kind: str
+
+
+class ModelFamily(Protocol):
+    """A model of one kind on its device. Methods may be called from several threads, but for `encode`."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels, > 0: the width and the height of a picture must be multiples of it."""
+
+    @property
+    def schedulers(self) -> Schedulers:
+        """The noise schedulers that fit."""
+
+    def lane(self, width: int, height: int) -> Lane:
+        """The lane of jobs of `width` x `height` pixels, which are multiples of `size_multiple`."""
+
+    def area(self, lane: Lane) -> int:
+        """Latent pixels or tokens of one row of `lane`, > 0: a step's cost is about proportional to them."""
+
+    def size(self, lane: Lane) -> tuple[int, int]:
+        """Width and height in pixels of the pictures of `lane`."""
+
+    def initial_noise(self, lane: Lane, generator: torch.Generator) -> torch.Tensor:
+        """The latents of a job before its first step, float32 on the CPU, drawn from `generator`.
+
+        Standard normal: the scheduler's scale is applied afterwards. Schedulers that add noise in a step draw
+        theirs in the shape of this tensor.
+        """
+
+    def timestep_options(self, lane: Lane, steps: int) -> Mapping[str, Hashable]:
+        """What the schedulers' `set_timesteps` takes besides `steps`; {} for most families.
+
+        Flow-matching models shift their timesteps by the size of the picture, for example: {"mu": 0.8}.
+        """
+
+    def rows(self, guidance_scale: float) -> int:
+        """Rows of a job in a forward: 2 where classifier-free guidance takes one without the prompt, else 1.
+
+        A model that has guidance embedded takes one row, and the scale among its `conditions`.
+        """
+
+    def encode(self, prompt: str, negative: str, *, guided: bool) -> Text:
+        """Encode a job's texts: two rows if `guided`, else one. An empty `negative` is no negative prompt.
+
+        One call at a time: tokenizers are not safe to use from several threads.
+        """
+
+    def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
+        """What the model takes besides latents, timestep and text: (rows, ...) each, as in `Text.conditions`.
+
+        `job` has all its fields filled in. Names differ from those of the texts. Examples are SDXL's sizes
+        (micro-conditioning), embedded guidance, and the positions of tokens.
+        """
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        times: torch.Tensor,
+        conditions: Mapping[str, torch.Tensor],
+        *,
+        prompted: torch.Tensor,
+        job_of_row: torch.Tensor,
+    ) -> torch.Tensor:
+        """The model's output for R rows of J jobs, each with a timestep of its own: float32, as `latents`.
+
+        `latents`: (R, *shape) float32, scaled as the scheduler says. `times`: (R,) float32, timesteps of the
+        scheduler. `conditions`: (R, ...) each, those of `encode` and of `conditions` together.
+        `prompted`: (J,) int64, the row of each job that has its prompt; `job_of_row`: (R,) int64. With these
+        two, layers that depend on no prompt may be computed once for each job.
+
+        Traced by torch.compile in one piece, for any R and J from 2 on, and captured in a CUDA graph: no
+        data goes to the CPU, and nothing depends on a tensor's values.
+        """
+
+    def attentions(self) -> Iterable[Layer]:
+        """All attention modules, the VAE's included, for which a backend is chosen: maybe none.
+
+        Raises `SettingsError` for attention of a kind that is not supported.
+        """
+
+    def to_vae(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor:
+        """Finished latents of `lane`, (J, *shape) float32, unpacked and unscaled, as `decode` takes them.
+
+        Returns (J, channels, height, width) in the VAE's dtype.
+        """
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Run the VAE: (J, 3, height, width) in pixels, about -1 to 1. Traced as `forward` is, for any J."""
+
+    def check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]] | None:
+        """Run the safety checker over `images`, as `decode` returned them. None: the model has none.
+
+        Returns the images, all zeros where it objects, and whether it objects to each.
+        """

@@ -1,0 +1,208 @@
+"""The family of Stable Diffusion's UNets: SD 1.x and 2.x, SDXL, and their latent consistency models.
+
+Formulas and their order follow `diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion.py`, its SDXL
+sibling and `latent_consistency_models/pipeline_latent_consistency_text2img.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, cast
+
+import diffusers
+import torch
+
+from worker.contract.job import Job, Scheduler
+from worker.device import unet_patches
+from worker.device.attention import Layer, shape_of
+from worker.device.family import Lane, Schedulers, Text
+from worker.device.samplers import CLASSES
+from worker.device.text_encoder import cut_warning
+
+#: The name of the text embeddings among a row's conditions: (rows, tokens, width).
+TEXT = "encoder_hidden_states"
+
+
+class UNetFamily:
+    """A diffusers pipeline with a UNet, as a `worker.device.family.ModelFamily`."""
+
+    def __init__(
+        self, pipeline: Any, device: torch.device, dtype: torch.dtype, *, patched: bool = False
+    ) -> None:
+        """`pipeline` is on `device`. `dtype` is that of its UNet and its text encoders.
+
+        `patched`: put the modules of `unet_patches` into the pipeline. They are for compiled steps alone.
+        """
+        self._pipeline, self._unet = pipeline, pipeline.unet
+        self._device, self._dtype = device, dtype
+        self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+        # All that depends on it is told here, before anybody asks for the attention layers: an attention
+        # backend that is chosen later replaces each layer's processor.
+        self._is_patched = patched
+        if patched:
+            unet_patches.install(pipeline)
+
+    @property
+    def size_multiple(self) -> int:
+        """The VAE's scale factor: 8 for the released models."""
+        return int(self._pipeline.vae_scale_factor)
+
+    @property
+    def schedulers(self) -> Schedulers:
+        """All of `CLASSES`; for a latent consistency pipeline its own alone.
+
+        Its scheduler takes arguments that no other one does, and its UNet was distilled for it.
+        """
+        own = self._pipeline.scheduler
+        if isinstance(self._pipeline, diffusers.LatentConsistencyModelPipeline):
+            classes = {Scheduler.LCM: CLASSES[Scheduler.LCM]}
+            return Schedulers(own, classes, "a latent consistency model")
+        return Schedulers(own, CLASSES, "a Stable Diffusion model")
+
+    # --- latents --------------------------------------------------------------------------------------------
+
+    def lane(self, width: int, height: int) -> Lane:
+        """(channels, height, width) of the latents."""
+        factor = self.size_multiple
+        return self._unet.config.in_channels, height // factor, width // factor
+
+    def area(self, lane: Lane) -> int:
+        """Latent pixels."""
+        _, height, width = lane
+        return height * width
+
+    def size(self, lane: Lane) -> tuple[int, int]:
+        """Width and height in pixels."""
+        _, height, width = lane
+        return width * self.size_multiple, height * self.size_multiple
+
+    def initial_noise(self, lane: Lane, generator: torch.Generator) -> torch.Tensor:
+        """(channels, height, width), as diffusers' `prepare_latents` draws it."""
+        return torch.randn((1, *lane), generator=generator)[0]
+
+    def timestep_options(self, lane: Lane, steps: int) -> Mapping[str, Hashable]:
+        """None: timesteps depend on nothing but their number."""
+        return {}
+
+    # --- conditions -----------------------------------------------------------------------------------------
+
+    def rows(self, guidance_scale: float) -> int:
+        """2 with guidance, unless the UNet has it embedded (LCM)."""
+        embeds_guidance = self._unet.config.time_cond_proj_dim is not None
+        return 2 if guidance_scale > 1 and not embeds_guidance else 1
+
+    def encode(self, prompt: str, negative: str, *, guided: bool) -> Text:
+        """Text embeddings by diffusers' `encode_prompt`, and for SDXL the pooled ones as `text_embeds`.
+
+        An SDXL model may take zeros where there is no negative prompt.
+        """
+        # (positive, negative), and for SDXL (..., pooled positive, pooled negative).
+        encoded = self._pipeline.encode_prompt(
+            prompt,
+            device=self._device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative or None,
+        )
+        order = (1, 0) if guided else (0,)
+        embeddings = (
+            torch.cat([encoded[first + row] for row in order]).to(self._dtype)
+            for first in range(0, len(encoded), 2)
+        )
+        warnings = cut_warning(self._pipeline.tokenizer, "prompt", prompt)
+        if guided:
+            warnings += cut_warning(self._pipeline.tokenizer, "negative prompt", negative)
+        return Text(dict(zip((TEXT, "text_embeds"), embeddings, strict=False)), warnings)
+
+    def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
+        """Embedded guidance as `timestep_cond` (LCM), and sizes as `time_ids` (SDXL)."""
+        conditions: dict[str, torch.Tensor] = {}
+        width = self._unet.config.time_cond_proj_dim
+        if width is not None:
+            scale = torch.tensor([(job.guidance_scale or 0.0) - 1])
+            conditions["timestep_cond"] = self._pipeline.get_guidance_scale_embedding(
+                scale, embedding_dim=width
+            ).to(self._device, self._dtype)
+        if self._is_xl:
+            # Micro-conditioning: original size, crop, target size (Podell et al., 2023, section 2.2).
+            sizes = torch.tensor([[job.height, job.width, 0, 0, job.height, job.width]] * rows)
+            conditions["time_ids"] = sizes.to(self._device, self._dtype)
+        return conditions
+
+    # --- the model ------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        times: torch.Tensor,
+        conditions: Mapping[str, torch.Tensor],
+        *,
+        prompted: torch.Tensor,
+        job_of_row: torch.Tensor,
+    ) -> torch.Tensor:
+        """The UNet's output, (R, channels, height, width) float32."""
+        added = dict(conditions)
+        text = added.pop(TEXT)
+        timestep_cond = added.pop("timestep_cond", None)
+        output: torch.Tensor = self._unet(
+            latents.to(text.dtype),
+            times,
+            encoder_hidden_states=text,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added or None,
+            cross_attention_kwargs={"prompted": prompted, "job_of_row": job_of_row},
+            return_dict=False,
+        )[0]
+        return output.float()
+
+    def attentions(self) -> Iterator[Layer]:
+        """Each attention of the UNet, in the order in which it is computed, and of the VAE."""
+        # Not at the top: diffusers' models must be imported after worker.device.attention.
+        from diffusers.models.attention_processor import Attention
+
+        first = self._is_patched and unet_patches.shares_first_layers(self._unet)
+        for part, tokens in self._parts():
+            for module in part.modules():
+                if isinstance(module, Attention):
+                    is_cross = cast(bool, module.is_cross_attention)
+                    keys = self._pipeline.tokenizer.model_max_length if is_cross else tokens
+                    # At 512 px, the first one is a tenth of the time that a step spends in attention.
+                    yield Layer(module, shape_of(module, tokens, keys), once_a_job=first and not is_cross)
+                    first = False
+
+    def _parts(self) -> Iterator[tuple[torch.nn.Module, int]]:
+        """The blocks of the UNet and the VAE, with the tokens of each in a picture of the default size."""
+        unet = self._unet
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        lowest = len(unet.down_blocks) - 1
+        levels = [(block, level) for level, block in enumerate(unet.down_blocks)]
+        levels += [(unet.mid_block, lowest)] if unet.mid_block is not None else []
+        levels += [(block, lowest - level) for level, block in enumerate(unet.up_blocks)]
+        for block, level in levels:
+            yield block, -(-height // 2**level) * -(-width // 2**level)
+        yield self._pipeline.vae, height * width
+
+    # --- pictures -------------------------------------------------------------------------------------------
+
+    def to_vae(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor:
+        """Unscaled latents. diffusers reads mean and deviation in its SDXL pipeline alone."""
+        vae = self._pipeline.vae
+        mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        if not self._is_xl or mean is None or deviation is None:
+            return (latents / float(vae.config.scaling_factor)).to(vae.dtype)
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, deviation))
+        unscaled: torch.Tensor = latents * deviation / float(vae.config.scaling_factor) + mean
+        return unscaled.to(vae.dtype)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's output."""
+        images: torch.Tensor = self._pipeline.vae.decode(latents, return_dict=False)[0]
+        return images
+
+    def check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]] | None:
+        """By the pipeline's own checker, which SDXL has none of."""
+        if getattr(self._pipeline, "safety_checker", None) is None:
+            return None
+        checked, verdicts = self._pipeline.run_safety_checker(images, self._device, self._dtype)
+        return checked, list(verdicts)

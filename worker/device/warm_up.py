@@ -1,0 +1,80 @@
+"""What a worker does before its first job: it tries a small one, compiles, and measures the cost of steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from worker.contract.errors import OutOfMemoryError, SmallcatError
+from worker.contract.job import Job
+from worker.device.errors import mapped
+from worker.engine import step_cost
+from worker.engine.runner import R, Runner
+from worker.model.placement import Choice
+
+#: What these jobs show does not matter.
+PROMPT = "a small cat"
+#: Side in pixels of the trial's picture on a CPU, and its steps.
+TRIAL_SIDE, TRIAL_STEPS = 64, 4
+#: Seconds after which no larger batch is measured: on a GPU, and on a CPU, which is full with few rows.
+GPU_MEASURE_S, CPU_MEASURE_S = 5.0, 0.4
+#: Batch sizes that are measured however long it takes, and steps of each size, of which the fastest counts.
+MIN_SIZES, TIMES = 4, 3
+
+
+def run_trial(runner: Runner[R], *, on_gpu: bool) -> None:
+    """Render one small picture. Raises the `SmallcatError` that it fails with."""
+    # A GPU chooses kernels by shape, so the trial has the size that most jobs have.
+    side = None if on_gpu else TRIAL_SIDE
+    state = runner.prepare(Job(prompt=PROMPT, seed=0, steps=TRIAL_STEPS, width=side, height=side))
+    while state.step < state.steps:
+        (failure,) = runner.step([state])
+        if failure is not None:
+            raise failure
+    (picture,) = runner.decode([state])
+    if isinstance(picture, SmallcatError):
+        raise picture
+
+
+def compile_default(compile_for: Callable[[Job], bool] | None, *, on_gpu: bool) -> Choice:
+    """Compile for the default size. Returns whether the worker's steps are compiled, and why.
+
+    `compile_for`: compiles for jobs of the size of its argument, and returns whether that worked; None: this
+    worker compiles nothing.
+    """
+    if compile_for is None:
+        return Choice("compile", "no", "SMALLCAT_COMPILE=0" if on_gpu else "the CPU runs the plain step")
+    started_s = time.monotonic()
+    if not compile_for(Job(prompt=PROMPT, seed=0)):
+        return Choice("compile", "no", "it failed, see above")
+    return Choice("compile", "yes", f"took {time.monotonic() - started_s:.0f} s for the default size")
+
+
+def measure_steps(
+    step_s: Callable[[int], float], *, on_gpu: bool, max_batch: int | None
+) -> tuple[list[tuple[int, float]], Choice]:
+    """(rows, seconds a step) for rising numbers of rows, and the most rows that a step should have.
+
+    `step_s` runs one step of so many rows and returns its seconds. `max_batch`: rows that the settings ask
+    for; no more are measured. Ends where more rows do not fit in memory or gain nothing.
+    """
+    curve: list[tuple[int, float]] = []
+    budget_s = GPU_MEASURE_S if on_gpu else CPU_MEASURE_S
+    started_s = time.monotonic()
+    for rows in step_cost.BATCH_SIZES:
+        if max_batch is not None and rows > max_batch:
+            break
+        try:
+            with mapped("measure"):
+                # The first step of a size is slow, because kernels are chosen by shape.
+                seconds = min(step_s(rows) for _ in range(TIMES))
+        except OutOfMemoryError:
+            break
+        curve.append((rows, seconds))
+        is_late = time.monotonic() - started_s > budget_s and len(curve) >= MIN_SIZES
+        if step_cost.is_past_gain(curve) or is_late:
+            break
+    cap, reason = step_cost.choose_cap(curve)
+    if max_batch is not None:
+        cap, reason = max_batch, "SMALLCAT_MAX_BATCH asks for it"
+    return curve, Choice("max rows", str(cap), reason)
