@@ -177,10 +177,10 @@ class ModelRunner:
         return Compiler(self._device, exact=settings.exact)
 
     @torch.no_grad()
-    def _seconds(self, jobs: Sequence[JobState]) -> float:
-        """Seconds of one step of `jobs`, which stay as they are."""
+    def _seconds(self, states: Sequence[JobState]) -> float:
+        """Seconds of one step of `states`, which stay as they are."""
         started_s = time.perf_counter()
-        for step in self._run(self._groups(jobs)):
+        for step in self._run(self._groups(states)):
             step.finite.tolist()
         return time.perf_counter() - started_s
 
@@ -232,8 +232,8 @@ class ModelRunner:
             )
 
     @torch.no_grad()
-    def step(self, jobs: Sequence[JobState]) -> list[SmallcatError | None]:
-        """One denoising step of `jobs`, of one lane and none of them done, in one forward of the model.
+    def step(self, states: Sequence[JobState]) -> list[SmallcatError | None]:
+        """One denoising step of jobs of one lane, none of them done, in one forward of the model.
 
         Returns for each job None, when it is a step further, or its error, when it is as it was before. On a
         GPU the step is only launched when the call returns: whether a job is finite is found out at its next
@@ -244,17 +244,17 @@ class ModelRunner:
         self._set_device()
         outcomes: list[SmallcatError | None] = []
         with mapped("denoise"):
-            groups = self._groups(jobs)
+            groups = self._groups(states)
             for group, step in zip(groups, self._run(groups), strict=True):
                 check = FiniteCheck(step.finite)
                 outcomes += [
-                    job.advance(check, index, step.states[index], step.predictions[index])
-                    for index, job in enumerate(group)
+                    state.advance(check, index, step.states[index], step.predictions[index])
+                    for index, state in enumerate(group)
                 ]
         return outcomes
 
-    def decode(self, jobs: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:
-        """Launch the decoding of finished `jobs`, which may be of different lanes.
+    def decode(self, states: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:
+        """Launch the decoding of finished jobs, which may be of different lanes.
 
         Returns the picture of each, or its error, in order. Each is waited for when it is asked for, on any
         one thread.
@@ -262,17 +262,17 @@ class ModelRunner:
         self._set_device()
         sources: dict[int, Iterator[Picture | SmallcatError]] = {}
         lanes: dict[Lane, list[int]] = {}
-        for index, job in enumerate(jobs):
+        for index, state in enumerate(states):
             with mapped("denoise"):
-                failure = job.failure()
+                failure = state.failure()
             if failure is not None:
                 sources[index] = iter((failure,))
             else:
-                lanes.setdefault(job.lane, []).append(index)
+                lanes.setdefault(state.lane, []).append(index)
         for lane, indices in lanes.items():
-            pictures = self._vae_decoder.pictures(lane, [jobs[index].latents for index in indices])
+            pictures = self._vae_decoder.pictures(lane, [states[index].latents for index in indices])
             sources |= dict.fromkeys(indices, pictures)
-        return (next(sources[index]) for index in range(len(jobs)))
+        return (next(sources[index]) for index in range(len(states)))
 
     def _preparing(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU: a stream beside that of the steps, and before it where both have work."""
@@ -283,20 +283,21 @@ class ModelRunner:
         if self._on_gpu:
             torch.cuda.set_device(self._device)
 
-    def _groups(self, jobs: Sequence[JobState]) -> list[list[JobState]]:
+    def _groups(self, states: Sequence[JobState]) -> list[list[JobState]]:
         """Jobs that share a forward: all, up to the largest captured batch size; in exact mode each alone."""
         if self._exact:
-            return [[job] for job in jobs]
+            return [[state] for state in states]
         groups: list[list[JobState]] = [[]]
-        for job in jobs:
-            if self._graphs is not None and sum(each.rows for each in groups[-1]) + job.rows > MAX_ROWS:
+        for state in states:
+            rows = sum(each.rows for each in groups[-1]) + state.rows
+            if self._graphs is not None and rows > MAX_ROWS:
                 groups.append([])
-            groups[-1].append(job)
+            groups[-1].append(state)
         return groups
 
     def _run(self, groups: Sequence[Sequence[JobState]]) -> list[Step]:
         """The step of each group, launched."""
-        batches = [batch_of([job.next_inputs() for job in group]) for group in groups]
+        batches = [batch_of([state.next_inputs() for state in group]) for group in groups]
         lane = groups[0][0].lane
         if self._graphs is not None and (steps := self._graphs.run(lane, batches)) is not None:
             return steps

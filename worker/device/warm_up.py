@@ -9,7 +9,7 @@ from worker.contract.errors import OutOfMemoryError, SmallcatError
 from worker.contract.job import Job
 from worker.device.errors import mapped
 from worker.engine import step_cost
-from worker.engine.runner import R, Runner
+from worker.engine.runner import Runner, StateT
 from worker.model.placement import Choice
 
 #: What these jobs show does not matter.
@@ -22,7 +22,7 @@ GPU_MEASURE_S, CPU_MEASURE_S = 5.0, 0.4
 MIN_SIZES, TIMES = 4, 3
 
 
-def run_trial(runner: Runner[R], *, on_gpu: bool) -> None:
+def run_trial(runner: Runner[StateT], *, on_gpu: bool) -> None:
     """Render one small picture. Raises the `SmallcatError` that it fails with."""
     # A GPU chooses kernels by shape, so the trial has the size that most jobs have.
     side = None if on_gpu else TRIAL_SIDE
