@@ -142,9 +142,9 @@ class WorkerSettings(Settings):
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     #: Attention backend. One asked for by name that does not work stops the start.
     attention: Literal["auto", "xformers", "sdpa", "naive"] = "auto"
-    #: 0 is attention=naive, 1 is attention=xformers: the origin's switch. SMALLCAT_ATTENTION wins.
+    #: 0 is SMALLCAT_ATTENTION=naive, 1 is xformers, as in PhotoRoom's post of 2022. SMALLCAT_ATTENTION wins.
     use_memory_efficient_attention: Literal["0", "1"] | None = None
-    #: Whether a GPU runs compiled steps: a minute or two at the first start, twice the speed ever after.
+    #: Whether a GPU runs compiled steps: minutes at the first start, and about twice the throughput.
     compile: bool = True
     #: Whether a job's picture is the same to the bit, whatever else is in the batch, on one kind of GPU.
     exact: bool = False
