@@ -1,11 +1,11 @@
-"""What queue, storage and the worker's threads cost a GPU, on a machine that has none.
+"""Measures how much throughput the queue, the bucket and a worker's threads cost, without a GPU.
 
     python -m tests.benchmarks.emulated --steps 1 --jobs 1200
 
-Real Valkey, S3 server and worker process; the GPU is a pretended device (`tests.benchmarks.emulated_app`)
-that steps and decodings keep busy for as long as they would an H200, small batches more for each row than
-large ones. The engine alone on such a device, without queue and bucket, is what there is to reach. Torch's
-own Python, which competes with all other threads, is there; CUDA's launches are not.
+Valkey, the S3 server and the worker process are real. The GPU is emulated (`tests.benchmarks.emulated_gpu`):
+steps and decode calls take as long as on an H200. The result is compared with the engine alone on the same
+emulated GPU, without queue and bucket. Torch's Python code, which competes with all other threads, runs;
+CUDA launches do not.
 """
 
 from __future__ import annotations
@@ -22,21 +22,26 @@ from tests.benchmarks.engine import saturate
 from tests.benchmarks.system import run
 from tests.faults.harness import FaultWorker
 
-#: Seconds that the engine alone is measured for.
+#: Seconds for which the engine alone is measured.
 ENGINE_S = 8.0
 
 
 class EmulatedWorker(FaultWorker):
-    """The GPU of this one is emulated."""
+    """A worker whose GPU is emulated."""
 
     app = "tests.benchmarks.emulated_app"
 
 
 @click.command(help=__doc__)
-@click.option("--jobs", default=1200, show_default=True)
-@click.option("--steps", default=1, show_default=True, help="Of a job, which takes one row.")
-@click.option("--rows", default=16, show_default=True, help="Of a step, at most.")
-@click.option("--encode-ms", default=120.0, show_default=True, help="Of a picture, without a core.")
+@click.option("--jobs", default=1200, show_default=True, help="Jobs that are submitted.")
+@click.option("--steps", default=1, show_default=True, help="Steps of a job, which has no guidance.")
+@click.option("--rows", default=16, show_default=True, help="Rows in a step, at most.")
+@click.option(
+    "--encode-ms",
+    default=120.0,
+    show_default=True,
+    help="Milliseconds to encode a picture, without using a core.",
+)
 def main(jobs: int, steps: int, rows: int, encode_ms: float) -> None:
     costs = {"ROWS": rows, "STEPS": steps, "ENCODE_MS": encode_ms}
     engine_s = saturate(EmulatedRunner(rows, steps), ENGINE_S, steps=steps, guidance_scale=1.0)["images_s"]
@@ -45,9 +50,9 @@ def main(jobs: int, steps: int, rows: int, encode_ms: float) -> None:
         EmulatedWorker(stack.home, "worker1", {**stack.environment, **emulated}).start()
         os.environ.update(stack.environment)
         submit_job("a small cat", seed=10**9, steps=steps, guidance_scale=1.0).result(timeout=60)
-        told = run(jobs, steps=steps, guidance_scale=1.0)
-    share = told["images_s"] / engine_s
-    print(json.dumps({"steps": steps, **told, "engine_images_s": engine_s, "of_the_engine": share}))
+        measured = run(jobs, steps=steps, guidance_scale=1.0)
+    share = measured["images_s"] / engine_s
+    print(json.dumps({"steps": steps, **measured, "engine_images_s": engine_s, "of_the_engine": share}))
 
 
 if __name__ == "__main__":

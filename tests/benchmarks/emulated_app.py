@@ -1,10 +1,11 @@
 """A worker whose GPU is emulated, for `tests.benchmarks.emulated`.
 
-All of it is `worker`'s own but the runner, which is `tests.benchmarks.emulated_gpu`'s. The environment sets:
+All parts are the worker's own except the runner, which is in `tests.benchmarks.emulated_gpu`. The environment
+sets:
 
-    EMULATED_ROWS         rows of a step, at most
-    EMULATED_STEPS        steps of a job, by the model's default
-    EMULATED_ENCODE_MS    milliseconds of a picture's encoding, which keeps no core busy here
+    EMULATED_ROWS         rows in a step, at most
+    EMULATED_STEPS        the model's default steps
+    EMULATED_ENCODE_MS    milliseconds to encode a picture, without using a core
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 
-import worker.jobs.handler as render_service
+import worker.jobs.handler as handler
 import worker.tasks as tasks
 from tests.benchmarks.emulated_gpu import EmulatedRunner
 from worker.celery import app as app
@@ -22,7 +23,7 @@ from worker.engine.runner import Picture
 
 
 def encode(picture: Picture, job: Job) -> bytes:
-    """The worker's own, after the time that a real picture takes."""
+    """Encode as the worker does, after the time that a real picture takes."""
     time.sleep(float(os.environ["EMULATED_ENCODE_MS"]) / 1e3)
     return _encode(picture, job)
 
@@ -31,6 +32,6 @@ def load_runner(settings: WorkerSettings) -> EmulatedRunner:
     return EmulatedRunner(int(os.environ["EMULATED_ROWS"]), int(os.environ["EMULATED_STEPS"]))
 
 
-_encode = render_service._encode
-render_service._encode = encode
+_encode = handler._encode
+handler._encode = encode
 tasks.load_runner = load_runner  # type: ignore[assignment]

@@ -1,11 +1,12 @@
-"""How fast a prompt file is published, against plain `apply_async` in the same run.
+"""Measures the throughput of publishing a prompt file, against plain `apply_async` in the same run.
 
-    python -m tests.benchmarks.ingest                 100,000 lines
-    python -m tests.benchmarks.ingest --lines 1000000 in some 2 GB of Redis
+    python -m tests.benchmarks.ingest                    100,000 lines
+    python -m tests.benchmarks.ingest --lines 1000000    needs about 2 GB for Redis
 
-The file is read, varied, checked, hashed into ids and queued; nobody drains it. `apply_async` is given
-finished jobs, one by one, over one connection: before and after, because machines have moods. Prints one
-JSON object: jobs a second of both, the ratio, and the most memory that the feeder took.
+The file is read, its dynamic prompts are expanded, and its jobs are checked, hashed into ids and queued. No
+worker takes them. `apply_async` gets finished jobs, one by one, over one connection. It is measured before
+and after, because the speed of a machine varies. Prints one JSON object: jobs/s of both, their ratio, and the
+peak memory of the feeder.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PLAIN = 2_000
 
 
 def plain(redis_url: str, jobs: int) -> float:
-    """Jobs a second that Celery's own producer publishes."""
+    """Jobs/s that Celery's own producer publishes."""
     from worker.celery import app, connection
     from worker.contract.message import TASK, payload_of, route_of
 
@@ -52,7 +53,7 @@ def plain(redis_url: str, jobs: int) -> float:
 
 
 def fed(stack: Stack, file: Path, lines: int) -> tuple[float, float]:
-    """Jobs a second that `ingest --detach` publishes, from its first to its last, and its peak in MB."""
+    """Jobs/s that `ingest --detach` publishes, from the first to the last, and its peak memory in MB."""
     code = (
         "import sys, time, resource\n"
         "from producer.ingest.feeder import Ingest\n"
@@ -74,8 +75,8 @@ def fed(stack: Stack, file: Path, lines: int) -> tuple[float, float]:
     return lines / seconds, peak / (1024 if sys.platform == "linux" else 1 << 20)
 
 
-@click.command()
-@click.option("--lines", default=100_000)
+@click.command(help=__doc__)
+@click.option("--lines", default=100_000, show_default=True, help="Lines of the prompt file.")
 def main(lines: int) -> None:
     with Stack(workers=0) as stack, tempfile.TemporaryDirectory() as folder:
         announce(stack.valkey.url)

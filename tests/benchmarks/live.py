@@ -1,12 +1,13 @@
-"""How long a live job takes while a file of a million prompts runs, against an idle queue.
+"""Measures the latency of live jobs while a file of a million prompts runs, against an idle queue.
 
     python -m tests.benchmarks.live                 15 live jobs each, on the bundled model
     python -m tests.benchmarks.live --jobs 30
 
-A stack of its own, with one worker of a real model. A live job is what `submit_job` sends: its latency is the
-time until its result is known here, its picture in the bucket. They are sent one after the other, first on an
-idle queue, then while `smallcat ingest` has the worker full and its thousands queued behind. Prints one JSON
-object; `limit_s` is what is promised, 1.5 times the idle latency and one step of the worker's full batch.
+Starts a stack with one worker of a real model. A live job is one that `submit_job` sends. Its latency is the
+time from its submission to its result, when its picture is in the bucket. Live jobs are sent one after the
+other: first on an idle queue, then while `smallcat ingest` keeps the worker busy and has thousands of jobs
+queued. Prints one JSON object. `limit_s` is the promised latency: 1.5 times the idle one, and one step of a
+full batch.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from worker.state.fleet import Fleet
 
 #: Lines of the file.
 LINES = 1_000_000
-#: Jobs that have to be queued before live ones are sent, and steps of full batches that are timed then.
+#: Jobs that must be queued before live jobs are sent, and steps of full batches that are timed then.
 QUEUED, STEPS = 5_000, 60
-#: Seconds between two looks at what is waited for, and until it is waited for in vain.
-LOOK_S, TIMEOUT_S = 0.1, 240.0
+#: Seconds between two checks of a condition, and until the benchmark gives up.
+POLL_S, TIMEOUT_S = 0.1, 240.0
 
 
 def latencies(jobs: int, name: str) -> list[float]:
-    """Seconds from submission to result of live jobs, one at a time."""
+    """Seconds from submission to result of live jobs, sent one at a time."""
     taken = []
     for number in range(jobs):
         began = time.perf_counter()
@@ -52,13 +53,13 @@ def latencies(jobs: int, name: str) -> list[float]:
 
 
 class Steps:
-    """The worker's own count of its steps."""
+    """The step metrics of a worker."""
 
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}/metrics"
 
     def read(self) -> tuple[float, float, float]:
-        """Steps so far, their seconds and their rows."""
+        """Steps so far, and the sums of their seconds and rows."""
         with urllib.request.urlopen(self._url, timeout=10) as answer:  # noqa: S310 - our own worker
             text = answer.read().decode()
         names = ("step_seconds_count", "step_seconds_sum", "step_rows_sum")
@@ -67,18 +68,18 @@ class Steps:
         return count, seconds, rows
 
 
-def wait_for(happened: Callable[[], bool]) -> None:
-    """Return when it has; raises `TimeoutError` when it has not for too long."""
+def wait_for(is_met: Callable[[], bool], what: str) -> None:
+    """Return when the condition is met. Raises `TimeoutError` after `TIMEOUT_S`."""
     deadline = time.monotonic() + TIMEOUT_S
-    while not happened():
+    while not is_met():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"Nothing came of it within {TIMEOUT_S:g} s.")
-        time.sleep(LOOK_S)
+            raise TimeoutError(f"After {TIMEOUT_S:g} s there were still no {what}: is the worker too slow?")
+        time.sleep(POLL_S)
 
 
 @contextlib.contextmanager
 def file_running(stack: Stack, folder: Path) -> Iterator[None]:
-    """A million prompts on their way, thousands of them in the queue."""
+    """While a file of a million prompts is being ingested, with thousands of jobs in the queue."""
     file = folder / "prompts.txt"
     with file.open("w") as lines:
         lines.writelines(f"a photo of cat number {number}\n" for number in range(LINES))
@@ -92,9 +93,14 @@ def file_running(stack: Stack, folder: Path) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: ingest.poll() is not None or sum(map(fleet.length, queues)) >= QUEUED)
+        wait_for(
+            lambda: ingest.poll() is not None or sum(map(fleet.length, queues)) >= QUEUED,
+            f"{QUEUED} queued jobs",
+        )
         if ingest.poll() is not None:
-            raise RuntimeError(f"The file's run ended with exit code {ingest.returncode}.")
+            raise RuntimeError(
+                f"`smallcat ingest` ended with exit code {ingest.returncode} before it queued {QUEUED} jobs."
+            )
         yield
     finally:
         ingest.kill()
@@ -102,10 +108,15 @@ def file_running(stack: Stack, folder: Path) -> Iterator[None]:
         redis.close()
 
 
-@click.command()
-@click.option("--jobs", default=15, show_default=True, type=click.IntRange(1), help="Live jobs of each kind.")
+@click.command(help=__doc__)
+@click.option(
+    "--jobs",
+    default=15,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Live jobs on the idle queue, and as many beside the file.",
+)
 def main(jobs: int) -> None:
-    """Measure, and print one JSON object."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -113,11 +124,11 @@ def main(jobs: int) -> None:
     with Stack() as stack, tempfile.TemporaryDirectory() as folder:
         os.environ |= stack.variables
         steps = Steps(port)
-        latencies(2, "first")  # Connections are made, caches are warm.
+        latencies(2, "first")  # Warms up connections and caches.
         idle = latencies(jobs, "sleeping")
         with file_running(stack, Path(folder)):
             before = steps.read()
-            wait_for(lambda: steps.read()[0] - before[0] >= STEPS)
+            wait_for(lambda: steps.read()[0] - before[0] >= STEPS, f"{STEPS} steps")
             after = steps.read()
             busy = latencies(jobs, "hurried")
     count, seconds, rows = (late - early for early, late in zip(before, after, strict=True))

@@ -1,21 +1,21 @@
-"""Latency and throughput under load: smallcat against one job at a time and against static batches.
+"""Measures latency and throughput under load, against one job at a time and against static batches.
 
     python -m tests.benchmarks.load                      the bundled model
-    python -m tests.benchmarks.load --model FOLDER       any other, for instance on a GPU
-    python -m tests.benchmarks.load --costs LOAD.json    no model: simulates on the costs of an earlier --json
+    python -m tests.benchmarks.load --model FOLDER       another model, for instance on a GPU
+    python -m tests.benchmarks.load --costs LOAD.json    only simulates, with the costs of an earlier --json
 
-Jobs of 20, 30 and 50 steps in equal parts arrive at random (Poisson), as many a second as the given percents
-of smallcat's own capacity. Every policy gets the same arrivals, the same process, model and cap, and the
-worker's whole engine: texts are encoded and pictures decoded beside the steps for all of them. What differs
-is who shares a step; see `tests.benchmarks.policies`. Of the static batches both ends are told: all pictures
-leave with the batch's last one, or each when it is finished.
+Jobs of 20, 30 and 50 steps in equal parts arrive at random (Poisson). The loads are percents of smallcat's
+own capacity. Every policy gets the same arrivals, process, model and cap, and the worker's whole engine: for
+all of them, texts are encoded and pictures decoded beside the steps. Only the choice of the jobs that share a
+step differs, see `tests.benchmarks.policies`. Static batches have two results: all pictures are delivered
+with the last one of the batch ("static"), or each when it is finished ("static-early").
 
-"slowed" is how much longer a run's steps took than such steps did when they were measured alone. A GPU that
-decodes beside them makes some of it; else, where it is not near 1, something else used the machine, and the
-run says little.
+"slowdown" is the time of a run's steps over that of the same steps measured alone. On a GPU, decoding beside
+steps is part of it. If it is far above 1 for another reason, other programs used the machine, and the run is
+not reliable.
 
-Since a run of minutes has few jobs, each policy is also simulated for long on the costs that were measured
-here, and with it some that no engine could run, to see what the best one would give.
+A run of minutes has few jobs. So each policy is also simulated for long with the measured costs, and with it
+some policies that no engine could run, for comparison with the best one.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from worker.engine.batcher import Batcher
 from worker.engine.engine import Engine
 from worker.engine.ticket import Rendered
 
-#: How much more of the time the load of the targets gets than others.
+#: The load of the targets gets so many times the time of other loads.
 TARGET_WEIGHT = 3
-#: Seconds after which a job that has not come is a failure of the benchmark.
-PATIENCE_S = 600.0
-#: Parts of the time for measuring capacities; what is planned for points, for they end late.
+#: Seconds after which the benchmark fails if a job is not finished.
+JOB_TIMEOUT_S = 600.0
+#: Shares of the time for the capacities, and of the rest for the points, which end late.
 CAPACITY_SHARE, POINTS_SHARE = 0.2, 0.85
 #: Times that each capacity is measured.
 CAPACITY_TURNS = 2
 
 
 class _Waiting(Static):
-    """Static batches in an engine, which asks again at once as long as somebody waits."""
+    """Static batches in an engine, which asks for a batch again and again while jobs wait."""
 
     def next_batch(self, now_s: float) -> list[Any]:
         batch = super().next_batch(now_s)
@@ -73,8 +73,8 @@ def _policy(name: str, device: Device) -> Batcher[Any]:
 
 
 def job_of(number: int, steps: int, of: str) -> Job:
-    """A job of the model's own size, whose prompt nobody has asked for before."""
-    # Euler takes as many forwards as there are steps, whatever the model.
+    """A job of the model's default size, with a prompt of its own."""
+    # Euler takes one forward a step, whatever the model.
     return Job(
         prompt=f"a small cat, {of}, picture {number}",
         seed=number,
@@ -85,29 +85,31 @@ def job_of(number: int, steps: int, of: str) -> Job:
 
 
 def measure(runner: ModelRunner) -> Device:
-    """The costs of steps and of decoding, each number of rows warmed up first."""
+    """Measure the costs of steps and of decoding. Each batch size is warmed up first."""
     lane = runner.prepare(job_of(0, 50, "measured")).lane
-    seats = max(1, runner.cap(lane) // ROWS)
+    slots = max(1, runner.cap(lane) // ROWS)
     steps, decoding = [], []
-    # Every bucket of rows that a GPU captures, so that none is captured in a run.
-    for jobs in [n for n in range(1, seats + 1) if n <= 16 or n % 4 == 0 or n == seats]:
-        renders = [runner.prepare(job_of(number, 50, "measured")) for number in range(jobs)]
-        if sum(render.rows for render in renders) != ROWS * jobs:
-            raise click.ClickException("This model takes no guidance: the mix of jobs needs two rows a job.")
-        steps.append((ROWS * jobs, _seconds(partial(runner.step, renders))))
-        if jobs in (1, min(8, seats)):
-            decoding.append((jobs, _seconds(partial(_decode, runner, renders))))
-    return Device(tuple(steps), tuple(decoding), ROWS * seats)
+    # Every batch size that a GPU captures, so that none is captured in a run.
+    for jobs in [n for n in range(1, slots + 1) if n <= 16 or n % 4 == 0 or n == slots]:
+        states = [runner.prepare(job_of(number, 50, "measured")) for number in range(jobs)]
+        if sum(state.rows for state in states) != ROWS * jobs:
+            raise click.ClickException(
+                "This model takes no guidance, which the jobs of this benchmark have: use another one."
+            )
+        steps.append((ROWS * jobs, _seconds(partial(runner.step, states))))
+        if jobs in (1, min(8, slots)):
+            decoding.append((jobs, _seconds(partial(_decode, runner, states))))
+    return Device(tuple(steps), tuple(decoding), ROWS * slots)
 
 
-def _decode(runner: ModelRunner, renders: Sequence[JobState]) -> None:
-    for picture in runner.decode(renders):
+def _decode(runner: ModelRunner, states: Sequence[JobState]) -> None:
+    for picture in runner.decode(states):
         if isinstance(picture, SmallcatError):
             raise picture
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The fastest of five, after two to warm up: what else the machine does is not part of the cost."""
+    """The fastest of five calls, after two to warm up, so that other load of the machine does not count."""
     seconds = []
     for _ in range(7):
         started_s = time.perf_counter()
@@ -120,14 +122,14 @@ def _seconds(work: Callable[[], object]) -> float:
 class Step:
     """A step that an engine ran."""
 
-    #: When it was over, seconds after the start.
+    #: When it ended, seconds after the start.
     at_s: float
     rows: int
     seconds: float
 
 
-def slowness(steps: Sequence[Step], device: Device) -> float:
-    """Seconds of the steps over what they cost: much above 1, the machine had other things to do as well."""
+def slowdown(steps: Sequence[Step], device: Device) -> float:
+    """Seconds of the steps over their measured costs; far above 1 if the machine had other load."""
     return sum(step.seconds for step in steps) / sum(device.step_s(None, step.rows) for step in steps)
 
 
@@ -136,15 +138,15 @@ def serve(
 ) -> tuple[list[Finished], list[Step]]:
     """Run jobs through an engine with `batcher`, in real time.
 
-    Returns the jobs in the order of arrival, and the engine's steps. With `at_once`, all jobs are there
-    before the start.
+    Returns the jobs in the order of arrival, and the engine's steps. With `at_once`, all jobs arrive before
+    the start.
     """
     steps: list[Step] = []
-    over: queue.Queue[tuple[int, float, Future[Rendered]]] = queue.Queue()
+    ended: queue.Queue[tuple[int, float, Future[Rendered]]] = queue.Queue()
     engine = Engine(
         runner,
-        job_timeout_s=PATIENCE_S,
-        on_death=lambda error: None,  # All futures have been given back by then, and say it.
+        job_timeout_s=JOB_TIMEOUT_S,
+        on_death=lambda error: None,  # All futures have the error by then.
         on_step=lambda rows, seconds: steps.append(Step(time.monotonic() - start_s, rows, seconds)),
     )
     engine._batcher = batcher
@@ -152,9 +154,9 @@ def serve(
 
     def send(number: int) -> None:
         future = engine.submit(str(number), job_of(number, arriving[number].steps, of))
-        future.add_done_callback(lambda future: over.put((number, time.monotonic(), future)))
+        future.add_done_callback(lambda future: ended.put((number, time.monotonic(), future)))
 
-    # As many threads as a worker has for its jobs, or more: their texts are encoded there.
+    # The texts are encoded on these threads, as on those of a worker.
     with ThreadPoolExecutor(8) as pool:
         if at_once:
             list(pool.map(send, range(len(arriving))))
@@ -166,7 +168,7 @@ def serve(
                     time.sleep(max(0.0, start_s + arrival.at_s - time.monotonic()))
                     pool.submit(send, number)
             for _ in arriving:
-                number, now_s, future = over.get(timeout=PATIENCE_S)
+                number, now_s, future = ended.get(timeout=JOB_TIMEOUT_S)
                 future.result()
                 left_s[number] = now_s - start_s
         finally:
@@ -176,33 +178,33 @@ def serve(
 
 
 def saturated(runner: ModelRunner, name: str, device: Device, jobs: int) -> tuple[float, float]:
-    """Jobs a second of a policy with `jobs` waiting from the start, until its first seat stays empty.
+    """The throughput of a policy in jobs/s with `jobs` waiting from the start, and the slowdown.
 
-    And how slow the machine was.
+    It counts until there are fewer jobs left than slots.
     """
-    seats = 1 if name == ONE else device.seats
+    slots = 1 if name == ONE else device.slots
     arriving = arrivals(jobs, float("inf"), seed=0)
     done, steps = serve(runner, _policy(name, device), arriving, f"capacity of {name}", at_once=True)
-    until_s = sorted(job.left_s for job in done)[-seats - 1]
+    until_s = sorted(job.left_s for job in done)[-slots - 1]
     rows = sum(step.rows for step in steps if step.at_s <= until_s)
-    return rows / (ROWS * MEAN_STEPS) / until_s, slowness(steps, device)
+    return rows / (ROWS * MEAN_STEPS) / until_s, slowdown(steps, device)
 
 
 def capacities_of(
-    runner: ModelRunner, device: Device, names: Sequence[str], seconds: float, say: Callable[[str], None]
+    runner: ModelRunner, device: Device, names: Sequence[str], seconds: float, log: Callable[[str], None]
 ) -> dict[str, float]:
-    """Jobs a second of each policy, in about `seconds`; at least the time of two full batches each.
+    """Measure the throughput of each policy in jobs/s, in about `seconds`; at least two full batches each.
 
-    Measured in turns, and the most counts: what else the machine does is not part of it.
+    The policies take turns, and the best turn counts, so that other load of the machine does not.
     """
-    found, (expected, _) = dict.fromkeys(names, 0.0), simulated(device, [], 0, seed=0)
+    capacities, (expected, _) = dict.fromkeys(names, 0.0), simulated(device, [], 0, seed=0)
     for name in [*names] * CAPACITY_TURNS:
-        seats = 1 if name == ONE else device.seats
-        batches = round(expected[name] * seconds / len(names) / CAPACITY_TURNS / seats)
-        per_s, slow = saturated(runner, name, device, seats * max(2, batches))
-        found[name] = max(found[name], per_s)
-        say(f"capacity, {name}: {per_s:.3g} images/s, slowed {slow:.2f}; simulated {expected[name]:.3g}")
-    return found
+        slots = 1 if name == ONE else device.slots
+        batches = round(expected[name] * seconds / len(names) / CAPACITY_TURNS / slots)
+        per_s, slow = saturated(runner, name, device, slots * max(2, batches))
+        capacities[name] = max(capacities[name], per_s)
+        log(f"capacity, {name}: {per_s:.3g} images/s, slowdown {slow:.2f}; simulated {expected[name]:.3g}")
+    return capacities
 
 
 def points_of(
@@ -212,9 +214,9 @@ def points_of(
     loads: Sequence[float],
     jobs_at: Callable[[float], int],
     seed: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Point]:
-    """What each policy gives with `jobs_at(load)` jobs, where that is not past its capacity."""
+    """Measure each policy with `jobs_at(load)` jobs at each load that is below its capacity."""
     points = []
     for load in loads:
         per_s = load * capacities[SMALLCAT]
@@ -225,15 +227,15 @@ def points_of(
                 continue
             batcher, expected = _policy(name, device), POLICIES[name](device)
             done, steps = serve(runner, batcher, arriving, f"{name} at {load:.0%}")
-            slow = slowness(steps, device)
-            foreseen = runs(name, expected, simulate(expected, arriving, device))
+            slow = slowdown(steps, device)
+            simulated_runs = runs(name, expected, simulate(expected, arriving, device))
             for policy, jobs in runs(name, batcher, done).items():
                 points.append(Point.of(load, policy, jobs, slowed=slow))
                 mean_s, expected_s = (
-                    statistics.mean(map(_latency_s, each)) for each in (jobs, foreseen[policy])
+                    statistics.mean(map(_latency_s, each)) for each in (jobs, simulated_runs[policy])
                 )
-                say(
-                    f"{load:.0%}, {policy}: mean {mean_s:.3g} s, slowed {slow:.2f}; "
+                log(
+                    f"{load:.0%}, {policy}: mean {mean_s:.3g} s, slowdown {slow:.2f}; "
                     f"the same jobs simulated {expected_s:.3g} s"
                 )
     return points
@@ -244,7 +246,7 @@ def _latency_s(job: Finished) -> float:
 
 
 def planned(capacities: dict[str, float], loads: Sequence[float], seconds: float) -> Callable[[float], int]:
-    """How many jobs each load gets so that all runs together take about `seconds`; more for the targets."""
+    """The number of jobs for each load, so that all runs together take about `seconds`."""
     per_s = {load: load * capacities[SMALLCAT] for load in loads}
     weight = {load: TARGET_WEIGHT if load == TARGET_LOAD else 1 for load in loads}
     able = {load: sum(each > per_s[load] for each in capacities.values()) for load in loads}
@@ -256,9 +258,9 @@ def _percents(context: click.Context, parameter: click.Parameter, value: str) ->
     try:
         loads = [float(part) / 100 for part in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of percents, like 30,50,70") from None
+        raise click.BadParameter(f"{value!r} is not a list of percents, like 30,50,70") from None
     if not all(0 < load < 1 for load in loads):
-        raise click.BadParameter(f"{value!r}: a load is above 0% and below 100%")
+        raise click.BadParameter(f"{value!r}: a load must be above 0% and below 100%")
     return loads
 
 
@@ -267,7 +269,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     if unknown := set(names) - set(POLICIES):
         raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(POLICIES)}")
     if SMALLCAT not in names:
-        raise click.BadParameter(f"{SMALLCAT} must be among them: loads are parts of its capacity")
+        raise click.BadParameter(f"{SMALLCAT} must be among them: loads are percents of its capacity")
     return names
 
 
@@ -280,17 +282,23 @@ def _settings(model: str, max_batch: int | None) -> WorkerSettings:
 @click.option(
     "--model", default="", help="Folder, file or hub id. Not given: SMALLCAT_MODEL, or the bundled one."
 )
-@click.option("--max-batch", type=int, help="Rows of a step, at most. Not given: measured.")
-@click.option("--loads", default="30,50,70,85,95", show_default=True, callback=_percents, help="Percents.")
-@click.option("--policies", default=",".join(POLICIES), show_default=True, callback=_names)
-@click.option("--seconds", default=240.0, show_default=True, help="Time for all, start included, about.")
-@click.option("--jobs", type=int, help="Jobs a run, instead of as many as fit in the time.")
-@click.option("--simulated-jobs", default=3_000, show_default=True, help="Jobs of a simulated run.")
-@click.option("--costs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--seed", default=1, show_default=True, help="Of the arrivals.")
+@click.option("--max-batch", type=int, help="Rows in a step, at most. Not given: measured.")
 @click.option(
-    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
+    "--loads", default="30,50,70,85,95", show_default=True, callback=_percents, help="Percents of capacity."
 )
+@click.option(
+    "--policies", default=",".join(POLICIES), show_default=True, callback=_names, help="Policies to run."
+)
+@click.option("--seconds", default=240.0, show_default=True, help="Time for the whole benchmark, about.")
+@click.option("--jobs", type=int, help="Jobs in a run. Not given: as many as fit in the time.")
+@click.option("--simulated-jobs", default=3_000, show_default=True, help="Jobs in a simulated run.")
+@click.option(
+    "--costs",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Only simulate, with the costs of an earlier --json.",
+)
+@click.option("--seed", default=1, show_default=True, help="Seed of the arrivals.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="File for all figures.")
 def main(
     model: str,
     max_batch: int | None,
@@ -304,7 +312,7 @@ def main(
     file: Path | None,
 ) -> None:
     """Measure and simulate latency under load."""
-    # Into a file, too, the tables are as wide as they are.
+    # In a file the tables are not cut.
     console = Console(width=None if sys.stdout.isatty() else 170)
     real: tuple[dict[str, float], list[Point]] = ({}, [])
     conditions: dict[str, str] = {}
@@ -317,10 +325,10 @@ def main(
         choices = [*runner.choices, *runner.warm_up()]
         conditions = {each.what: f"{each.choice}: {each.reason}" for each in choices}
         conditions["load of the machine at start"] = f"{os.getloadavg()[0]:.1f}, {os.cpu_count()} cores"
-        for what, told in conditions.items():
-            console.print(f"{what}: {told}", highlight=False, soft_wrap=True)
+        for what, choice in conditions.items():
+            console.print(f"{what}: {choice}", highlight=False, soft_wrap=True)
         device = measure(runner)
-        # Whatever the start took, a quarter of the time is for the runs.
+        # At least a quarter of the time is for the runs, however long the start took.
         ends_s = max(started_s + seconds, time.monotonic() + seconds / 4)
         share_s = CAPACITY_SHARE * (ends_s - time.monotonic())
         capacities = capacities_of(runner, device, policies, share_s, console.print)
@@ -335,11 +343,13 @@ def main(
         file.write_text(json.dumps(figures, indent=1) + "\n")
     step_ms = ", ".join(f"{rows}: {1e3 * seconds:.3g}" for rows, seconds in device.step_curve)
     decode_ms = ", ".join(f"{count}: {1e3 * seconds:.3g}" for count, seconds in device.decode_curve)
-    console.print(f"ms a step by rows: {step_ms}\nms to decode by pictures: {decode_ms}", highlight=False)
-    console.print(f"at most {device.rows} rows; window of static batches {device.window_s:.3g} s")
+    console.print(f"ms/step by rows: {step_ms}\nms to decode by pictures: {decode_ms}", highlight=False)
+    console.print(
+        f"at most {device.rows} rows in a step; static batches wait {device.window_s:.3g} s at most"
+    )
     if real[1]:
         console.print(shown("Measured: seconds from arrival to picture", *real))
-    console.print(shown(f"Simulated on these costs, {simulated_jobs} jobs a run", *simulation))
+    console.print(shown(f"Simulated with these costs, {simulated_jobs} jobs in a run", *simulation))
     console.print(targets(real, simulation))
 
 

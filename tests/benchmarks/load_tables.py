@@ -1,4 +1,4 @@
-"""What a benchmark of latency under load found, as tables."""
+"""Tables of the results of the benchmark of latency under load."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from rich.table import Table
 from tests.benchmarks.policies import EARLY, MIX, OTHERS, PADDED, SMALLCAT, STATIC
 from tests.benchmarks.simulation import Point
 
-#: Most that smallcat's latencies may be of those of static batches, and the load at which that counts.
+#: The target: smallcat's latencies over those of static batches, at most, and at which load.
 TARGET, TARGET_LOAD = 0.6, 0.7
 
 
 def shown(title: str, capacities: dict[str, float], points: Sequence[Point]) -> Table:
-    """Points as a table: latencies in seconds, by load and policy."""
+    """A table of points: latencies in seconds, by load and policy."""
     table = Table(title=title, title_justify="left")
-    for heading in ("load", "policy", "jobs", "slowed", "images/s", "mean", "p50", "p95", "p99"):
+    for heading in ("load", "policy", "jobs", "slowdown", "images/s", "mean", "p50", "p95", "p99"):
         table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
     for steps in MIX:
         table.add_column(f"{steps} steps:\nmean, p95", justify="right", no_wrap=True)
     for load in dict.fromkeys(point.load for point in points):
         for point in (each for each in points if each.load == load):
             if point.per_s is None:
-                past = f"{point.policy}: past its own {capacities[point.policy]:.3g} images/s"
+                past = f"{point.policy}: above its capacity of {capacities[point.policy]:.3g} images/s"
                 table.add_row(f"{load:.0%}", past)
                 continue
             whole = point.latency["all"]
@@ -41,7 +41,7 @@ def shown(title: str, capacities: dict[str, float], points: Sequence[Point]) -> 
 
 
 def ratios(points: Sequence[Point], policy: str, base: str) -> dict[str, float]:
-    """Latencies of `policy` over those of `base` at the targets' load; empty where one of them has none."""
+    """Latencies of `policy` over those of `base` at the target's load; empty if one of them has none."""
     at = {point.policy: point.latency for point in points if point.load == TARGET_LOAD and point.latency}
     if policy not in at or base not in at:
         return {}
@@ -56,19 +56,19 @@ def ratios(points: Sequence[Point], policy: str, base: str) -> dict[str, float]:
 def targets(
     real: tuple[dict[str, float], Sequence[Point]], simulation: tuple[dict[str, float], Sequence[Point]]
 ) -> Table:
-    """What was promised, what was measured, and what the best policy of the simulation would give."""
+    """The targets, the measured and simulated ratios, and those of the best simulated policy."""
     table = Table(title=f"smallcat over static batches at {TARGET_LOAD:.0%} load", title_justify="left")
     for heading in ("", "target", "measured", "simulated", "best policy, simulated"):
         table.add_column(heading, justify="right" if heading else "left")
-    for base, told in ((STATIC, "leaving together"), (EARLY, "leaving early")):
-        found, expected = ratios(real[1], SMALLCAT, base), ratios(simulation[1], SMALLCAT, base)
+    for base, delivery in ((STATIC, "delivered together"), (EARLY, "delivered early")):
+        measured, expected = ratios(real[1], SMALLCAT, base), ratios(simulation[1], SMALLCAT, base)
         best = [ratios(simulation[1], name, base) for name in (SMALLCAT, *OTHERS)]
         for what, ratio in expected.items():
             least = min(each[what] for each in best if each)
             table.add_row(
-                f"{what}, {told}",
+                f"{what}, {delivery}",
                 f"<= {TARGET}",
-                _verdict(found.get(what), lambda value: value <= TARGET),
+                _verdict(measured.get(what), lambda value: value <= TARGET),
                 _verdict(ratio, lambda value: value <= TARGET),
                 f"{least:.2f}",
             )

@@ -1,7 +1,7 @@
-"""Which jobs share the next step: smallcat's way, and others to compare it with.
+"""Batching policies to compare with smallcat's: which jobs share the next step.
 
-A policy is a `Batcher` that chooses otherwise, so that engine and simulation run them in the same
-loop.All jobs are of one lane, and guided. Pure: no torch, no threads, no clock.
+A policy is a `Batcher` with another choice, so that the engine and the simulation run all of them in the same
+loop. All jobs are guided and of one lane. Pure: no torch, no threads, no clock.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from typing import Any, Protocol, Self
 from worker.engine.batcher import Batcher, Costs
 from worker.engine.step_cost import Curve, StepCost
 
-#: Steps of the jobs, in equal parts, and the rows of each: all are guided.
+#: Steps of the jobs, in equal parts, and rows of each job: all are guided.
 MIX, ROWS = (20, 30, 50), 2
 MEAN_STEPS = sum(MIX) / len(MIX)
-#: The window of static batches, as a part of the time that a full batch takes.
+#: The longest wait of static batches, as a share of the time that a full batch takes.
 WINDOW = 0.1
 
 
 class OneAtATime(Batcher[Any]):
-    """The job that came first runs alone until it is finished."""
+    """One job at a time, in the order of arrival."""
 
     def next_batch(self, now_s: float) -> list[Any]:
-        """The jobs to run one step of; empty when idle."""
+        """The jobs to run one step of; empty when there are none."""
         return list(self)[:1]
 
 
 class Named(Protocol):
-    """A job on board, in the engine or in the simulation."""
+    """A job in flight, in the engine or in the simulation."""
 
     @property
     def job_id(self) -> str:
-        """The number of its arrival."""
+        """The number of the job, in the order of arrival."""
 
 
 class Static(Batcher[Any]):
-    """Batches of whole jobs: filled until the cap or the end of the window, and nobody joins on the way.
+    """Static batches of whole jobs: one starts when it is full or `window_s` is over, and no job joins it.
 
-    The window (`window_s`, seconds) begins when the first of those waiting came, so a batch starts at once
-    behind a long one. A finished job costs its mates' further steps nothing, unless the batch `is_padded`:
-    then these cost what the whole batch does, as where one call of a pipeline has one shape (only the
-    simulation can tell). When its picture leaves is for the reader of `batches` to say; see `together`.
+    The window (seconds) starts with the arrival of the first waiting job, so after a long batch the next one
+    starts at once. Finished jobs take no part in later steps, unless the batch `is_padded`: then its steps
+    cost the same to the end, as in a call of a pipeline, which has one shape (simulation only). Whether a
+    finished picture is delivered at once or with its batch is decided later, see `simulation.together`.
     """
 
     def __init__(self, costs: Costs, window_s: float, *, is_padded: bool = False) -> None:
@@ -51,7 +51,7 @@ class Static(Batcher[Any]):
         self._is_padded = is_padded
         self._arrivals_s: dict[Named, float] = {}
         self._rows: dict[Named, int] = {}
-        #: The batch that runs, those who are finished among them.
+        #: The running batch, with its finished jobs.
         self._batch: list[Named] = []
         #: The jobs of each batch, by id.
         self.batches: list[list[str]] = []
@@ -62,12 +62,12 @@ class Static(Batcher[Any]):
         self._arrivals_s[item], self._rows[item] = now_s, rows
 
     def remove(self, item: Named) -> None:
-        """Let `item` go."""
+        """Take `item` out."""
         super().remove(item)
         del self._arrivals_s[item], self._rows[item]
 
     def due_s(self) -> float:
-        """When those waiting start at the latest, if nobody else comes."""
+        """When the window of the waiting jobs ends."""
         return min(self._arrivals_s.values()) + self._window_s
 
     def paid_rows(self) -> int:
@@ -75,7 +75,7 @@ class Static(Batcher[Any]):
         return ROWS * sum(self._is_padded or item in self for item in self._batch)
 
     def next_batch(self, now_s: float) -> list[Named]:
-        """The jobs to run one step of; empty when idle, and within the window."""
+        """The jobs to run one step of; empty when there are none, and within the window."""
         running = [item for item in self._batch if item in self]
         if running or not self._rows:
             return running
@@ -94,34 +94,34 @@ class Static(Batcher[Any]):
 
 
 class ShortestFirst(Batcher[Any]):
-    """Seats go to those with the fewest steps to go, anew at each step, whatever becomes of the long ones.
+    """At each step, the jobs with the fewest steps left. Long jobs may wait for ever.
 
-    Where batching gains nothing, no policy has a lower mean latency (Schrage, 1968). Only for the simulation.
+    If batching gains nothing, no policy has a lower mean latency (Schrage, 1968). Simulation only.
     """
 
     def next_batch(self, now_s: float) -> list[Any]:
-        """The jobs to run one step of; empty when idle."""
+        """The jobs to run one step of; empty when there are none."""
         return sorted(self, key=lambda job: job.left)[: max(1, self._costs.cap(None) // ROWS)]
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device costs, as measured: the `Costs` of a batcher, and decoding."""
+    """The measured costs of a device: the `Costs` of a batcher, and those of decoding."""
 
     #: (rows, seconds a step) and (pictures, seconds to decode them together).
     step_curve: Curve
     decode_curve: Curve
-    #: Rows of a step, at most.
+    #: The cap of a step, in rows.
     rows: int
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Self:
-        """The opposite of `asdict`, from JSON."""
+        """From the JSON of `asdict`."""
         steps, decoding = (tuple(map(tuple, values[name])) for name in ("step_curve", "decode_curve"))
         return cls(steps, decoding, values["rows"])
 
     def cap(self, lane: Hashable) -> int:
-        """The same for all."""
+        """The same for all lanes."""
         return self.rows
 
     def step_s(self, lane: Hashable, rows: int) -> float:
@@ -129,32 +129,32 @@ class Device:
         return StepCost(self.step_curve, 1, self.rows).seconds(rows, 1)
 
     def decode_s(self, pictures: int) -> float:
-        """Seconds to decode so many pictures."""
+        """Seconds to decode `pictures` in one call."""
         return StepCost(self.decode_curve, 1, self.rows).seconds(pictures, 1)
 
     @property
-    def seats(self) -> int:
+    def slots(self) -> int:
         """Jobs in a step, at most."""
         return max(1, self.rows // ROWS)
 
     @property
     def window_s(self) -> float:
-        """The window of static batches: a part of what a full batch takes on the mean."""
+        """The window of static batches: a share of the mean time of a full batch."""
         return WINDOW * MEAN_STEPS * self.step_s(None, self.rows)
 
 
 ONE, STATIC, EARLY, PADDED, SMALLCAT = "one", "static", "static-early", "static-padded", "smallcat"
-#: How to make each policy that the engine can run. The jobs of a static batch leave together (`STATIC`) or
-#: each when it is finished (`EARLY`): the run is the same.
+#: The policies that the engine can run. One run gives two results for static batches: pictures are delivered
+#: with the whole batch (`STATIC`), or each when it is finished (`EARLY`).
 POLICIES: dict[str, Callable[[Device], Batcher[Any]]] = {
     ONE: OneAtATime,
     STATIC: lambda device: Static(device, device.window_s),
     SMALLCAT: Batcher,
 }
-#: Those for the simulation alone, to compare with.
+#: Policies for the simulation only.
 OTHERS: dict[str, Callable[[Device], Batcher[Any]]] = {
     PADDED: lambda device: Static(device, device.window_s, is_padded=True),
-    # Every job on board takes part in every step: processor sharing.
+    # Every job takes part in every step: processor sharing.
     "all-at-once": lambda device: Batcher(replace(device, rows=10**9)),
     "shortest-first": ShortestFirst,
 }

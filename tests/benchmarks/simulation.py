@@ -1,4 +1,4 @@
-"""What a policy gives under load, by simulation of the measured costs: random arrivals, latencies, capacity.
+"""Simulates policies under load from measured costs: random arrivals, latencies, capacity.
 
 Pure: no torch, no threads, no clock.
 """
@@ -27,28 +27,28 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of it."""
+    """A finished job of a benchmark."""
 
     steps: int
-    #: When it came and when its picture was there, seconds after the start.
+    #: When it arrived and when its picture was delivered, seconds after the start.
     arrived_s: float
     left_s: float
 
 
 def arrivals(jobs: int, per_s: float, seed: int) -> list[Arrival]:
-    """Poisson arrivals of `per_s` jobs a second; infinity: all at once. A seed gives the same at any pace.
+    """Poisson arrivals of `per_s` jobs/s; infinity: all at once. A seed gives the same jobs at any rate.
 
-    Among each three jobs, every number of steps is there once, in random order.
+    Of each three jobs, one has each number of steps, in random order.
     """
     rng = random.Random(seed)
     steps: list[int] = []
     while len(steps) < jobs:
         steps += rng.sample(MIX, len(MIX))
-    at_s, found = 0.0, []
+    at_s, arriving = 0.0, []
     for number in range(jobs):
         at_s += rng.expovariate(1.0) / per_s
-        found.append(Arrival(at_s, steps[number]))
-    return found
+        arriving.append(Arrival(at_s, steps[number]))
+    return arriving
 
 
 @dataclass(eq=False)
@@ -63,9 +63,9 @@ class _Job:
 
 
 def simulate(batcher: Batcher[Any], arriving: Sequence[Arrival], device: Device) -> list[Finished]:
-    """What `batcher` gives on `device`, in the order of arrival: the engine's loop with costs for its work.
+    """The jobs in the order of arrival, finished by `batcher` on `device`: the engine's loop, simulated.
 
-    A picture is decoded on the device's time wherever it is decoded, and encoding texts costs nothing.
+    Decoding takes time of the device between steps. Encoding of texts takes none.
     """
     coming = [_Job(str(number), arrival) for number, arrival in enumerate(arriving)][::-1]
     left_s, now_s = [0.0] * len(arriving), 0.0
@@ -95,18 +95,18 @@ def simulate(batcher: Batcher[Any], arriving: Sequence[Arrival], device: Device)
 
 
 def together(done: Sequence[Finished], batches: Sequence[Sequence[str]]) -> list[Finished]:
-    """`done` (in the order of arrival) if every job leaves with the last one of its batch."""
+    """`done` (in the order of arrival) if all pictures of a batch are delivered with the last one."""
     held = list(done)
     for batch in batches:
-        places = [int(job_id) for job_id in batch]
-        last_s = max(done[place].left_s for place in places)
-        for place in places:
-            held[place] = replace(done[place], left_s=last_s)
+        numbers = [int(job_id) for job_id in batch]
+        last_s = max(done[number].left_s for number in numbers)
+        for number in numbers:
+            held[number] = replace(done[number], left_s=last_s)
     return held
 
 
 def runs(name: str, batcher: Batcher[Any], done: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """By the names they are told under, all that a run of the policy `name` shows."""
+    """The results of a run of the policy `name`, by the names they are reported under."""
     if not isinstance(batcher, Static):
         return {name: list(done)}
     held = {name: together(done, batcher.batches)}
@@ -115,7 +115,7 @@ def runs(name: str, batcher: Batcher[Any], done: Sequence[Finished]) -> dict[str
 
 @dataclass(frozen=True)
 class Figures:
-    """Latencies of some jobs, seconds."""
+    """Latencies of jobs, in seconds."""
 
     mean: float
     p50: float
@@ -125,27 +125,27 @@ class Figures:
 
 @dataclass(frozen=True)
 class Point:
-    """What a policy gave at a load."""
+    """The result of a policy at a load."""
 
-    #: Of smallcat's capacity.
+    #: Share of smallcat's capacity.
     load: float
     policy: str
     jobs: int
-    #: From the start to the last picture; None: more jobs would come than it can do, so it was not run.
+    #: Throughput in images/s; None: not run, because the load is above the policy's capacity.
     per_s: float | None
-    #: Over "all" jobs, and over those of each number of steps.
+    #: Latencies of "all" jobs, and of those of each number of steps.
     latency: dict[str, Figures]
-    #: Seconds of its steps over what they cost; None: simulated.
+    #: Seconds of its steps over the measured costs; None: simulated.
     slowed: float | None = None
 
     @classmethod
     def past_capacity(cls, load: float, policy: str) -> Self:
-        """Where the queue would grow without end, and latencies with the length of the run."""
+        """A load at which the queue would grow without end."""
         return cls(load, policy, 0, None, {})
 
     @classmethod
     def of(cls, load: float, policy: str, done: Sequence[Finished], *, slowed: float | None = None) -> Self:
-        """From a run."""
+        """The figures of a run."""
         groups = {"all": [*done]} | {str(steps): [job for job in done if job.steps == steps] for steps in MIX}
         latency = {
             name: Figures(float(np.mean(seconds)), *np.percentile(seconds, [50, 95, 99]).tolist())
@@ -157,8 +157,8 @@ class Point:
 
 
 def capacity(make: Callable[[Device], Batcher[Any]], device: Device) -> float:
-    """Jobs a second that a policy has on `device` while more are waiting than it can seat, by simulation."""
-    jobs = 3 * max(100, 12 * device.seats)
+    """Simulated throughput of a policy on `device`, in jobs/s, while jobs are always waiting."""
+    jobs = 3 * max(100, 12 * device.slots)
     done = simulate(make(device), arrivals(jobs, float("inf"), seed=0), device)
     return jobs / max(job.left_s for job in done)
 
@@ -166,7 +166,7 @@ def capacity(make: Callable[[Device], Batcher[Any]], device: Device) -> float:
 def simulated(
     device: Device, loads: Sequence[float], jobs: int, seed: int
 ) -> tuple[dict[str, float], list[Point]]:
-    """Capacity of each policy, jobs a second, and its points: long runs on the measured costs."""
+    """The capacity of each policy in jobs/s, and its points: long simulated runs on the measured costs."""
     policies = {**POLICIES, **OTHERS}
     capacities = {name: capacity(make, device) for name, make in policies.items()}
     points = []
@@ -178,8 +178,8 @@ def simulated(
                 points.append(Point.past_capacity(load, name))
                 continue
             batcher = make(device)
-            told = runs(name, batcher, simulate(batcher, arriving, device))
-            points += [Point.of(load, policy, done) for policy, done in told.items()]
+            results = runs(name, batcher, simulate(batcher, arriving, device))
+            points += [Point.of(load, policy, done) for policy, done in results.items()]
         alone = [
             Finished(
                 each.steps, each.at_s, each.at_s + each.steps * device.step_s(None, ROWS) + device.decode_s(1)

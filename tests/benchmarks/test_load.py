@@ -1,4 +1,4 @@
-"""The benchmark of latency under load: arrivals, policies, simulation, and one small run of it all."""
+"""The benchmark of latency under load: arrivals, policies, simulation, and one small run of all of it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def latencies(policy: str, arriving: list[Arrival], device: Device = FLAT) -> li
     return [round(job.left_s - job.arrived_s, 6) for job in done]
 
 
-def test_arrivals_are_poisson_in_equal_parts_and_a_seed_is_the_same_at_any_pace() -> None:
+def test_arrivals_are_poisson_in_equal_parts_and_a_seed_gives_the_same_at_any_rate() -> None:
     some = arrivals(3_000, 2.0, seed=1)
     assert Counter(each.steps for each in some) == dict.fromkeys(MIX, 1_000)
     gaps = [later.at_s - earlier.at_s for earlier, later in pairwise(some)]
@@ -88,7 +88,7 @@ def test_static_batches_start_when_they_are_full_or_their_window_is_over() -> No
     batcher = ALL[STATIC](FLAT)
     assert isinstance(batcher, Static)
     done = simulate(batcher, full, FLAT)
-    # Four seats: full at 2.5 s. The fifth has waited for longer than its window when they are through.
+    # Four slots: full at 2.5 s. The fifth job has waited for longer than the window when they are finished.
     assert batcher.batches == [["0", "1", "2", "3"], ["4"]]
     assert [job.left_s for job in done] == [23.5, 23.5, 34.0, 54.5, 75.0]
     assert [job.left_s for job in together(done, batcher.batches)] == [54.5] * 4 + [75.0]
@@ -113,15 +113,15 @@ def test_no_policy_loses_a_job_or_is_faster_than_an_idle_device(policy: str, see
         assert job.left_s - job.arrived_s >= job.steps * 0.007 + 0.01 - 1e-9
 
 
-def test_capacity_is_what_the_costs_say() -> None:
+def test_capacity_follows_from_the_costs() -> None:
     assert capacity(POLICIES[ONE], FLAT) == pytest.approx(1 / (100 / 3 + 0.5), rel=1e-6)
-    # Four seats, always taken: 100/3 steps of a quarter each, and a picture.
+    # Four slots, always taken: 100/3 steps of a quarter each, and a picture.
     assert capacity(POLICIES[SMALLCAT], FLAT) == pytest.approx(1 / (100 / 12 + 0.5), rel=0.03)
-    ranked = [capacity(ALL[policy], CURVED) for policy in (ONE, PADDED, STATIC, SMALLCAT)]
-    assert ranked == sorted(ranked)
+    rising = [capacity(ALL[policy], CURVED) for policy in (ONE, PADDED, STATIC, SMALLCAT)]
+    assert rising == sorted(rising)
 
 
-def test_what_is_past_its_capacity_is_not_run() -> None:
+def test_a_policy_is_not_run_above_its_capacity() -> None:
     capacities, points = simulated(CURVED, [0.2, 0.7], jobs=60, seed=1)
     at = {(point.load, point.policy): point for point in points}
     assert capacities[ONE] < 0.7 * capacities[SMALLCAT]
@@ -131,7 +131,7 @@ def test_what_is_past_its_capacity_is_not_run() -> None:
     assert at[0.7, "alone"].latency["50"].p99 == pytest.approx(50 * 0.007 + 0.01)
 
 
-def test_a_point_is_told_over_all_jobs_and_by_steps() -> None:
+def test_a_point_has_figures_over_all_jobs_and_by_steps() -> None:
     done = [Finished(20, 0.0, 1.0), Finished(20, 1.0, 4.0), Finished(50, 1.0, 9.0)]
     point = Point.of(0.5, SMALLCAT, done)
     assert (point.jobs, point.per_s) == (3, pytest.approx(3 / 9))
@@ -144,7 +144,7 @@ def test_a_point_is_told_over_all_jobs_and_by_steps() -> None:
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_engine_runs_every_policy(name: str, beside: bool) -> None:
-    """With a runner that takes no time: whoever came first, all are done, by the policy's own batches."""
+    """With a runner that takes no time, all jobs are done, in the policy's own batches."""
     runner: Any = FakeRunner(max_rows=8, decodes_beside=beside)
     batcher = load._policy(name, FLAT)
     done, steps = load.serve(runner, batcher, arrivals(12, math.inf, seed=1), "a test", at_once=True)
@@ -160,17 +160,17 @@ def test_the_engine_runs_every_policy(name: str, beside: bool) -> None:
     assert all(job.left_s > job.arrived_s for job in paced)
 
 
-def test_capacity_counts_what_was_done_while_the_seats_were_taken() -> None:
+def test_capacity_counts_steps_while_all_slots_are_taken() -> None:
     runner: Any = FakeRunner(max_rows=8)
     per_s, slow = load.saturated(runner, SMALLCAT, FLAT, jobs=24)
-    # It takes no time where FLAT says a second.
+    # The fake takes no time; a step of FLAT takes a second.
     assert per_s > capacity(POLICIES[SMALLCAT], FLAT)
     assert 0 < slow < 1
     done = sum(len(batch) for batch in runner.batches)
     assert done == sum(each.steps for each in arrivals(24, math.inf, seed=0))
 
 
-def test_the_time_is_shared_out_with_more_for_the_targets() -> None:
+def test_the_load_of_the_targets_gets_more_of_the_time() -> None:
     jobs_at = load.planned({ONE: 1.0, STATIC: 9.0, SMALLCAT: 10.0}, [0.05, 0.7, 0.95], seconds=100.0)
     # Runs: three at 5%, two at 70% that count three times, one at 95%, which static batches cannot do.
     share_s = 100.0 / (3 + 2 * 3 + 1)
@@ -186,8 +186,8 @@ def test_simulation_from_the_costs_of_an_earlier_run(tmp_path: Path) -> None:
     arguments = ["--costs", str(costs), "--loads", "70,95", "--simulated-jobs", "60", "--json", str(out)]
     result = CliRunner().invoke(load.main, arguments)
     assert result.exit_code == 0, result.output
-    assert "one: past its own" in result.output
-    assert "mean, 20 steps, leaving together" in result.output
+    assert "one: above its capacity of" in result.output
+    assert "mean, 20 steps, delivered together" in result.output
     assert result.output.rstrip().endswith("┘")
     written = json.loads(out.read_text())
     assert Device.read(written["device"]) == CURVED
@@ -199,19 +199,19 @@ def test_simulation_from_the_costs_of_an_earlier_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--loads", "30,100"], "a load is above 0% and below 100%"),
-        (["--loads", "some"], "is no list of percents"),
+        (["--loads", "30,100"], "a load must be above 0% and below 100%"),
+        (["--loads", "some"], "is not a list of percents"),
         (["--policies", "one,lifo"], "lifo: choose from one, static, smallcat"),
         (["--policies", "one"], "smallcat must be among them"),
     ],
 )
-def test_options_that_make_no_sense(arguments: list[str], sentence: str) -> None:
+def test_options_that_are_not_valid(arguments: list[str], sentence: str) -> None:
     result = CliRunner().invoke(load.main, arguments)
     assert result.exit_code == 2
     assert sentence in " ".join(result.output.replace("│", " ").split())
 
 
-def test_all_of_it_on_a_tiny_model(tmp_path: Path) -> None:
+def test_the_whole_benchmark_on_a_tiny_model(tmp_path: Path) -> None:
     model, out = tiny_sd1(tmp_path / "tiny"), tmp_path / "load.json"
     arguments = ["--model", str(model), "--max-batch", "4", "--loads", "70", "--jobs", "6", "--seconds", "1"]
     result = CliRunner().invoke(load.main, [*arguments, "--simulated-jobs", "30", "--json", str(out)])
@@ -225,7 +225,7 @@ def test_all_of_it_on_a_tiny_model(tmp_path: Path) -> None:
     assert points[SMALLCAT]["latency"]["20"]["mean"] > 0
 
 
-def test_the_targets_are_told_for_what_was_measured_and_for_the_best_that_can_be() -> None:
+def test_the_targets_are_compared_with_the_measured_and_the_best_simulated_ratios() -> None:
     def points(smallcat_s: float, best_s: float) -> list[Point]:
         latencies = {STATIC: 10.0, EARLY: 8.0, SMALLCAT: smallcat_s, "shortest-first": best_s}
         return [
@@ -238,8 +238,8 @@ def test_the_targets_are_told_for_what_was_measured_and_for_the_best_that_can_be
         ({SMALLCAT: 1.9, STATIC: 2.0}, points(5.0, 5.0)), (capacities, points(7.0, 4.0))
     )
     rows = [list(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]
-    assert rows[0] == ["mean, all jobs, leaving together", "<= 0.6", "0.50 met", "0.70 MISSED", "0.40"]
-    assert rows[7] == ["p95, 20 steps, leaving early", "<= 0.6", "0.62 MISSED", "0.88 MISSED", "0.50"]
+    assert rows[0] == ["mean, all jobs, delivered together", "<= 0.6", "0.50 met", "0.70 MISSED", "0.40"]
+    assert rows[7] == ["p95, 20 steps, delivered early", "<= 0.6", "0.62 MISSED", "0.88 MISSED", "0.50"]
     assert rows[8:] == [
         ["throughput at saturation, over static", ">= 1", "0.95 MISSED", "1.50 met", ""],
         ["throughput at saturation, over static-padded", ">= 1", "", "3.00 met", ""],
