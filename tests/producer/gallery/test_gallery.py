@@ -18,6 +18,7 @@ from PIL import Image
 from producer import gallery
 from producer.cli.main import cli
 from producer.gallery import in_order, write_gallery
+from producer.gallery.fields import FIELDS
 from producer.gallery.lines import read_lines
 from producer.gallery.page import as_data
 from producer.ingest.manifest import write_manifest
@@ -128,6 +129,20 @@ def test_a_manifest_line_becomes_a_row_with_all_that_people_see(manifest: Callab
         "metadata": {"ticket": str(10**17), "tags": '["a"]'},
         "timings": {"queued": "0.25", "rendered": "12.3"},
         "parameters": write(job),
+    }
+
+
+def test_guidance_in_a_part_of_the_steps_is_shown_and_in_the_infotext(manifest: Callable[..., str]) -> None:
+    job = job_of(guidance_start=0.25, guidance_stop=0.5)
+    page = write_gallery(manifest(line_of(job), line_of(job_of())))
+    there, plain = rows_of(page.path)
+    assert (there["guidance_start"], there["guidance_stop"]) == ("0.25", "0.5")
+    assert "Guidance start: 0.25, Guidance stop: 0.5" in there["parameters"]
+    # At their defaults they are left out, and the page says what these are.
+    assert not {"guidance_start", "guidance_stop"} & set(plain)
+    assert {each.name: each.default for each in FIELDS if each.default} == {
+        "guidance_start": "0",
+        "guidance_stop": "1",
     }
 
 
@@ -286,9 +301,7 @@ def test_a_manifest_that_cannot_be_read_is_one_sentence(
         {"uri": 7, "state": "done", "job": "none"},
     ],
 )
-def test_odd_lines_become_frames_without_a_picture(
-    manifest: Callable[..., str], line: dict[str, Any]
-) -> None:
+def test_odd_lines_become_rows_without_a_picture(manifest: Callable[..., str], line: dict[str, Any]) -> None:
     (row,) = rows_of(write_gallery(manifest(line)).path)
     assert "url" not in row
 
@@ -317,6 +330,27 @@ def test_what_a_manifest_leaves_open_comes_from_the_record(
     job = job_of("from the record")
     page = write_gallery(manifest({"id": job.id, "uri": stored(bucket, job), "state": "done"}))
     assert rows_of(page.path)[0]["prompt"] == "from the record"
+
+
+def test_a_manifest_line_that_lacks_a_field_of_its_job_is_completed_from_the_record(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    """Earlier versions' CSV manifests have no guidance_start: the line alone is another picture's."""
+    job, gone = job_of(guidance_start=0.25), job_of(guidance_start=0.5)
+    uris = [stored(bucket, job), bucket.uri(gone.id, gone.format)]
+    path = tmp_path / "run.csv"
+    with path.open("w", newline="") as file:
+        lines = [line_of(each, uri) for each, uri in zip((job, gone), uris, strict=True)]
+        columns = ["id", "uri", "state", *(name for name in Job.model_fields if name != "guidance_start")]
+        table = csv.DictWriter(file, [name for name in columns if name != "metadata"], extrasaction="ignore")
+        table.writeheader()
+        table.writerows(lines)
+    page = write_gallery(str(path))
+    whole, lacking = rows_of(page.path)
+    assert (whole["guidance_start"], whole["parameters"]) == ("0.25", write(job))
+    # Without a record nobody knows which picture it is: rather no infotext than another picture's.
+    assert "parameters" not in lacking
+    assert page.notices == ("1 record could not be read from the bucket.",)
 
 
 def test_embedded_thumbnails_are_small_webp_in_order(bucket: Bucket, manifest: Callable[..., str]) -> None:

@@ -1,0 +1,157 @@
+"""What the version before the table of job fields wrote is read, and goes on: tests/earlier_version holds it.
+
+prompts.csv             a prompt file; its manifests, with a grid of seeds, and its rejected line
+interrupted.txt         a prompt file whose run was stopped after 18 of 41 jobs: its journal, and its keys
+                        in Redis (bits as hexadecimal digits)
+record.json             the record beside a picture
+infotext*.txt           the infotext of that picture, and of one with the defaults
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.embedded.servers import ValkeyProcess
+from producer.cli.ingest_display import QuietDisplay
+from producer.client import JobResult
+from producer.gallery.lines import read_lines
+from producer.ingest.journal import Journal
+from producer.ingest.manifest import COLUMNS
+from producer.ingest.submit_file import make_ingest, make_plan, make_variations
+from producer.ingest.types import Options, Outcome
+from tests.drain import Drain
+from tests.fast_worker import SERVED, announce
+from worker.contract import infotext
+from worker.contract.job import Job
+from worker.contract.queues import queues_of
+from worker.contract.record import State
+
+STORED = Path(__file__).parents[2] / "earlier_version"
+#: The run of interrupted.txt: made from the file and its options, which the new version must make alike.
+RUN = "bd8ae9f1179670d3"
+
+
+@pytest.fixture
+def drain(valkey: ValkeyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drain]:
+    """What ends the jobs of runs. The working folder has copies of all that is stored."""
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+    monkeypatch.chdir(shutil.copytree(STORED, tmp_path / "run"))
+    announce(valkey.url)
+    drain = Drain(valkey.url, queues_of(SERVED)[0])
+    yield drain
+    drain.client.close()
+
+
+def ran(drain: Drain, file: str, fields: dict[str, Any], grid: dict[str, Any], options: Options) -> Outcome:
+    """The run of a file, until it is over."""
+    variations = make_variations(fields, 1, None, grid, None, None, literal=False)
+    run = make_ingest(make_plan([file], file_format=None, variations=variations), options, QuietDisplay())
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.002):
+            drain.all()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        return run()
+    finally:
+        over.set()
+        worker.join()
+
+
+def restore(drain: Drain) -> None:
+    """Put the stopped run's keys into Redis."""
+    keys: dict[str, tuple[str, Any]] = json.loads((STORED / "interrupted.redis.json").read_text())
+    for key, (kind, value) in keys.items():
+        if kind == "hash":
+            drain.client.hset(key, mapping=value)
+        else:
+            drain.client.set(key, bytes.fromhex(value))
+
+
+def lines_of(path: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_stopped_run_goes_on_where_it_was(drain: Drain) -> None:
+    restore(drain)
+    part = Path("interrupted.txt.manifest.jsonl.part")
+    before = {line["number"]: line["id"] for line in lines_of(part)[1:]}
+    outcome = ran(drain, "interrupted.txt", {"guidance_stop": 0.5}, {}, Options(max_queued=10))
+    assert (outcome.run, outcome.state, outcome.total) == (RUN, "finished", 41)
+    assert (outcome.done, outcome.failed) == (40, 1)
+    # What was done is rendered no second time, and the manifest has it from the journal.
+    assert sorted(number for number, _ in drain.seen) == list(range(18, 41))
+    manifest = lines_of("interrupted.txt.manifest.jsonl")
+    assert {number: manifest[number]["id"] for number in before} == before
+    assert [line["line"] for line in manifest] == list(range(1, 42))
+    assert {line["guidance_stop"] for line in manifest} == {0.5}
+
+
+def test_a_journal_is_gone_on_with(tmp_path: Path) -> None:
+    manifest = Path(shutil.copy(STORED / "interrupted.txt.manifest.jsonl.part", tmp_path)).with_suffix("")
+    with Journal(manifest, RUN) as journal:
+        results = [journal.result(number) for number in range(19)]
+    assert [result and result["state"] for result in results] == ["done"] * 18 + [None]
+
+
+def test_a_finished_manifest_is_taken_over(tmp_path: Path) -> None:
+    with Journal(tmp_path / "m.jsonl", "run") as journal:
+        journal.adopt(STORED / "prompts.csv.manifest.jsonl")
+        results = [journal.result(number) for number in range(6)]
+    stored = lines_of(STORED / "prompts.csv.manifest.jsonl")
+    assert [(each or {})["id"] for each in results] == [line["id"] for line in stored]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_file_makes_the_same_jobs_and_manifest_with_columns_appended(drain: Drain, ending: str) -> None:
+    manifest = Path(f"new.manifest.{ending}")
+    outcome = ran(drain, "prompts.csv", {}, {"seed": [7, 8]}, Options(manifest, f"new{ending}"))
+    assert (outcome.state, outcome.done, outcome.failed, outcome.rejected) == ("finished", 4, 2, 1)
+    stored = STORED / f"prompts.csv.manifest.{ending}"
+    if ending == "jsonl":
+        assert manifest.read_bytes() == stored.read_bytes()
+    else:
+        old, new = (list(csv.reader(path.open(newline=""))) for path in (stored, manifest))
+        assert [row[: len(old[0])] for row in new] == old
+        assert tuple(old[0]) == COLUMNS[: len(old[0])]
+        assert new[0][len(old[0]) :] == ["guidance_start", "guidance_stop"]
+        assert [row[-2:] for row in new[1:]] == [["0.25", "1.0"]] * 2 + [["0.0", "0.5"]] * 2 + [
+            ["0.0", "1.0"]
+        ] * 2
+    rejected = STORED / "prompts.csv.rejected.jsonl"
+    assert Path("prompts.csv.rejected.jsonl").read_bytes() == rejected.read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_manifest_is_read_by_the_gallery(ending: str) -> None:
+    lines = list(read_lines(str(STORED / f"prompts.csv.manifest.{ending}"), pytest.fail))
+    assert [line["seed"] for line in lines] == [7, 8] * 3
+    assert lines[0]["metadata"] == {"ticket": "T-1", "tag": [1, "ä"]}
+    fields = [{name: line[name] for name in Job.model_fields if name in line} for line in lines]
+    same = [Job.parse(each).id == line["id"] for each, line in zip(fields, lines, strict=True)]
+    # A CSV manifest had no columns for guidance_start and guidance_stop: its first jobs are not whole.
+    assert same == [ending == "jsonl"] * 4 + [True] * 2
+
+
+def test_a_record_and_an_infotext_are_read_as_the_job_they_were() -> None:
+    record = JobResult.model_validate_json((STORED / "record.json").read_text())
+    assert (record.state, record.id) == (State.DONE, record.job.id)
+    text = (STORED / "infotext.txt").read_text()
+    assert infotext.read(text).id == record.id
+    assert infotext.write(record.job) == text
+
+
+def test_an_infotext_of_defaults_is_written_to_the_same_bytes() -> None:
+    text = (STORED / "infotext_of_defaults.txt").read_text()
+    assert infotext.write(infotext.read(text)) == text
