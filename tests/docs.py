@@ -24,6 +24,8 @@ from pydantic_core import PydanticUndefined
 import producer
 from deploy.local import main as local
 from producer.cli import main as command_line
+from producer.ingest.download import FIELDS
+from producer.ingest.manifest import COLUMNS
 from producer.ingest.types import Outcome
 from tests.test_architecture import FOLDERS
 from worker.bench.__main__ import main as bench
@@ -108,7 +110,10 @@ def sentence(text: str | None) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    """A cell's text in Markdown: what would part cells or be markup is escaped, but for code."""
+    parts = text.replace("|", "\\|").split("`")
+    parts[::2] = (part.replace("__", r"\_\_").replace("*", r"\*").replace("<", "&lt;") for part in parts[::2])
+    return "`".join(parts)
 
 
 def _table(headings: str, rows: Iterator[tuple[str, ...]]) -> str:
@@ -181,6 +186,16 @@ def schedulers() -> str:
             yield f"`{scheduler}`", shown, asked, f"`{SAMPLERS[scheduler]}`"
 
     return _table("Name, diffusers class, Its options, AUTOMATIC1111's name", rows())
+
+
+def manifest_columns() -> str:
+    """The columns of a CSV manifest."""
+    return ", ".join(f"`{name}`" for name in COLUMNS) + ".\n"
+
+
+def name_fields() -> str:
+    """The fields of a template of `--name`."""
+    return ", ".join(f"`{name}`" for name in FIELDS) + ".\n"
 
 
 def _type(entry: FieldEntry) -> str:
@@ -297,6 +312,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "job-fields": job_fields,
     "job-field-names": job_field_names,
     "schedulers": schedulers,
+    "manifest-columns": manifest_columns,
+    "name-fields": name_fields,
     "errors": error_classes,
     "metrics": metric_names,
     "folders": folders,
