@@ -91,25 +91,25 @@ def announce(redis_url: str, seconds: int = 3_600) -> None:
     client.expire("smallcat:worker:fast@test", seconds)
 
 
-def _service() -> JobHandler:
+def _handler() -> JobHandler:
     fake: Any = FastEngine()
-    storage: Any = Bucket(settings.s3_bucket, settings.s3_prefix) if settings.s3_bucket else NoBucket()
+    bucket: Any = Bucket(settings.s3_bucket, settings.s3_prefix) if settings.s3_bucket else NoBucket()
     return JobHandler(
         name="fast@test",
         served=SERVED,
         engine=fake,
         records=Records(connect(settings.redis_url, 30), settings.record_ttl_s),
-        storage=storage,
+        bucket=bucket,
         lease_s=settings.lease_s,
         max_attempts=3,
         upload_timeout_s=10,
     )
 
 
-service = _service()
+handler = _handler()
 
 
 @app.task(name=TASK, bind=True)  # type: ignore[untyped-decorator]
 def render(task: Any, payload: dict[str, Any]) -> None:
     """What `worker.tasks.run_job` does, without its care for what cannot happen here."""
-    service.handle(payload, task.request.id)
+    handler.handle(payload, task.request.id)

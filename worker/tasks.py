@@ -181,7 +181,7 @@ def _assemble(name: str) -> _Process:
         served=runner.served,
         engine=engine,
         records=records,
-        storage=storage,
+        bucket=storage,
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,
         upload_timeout_s=settings.upload_timeout_s,

@@ -1,4 +1,4 @@
-"""Who may be on board together: everybody, except that a job suspected of killing workers is alone."""
+"""A job that may kill its worker runs alone; all others run together."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from worker.contract.errors import EngineStoppedError
 
 
 class Quarantine:
-    """Shared and exclusive places on one machine. Thread-safe.
+    """Lets jobs run at the same time, or one alone, as a lock for readers and writers does. Thread-safe.
 
-    A job whose earlier attempts ended with the death of their worker has its last attempt alone: if it
-    kills this one too, none of its mates is counted down with it. Who waits to be alone is next: nobody
-    new comes on board meanwhile.
+    A job whose earlier attempts ended with the death of their worker makes its last attempt alone
+    (`RetryPolicy.runs_alone`): if it kills this worker too, no other job loses an attempt. A job that waits
+    to run alone is next: no other one starts meanwhile.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._on_board = 0
-        self._waiting = 0
-        self._alone = False
+        self._running = 0
+        self._waiting_alone = 0
+        self._is_alone = False
         self._stopped = False
 
     def stop(self) -> None:
-        """Let nobody on board any more: who waits gets `EngineStoppedError`."""
+        """Let no job start any more: those that wait get `EngineStoppedError`."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     @contextmanager
-    def place(self, *, alone: bool) -> Iterator[None]:
-        """Be on board for the length of a with block. Raises `EngineStoppedError` after `stop`."""
+    def admit(self, *, alone: bool) -> Iterator[None]:
+        """Wait until the job may run; it runs for the length of a with block. Raises `EngineStoppedError`."""
         with self._changed:
             if alone:
-                self._waiting += 1
+                self._waiting_alone += 1
             try:
-                self._changed.wait_for(lambda: self._stopped or self._is_free(alone))
+                self._changed.wait_for(lambda: self._stopped or self._may_start(alone))
                 if self._stopped:
                     raise EngineStoppedError("The worker is stopping: the job goes back to the queue.")
             finally:
                 if alone:
-                    self._waiting -= 1
+                    self._waiting_alone -= 1
                 self._changed.notify_all()
-            self._on_board += 1
-            self._alone = alone
+            self._running += 1
+            self._is_alone = alone
         try:
             yield
         finally:
             with self._changed:
-                self._on_board -= 1
-                self._alone = False
+                self._running -= 1
+                self._is_alone = False
                 self._changed.notify_all()
 
-    def _is_free(self, alone: bool) -> bool:
-        return not self._on_board if alone else not (self._alone or self._waiting)
+    def _may_start(self, alone: bool) -> bool:
+        return not self._running if alone else not (self._is_alone or self._waiting_alone)

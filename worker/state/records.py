@@ -136,10 +136,10 @@ class Records:
         """Undo the claim of `message`, whose attempt failed: the job is tried again later."""
         self._give_back(keys=[job_key(job_id)], args=[message, attempt.model_dump_json()])
 
-    def is_suspect(self, job_id: str, max_attempts: int) -> bool:
-        """Whether one attempt is left and an earlier one ended with the death of its worker."""
+    def attempts_and_deaths(self, job_id: str) -> tuple[int, int]:
+        """Attempts at the job, and how many of them ended with the death of their worker."""
         attempts, deaths = self._redis.hmget(job_key(job_id), "attempts", "deaths")
-        return int(attempts or 0) == max_attempts - 1 and int(deaths or 0) > 0
+        return int(attempts or 0), int(deaths or 0)
 
     def cancel(self, job_id: str) -> State:
         """Ask that the job stops. Returns its state now: a running job becomes cancelled at its next step."""

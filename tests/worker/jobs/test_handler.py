@@ -33,6 +33,7 @@ from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.engine.engine import Engine
 from worker.jobs.handler import JobHandler
+from worker.jobs.retry_policy import Backoff
 from worker.state.failures import Failures
 from worker.state.records import Records
 from worker.state.redis_client import RedisError, connect
@@ -72,8 +73,8 @@ class Worker:
         self.records = Records(client, 1_000)
         self.storage = storage
         given = {"lease_s": 30.0, "max_attempts": 3, "upload_timeout_s": 60.0} | options
-        self.service = JobHandler(
-            name=name, served=SERVED, engine=self.engine, records=self.records, storage=storage, **given
+        self.handler = JobHandler(
+            name=name, served=SERVED, engine=self.engine, records=self.records, bucket=storage, **given
         )
         self._pool = ThreadPoolExecutor(8)
 
@@ -82,7 +83,7 @@ class Worker:
 
     def begin(self, job: Job, message_id: str = "m1", **options: Any) -> Future[float | None]:
         """Handle a message for `job` on a thread of the pool."""
-        return self._pool.submit(self.service.handle, payload_of(job), message_id, **options)
+        return self._pool.submit(self.handler.handle, payload_of(job), message_id, **options)
 
     def handle(self, job: Job, message_id: str = "m1", **options: Any) -> float | None:
         return self.begin(job, message_id, **options).result(SOON_S)
@@ -94,9 +95,9 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.runner.gate.set()
         self.engine.stop()
-        self.service.stop()
+        self.handler.stop()
         self._pool.shutdown()
-        assert self.service.progress() == {}, "nothing stays on board"
+        assert self.handler.progress() == {}, "nothing stays on board"
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def client(valkey: Any) -> Iterator[Redis]:
 
 @pytest.fixture
 def storage(s3_environment: EmptyBucket, monkeypatch: pytest.MonkeyPatch) -> FlakyBucket:
-    monkeypatch.setattr("worker.jobs.handler.PUT_BACKOFF_S", (0.001, 0.002))
+    monkeypatch.setattr("worker.jobs.storage_retry.STORAGE_BACKOFF", Backoff(0.001, 0.002))
     return FlakyBucket(s3_environment.name)
 
 
@@ -228,7 +229,7 @@ def test_a_job_cancelled_while_it_runs_stops_at_its_next_step(worker: Worker) ->
     futures = [worker.begin(JOB, "m1"), worker.begin(mate, "m2")]
     assert worker.runner.entered.wait(SOON_S)
     worker.records.cancel(JOB.id)
-    worker.service.cancel(JOB.id)  # As the heartbeat does.
+    worker.handler.cancel(JOB.id)  # As the heartbeat does.
     worker.runner.gate.set()
     assert [future.result(SOON_S) for future in futures] == [None, None]
     assert worker.records.get(JOB.id).state is State.CANCELLED
@@ -240,14 +241,14 @@ def test_a_job_cancelled_while_it_runs_stops_at_its_next_step(worker: Worker) ->
 def test_a_job_cancelled_while_it_waits_for_the_storage_ends_at_once(
     client: Redis, storage: FlakyBucket, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr("worker.jobs.handler.PUT_BACKOFF_S", (600.0, 600.0))
+    monkeypatch.setattr("worker.jobs.storage_retry.STORAGE_BACKOFF", Backoff(600.0, 600.0))
     with Worker(client, storage, upload_timeout_s=10_000.0) as worker:
         setattr(storage, where, [StorageError("503")])
         worker.submit(JOB)
         future = worker.begin(JOB)
         assert storage.failed.wait(SOON_S)
         assert worker.records.cancel(JOB.id) is State.RUNNING
-        worker.service.cancel(JOB.id)
+        worker.handler.cancel(JOB.id)
         assert future.result(SOON_S) is None
         assert worker.records.get(JOB.id).state is State.CANCELLED
         assert storage.find(JOB.id, JOB.format) is None
@@ -258,7 +259,7 @@ def test_a_job_cancelled_while_it_waits_for_the_storage_ends_at_once(
 
 
 def test_cancelling_a_job_that_is_not_on_board_does_nothing(worker: Worker) -> None:
-    worker.service.cancel(JOB.id)
+    worker.handler.cancel(JOB.id)
     assert worker.handle(JOB) is None
     assert worker.records.get(JOB.id).state is State.DONE
 
@@ -365,7 +366,7 @@ def test_progress_is_told_while_the_picture_waits_for_the_storage(worker: Worker
     worker.storage.put_errors = [StorageError("503")] * 100_000
     future = worker.begin(JOB)
     assert worker.storage.failed.wait(SOON_S)
-    assert worker.service.progress() == {JOB.id: (4, 4)}
+    assert worker.handler.progress() == {JOB.id: (4, 4)}
     worker.storage.put_errors.clear()
     assert future.result(SOON_S) is None
 
@@ -399,7 +400,7 @@ def test_stopping_gives_back_a_job_that_waits_for_the_storage(worker: Worker, wh
     setattr(worker.storage, where, [StorageError("503")] * 100_000)
     future = worker.begin(JOB)
     assert worker.storage.failed.wait(SOON_S)
-    worker.service.stop()
+    worker.handler.stop()
     assert isinstance(future.exception(SOON_S), EngineStoppedError)
     assert (worker.records.get(JOB.id).state, worker.records.get(JOB.id).attempts) == (
         State.QUEUED,
@@ -478,7 +479,7 @@ MALFORMED: dict[str, Any] = {
 def test_what_is_no_job_is_dropped_with_a_line_in_the_log(
     worker: Worker, client: Redis, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
-    assert worker.service.handle(MALFORMED[what], "m1") is None
+    assert worker.handler.handle(MALFORMED[what], "m1") is None
     assert [record.message[:8] for record in caplog.records] == ["Dropped:"]
     assert client.dbsize() == 0
     assert worker.runner.prepared == []
@@ -487,5 +488,5 @@ def test_what_is_no_job_is_dropped_with_a_line_in_the_log(
 def test_a_newer_message_goes_back_untouched(worker: Worker, client: Redis) -> None:
     newer = {"version": 2, "id": "?", "jobs": []}
     with pytest.raises(NewerMessageError, match="of version 2, this worker reads up to 1: update it"):
-        worker.service.handle(newer, "m1")
+        worker.handler.handle(newer, "m1")
     assert client.dbsize() == 0

@@ -1,0 +1,54 @@
+"""Requests to the bucket, repeated while it fails in a way that may pass."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from worker.contract.errors import PermanentStorageError, StorageError
+from worker.jobs.in_flight import JobsInFlight
+from worker.jobs.retry_policy import Backoff
+
+logger = logging.getLogger("smallcat.jobs")
+
+T = TypeVar("T")
+
+#: Between two tries of a request.
+STORAGE_BACKOFF = Backoff(0.5, 10.0)
+
+
+class StorageRetry:
+    """Repeats a job's requests to the bucket, with the picture in memory, for a limited time.
+
+    `timeout_s`: seconds, > 0: `SMALLCAT_UPLOAD_TIMEOUT_S`.
+    """
+
+    def __init__(self, in_flight: JobsInFlight, timeout_s: float) -> None:
+        self._in_flight = in_flight
+        self._timeout_s = timeout_s
+
+    def __call__(self, job_id: str, request: Callable[[], T]) -> T:
+        """The result of `request`.
+
+        Raises `PermanentStorageError` at once, `StorageError` when the time is over, `JobCancelledError`
+        and `EngineStoppedError` instead of another try.
+        """
+        deadline_s = time.monotonic() + self._timeout_s
+        failures = 0
+        while True:
+            self._in_flight.check(job_id)
+            try:
+                return request()
+            except PermanentStorageError:
+                raise
+            except StorageError as error:
+                failures += 1
+                if time.monotonic() + STORAGE_BACKOFF.pause_s(failures) > deadline_s:
+                    limit = f"{self._timeout_s:g} s (SMALLCAT_UPLOAD_TIMEOUT_S)"
+                    raise StorageError(f"The storage failed for {limit}: {error}") from error
+                logger.warning("Job %s waits for the storage: %s", job_id, error)
+            chance = random.random()  # noqa: S311 - nothing secret
+            self._in_flight.wait(job_id, STORAGE_BACKOFF.jittered_s(failures, chance))
