@@ -101,7 +101,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
     Raises what `producer.ingest.submit_file.submit_file` does.
     """
     from producer.ingest.plan import refuse_bad_lines
-    from producer.ingest.submit_file import grid_of, make_ingest, make_plan, make_variations, wildcards_folder
+    from producer.ingest.submit_file import grid_of, make_ingest, make_plan, make_variants, wildcards_folder
     from producer.ingest.types import Options
     from worker.contract.errors import ServiceError
 
@@ -110,7 +110,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
     untaken = {name: options[name] for name, each in JOB_OPTIONS.items() if each.option not in _TAKEN}
     file_format, fields = _formats(options["formats"], given_fields(untaken))
     folder = wildcards_folder(options["wildcards"], names)
-    variations = make_variations(
+    variants = make_variants(
         fields,
         options["images"],
         options["seed_start"],
@@ -119,7 +119,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
         folder,
         literal=options["literal"],
     )
-    plan = make_plan(names, file_format=file_format, variations=variations)
+    plan = make_plan(names, file_format=file_format, variants=variants)
     if options["check"]:
         return _check(plan, as_json=as_json)
     if options["strict"]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from producer.ingest.message_templates import JobTemplates, TemplatedJob
-from producer.prompts.dynamic_prompts import Variations
 from producer.prompts.reader import BadEntry, LineError, read
 from producer.prompts.sources import Source
+from producer.prompts.variants import Variants
 from worker.contract.errors import InvalidJobError, PromptFileError
 from worker.contract.job import FORMAT_VERSION, Job
 
@@ -70,12 +70,12 @@ class Plan:
     """The jobs of a run: the same ones in the same order each time."""
 
     sources: Sequence[Source]
-    variations: Variations = field(default_factory=Variations)
+    variants: Variants = field(default_factory=Variants)
 
     @property
     def digest(self) -> str:
         """A hash over all that determines the jobs: 32 hexadecimal digits. The priority is left out."""
-        how = self.variations
+        how = self.variants
         defaults = {name: value for name, value in how.defaults.items() if name != "priority"}
         wildcards = "" if how.literal else how.wildcards.digest
         values = [PLAN_VERSION, FORMAT_VERSION, [(each.format, each.digest) for each in self.sources]]
@@ -101,7 +101,7 @@ class Plan:
                 reported: set[tuple[str, str]] = set()
                 offset = 0
                 try:
-                    for offset, variant in enumerate(self.variations.expand(entry, file), 1):
+                    for offset, variant in enumerate(self.variants.expand(entry, file), 1):
                         if offset <= done:
                             continue
                         after = Cursor(file, number, offset)

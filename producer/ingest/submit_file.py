@@ -12,8 +12,9 @@ from producer.ingest.feeder import Ingest
 from producer.ingest.plan import Plan, refuse_bad_lines
 from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Options, Outcome, SilentDisplay
 from producer.prompts.columns import typed
-from producer.prompts.dynamic_prompts import Variations, Wildcards
+from producer.prompts.dynamic_prompts import Wildcards
 from producer.prompts.sources import FORMATS, source
+from producer.prompts.variants import Variants
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
 from worker.contract.job import JOB_FIELDS, Job
@@ -63,7 +64,7 @@ def submit_file(
     plan = make_plan(
         [str(each) for each in files],
         file_format=file_format,
-        variations=make_variations(
+        variants=make_variants(
             fields,
             images,
             seed_start,
@@ -81,16 +82,16 @@ def submit_file(
     return make_ingest(plan, options, display, folder, name)()
 
 
-def make_plan(files: Sequence[str], *, file_format: str | None, variations: Variations) -> Plan:
+def make_plan(files: Sequence[str], *, file_format: str | None, variants: Variants) -> Plan:
     """The plan for these files. Raises `PromptFileError` for those that are not there."""
     if not files:
         raise PromptFileError("There is no file: name at least one, or - for standard input.")
     if file_format is not None and file_format not in FORMATS:
         raise PromptFileError(f"There is no file format {file_format!r}: use one of {', '.join(FORMATS)}.")
-    return Plan([source(each, file_format) for each in files], variations)
+    return Plan([source(each, file_format) for each in files], variants)
 
 
-def make_variations(
+def make_variants(
     fields: Mapping[str, Any],
     images: int,
     seed_start: int | None,
@@ -99,7 +100,7 @@ def make_variations(
     wildcards: Path | None,
     *,
     literal: bool,
-) -> Variations:
+) -> Variants:
     """The variants of each line, checked. Raises `PromptFileError`, `InvalidJobError`."""
     for name, number, least, most in (("images", images, 1, 1_000_000), ("sample", sample, 1, 1_000_000)):
         if number is not None and not least <= number <= most:
@@ -119,7 +120,7 @@ def make_variations(
         size *= len(values)
     if size > MAX_GRID:
         raise PromptFileError(f"grid has {size:,} cells, the limit is {MAX_GRID:,}: take fewer values.")
-    return Variations(
+    return Variants(
         {name: value for name, value in defaults.items() if name != "prompt"},
         images,
         seed_start,

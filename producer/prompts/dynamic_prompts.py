@@ -1,79 +1,81 @@
-"""What a prompt file's line becomes: its alternatives, its seeds, and the cells of a grid.
+"""Dynamic prompts: the texts that a prompt with alternatives and wildcards stands for.
 
-    {red|green|blue}        one picture for each; they nest, and {2$$a|b|c} takes two of them at a time
-    __colours__             one for each line of colours.txt in the folder of wildcards
-    --images 4              four seeds a prompt
-    --grid steps=20,30      values crossed with all of the above
+    {red|green|blue}        one of several; they nest, and {2$$a|b|c} takes two of them at a time
+    __colours__             one of the lines of colours.txt in the folder of wildcards
 
-The syntax is that of dynamic prompts: weights (`{3::red|blue}`) count when a sample is drawn, `\\{` and
-`\\__` are the characters themselves, and braces without a bar are left as they are. Expansion is lazy:
-however many combinations a line has, what is in memory is one. The order is always the same, and so are
-samples and seeds, which are drawn from the line itself: a run that is resumed or repeated makes the same
-jobs, and a line that was not edited keeps its pictures. Nothing here knows Redis.
+The syntax is that of the extension sd-dynamic-prompts. Weights (`{3::red|blue}`) count when a sample is
+drawn, `\\{` and `\\__` are the characters themselves, and braces without a bar are left as they are.
+Texts are made as they are asked for, one at a time, however many there are; their order is always the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from producer.prompts.reader import Entry, LineError
+from producer.prompts.reader import LineError
 
-#: Wildcards in wildcards, and braces in braces, at most.
+#: Levels of braces in braces, and of wildcards in wildcards, at most.
 MAX_DEPTH = 20
-#: Times that a sample is drawn again where it has been drawn already, for each one that is wanted.
+#: Draws for each text of a sample, at most: the same text may be drawn several times.
 _DRAWS = 20
-#: How many alternatives are counted; above, a line has "many".
+#: Texts are counted up to this number.
 _MANY = 10**12
 
-_MARK = re.compile(r"\\[{}|_\\]|[{}|]|__[\w*./ -]+?__")
+#: An escaped character, a brace or bar, or a wildcard.
+_TOKEN = re.compile(r"\\[{}|_\\]|[{}|]|__[\w*./ -]+?__")
+#: `3::` before an alternative.
 _WEIGHT = re.compile(r"\s*(\d+(?:\.\d+)?)::")
-_PICK = re.compile(r"\s*(\d+)?(?:(-)(\d+)?)?\$\$(?:([^|{}$]*)\$\$)?")
+#: `2$$`, `1-3$$` or `2$$ and $$` before the first alternative: how many are taken, and what joins them.
+_NUMBER = re.compile(r"\s*(\d+)?(?:(-)(\d+)?)?\$\$(?:([^|{}$]*)\$\$)?")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`{a|b}`: one of several, or with `least` and `most` some of them, joined by `joint`."""
+    """`{a|b}`: one of several alternatives, or some of them."""
 
     #: The alternatives.
     options: tuple[Template, ...]
-    #: How often each is drawn, relative to the others.
+    #: How often each is drawn, relative to the others; >= 0.
     weights: tuple[float, ...]
+    #: How many are taken, at least and at most.
     least: int = 1
     most: int = 1
-    joint: str = ", "
+    #: What stands between those that are taken.
+    separator: str = ", "
 
 
 @dataclass(frozen=True)
 class Wildcard:
-    """`__name__`: one line of a file."""
+    """`__name__`: one line of the files that the name means."""
 
+    #: Relative to the folder of wildcards, without `.txt`; `*` stands for any part of a name.
     name: str
 
 
-#: A text with holes in it.
+#: The parts of a prompt: plain texts, and what stands for several texts.
 Template: TypeAlias = "tuple[str | Choice | Wildcard, ...]"
 
 
 class Wildcards:
-    """A folder of text files with alternatives, one a line; None: there is no such folder."""
+    """A folder of text files with an alternative a line. Each file is read once."""
 
     def __init__(self, folder: Path | None) -> None:
+        """Without a folder every wildcard is a `LineError`."""
         self._folder = folder
         self._known: dict[str, Choice] = {}
-        #: How many texts a wildcard can be, by its name.
+        #: How many texts a wildcard stands for, by its name.
         self.sizes: dict[str, int] = {}
 
     @property
     def digest(self) -> str:
-        """A hash over all files, hexadecimal: with other files a run is another one."""
+        """A hash over all files, 32 hexadecimal digits; it is part of a run's identity."""
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(self._folder.rglob("*.txt")) if self._folder else ():
             data = path.read_bytes()
@@ -81,7 +83,7 @@ class Wildcards:
         return digest.hexdigest()
 
     def choice(self, name: str) -> Choice:
-        """The alternatives that `__name__` means; * stands for any part of a name. Raises `LineError`."""
+        """The alternatives that `__name__` means. Raises `LineError`."""
         if name not in self._known:
             self._known[name] = self._read(name)
         return self._known[name]
@@ -108,7 +110,7 @@ class Wildcards:
 
 
 def parse(text: str) -> Template:
-    """The template in a prompt. Braces that are not closed, or hold no bar, are plain text."""
+    """The parts of a prompt. Braces that are not closed, or have no bar in them, are plain text."""
     if "{" not in text and "__" not in text and "\\" not in text:
         return (text,)
     template, _ = _sequence(_tokens(text), 0, depth=0)
@@ -116,14 +118,14 @@ def parse(text: str) -> Template:
 
 
 def all_of(template: Template, wildcards: Wildcards, depth: int = 0) -> Iterator[str]:
-    """Every text that a template can be, lazily. Raises `LineError`."""
+    """Every text that a template stands for, lazily. Raises `LineError`."""
     if depth > MAX_DEPTH:
         raise LineError("prompt", f"Wildcards are nested deeper than {MAX_DEPTH} levels: is one in itself?")
     if not template:
         yield ""
         return
     first, rest = template[0], template[1:]
-    for head in [first] if isinstance(first, str) else _all_of_hole(first, wildcards, depth):
+    for head in [first] if isinstance(first, str) else _all_of_part(first, wildcards, depth):
         if not rest:
             yield head
             continue
@@ -132,7 +134,7 @@ def all_of(template: Template, wildcards: Wildcards, depth: int = 0) -> Iterator
 
 
 def count(template: Template, wildcards: Wildcards, depth: int = 0) -> int:
-    """How many texts `all_of` gives, up to a very large number. Raises `LineError`."""
+    """The number of texts that `all_of` gives, counted up to 10^12. Raises `LineError`."""
     if depth > MAX_DEPTH:
         raise LineError("prompt", f"Wildcards are nested deeper than {MAX_DEPTH} levels: is one in itself?")
     total = 1
@@ -160,7 +162,10 @@ def _count_of(choice: Choice, wildcards: Wildcards, depth: int) -> int:
 
 
 def sample(template: Template, wildcards: Wildcards, number: int, rng: random.Random) -> Iterator[str]:
-    """Up to `number` different texts, drawn at random by weight; all of them where there are no more."""
+    """`number` different texts, drawn at random by weight; all there are where these are not more.
+
+    They may be fewer where some texts are drawn rarely. Raises `LineError`.
+    """
     if count(template, wildcards) <= number:
         yield from all_of(template, wildcards)
         return
@@ -174,95 +179,14 @@ def sample(template: Template, wildcards: Wildcards, number: int, rng: random.Ra
             return
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One job to be: its fields, and where it is in the grid."""
-
-    #: Job fields, the seed among them.
-    fields: dict[str, Any]
-    #: The values of the grid's axes.
-    grid: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Variations:
-    """How lines become jobs. `expand` is the same for the same line and options, every time."""
-
-    #: Job fields of lines that do not name them.
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    #: Seeds a prompt, >= 1.
-    images: int = 1
-    #: The first seed of prompts that name none; None: drawn from the line.
-    seed_start: int | None = None
-    #: Axis -> its values. All are crossed.
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    #: Combinations to draw from a line's alternatives; None: all of them.
-    sample: int | None = None
-    #: Where `__name__` is looked up.
-    wildcards: Wildcards = field(default_factory=lambda: Wildcards(None))
-    #: Leave braces and wildcards as they are.
-    literal: bool = False
-
-    def expand(self, entry: Entry, file: int) -> Iterator[Variant]:
-        """The jobs of one line of file number `file`. Raises `LineError` for a wildcard that is not there."""
-        merged = {**self.defaults, **entry.fields}
-        if "metadata" in self.defaults and isinstance(entry.fields.get("metadata"), dict):
-            merged["metadata"] = self.defaults["metadata"] | entry.fields["metadata"]
-        cells = self._cells()
-        for texts in self._texts(merged, f"{file}\0{entry.line}\0"):
-            for image in range(self.images * entry.images):
-                seed = self._seed(merged, texts, image, f"{file}\0{entry.line}\0")
-                for cell in cells:
-                    yield Variant({**merged, **texts, "seed": seed, **cell}, cell)
-
-    def _cells(self) -> list[dict[str, Any]]:
-        return [
-            dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())
-        ]
-
-    def _seed(self, fields: Mapping[str, Any], texts: Mapping[str, Any], image: int, place: str) -> Any:
-        start = fields.get("seed", self.seed_start)
-        if start is None:
-            return _hash(f"seed\0{place}{image}\0{texts.get('prompt', '')}")
-        # What is no number is left as it is, for the job's own error to say so.
-        return start + image if type(start) is int else start
-
-    def _texts(self, fields: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
-        texts = {name: fields[name] for name in ("prompt", "negative_prompt") if name in fields}
-        if self.literal or not all(isinstance(text, str) for text in texts.values()):
-            yield texts
-            return
-        templates = {name: parse(text) for name, text in texts.items()}
-        if all(len(each) == 1 and isinstance(each[0], str) for each in templates.values()):
-            yield {name: each[0] for name, each in templates.items()}
-            return
-        # Both are one template, parted by a character that no prompt may hold: sampling is over their pairs.
-        joined: Template = (*templates.get("prompt", ()), "\0", *templates.get("negative_prompt", ()))
-        if self.sample is None:
-            found = all_of(joined, self.wildcards)
-        else:
-            rng = random.Random(_hash(f"sample\0{place}{texts}"))  # noqa: S311 - repeatable on purpose
-            found = sample(joined, self.wildcards, self.sample, rng)
-        for text in found:
-            prompt, _, negative = text.partition("\0")
-            yield {"prompt": prompt} | ({"negative_prompt": negative} if "negative_prompt" in texts else {})
-
-
-def _hash(text: str) -> int:
-    """32 bits that depend on `text` alone."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big"
-    )
-
-
-def _all_of_hole(hole: Choice | Wildcard, wildcards: Wildcards, depth: int) -> Iterator[str]:
-    choice = wildcards.choice(hole.name) if isinstance(hole, Wildcard) else hole
+def _all_of_part(part: Choice | Wildcard, wildcards: Wildcards, depth: int) -> Iterator[str]:
+    choice = wildcards.choice(part.name) if isinstance(part, Wildcard) else part
     for size in range(choice.least, choice.most + 1):
         for picked in itertools.combinations(choice.options, size):
-            yield from _joined(picked, choice.joint, wildcards, depth + 1)
+            yield from _joined(picked, choice.separator, wildcards, depth + 1)
 
 
-def _joined(picked: Sequence[Template], joint: str, wildcards: Wildcards, depth: int) -> Iterator[str]:
+def _joined(picked: Sequence[Template], separator: str, wildcards: Wildcards, depth: int) -> Iterator[str]:
     if not picked:
         yield ""
         return
@@ -270,8 +194,8 @@ def _joined(picked: Sequence[Template], joint: str, wildcards: Wildcards, depth:
         if len(picked) == 1:
             yield head
             continue
-        for tail in _joined(picked[1:], joint, wildcards, depth):
-            yield head + joint + tail
+        for tail in _joined(picked[1:], separator, wildcards, depth):
+            yield head + separator + tail
 
 
 def _draw(template: Template, wildcards: Wildcards, rng: random.Random, depth: int) -> str:
@@ -286,7 +210,7 @@ def _draw(template: Template, wildcards: Wildcards, rng: random.Random, depth: i
         order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
         picked = order[: rng.randint(choice.least, choice.most)]
         parts.append(
-            choice.joint.join(_draw(choice.options[each], wildcards, rng, depth + 1) for each in picked)
+            choice.separator.join(_draw(choice.options[each], wildcards, rng, depth + 1) for each in picked)
         )
     return "".join(parts)
 
@@ -301,9 +225,9 @@ def _choice(options: Sequence[tuple[float, Template]]) -> Choice:
 
 
 def _tokens(text: str) -> list[str]:
-    """Texts, wildcards, escaped characters, bars and braces. Braces that do not match are texts."""
+    """A prompt's texts, wildcards, escaped characters, bars and braces. Unmatched braces are escaped."""
     tokens, end = [], 0
-    for match in _MARK.finditer(text):
+    for match in _TOKEN.finditer(text):
         if match.start() > end:
             tokens.append(text[end : match.start()])
         tokens.append(match[0])
@@ -326,7 +250,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _sequence(tokens: Sequence[str], at: int, depth: int) -> tuple[Template, int]:
-    """The template from token `at` up to the bar or brace that ends it, and where that is."""
+    """The template from token `at` on, and the index of the bar or brace that ends it."""
     parts: list[str | Choice | Wildcard] = []
     while at < len(tokens):
         each = tokens[at]
@@ -345,7 +269,7 @@ def _sequence(tokens: Sequence[str], at: int, depth: int) -> tuple[Template, int
 
 
 def _braces(tokens: Sequence[str], at: int, depth: int) -> tuple[list[str | Choice | Wildcard], int]:
-    """What stands between the brace at `at` and the one that closes it, and what comes after."""
+    """The parts from the brace at `at` to the one that closes it, and the index after that."""
     options: list[Template] = []
     while tokens[at] != "}" or not options:
         option, at = _sequence(tokens, at + 1, depth + 1)
@@ -354,12 +278,12 @@ def _braces(tokens: Sequence[str], at: int, depth: int) -> tuple[list[str | Choi
     if len(options) == 1:
         return ["{", *options[0], "}"], at
     least = most = 1
-    joint = ", "
-    if isinstance(head := (options[0] or ("",))[0], str) and (pick := _PICK.match(head)):
+    separator = ", "
+    if isinstance(head := (options[0] or ("",))[0], str) and (pick := _NUMBER.match(head)):
         options[0] = _merged([head[pick.end() :], *options[0][1:]])
         least = int(pick[1] or 0) if pick[2] or pick[1] else 1
         most = int(pick[3] or len(options)) if pick[2] else least
-        joint = pick[4] if pick[4] is not None else joint
+        separator = pick[4] if pick[4] is not None else separator
     weights = []
     for number, option in enumerate(options):
         weight = _WEIGHT.match(option[0]) if option and isinstance(option[0], str) else None
@@ -367,7 +291,7 @@ def _braces(tokens: Sequence[str], at: int, depth: int) -> tuple[list[str | Choi
         if weight:
             options[number] = _merged([str(option[0])[weight.end() :], *option[1:]])
     most = min(most, len(options))
-    return [Choice(tuple(options), tuple(weights), min(least, most), most, joint)], at
+    return [Choice(tuple(options), tuple(weights), min(least, most), most, separator)], at
 
 
 def _merged(parts: Sequence[str | Choice | Wildcard]) -> Template:
@@ -379,8 +303,3 @@ def _merged(parts: Sequence[str | Choice | Wildcard]) -> Template:
         elif text := "".join(str(part) for part in group):
             merged.append(text)
     return tuple(merged)
-
-
-def size_of_grid(grid: Mapping[str, Sequence[Any]]) -> int:
-    """Cells of a grid."""
-    return math.prod(len(values) for values in grid.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.ingest.submit_file import make_ingest, make_plan, make_variations
+from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options, SilentDisplay
 from producer.session import FEEDER_RETRY_S, session
 from tests.conftest import EmptyBucket
@@ -94,8 +94,8 @@ def test_whoever_waits_for_a_bucket_waits_for_four_tries(
 
     monkeypatch.setattr("worker.storage.bucket.Bucket", bucket)
     (tmp_path / "p.txt").write_text("a cat\n")
-    variations = make_variations({}, 1, None, {}, None, None, literal=False)
-    plan = make_plan([str(tmp_path / "p.txt")], file_format=None, variations=variations)
+    variants = make_variants({}, 1, None, {}, None, None, literal=False)
+    plan = make_plan([str(tmp_path / "p.txt")], file_format=None, variants=variants)
     make_ingest(plan, Options(), SilentDisplay(), tmp_path / "pictures")
     session().bucket_of(f"s3://{s3_environment.name}-2/x.png")
     assert made == [(s3_environment.name, 4), (f"{s3_environment.name}-2", 4)]

@@ -25,7 +25,7 @@ from producer.client import JobResult
 from producer.gallery.lines import read_lines
 from producer.ingest.journal import Journal
 from producer.ingest.manifest import COLUMNS
-from producer.ingest.submit_file import make_ingest, make_plan, make_variations
+from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options, Outcome
 from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
@@ -52,8 +52,8 @@ def drain(valkey: ValkeyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def ran(drain: Drain, file: str, fields: dict[str, Any], grid: dict[str, Any], options: Options) -> Outcome:
     """The run of a file, until it is over."""
-    variations = make_variations(fields, 1, None, grid, None, None, literal=False)
-    run = make_ingest(make_plan([file], file_format=None, variations=variations), options, QuietDisplay())
+    variants = make_variants(fields, 1, None, grid, None, None, literal=False)
+    run = make_ingest(make_plan([file], file_format=None, variants=variants), options, QuietDisplay())
     over = threading.Event()
 
     def work() -> None:

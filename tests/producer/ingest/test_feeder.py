@@ -21,7 +21,7 @@ from producer.ingest.feeder import Ingest
 from producer.ingest.journal import Journal
 from producer.ingest.plan import refuse_bad_lines
 from producer.ingest.run_state import Run
-from producer.ingest.submit_file import make_ingest, make_plan, make_variations
+from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options, Outcome
 from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
@@ -52,12 +52,12 @@ def ingest(text: str | None = None, *, name: str = "p.txt", **options: Any) -> I
     if text is not None:
         Path(name).write_text(text)
     how = {key: options.pop(key, default) for key, default in (("images", 1), ("sample", None))}
-    variations = make_variations(
+    variants = make_variants(
         options.pop("fields", {}), how["images"], None, options.pop("grid", {}), how["sample"], None,
         literal=False,
     )  # fmt: skip
     return make_ingest(
-        make_plan([name], file_format=None, variations=variations), Options(**options), QuietDisplay()
+        make_plan([name], file_format=None, variants=variants), Options(**options), QuietDisplay()
     )
 
 
@@ -373,7 +373,7 @@ def test_priority_does_not_make_another_run_and_chooses_the_list(drain: Drain) -
 def test_strict_stops_before_the_first_is_sent(drain: Drain) -> None:
     Path("p.txt").write_text("a cat\nbad \0\n")
     plan = make_plan(
-        ["p.txt"], file_format=None, variations=make_variations({}, 1, None, {}, None, None, literal=False)
+        ["p.txt"], file_format=None, variants=make_variants({}, 1, None, {}, None, None, literal=False)
     )
     with pytest.raises(PromptFileError, match=r"p\.txt, line 2: prompt holds"):
         refuse_bad_lines(plan, lambda _: None)

@@ -5,24 +5,19 @@ import itertools
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.prompts.dynamic_prompts import Variations, Wildcards, all_of, count, parse, sample
-from producer.prompts.reader import Entry, LineError
+from producer.prompts.dynamic_prompts import Wildcards, all_of, count, parse, sample
+from producer.prompts.reader import LineError
 
 NONE = Wildcards(None)
 
 
 def texts(prompt: str, wildcards: Wildcards = NONE) -> list[str]:
     return list(all_of(parse(prompt), wildcards))
-
-
-def prompts(variations: Variations, *, line: int = 1, file: int = 0, **fields: Any) -> list[dict[str, Any]]:
-    return [variant.fields for variant in variations.expand(Entry(line, fields), file)]
 
 
 @pytest.fixture
@@ -94,8 +89,7 @@ def test_expansion_is_lazy() -> None:
     huge = " ".join([many] * 20)
     assert count(parse(huge), NONE) >= 10**12
     assert list(itertools.islice(all_of(parse(huge), NONE), 2))[1].endswith(" 1")
-    drawn = prompts(Variations(sample=5), prompt=huge)
-    assert len({fields["prompt"] for fields in drawn}) == 5
+    assert len(set(sample(parse(huge), NONE, 5, random.Random(1)))) == 5
 
 
 @pytest.mark.parametrize("prompt", ["{" * 2000, "{|" * 1000, "{" * 900 + "a|b" + "}" * 900, "{a|b}" * 400])
@@ -129,61 +123,3 @@ def test_weights_count_when_a_sample_is_drawn() -> None:
     template = parse("{99::often|1::seldom}" + "{a|b|c|d}" * 3)
     drawn = list(sample(template, NONE, 20, random.Random(7)))
     assert sum(text.startswith("often") for text in drawn) > 15
-
-
-def test_command_line_fields_are_defaults_for_every_line() -> None:
-    variations = Variations(defaults={"steps": 5, "negative_prompt": "dark", "metadata": {"a": 1, "b": 1}})
-    [fields] = prompts(variations, prompt="cat", steps=9, metadata={"b": 2})
-    assert (fields["steps"], fields["negative_prompt"]) == (9, "dark")
-    assert fields["metadata"] == {"a": 1, "b": 2}
-
-
-def test_images_give_seeds_that_depend_on_the_line_alone() -> None:
-    twice = [prompts(Variations(images=3), line=4, prompt="cat") for _ in range(2)]
-    assert twice[0] == twice[1]
-    others = [
-        prompts(Variations(images=3), line=5, prompt="cat"),
-        prompts(Variations(images=3), prompt="dog"),
-    ]
-    others.append(prompts(Variations(images=3), line=4, file=1, prompt="cat"))
-    seeds = [fields["seed"] for group in (twice[0], *others) for fields in group]
-    assert len(set(seeds)) == len(seeds) == 12
-    # What else a line says, and what is crossed, leaves its seeds alone: pictures stay comparable.
-    assert prompts(Variations(images=3), line=4, prompt="cat", steps=9)[0]["seed"] == twice[0][0]["seed"]
-
-
-@pytest.mark.parametrize(
-    ("variations", "fields", "seeds"),
-    [
-        (Variations(images=3, seed_start=7), {}, [7, 8, 9]),
-        (Variations(images=2, seed_start=7), {"seed": 40}, [40, 41]),
-        (Variations(images=2, defaults={"seed": 5}), {}, [5, 6]),
-        (Variations(images=2), {"seed": "many"}, ["many", "many"]),
-        (Variations(grid={"seed": [1, 2]}, images=1), {}, [1, 2]),
-    ],
-)
-def test_seeds_start_where_it_is_said(
-    variations: Variations, fields: dict[str, Any], seeds: list[object]
-) -> None:
-    assert [each["seed"] for each in prompts(variations, prompt="cat", **fields)] == seeds
-
-
-def test_a_grid_crosses_values_with_the_same_seed_in_each_cell() -> None:
-    variations = Variations(images=2, grid={"steps": [20, 30], "guidance_scale": [5.0, 7.5]})
-    found = list(variations.expand(Entry(1, {"prompt": "cat", "steps": 9}), 0))
-    assert [variant.grid for variant in found[:4]] == [
-        {"steps": steps, "guidance_scale": guidance} for steps in (20, 30) for guidance in (5.0, 7.5)
-    ]
-    assert len({variant.fields["seed"] for variant in found[:4]}) == 1
-    assert len(found) == 8
-    assert all(variant.fields["steps"] == variant.grid["steps"] for variant in found)
-
-
-def test_both_prompts_vary_and_literal_leaves_them() -> None:
-    fields = {"prompt": "{a|b}", "negative_prompt": "{c|d}"}
-    found = prompts(Variations(), **fields)
-    assert [(each["prompt"], each["negative_prompt"]) for each in found] == [
-        ("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")
-    ]  # fmt: skip
-    [left] = prompts(Variations(literal=True), **fields)
-    assert left["prompt"] == "{a|b}"

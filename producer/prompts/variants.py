@@ -1,0 +1,102 @@
+"""The jobs of a prompt file's line: its dynamic prompts' texts, each with every seed and cell of the grid.
+
+    --images 4              four seeds for each prompt
+    --grid steps=20,30      values that are crossed with all texts and seeds
+
+Samples and seeds are derived from the line itself. A run that is resumed or repeated makes the same jobs, and
+a line that was not edited keeps its pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from producer.prompts.dynamic_prompts import Template, Wildcards, all_of, parse, sample
+from producer.prompts.reader import Entry
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One job of a line, not yet checked."""
+
+    #: Job fields, the seed among them.
+    fields: dict[str, Any]
+    #: Its values of the grid's axes.
+    grid: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Variants:
+    """How lines become jobs: the same line and options give the same jobs in the same order, every time."""
+
+    #: Job fields of lines that do not name them.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    #: Seeds for each prompt, >= 1.
+    images: int = 1
+    #: The first seed of prompts that name none; None: derived from the line.
+    seed_start: int | None = None
+    #: The values of each axis, by its job field. Those of all axes are crossed.
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    #: Texts to draw from those that a line's dynamic prompts stand for, >= 1; None: all of them.
+    sample: int | None = None
+    #: The files of `__name__`.
+    wildcards: Wildcards = field(default_factory=lambda: Wildcards(None))
+    #: Whether braces and wildcards are left as they are.
+    literal: bool = False
+
+    def expand(self, entry: Entry, file: int) -> Iterator[Variant]:
+        """The jobs of one line of file number `file`, lazily. Raises `LineError` for an unknown wildcard."""
+        merged = {**self.defaults, **entry.fields}
+        if "metadata" in self.defaults and isinstance(entry.fields.get("metadata"), dict):
+            merged["metadata"] = self.defaults["metadata"] | entry.fields["metadata"]
+        cells = self._cells()
+        for texts in self._texts(merged, f"{file}\0{entry.line}\0"):
+            for image in range(self.images * entry.images):
+                seed = self._seed(merged, texts, image, f"{file}\0{entry.line}\0")
+                for cell in cells:
+                    yield Variant({**merged, **texts, "seed": seed, **cell}, cell)
+
+    def _cells(self) -> list[dict[str, Any]]:
+        return [
+            dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())
+        ]
+
+    def _seed(self, fields: Mapping[str, Any], texts: Mapping[str, Any], image: int, place: str) -> Any:
+        start = fields.get("seed", self.seed_start)
+        if start is None:
+            return _hash(f"seed\0{place}{image}\0{texts.get('prompt', '')}")
+        # What is no number stays, and the job's own error names it.
+        return start + image if type(start) is int else start
+
+    def _texts(self, fields: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
+        texts = {name: fields[name] for name in ("prompt", "negative_prompt") if name in fields}
+        if self.literal or not all(isinstance(text, str) for text in texts.values()):
+            yield texts
+            return
+        templates = {name: parse(text) for name, text in texts.items()}
+        if all(len(each) == 1 and isinstance(each[0], str) for each in templates.values()):
+            yield {name: each[0] for name, each in templates.items()}
+            return
+        # Both prompts are one template, with a character between them that no prompt may have. So a sample is
+        # one of their pairs.
+        joined: Template = (*templates.get("prompt", ()), "\0", *templates.get("negative_prompt", ()))
+        if self.sample is None:
+            found = all_of(joined, self.wildcards)
+        else:
+            rng = random.Random(_hash(f"sample\0{place}{texts}"))  # noqa: S311 - repeatable on purpose
+            found = sample(joined, self.wildcards, self.sample, rng)
+        for text in found:
+            prompt, _, negative = text.partition("\0")
+            yield {"prompt": prompt} | ({"negative_prompt": negative} if "negative_prompt" in texts else {})
+
+
+def _hash(text: str) -> int:
+    """A number of 32 bits that depends on `text` alone."""
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big"
+    )
