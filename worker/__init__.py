@@ -1,4 +1,4 @@
-"""The worker: `celery -A worker worker` renders jobs from Redis and puts the pictures into S3.
+"""The worker: `celery -A worker worker` renders jobs from Redis and stores the pictures in S3.
 
-`celery` is the app and `tasks` puts a process together; each folder says what is behind its door.
+`celery` is the app, and `tasks` assembles a process. Each folder says what it holds, and names its door.
 """

@@ -69,6 +69,8 @@ class DecodeStage(Generic[StateT]):
     def add(self, tickets: Iterable[Ticket[StateT]]) -> None:
         """Decode finished jobs. After `stop` they are ignored."""
         with self._changed:
+            if self._stopped:
+                return
             self._waiting.extend(tickets)
         self._run_on(self._decode_thread, self._start_next)
 
@@ -102,7 +104,9 @@ class DecodeStage(Generic[StateT]):
                 raise
             if len(tickets) == 1:
                 return iter((as_job_error(tickets[0].job, error),))
-            logger.warning("Decoding %d pictures at once failed (%r): trying halves.", len(tickets), error)
+            logger.warning(
+                "Decoding %d pictures failed (%r): trying each half, to find the job.", len(tickets), error
+            )
             middle = len(tickets) // 2
             return itertools.chain(self.decode(tickets[:middle]), self.decode(tickets[middle:]))
 

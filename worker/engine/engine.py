@@ -249,7 +249,9 @@ class Engine(Generic[StateT]):
                 raise
             is_out_of_memory = isinstance(error, OutOfMemoryError)
             if len(batch) == 1 and is_out_of_memory and not is_alone:
-                logger.warning("A step of one job is out of memory: trying again with nothing beside it.")
+                logger.warning(
+                    "A step of one job is out of memory: trying it again with nothing else on the device."
+                )
                 self._decode_stage.wait_until_idle()
                 self._step(batch, is_alone=True)
                 return
@@ -260,7 +262,9 @@ class Engine(Generic[StateT]):
                 self._lower_cap(states[0], rows)
             else:
                 jobs = len(batch)
-                logger.warning("A step of %d jobs failed (%r): trying halves to find the job.", jobs, error)
+                logger.warning(
+                    "A step of %d jobs failed (%r): trying each half, to find the job.", jobs, error
+                )
             self._step_halves(batch)
             return
         self._on_step(rows, self._clock() - started_s)

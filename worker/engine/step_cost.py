@@ -71,7 +71,10 @@ def choose_cap(curve: Curve) -> tuple[int, str]:
         if gains(curve[:points]):
             cap = max(cap, curve[points - 1][0])
     measured = ", ".join(f"{rows}: {1e3 * seconds / rows:.3g}" for rows, seconds in curve)
-    return cap, f"larger batches gain less than {MIN_GAIN:.0%} a row; measured ms a row by rows: {measured}"
+    return (
+        cap,
+        f"larger batches gain less than {MIN_GAIN:.0%} a row; measured ms a row by batch size: {measured}",
+    )
 
 
 def is_past_gain(curve: Curve) -> bool:

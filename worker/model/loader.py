@@ -77,9 +77,9 @@ def load(settings: WorkerSettings) -> Loaded:
         device, device_reason = take_gpu()
     dtype, dtype_reason = choose_dtype(settings.dtype, device)
     files = model_files.find(settings, half=dtype == torch.float16)
-    _quieten()
-    pipeline = _load(files, settings, dtype)
-    _check(pipeline, files)
+    _silence_libraries()
+    pipeline = _load_pipeline(files, settings, dtype)
+    _check_pipeline(pipeline, files)
     layout = _to_device(pipeline, device, compiled=settings.compile)
     served = ServedModel(
         name=_name(settings, files),
@@ -100,7 +100,7 @@ def load(settings: WorkerSettings) -> Loaded:
     return Loaded(pipeline, served, device, dtype, choices)
 
 
-def _quieten() -> None:
+def _silence_libraries() -> None:
     """Let the libraries log only errors.
 
     Other things that matter are choices here or warnings of a job. And the libraries' warnings quote prompts.
@@ -111,7 +111,7 @@ def _quieten() -> None:
         logging.disable_progress_bar()
 
 
-def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.dtype) -> Any:
+def _load_pipeline(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.dtype) -> Any:
     kind = getattr(diffusers, files.pipeline_class)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if "XL" in files.pipeline_class:
@@ -137,7 +137,7 @@ def _load(files: model_files.ModelFiles, settings: WorkerSettings, dtype: torch.
         ) from error
 
 
-def _check(pipeline: Any, files: model_files.ModelFiles) -> None:
+def _check_pipeline(pipeline: Any, files: model_files.ModelFiles) -> None:
     """Raise `SettingsError` if the loaded model is not text-to-image, or lacks weights."""
     source, kind = files.source, type(pipeline.unet)
     if not issubclass(kind, diffusers.UNet2DConditionModel):
@@ -212,8 +212,8 @@ def _defaults(pipeline: Any, files: model_files.ModelFiles, settings: WorkerSett
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return Defaults(
-        width=_pixels(width * pipeline.vae_scale_factor),
-        height=_pixels(height * pipeline.vae_scale_factor),
+        width=_job_side(width * pipeline.vae_scale_factor),
+        height=_job_side(height * pipeline.vae_scale_factor),
         steps=next(value for value in steps if value is not None),
         guidance_scale=next(value for value in guidance if value is not None),
     )
@@ -231,6 +231,6 @@ def _recommended(files: model_files.ModelFiles) -> Recommended:
         ) from None
 
 
-def _pixels(side: int) -> int:
+def _job_side(side: int) -> int:
     """`side` in pixels, as a job may have it: within the limits, and rounded down to the step."""
     return max(MIN_SIZE, min(MAX_SIZE, side // SIZE_STEP * SIZE_STEP))

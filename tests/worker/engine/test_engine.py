@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from concurrent.futures import wait
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worker.engine.fake_runner import SOON_S, FakeRunner, FakeState, Faults, job_of, picture_of
+from tests.worker.engine.engine_bench import Bench, bench_of, error_of, picture
+from tests.worker.engine.fake_runner import SOON_S, FakeRunner, Faults, job_of, picture_of
 from worker.contract.errors import (
     EngineStoppedError,
     JobCancelledError,
@@ -26,59 +25,6 @@ from worker.contract.errors import (
     RenderError,
     SmallcatError,
 )
-from worker.engine.decode_stage import MAX_IN_FLIGHT
-from worker.engine.engine import Engine
-from worker.engine.ticket import Rendered
-
-
-@dataclass
-class Bench:
-    """An engine on a fake runner, with a clock that only the test moves."""
-
-    runner: FakeRunner
-    job_timeout_s: float = 1e6
-    now_s: float = 0.0
-    deaths: list[BaseException] = field(default_factory=list)
-    died: threading.Event = field(default_factory=threading.Event)
-    steps: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.engine: Engine[FakeState] = Engine(
-            self.runner,
-            job_timeout_s=self.job_timeout_s,
-            on_death=self._on_death,
-            on_step=lambda rows, seconds: self.steps.append(rows),
-            clock=lambda: self.now_s,
-        )
-
-    def _on_death(self, error: BaseException) -> None:
-        self.deaths.append(error)
-        self.died.set()
-
-    def submit(self, seed: int, **fields: object) -> Future[Rendered]:
-        job = job_of(seed, **fields)
-        return self.engine.submit(job.id, job)
-
-    def submit_together(self, *seeds: int, **fields: object) -> list[Future[Rendered]]:
-        """Submit before the loop starts, so that all are in the first step."""
-        return [self.submit(seed, **fields) for seed in seeds]
-
-    def cancel(self, seed: int, **fields: object) -> None:
-        self.engine.cancel(job_of(seed, **fields).id)
-
-
-@contextmanager
-def bench_of(runner: FakeRunner, **options: Any) -> Iterator[Bench]:
-    """A bench whose engine is not started yet. It is stopped at the end."""
-    bench = Bench(runner, **options)
-    try:
-        yield bench
-    finally:
-        runner.gate.set()
-        runner.decode_gate.set()
-        runner.picture_gate.set()
-        bench.engine.stop()
-        assert not bench.deaths or bench.died.is_set()
 
 
 @pytest.fixture(params=[False, True], ids=["decodes between steps", "decodes beside steps"])
@@ -90,16 +36,6 @@ def runner(request: pytest.FixtureRequest) -> FakeRunner:
 def bench(runner: FakeRunner) -> Iterator[Bench]:
     with bench_of(runner) as bench:
         yield bench
-
-
-def picture(future: Future[Rendered]) -> Any:
-    return future.result(SOON_S).picture.pixels
-
-
-def error_of(future: Future[Rendered]) -> BaseException:
-    error = future.exception(SOON_S)
-    assert error is not None
-    return error
 
 
 def test_a_job_becomes_its_picture(bench: Bench, runner: FakeRunner) -> None:
@@ -144,108 +80,6 @@ def test_a_job_that_needs_fewer_rows_for_a_while_leaves_them_to_others(runner: F
         bench.engine.start()
         wait(futures, SOON_S)
         assert runner.batches == [[1, 2, 3], [1, 2], [1, 3]]
-
-
-@contextmanager
-def bench_in_decode(**options: Any) -> Iterator[tuple[Bench, FakeRunner, Future[Rendered]]]:
-    """An engine whose first job is in the decode stage until the runner's `decode_gate` is set."""
-    runner = FakeRunner(max_rows=8, decodes_beside=True)
-    runner.decode_gate.clear()
-    with bench_of(runner, **options) as bench:
-        bench.engine.start()
-        first = bench.submit(1, steps=1)
-        assert runner.decode_entered.wait(SOON_S)
-        yield bench, runner, first
-
-
-def test_steps_go_on_while_pictures_are_decoded_and_jobs_that_finish_meanwhile_are_decoded_together() -> None:
-    with bench_in_decode() as (bench, runner, first):
-        others = [bench.submit(seed, steps=2) for seed in (2, 3)]
-        fiftieth = threading.Event()
-        runner.on_step = lambda seeds: fiftieth.set() if runner.steps_done[4] == 49 else None
-        others.append(bench.submit(4, steps=50))
-        assert fiftieth.wait(SOON_S)
-        assert not any(future.done() for future in (first, *others))
-        runner.decode_gate.set()
-        wait([first, *others], SOON_S)
-        assert [seed for seeds in runner.decoded for seed in seeds] == [1, 2, 3, 4]
-        assert len(runner.decoded) <= 3
-
-
-@contextmanager
-def bench_with_a_full_decode_stage() -> Iterator[Bench]:
-    """An engine of 4 rows with two decode calls in flight, whose pictures come when `picture_gate` is set."""
-    runner = FakeRunner(max_rows=4, decodes_beside=True)
-    runner.picture_gate.clear()
-    second = threading.Event()
-    runner.on_decode = lambda count: second.set() if count == MAX_IN_FLIGHT else None
-    with bench_of(runner) as bench:
-        bench.engine.start()
-        for seed in range(MAX_IN_FLIGHT):
-            runner.decode_entered.clear()
-            bench.submit(seed, steps=1, guidance_scale=1)
-            assert runner.decode_entered.wait(SOON_S)
-        assert second.wait(SOON_S)
-        runner.batches.clear()
-        yield bench
-
-
-def test_a_step_that_would_only_finish_jobs_waits_for_the_decode_stage_or_for_more_rows() -> None:
-    with bench_with_a_full_decode_stage() as bench:
-        stepped = threading.Event()
-        bench.runner.on_step = lambda seeds: stepped.set()
-        futures = [bench.submit(seed, steps=1, guidance_scale=1) for seed in range(10, 14)]
-        # The fourth makes the batch full.
-        assert stepped.wait(SOON_S)
-        assert not any(future.done() for future in futures)
-        bench.runner.picture_gate.set()
-        wait(futures, SOON_S)
-        assert bench.runner.batches == [[10, 11, 12, 13]]
-        # Jobs that were added while two calls were in flight are decoded together.
-        assert bench.runner.decoded[MAX_IN_FLIGHT:] == [[10, 11, 12, 13]]
-
-
-def test_a_job_with_more_than_one_step_left_does_not_wait_for_the_decode_stage() -> None:
-    with bench_with_a_full_decode_stage() as bench:
-        first = bench.submit(10, steps=1, guidance_scale=1)
-        longer = bench.submit(11, steps=3, guidance_scale=1)
-        second_step = threading.Event()
-        bench.runner.on_step = lambda seeds: second_step.set() if bench.runner.steps_done[11] else None
-        assert second_step.wait(SOON_S)
-        assert not longer.done()
-        bench.runner.picture_gate.set()
-        wait([first, longer], SOON_S)
-        assert bench.runner.batches == [[10, 11], [11], [11]]
-
-
-def test_a_step_that_waited_runs_when_the_decode_stage_has_a_free_slot() -> None:
-    with bench_with_a_full_decode_stage() as bench:
-        future = bench.submit(10, steps=1, guidance_scale=1)
-        bench.runner.picture_gate.set()
-        assert picture(future).any()
-
-
-def test_a_decode_thread_that_cannot_start_ends_the_loop_and_leaves_no_job_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(*args: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with bench_of(FakeRunner(decodes_beside=True)) as bench:
-        monkeypatch.setattr(bench.engine._decode_stage._decode_thread, "submit", refuse)
-        future = bench.submit(1)
-        bench.engine.start()
-        assert isinstance(error_of(future), EngineStoppedError)
-        assert bench.died.wait(SOON_S)
-
-
-def test_an_engine_whose_decode_call_hangs_is_lost() -> None:
-    with bench_in_decode(job_timeout_s=10.0) as (bench, runner, future):
-        assert not bench.engine.is_lost()
-        bench.now_s = 11.0
-        assert bench.engine.is_lost()
-        runner.decode_gate.set()
-        wait([future], SOON_S)
 
 
 def test_jobs_of_equal_ids_share_one_picture(bench: Bench, runner: FakeRunner) -> None:
@@ -321,16 +155,6 @@ def test_what_does_not_fit_beside_a_step_is_tried_again_with_nothing_beside_it(
         assert np.array_equal(picture(future), picture_of(job_of(seed)).pixels)
     assert all(runner.prepared.count(seed) == 2 for seed in seeds)
     assert set(runner.steps_done.values()) == {4}
-
-
-def test_a_step_of_one_job_that_is_out_of_memory_waits_for_the_decode_stage() -> None:
-    with bench_in_decode() as (bench, runner, first):
-        runner.oom_calls = {1}
-        second = bench.submit(2, steps=1)
-        runner.decode_gate.set()
-        assert picture(first) is not None
-        assert picture(second) is not None
-        assert runner.batches == [[1], [2]]
 
 
 @pytest.mark.parametrize("memory_rows", [2, 3, 4, 6])
