@@ -52,8 +52,8 @@ _PART = re.compile(r"(<!-- made by tests\.docs: ([\w-]+) -->\n).*?(<!-- end of \
 
 #: What a user does about an error; a class that is not here has its base class's remedy.
 REMEDIES: dict[type[errors.SmallcatError], str] = {
-    errors.SmallcatError: "Catch it to catch everything that smallcat raises on purpose.",
-    errors.CallerError: "Read the text: it names the value, the limit and the remedy.",
+    errors.SmallcatError: "Read the text: it names the value, the limit and the remedy.",
+    errors.CallerError: "Correct what the text names.",
     errors.InvalidJobError: "Correct the fields that the text names.",
     errors.PromptFileError: "Correct the file or the option that the text names, and run the command again.",
     errors.UnknownModelError: "Start a worker for that model, or submit again without `revision`.",
@@ -217,21 +217,24 @@ def _field_default(entry: FieldEntry) -> str:
 
 
 def error_classes() -> str:
-    """Every error class: when it is raised, what to do, and the command line's exit code."""
+    """The tree of errors, and for each class when it is raised, what to do, and the exit code."""
+    tree = re.search(r"^SmallcatError\n(?:.+\n)+", textwrap.dedent(_indented(errors.__doc__)), re.MULTILINE)
+    assert tree is not None
 
-    def rows(kind: type[errors.SmallcatError], depth: int) -> Iterator[tuple[str, ...]]:
+    def rows(kind: type[errors.SmallcatError]) -> Iterator[tuple[str, ...]]:
         when = sentence(kind.__doc__).removeprefix("Raised ")
         code = command_line._exit_code(kind("x"))
-        yield (
-            f"{'&nbsp;' * 4 * depth}`{kind.__name__}`",
-            when[0].upper() + when[1:],
-            REMEDIES[kind],
-            str(code),
-        )
+        yield f"`{kind.__name__}`", when[0].upper() + when[1:], REMEDIES[kind], str(code)
         for child in kind.__subclasses__():
-            yield from rows(child, depth + 1)
+            yield from rows(child)
 
-    return _table("Class, Raised, What to do, Exit code", rows(errors.SmallcatError, 0))
+    table = _table("Class, Raised, What to do, Exit code", rows(errors.SmallcatError))
+    return f"```text\n{tree[0]}```\n\n{table}"
+
+
+def _indented(docstring: str | None) -> str:
+    """The indented lines of a docstring: what is drawn there."""
+    return "".join(f"{line}\n" for line in (docstring or "").splitlines() if line.startswith("    "))
 
 
 def metric_names() -> str:
