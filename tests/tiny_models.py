@@ -47,9 +47,9 @@ def tiny_sd1(folder: Path, *, safety_checker: str = "none", attends_first: bool 
         torch.manual_seed(1)
         checked = safety_checker != "none"
         pipeline = diffusers.StableDiffusionPipeline(
-            vae=_vae(channels=4, levels=4),
-            text_encoder=_text_encoder(77),
-            tokenizer=_tokenizer(77),
+            vae=vae(channels=4, levels=4),
+            text_encoder=text_encoder(77),
+            tokenizer=tokenizer(77),
             unet=_unet(channels=4, sample_size=8, **(_ATTENDS_FIRST if attends_first else {})),
             scheduler=diffusers.PNDMScheduler(
                 **_NOISE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
@@ -71,9 +71,9 @@ def tiny_sd2(folder: Path, *, zero_terminal_snr: bool = False) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         pipeline = diffusers.StableDiffusionPipeline(
-            vae=_vae(channels=8, levels=3),
-            text_encoder=_text_encoder(16),
-            tokenizer=_tokenizer(16),
+            vae=vae(channels=8, levels=3),
+            text_encoder=text_encoder(16),
+            tokenizer=tokenizer(16),
             unet=_unet(channels=8, sample_size=16, use_linear_projection=True, upcast_attention=True),
             scheduler=diffusers.DDIMScheduler(
                 **_NOISE, **zero, prediction_type="v_prediction", clip_sample=False, steps_offset=1
@@ -93,11 +93,11 @@ def tiny_sdxl(folder: Path, *, latents_mean: bool = False) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         pipeline = diffusers.StableDiffusionXLPipeline(
-            vae=_vae(channels=4, levels=4, **moments),
-            text_encoder=_text_encoder(77),
-            tokenizer=_tokenizer(77),
+            vae=vae(channels=4, levels=4, **moments),
+            text_encoder=text_encoder(77),
+            tokenizer=tokenizer(77),
             text_encoder_2=CLIPTextModelWithProjection(_text_config(77, projection_dim=_TEXT_WIDTH)),
-            tokenizer_2=_tokenizer(77, pad_token="!"),
+            tokenizer_2=tokenizer(77, pad_token="!"),
             unet=_unet(
                 channels=4,
                 sample_size=8,
@@ -119,9 +119,9 @@ def tiny_lcm(folder: Path, *, pipeline_class: str = "LatentConsistencyModelPipel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         pipeline = getattr(diffusers, pipeline_class)(
-            vae=_vae(channels=4, levels=4),
-            text_encoder=_text_encoder(77),
-            tokenizer=_tokenizer(77),
+            vae=vae(channels=4, levels=4),
+            text_encoder=text_encoder(77),
+            tokenizer=tokenizer(77),
             unet=_unet(channels=4, sample_size=8, time_cond_proj_dim=16),
             scheduler=diffusers.LCMScheduler(**_NOISE),
             safety_checker=None,
@@ -224,9 +224,9 @@ def _unet(*, channels: int, sample_size: int, **more: Any) -> diffusers.UNet2DCo
     return diffusers.UNet2DConditionModel(**config | more)
 
 
-def _vae(*, channels: int, levels: int, **more: Any) -> diffusers.AutoencoderKL:
+def vae(*, channels: int, levels: int, **more: Any) -> diffusers.AutoencoderKL:
     """A VAE that uses the whole range of pixel values, so that pictures differ where latents do."""
-    vae = diffusers.AutoencoderKL(
+    model = diffusers.AutoencoderKL(
         latent_channels=channels,
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -236,8 +236,8 @@ def _vae(*, channels: int, levels: int, **more: Any) -> diffusers.AutoencoderKL:
         **more,
     )
     with torch.no_grad():
-        vae.decoder.conv_out.weight *= 2
-    return vae
+        model.decoder.conv_out.weight *= 2
+    return model
 
 
 def _text_config(tokens: int, **more: Any) -> CLIPTextConfig:
@@ -254,11 +254,12 @@ def _text_config(tokens: int, **more: Any) -> CLIPTextConfig:
     )
 
 
-def _text_encoder(tokens: int) -> CLIPTextModel:
+def text_encoder(tokens: int) -> CLIPTextModel:
+    """CLIP's text encoder, for so many tokens."""
     return CLIPTextModel(_text_config(tokens)).eval()
 
 
-def _tokenizer(tokens: int, **more: Any) -> CLIPTokenizer:
+def tokenizer(tokens: int, **more: Any) -> CLIPTokenizer:
     """CLIP's tokenizer without merges: a token a byte."""
     characters = list(bytes_to_unicode().values())
     names = [
