@@ -120,7 +120,7 @@ def _start(sender: Any, **_: Any) -> None:
         # Celery would log it and go on, as a worker without an engine.
         logger.critical("The worker cannot start.", exc_info=True)
         raise SystemExit(EX_SOFTWARE) from error
-    transport.set_liveness(lambda: not _here().engine.is_lost())
+    transport.set_liveness(lambda: _here().engine.is_alive())
     served, max_rows = _process.service.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
     if sender.concurrency == "auto":
@@ -172,7 +172,7 @@ def _assemble(name: str) -> _Process:
         _say(choice.what, choice.choice, choice.reason)
     metrics.MemoryCollector(runner.memory)
     engine = Engine(
-        runner, job_timeout_s=settings.job_timeout_s, on_death=_engine_died, on_step=metrics.observe_step
+        runner, job_timeout_s=settings.job_timeout_s, on_failure=_engine_failed, on_step=metrics.observe_step
     )
     records = Records(client, settings.record_ttl_s)
     fleet = Fleet(client, settings.record_ttl_s)
@@ -255,7 +255,7 @@ def _here() -> _Process:
     return _process
 
 
-def _engine_died(_: BaseException) -> None:
+def _engine_failed(_: BaseException) -> None:
     """All jobs are back in the queue: leave, so that what supervises the worker starts a new one."""
     if _process is not None:
         _wait_no_more(_process)

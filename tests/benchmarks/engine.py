@@ -39,7 +39,7 @@ def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields
     def on_step(rows: int, took_s: float) -> None:
         steps.append((time.perf_counter(), rows, took_s))
 
-    engine = Engine(runner, job_timeout_s=600, on_death=_die, on_step=on_step)
+    engine = Engine(runner, job_timeout_s=600, on_failure=_die, on_step=on_step)
     done: queue.SimpleQueue[float] = queue.SimpleQueue()
     # As in a worker: text is encoded on the thread that submits.
     threads = ThreadPoolExecutor(SUBMITTERS)

@@ -146,7 +146,7 @@ def serve(
     engine = Engine(
         runner,
         job_timeout_s=JOB_TIMEOUT_S,
-        on_death=lambda error: None,  # All futures have the error by then.
+        on_failure=lambda error: None,  # All futures have the error by then.
         on_step=lambda rows, seconds: steps.append(Step(time.monotonic() - start_s, rows, seconds)),
     )
     engine._batcher = batcher

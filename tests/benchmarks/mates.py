@@ -74,7 +74,7 @@ def main(count: int, at_once: int) -> None:
     settings = worker_settings()
     runner = ModelRunner(settings)
     runner.warm_up()
-    engine = Engine(runner, job_timeout_s=600, on_death=lambda error: print(repr(error)))
+    engine = Engine(runner, job_timeout_s=600, on_failure=lambda error: print(repr(error)))
     engine.start()
     jobs = jobs_of(count, random.Random(1))
     together = pictures(engine, jobs, at_once or 2 * runner.max_rows, "together")

@@ -37,7 +37,7 @@ def test_the_names_that_programs_replace_are_there() -> None:
 
 def test_the_engine_renders_on_the_emulated_gpu() -> None:
     """Its job states, batches and decode calls are those of the real runner."""
-    engine = Engine(EmulatedRunner(rows=4, steps=2), job_timeout_s=600, on_death=lambda error: None)
+    engine = Engine(EmulatedRunner(rows=4, steps=2), job_timeout_s=600, on_failure=lambda error: None)
     engine.start()
     jobs = [Job(prompt="a small cat", seed=seed, steps=2, guidance_scale=1.0) for seed in range(6)]
     futures = [engine.submit(job.id, job) for job in jobs]

@@ -55,7 +55,7 @@ def engine_of() -> Iterator[Any]:
     engines: list[Engine[Any]] = []
 
     def start(runner: ModelRunner) -> Engine[Any]:
-        engines.append(Engine(runner, job_timeout_s=300, on_death=lambda error: None))
+        engines.append(Engine(runner, job_timeout_s=300, on_failure=lambda error: None))
         engines[-1].start()
         return engines[-1]
 

@@ -38,7 +38,7 @@ def test_a_worker_whose_engine_is_lost_leaves_at_once(
     idle_loop: threading.Thread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks.worker_state, "should_stop", None)
-    tasks._engine_died(RuntimeError("lost"))
+    tasks._engine_failed(RuntimeError("lost"))
     idle_loop.join(5)
     assert not idle_loop.is_alive()
     assert tasks.worker_state.should_stop == tasks.EX_SOFTWARE

@@ -46,7 +46,7 @@ logger = logging.getLogger("smallcat.engine")
 class Engine(Generic[StateT]):
     """Renders jobs together, a step at a time, on a thread of its own.
 
-    `job_timeout_s` (seconds, > 0) limits the time of each job in the engine. `on_death` is called once, from
+    `job_timeout_s` (seconds, > 0) limits the time of a job in the engine. `on_failure` is called once, from
     the engine's thread, if the loop fails: all jobs have been given back by then, and the process should
     exit. `on_step` is called with the rows of each step and its seconds. `clock` returns monotonic seconds.
     All public methods may be called from any thread.
@@ -57,13 +57,13 @@ class Engine(Generic[StateT]):
         runner: Runner[StateT],
         *,
         job_timeout_s: float,
-        on_death: Callable[[BaseException], None],
+        on_failure: Callable[[BaseException], None],
         on_step: Callable[[int, float], None] = lambda rows, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
         self._job_timeout_s = job_timeout_s
-        self._on_death = on_death
+        self._on_failure = on_failure
         self._on_step = on_step
         self._clock = clock
         self._batcher: Batcher[Ticket[StateT]] = Batcher(runner)
@@ -75,7 +75,7 @@ class Engine(Generic[StateT]):
         self._out_of_memory: list[Ticket[StateT]] = []
         self._changed = threading.Condition()
         self._stopped = False
-        self._died = False
+        self._has_failed = False
         #: An error of another thread that ends the loop.
         self._failure: BaseException | None = None
         #: When the present turn of the loop started; None between two turns.
@@ -138,9 +138,9 @@ class Engine(Generic[StateT]):
             for ticket in tickets
         }
 
-    def is_lost(self) -> bool:
-        """Whether the loop has failed or hangs, so that no job will be finished any more."""
-        return self._died or self.is_hung()
+    def is_alive(self) -> bool:
+        """Liveness: False once the loop has failed or while it hangs, so that no job is being finished."""
+        return not (self._has_failed or self.is_hung())
 
     def is_hung(self) -> bool:
         """Whether a step or a decode call has been running for longer than `job_timeout_s`."""
@@ -174,12 +174,12 @@ class Engine(Generic[StateT]):
                     self._decode_finished(batch)
                 self._turn_started_s = None
         except BaseException as error:
-            self._died = True
+            self._has_failed = True
             logger.critical("The engine failed, its jobs go back to the queue: %r", error, exc_info=True)
             self._give_all_back(
                 EngineStoppedError(f"The engine failed ({error!r}): the job goes back to the queue.")
             )
-            self._on_death(error)
+            self._on_failure(error)
 
     def _wait_for_work(self) -> bool:
         """Sleep while there is no work. False: stop. Raises the `_failure` of another thread."""

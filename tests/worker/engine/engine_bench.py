@@ -21,22 +21,22 @@ class Bench:
     runner: FakeRunner
     job_timeout_s: float = 1e6
     now_s: float = 0.0
-    deaths: list[BaseException] = field(default_factory=list)
-    died: threading.Event = field(default_factory=threading.Event)
+    failures: list[BaseException] = field(default_factory=list)
+    failed: threading.Event = field(default_factory=threading.Event)
     steps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.engine: Engine[FakeState] = Engine(
             self.runner,
             job_timeout_s=self.job_timeout_s,
-            on_death=self._on_death,
+            on_failure=self._on_failure,
             on_step=lambda rows, seconds: self.steps.append(rows),
             clock=lambda: self.now_s,
         )
 
-    def _on_death(self, error: BaseException) -> None:
-        self.deaths.append(error)
-        self.died.set()
+    def _on_failure(self, error: BaseException) -> None:
+        self.failures.append(error)
+        self.failed.set()
 
     def submit(self, seed: int, **fields: object) -> Future[Rendered]:
         job = job_of(seed, **fields)
@@ -61,7 +61,7 @@ def bench_of(runner: FakeRunner, **options: Any) -> Iterator[Bench]:
         runner.decode_gate.set()
         runner.picture_gate.set()
         bench.engine.stop()
-        assert not bench.deaths or bench.died.is_set()
+        assert not bench.failures or bench.failed.is_set()
 
 
 def picture(future: Future[Rendered]) -> Any:

@@ -108,14 +108,14 @@ def test_a_decode_thread_that_cannot_start_ends_the_loop_and_leaves_no_job_waiti
         future = bench.submit(1)
         bench.engine.start()
         assert isinstance(error_of(future), EngineStoppedError)
-        assert bench.died.wait(SOON_S)
+        assert bench.failed.wait(SOON_S)
 
 
-def test_an_engine_whose_decode_call_hangs_is_lost() -> None:
+def test_an_engine_whose_decode_call_hangs_is_not_alive() -> None:
     with bench_in_decode(job_timeout_s=10.0) as (bench, runner, future):
-        assert not bench.engine.is_lost()
+        assert bench.engine.is_alive()
         bench.now_s = 11.0
-        assert bench.engine.is_lost()
+        assert not bench.engine.is_alive()
         runner.decode_gate.set()
         wait([future], SOON_S)
 

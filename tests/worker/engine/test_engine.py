@@ -121,7 +121,7 @@ def test_a_job_fails_alone_and_the_others_run_every_step_once(
         assert np.array_equal(picture(futures[seed]), picture_of(job_of(seed)).pixels)
         assert runner.steps_done[seed] == 4
     assert runner.steps_done[index] == steps
-    assert not bench.deaths
+    assert not bench.failures
 
 
 def test_an_unknown_error_becomes_a_render_error_that_quotes_it(bench: Bench, runner: FakeRunner) -> None:
@@ -298,27 +298,28 @@ def test_an_engine_that_never_started_can_be_stopped(bench: Bench) -> None:
     assert isinstance(error_of(future), EngineStoppedError)
 
 
-DEATHS: dict[str, Callable[[Bench, BaseException], None]] = {
+#: Where an error is raised in one of the jobs.
+RAISE_IN: dict[str, Callable[[Bench, BaseException], None]] = {
     "prepare": lambda bench, error: bench.runner.faults.update({2: Faults(prepare=error)}),
     "step": lambda bench, error: bench.runner.faults.update({2: Faults(batch={1: error})}),
     "decode": lambda bench, error: bench.runner.faults.update({2: Faults(decode=error)}),
 }
 
 
-@pytest.mark.parametrize("where", DEATHS)
+@pytest.mark.parametrize("where", RAISE_IN)
 def test_a_machine_fault_ends_the_loop_gives_all_jobs_back_and_is_reported(bench: Bench, where: str) -> None:
-    death = MachineError("the GPU has fallen off the bus")
-    DEATHS[where](bench, death)
+    fault = MachineError("the GPU has fallen off the bus")
+    RAISE_IN[where](bench, fault)
     futures = bench.submit_together(*range(12))
     bench.engine.start()
-    assert bench.died.wait(SOON_S)
-    assert bench.deaths == [death]
+    assert bench.failed.wait(SOON_S)
+    assert bench.failures == [fault]
     # All have been given back by the time it is reported: a machine fault is no job's error.
     assert all(future.done() for future in futures)
     errors = [error for future in futures if (error := future.exception())]
     assert errors
     assert all(isinstance(error, EngineStoppedError) for error in errors)
-    assert bench.engine.is_lost()
+    assert not bench.engine.is_alive()
     assert isinstance(error_of(bench.submit(99)), EngineStoppedError)
 
 
@@ -327,40 +328,40 @@ def test_a_bug_in_the_loop_itself_gives_all_jobs_back_and_is_reported(runner: Fa
         bench.steps = None  # type: ignore[assignment]  # what it reports to
         futures = bench.submit_together(1, 2)
         bench.engine.start()
-        assert bench.died.wait(SOON_S)
+        assert bench.failed.wait(SOON_S)
         assert all(isinstance(error_of(future), EngineStoppedError) for future in futures)
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), MemoryError()], ids=repr)
-@pytest.mark.parametrize("where", DEATHS)
+@pytest.mark.parametrize("where", RAISE_IN)
 def test_an_exception_of_a_library_in_one_job_ends_neither_loop_nor_process(
     bench: Bench, where: str, error: BaseException
 ) -> None:
-    DEATHS[where](bench, error)
+    RAISE_IN[where](bench, error)
     futures = bench.submit_together(*range(4))
     bench.engine.start()
     assert isinstance(error_of(futures[2]), RenderError)
     assert all(picture(futures[seed]) is not None for seed in (0, 1, 3))
-    assert not bench.deaths
+    assert not bench.failures
 
 
-def test_an_engine_in_good_health_is_not_lost(bench: Bench) -> None:
-    assert not bench.engine.is_lost()
+def test_an_engine_is_alive_before_its_start_and_while_it_works(bench: Bench) -> None:
+    assert bench.engine.is_alive()
     bench.engine.start()
     assert picture(bench.submit(1)) is not None
-    assert not bench.engine.is_lost()
+    assert bench.engine.is_alive()
 
 
-def test_an_engine_whose_step_takes_longer_than_a_job_may_is_lost(runner: FakeRunner) -> None:
+def test_an_engine_whose_step_takes_longer_than_a_job_may_is_not_alive(runner: FakeRunner) -> None:
     with bench_of(runner, job_timeout_s=10.0) as bench:
         runner.gate.clear()
         bench.engine.start()
         future = bench.submit(1)
         assert runner.entered.wait(SOON_S)
         bench.now_s = 9.0
-        assert not bench.engine.is_lost()
+        assert bench.engine.is_alive()
         bench.now_s = 11.0
-        assert bench.engine.is_lost()
+        assert not bench.engine.is_alive()
         runner.gate.set()
         wait([future], SOON_S)
 
@@ -400,8 +401,8 @@ class Script:
     max_rows: int
     memory_rows: int
     oom_calls: set[int]
-    #: At which call of `step` the loop dies; None: it does not.
-    death_at: int | None
+    #: At which call of `step` the machine fails; None: it does not.
+    fails_at: int | None
     stop: bool
 
 
@@ -416,7 +417,7 @@ SCRIPTS = st.builds(
     max_rows=st.integers(1, 8),
     memory_rows=st.integers(1, 8),
     oom_calls=st.sets(st.integers(0, 12), max_size=3),
-    death_at=st.none() | st.integers(0, 12),
+    fails_at=st.none() | st.integers(0, 12),
     stop=st.booleans(),
 )
 
@@ -432,7 +433,7 @@ def test_every_future_is_resolved_whatever_happens(script: Script) -> None:
     def on_step(seeds: list[int]) -> None:
         nonlocal calls
         calls += 1
-        if script.death_at is not None and calls > script.death_at:
+        if script.fails_at is not None and calls > script.fails_at:
             raise MachineError
 
     runner.on_step = on_step
@@ -455,7 +456,7 @@ def test_every_future_is_resolved_whatever_happens(script: Script) -> None:
             in_time = [step for step in (*faults.outcome, *faults.batch) if step < steps]
             harmless = not (in_time or faults.prepare or faults.decode or faults.nan)
             fits = script.memory_rows >= (2 if guidance > 1 else 1) and not script.oom_calls
-            ends = script.stop or script.death_at is not None
+            ends = script.stop or script.fails_at is not None
             if harmless and fits and not ends and seed not in script.cancelled:
                 assert error is None
             if error is None:

@@ -69,7 +69,7 @@ class Worker:
 
     def __init__(self, client: Redis, storage: FlakyBucket, name: str = "w1", **options: Any) -> None:
         self.runner = FakeRunner()
-        self.engine: Engine[FakeState] = Engine(self.runner, job_timeout_s=600, on_death=lambda error: None)
+        self.engine: Engine[FakeState] = Engine(self.runner, job_timeout_s=600, on_failure=lambda error: None)
         self.records = Records(client, 1_000)
         self.storage = storage
         given = {"lease_s": 30.0, "max_attempts": 3, "upload_timeout_s": 60.0} | options
