@@ -1,4 +1,4 @@
-"""What has ended of a run, appended as it does: the part file beside the manifest."""
+"""The journal of a run: the `.part` file beside the manifest, to which each job is appended when it ends."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from producer.ingest.manifest import _line
+from producer.ingest.manifest import json_line
 from producer.ingest.run_state import Ended
 from worker.contract.errors import PromptFileError
 
 
 class Journal:
-    """What has ended, appended as it does. Survives a kill at any instant; opened again, it goes on."""
+    """What became of the jobs that have ended. It survives a kill at any instant; the next call goes on."""
 
     def __init__(self, manifest: Path, run_id: str) -> None:
-        """Raises `PromptFileError` where the file cannot be written."""
+        """The journal beside `manifest`; another run's is emptied. Raises `PromptFileError`."""
         self.path = manifest.with_name(f"{manifest.name}.part")
         self._run = run_id
         self._offsets = array("q")
         self._paths = array("q")
-        #: Jobs whose picture was in the bucket already.
+        #: Number of jobs whose picture was in the bucket already.
         self.cached = 0
-        #: Jobs that were taken back by the caller.
+        #: Number of jobs that were cancelled.
         self.cancelled = 0
         try:
             self._file: BinaryIO = self.path.open("a+b")
-            # A reader of its own: the order of the jobs is nearly that of the file, so it reads ahead well.
+            # A second file object for reading: jobs end nearly in their order, so what it read ahead is used.
             self._reader: BinaryIO = self.path.open("rb")
             self._flushed = 0
             self._load()
@@ -36,21 +36,21 @@ class Journal:
             raise PromptFileError(f"{self.path} cannot be written: {error.strerror or error}.") from None
 
     def write(self, ended: Iterable[Ended]) -> None:
-        """Append what has ended, and return when it is on its way to the disk."""
+        """Append jobs that have ended. Returns when the operating system has them."""
         for each in ended:
             values = each._asdict()
             self._note(each.number, values, self._file.tell())
-            self._file.write(_line(values))
+            self._file.write(json_line(values))
         self._file.flush()
 
     def write_path(self, number: int, path: Path) -> None:
         """Append where a job's picture was saved."""
         self._note_path(number, self._file.tell())
-        self._file.write(_line({"number": number, "path": str(path)}))
+        self._file.write(json_line({"number": number, "path": str(path)}))
         self._file.flush()
 
     def result(self, number: int) -> dict[str, Any] | None:
-        """What became of a job; None: it is not written here."""
+        """What became of job `number`; None where it is not in the journal."""
         if (offset := _get(self._offsets, number)) < 0:
             return None
         result = self._at(offset)
@@ -59,7 +59,7 @@ class Journal:
         return result
 
     def without_path(self) -> Iterator[dict[str, Any]]:
-        """What became of the jobs that are done and whose picture was not saved."""
+        """The jobs that are done and whose picture was not saved."""
         for number in range(len(self._offsets)):
             if self._offsets[number] >= 0 and _get(self._paths, number) < 0:
                 result = self._at(self._offsets[number])
@@ -67,7 +67,7 @@ class Journal:
                     yield result
 
     def adopt(self, manifest: Path) -> None:
-        """Take over the results of a finished manifest in JSONL, for making it anew with what came since."""
+        """Append the results of a finished JSONL manifest, which can so be written again with later ones."""
         with manifest.open("rb") as lines:
             for number, line in enumerate(lines):
                 values = json.loads(line)
@@ -75,7 +75,7 @@ class Journal:
                 kept = {name: values.get(name) for name in Ended._fields if name in values}
                 if self.result(number) is None:
                     self._note(number, values, self._file.tell())
-                    self._file.write(_line({**kept, "number": number, "file": 0, "timings": timings}))
+                    self._file.write(json_line({**kept, "number": number, "file": 0, "timings": timings}))
                 if values.get("path"):
                     self.write_path(number, Path(values["path"]))
         self._file.flush()
@@ -86,7 +86,7 @@ class Journal:
         self._reader.close()
 
     def remove(self) -> None:
-        """Close and remove it: the manifest is written."""
+        """Close and delete it: the manifest is written."""
         self.close()
         self.path.unlink(missing_ok=True)
 
@@ -98,16 +98,16 @@ class Journal:
 
     def _load(self) -> None:
         self._file.seek(0)
-        if self._file.readline() != _line({"run": self._run}):
-            # Of another run, whose lasting records are in the bucket.
+        if self._file.readline() != json_line({"run": self._run}):
+            # Another run's journal. The bucket has its records.
             self._file.truncate(0)
-            self._file.write(_line({"run": self._run}))
+            self._file.write(json_line({"run": self._run}))
             self._file.flush()
             return
         whole = self._file.tell()
         for line in iter(self._file.readline, b""):
             if not line.endswith(b"\n"):
-                break  # The last word of a process that was killed: Redis has it still.
+                break  # A process was killed while it wrote this line: Redis still has it.
             values = json.loads(line)
             if "path" in values:
                 self._note_path(values["number"], whole)
@@ -121,7 +121,7 @@ class Journal:
         if (known := _get(self._offsets, number)) >= 0:
             before = self._at(known)["state"]
             if before == "done" or values["state"] != "done":
-                return  # News that was written down, but not yet forgotten, when a feeder was killed.
+                return  # Written by a feeder that was killed before it could delete it from Redis.
             self.cancelled -= before == "cancelled"
         self.cached += bool(values["cached"])
         self.cancelled += values["state"] == "cancelled"

@@ -1,12 +1,11 @@
 """What a run leaves behind: the manifest, a line a job, and the lines that were rejected.
 
-    prompts.txt.manifest.jsonl         in input order, written when the run is over; .csv by its ending
-    prompts.txt.manifest.jsonl.part    what has ended so far, in the order in which it did
-    prompts.txt.rejected.jsonl         lines that are no jobs: file, line, field, reason
+    prompts.txt.manifest.jsonl         a line a job in input order, when the run is over; CSV by its ending
+    .csv prompts.txt.manifest.jsonl.part    the journal: a line a job that has ended, in the order of their
+    ends prompts.txt.rejected.jsonl         lines that are no jobs: file, line, field, reason
 
-The part file is the run's journal: news is forgotten in Redis only when it is written there. The manifest is
-made by going through the files again and joining each job with its line of the journal, so that a million
-jobs take no memory but a number each.
+Redis forgets what became of a job only when the journal has it. The manifest is made by reading the files
+again and joining each job with its line of the journal, so that a job takes no more memory than a number.
 """
 
 from __future__ import annotations
@@ -32,36 +31,37 @@ COLUMNS = (
     *("file", "line", "id", "state", "uri", "path", "seed"),
     *(name for name in _FIRST_FIELDS if name not in ("seed", *_OBJECTS)),
     *("grid", "cached", "error_type", "error", *_TIMINGS),
-    *_OBJECTS,
+    *(name for name in _FIRST_FIELDS if name in _OBJECTS),
     *(name for name in JOB_FIELDS if name not in _FIRST_FIELDS),
 )
+_COLUMNS = frozenset(COLUMNS)
 
 
 class Rejects:
-    """The files of rejected lines, one beside each prompt file; no file where no line was rejected."""
+    """The files of rejected lines: one beside each prompt file that has such lines."""
 
     def __init__(self, sources: Sequence[Source], start: tuple[int, ...]) -> None:
-        """Goes on after entry `start` (file, entry): what was rejected behind it stays, all else goes."""
+        """Keep what was rejected before the place `start` of the plan (a `Cursor`), and delete the rest."""
         self._sources = sources
         self._files: dict[int, TextIO] = {}
         for number, source in enumerate(sources):
             self._keep(number, source, start)
 
     def path(self, file: int) -> Path:
-        """Where the rejected lines of a file are."""
+        """The path for the rejected lines of file number `file`."""
         return self._sources[file].beside("rejected.jsonl")
 
     def write(self, rejected: Rejected) -> None:
-        """Append one, and return when it is on its way to the disk."""
+        """Append one. Returns when the operating system has it."""
         if rejected.file not in self._files:
             self._files[rejected.file] = self.path(rejected.file).open("a", encoding="utf-8")
         values = {"file": self._sources[rejected.file].name, "line": rejected.line}
         values |= {"field": rejected.field, "reason": rejected.reason, "after": str(rejected.cursor)}
-        self._files[rejected.file].write(_line(values).decode())
+        self._files[rejected.file].write(json_line(values).decode())
         self._files[rejected.file].flush()
 
     def paths(self) -> list[Path]:
-        """The files there are."""
+        """The files that exist."""
         return [path for number in range(len(self._sources)) if (path := self.path(number)).exists()]
 
     def close(self) -> None:
@@ -94,9 +94,9 @@ def write_manifest(
     sources: Sequence[Source],
     result: Callable[[int, str], Mapping[str, Any]],
 ) -> int:
-    """Write the manifest of `jobs` in their order; `result` is asked for what became of each (number, id).
+    """Write the manifest of `jobs` in their order. `result` gives what became of a job by its number and id.
 
-    Returns the number of jobs. The file is there whole or not at all.
+    Returns the number of jobs. The file appears when it is whole.
     """
     draft = manifest.with_name(f"{manifest.name}.draft")
     number = 0
@@ -111,7 +111,7 @@ def write_manifest(
             if table:
                 table.writerow(_flat(values))
             else:
-                file.write(_line(values).decode())
+                file.write(json_line(values).decode())
             number += 1
     draft.replace(manifest)
     return number
@@ -141,8 +141,9 @@ def _manifest_line(job: Planned, sources: Sequence[Source], result: Mapping[str,
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     timings = {name: values["timings"].get(name) for name in _TIMINGS}
     nested = {name: json.dumps(values[name], ensure_ascii=False) for name in ("grid", *_OBJECTS)}
-    return {name: value for name, value in {**values, **timings, **nested}.items() if name in COLUMNS}
+    return {name: value for name, value in {**values, **timings, **nested}.items() if name in _COLUMNS}
 
 
-def _line(values: Mapping[str, Any]) -> bytes:
+def json_line(values: Mapping[str, Any]) -> bytes:
+    """A line of JSON, as manifests and journals have it."""
     return json.dumps(values, ensure_ascii=False).encode() + b"\n"

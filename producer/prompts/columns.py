@@ -1,4 +1,4 @@
-"""Headings of a table of prompts: which job field a column means, whatever its case and spelling."""
+"""Headings of a table of prompts: which job field each column means, in any case and by any of its names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.contract.job import JOB_FIELDS
 ALIASES = {name: field.name for field in JOB_FIELDS.values() for name in field.all_headings}
 _INTEGERS = {field.name for field in JOB_FIELDS.values() if field.kind is int}
 _NUMBERS = {field.name for field in JOB_FIELDS.values() if field.kind is float}
-#: Fields that a text is turned into a number for.
+#: Fields whose text becomes a number.
 _NUMERIC = _INTEGERS | _NUMBERS
 _INTEGER = re.compile(r"[+-]?\d{1,30}(\.0*)?")
 #: Job fields that a heading can name.
@@ -23,12 +23,13 @@ _FIELDS = tuple(JOB_FIELDS)
 
 
 class Headings:
-    """What each column of a table means. Columns that mean no job field go to the job's metadata.
-
-    Raises `PromptFileError` where no column is the prompt, or two are the same field.
-    """
+    """What each column of a table means. Columns that mean no job field go to the job's metadata."""
 
     def __init__(self, names: Sequence[str], file: str, warn: Callable[[str], None]) -> None:
+        """`warn` is called with a sentence for each column that may be misspelt.
+
+        Raises `PromptFileError` where no column is the prompt, or two are the same field.
+        """
         plain = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in names]
         #: For each column the job field it means, or None.
         self._fields: list[str | None] = [name if name in _FIELDS else None for name in plain]
@@ -43,7 +44,7 @@ class Headings:
                 warn(f'{file}: the column "{name}" goes to metadata; did you mean "{near[0]}"?')
 
     def fields_of_text(self, cells: Sequence[str]) -> dict[str, Any]:
-        """Job fields of a row of text; empty cells are not given. Raises `ValueError` for bad metadata."""
+        """The job fields of a row of texts, without empty cells. Raises `ValueError` for bad metadata."""
         fields: dict[str, Any] = {}
         metadata: dict[str, Any] = {}
         for name, field, cell in zip(self._names, self._fields, cells, strict=False):
@@ -65,7 +66,7 @@ class Headings:
         return fields
 
     def fields_of_values(self, values: Sequence[Any]) -> dict[str, Any]:
-        """Job fields of a row of values; those that are None are not given."""
+        """The job fields of a row of values, without those that are None."""
         fields: dict[str, Any] = {}
         metadata: dict[str, Any] = {}
         for name, field, value in zip(self._names, self._fields, values, strict=True):
@@ -74,7 +75,7 @@ class Headings:
             if field is None:
                 metadata[name] = value if _is_json(value) else str(value)
             elif field in _INTEGERS and isinstance(value, float) and value.is_integer():
-                fields[field] = int(value)  # A column with gaps is one of floats.
+                fields[field] = int(value)  # A column of integers with gaps is stored as floats.
             elif field in _NUMERIC and isinstance(value, str):
                 fields[field] = typed(field, value)
             else:
@@ -96,7 +97,7 @@ class Headings:
 
 
 def typed(field: str, cell: str) -> Any:
-    """A cell as its field's type; left as text where it is none, so that the job's own error says so."""
+    """A cell as its field's type; where it is not of that type, a text, which the job's own error names."""
     cell = cell.strip()
     if field in _INTEGERS and _INTEGER.fullmatch(cell):
         return int(cell.partition(".")[0])

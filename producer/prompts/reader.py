@@ -6,9 +6,8 @@
     jsonl         a JSON object of job fields a line, or a JSON string: a prompt
     parquet       a row a prompt, columns as headings; needs pyarrow
 
-Text is UTF-8, with or without BOM, or UTF-16 with BOM; lines end with LF or CRLF. Everything streams: what
-is in memory is one line. What is wrong with a line is told with its number, and the next lines go on.
-Nothing here knows Redis.
+Text is UTF-8, with or without BOM, or UTF-16 with BOM; lines end with LF or CRLF. Files are streamed: one
+line is in memory. A line that is wrong is reported with its number, and reading goes on with the next one.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from producer.prompts.columns import Headings
 from producer.prompts.sources import Source
 from worker.contract.errors import PromptFileError
 
-#: Bytes in a line, at most; far above what a job can hold, and low enough to keep memory flat.
+#: Bytes in a line, at most: far more than a job can hold, and few enough to keep memory flat.
 MAX_LINE = 1 << 20
-#: Lines and characters that one row of a CSV file may span, at most: where a quote was not closed, no more
-#: than this is looked through for its end.
+#: Lines and characters of one row of a CSV file, at most: where a quote is not closed, its end is searched
+#: for within these.
 MAX_ROW_LINES, MAX_ROW = 1_000, 64_000
-#: Rows of a Parquet file that are decoded at once.
+#: Rows of a Parquet file that are decoded together.
 _PARQUET_ROWS = 1_000
 
 #: Bytes that are not UTF-8, as `surrogateescape` decodes them.
@@ -41,7 +40,7 @@ _BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 class LineError(Exception):
-    """Raised when a line is not a job: `field` is which of its fields, or ""; `reason` says what to do."""
+    """Raised when a line is no prompt. `field` is the wrong job field, or ""; `reason` says what to do."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(field, reason)
@@ -51,13 +50,13 @@ class LineError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One prompt of a file, as it was read: not yet checked, not yet varied."""
+    """One prompt of a file, as it was read: not yet checked, and its dynamic prompts not yet expanded."""
 
-    #: Line in the file where it starts, from 1; in Parquet its row, from 1.
+    #: Number of the line where it starts, from 1; in Parquet of the row.
     line: int
     #: Job fields, as far as the file gives them.
     fields: dict[str, Any]
-    #: Pictures that the line itself asks for.
+    #: Number of pictures that the line itself asks for.
     images: int = 1
 
 
@@ -73,18 +72,19 @@ class BadEntry:
     reason: str
 
 
-#: A line, not yet looked into: its number, and its text or what is wrong with it.
+#: A line before it is parsed: its number, and its text or values, or a `LineError`.
 Raw: TypeAlias = tuple[int, Any]
+#: Makes a line's entry of its number and text or values. Raises `LineError`.
 Parse: TypeAlias = Callable[[int, Any], Entry]
 
 
 def read(
     source: Source, skip: int = 0, warn: Callable[[str], None] = lambda _: None
 ) -> Iterator[Entry | BadEntry]:
-    """The entries of a prompt file in order, without the first `skip`, which are not looked into.
+    """The entries of a prompt file in order, without the first `skip`, which are not parsed.
 
-    `warn` is called with one sentence for each thing that was left out. Raises `PromptFileError` for what
-    is wrong with the whole file.
+    `warn` is called with one sentence for each option or column that is not used. Raises `PromptFileError`
+    where the whole file cannot be read.
     """
     with source.open() as stream:
         raws, parse = _READERS[source.format](source, stream, warn)
@@ -98,7 +98,7 @@ def read(
 
 
 def _txt(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
-    said: set[str] = set()
+    warned: set[str] = set()
 
     def parse(line: int, text: str) -> Entry:
         _refuse_bad_bytes(text)
@@ -109,8 +109,8 @@ def _txt(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple
         except ValueError as error:
             raise LineError("", f"The options cannot be read: {error}") from None
         for name in options.ignored:
-            if name not in said:
-                said.add(name)
+            if name not in warned:
+                warned.add(name)
                 warn(f"{source.name}, line {line}: --{name} has no meaning here and is left out.")
         return Entry(line, options.fields, options.images)
 
@@ -156,7 +156,7 @@ def _table(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tup
     if isinstance(heading, LineError):
         raise PromptFileError(f"{source.name}, line {number}: {heading.reason}")
     if source.format == "csv" and "," not in heading and ";" in heading:
-        delimiter = ";"  # What spreadsheets write where the comma is in the numbers.
+        delimiter = ";"  # Spreadsheets write it where the decimal separator is a comma.
     try:
         names = _cells(heading, delimiter)
         _refuse_bad_bytes(heading)
@@ -220,7 +220,10 @@ _READERS: dict[str, Callable[[Source, BinaryIO, Callable[[str], None]], tuple[It
 
 
 def _lines(name: str, stream: BinaryIO) -> Iterator[Raw]:
-    """(number, text without its end) of each line, or (number, `LineError`). Bad UTF-8 is marked in it."""
+    """(number, text without its line end) of each line, or (number, `LineError`).
+
+    Bytes that are not UTF-8 are surrogates in the text: see `_refuse_bad_bytes`.
+    """
     buffered = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)  # type: ignore[type-var]
     head = buffered.read(64)
     for bom, encoding in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32")):
@@ -253,7 +256,7 @@ def _utf8_lines(head: bytes, stream: Any) -> Iterator[Raw]:
 
 
 def _utf16_lines(name: str, head: bytes, stream: Any) -> Iterator[Raw]:
-    # newline="\n": nothing else ends a line, and what a text holds is left as it is.
+    # newline="\n": nothing else ends a line, and no character is changed.
     text = io.TextIOWrapper(cast(Any, _Rejoined(head, stream)), "utf-16", "surrogatepass", newline="\n")
     number = 0
     while True:
@@ -266,7 +269,7 @@ def _utf16_lines(name: str, head: bytes, stream: Any) -> Iterator[Raw]:
                 yield number, LineError("", f"The line is longer than {MAX_LINE:,} characters: split it.")
                 continue
         except UnicodeError as error:
-            # What follows cannot be told apart any more.
+            # Where the next line begins is not known any more.
             yield number, LineError("", f"It is not UTF-16 ({error}): save {name} as UTF-8.")
             return
         if not line:
@@ -275,7 +278,7 @@ def _utf16_lines(name: str, head: bytes, stream: Any) -> Iterator[Raw]:
 
 
 class _Rejoined(io.RawIOBase):
-    """A stream with its first bytes, which were read already, before the rest."""
+    """A stream whose first bytes, which were read already, come again before the rest."""
 
     def __init__(self, head: bytes, stream: Any) -> None:
         self._head, self._stream = head, stream
@@ -295,14 +298,15 @@ def _text(line: bytes) -> str:
 
 def _refuse_bad_bytes(text: str) -> None:
     if not text.isascii() and (bad := _BAD_BYTE.search(text)):
-        byte, place = ord(bad[0]) - 0xDC00, bad.start() + 1
-        raise LineError("", f"Byte 0x{byte:02x} after character {place - 1} is not UTF-8: save it as UTF-8.")
+        byte, before = ord(bad[0]) - 0xDC00, bad.start()
+        raise LineError("", f"Byte 0x{byte:02x} after character {before} is not UTF-8: save it as UTF-8.")
 
 
 def _rows(lines: Iterator[Raw]) -> Iterator[Raw]:
     """(number of the first line, text) of each row: a quoted cell may span lines.
 
-    Where a quote is not closed soon, its line alone is bad, and what was looked through is read again.
+    Where a quote is not closed within `MAX_ROW_LINES` and `MAX_ROW`, its line alone is wrong: the lines that
+    were searched for its end are rows themselves.
     """
     again: list[Raw] = []
     while True:

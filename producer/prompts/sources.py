@@ -1,8 +1,8 @@
 """Where prompt files come from: a path, `-` for standard input, or an s3:// address; plain, gzip or zstd.
 
-A run reads its files more than once (to check them, to feed them, to write the manifest), and must know
-them again when it is resumed. So what cannot be read twice is first put into a temporary file on disk, and
-each source has a digest over its bytes as they were stored.
+A run reads its files more than once: to check them, to feed them, and to write the manifest. So what cannot
+be read twice is first copied to a temporary file on disk. A run that is resumed must know that its files are
+the same ones: each source has a digest over its stored bytes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from worker.contract.errors import PromptFileError
 
 #: The formats, as `--format` takes them and as names end.
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
-#: What standard input is read as when nothing is said.
+#: The format of standard input where none is named.
 STDIN_FORMAT = "txt"
-#: Endings of compressed files. Whether a file is compressed is told by its first bytes.
+#: Endings of compressed files; the first bytes decide whether a file is compressed.
 _COMPRESSED = (".gz", ".zst", ".zstd")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _CHUNK = 1 << 20
-#: Bytes that are decompressed at once: what becomes of them is in memory.
+#: Bytes that are decompressed together: what they become is in memory.
 _ZSTD_CHUNK = 1 << 12
 
 
@@ -38,13 +38,13 @@ _ZSTD_CHUNK = 1 << 12
 class Source:
     """A prompt file that can be read from its beginning any number of times, one reader at a time."""
 
-    #: As the user gave it; `stdin` for `-`. Errors and manifests say it.
+    #: As the user gave it; `stdin` for `-`. Errors and manifests have it.
     name: str
     #: One of `FORMATS`.
     format: str
     #: BLAKE2b over the stored bytes, hexadecimal.
     digest: str
-    #: The file itself where it is one of the user's.
+    #: The file, where it is a local one; None for standard input and s3://.
     path: Path | None
     _spool: BinaryIO | None = field(default=None, repr=False, compare=False)
     _seen: tuple[int, int] = (0, 0)
@@ -53,8 +53,8 @@ class Source:
     def open(self) -> Iterator[BinaryIO]:
         """The decompressed bytes, from the beginning. Parquet files come as they are, and can be sought in.
 
-        Raises `PromptFileError` for what is gone, has changed, or is no valid gzip or zstd, also while it
-        is read.
+        Raises `PromptFileError` for a file that is gone, has changed, or is no valid gzip or zstd, also while
+        it is read.
         """
         with self._raw() as raw:
             try:
@@ -65,7 +65,7 @@ class Source:
                 raise PromptFileError(f"{self.name} is damaged ({error}): compress it again.") from None
 
     def beside(self, ending: str) -> Path:
-        """The path of what belongs to this file: beside it, or in the working folder if it is not local."""
+        """Where a file that belongs to this one goes: beside it, or in the working folder if it is remote."""
         if self.path is not None:
             return self.path.with_name(f"{self.path.name}.{ending}")
         return Path(f"{PurePosixPath(self.name).name}.{ending}")
@@ -96,9 +96,9 @@ class Source:
 
 
 def source(name: str, form: str | None = None) -> Source:
-    """The prompt file that `name` means, in format `form` or what its ending says.
+    """The prompt file that `name` means, in the format `form` or that of its ending.
 
-    Raises `PromptFileError` where there is none or its format is not known, `StorageError` for s3://.
+    Raises `PromptFileError` where there is none or its format is unknown, `StorageError` for s3://.
     """
     form = form or _format_of(name)
     if name == "-":
@@ -125,7 +125,9 @@ def _format_of(name: str) -> str:
         return "jsonl"
     if ending not in FORMATS:
         known = ", ".join(FORMATS)
-        raise PromptFileError(f'{name} ends in ".{ending}", which says no format: add --format ({known}).')
+        raise PromptFileError(
+            f'{name} ends in ".{ending}", which is no known format: add --format ({known}).'
+        )
     return ending
 
 
@@ -150,7 +152,7 @@ def _from_bucket(name: str, form: str) -> Source:
 
 
 def _seen(raw: IO[bytes]) -> tuple[int, int]:
-    """What changes when a file does: its size and time."""
+    """What changes when a file does: its size and modification time."""
     stat = os.fstat(raw.fileno())
     return stat.st_size, stat.st_mtime_ns
 
@@ -166,7 +168,7 @@ def _zstd(raw: BinaryIO) -> BinaryIO:
     import zstandard
 
     class Reader(io.RawIOBase):
-        """Frame after frame. zstandard's own reader takes a file that was cut off for a whole one."""
+        """Decompresses frame after frame. zstandard's own reader does not notice that a file was cut off."""
 
         def __init__(self) -> None:
             self._frame: Any = None
@@ -183,7 +185,7 @@ def _zstd(raw: BinaryIO) -> BinaryIO:
             return size
 
         def _more(self) -> bool:
-            """Decompress a little, which can be much; False at the end of the file."""
+            """Decompress the next few bytes, which may become many; False at the end of the file."""
             self._packed = self._packed or raw.read(_ZSTD_CHUNK)
             if not self._packed:
                 if self._frame is not None:
