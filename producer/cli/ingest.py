@@ -1,4 +1,4 @@
-"""The command `ingest`: its options, and what it prints. Everything else is imported when it runs."""
+"""The command `ingest`: its options, and what it prints. What it needs to run is imported when it runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import click
 
 from producer.cli.job_options import JOB_OPTIONS, given_fields, job_options
 from producer.ingest.types import FILE_PRIORITY
+from producer.prompts.sources import FORMATS
 from worker.contract.job import JOB_FIELDS
 
 if TYPE_CHECKING:
@@ -30,19 +31,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
+_IMAGE_FORMATS = ", ".join(JOB_FIELDS["format"].choices)
 
 _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (
         ("--format", "formats"),
         {
             "multiple": True,
-            "help": "Of the files: txt, csv, tsv, jsonl, parquet; or of pictures: png, webp, jpeg.",
+            "help": f"Of the files: {', '.join(FORMATS)}; or of the pictures: {_IMAGE_FORMATS}.",
         },
     ),
-    (("--images",), {"type": int, "default": 1, "help": "Seeds a prompt; 1 when not given."}),
+    (("--images",), {"type": int, "default": 1, "help": "Seeds for each prompt; 1 when not given."}),
     (
         ("--seed-start",),
-        {"type": int, "help": "First seed of each prompt; drawn from its line when not given."},
+        {"type": int, "help": "First seed of each prompt; derived from its line when not given."},
     ),
     (
         ("--grid",),
@@ -54,7 +56,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     ),
     (
         ("--sample",),
-        {"type": int, "help": "Draw so many of a line's {a|b} and __wildcards__; all when not given."},
+        {"type": int, "help": "Texts to draw from a line's {a|b} and __wildcards__; all when not given."},
     ),
     (
         ("--wildcards",),
@@ -64,22 +66,32 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
         },
     ),
     (("--literal",), {"is_flag": True, "help": "Leave braces and __wildcards__ as they are."}),
-    (("--check",), {"is_flag": True, "help": "Look at all lines and send nothing."}),
-    (("--strict",), {"is_flag": True, "help": "Send nothing if any line is bad."}),
+    (("--check",), {"is_flag": True, "help": "Check all lines and send nothing."}),
+    (("--strict",), {"is_flag": True, "help": "Send nothing if any line is wrong."}),
     (("--manifest",), {"type": _FILE, "help": "FILE.manifest.jsonl when not given; CSV if it ends in .csv."}),
     (("--download",), {"type": _FOLDER, "help": "Save the pictures here as they finish."}),
-    (("--name",), {"help": "Template of their names; {line:06d}-{seed}-{slug}.png when not given."}),
+    (("--name",), {"help": "Template of the pictures' names; {line:06d}-{seed}-{slug}.png when not given."}),
     (
         ("--run",),
-        {"help": "Name of the run: the same name goes on with it; made from the files when not given."},
+        {"help": "Name of the run, to resume it by; derived from the files when not given."},
     ),
     (
         ("--max-queued",),
-        {"type": int, "default": 10_000, "help": "Jobs that wait in the queue, at most; 10000."},
+        {
+            "type": int,
+            "default": 10_000,
+            "help": "Jobs that wait in the queue, at most; 10000 when not given.",
+        },
     ),
-    (("--detach",), {"is_flag": True, "help": "Queue everything and return; call again for the manifest."}),
+    (
+        ("--detach",),
+        {"is_flag": True, "help": "Queue everything and return; run the command again for the manifest."},
+    ),
     (("--quiet",), {"is_flag": True, "help": "Show no progress."}),
-    (("--lines",), {"is_flag": True, "help": "A line for each job, for logs; with --json one of JSON."}),
+    (
+        ("--lines",),
+        {"is_flag": True, "help": "Print a line for each job, for logs; with --json a JSON object."},
+    ),
 )
 
 
@@ -88,7 +100,7 @@ _TAKEN = frozenset(name for names, _ in _OPTIONS for name in names)
 
 
 def ingest_options(command: F) -> F:
-    """Decorates the command with its arguments; job fields given as options are defaults for every line."""
+    """Add the command's options. Job fields among them are defaults for lines that do not name them."""
     for names, settings in reversed(_OPTIONS):
         command = click.option(*names, **settings)(command)
     command = job_options(command, taken=_TAKEN, defaults={"priority": FILE_PRIORITY})
@@ -96,7 +108,7 @@ def ingest_options(command: F) -> F:
 
 
 def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: bool) -> int:
-    """Do what the command says; the exit code. `options` are the job fields given, and what `_OPTIONS` has.
+    """Run the command, and return its exit code. `options` has the options that `ingest_options` adds.
 
     Raises what `producer.ingest.submit_file.submit_file` does.
     """
@@ -143,15 +155,13 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
 
 
 def _is_axis(word: str) -> bool:
-    """Whether an argument goes on with `--grid`: it names a job field, and no file."""
+    """Whether an argument is one more axis of `--grid`: it names a job field, and no file."""
     axis, equals, _ = word.partition("=")
     return bool(equals) and axis.replace("-", "_") in JOB_FIELDS and not Path(word).exists()
 
 
 def _formats(formats: Sequence[str], fields: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """`--format` says what the files are, or what the pictures shall be: no name is both."""
-    from producer.prompts.sources import FORMATS
-
+    """The files' format and the job fields: each `--format` is that of the files or that of the pictures."""
     file_format = None
     fields = dict(fields)
     for each in formats:
@@ -196,10 +206,10 @@ def _display(options: Mapping[str, Any], *, as_json: bool) -> QuietDisplay:
 
 
 def _stop_on_ctrl_c(ingest: Ingest, display: QuietDisplay) -> None:
-    """Ctrl-C once: send no more. Twice: leave at once; the run is as it is, and can be resumed."""
+    """Ctrl-C once: send no more jobs. Twice: exit at once. Either way the run can be resumed."""
 
     def leave(*_: object) -> None:
-        # It may come while the first one is still printing, when a stream refuses a second writer.
+        # It may come while the first handler prints, when a stream refuses a second writer.
         try:
             display.close()
         finally:
@@ -238,7 +248,7 @@ def _report(outcome: Outcome, *, as_json: bool) -> None:
 
 
 def _command() -> str:
-    """This command line, for calling it again."""
+    """This command line, to run it again."""
     words = [word for word in sys.argv[1:] if word != "--detach"]
     return shlex.join(["smallcat", *words])
 

@@ -1,7 +1,7 @@
 """`python -m producer` and `smallcat`: submit, ingest, status, cancel, fetch, gallery, failed, doctor.
 
-Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output,
-all else to standard error. Every command takes `--json`: one JSON document on standard output.
+Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output, and
+everything else to standard error. With `--json` every command prints one JSON document on standard output.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def submit(
 @click.argument("job_id")
 @_json_option
 def status(job_id: str, as_json: bool) -> None:
-    """Say where a job is."""
+    """Show the state of a job."""
     handle = JobHandle(job_id)
     record, progress = handle.record(), handle.progress()
     if as_json:
@@ -114,7 +114,7 @@ def status(job_id: str, as_json: bool) -> None:
 @click.argument("job_ids", nargs=-1, required=True)
 @_json_option
 def cancel(job_ids: tuple[str, ...], as_json: bool) -> None:
-    """Take jobs back: queued ones at once, running ones at their next step."""
+    """Cancel jobs: queued ones at once, running ones at their next step."""
     states = {job_id: JobHandle(job_id).cancel() for job_id in job_ids}
     if as_json:
         _print_json(states)
@@ -130,13 +130,13 @@ def cancel(job_ids: tuple[str, ...], as_json: bool) -> None:
 @click.option("--show", is_flag=True, help="Show the pictures in the terminal.")
 @_json_option
 def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: bool, as_json: bool) -> None:
-    """Save jobs' pictures, waiting for those that are not done."""
+    """Wait for jobs to be done, and save their pictures."""
     reports, errors = [], []
     for job_id in job_ids:
         try:
             result = _follow(JobHandle(job_id), timeout)
             reports.append(_report(result, save_in=output, show=show, as_json=as_json))
-        except (JobError, CallerError, TimeoutError) as error:  # One job's trouble: the others are fetched.
+        except (JobError, CallerError, TimeoutError) as error:  # Of one job: the others are fetched.
             errors.append(error)
     if as_json:
         _print_json(reports)
@@ -151,13 +151,15 @@ def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: b
 @click.option(
     "--output", type=click.Path(path_type=Path), help="The page; beside the manifest when not given."
 )
-@click.option("--embed", is_flag=True, help="Put thumbnails inside: the page shows them without the bucket.")
+@click.option("--embed", is_flag=True, help="Put thumbnails into the page: it shows them without the bucket.")
 @click.option("--title", help="The manifest's name or the address when not given.")
-@click.option("--expires-s", type=int, default=604_800, help="Seconds that the links work, up to 604800.")
+@click.option(
+    "--expires-s", type=int, default=604_800, help="Seconds for which the links work, up to 604800."
+)
 @click.option("--limit", type=int, default=20_000, help="Jobs on the page, at most; 20000 when not given.")
 @_json_option
 def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> None:
-    """Write the contact sheet of a manifest, or of what lies below s3://BUCKET/PREFIX, as one page."""
+    """Write one page with all pictures of a manifest, or below s3://BUCKET/PREFIX."""
     from producer.gallery import write_gallery
 
     page = write_gallery(source, output, **options)
@@ -175,14 +177,14 @@ def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> 
 @ingest_options
 @_json_option
 def ingest(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Turn files of prompts (txt, csv, tsv, jsonl, parquet; - for standard input) into pictures."""
+    """Render files of prompts (txt, csv, tsv, jsonl, parquet; - for standard input)."""
     sys.exit(run_ingest(files, options, as_json=as_json))
 
 
 @cli.command()
 @_json_option
 def doctor(as_json: bool) -> None:
-    """Check Redis, the bucket, the workers, and on a worker's machine the GPU."""
+    """Check Redis, the bucket, the workers, and the GPU of a worker's machine."""
     from producer.cli.doctor import examine
 
     findings = []
@@ -199,7 +201,7 @@ def doctor(as_json: bool) -> None:
 
 @cli.group()
 def failed() -> None:
-    """Look after jobs that failed for good."""
+    """List, show, retry or drop jobs that failed for good."""
 
 
 def _failed_options(command: F) -> F:
@@ -216,7 +218,7 @@ def _failed_options(command: F) -> F:
 @failed.command("list")
 @_failed_options
 def failed_list(job_ids: tuple[str, ...], error_type: str | None, run: str | None, as_json: bool) -> None:
-    """List them, the latest first."""
+    """List failed jobs, the latest first."""
     from producer.cli.failed import find, line, select
 
     if as_json:
@@ -231,7 +233,7 @@ def failed_list(job_ids: tuple[str, ...], error_type: str | None, run: str | Non
 @click.argument("job_ids", nargs=-1, required=True)
 @_json_option
 def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
-    """Show their parameters and each of their attempts."""
+    """Show failed jobs with their parameters and each of their attempts."""
     from producer.cli.failed import lines, select
 
     records = select(job_ids)
@@ -248,7 +250,7 @@ def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
 def failed_retry(
     job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
 ) -> None:
-    """Submit them again, with all their attempts."""
+    """Submit failed jobs again, with all their attempts."""
     from producer.cli.failed import require_choice, retry, select
 
     require_choice(job_ids, (error_type, run), everything)
@@ -265,7 +267,7 @@ def failed_retry(
 def failed_drop(
     job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
 ) -> None:
-    """Forget them."""
+    """Delete the records of failed jobs."""
     from producer.cli.failed import drop, find, require_choice
 
     require_choice(job_ids, (error_type, run), everything)
@@ -277,7 +279,7 @@ def failed_drop(
 
 
 def main() -> NoReturn:
-    """Run the command line: one sentence and an exit code, never a traceback, for what is not a bug."""
+    """Run the command line. An error that is no bug is one sentence and an exit code, without a traceback."""
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -296,7 +298,7 @@ def _exit_code(error: Exception) -> int:
     match error:
         case ServiceError():
             return 3
-        # A job asks for a model that its worker does not serve: only a job's record says so.
+        # An unknown model is found by the worker: it is an error of the job, not of the command line.
         case JobError() | JobCancelledError() | UnknownModelError() | TimeoutError():
             return 1
         # Such as a folder that cannot be written.
@@ -307,12 +309,12 @@ def _exit_code(error: Exception) -> int:
 
 
 def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
-    """Wait for the job; on a terminal with a bar on standard error. Ctrl-C leaves the job in the queue."""
+    """Wait for the job; on a terminal with a progress bar on standard error. Ctrl-C does not cancel it."""
     from producer.cli.job_display import follow
 
     try:
         with warnings.catch_warnings():
-            # That nobody serves the job is said beside its state.
+            # The display shows beside the job's state that no worker serves it.
             warnings.simplefilter("ignore", UserWarning)
             return follow(handle, timeout)
     except KeyboardInterrupt:
@@ -321,7 +323,7 @@ def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
 
 
 def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: bool) -> dict[str, Any]:
-    """Save and show the picture as asked. Returns what `--json` prints of it."""
+    """Save and show the picture as the options say. Returns what `--json` prints of it."""
     path = None
     if save_in is not None:
         save_in.mkdir(parents=True, exist_ok=True)
