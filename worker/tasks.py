@@ -1,7 +1,7 @@
 """The Celery task, and the one place where a worker is put together and taken apart.
 
-Only this module knows the real runner and the real storage. It holds no decisions of its own: `JobHandler`
-has the way of a job, `Engine` the loop.
+Only this module knows the real runner and the real bucket. It makes no decisions: `JobHandler` has the way
+of a job, `Engine` the loop.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smallcat.worker")
 
-#: Connections to the bucket that are kept open, at most: as many as the largest batch's worker has places.
+#: Connections to the bucket that are kept open, at most: a worker of the largest batch has so many slots.
 STORAGE_CONNECTIONS = 640
 #: Exit code of a worker whose engine was lost, from sysexits.h.
 EX_SOFTWARE = 70
-#: Seconds until a message that this worker cannot read, or does not know why it failed, is fetched again.
+#: Seconds until a message of a newer version is fetched again, and one that failed for an unknown reason.
 NEWER_DELAY_S, UNKNOWN_DELAY_S = 5.0, 1.0
 #: Packages whose versions a worker announces.
 VERSIONS = ("smallcat", "torch", "diffusers", "transformers", "xformers", "celery", "kombu")
@@ -57,14 +57,14 @@ VERSIONS = ("smallcat", "torch", "diffusers", "transformers", "xformers", "celer
 
 @dataclass(frozen=True)
 class _Process:
-    """What one worker process is made of."""
+    """The parts of one worker process."""
 
     settings: WorkerSettings
     engine: Engine[Any]
-    service: JobHandler
+    handler: JobHandler
     heartbeat: Heartbeat
-    #: Set when nobody should wait for Redis any more.
-    hurry: threading.Event
+    #: Set when no thread should wait for Redis any longer.
+    stop_waiting: threading.Event
 
 
 _process: _Process | None = None
@@ -76,12 +76,12 @@ app.steps["consumer"].add(EventGroups)
 def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
     """Render the job in `payload` (see `worker.contract.message`) and store its picture.
 
-    Whatever is raised inside becomes a `Reject` or nothing: Celery acknowledges a message whose task raised
-    anything else, and a `SystemExit` or `MemoryError` would leak the pool's slot for good.
+    Raises `Reject` or nothing: Celery acknowledges a message whose task raised anything else, and a
+    `SystemExit` or a `MemoryError` would leak the pool's slot for good.
     """
     request = task.request
     try:
-        delay_s = _here().service.handle(
+        delay_s = _here().handler.handle(
             payload, request.id, redelivered=bool(request.delivery_info.get("redelivered"))
         )
         reason = "the job is tried again"
@@ -104,31 +104,31 @@ def _start(sender: Any, **_: Any) -> None:
     global _process
     default, _, host = sender.hostname.partition("@")
     if default == "celery":
-        # Celery's default name is one a host, but there may be a worker a GPU.
+        # Celery's default name is the same for all workers of a host; there may be one for each GPU.
         sender.hostname = f"smallcat-{os.getpid()}@{host}"
-    # Celery would ask the other workers for revoked tasks, and wait a second for their answers, at each new
-    # connection. A job is cancelled by its record.
+    # Without this Celery asks the other workers for revoked tasks at each new connection, and waits a second
+    # for their answers. A job is cancelled by its record.
     sender.options["without_mingle"] = True
     sender.setup_logging()
-    # One line for each choice is for everyone, whatever the level of Celery's own log.
+    # The line for each choice is logged whatever the level of Celery's own log.
     logging.getLogger("smallcat").setLevel(min(logging.INFO, sender.loglevel))
     try:
         _process = _assemble(sender.hostname)
     except SmallcatError as error:
         raise SystemExit(f"smallcat: {error}") from None
     except Exception as error:
-        # Celery would log it and go on, as a worker without an engine.
+        # Celery would log it and go on, with a worker that has no engine.
         logger.critical("The worker cannot start.", exc_info=True)
         raise SystemExit(EX_SOFTWARE) from error
     transport.set_liveness(lambda: _here().engine.is_alive())
-    served, max_rows = _process.service.served, _process.engine.max_rows
+    served, max_rows = _process.handler.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
     if sender.concurrency == "auto":
         job_s = _process.engine.job_s
         open_to_all, reserved = jobs_in_flight(max_rows, job_s)
         sender.concurrency = open_to_all + reserved
         transport.set_reserve(open_to_all, URGENT)
-        _say(
+        _log_choice(
             "jobs in flight",
             f"{open_to_all} and {reserved} reserved",
             f"{JOBS_PER_ROW} for each row of a step and {uploading_jobs(max_rows, job_s)} being uploaded; "
@@ -138,10 +138,10 @@ def _start(sender: Any, **_: Any) -> None:
 
 def load_runner(settings: WorkerSettings) -> ModelRunner:
     """The model, on its device. Raises `SettingsError`."""
-    # Half a million objects that live as long as the process: with a search for garbage again and again they
-    # take a second more to import, and each later one would stop every thread.
+    # The imports make half a million objects that live as long as the process. Garbage collections among
+    # them take a second, and each later one would stop every thread for longer.
     gc.disable()
-    # Torch takes seconds to load: what fails before need not wait for it.
+    # Torch takes seconds to load: what fails before does not wait for it.
     from worker.device.model_runner import ModelRunner
 
     gc.freeze()
@@ -150,140 +150,159 @@ def load_runner(settings: WorkerSettings) -> ModelRunner:
 
 
 def _assemble(name: str) -> _Process:
-    """Everything, checked in the order of what is quick to check. Raises `SmallcatError`."""
+    """All parts, in the order in which they can be checked quickly. Raises `SmallcatError`."""
     settings = worker_settings()
+    stop_waiting = threading.Event()
     # A job outlives a Redis that is away, for as long as it takes.
-    hurry = threading.Event()
-    client = connect_until(settings.redis_url, hurry)
-    with queue_errors(settings.redis_url):
-        # Asked on a client that does not wait: at start Redis is there or it is not.
-        connect(settings.redis_url, retry_s=1).ping()
-    # Asked by one that does not wait, as above.
-    Bucket(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
-    storage = BucketProcess(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
-    storage.start()
-    _say("queue", hidden(settings.redis_url), "REDIS_URL")
-    _say("storage", storage.root, "S3_BUCKET, S3_PREFIX; a test object was written, read and deleted")
-
-    runner = load_runner(settings)
-    for choice in runner.choices:
-        _say(choice.what, choice.choice, choice.reason)
-    for choice in runner.warm_up():
-        _say(choice.what, choice.choice, choice.reason)
-    metrics.MemoryCollector(runner.memory)
+    client = connect_until(settings.redis_url, stop_waiting)
+    bucket = _services(settings)
+    runner = _warm_runner(settings)
     engine = Engine(
         runner, job_timeout_s=settings.job_timeout_s, on_failure=_engine_failed, on_step=metrics.observe_step
     )
-    records = Records(client, settings.record_ttl_s)
-    fleet = Fleet(client, settings.record_ttl_s)
-    service = JobHandler(
+    handler = JobHandler(
         name=name,
         served=runner.served,
         engine=engine,
-        records=records,
-        bucket=storage,
+        records=Records(client, settings.record_ttl_s),
+        bucket=bucket,
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,
         upload_timeout_s=settings.upload_timeout_s,
     )
+    info = _worker_info(name, runner, started_at=Fleet(client, settings.record_ttl_s).now())
+    heartbeat = _heartbeat(settings, info, handler, engine)
+    return _Process(settings, engine, handler, heartbeat, stop_waiting)
+
+
+def _services(settings: WorkerSettings) -> BucketProcess:
+    """Check Redis and the bucket, without waiting for either; return the bucket. Raises `ServiceError`."""
+    with queue_errors(settings.redis_url):
+        connect(settings.redis_url, retry_s=1).ping()
+    Bucket(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
+    bucket = BucketProcess(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
+    bucket.start()
+    _log_choice("queue", hidden(settings.redis_url), "REDIS_URL")
+    _log_choice("storage", bucket.root, "S3_BUCKET, S3_PREFIX; a test object was written, read and deleted")
+    return bucket
+
+
+def _warm_runner(settings: WorkerSettings) -> ModelRunner:
+    """The model, loaded and warmed up; each choice that is made for the user is logged."""
+    runner = load_runner(settings)
+    for choice in runner.choices:
+        _log_choice(choice.what, choice.choice, choice.reason)
+    for choice in runner.warm_up():
+        _log_choice(choice.what, choice.choice, choice.reason)
+    metrics.MemoryCollector(runner.memory)
+    return runner
+
+
+def _worker_info(name: str, runner: ModelRunner, started_at: float) -> WorkerInfo:
+    """What the worker announces."""
     chosen = {choice.what: choice.choice for choice in runner.choices}
-    info = WorkerInfo(
+    return WorkerInfo(
         name=name,
         served=runner.served,
-        started_at=fleet.now(),
+        started_at=started_at,
         device=chosen["device"],
         attention=chosen["attention"],
         max_rows=runner.max_rows,
         versions={"python": platform.python_version(), **versions(VERSIONS)},
     )
-    # One that does not wait: the watchdog must go on while Redis is away.
-    beating = connect(settings.redis_url, retry_s=1)
-    heartbeat = Heartbeat(
-        Records(beating, settings.record_ttl_s),
-        Fleet(beating, settings.record_ttl_s),
+
+
+def _heartbeat(
+    settings: WorkerSettings, info: WorkerInfo, handler: JobHandler, engine: Engine[Any]
+) -> Heartbeat:
+    """The heartbeat of `handler`'s jobs; it ends the process when `engine` hangs."""
+    # A client that does not wait: the watchdog must go on while Redis is away.
+    client = connect(settings.redis_url, retry_s=1)
+    return Heartbeat(
+        Records(client, settings.record_ttl_s),
+        Fleet(client, settings.record_ttl_s),
         info,
         lease_s=settings.lease_s,
-        jobs=service.progress,
-        cancel=service.cancel,
-        watchdog=lambda: _leave_if_hung(engine),
+        jobs=handler.progress,
+        cancel=handler.cancel,
+        watchdog=lambda: _exit_if_hung(engine),
     )
-    return _Process(settings, engine, service, heartbeat, hurry)
 
 
 @signals.worker_ready.connect
 def _ready(**_: Any) -> None:
-    """Begin: from here on the worker is announced and takes jobs."""
+    """Start: from here on the worker is announced and takes jobs."""
     process = _here()
     if process.settings.metrics_port:
         metrics.serve(process.settings.metrics_port)
     process.engine.start()
     process.heartbeat.start()
-    served = process.service.served
+    served = process.handler.served
     logger.info("ready: takes jobs for %s at revision %s", served.name, served.revision)
 
 
 @signals.worker_shutting_down.connect
 def _drain(**_: Any) -> None:
-    """Finish the jobs on board within the drain time, give back the rest. Celery waits for the pool."""
+    """Finish the jobs in flight within the drain time, give back the rest. Celery waits for the pool."""
     if _process is None:
         return
     process = _process
 
     def drain() -> None:
         _wake_loop()
-        # Jobs on board keep their claims, and can be cancelled, until they are done or given back.
+        # Jobs in flight keep their claims, and can be cancelled, until they are done or given back.
         process.heartbeat.leave()
         process.engine.drain(process.settings.drain_s)
-        _wait_no_more(process)
+        _stop_waiting(process)
 
-    on_board = len(process.service.progress())
-    logger.info("stopping: %d jobs on board, at most %g s", on_board, process.settings.drain_s)
+    jobs, drain_s = len(process.handler.progress()), process.settings.drain_s
+    logger.info("stopping: %d jobs in flight have %g s to finish, or go back to the queue", jobs, drain_s)
     threading.Thread(target=drain, name="drain", daemon=True).start()
 
 
 @signals.worker_shutdown.connect
 def _withdraw(**_: Any) -> None:
-    """Be gone from the fleet before the process is: nobody may be sent to a revision that left with it."""
+    """Withdraw the announcement before the process ends: no job may be sent to a revision that is gone."""
     if _process is not None:
         _process.heartbeat.stop()
 
 
 def _here() -> _Process:
-    """This process' parts, which `_start` has put together before Celery starts the pool."""
+    """The parts of this process. `_start` has put them together before Celery starts the pool."""
     if _process is None:
         raise EngineStoppedError("This process has no engine: it was not started as a worker.")
     return _process
 
 
 def _engine_failed(_: BaseException) -> None:
-    """All jobs are back in the queue: leave, so that what supervises the worker starts a new one."""
+    """End the process: all jobs are back in the queue, and its supervisor starts a new worker."""
     if _process is not None:
-        _wait_no_more(_process)
+        _stop_waiting(_process)
     worker_state.should_stop = EX_SOFTWARE
     _wake_loop()
 
 
-def _wait_no_more(process: _Process) -> None:
-    """Let the pool's threads give back what waits for the bucket or for Redis: Celery waits for them."""
-    process.service.stop()
-    process.hurry.set()
+def _stop_waiting(process: _Process) -> None:
+    """Let the pool's threads, for which Celery waits, give back jobs that wait for Redis or the bucket."""
+    process.handler.stop()
+    process.stop_waiting.set()
 
 
 def _wake_loop() -> None:
-    """Let Celery see at once that it should stop. Neither a signal nor a flag ends its wait for Redis.
+    """Let Celery notice at once that it should stop: neither a signal nor a flag ends its wait for Redis.
 
-    To be called from any thread but the loop's own.
+    Called from any thread but the loop's own.
     """
     if (loop := get_event_loop()) is not None:
         loop.call_soon(lambda: None)  # type: ignore[no-untyped-call]
 
 
-def _leave_if_hung(engine: Engine[Any]) -> None:
-    """A device that hangs cannot be stopped politely. The leases end, and other workers take the jobs."""
+def _exit_if_hung(engine: Engine[Any]) -> None:
+    """End the process of a device that hangs: the leases run out, and other workers take the jobs."""
     if engine.is_hung():
-        logger.critical("The engine has been in one step for longer than SMALLCAT_JOB_TIMEOUT_S: leaving.")
+        logger.critical("One step has taken longer than SMALLCAT_JOB_TIMEOUT_S: the device hangs. Exiting.")
         os._exit(EX_SOFTWARE)
 
 
-def _say(what: str, choice: str, reason: str) -> None:
+def _log_choice(what: str, choice: str, reason: str) -> None:
     logger.info("%s: %s (%s)", what, choice, reason)

@@ -11,17 +11,17 @@ from worker.contract.job import Job
 
 
 class State(StrEnum):
-    """Where a job is."""
+    """What has become of a job so far."""
 
     #: In Redis, waiting for a worker.
     QUEUED = "queued"
-    #: On board of a worker: waiting for a seat, rendering, encoding or uploading.
+    #: In flight on a worker: waiting for a slot of a batch, rendered, encoded or uploaded.
     RUNNING = "running"
     #: Its picture and its record are in the bucket.
     DONE = "done"
     #: It failed for good; the error says why.
     FAILED = "failed"
-    #: The caller took it back.
+    #: The caller cancelled it.
     CANCELLED = "cancelled"
 
     @property
@@ -31,7 +31,7 @@ class State(StrEnum):
 
 
 class Timings(BaseModel):
-    """Seconds a job spent in each stage; None where it did not come to it."""
+    """Seconds that a job spent in each stage; None for a stage that it did not reach."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,7 +44,7 @@ class Timings(BaseModel):
 
 
 class Attempt(BaseModel):
-    """One time that a worker took a job."""
+    """One attempt at a job."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,36 +52,36 @@ class Attempt(BaseModel):
     attempt: int
     #: The worker that took it.
     worker: str
-    #: Unix seconds by Redis' clock when it did, or when it failed.
+    #: Unix seconds when it took the job, by Redis' clock; once it failed, when, by the worker's clock.
     at: float
-    #: Class name of the error it ended with; None: it runs, is done, or ended with the worker's death.
+    #: Class name of the error it ended with; None: it runs, it succeeded, or the worker died.
     error_type: str | None = None
     #: What went wrong.
     error: str | None = None
 
 
 class JobRecord(BaseModel):
-    """What is known of one job. Frozen: a later state is another record."""
+    """What is known of one job. Frozen: a change makes another record."""
 
     model_config = ConfigDict(frozen=True)
 
     #: The job's id.
     id: str
-    #: Where it is.
+    #: Its state.
     state: State
     #: The job as submitted, or, once done, as rendered: with the model's defaults and revision filled in.
     job: Job
     #: Denoising steps done.
     step: int = 0
-    #: Denoising steps in all; 0 until a worker took the job.
+    #: Denoising steps in all; 0 until a worker renders the job.
     steps: int = 0
-    #: Times a worker took it; a worker that gave it back unharmed does not count.
+    #: Attempts so far; one that was given back for a reason that was not the job's does not count.
     attempts: int = 0
-    #: Each of those times.
+    #: Each of them.
     tries: tuple[Attempt, ...] = ()
     #: s3://bucket/key of the picture.
     uri: str | None = None
-    #: Seconds in each stage.
+    #: Seconds in each stage of the last attempt.
     timings: Timings = Timings()
     #: The worker that took it last.
     worker: str | None = None
@@ -89,7 +89,7 @@ class JobRecord(BaseModel):
     error_type: str | None = None
     #: What went wrong and what to do.
     error: str | None = None
-    #: What the caller should know although the picture is there, such as a cut prompt.
+    #: What the caller should know although the picture was made, such as that the prompt was cut.
     warnings: tuple[str, ...] = ()
     #: The safety checker's verdict; None: the model has none or it is off.
     nsfw: bool | None = None
@@ -97,9 +97,9 @@ class JobRecord(BaseModel):
     cached: bool = False
     #: The queue its message went to.
     queue: str = ""
-    #: Unix seconds by Redis' clock when it was submitted.
+    #: Unix seconds when it was submitted, by Redis' clock.
     submitted_at: float = Field(default=0.0)
-    #: The places it has in runs of prompt files; see `run_mark`.
+    #: Its marks in runs of prompt files; see `worker.contract.message.RunMark`.
     runs: tuple[str, ...] = ()
 
     def raise_for_state(self) -> None:

@@ -1,4 +1,4 @@
-"""What is installed: a figure, or a worker, is told with its packages' versions."""
+"""Versions of installed packages: reported with measurements, and by workers."""
 
 from __future__ import annotations
 

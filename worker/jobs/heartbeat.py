@@ -1,4 +1,4 @@
-"""What a worker says and hears beside its jobs: progress, cancellations, and that it lives."""
+"""The worker's heartbeat: announcements, claims and progress go to Redis, cancellations come back."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from worker.state.records import Records
 
 logger = logging.getLogger("smallcat.heartbeat")
 
-#: Seconds between two writes of the jobs' progress, at least, while somebody looks at it. While nobody does,
-#: it is written with the claims, at every quarter of the lease.
+#: Seconds between two writes of the jobs' progress, at least, while somebody follows it. While nobody does,
+#: progress is written when the claims are extended, at every quarter of the lease.
 BEAT_S = 0.5
-#: Seconds that one look at a job's progress counts as looking.
+#: Seconds for which somebody who asked for a job's progress counts as following it.
 WATCH_S = 5.0
 #: Seconds within which `stop` is noticed.
 STOP_WITHIN_S = 0.5
 
 
 class Heartbeat:
-    """A thread that extends the jobs' claims and writes their progress, for all in one round trip, and
-    passes cancellations on at once.
+    """A thread that extends the jobs' claims and writes their progress, all in one round trip, and passes
+    cancellations on at once.
 
-    `jobs` returns (step, steps) by id of all jobs this process holds. `cancel` is called with the id of
-    each that was cancelled. `watchdog` is called about twice a second. Redis being away is logged once and
-    tried again at every beat.
+    `jobs` returns (steps done, steps in all) by id of all jobs in flight. `cancel` is called with the id of
+    each job that was cancelled. `watchdog` is called about twice a second. That Redis is out of reach is
+    logged once; each beat tries again.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Heartbeat:
         self._jobs = jobs
         self._cancel = cancel
         self._watchdog = watchdog
-        self._leaving = threading.Event()
+        self._withdrawing = threading.Event()
         self._withdrawn = False
         self._stop = threading.Event()
         self._watched_until_s = self._beaten_s = self._beat_due_s = self._announce_due_s = 0.0
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Announce the worker, and go on from a thread. Redis being away delays the announcement only."""
+        """Announce the worker, and go on in a thread. A Redis out of reach only delays the announcement."""
         try:
             self._fleet.announce(self._info)
             self._announce_due_s = time.monotonic() + ANNOUNCE_EVERY_S
@@ -66,30 +66,30 @@ class Heartbeat:
         self._thread.start()
 
     def leave(self) -> None:
-        """Withdraw the announcement, and go on beating for the jobs on board. Returns at once."""
-        self._leaving.set()
+        """Withdraw the announcement; claims of jobs in flight are still extended. Returns at once."""
+        self._withdrawing.set()
 
     def stop(self) -> None:
         """Withdraw the announcement and end, within 5 seconds."""
-        self._leaving.set()
+        self._withdrawing.set()
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        away = False
+        is_logged = False
         while not self._stop.is_set():
             try:
-                with self._records.listen(WORKERS_CHANNEL) as news:
+                with self._records.listen(WORKERS_CHANNEL) as receive:
                     while not self._stop.is_set():
                         self._watchdog()
-                        self._say_what_is_due()
-                        away = False
-                        self._hear(news)
-            except Exception as error:  # noqa: BLE001 - it must go on beating
-                if not away:
+                        self._send_what_is_due()
+                        is_logged = False
+                        self._receive(receive)
+            except Exception as error:  # noqa: BLE001 - the thread must not end
+                if not is_logged:
                     logger.warning("Progress and announcements wait for Redis: %s", error)
-                away = True
+                is_logged = True
                 self._watchdog()
                 self._stop.wait(BEAT_S)
         try:
@@ -102,30 +102,30 @@ class Heartbeat:
             self._fleet.withdraw(self._info.name)
             self._withdrawn = True
 
-    def _say_what_is_due(self) -> None:
+    def _send_what_is_due(self) -> None:
         now_s = time.monotonic()
         if now_s >= self._beat_due_s:
             for job_id in self._records.progress(self._jobs(), self._lease_s):
                 self._cancel(job_id)
             self._beat_due_s = now_s + (BEAT_S if now_s < self._watched_until_s else self._lease_s / 4)
             self._beaten_s = now_s
-        if self._leaving.is_set():
+        if self._withdrawing.is_set():
             self._withdraw()
             self._announce_due_s = math.inf
         elif now_s >= self._announce_due_s:
-            # Due again in any case: cancellations are heard meanwhile, though Redis may be too full for this.
+            # Set before: a Redis that is too full for it must not keep cancellations from being received.
             self._announce_due_s = now_s + ANNOUNCE_EVERY_S
             self._fleet.announce(self._info)
 
-    def _hear(self, news: Callable[[float], str | None]) -> None:
-        """Wait for one message, but no longer than until something is to be said."""
+    def _receive(self, receive: Callable[[float], str | None]) -> None:
+        """Wait for one message, but no longer than until something is due to be sent."""
         due_s = min(self._beat_due_s, self._announce_due_s)
-        message = news(min(STOP_WITHIN_S, max(0.001, due_s - time.monotonic())))
+        message = receive(min(STOP_WITHIN_S, max(0.001, due_s - time.monotonic())))
         if message is None:
             return
         word, _, job_id = message.partition(" ")
         if word == "cancel" and (steps := self._jobs().get(job_id)) is not None:
-            # Its record has the last word: it may have been submitted again since.
+            # The record decides: the job may have been submitted again since.
             for cancelled in self._records.progress({job_id: steps}, self._lease_s):
                 self._cancel(cancelled)
         elif word == "watch":

@@ -1,4 +1,4 @@
-"""The connection to Redis: the only door to redis-py. Imported when first needed, for it takes a while."""
+"""The connection to Redis. Imported when first needed: redis-py takes a while to load."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ T = TypeVar("T")
 #: Seconds between two tries to reach Redis.
 RETRY_EVERY_S = 0.25
 
-#: Until when the calls of this thread may be tried again: monotonic seconds, or not set.
-_patience = threading.local()
+#: Until when the calls of this thread may be retried: monotonic seconds, or not set.
+_deadline = threading.local()
 
 
-class _Patience(Retry):
-    """Tries again for `retry_s` seconds in all, or until the end of `within`.
+class _RetryForSeconds(Retry):
+    """Retries for `retry_s` seconds in all, or until the end of `within`.
 
-    redis-py nests its retries: that of a command holds those of its connection. Counted tries multiply, and
-    each may last as long as a connect; so what is shared is the time. A refused password is refused again.
+    redis-py nests its retries: that of a command contains those of its connection. Retries that are counted
+    multiply, and each may take as long as a connect; so all share one deadline. A wrong password is not
+    retried.
     """
 
     def __init__(self, retry_s: float) -> None:
@@ -52,40 +53,40 @@ class _Patience(Retry):
                 try:
                     return do()
                 except (redis.RedisError, TimeoutError) as error:
-                    if not self._may_pass(error) or (is_retryable and not is_retryable(error)):
+                    if not self._is_transient(error) or (is_retryable and not is_retryable(error)):
                         raise
                     failures += 1
                     fail(error, failures) if with_failure_count else fail(error)
                     if time.monotonic() + RETRY_EVERY_S > until_s or not self._pause():
                         raise
 
-    def _may_pass(self, error: Exception) -> bool:
+    def _is_transient(self, error: Exception) -> bool:
         return isinstance(error, self._supported_errors) and not isinstance(error, redis.AuthenticationError)
 
     def _pause(self) -> bool:
-        """Wait until the next try. False: there is no point in one."""
+        """Wait until the next try. False: there must be none."""
         time.sleep(RETRY_EVERY_S)
         return True
 
 
-class _Endurance(_Patience):
-    """Tries again for as long as it takes, until `stop` is set.
+class _RetryUntilStopped(_RetryForSeconds):
+    """Retries for as long as it takes, until `stop` is set.
 
-    Also when Redis is there and refuses to write for now: a replica that has yet to become the primary, or
-    one that is full, or whose disk is.
+    Also when Redis answers but refuses to write for now: because it is a replica that has yet to become the
+    primary, because its memory is full, or because its disk is.
     """
 
     def __init__(self, stop: threading.Event) -> None:
         super().__init__(math.inf)
         self._stop = stop
 
-    def __deepcopy__(self, _: object) -> _Endurance:
-        """Itself: redis-py copies it for each connection, and they all have one end."""
+    def __deepcopy__(self, _: object) -> _RetryUntilStopped:
+        """Itself: redis-py copies it for each connection, but `stop` ends them all."""
         return self
 
-    def _may_pass(self, error: Exception) -> bool:
+    def _is_transient(self, error: Exception) -> bool:
         refuses = isinstance(error, redis.exceptions.ReadOnlyError | redis.exceptions.OutOfMemoryError)
-        return super()._may_pass(error) or refuses or str(error).startswith("MISCONF")
+        return super()._is_transient(error) or refuses or str(error).startswith("MISCONF")
 
     def _pause(self) -> bool:
         return not self._stop.wait(RETRY_EVERY_S)
@@ -93,27 +94,27 @@ class _Endurance(_Patience):
 
 @contextmanager
 def within(seconds: float) -> Iterator[float]:
-    """Let the calls inside be tried again for so many seconds together; an outer one's end is kept."""
-    outer = getattr(_patience, "until_s", math.inf)
-    _patience.until_s = min(outer, time.monotonic() + seconds)
+    """Let the calls inside be retried for so many seconds in all; an outer deadline that is earlier holds."""
+    outer = getattr(_deadline, "until_s", math.inf)
+    _deadline.until_s = min(outer, time.monotonic() + seconds)
     try:
-        yield _patience.until_s
+        yield _deadline.until_s
     finally:
-        _patience.until_s = outer
+        _deadline.until_s = outer
 
 
 def connect(redis_url: str, retry_s: float) -> redis.Redis:
     """A Redis client, thread-safe, not yet connected.
 
-    A command whose connection is lost is sent again for about `retry_s` seconds; so only commands that may
-    be sent twice go through it.
+    A command whose connection is lost is sent again for about `retry_s` seconds: use it only for commands
+    that may be sent twice.
     """
-    return _client(redis_url, retry_s, _Patience(retry_s))
+    return _client(redis_url, retry_s, _RetryForSeconds(retry_s))
 
 
 def connect_until(redis_url: str, stop: threading.Event) -> redis.Redis:
-    """As `connect`, but a command that may work later is sent again until it does, or `stop` is set."""
-    return _client(redis_url, math.inf, _Endurance(stop))
+    """As `connect`, but a command that may succeed later is sent again until it does, or `stop` is set."""
+    return _client(redis_url, math.inf, _RetryUntilStopped(stop))
 
 
 def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
@@ -124,7 +125,7 @@ def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
         socket_timeout=min(10.0, max(1.0, retry_s)),
         socket_keepalive=True,
         health_check_interval=10,
-        # A thread that waits for a job has one to itself; redis-py would refuse the hundred and first.
+        # Each thread that waits for a job needs one; redis-py's default limit is 100.
         max_connections=2**31,
         retry=retry,
     )
@@ -132,7 +133,7 @@ def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
 
 @contextmanager
 def queue_errors(redis_url: str) -> Iterator[None]:
-    """Turn what redis-py or kombu raises inside into one `QueueError` with the cause and the remedy."""
+    """Turn an error of redis-py or kombu into one `QueueError` with the cause and the remedy."""
     where = hidden(redis_url)
     try:
         try:
