@@ -1,10 +1,10 @@
-"""The engine alone, at saturation: pictures a second, decoding included, and how long no step runs.
+"""The engine alone, at saturation: pictures a second, decoding included, and the time in which no step runs.
 
     python -m tests.benchmarks.engine --model FOLDER --job "steps=50" --job "steps=1 guidance_scale=1"
 
-There are always as many jobs on board as in a worker, but for those that it uploads. Nothing is queued,
-encoded or stored: `tests.benchmarks.system` measures those. `--trace` records the GPU's own timeline for some
-steps.
+There are always as many jobs in flight as in a worker, without those that a worker uploads. Nothing is
+queued, encoded or stored: `tests.benchmarks.system` measures that. `--trace` records the GPU's timeline for
+some seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUBMITTERS = 8
 
 
 def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields: Any) -> dict[str, float]:
-    """Keep `runner` busy with jobs of these `fields`, after a batch to warm up; what came of it."""
+    """Keep `runner` busy with jobs of these `fields`, after a batch to warm up. Returns the rates."""
     steps: list[tuple[float, int, float]] = []
 
     def on_step(rows: int, took_s: float) -> None:
@@ -46,7 +46,7 @@ def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields
     number = 0
 
     def finish(future: Future[Rendered]) -> None:
-        # Those that are given back at the end are of no interest.
+        # Jobs that are given back at the end do not count.
         if future.exception() is None:
             done.put(time.perf_counter())
 
@@ -57,22 +57,22 @@ def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields
         threads.submit(lambda: engine.submit(job.id, job).add_done_callback(finish))
 
     resolved = Job.parse({"prompt": "a small cat", **fields}).resolved(runner.served)
-    on_board = JOBS_PER_ROW * runner.cap(runner.prepare(resolved).lane)
-    for _ in range(on_board):
+    in_flight = JOBS_PER_ROW * runner.cap(runner.prepare(resolved).lane)
+    for _ in range(in_flight):
         submit()
     engine.start()
-    for _ in range(on_board):
+    for _ in range(in_flight):
         done.get(timeout=600)
         submit()
     begun_s = time.perf_counter()
     finished: list[float] = []
-    # All jobs take the same steps, so they end in groups, and the groups come again after as many jobs as are
-    # on board: whole turns are counted.
-    while time.perf_counter() - begun_s < seconds or len(finished) % on_board:
+    # All jobs take the same steps, so they end in groups, and the pattern repeats after as many jobs as are
+    # in flight: whole periods are counted.
+    while time.perf_counter() - begun_s < seconds or len(finished) % in_flight:
         finished.append(done.get(timeout=600))
         submit()
     ended_s = finished[-1]
-    # After what is counted: recording it slows it down.
+    # After the measurement: recording slows the engine down.
     idle = _traced(lambda: (done.get(timeout=600), submit()), trace_s) if trace_s else {}
     threads.shutdown()
     engine.stop()
@@ -138,8 +138,8 @@ def main(model: str, jobs: tuple[str, ...], seconds: float, trace_s: float, name
         fields = fields_of(text)
         compiled = runner.compile(Job.parse({"prompt": "a small cat", **fields}))
         if seconds:
-            told = saturate(runner, seconds, trace_s, **fields)
-            line = {"name": name, "model": Path(model).name, "job": text, **told, "compiled": compiled}
+            result = saturate(runner, seconds, trace_s, **fields)
+            line = {"name": name, "model": Path(model).name, "job": text, **result, "compiled": compiled}
             print(json.dumps({**line, **where}), flush=True)
 
 

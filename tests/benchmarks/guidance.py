@@ -34,11 +34,11 @@ def render(runner: ModelRunner, jobs: list[Job]) -> tuple[list[Picture], int]:
     """The pictures of `jobs`, and the rows it took."""
     pictures, rows = [], 0
     for start in range(0, len(jobs), BATCH):
-        renders = [runner.prepare(job) for job in jobs[start : start + BATCH]]
-        while running := [each for each in renders if each.step < each.steps]:
-            rows += sum(each.rows for each in running)
+        states = [runner.prepare(job) for job in jobs[start : start + BATCH]]
+        while running := [state for state in states if state.step < state.steps]:
+            rows += sum(state.rows for state in running)
             assert runner.step(running) == [None] * len(running)
-        pictures += runner.decode(renders)
+        pictures += runner.decode(states)
     return pictures, rows
 
 

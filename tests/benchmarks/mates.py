@@ -1,9 +1,9 @@
-"""Does a picture depend on its mates? Renders jobs alone and in company, and compares their pixels.
+"""Does a picture depend on the other jobs of its batches? Renders jobs alone and together, and compares them.
 
-    python -m tests.benchmarks.mates --jobs 200             PSNR of each picture, alone against in company
+    python -m tests.benchmarks.mates --jobs 200             PSNR of each picture, alone against in batches
     SMALLCAT_EXACT=1 python -m tests.benchmarks.mates       all must be equal to the bit
 
-Company comes and goes: each job has other steps, guidance and scheduler, and joins while others are on board.
+Jobs differ in steps, guidance and scheduler, and each joins while others are in flight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from worker.device.model_runner import ModelRunner
 from worker.engine.engine import Engine
 from worker.engine.ticket import Rendered
 
-#: Named by the bundled model's card as weak with guidance; a picture of speckles says nothing of mates.
+#: The card of the bundled model names it as weak with guidance: pictures of speckles compare badly.
 WITHOUT_GUIDANCE = (Scheduler.PNDM,)
 
 
@@ -50,14 +50,14 @@ def jobs_of(count: int, rng: random.Random) -> list[Job]:
 
 
 def pictures(engine: Engine, jobs: list[Job], at_once: int, name: str) -> list[np.ndarray]:
-    """Each job's pixels, with `at_once` of them on board at any time."""
+    """Each job's pixels, with `at_once` of them in flight at any time."""
     futures: list[Future[Rendered]] = []
-    on_board: set[Future[Rendered]] = set()
-    for place, job in enumerate(jobs):
-        if len(on_board) == at_once:
-            on_board = set(wait(on_board, 600, FIRST_COMPLETED).not_done)
-        futures.append(engine.submit(f"{name} {place}", job))
-        on_board.add(futures[-1])
+    in_flight: set[Future[Rendered]] = set()
+    for index, job in enumerate(jobs):
+        if len(in_flight) == at_once:
+            in_flight = set(wait(in_flight, 600, FIRST_COMPLETED).not_done)
+        futures.append(engine.submit(f"{name} {index}", job))
+        in_flight.add(futures[-1])
     return [future.result(600).picture.pixels for future in futures]
 
 
@@ -69,7 +69,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 @click.command(help=__doc__)
 @click.option("--jobs", "count", default=200, show_default=True)
-@click.option("--at-once", default=0, help="Jobs on board; two for each row of a batch when not given.")
+@click.option("--at-once", default=0, help="Jobs in flight; two for each row of a batch when not given.")
 def main(count: int, at_once: int) -> None:
     settings = worker_settings()
     runner = ModelRunner(settings)
@@ -85,7 +85,7 @@ def main(count: int, at_once: int) -> None:
     worst = max(
         int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(together, alone, strict=True)
     )
-    told = {
+    result = {
         "name": "mates",
         "exact": settings.exact,
         "jobs": count,
@@ -94,16 +94,16 @@ def main(count: int, at_once: int) -> None:
         "median_db": values[len(values) // 2],
         "below_40_db": sum(value < 40 for value in values),
         "worst": [
-            f"{by_job[place]:.1f} dB: {jobs[place].scheduler}, {jobs[place].steps} steps, "
-            f"guidance {jobs[place].guidance_scale:g}, seed {jobs[place].seed}, {jobs[place].prompt}"
-            for place in sorted(range(count), key=by_job.__getitem__)[:3]
+            f"{by_job[index]:.1f} dB: {jobs[index].scheduler}, {jobs[index].steps} steps, "
+            f"guidance {jobs[index].guidance_scale:g}, seed {jobs[index].seed}, {jobs[index].prompt}"
+            for index in sorted(range(count), key=by_job.__getitem__)[:3]
         ],
         "equal_to_the_bit": sum(math.isinf(value) for value in values),
         "largest_difference": worst,
         "torch": torch.__version__,
         "device": {choice.what: choice.choice for choice in runner.choices}["device"],
     }
-    print(json.dumps(told))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 BACKENDS = ("naive", "sdpa", "xformers")
 #: Stable Diffusion 1.x' first self-attention, and SDXL's: of heads that fit the kernels badly and well.
-PLACES = {
+LAYERS = {
     "sd15": kernels.FirstAttention(token_px=8, heads=8, head_width=40, dtype=torch.float16),
     "sdxl": kernels.FirstAttention(token_px=16, heads=10, head_width=64, dtype=torch.float16),
 }
@@ -33,19 +33,19 @@ def gpu() -> torch.device:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, gpu: torch.device) -> str:
-    """A backend that works here; xformers may be absent, which is told and no failure."""
+    """A backend that works here. xformers may be absent: then its tests are skipped with the reason."""
     if problem := attention.probe(gpu)[request.param]:
         pytest.skip(f"{request.param}: {problem}")
     return str(request.param)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("layer", LAYERS)
 def test_memory_grows_linearly_with_tokens_for_every_backend_but_naive(
-    backend: str, place: str, gpu: torch.device
+    backend: str, layer: str, gpu: torch.device
 ) -> None:
     # 2304 to 16,384 tokens: naive takes 16 GiB for the last one of sd15.
-    sides_px = [384, 512, 768, 1024] if place == "sd15" else [768, 1024, 1536, 2048]
-    points = list(kernels.curve(backend, PLACES[place], sides_px, gpu, limit_s=60))
+    sides_px = [384, 512, 768, 1024] if layer == "sd15" else [768, 1024, 1536, 2048]
+    points = list(kernels.curve(backend, LAYERS[layer], sides_px, gpu, limit_s=60))
     assert [point.left_out for point in points] == [""] * len(points)
     power = exponent((point.tokens, point.memory_mib or 0) for point in points)
     assert power is not None

@@ -27,7 +27,7 @@ from worker.contract.settings import WorkerSettings
 try:
     loaded = loader.load(WorkerSettings(model=sys.argv[1]))
     device = loaded.pipeline.unet.device
-    assert device == loaded.pipeline.vae.device == loaded.device, "all of the model is in one place"
+    assert device == loaded.pipeline.vae.device == loaded.device, "all of the model is on one device"
     print(device, torch.cuda.current_device(), torch.cuda.get_device_properties(device).uuid, flush=True)
 except SettingsError as error:
     print(error, flush=True)
@@ -58,7 +58,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def line(process: subprocess.Popen[str]) -> str:
-    """What it says next."""
+    """The next line of its output."""
     assert process.stdout is not None
     return process.stdout.readline().rstrip("\n")
 

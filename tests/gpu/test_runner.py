@@ -96,11 +96,11 @@ def test_exact_mode_gives_the_same_bits_alone_and_in_a_batch(cache: str, engine_
     runner.warm_up()
     engine = engine_of(runner)
     jobs = some_jobs(24)
-    together = [engine.submit(f"together {place}", job) for place, job in enumerate(jobs)]
+    together = [engine.submit(f"together {index}", job) for index, job in enumerate(jobs)]
     pixels = [future.result(300).picture.pixels for future in together]
-    for place, job in enumerate(jobs):
-        alone = engine.submit(f"alone {place}", job).result(300).picture.pixels
-        assert np.array_equal(alone, pixels[place])
+    for index, job in enumerate(jobs):
+        alone = engine.submit(f"alone {index}", job).result(300).picture.pixels
+        assert np.array_equal(alone, pixels[index])
 
 
 def test_another_size_is_served_while_it_compiles(compiled: ModelRunner, engine_of: Any) -> None:

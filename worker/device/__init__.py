@@ -1,1 +1,1 @@
-"""A step on the device: `model_runner` is the door."""
+"""The model on its device, a step of mixed jobs at a time: `model_runner` is the door."""

@@ -5,7 +5,7 @@
 2022) as the origin of this project used it. All take queries, keys and values as (batch, tokens, heads, head
 width) views of the projections' outputs, without a copy.
 
-Which modules there are, and their shapes, is the model family's to say: see `worker.device.family`.
+The model family names the attention modules and their shapes: see `worker.device.family`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one place where torch's errors become ours."""
+"""Errors of torch as errors of this project: mapped here and nowhere else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def mapped(doing: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """torch has a class for it on a GPU; on a CPU the text tells."""
+    """Whether memory ran out. On a GPU torch has a class for it; on a CPU only the text shows it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

@@ -8,8 +8,8 @@ pixels are chosen for the purpose, gives all weights at once:
 - **zeros**: a few pixels that are zero in all tensors. What comes out there is the noise.
 - **samples**: random pixels, half of them large, so that no clipping goes unnoticed.
 
-Impulses and zeros are written anew before each step. The samples go through the whole schedule, and must come
-out as the weights say: else the scheduler is not linear.
+Impulses and zeros are written anew before each step. The samples go through the whole schedule, and the
+weights must predict them: else the scheduler is not linear.
 """
 
 from __future__ import annotations

@@ -50,13 +50,13 @@ class Sampler:
 
     @property
     def noise_scale(self) -> float:
-        """What the initial noise is multiplied with: 1 for schedulers that do not say (flow matching)."""
+        """What the initial noise is multiplied with: 1 for schedulers without a scale (flow matching)."""
         return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
     def model_input(self, latents: torch.Tensor, step: int) -> torch.Tensor:
         """The latents as the model takes them before step `step`. May be called again for the same step.
 
-        The latents themselves for schedulers that scale nothing (flow matching).
+        Unchanged for schedulers that scale nothing (flow matching).
         """
         if not hasattr(self.scheduler, "scale_model_input"):
             return latents

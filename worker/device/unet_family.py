@@ -36,8 +36,8 @@ class UNetFamily:
         self._pipeline, self._unet = pipeline, pipeline.unet
         self._device, self._dtype = device, dtype
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
-        # All that depends on it is told here, before anybody asks for the attention layers: an attention
-        # backend that is chosen later replaces each layer's processor.
+        # `attentions` depends on it: choosing a backend replaces the processor of every layer, so what the
+        # patches need of a processor must be part of the layer's description.
         self._is_patched = patched
         if patched:
             unet_patches.install(pipeline)

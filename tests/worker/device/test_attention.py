@@ -375,6 +375,6 @@ print([str(node.target) for node in graph.graph.nodes if node.op == "call_functi
 
 def test_xformers_is_one_operator_for_the_compiler_and_called_directly_by_eager_steps() -> None:
     # In a process of its own: an operator's name can be taken once.
-    told = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.split("\n")[0] == "['smallcat.xformers_attention.default'] 2"
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == "['smallcat.xformers_attention.default'] 2"
