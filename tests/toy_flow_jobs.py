@@ -121,7 +121,7 @@ def render(runner: ModelRunner) -> list[NDArray[np.uint8]]:
     def on_step(rows: int, seconds: float) -> None:
         submit()
 
-    engine = Engine(runner, job_timeout_s=300, on_death=lambda error: all_in.set(), on_step=on_step)
+    engine = Engine(runner, job_timeout_s=300, on_failure=lambda error: all_in.set(), on_step=on_step)
     for _ in range(FIRST):
         submit()
     engine.start()

@@ -239,8 +239,10 @@ def install(layers: Sequence[Layer], backend: Backend, device: torch.device, cac
 
     `auto` takes sdpa on a CPU. On a GPU it takes the fastest kernel for each shape, which it measures once
     and keeps in the file `cache`. Raises `SettingsError` with the remedy when the backend was asked for by
-    name and does not work.
+    name and does not work. Without layers, nothing is chosen.
     """
+    if not layers:
+        return Choice("attention", "the model's own", "its family leaves no backend to choose")
     shapes = list(dict.fromkeys(layer.shape for layer in layers))
     kernels, reason = _choose(shapes, backend, device, cache)
     for layer in layers:

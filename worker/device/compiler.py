@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -75,15 +75,18 @@ class Compiler:
 
 
 class CompiledLanes(Generic[F]):
-    """One function, compiled for each lane that is used often. Called from one thread."""
+    """One function, compiled for each lane that is used often. Called from one thread.
+
+    A lane is given by its name in the log.
+    """
 
     def __init__(self, what: str, function: F, compiler: Compiler) -> None:
         """`what`: the function's name in the log."""
         self._what, self._function, self._compiler = what, function, compiler
-        self._calls: Counter[Hashable] = Counter()
-        self._futures: dict[Hashable, Future[F]] = {}
+        self._calls: Counter[str] = Counter()
+        self._futures: dict[str, Future[F]] = {}
 
-    def get(self, lane: Hashable, example: Example) -> F | None:
+    def get(self, lane: str, example: Example) -> F | None:
         """The function compiled for `lane`. None while it is not; this call may begin to compile it."""
         if (future := self._futures.get(lane)) is None:
             self._calls[lane] += 1
@@ -92,16 +95,16 @@ class CompiledLanes(Generic[F]):
             return None
         return future.result() if future.done() and not future.exception() else None
 
-    def compile_now(self, lane: Hashable, example: Example) -> bool:
+    def compile_now(self, lane: str, example: Example) -> bool:
         """Compile `example` for `lane` and wait for it. Returns whether that worked; a failure is logged."""
         return self._start(lane, example).exception() is None
 
-    def _start(self, lane: Hashable, example: Example) -> Future[F]:
+    def _start(self, lane: str, example: Example) -> Future[F]:
         argument, dynamic = example()
         future = self._futures[lane] = self._compiler.thread.submit(self._compile, lane, argument, dynamic)
         return future
 
-    def _compile(self, lane: Hashable, argument: Any, dynamic: Sequence[torch.Tensor]) -> F:
+    def _compile(self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> F:
         started_s = time.monotonic()
         try:
             with torch.no_grad():
@@ -114,15 +117,13 @@ class CompiledLanes(Generic[F]):
                     torch.cuda.synchronize()
         except Exception as error:
             logger.warning(
-                "The %s for the lane %s does not compile and stays uncompiled: %s",
+                "The %s for %s does not compile and stays uncompiled: %s",
                 self._what,
                 lane,
                 first_line(error),
             )
             raise
-        logger.info(
-            "compiled the %s for the lane %s in %.0f s", self._what, lane, time.monotonic() - started_s
-        )
+        logger.info("compiled the %s for %s in %.0f s", self._what, lane, time.monotonic() - started_s)
         return compiled
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from worker.device.compiler import CompiledLanes, Compiler
-from worker.device.family import Lane
+from worker.device.family import Lane, lane_name
 from worker.device.step import Batch, Forward, Step, denoise
 
 logger = logging.getLogger("smallcat.engine")
@@ -58,7 +58,7 @@ class Graph:
 
         Graphs of one `pool` share their memory: they must never run at the same time. `name` is for the log.
         """
-        self.name = name
+        self._name = name
         #: Most bytes of the GPU's memory in use during the capture, all else included; 0: not captured.
         self.peak = 0
         self._function = function
@@ -103,7 +103,7 @@ class Graph:
         self.peak = torch.cuda.max_memory_allocated()
         logger.info(
             "captured a CUDA graph for %s in %.1f s; GPU memory: %.2f GiB at most, %.2f GiB held",
-            self.name,
+            self._name,
             time.monotonic() - started_s,
             self.peak / 2**30,
             torch.cuda.memory_reserved() / 2**30,
@@ -111,29 +111,28 @@ class Graph:
 
 
 class GraphPool:
-    """Graphs that share their memory, by key. Used by one thread; they must never run at the same time."""
+    """Graphs that share their memory, by name. Used by one thread; they must never run at the same time."""
 
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[str, Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(
         self,
-        key: Hashable,
         name: str,
         make: Callable[[], tuple[Captured, Sequence[torch.Tensor]]],
         values: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """The outputs of the graph of this `key` for `values`: see `Graph.run`.
+        """The outputs of the graph called `name` for `values`: see `Graph.run`.
 
-        Where there is none yet, `make` gives its function and inputs. `name` is for log and metrics.
+        Where there is none yet, `make` gives its function and inputs.
         Raises what torch raises when it does not fit in memory.
         """
         try:
-            if key not in self._graphs:
-                self._graphs[key] = Graph(name, *make(), self._pool, self._compiler)
-            return self._graphs[key].run(values)
+            if name not in self._graphs:
+                self._graphs[name] = Graph(name, *make(), self._pool, self._compiler)
+            return self._graphs[name].run(values)
         except Exception:
             # A failed capture leaves its memory in the pool, where only other captures of the pool find it.
             # So all graphs are dropped with their pool, and captured again.
@@ -144,11 +143,7 @@ class GraphPool:
     @property
     def peaks(self) -> dict[str, int]:
         """Most bytes of the GPU's memory during the capture of each graph, by name, all else included."""
-        peaks: dict[str, int] = {}
-        for graph in list(self._graphs.values()):
-            if graph.peak:
-                peaks[graph.name] = max(graph.peak, peaks.get(graph.name, 0))
-        return peaks
+        return {name: graph.peak for name, graph in list(self._graphs.items()) if graph.peak}
 
 
 class StepGraphs:
@@ -171,14 +166,14 @@ class StepGraphs:
 
     def compile(self, lane: Lane, batch: Batch) -> bool:
         """Compile `lane` now, for batches like `batch`. Returns whether that worked."""
-        return self._lanes.compile_now(lane, lambda: _example(batch))
+        return self._lanes.compile_now(lane_name(lane), lambda: _example(batch))
 
     def run(self, lane: Lane, batches: Sequence[Batch]) -> list[Step] | None:
         """The step of each batch, replayed. None while `lane` is not compiled; this call may begin to.
 
         Raises what torch raises, its out-of-memory included, when a new batch size cannot be captured.
         """
-        function = self._lanes.get(lane, lambda: _example(batches[0]))
+        function = self._lanes.get(lane_name(lane), lambda: _example(batches[0]))
         if function is None:
             return None
         if not self._streams:
@@ -203,15 +198,14 @@ class StepGraphs:
         padded_jobs = max(2, rows // 2)
         if jobs > padded_jobs:
             padded_jobs = rows
-        name = f"{rows} rows of {padded_jobs} jobs, {'x'.join(str(side) for side in lane)}"
+        name = f"{rows} rows of {padded_jobs} jobs, {lane_name(lane)}"
 
         def make() -> tuple[Captured, Sequence[torch.Tensor]]:
             inputs = batch.zeros(padded_jobs, rows)
             return lambda: function(inputs), inputs.tensors()
 
         # Clones, because the graph's next replay overwrites its outputs.
-        outputs = pool.run((lane, rows, padded_jobs), name, make, batch.tensors())
-        return Step(*(output[:jobs].clone() for output in outputs))
+        return Step(*(output[:jobs].clone() for output in pool.run(name, make, batch.tensors())))
 
 
 def _example(batch: Batch) -> tuple[Batch, list[torch.Tensor]]:

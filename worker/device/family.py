@@ -25,6 +25,12 @@ from worker.device.attention import Layer
 #: width) of the latents before packing. Jobs of equal lanes have latents and conditions of equal shapes.
 Lane = tuple[int, ...]
 
+
+def lane_name(lane: Lane) -> str:
+    """The lane in log and metrics: 4x64x64."""
+    return "x".join(str(side) for side in lane)
+
+
 #: A class of diffusers' schedulers, and what it takes besides the config of the model's own scheduler.
 SchedulerClass = tuple[str, Mapping[str, Any]]
 

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from worker.contract.errors import (
 from worker.device.compiler import CompiledLanes, Compiler
 from worker.device.cuda_graphs import Captured, GraphPool
 from worker.device.errors import mapped
-from worker.device.family import Lane, ModelFamily
+from worker.device.family import Lane, ModelFamily, lane_name
 from worker.device.host_copy import HostCopy
 from worker.engine.runner import Picture
 
@@ -145,8 +145,8 @@ class VaeDecoder:
             inputs = latents.new_zeros((padded, *shape))
             return lambda: function(inputs), [inputs]
 
-        name = f"{padded} pictures of {'x'.join(str(side) for side in shape)}"
-        return tuple(output[:count] for output in self._graphs.run(name, name, make, [latents]))
+        name = f"{padded} pictures of {lane_name(shape)}"
+        return tuple(output[:count] for output in self._graphs.run(name, make, [latents]))
 
     def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(J, height, width, 3) uint8 pixels, (J,) whether each is finite, and the VAE's own output."""
@@ -173,9 +173,9 @@ def _pictures(copy: HostCopy, verdicts: Sequence[bool | None]) -> Iterator[Pictu
             )
 
 
-def _key(latents: torch.Tensor, count: int) -> Hashable:
+def _key(latents: torch.Tensor, count: int) -> str:
     """What is compiled separately: each shape, and one picture alone, a special case to the compiler."""
-    return (tuple(latents.shape[1:]), count > 1)
+    return f"{'one picture' if count == 1 else 'several pictures'} of {lane_name(latents.shape[1:])}"
 
 
 def _example(latents: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:

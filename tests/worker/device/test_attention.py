@@ -157,6 +157,13 @@ def test_install_on_a_cpu(
     assert all(processor._kernel is kernel for processor in found)
 
 
+@pytest.mark.parametrize("asked", ["auto", "xformers", "sdpa", "naive"])
+def test_a_model_without_layers_to_choose_for_keeps_its_own_attention(asked: Any, cache: Path) -> None:
+    choice = attention.install([], asked, CPU, cache)
+    assert choice.choice == "the model's own"
+    assert choice.reason
+
+
 def test_xformers_by_name_on_a_cpu_stops_the_start(pipeline: Any, cache: Path) -> None:
     with pytest.raises(SettingsError, match=r"no operator for a CPU: set SMALLCAT_ATTENTION=sdpa"):
         attention.install(layers(pipeline), "xformers", CPU, cache)

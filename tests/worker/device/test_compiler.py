@@ -93,9 +93,7 @@ def test_what_does_not_compile_stays_plain_and_is_logged(
     lanes = lanes_on(thread, fail)
     with caplog.at_level(logging.WARNING):
         assert not lanes.compile_now("lane", example)
-    assert caplog.messages == [
-        "The step for the lane lane does not compile and stays uncompiled: no such kernel"
-    ]
+    assert caplog.messages == ["The step for lane does not compile and stays uncompiled: no such kernel"]
     assert lanes.get("lane", example) is None
 
 

@@ -40,7 +40,7 @@ def test_nothing_is_captured_while_a_compiler_may_wait_for_the_device(compiler: 
     """Such waiting would break the capture: then the function itself is run."""
     graphs = GraphPool(compiler)
     with compiler.device_sync_lock:
-        assert graphs.run("a", "a graph", doubling, [torch.ones(3)])[0].tolist() == [2, 2, 2, 0]
+        assert graphs.run("a", doubling, [torch.ones(3)])[0].tolist() == [2, 2, 2, 0]
     assert graphs.peaks == {}
 
 
@@ -55,10 +55,10 @@ def test_after_a_failure_all_graphs_begin_anew_in_another_pool(compiler: Any, po
 
     with compiler.device_sync_lock:
         for _ in range(2):
-            graphs.run("a", "a graph", make, [torch.ones(3)])
+            graphs.run("a", make, [torch.ones(3)])
         with pytest.raises(torch.OutOfMemoryError):
-            graphs.run("b", "another", failing, [torch.ones(3)])
-        graphs.run("a", "a graph", make, [torch.ones(3)])
+            graphs.run("b", failing, [torch.ones(3)])
+        graphs.run("a", make, [torch.ones(3)])
     # Made once, and once more after the failure, which took the pool of the number between.
     assert made == [1, 3]
     assert graphs._pool == 2
