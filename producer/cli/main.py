@@ -160,7 +160,7 @@ def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: b
 @_json_option
 def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> None:
     """Write one page with all pictures of a manifest, or below s3://BUCKET/PREFIX."""
-    from producer.gallery import write_gallery
+    from producer.gallery.write import write_gallery
 
     page = write_gallery(source, output, **options)
     if as_json:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from producer.session import session
 from worker.contract.errors import CallerError
-from worker.contract.job import JOB_FIELDS
+from worker.contract.job import JOB_FIELDS, ImageFormat
 from worker.contract.record import Timings
 
 #: One job: the manifest's fields, or a record's, with the job's own fields beside them. Any may be missing.
@@ -45,7 +45,7 @@ def read_lines(source: str, warn: Callable[[str], None]) -> Iterator[Line]:
 
 
 def _manifest_lines(path: Path, warn: Callable[[str], None]) -> Iterator[Line]:
-    # A run that is not over has a `.part` in the place of its manifest.
+    # A run that is not over has a `.part` file in place of its manifest.
     name = path.name.removesuffix(".part").removesuffix(".gz")
     bad: list[int] = []
     try:
@@ -81,13 +81,13 @@ def _json_lines(file: TextIO, bad: list[int]) -> Iterator[Line]:
 def _csv_lines(file: TextIO) -> Iterator[Line]:
     csv.field_size_limit(1 << 24)
     for row in csv.DictReader(file):
-        # What is in more columns than the heading has comes under None.
+        # Cells beyond the last heading are under None.
         line = {name: _value(name, text) for name, text in row.items() if name and text}
         yield line | {"timings": {name: line.pop(name) for name in Timings.model_fields if name in line}}
 
 
 def _value(name: str, text: str) -> Any:
-    """A cell as what it stands for; text where it does not stand for that."""
+    """A cell as its column's type; the text where it is not of that type."""
     try:
         if name in _JSON:
             return json.loads(text)
@@ -101,9 +101,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _bucket_lines(address: str) -> Iterator[Line]:
-    """One line a job that is there whole, by the names of its objects: its record has the rest."""
-    from worker.contract.job import ImageFormat
-
+    """A line for each job with a picture and a record, from the names of its objects alone."""
     name = address.removeprefix("s3://").partition("/")[0]
     if not name:
         raise CallerError(f"{address} names no bucket: s3://BUCKET/PREFIX.")

@@ -19,7 +19,8 @@ from worker.contract import infotext
 from worker.contract.errors import InvalidJobError, UnknownJobError
 from worker.contract.job import JOB_FIELDS, Job
 
-#: Pixels of a thumbnail's longer side: sharp at the page's first tile size on a screen of 1.5x.
+#: Pixels of a thumbnail's longer side: sharp at the page's first tile size on a screen with 1.5 pixels per
+#: CSS pixel.
 THUMBNAIL_PX = 256
 #: WebP quality of a thumbnail, 0 to 100.
 THUMBNAIL_QUALITY = 80

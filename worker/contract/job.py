@@ -1,7 +1,7 @@
 """What a job is: one prompt with its parameters, their limits, and the id that follows from them.
 
-A job travels as JSON from the producer through Redis to a worker and lies beside its picture in the
-bucket. Both sides use this module and nothing else to read and write it.
+A job is sent as JSON from the producer through Redis to a worker, and is stored beside its picture in the
+bucket. Both sides read and write it with this module alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from worker.contract.job_checks import (
 )
 from worker.contract.job_fields import FieldEntry, JobField, table_of
 
-#: Version of the message and of the hash below. A change to either is a new number.
+#: Version of the message and of what is hashed into the id. A change to either takes a new number.
 FORMAT_VERSION = 1
 #: Characters in a prompt, at most.
 MAX_PROMPT = 2_000
@@ -39,21 +39,21 @@ MIN_SIZE, MAX_SIZE, SIZE_STEP = 64, 2_048, 8
 MAX_STEPS = 150
 #: Classifier-free guidance, at most (Ho and Salimans, 2022, in diffusers' parametrisation).
 MAX_GUIDANCE = 30.0
-#: Seeds are 0 to this: what `torch.Generator.manual_seed` takes without wrapping around.
+#: Seeds are 0 to this number, which `torch.Generator.manual_seed` takes without wrapping around.
 MAX_SEED = 2**63 - 1
 #: Bytes of metadata as compact JSON, at most.
 MAX_METADATA = 4_096
-#: Levels of lists and objects in metadata, at most: the readers of JSON on the way stop at 200.
+#: Levels of lists and objects in metadata, at most: some JSON readers on the job's way stop at 200.
 MAX_METADATA_DEPTH = 64
-#: A job's priority: 0 is last, 9 is next.
+#: A job's priority is 0 to this number; higher is sooner.
 MAX_PRIORITY, DEFAULT_PRIORITY = 9, 5
 #: A model's name, at most this long: a hub id, or the name under which a worker serves a folder or file.
 MAX_MODEL = 200
 #: A revision, at most this long.
 MAX_REVISION = 100
-#: The model that a job means when it names none: the fleet's default.
+#: The model of jobs that name none: the fleet's default.
 DEFAULT_MODEL = "default"
-#: Start of the revision of a job that was submitted before any worker had announced its model.
+#: How the revision of a job begins that was submitted before any worker had announced its model.
 OPEN_REVISION = "open-"
 
 
@@ -100,7 +100,7 @@ class ImageFormat(StrEnum):
 
 
 class Defaults(BaseModel):
-    """What a model uses where a job is silent. A worker announces them with its model."""
+    """What a model uses where a job leaves a field open. A worker announces them with its model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -115,15 +115,15 @@ class Defaults(BaseModel):
 
 
 class ServedModel(BaseModel):
-    """A model as a worker announces it: jobs for it are routed by name and revision."""
+    """A model as a worker announces it. Jobs are routed to it by its name and revision."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    #: The name jobs ask for: `SMALLCAT_MODEL` as given for a hub id, else the folder's or file's name.
+    #: The name in jobs: `SMALLCAT_MODEL` as given where it is a hub id, else the folder's or file's name.
     name: str
     #: The hub's commit, or a hash over the files. Part of every job's id.
     revision: str
-    #: What the model uses where a job is silent.
+    #: What the model uses where a job leaves a field open.
     defaults: Defaults
 
 
@@ -322,15 +322,15 @@ class Job(BaseModel):
             raise InvalidJobError(explain(error, JOB_FIELDS)) from None
 
     def resolved(self, served: ServedModel) -> Self:
-        """This job for `served`: what it left open is filled in from the model, its revision is pinned."""
-        silent = [name for name in Defaults.model_fields if getattr(self, name) is None]
-        filled = {name: getattr(served.defaults, name) for name in silent}
+        """This job for `served`: with the model's revision, and its defaults for what was left open."""
+        unset = [name for name in Defaults.model_fields if getattr(self, name) is None]
+        filled = {name: getattr(served.defaults, name) for name in unset}
         return self.model_copy(update={**filled, "model": served.name, "revision": served.revision})
 
     def opened(self) -> Self:
-        """This job for a model that nobody has announced yet: an id of its own, whatever revision renders it.
+        """This job for a model that no worker has announced yet: any revision may render it.
 
-        Without knowing the revision, two submissions cannot be known to mean the same picture.
+        Its id is its own: while the revision is unknown, so is whether two submissions mean the same picture.
         """
         return self.model_copy(update={"revision": OPEN_REVISION + secrets.token_hex(8)})
 
@@ -367,9 +367,9 @@ class JobFields(TypedDict, total=False):
     metadata: dict[str, Any]
 
 
-#: The table that all else is made from; see `worker.contract.job_fields`.
+#: The table of job fields; `worker.contract.job_fields` says what is made from it.
 JOB_FIELDS: Mapping[str, FieldEntry] = table_of(Job)
-#: What belongs to the submission, and not to the picture.
+#: Fields that belong to the submission, and not to the picture.
 SUBMISSION_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_submission)
 _HASHED = tuple(each.name for each in JOB_FIELDS.values() if each.is_hashed)
 #: Fields that the first version did not have, with their default, at which they are left out of the id.
@@ -377,7 +377,7 @@ _LATER = {each.name: each.default for each in JOB_FIELDS.values() if each.is_has
 
 
 def hashed(fields: Mapping[str, Any]) -> str:
-    """The text whose hash is a job's id: of all its fields, as JSON has them, those that make the picture."""
+    """The text whose hash is a job's id: its fields, as JSON has them, that determine the picture."""
     picture = {name: fields[name] for name in _HASHED}
     for name, default in _LATER.items():
         if picture[name] == default:

@@ -20,6 +20,7 @@ from redis import Redis
 from producer import JobHandle
 from producer.cli.job_options import JOB_OPTIONS
 from producer.cli.main import cli, main
+from tests.worker.contract.test_job import OTHER_VALUES
 from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
 from worker.contract.errors import NotFiniteError, StorageError, UnknownModelError
@@ -144,28 +145,16 @@ def test_submitting_prints_the_id(smallcat: Shell, client: Redis) -> None:
 
 
 def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
-    given = {
-        "negative_prompt": "blurry",
-        "seed": 3,
-        "width": 72,
-        "height": 80,
-        "steps": 9,
-        "guidance_scale": 2.5,
-        "guidance_start": 0.25,
-        "guidance_stop": 0.75,
-        "scheduler": "euler a",
-        "model": SERVED.name,
-        "revision": SERVED.revision,
-        "format": "webp",
-        "priority": 8,
-        "metadata": '{"mine": [1, "ä"]}',
-    }
+    served = {"model": SERVED.name, "revision": SERVED.revision}
+    given = {name: value for name, value in OTHER_VALUES.items() if name != "prompt"} | served
     assert set(given) == set(JOB_OPTIONS)
-    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    texts = {name: json.dumps(each) if isinstance(each, dict) else str(each) for name, each in given.items()}
+    # Choices go by the names that people use.
+    texts |= {"scheduler": "Euler a", "metadata": '{"mine": [1, "ä"]}'}
+    options = [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
     told = smallcat("submit", "a small cat", *options)
     job = JobHandle(told.out.strip()).record().job
-    said = job.model_dump(mode="json")
-    assert said == given | {
+    assert job.model_dump(mode="json") == given | {
         "prompt": "a small cat",
         "scheduler": "euler_ancestral",
         "metadata": {"mine": [1, "ä"]},

@@ -15,12 +15,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from producer import gallery
 from producer.cli.main import cli
-from producer.gallery import in_order, write_gallery
 from producer.gallery.fields import FIELDS
 from producer.gallery.lines import read_lines
 from producer.gallery.page import as_data
+from producer.gallery.write import DEFAULT_LIMIT, MAX_LINK_S, in_order, write_gallery
 from producer.ingest.manifest import write_manifest
 from producer.ingest.message_templates import JobTemplates
 from producer.ingest.plan import Cursor, Planned
@@ -421,5 +420,5 @@ def test_the_command_writes_the_page_and_says_where(manifest: Callable[..., str]
 
 def test_the_command_has_the_defaults_of_the_function() -> None:
     defaults = {option.name: option.default for option in cli.commands["gallery"].params}
-    assert defaults["expires_s"] == gallery.MAX_LINK_S
-    assert defaults["limit"] == gallery.DEFAULT_LIMIT
+    assert defaults["expires_s"] == MAX_LINK_S
+    assert defaults["limit"] == DEFAULT_LIMIT

@@ -108,7 +108,7 @@ def messages() -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """A prompt file through the plan into both manifests and the gallery."""
-    from producer.gallery import write_gallery
+    from producer.gallery.write import write_gallery
     from producer.ingest.manifest import COLUMNS, write_manifest
     from producer.ingest.plan import Plan, Planned, unresolved
     from producer.ingest.submit_file import AXES
