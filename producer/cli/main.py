@@ -140,8 +140,8 @@ def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: b
             errors.append(error)
     if as_json:
         _print_json(reports)
-    for trouble in errors[:-1]:
-        click.echo(str(trouble), err=True)
+    for each in errors[:-1]:
+        click.echo(str(each), err=True)
     if errors:
         raise errors[-1]
 

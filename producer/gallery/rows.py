@@ -100,7 +100,7 @@ def thumbnail(picture: bytes) -> bytes:
 def row_of(pictures: Pictures, line: Line) -> tuple[Row, str | None]:
     """The row of one line, and its thumbnail as base64.
 
-    What the line does not say of its picture is read from the record beside the picture. Raises
+    What the line lacks of its picture's job is read from the record beside the picture. Raises
     `StorageError`.
     """
     line = flat(line)
@@ -141,7 +141,7 @@ def _resolved(line: Line) -> Job | None:
 
 
 def flat(line: Line) -> Line:
-    """A line with the fields of its job beside its own, and without what is not said."""
+    """A line with the fields of its job beside its own, and without empty values."""
     inner = line.get("job")
     job = inner if isinstance(inner, dict) else {}
     # A record's `steps` is 0 until the job runs; the job's own is what counts.
@@ -167,7 +167,7 @@ def _texts(line: Line) -> Row:
 
 
 def _field_text(field: PageField, line: Line) -> str:
-    """The field's value; empty where the line does not say it whole, or it is what the page assumes."""
+    """The field's value; empty where the line lacks a part of it, and at the field's default."""
     if any(name not in line for name in field.job_fields):
         return ""
     text = "x".join(text_of(line[name]) for name in field.job_fields)

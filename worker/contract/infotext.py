@@ -5,8 +5,8 @@
     Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 5, Size: 512x512, Model: ..., Model hash: ...
 
 It is in the PNG's text chunk `parameters`, or in Exif's UserComment. Its keys are in the table of job fields.
-The format cannot hold every prompt (one with a line that starts with "Steps: ", say). Where reading the
-infotext back would not give the same job, the prompts are added once more as JSON, which reading prefers.
+The format cannot hold every prompt, such as one with a line that starts with "Steps: ". Where reading the
+infotext would not give the same job, the prompts are added once more as JSON, which reading prefers.
 """
 
 from __future__ import annotations
@@ -36,21 +36,26 @@ _KEYS: tuple[tuple[str, tuple[FieldEntry, ...]], ...] = tuple(
         key=lambda each: each.infotext,
     )
 )
-#: The names of choices in an infotext, by field; and the choices by these names.
-_NAMES = {each.name: each.a1111_values for each in JOB_FIELDS.values()}
-_CHOICES = {field: {name: choice for choice, name in names.items()} for field, names in _NAMES.items()}
+#: For each field with choices these by AUTOMATIC1111's names for them.
+_CHOICES = {
+    each.name: {name: choice for choice, name in each.a1111_values.items()} for each in JOB_FIELDS.values()
+}
 
 _NEGATIVE = "Negative prompt: "
+_SAMPLER = "Sampler"
 _TEXTS = "Texts"
 #: Whose infotext it is: another tool's model and its hash mean nothing here.
 _VERSION, _OURS = "Version", "smallcat"
 #: One `name: value`; a value with a comma or colon is quoted as JSON (modules/infotext_utils.py there).
 _PAIR = re.compile(r'\s*(\w[\w \-/]*): ("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
+#: What a value is quoted for.
+_SPECIAL = re.compile(r'[,:\n"]')
+
 
 def write(job: Job) -> str:
     """The infotext of a resolved job. `read` of it gives back all that determines the picture."""
-    pairs = {key: _value(job, fields) for key, fields in _KEYS if _is_said(job, fields)}
+    pairs = {key: value for key, entries in _KEYS if (value := _value(job, entries)) is not None}
     pairs[_VERSION] = _OURS
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):
@@ -76,15 +81,15 @@ def read(text: str) -> Job:
     return Job.parse(fields)
 
 
-def _is_said(job: Job, fields: tuple[FieldEntry, ...]) -> bool:
-    """Whether the key is written: what a later version added is left out at its default."""
-    return any(field.is_original or getattr(job, field.name) != field.default for field in fields)
-
-
-def _value(job: Job, fields: tuple[FieldEntry, ...]) -> str:
-    values = (getattr(job, field.name) for field in fields)
-    texts = (_NAMES[field.name].get(value, value) for field, value in zip(fields, values, strict=True))
-    return "x".join(_quote(str(text)) for text in texts)
+def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
+    """The value of a key; None where it is not written: a later version's field at its default."""
+    if len(entries) > 1:
+        return "x".join(str(getattr(job, entry.name)) for entry in entries)
+    [entry] = entries
+    value = getattr(job, entry.name)
+    if not entry.is_original and value == entry.default:
+        return None
+    return _quote(entry.a1111_values.get(value, value)) if entry.kind is str else value
 
 
 def _fields(key: str, entries: tuple[FieldEntry, ...], pairs: Mapping[str, str]) -> dict[str, Any]:
@@ -95,9 +100,10 @@ def _fields(key: str, entries: tuple[FieldEntry, ...], pairs: Mapping[str, str])
     if entry.kind in (int, float):
         return {entry.name: _number(entry.kind, key, text)}
     if choices := _CHOICES[entry.name]:
-        # Since AUTOMATIC1111's version 1.9 the schedule is apart from the sampler.
-        named = f"{text} Karras" if text and pairs.get("Schedule type") == "Karras" else text
-        return {entry.name: choices.get(named, named)} if named else {}
+        # Since AUTOMATIC1111's version 1.9 the schedule has a key of its own beside the sampler.
+        if text and key == _SAMPLER and pairs.get("Schedule type") == "Karras":
+            text += " Karras"
+        return {entry.name: choices.get(text, text)} if text else {}
     return {entry.name: text}
 
 
@@ -116,7 +122,7 @@ def _number(kind: type, key: str, text: str) -> int | float:
     return number
 
 
-def _join(job: Job, pairs: Mapping[str, str]) -> str:
+def _join(job: Job, pairs: Mapping[str, object]) -> str:
     lines = [job.prompt]
     if job.negative_prompt:
         lines.append(_NEGATIVE + job.negative_prompt)
@@ -153,7 +159,7 @@ def _unquote(value: str) -> str:
 
 
 def _quote(value: str) -> str:
-    return json.dumps(value) if re.search(r'[,:\n"]', value) or value != value.strip() else value
+    return json.dumps(value) if _SPECIAL.search(value) or value != value.strip() else value
 
 
 #: Exif's marks for the encoding of a UserComment (CIPA DC-008, 4.6.6); Unicode is UTF-16 in file byte order.

@@ -1,9 +1,9 @@
-"""The table of job fields: what `Job` says of each field in one place, for everything that is made from it.
+"""The table of job fields, from which everything about them is made.
 
-A field of `Job` carries its limits and its type, a `#:` line, and a `JobField` with its names elsewhere.
-`table_of` puts these together. Command-line options, headings of prompt files, AUTOMATIC1111's options,
-infotext, manifest columns, names of downloads, gallery rows, the job's id and docs/job-fields.md are made
-from the table, so that a new field is added in `Job` alone.
+A field of `Job` has its type, its limits, a `#:` line, and a `JobField` with its names elsewhere. `table_of`
+puts these together. Command-line options, headings of prompt files, AUTOMATIC1111's options, infotext,
+manifest columns, names of downloads, gallery rows, the job's id and docs/job-fields.md are made from the
+table, so that a new field is added in `Job` alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic_core import PydanticUndefined
 
 #: Types that a field can have: a number, a text (choices are texts) or a JSON object.
 KINDS = (int, float, str, dict)
-#: Where a key of the infotext stands that says nothing of it: behind those of AUTOMATIC1111.
+#: The default order of a key in an infotext: after AUTOMATIC1111's own keys.
 LAST = 100
 
 
@@ -32,21 +32,21 @@ LAST = 100
 class JobField:
     """What a field of `Job` is called elsewhere, and how it is treated: part of its annotation.
 
-    Nothing has to be said of a new field. It is hashed into the id unless it is at its default, so that the
-    ids of old jobs stay, and its names are made from its own.
+    A new field may do without: its names are then made from its own. It is hashed into the id unless it is at
+    its default, so that the ids of old jobs stay.
     """
 
-    #: What people read over its values. Made from the field's name when empty.
+    #: Its name as people read it. Made from the field's name when empty.
     label: str = ""
-    #: The field is shown and written together with the others of this name, as `512x768`.
+    #: Fields with the same `pair` are shown and written as one, such as `512x768`; empty: there is no other.
     pair: str = ""
     #: Its key in an infotext. Made from the label when empty.
     infotext: str = ""
-    #: Keys of an infotext are in the order of these numbers.
+    #: The keys of an infotext are written in the order of these numbers.
     infotext_order: int = LAST
-    #: Whether another tool's infotext means something else by this key, so that only our own is read.
+    #: Whether the key is read in our own infotexts only: other tools mean something else by it.
     infotext_ours_only: bool = False
-    #: AUTOMATIC1111's names of its values, where it has choices.
+    #: AUTOMATIC1111's names for its choices; a choice without one keeps its own name.
     a1111_values: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     #: Its option in AUTOMATIC1111's script "Prompts from file or textbox"; empty: there is none.
     a1111_option: str = ""
@@ -68,7 +68,7 @@ class JobField:
 
 @dataclass(frozen=True, kw_only=True)
 class FieldEntry(JobField):
-    """A row of the table: what is said of the field, and what follows from its annotation."""
+    """A row of the table: the field's `JobField`, and what follows from its annotation and default."""
 
     #: Its name in `Job`, in JSON, and in tables.
     name: str
@@ -78,11 +78,11 @@ class FieldEntry(JobField):
     choices: tuple[str, ...] = ()
     #: Whether it has to be given.
     is_required: bool = False
-    #: Its value where it is not given; None where the model or the fleet decides, or it is drawn.
+    #: Its value where it is not given; None where there is no fixed one.
     default: Any = None
     #: Whether None stands for the model's own default.
     is_nullable: bool = False
-    #: Whether its value is drawn or made where it is not given.
+    #: Whether its value is made for each job where it is not given, such as a drawn seed.
     is_made: bool = False
 
     @property
@@ -120,19 +120,19 @@ def table_of(model: type[BaseModel]) -> Mapping[str, FieldEntry]:
 
 
 def _entry(name: str, info: FieldInfo) -> FieldEntry:
-    said = next((each for each in info.metadata if isinstance(each, JobField)), JobField())
+    declared = next((each for each in info.metadata if isinstance(each, JobField)), JobField())
     kind, is_nullable = _kind(info.annotation)
     is_choice = isinstance(kind, type) and issubclass(kind, StrEnum)
     plain = str if is_choice else kind
     if plain not in KINDS:
         known = ", ".join(each.__name__ for each in KINDS)
         raise TypeError(f"The job field {name} has the type {kind}: use one of {known}, or a StrEnum.")
-    label = said.label or name.replace("_", " ").capitalize()
+    label = declared.label or name.replace("_", " ").capitalize()
     return FieldEntry(
         **{
-            **vars(said),
+            **vars(declared),
             "label": label,
-            "infotext": said.infotext or label,
+            "infotext": declared.infotext or label,
             "name": name,
             "kind": plain,
             "choices": tuple(map(str, kind)) if is_choice else (),
@@ -145,7 +145,7 @@ def _entry(name: str, info: FieldInfo) -> FieldEntry:
 
 
 def _kind(annotation: Any) -> tuple[Any, bool]:
-    """The type itself, without what is said of it, and whether None is a value as well."""
+    """The type without annotations and None; and whether None is a value as well."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kind(get_args(annotation)[0])
