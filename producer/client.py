@@ -1,27 +1,31 @@
-"""`submit_job` and what it returns."""
+"""`submit_job` and what it returns: the handle of a job, and its result."""
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import contextlib
 import math
 import re
 import secrets
+import threading
 import time
 import warnings
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from producer.session import Session, session
 from worker.contract.errors import QueueError, UnknownJobError
-from worker.contract.job import Job
+from worker.contract.job import Job, JobFields
 from worker.contract.record import JobRecord, State
 
 if TYPE_CHECKING:
     from PIL import Image
 
-logger = logging.getLogger("smallcat.producer")
-
 _ID = re.compile(r"[0-9a-f]{32}")
+
+#: Seconds that `repr` of a handle waits for Redis, at most, and that it then does not ask it again.
+_REPR_S, _REPR_PAUSE_S = 0.5, 5.0
 
 
 class JobResult(JobRecord):
@@ -32,10 +36,25 @@ class JobResult(JobRecord):
         """The result that `record` describes."""
         return cls.model_validate(dict(record))
 
+    def __repr__(self) -> str:
+        values: dict[str, object] = {"state": str(self.state), "uri": self.uri, "seed": self.seed}
+        size = f"{self.width}x{self.height}" if self.width and self.height else None
+        values |= {"size": size, "seconds": round(self.seconds, 3)}
+        shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        return f"JobResult({self.id!r}, {shown})"
+
+    __str__ = __repr__
+
     @property
     def seed(self) -> int:
         """The seed that was used, given or drawn."""
         return self.job.seed
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from submission until the picture was in the bucket, or as far as the job came."""
+        stages = (self.timings.queued, self.timings.rendered, self.timings.uploaded)
+        return sum((stage for stage in stages if stage is not None), 0.0)
 
     @property
     def width(self) -> int | None:
@@ -53,7 +72,7 @@ class JobResult(JobRecord):
         return session().bucket_of(uri).url(uri, expires_s)
 
     def data(self) -> bytes:
-        """The picture's file as it lies in the bucket. Raises `StorageError`, `UnknownJobError`."""
+        """The picture's file as it is in the bucket. Raises `StorageError`, `UnknownJobError`."""
         uri = self._where()
         return session().bucket_of(uri).get(uri)
 
@@ -83,38 +102,45 @@ class JobResult(JobRecord):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is."""
+    """The progress of a job."""
 
-    #: Where it is.
+    #: The job's state.
     state: State
     #: Denoising steps done.
     step: int
     #: Denoising steps in all; 0 until a worker took the job.
     steps: int
-    #: Messages in the job's queue, its own among them; 0 once it runs.
+    #: Messages in the job's queue, its own included; 0 once it runs.
     queued: int
     #: Live workers that take jobs from its queue.
     workers: int
-    #: What stands in its way, and what to do; empty when nothing does.
+    #: Why the job cannot start, and what to do; empty when it can.
     note: str = ""
 
     @property
     def fraction(self) -> float:
-        """0 to 1."""
+        """Share of the steps that are done, 0 to 1."""
         return 1.0 if self.state is State.DONE else self.step / self.steps if self.steps else 0.0
 
 
 class JobHandle:
-    """A job by its id, in this process or any other that reaches the same Redis."""
+    """A job by its id, in this process or any other that reaches the same Redis.
+
+    `await handle` is `await handle.aresult()`.
+    """
 
     def __init__(self, job_id: str) -> None:
         self.id = job_id
 
     def __repr__(self) -> str:
-        return f"JobHandle({self.id!r})"
+        """With the job's state; "unknown" where Redis does not know it, or not within half a second."""
+        return f"JobHandle({self.id!r}, state={_short_look_up.state(self.id)!r})"
+
+    def __await__(self) -> Generator[Any, None, JobResult]:
+        return self.aresult().__await__()
 
     def record(self) -> JobResult:
-        """What is known of the job now. An expired record is read from the bucket.
+        """The job's record as it is now. One that has expired in Redis is read from the bucket.
 
         Raises `UnknownJobError`, `QueueError`, `StorageError`.
         """
@@ -123,7 +149,7 @@ class JobHandle:
             with now.queue_errors():
                 return JobResult.of(now.records.get(self.id))
         except UnknownJobError:
-            # What is no id would be a strange key.
+            # Anything but an id would be a strange key in the bucket.
             if now.bucket is None or not _ID.fullmatch(self.id):
                 raise
             if (stored := now.bucket.record(self.id)) is None:
@@ -135,13 +161,14 @@ class JobHandle:
             return result
 
     def state(self) -> State:
-        """Where the job is. Raises as `record`."""
+        """The job's state. Raises as `record`."""
         return self.record().state
 
     def progress(self) -> Progress:
-        """Steps done, and what the job waits for. Raises as `record`.
+        """The steps done, and what the job waits for. Raises as `record`.
 
-        While somebody looks, a worker writes its steps twice a second; the first look may see older ones.
+        Workers write the steps twice a second while progress is polled, so the first call may return older
+        ones.
         """
         record = self.record()
         queued = workers = 0
@@ -154,15 +181,15 @@ class JobHandle:
                     now.records.watch()
                 queued = now.fleet.length(record.queue) if record.state is State.QUEUED else 0
             if not workers:
-                note = _nobody(record)
+                note = _unserved(record)
         return Progress(record.state, record.step, record.steps, queued, workers, note)
 
     def result(self, timeout: float | None = None) -> JobResult:
         """Wait for the picture, at most `timeout` seconds (None: without end).
 
-        While nobody serves the job's queue, a warning says so. Raises the job's own error (`JobError`,
-        `CallerError`, `StorageError`; see `worker.contract.errors`) where it failed, `JobCancelledError`,
-        `TimeoutError`, `UnknownJobError`, `QueueError`.
+        Warns while no worker serves the job's queue. Raises the job's own error where it failed (`JobError`,
+        `CallerError`, `StorageError`), `JobCancelledError`, `TimeoutError`, `UnknownJobError`, `QueueError`.
+        After a `TimeoutError` the job continues.
         """
         now = session()
         warned = False
@@ -171,10 +198,9 @@ class JobHandle:
             nonlocal warned
             if not warned and not now.fleet.serving(record.queue):
                 warned = True
-                warnings.warn(_nobody(record), stacklevel=4)
+                warnings.warn(_unserved(record), stacklevel=4)
 
-        if timeout is not None and not (timeout >= 0 and math.isfinite(timeout)):
-            raise ValueError(f"timeout is {timeout}: it must be None or seconds >= 0.")
+        _check_timeout(timeout)
         try:
             with now.queue_errors():
                 record = now.records.wait(self.id, timeout, idle)
@@ -183,14 +209,31 @@ class JobHandle:
         record.raise_for_state()
         return JobResult.of(record)
 
+    async def aresult(self, timeout: float | None = None) -> JobResult:
+        """As `result`, on an event loop: other tasks run meanwhile. Cancelling it leaves the job alone."""
+
+        def unserved(record: JobRecord) -> None:
+            warnings.warn(_unserved(record), stacklevel=5)
+
+        _check_timeout(timeout)
+        now = session()
+        try:
+            with now.queue_errors():
+                record = await now.awaiting.wait(self.id, timeout, unserved)
+        except UnknownJobError:
+            # One short request of the bucket, which boto3 can only do in a thread.
+            return await asyncio.to_thread(self.record)
+        record.raise_for_state()
+        return JobResult.of(record)
+
     def image(self, timeout: float | None = None) -> Image.Image:
         """Wait for the picture and fetch it. Raises as `result`."""
         return self.result(timeout).image()
 
     def cancel(self) -> State:
-        """Take the job back. Returns its state: a running one is cancelled at its next step.
+        """Cancel the job. Returns its state: a running job is cancelled at its next step.
 
-        A job that is done, failed or cancelled stays what it is. Raises `UnknownJobError`, `QueueError`.
+        A job that is done, failed or cancelled keeps its state. Raises `UnknownJobError`, `QueueError`.
         """
         now = session()
         with now.queue_errors():
@@ -202,11 +245,12 @@ class JobHandle:
         return record._repr_png_() if record.state is State.DONE else None
 
 
-def submit_job(prompt: str | Job, **fields: Any) -> JobHandle:
+def submit_job(prompt: str | Job, **fields: Unpack[JobFields]) -> JobHandle:
     """Enqueue one job and return at once.
 
-    `prompt` is a text, with the other fields of `Job` as keywords, or a whole `Job`. Every field is checked
-    before anything is sent. Equal jobs have equal ids, and are rendered once.
+    `prompt` is a text, with the other fields of `Job` as keywords, or a whole `Job`, whose fields the
+    keywords replace. Every field is checked before anything is sent. Equal jobs have equal ids, and are
+    rendered once.
 
     Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
     cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an
@@ -250,7 +294,55 @@ def _send(now: Session, job: Job) -> JobHandle:
             time.sleep(0.2)
 
 
-def _nobody(record: JobRecord) -> str:
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not (timeout >= 0 and math.isfinite(timeout)):
+        raise ValueError(f"timeout is {timeout}: it must be None or seconds >= 0.")
+
+
+class _ShortLookUp:
+    """Reads jobs' states for `repr`, one at a time: never raises, and waits for at most `_REPR_S` seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        #: Monotonic seconds until which a Redis that did not answer is not asked again.
+        self._silent_until = -math.inf
+
+    def state(self, job_id: str) -> str:
+        """The job's state, or "unknown"."""
+        with contextlib.suppress(Exception):
+            _ = session().redis  # Imports redis-py: that takes a while, but waits for nobody.
+        until = time.monotonic() + _REPR_S
+        if time.monotonic() < self._silent_until or not self._lock.acquire(timeout=_REPR_S):
+            return "unknown"
+        found: list[str] = []
+        # In a thread, because the look-up of a host's name takes no time limit.
+        thread = threading.Thread(target=self._read, args=(job_id, found), name="state for repr", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # The interpreter is ending, or there are too many threads.
+            self._lock.release()
+            return "unknown"
+        thread.join(max(0.0, until - time.monotonic()))
+        if thread.is_alive():
+            self._silent_until = time.monotonic() + _REPR_PAUSE_S
+        return found[0] if found else "unknown"
+
+    def _read(self, job_id: str, found: list[str]) -> None:
+        try:
+            now = session()
+            with now.one_retry(_REPR_S):
+                found.append(str(now.records.get(job_id).state))
+        except Exception:  # noqa: S110, BLE001 - a log or a debugger must not fail for what it shows
+            pass
+        finally:
+            self._lock.release()
+
+
+_short_look_up = _ShortLookUp()
+
+
+def _unserved(record: JobRecord) -> str:
+    """Why nobody renders the job, and what to do."""
     job = record.job
     if job.is_open:
         return f'No worker serves the model "{job.model}": start one with `celery -A worker worker`.'

@@ -17,6 +17,7 @@ from worker.contract.settings import ProducerSettings, producer_settings
 if TYPE_CHECKING:
     from redis.client import Redis
 
+    from worker.state.awaiting import Awaiting
     from worker.state.failures import Failures
     from worker.state.fleet import Fleet
     from worker.state.records import Records
@@ -58,6 +59,13 @@ class Session:
         return Records(self.redis, self.settings.record_ttl_s)
 
     @functools.cached_property
+    def awaiting(self) -> Awaiting:
+        """Waits for jobs on event loops."""
+        from worker.state.awaiting import Awaiting
+
+        return Awaiting(self.settings.redis_url, self.redis_retry_s)
+
+    @functools.cached_property
     def failures(self) -> Failures:
         """The jobs that failed for good."""
         from worker.state.failures import Failures
@@ -92,11 +100,11 @@ class Session:
 
         return queue_errors(self.settings.redis_url)
 
-    def one_retry(self) -> AbstractContextManager[object]:
-        """Lets all commands inside be sent again for `redis_retry_s` together, not for as long each."""
+    def one_retry(self, seconds: float | None = None) -> AbstractContextManager[object]:
+        """All commands inside together are sent again for at most `seconds`; None: `redis_retry_s`."""
         from worker.state.redis_client import within
 
-        return within(self.redis_retry_s)
+        return within(self.redis_retry_s if seconds is None else seconds)
 
 
 def session(redis_retry_s: float | None = None) -> Session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from producer.ingest.download import Downloads
 from producer.ingest.feeder import Ingest
@@ -17,7 +17,7 @@ from producer.prompts.sources import FORMATS, source
 from producer.prompts.variants import Variants
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
-from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job import JOB_FIELDS, Job, JobFields
 
 #: The folder of wildcards that is used where it exists and none is named.
 WILDCARDS = "wildcards"
@@ -45,7 +45,7 @@ def submit_file(
     run: str | None = None,
     max_queued: int = MAX_QUEUED,
     detach: bool = False,
-    **fields: Any,
+    **fields: Unpack[JobFields],
 ) -> Outcome:
     """Render the prompts of `files`, once each, and write their manifest. Returns when all have ended.
 

@@ -25,7 +25,8 @@ from redis import Redis
 
 from deploy.embedded.servers import ValkeyProcess
 from deploy.embedded.stack import Stack
-from producer import JobHandle, job_from_image, submit_job
+from producer import JobHandle, JobResult, job_from_image, submit_job
+from producer.client import _ShortLookUp
 from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
 from worker.contract.errors import (
@@ -38,7 +39,7 @@ from worker.contract.errors import (
 )
 from worker.contract.job import MAX_SEED, Job
 from worker.contract.queues import queue_of
-from worker.contract.record import JobRecord, State
+from worker.contract.record import JobRecord, State, Timings
 from worker.jobs.image_file import encode
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
@@ -479,3 +480,99 @@ def test_many_threads_may_submit(fleet: Fleet, client: Redis) -> None:
         handles = list(pool.map(lambda seed: submit_job("a small cat", seed=seed), range(64)))
     assert len({handle.id for handle in handles}) == 64
     assert len(messages(client, handles[0].record().job)) == 64
+
+
+# --- repr -------------------------------------------------------------------------------------------------
+
+
+def test_a_handle_shows_its_state(fleet: Fleet, records: Records, storage: Bucket) -> None:
+    handle = submit_job("a small cat", seed=3)
+    assert repr(handle) == f"JobHandle('{handle.id}', state='queued')"
+    finish(records, storage, handle.record().job)
+    assert repr(handle) == f"JobHandle('{handle.id}', state='done')"
+
+
+@pytest.mark.parametrize("job_id", ["0" * 32, "nonsense", "", "a\nb"])
+def test_a_handle_of_an_unknown_job_says_so(environment: dict[str, str], job_id: str) -> None:
+    assert repr(JobHandle(job_id)) == f"JobHandle({job_id!r}, state='unknown')"
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process in which no Redis was silent yet."""
+    monkeypatch.setattr("producer.client._short_look_up", _ShortLookUp())
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_handle_is_shown_in_time_although_redis_is_away(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "600")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{held.getsockname()[1]}/0")
+        with soon(1):
+            assert repr(JobHandle("x")) == "JobHandle('x', state='unknown')"
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_handles_are_shown_in_time_although_redis_is_frozen(
+    new_stack: Callable[..., Stack], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of a thousand handles takes no longer than one."""
+    valkey = new_stack(workers=0).valkey
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+    handle = submit_job("a small cat", seed=1)
+    os.kill(valkey.pid, signal.SIGSTOP)
+    try:
+        with soon(1):
+            shown = repr([handle] * 1_000)
+    finally:
+        os.kill(valkey.pid, signal.SIGCONT)
+    assert shown.count("state='unknown'") == 1_000
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_handle_is_shown_in_time_although_a_name_is_looked_up_for_long(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://nowhere.invalid:6379/0")
+    resolved = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: resolved.wait(20) and [])
+    try:
+        with soon(1):
+            assert repr(JobHandle("x")) == "JobHandle('x', state='unknown')"
+    finally:
+        resolved.set()
+
+
+def test_a_handle_is_shown_although_a_setting_is_wrong(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "soon")
+    assert repr(JobHandle("x")) == "JobHandle('x', state='unknown')"
+
+
+def test_many_threads_show_a_handle(fleet: Fleet) -> None:
+    handle = submit_job("a small cat", seed=3)
+    with ThreadPoolExecutor(8) as pool:
+        shown = set(pool.map(lambda _: repr(handle), range(64)))
+    assert shown == {f"JobHandle('{handle.id}', state='queued')"}
+
+
+def test_a_result_is_shown_in_one_line(fleet: Fleet, records: Records, storage: Bucket) -> None:
+    handle = submit_job("a small cat\nwith a hat", seed=3)
+    record = finish(records, storage, handle.record().job)
+    result = JobResult.of(record.model_copy(update={"timings": Timings(queued=0.25, rendered=1.5)}))
+    assert (
+        repr(result)
+        == str(result)
+        == (f"JobResult('{handle.id}', state='done', uri='{record.uri}', seed=3, size='64x64', seconds=1.75)")
+    )
+
+
+def test_a_result_that_has_no_picture_is_shown_in_one_line(fleet: Fleet) -> None:
+    result = submit_job("a small cat", seed=3, model="a/model").record()
+    assert repr(result) == (
+        f"JobResult('{result.id}', state='queued', uri=None, seed=3, size=None, seconds=0.0)"
+    )

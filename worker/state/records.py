@@ -66,8 +66,8 @@ class Records:
         """The record of a job. Raises `UnknownJobError` where there is none (any more)."""
         fields: dict[str, str] = self._redis.hgetall(job_key(job_id))  # type: ignore[assignment]
         if "job" not in fields:
-            raise UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
-        return _record(job_id, fields)
+            raise unknown(job_id)
+        return record_of(job_id, fields)
 
     def read(self, job_ids: Sequence[str]) -> dict[str, JobRecord]:
         """The records of many jobs by id, in the order of `job_ids`; unknown ones are left out."""
@@ -79,7 +79,7 @@ class Records:
                     pipe.hgetall(job_key(job_id))
                 for job_id, fields in zip(part, pipe.execute(), strict=True):
                     if "job" in fields:
-                        found[job_id] = _record(job_id, fields)
+                        found[job_id] = record_of(job_id, fields)
         return found
 
     def claim(
@@ -145,7 +145,7 @@ class Records:
         """Ask that the job stops. Returns its state now: a running job becomes cancelled at its next step."""
         state = self._cancel(keys=[job_key(job_id)], args=[job_id, WORKERS_CHANNEL])
         if state is None:
-            raise UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
+            raise unknown(job_id)
         return State(state)
 
     def watch(self) -> None:
@@ -202,6 +202,11 @@ def _may_be_final(receive: Callable[[float], str | None], timeout_s: float) -> b
     return False
 
 
+def unknown(job_id: str) -> UnknownJobError:
+    """The error for a job without a record."""
+    return UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
+
+
 def _fields(record: JobRecord) -> dict[str, str]:
     """What the record of a finished job adds to its hash."""
     values = record.model_dump(
@@ -218,7 +223,8 @@ def _fields(record: JobRecord) -> dict[str, str]:
 _TEXT = {"state", "uri", "worker", "error_type", "error", "queue"}
 
 
-def _record(job_id: str, fields: Iterable[tuple[str, str]] | Mapping[str, str]) -> JobRecord:
+def record_of(job_id: str, fields: Iterable[tuple[str, str]] | Mapping[str, str]) -> JobRecord:
+    """The record that a hash of Redis holds."""
     values = {
         name: value if name in _TEXT else json.loads(value)
         for name, value in dict(fields).items()

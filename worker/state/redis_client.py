@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import redis
+import redis.asyncio
 from kombu.exceptions import OperationalError
 from redis import RedisError as RedisError
-from redis.backoff import ConstantBackoff
+from redis.backoff import ConstantBackoff, NoBackoff
 from redis.retry import Retry
 
 from worker.contract.errors import QueueError
@@ -129,6 +130,27 @@ def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
         max_connections=2**31,
         retry=retry,
     )
+
+
+def connect_async(redis_url: str, retry_s: float) -> redis.asyncio.Redis:
+    """A Redis client for one event loop, not yet connected. It tries nothing again: see `is_lost`.
+
+    `retry_s` bounds how long it waits for an answer, as in `connect`.
+    """
+    return redis.asyncio.Redis.from_url(
+        redis_url,
+        decode_responses=True,
+        socket_connect_timeout=min(5.0, max(1.0, retry_s)),
+        socket_timeout=min(10.0, max(1.0, retry_s)),
+        socket_keepalive=True,
+        retry=redis.asyncio.retry.Retry(NoBackoff(), 0),
+    )
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the error says that the connection was lost or not made, so that a later try may succeed."""
+    lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+    return lost and not isinstance(error, redis.AuthenticationError)
 
 
 @contextmanager
