@@ -20,7 +20,7 @@ from celery.worker import state as worker_state
 from kombu.asynchronous import get_event_loop
 
 from worker.broker import transport
-from worker.broker.event_batches import EventGroups
+from worker.broker.event_batches import EventBatches
 from worker.broker.lease import postpone
 from worker.celery import app
 from worker.contract.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
@@ -69,7 +69,7 @@ class _Process:
 
 _process: _Process | None = None
 
-app.steps["consumer"].add(EventGroups)
+app.steps["consumer"].add(EventBatches)
 
 
 @app.task(name=TASK, bind=True)

@@ -1,1 +1,1 @@
-"""How no message is lost: Celery's Redis transport, whose door for the rest of the worker is `transport`."""
+"""Celery's Redis transport, made so that no message is lost: `transport` is the door."""

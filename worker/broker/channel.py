@@ -1,13 +1,13 @@
 """The consuming side of the transport: kombu's Redis channel with an atomic fetch.
 
-kombu pops a message and then registers it: a worker killed in between has lost it. Here one script does
-both. When all lists are empty, the connection waits for Redis to say that one of them changed (CLIENT
-TRACKING, which pops nothing and watches any number of lists at once), then fetches again. All of it goes
-over kombu's own polled connection, in the place of its BRPOP, so that the event loop never waits for Redis:
+kombu pops a message and then registers it: a worker that is killed in between has lost it. Here one script
+does both. When all lists are empty, the connection waits until Redis reports that one of them changed (CLIENT
+TRACKING, which pops nothing and watches any number of lists), then fetches again. All of it goes over kombu's
+own polled connection, in the place of its BRPOP, so that the event loop never waits for Redis:
 
     READY --fetch--> FETCHING --message--> READY
                         |
-                      empty --exists?--> LOOKING --none--> WAITING --changed, or a second later--> READY
+                      empty --exists?--> CHECKING --none--> WAITING --changed, or a second later--> READY
 """
 
 # mypy: disallow-untyped-calls=False
@@ -39,12 +39,11 @@ from worker.contract.queues import list_of
 
 logger = logging.getLogger("smallcat.transport")
 
-#: Seconds between two looks at empty lists: should a change ever go unnoticed, and to hear of a dead
-#: connection. Also the rest after a fetch that Redis refused.
-LOOK_AGAIN_S: Final = 1.0
+#: Seconds until empty lists are checked again, in case a change went unnoticed, or the connection is dead.
+#: Also the pause after a fetch that Redis refused.
+CHECK_AGAIN_S: Final = 1.0
 
-
-#: What a read of the consuming connection gives when Redis says that a list changed.
+#: Result of reading from the consuming connection when Redis reports that a list changed.
 CHANGED: Final = object()
 
 
@@ -61,8 +60,8 @@ class Poller(stock.MultiChannelPoller):
         channel.fetch_if_due()
 
     def get(self, callback: Any, timeout: float | None = None) -> Any:
-        """Wait for one event, but not so long that empty lists are never looked at again."""
-        return super().get(callback, LOOK_AGAIN_S if timeout is None else min(timeout, LOOK_AGAIN_S))
+        """Wait for one event, but no longer than until empty lists are due to be checked again."""
+        return super().get(callback, CHECK_AGAIN_S if timeout is None else min(timeout, CHECK_AGAIN_S))
 
 
 class Stage(enum.Enum):
@@ -70,12 +69,12 @@ class Stage(enum.Enum):
 
     READY = enum.auto()
     FETCHING = enum.auto()
-    LOOKING = enum.auto()
+    CHECKING = enum.auto()
     WAITING = enum.auto()
 
 
 class Channel(stock.Channel):
-    """kombu's Redis channel, but nothing that it fetches is ever outside Redis' books."""
+    """kombu's Redis channel; what it fetches is in a queue or registered as held at every instant."""
 
     QoS = QoS
     visibility_timeout: Any = LEASE_S
@@ -113,7 +112,7 @@ class Channel(stock.Channel):
         self._receivers.pop(self._tag_to_queue.get(consumer_tag, ""), None)
         result = super()._basic_cancel(consumer_tag)
         if self._stage is Stage.FETCHING and self._in_poll and not self.active_queues:
-            # Nobody reads this connection any more, and what it brings would lie until its lease ran out.
+            # Nothing reads this connection any more; a message on its way would wait until its lease ends.
             with suppress(*self.connection_errors):
                 while self._stage is Stage.FETCHING:
                     with suppress(Empty):
@@ -145,7 +144,7 @@ class Channel(stock.Channel):
                 self._lease.detach(self)
 
     def lose(self) -> None:
-        """The connection is gone, but no job with it: its messages belong to the process now."""
+        """The connection is lost; its messages belong to the process now, and their jobs run on."""
         self._lost = True
         self._in_poll = None
         self._stage = Stage.READY
@@ -156,7 +155,7 @@ class Channel(stock.Channel):
 
     @property
     def lease(self) -> Lease:
-        """What this process holds from the Redis of this channel; outlives the channel."""
+        """The messages that this process holds from the Redis of this channel; outlives the channel."""
         if self._lease is None:
             broker = self.connection.client
             keys = (self.layout.unacked, self.layout.index)
@@ -166,7 +165,7 @@ class Channel(stock.Channel):
 
     def _new_lease(self) -> Lease:
         params = self._connparams()
-        # An answer that is later than the next renewal is as good as none.
+        # An answer that comes after the next renewal is of no use.
         limits = (self.visibility_timeout / 4, self.socket_timeout)
         params["socket_timeout"] = min(limit for limit in limits if limit)
         return Lease(
@@ -179,7 +178,7 @@ class Channel(stock.Channel):
 
     @functools.cached_property
     def layout(self) -> Layout:
-        """Where this channel's Redis has its messages."""
+        """The keys of this channel's messages."""
         prefix = self.global_keyprefix
         return Layout(
             unacked=prefix + UNACKED,
@@ -195,30 +194,30 @@ class Channel(stock.Channel):
     def _connparams(self, asynchronous: bool = False) -> Any:
         params = super()._connparams(asynchronous=asynchronous)
         if asynchronous:
-            params["protocol"] = 3  # In which Redis can speak unasked.
+            params["protocol"] = 3  # In it Redis may send notices that answer no command.
         return params
 
     def track(self) -> None:
-        """Ask Redis to say on this new connection when a list that was seen empty changes."""
+        """Ask Redis to report on this new connection when a list that was found empty changes."""
         connection = self.client.connection
         connection._parser.set_invalidation_push_handler(lambda _: CHANGED)
         connection.send_command("CLIENT", "TRACKING", "ON", "NOLOOP", check_health=False)
         try:
             connection.read_response()
         except redis.exceptions.ResponseError as error:
-            logger.warning("Redis refuses CLIENT TRACKING (%s): idle workers look once a second", error)
+            logger.warning("Redis refuses CLIENT TRACKING (%s): idle workers fetch once a second", error)
 
     def fetch_if_due(self) -> None:
         """Send the next fetch, unless one is on its way or all lists are known to be empty."""
-        if self._stage is Stage.READY or (self._stage is Stage.WAITING and self._may_look_again()):
+        if self._stage is Stage.READY or (self._stage is Stage.WAITING and self._may_fetch_again()):
             self._brpop_start()
 
-    def _may_look_again(self) -> bool:
-        """Whether an answer that all lists are empty is old, or was about other lists than those of now."""
+    def _may_fetch_again(self) -> bool:
+        """Whether the answer that all lists are empty is old, or was about other lists than today's."""
         return monotonic() >= self._wake_at or self._steps != self._open_steps()
 
     def _open_steps(self) -> Sequence[int]:
-        """The priorities that may be fetched: the last places are reserved for urgent messages."""
+        """The priorities that may be fetched: the last slots are reserved for urgent messages."""
         return open_steps(self.priority_steps, self.lease.count if self.acknowledging else 0)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
@@ -249,16 +248,16 @@ class Channel(stock.Channel):
     def _send(self, stage: Stage, *command: Any) -> None:
         self._stage = stage
         self._brpop_sent_at = monotonic()
-        # A health check would wait for its answer; kombu's own drops the connection when this one is late.
+        # A health check would wait for its answer. kombu's own drops the connection when this answer is late.
         self.client.connection.send_command(*command, check_health=False)
 
-    def _rest(self, stage: Stage) -> None:
+    def _pause(self, stage: Stage) -> None:
         self._stage = stage
         self._brpop_sent_at = None
-        self._wake_at = monotonic() + LOOK_AGAIN_S
+        self._wake_at = monotonic() + CHECK_AGAIN_S
 
     def _brpop_read(self, **options: Any) -> bool:
-        """Read all that has arrived. Raises Empty when there was no message in it."""
+        """Read all that has arrived. Raises `Empty` when there was no message in it."""
         connection = self.client.connection
         delivered = False
         try:
@@ -266,14 +265,14 @@ class Channel(stock.Channel):
                 try:
                     reply = connection.read_response(disable_decoding=True, push_request=True)
                 except redis.exceptions.ReadOnlyError as error:
-                    # A master that is none any more: the next connection finds the new one.
+                    # The primary has become a replica: the next connection finds the new primary.
                     raise redis.exceptions.ConnectionError(str(error)) from error
                 except redis.exceptions.ResponseError as error:
                     logger.error("Redis refuses to hand out messages: %s", error)
-                    self._rest(Stage.WAITING)
+                    self._pause(Stage.WAITING)
                 else:
                     delivered |= self._advance(reply)
-                # What the parser has read ahead would not make the socket readable again.
+                # Data that the parser has read ahead does not make the socket readable again.
                 if connection._sock is None or not connection.can_read(timeout=0):
                     break
         except redis.exceptions.ConnectionError:
@@ -284,23 +283,23 @@ class Channel(stock.Channel):
         return True
 
     def _advance(self, reply: Any) -> bool:
-        """Take the next step after a reply; whether it was a message."""
+        """Go to the next stage after a reply. Returns whether it was a message."""
         if reply is CHANGED:
             if self._stage is Stage.WAITING:
                 self._stage = Stage.READY
         elif reply is None:
-            pass  # Redis has other things to say, too: that it is about to move, for one.
-        elif self._stage is Stage.LOOKING:
-            self._rest(Stage.READY if reply else Stage.WAITING)
+            pass  # Another notice of Redis, such as that it is about to move.
+        elif self._stage is Stage.CHECKING:
+            self._pause(Stage.READY if reply else Stage.WAITING)
         elif self._stage is Stage.FETCHING and reply:
-            self._rest(Stage.READY)
+            self._pause(Stage.READY)
             index, raw, tag = reply
             queue = self._lists[index][0]
             self._queue_cycle.rotate(queue)
             self._receive_message(queue, raw, tag)
             return True
         elif self._stage is Stage.FETCHING:
-            self._send(Stage.LOOKING, "EXISTS", *(key for _, key in self._lists))
+            self._send(Stage.CHECKING, "EXISTS", *(key for _, key in self._lists))
         return False
 
     # Delivering.
@@ -348,13 +347,13 @@ class Channel(stock.Channel):
             queue, self.layout.undecodable, type(error).__name__, error,
         )  # fmt: skip
 
-    # What a full Redis refuses.
+    # A Redis that is full.
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         try:
             super()._queue_bind(exchange, routing_key, pattern, queue)
         except redis.exceptions.OutOfMemoryError as error:
-            # Consuming is what makes room, and needs no binding.
+            # Consuming makes room, and needs no binding.
             logger.warning("The binding of queue %r was not written: %s", queue, error)
 
 

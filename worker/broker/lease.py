@@ -1,14 +1,14 @@
-"""The messages that this process holds from one Redis: kept alive, acknowledged, given back.
+"""The messages that this process holds from one Redis: their leases are renewed until they are done with.
 
-They belong to the process, not to the connection that delivered them: a job outlives its connection. One
-daemon thread with a connection of its own does all that a held message needs of Redis, in this order:
+Held messages belong to the process, not to the connection that delivered them: a job outlives its
+connection. One daemon thread with a connection of its own sends all that a held message needs of Redis:
 
-1. settle: acknowledge or return what the consumer is done with, again until Redis has answered;
+1. settle: acknowledge or give back what the consumer is done with, until Redis has answered;
 2. renew: set the score of each held message to Redis' time, at every quarter of the lease;
 3. sweep: put messages whose lease ran out, whoever held them, back into their queues.
 
-Only Redis' clock decides when a lease ends. And only a Redis that answers: after an outage each process
-waits for half a lease before it sweeps, so that all others renew first.
+Only Redis' clock decides when a lease ends. After an outage of Redis each process waits for half a lease
+before it sweeps, so that all others can renew first.
 """
 
 # mypy: disallow-untyped-calls=False
@@ -19,25 +19,23 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic, sleep
 from typing import Any, Final
 
-from kombu.utils.json import dumps, loads
 from redis import Redis
 from redis.exceptions import RedisError
 
 from worker.broker.layout import Layout
+from worker.broker.moves import LAST, NEXT, Move, given_back, restored, set_aside
 from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW
 from worker.broker.transport import alive
-from worker.contract.queues import SEPARATOR
 
 logger = logging.getLogger("smallcat.transport")
 
-#: Seconds that a closing channel, and an ending process, wait for what Redis has not heard yet.
+#: Seconds for which a closing channel, and an ending process, wait until Redis has answered.
 FLUSH_S: Final = 5.0
 
 #: Seconds until a command that Redis did not answer is sent again.
@@ -64,28 +62,10 @@ class Wait:
     delay_s: float
 
 
-@dataclass(frozen=True)
-class Move:
-    """A message that goes into lists again."""
-
-    keys: Sequence[str]
-    message: bytes | str
-    #: LPUSH: fetched last. RPUSH: fetched next.
-    push: str
-
-
-def redelivered(payload: Any) -> str:
-    """The message with the marks by which a task knows that it may have run before, as kombu sets them."""
-    for marks in (payload.get("headers"), payload["properties"].get("delivery_info")):
-        if isinstance(marks, dict):
-            marks["redelivered"] = True
-    return str(dumps(payload))
-
-
 class Lease:
-    """All messages that this process holds from one Redis, and the thread that keeps them.
+    """All messages that this process holds from one Redis, and the thread that renews their leases.
 
-    connect: opens the thread's own client. timeout_s: seconds, > 0. sweep_every_s: seconds, > 0.
+    connect: opens the thread's own client. timeout_s: seconds, > 0: the lease. sweep_every_s: seconds, > 0.
     All methods are safe from every thread, return at once and raise nothing on a lost connection; only
     `flush` waits.
     """
@@ -107,16 +87,17 @@ class Lease:
         self._changed = threading.Condition()
         self._consumers: set[object] = set()
         self._held: dict[str, Held] = {}
-        self._owed: dict[str, Move | Wait | None] = {}
-        self._lost: set[str] = set()
+        #: What Redis has not yet answered, by delivery tag: a move, a delay, or None for an acknowledgement.
+        self._unsent: dict[str, Move | Wait | None] = {}
+        self._expired: set[str] = set()
         self._thread: threading.Thread | None = None
         self._renewed_at: float | None = None
-        self._patient_until = 0.0
+        self._sweep_not_before = 0.0
 
-    # What the consumer says.
+    # Called by the consumer.
 
     def attach(self, consumer: object) -> None:
-        """Renew and sweep from now on, until `detach`, and then for as long as anything is held or owed."""
+        """Renew and sweep until `detach`, and then for as long as a message is held or unsent."""
         with self._changed:
             self._consumers.add(consumer)
             self._ensure_thread()
@@ -128,7 +109,7 @@ class Lease:
             self._changed.notify_all()
 
     def hold(self, tag: str, held: Held) -> None:
-        """Keep a message that Redis has registered as fetched."""
+        """Hold a message that Redis has registered as fetched."""
         with self._changed:
             self._held[tag] = held
             self._ensure_thread()
@@ -139,10 +120,10 @@ class Lease:
         return len(self._held)
 
     def acknowledge(self, tag: str) -> None:
-        """The message is done with: Redis is told until it has heard."""
+        """The message is done with: the acknowledgement is sent until Redis answers."""
         with self._changed:
             self._held.pop(tag, None)
-            self._owe({tag: None})
+            self._send({tag: None})
 
     def postpone(self, tag: str, delay_s: float) -> None:
         """Let the message wait for `delay_s` seconds, once it is given back by `requeue`."""
@@ -156,16 +137,16 @@ class Lease:
             held = self._held.get(tag)
             if held is not None and held.raw is not None and held.delay_s > 0:
                 del self._held[tag]
-                self._owe({tag: Wait(held.delay_s)})
+                self._send({tag: Wait(held.delay_s)})
                 return
-            self._return([tag], "RPUSH" if first else "LPUSH")
+            self._give_back([tag], NEXT if first else LAST)
 
     def set_aside(self, tag: str) -> None:
         """Move a message that this worker cannot read to where a person sees it."""
         with self._changed:
             held = self._held.pop(tag, None)
             if held is not None and held.raw is not None:
-                self._owe({tag: Move([self._layout.undecodable], held.raw, "LPUSH")})
+                self._send({tag: set_aside(self._layout, held.raw)})
 
     def orphan(self, owner: object) -> None:
         """The owner's connection is lost: its messages stay with the process."""
@@ -179,43 +160,37 @@ class Lease:
         with self._changed:
             tags = [tag for tag, held in self._held.items() if held.owner in (owner, None)]
             # Each is pushed to the end that is fetched next, so the oldest goes last.
-            self._return(reversed(tags), "RPUSH")
+            self._give_back(reversed(tags), NEXT)
             return len(tags)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until Redis has heard all that it is owed. False when `timeout_s` seconds were not enough."""
+        """Wait until Redis has answered everything. False when `timeout_s` seconds were not enough."""
         with self._changed:
-            heard = self._changed.wait_for(lambda: not self._owed, timeout_s)
-            if not heard:
-                logger.error("Redis did not hear %d acknowledgements: these jobs come again", len(self._owed))
-            return heard
+            is_sent = self._changed.wait_for(lambda: not self._unsent, timeout_s)
+            if not is_sent:
+                logger.error(
+                    "Redis did not confirm %d acknowledgements: their jobs are delivered again",
+                    len(self._unsent),
+                )
+            return is_sent
 
     def end(self, timeout_s: float) -> None:
-        """The process ends, perhaps without a connection to close: say what can still be said."""
+        """The process ends, perhaps without a connection to close: give back and flush."""
         self.give_back(None)
         self.flush(timeout_s)
 
-    def _return(self, tags: Any, push: str) -> None:
+    def _give_back(self, tags: Iterable[str], push: str) -> None:
         for tag in tags:
             held = self._held.pop(tag, None)
             if held is not None and held.raw is not None:
-                self._owe({tag: self._move(held.raw, held.queue, push)})
+                self._send({tag: given_back(self._layout, held.raw, held.queue, push)})
 
-    def _move(self, raw: bytes | str, queue: str, push: str) -> Move:
-        try:
-            payload = loads(raw)
-            message = redelivered(payload)
-            return Move([self._layout.list_of(queue, payload["properties"].get("priority"))], message, push)
-        except Exception:
-            logger.exception("A message of queue %r cannot be read and is set aside", queue)
-            return Move([self._layout.undecodable], raw, "LPUSH")
-
-    def _owe(self, owed: Mapping[str, Move | Wait | None]) -> None:
-        self._owed.update(owed)
+    def _send(self, unsent: Mapping[str, Move | Wait | None]) -> None:
+        self._unsent.update(unsent)
         self._ensure_thread()
         self._changed.notify_all()
 
-    # What the thread does.
+    # Done by the thread.
 
     def _ensure_thread(self) -> None:
         if self._thread is None:
@@ -239,7 +214,7 @@ class Lease:
                 reachable = True
             except (RedisError, OSError) as error:
                 if reachable:
-                    logger.warning("Redis cannot be told of %d held messages: %s", self.count, error)
+                    logger.warning("The leases of %d messages cannot be renewed: %s", self.count, error)
                 reachable = False
                 sleep(RETRY_S)
             except Exception:
@@ -251,7 +226,7 @@ class Lease:
     def _wait(self, until: float) -> bool:
         """Wait for something to do; False when nothing can come any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._owed or self._idle, max(0.0, until - monotonic()))
+            self._changed.wait_for(lambda: self._unsent or self._idle, max(0.0, until - monotonic()))
             if self._idle:
                 self._thread = None
                 return False
@@ -259,101 +234,80 @@ class Lease:
 
     @property
     def _idle(self) -> bool:
-        return not (self._consumers or self._held or self._owed)
+        return not (self._consumers or self._held or self._unsent)
 
     def _settle(self, client: Redis) -> None:
         with self._changed:
-            owed = dict(self._owed)
-        if not owed:
+            unsent = dict(self._unsent)
+        if not unsent:
             return
-        done = [tag for tag, move in owed.items() if move is None]
+        done = [tag for tag, move in unsent.items() if move is None]
         pipeline = client.pipeline(transaction=True)
         if done:
             pipeline.zrem(self._layout.index, *done)
             pipeline.hdel(self._layout.unacked, *done)
-        for tag, move in owed.items():
+        for tag, move in unsent.items():
             if isinstance(move, Wait):
                 pipeline.eval(POSTPONE, 1, self._layout.index, tag, str(move.delay_s - self._timeout_s))
             elif move is not None:
                 self._queue_move(pipeline, tag, "", move)
         pipeline.execute()
         with self._changed:
-            for tag, move in owed.items():
-                if self._owed.get(tag) is move:
-                    self._owed.pop(tag, None)
+            for tag, move in unsent.items():
+                if self._unsent.get(tag) is move:
+                    self._unsent.pop(tag, None)
             self._changed.notify_all()
 
     def _renew(self, client: Redis) -> None:
         if not alive():
-            logger.critical("The engine is lost: the leases of %d messages run out", self.count)
+            logger.critical("The engine has failed: the leases of %d messages are not renewed", self.count)
             return
         with self._changed:
             tags = [tag for tag, held in self._held.items() if held.raw is not None]
         missing: Any = client.eval(RENEW, 1, self._layout.index, *tags)
-        lost = {tag.decode() for tag in missing}
+        expired = {tag.decode() for tag in missing}
         now = monotonic()
         if self._renewed_at is not None and now - self._renewed_at > self._timeout_s / 2:
             # The others could not renew either.
-            self._patient_until = now + self._timeout_s / 2
+            self._sweep_not_before = now + self._timeout_s / 2
         self._renewed_at = now
         with self._changed:
-            lost &= self._held.keys()
-        for tag in lost - self._lost:
+            expired &= self._held.keys()
+        for tag in expired - self._expired:
             logger.warning("The lease of message %s ran out while its job ran: it runs a second time", tag)
-        self._lost = lost
+        self._expired = expired
 
     def _sweep(self, client: Redis) -> None:
         layout = self._layout
         due: Any = client.eval(
             EXPIRED, 2, layout.index, layout.unacked, str(self._timeout_s), str(self._sweep_limit)
         )
-        if not due or not self._steady():
+        if not due or not self._may_sweep():
             return
         with self._changed:
-            mine = {tag.encode() for tag in (*self._held, *self._owed)}
+            mine = {tag.encode() for tag in (*self._held, *self._unsent)}
+
+        def bindings(exchange: str) -> Any:
+            return client.smembers(layout.bindings % exchange)
+
         pipeline = client.pipeline(transaction=False)
         for tag, score, entry in due:
             if tag not in mine:
-                self._queue_move(pipeline, tag, score, self._restored(client, entry))
-        restored = 0
+                self._queue_move(pipeline, tag, score, restored(layout, entry, bindings))
+        count = 0
         for result in pipeline.execute(raise_on_error=False):
             if isinstance(result, Exception):
                 logger.error("A message whose lease ran out could not be restored: %s", result)
             else:
-                restored += result
-        if restored:
-            logger.warning("Restored %d messages of a worker that is no longer heard of", restored)
+                count += result
+        if count:
+            logger.warning("Restored %d messages whose worker no longer renews its leases", count)
 
-    def _steady(self) -> bool:
-        """Whether Redis has been answering for long enough that whoever lives has renewed."""
+    def _may_sweep(self) -> bool:
+        """Whether Redis has answered for long enough that every living worker has renewed."""
         now = monotonic()
         recent = self._renewed_at is not None and now - self._renewed_at <= self._timeout_s / 2
-        return recent and now >= self._patient_until
-
-    def _restored(self, client: Redis, entry: bytes | None) -> Move:
-        if entry is None:  # Acknowledged by halves: only the index is left to clear.
-            return Move([], b"", "RPUSH")
-        try:
-            payload, exchange, routing_key = loads(entry)
-            queues = self._queues_of(client, exchange, routing_key) if exchange else [routing_key]
-            priority = payload["properties"].get("priority")
-            keys = [self._layout.list_of(queue, priority) for queue in queues]
-            return Move(keys or [self._layout.undecodable], redelivered(payload), "RPUSH")
-        except (RedisError, OSError):
-            raise
-        except Exception:
-            logger.exception("A message that was held cannot be read and is set aside")
-            return Move([self._layout.undecodable], entry, "LPUSH")
-
-    def _queues_of(self, client: Redis, exchange: str, routing_key: str) -> list[str]:
-        """Where kombu's own transport, which keeps the exchange in its entries, would put the message."""
-        queues = []
-        bindings: Any = client.smembers(self._layout.bindings % exchange)
-        for binding in bindings:
-            key, pattern, queue = binding.decode().split(SEPARATOR)
-            if key == routing_key or (pattern and re.match(pattern, routing_key)):
-                queues.append(queue)
-        return queues
+        return recent and now >= self._sweep_not_before
 
     def _queue_move(self, pipeline: Any, tag: str | bytes, score: str | bytes, move: Move) -> None:
         keys = [self._layout.index, self._layout.unacked, *move.keys]
@@ -365,7 +319,7 @@ _leases_lock = threading.Lock()
 
 
 def lease_of_process(broker: tuple[object, ...], new: Callable[[], Lease]) -> Lease:
-    """The one lease that this process has from a broker, made by `new` when it is the first to ask."""
+    """The one lease that this process has from a broker; `new` makes it for the first caller."""
     with _leases_lock:
         if broker not in _leases:
             _leases[broker] = new()
@@ -376,8 +330,8 @@ def lease_of_process(broker: tuple[object, ...], new: Callable[[], Lease]) -> Le
 def postpone(delivery_tag: str, delay_s: float) -> None:
     """Let a message that this process holds wait for `delay_s` seconds, once its task is rejected.
 
-    Celery's Reject alone would have it back at once, again and again. While it waits it stays registered
-    as held, so that nothing is lost whoever is killed, and any worker takes it up afterwards. The tag of a
+    Celery's Reject alone would deliver it again at once, in a loop. While it waits it stays registered as
+    held, so that nothing is lost whoever is killed, and any worker fetches it afterwards. The tag of a
     running task is `task.request.properties["delivery_tag"]`.
     """
     with _leases_lock:

@@ -1,4 +1,4 @@
-"""Messages of someone else's making, refused before Celery sees them."""
+"""Messages that no producer of ours wrote, refused before Celery sees them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import Any, Final
 
 #: Headers of a task's message that must be text, and those that may be absent.
 TEXT_HEADERS: Final = (("id", "task"), ("shadow", "root_id", "parent_id", "group"))
-#: What reading a message of someone else's making may raise, in kombu or in Celery. Anything else that a
-#: callback raises is about the worker.
+#: What kombu and Celery raise on reading a malformed message. Any other error of a callback is the worker's.
 MALFORMED: Final = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
 
 def refuse_malformed_task(message: Any) -> None:
-    """Raise for what Celery would see in the pool's thread only, where an error takes a place for good."""
+    """Raise `TypeError` for what Celery would find in a thread of the pool, whose slot the error leaks."""
     headers = message.headers
     if not isinstance(headers, dict) or "task" not in headers:
         return

@@ -1,4 +1,4 @@
-"""What a channel may still fetch, and what becomes of what it fetched."""
+"""Whether a channel may fetch, and how its messages are acknowledged, rejected and given back."""
 
 # mypy: disallow-untyped-calls=False
 # kombu says that it is typed, but most of its functions are not.
@@ -17,21 +17,21 @@ logger = logging.getLogger("smallcat.transport")
 
 
 class QoS(stock.QoS):
-    """kombu's accounts of a channel, kept by the lease of the process: they outlive the channel."""
+    """kombu's quality of service of a channel, on top of the process' lease, which outlives the channel."""
 
     def can_consume(self) -> bool:
-        """Whether one more message may be fetched: counted are all that the process holds, on any channel."""
+        """Whether one more message may be fetched: all that the process holds count, of any channel."""
         if not self.channel.acknowledging:
             return True
         limit = self.prefetch_count
         return alive() and (not limit or self.channel.lease.count < limit)
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Hold a broadcast, which came over publish/subscribe and is registered nowhere."""
+        """Hold a broadcast: it came over publish/subscribe and is not registered in Redis."""
         self.channel.lease.hold(delivery_tag, Held(self, None, ""))
 
     def ack(self, delivery_tag: str) -> None:
-        """Acknowledge; also long after the connection that delivered the message is gone."""
+        """Acknowledge, even long after the connection that delivered the message was lost."""
         self.channel.lease.acknowledge(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
@@ -42,17 +42,17 @@ class QoS(stock.QoS):
             self.channel.lease.acknowledge(delivery_tag)
 
     def restore_unacked(self, client: Any = None) -> None:
-        """Give back what the process holds, and let Redis hear all that it is owed."""
+        """Give back the messages that the process holds, and wait until Redis has answered."""
         returned = self.channel.lease.give_back(self)
         if returned:
-            logger.info("Gave %d unfinished messages back", returned)
+            logger.info("Gave %d unfinished messages back to their queues", returned)
         self.channel.lease.flush(FLUSH_S)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Give back when the channel closes in order or the process ends; not when the connection is lost."""
+        """Give back when the channel is closed or the process ends; not when the connection is lost."""
         self._on_collect.cancel()
         if self.channel.acknowledging:
             self.restore_unacked()
 
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
-        """Left to the lease's thread."""
+        """Nothing: the lease's thread does it."""

@@ -1,13 +1,13 @@
-"""How jobs travel: Celery's Redis transport with the holes closed through which it loses or doubles jobs.
+"""Celery's Redis transport, without the faults by which it loses jobs or runs them twice.
 
-This module is what the rest of smallcat sees of it, and is light: it registers the transport with kombu by
-name, so that Redis' client is imported only where a connection is opened. `worker.broker.channel` consumes,
-`worker.broker.lease` keeps what was consumed.
+This module is the door for the rest of smallcat, and is light: it registers the transport with kombu by name,
+so that Redis' client is imported only where a connection is opened. `worker.broker.channel` consumes,
+`worker.broker.lease` holds what was consumed.
 
-Keys and messages are those of kombu's own Redis transport: its producers, Flower and `celery inspect` work
-beside it. What differs is what a worker promises: a message is in a queue or leased to a living process at
-every instant, whoever is killed; a lease is renewed for as long as its process lives, so that a short
-timeout never runs a long job twice; a lost connection ends no job; an acknowledgement is sent until heard.
+Keys and messages are those of kombu's own Redis transport, so kombu's producers, Flower and `celery inspect`
+work with it. What a worker promises beyond kombu: at every instant a message is in a queue or leased to a
+process, whoever is killed; the lease is renewed for as long as that process lives, so that a short lease
+never runs a long job twice; a lost connection ends no job; an acknowledgement is sent until Redis answers.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ SCHEMES: Final = {"redis": "smallcat-redis", "rediss": "smallcat-rediss"}
 TRANSPORT_ALIASES[SCHEMES["redis"]] = "worker.broker.channel:Transport"
 TRANSPORT_ALIASES[SCHEMES["rediss"]] = "worker.broker.channel:TLSTransport"
 
-#: kombu's own names: the hash of messages that workers hold, and when each was last heard of.
+#: kombu's own names: the hash of messages that workers hold, and the index of when each was last renewed.
 UNACKED: Final = "unacked"
 UNACKED_INDEX: Final = "unacked_index"
 
 #: The list of messages that no worker can read, newest first, each as it was found.
 UNDECODABLE: Final = "smallcat:undecodable"
 
-#: Seconds that a message stays with a worker that is no longer heard of.
+#: Seconds for which a worker keeps a message without renewing its lease.
 LEASE_S: Final = 30.0
 
-_is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- what there is before `set_liveness`
+_is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- until `set_liveness` is called
 _reserve: tuple[int, int] | None = None
 
 
@@ -60,18 +60,18 @@ def _broker_url(redis_url: str) -> str:
 def transport_options(lease_s: float = LEASE_S) -> dict[str, Any]:
     """Make `broker_transport_options`; all processes that consume need the same, the shortest lease wins.
 
-    lease_s: seconds, > 0: how long a killed worker's jobs wait for another worker, and how long a
-    worker may be out of Redis' reach before its jobs run twice.
+    lease_s: seconds, > 0: how long a killed worker's jobs wait for another worker, and how long Redis may be
+    out of a worker's reach before its jobs run twice.
 
-    visibility_timeout: the lease. Can be shorter than a job, because it is renewed at every quarter.
-    unacked_restore_interval: how often each worker looks for leases that ran out; one cheap command.
-    unacked_restore_limit: how many it restores at a time, so that a large restore blocks nobody.
+    visibility_timeout: the lease. It may be shorter than a job, because every quarter of it is renewed.
+    unacked_restore_interval: seconds between two checks for leases that ran out; one cheap command.
+    unacked_restore_limit: messages that are restored at a time, so that a large restore blocks nobody.
     queue_order_strategy: among messages of equal priority, queues take turns.
-    priority_steps: a list for each of the ten priorities; kombu's default folds them into four.
-    socket_connect_timeout: a host that does not answer is tried again soon.
-    socket_timeout: a command to a Redis that vanished without a word ends.
-    socket_keepalive: firewalls forget idle connections.
-    health_check_interval: how soon a dead connection is noticed.
+    priority_steps: a list for each of the ten priorities; kombu's default has four lists for them.
+    socket_connect_timeout: seconds until connecting to a host that does not answer is tried again.
+    socket_timeout: seconds until a command to a Redis that does not answer fails.
+    socket_keepalive: so that firewalls do not drop idle connections.
+    health_check_interval: seconds until a dead connection is noticed.
     """
     if lease_s <= 0:
         raise ValueError(f"lease_s is {lease_s}; it must be above 0")
@@ -89,20 +89,20 @@ def transport_options(lease_s: float = LEASE_S) -> dict[str, Any]:
 
 
 def set_liveness(is_alive: Callable[[], bool]) -> None:
-    """Say how to tell whether this process still works on its jobs.
+    """Set the function that says whether this process still works on its jobs.
 
-    While `is_alive()` is false or raises, no lease is renewed and no message fetched: another worker takes
-    the jobs over when the lease ends. It is called from two threads, up to once a message: it must be quick.
+    While `is_alive()` is false or raises, no lease is renewed and no message fetched: other workers take the
+    jobs over when the leases end. It must be quick: two threads call it, up to once a message.
     """
     global _is_alive
     _is_alive = is_alive
 
 
 def set_reserve(open_to_all: int, urgent: int) -> None:
-    """Keep this process' places beyond the first `open_to_all`, >= 1, for urgent messages.
+    """Reserve this process' slots beyond the first `open_to_all`, >= 1, for urgent messages.
 
-    Those are of priority 0 to `urgent`, as Redis' priorities count: 0 is fetched first. While the process
-    holds `open_to_all` messages or more, of whatever priority, it fetches no others.
+    Urgent are priorities 0 to `urgent`, as Redis counts: 0 is fetched first. While the process holds
+    `open_to_all` messages or more, of whatever priority, it fetches only urgent ones.
     """
     global _reserve
     _reserve = open_to_all, urgent
@@ -116,9 +116,9 @@ def open_steps(priority_steps: Sequence[int], held: int) -> Sequence[int]:
 
 
 def alive() -> bool:
-    """Whether this process still works on its jobs, by the word of whoever called `set_liveness`."""
+    """Whether this process still works on its jobs: see `set_liveness`."""
     try:
         return bool(_is_alive())
     except Exception:
-        logger.exception("The engine's state could not be learnt: it counts as lost")
+        logger.exception("The state of the engine is unknown: it counts as failed")
         return False
