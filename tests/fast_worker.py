@@ -17,8 +17,9 @@ from celery import Celery
 
 from worker.celery import app as real
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import Defaults, ImageFormat, Job, ServedModel
+from worker.contract.job import ImageFormat, Job
 from worker.contract.message import TASK
+from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import producer_settings
 from worker.engine.runner import Picture
 from worker.engine.ticket import Rendered

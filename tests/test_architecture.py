@@ -207,7 +207,7 @@ def test_the_loop_and_delivery_load_no_torch_by_themselves(start: str) -> None:
 def test_celerys_module_can_hardly_fail_to_import() -> None:
     """Celery reports an import that fails in it as "Module 'worker' has no attribute 'celery'"."""
     ours = {name for name in reached("worker.celery", IMPORTS) if name.startswith(("worker", "producer"))}
-    contract = ("settings", "errors", "explain", "job", "job_checks", "job_fields")
+    contract = ("settings", "errors", "explain", "job", "job_checks", "job_fields", "served_model")
     assert ours == {
         "worker.celery",
         "worker.broker.transport",

@@ -15,7 +15,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tests import tiny_models
-from worker.contract.job import Defaults, Job, Scheduler, ServedModel
+from worker.contract.job import Job, Scheduler
+from worker.contract.served_model import Defaults, ServedModel
 from worker.device.attention import Layer, shape_of
 from worker.device.family import Lane, Schedulers, Text
 from worker.device.text_encoder import cut_warning

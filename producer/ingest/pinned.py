@@ -6,7 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from producer.ingest.run_state import Run
-from worker.contract.job import OPEN_REVISION, Defaults, Job
+from worker.contract.job import OPEN_REVISION, Job
+from worker.contract.served_model import Defaults
 
 if TYPE_CHECKING:
     from worker.state.fleet import Fleet

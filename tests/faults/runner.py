@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from worker.contract.errors import DeviceError, NotFiniteError, OutOfMemoryError, SmallcatError
-from worker.contract.job import Defaults, Job, ServedModel
+from worker.contract.job import Job
+from worker.contract.served_model import Defaults, ServedModel
 from worker.engine.runner import Picture
 
 #: What the fake serves.

@@ -22,7 +22,7 @@ from deploy import local
 from deploy.embedded.home import StackError
 from deploy.embedded.stack import BUCKET, Stack
 from deploy.local import exports
-from worker.contract.job import Defaults, ServedModel
+from worker.contract.served_model import Defaults, ServedModel
 from worker.state.fleet import Fleet, WorkerInfo
 
 pytestmark = pytest.mark.usefixtures("servers")  # skips at home, fails in CI, where they are not installed

@@ -28,6 +28,7 @@ from worker.contract.job_checks import (
     spelled_as,
 )
 from worker.contract.job_fields import FieldEntry, JobField, table_of
+from worker.contract.served_model import Defaults, ServedModel
 
 #: Version of the message and of what is hashed into the id. A change to either takes a new number.
 FORMAT_VERSION = 1
@@ -97,34 +98,6 @@ class ImageFormat(StrEnum):
     WEBP = "webp"
     #: Lossy, quality 95, without chroma subsampling.
     JPEG = "jpeg"
-
-
-class Defaults(BaseModel):
-    """What a model uses where a job leaves a field open. A worker announces them with its model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    #: Pixels.
-    width: int
-    #: Pixels.
-    height: int
-    #: Denoising steps.
-    steps: int
-    #: Classifier-free guidance; 1 and below is none.
-    guidance_scale: float
-
-
-class ServedModel(BaseModel):
-    """A model as a worker announces it. Jobs are routed to it by its name and revision."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    #: The name in jobs: `SMALLCAT_MODEL` as given where it is a hub id, else the folder's or file's name.
-    name: str
-    #: The hub's commit, or a hash over the files. Part of every job's id.
-    revision: str
-    #: What the model uses where a job leaves a field open.
-    defaults: Defaults
 
 
 #: Limits that several fields share.

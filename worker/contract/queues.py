@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 
-from worker.contract.job import DEFAULT_MODEL, MAX_PRIORITY, Job, ServedModel
+from worker.contract.job import DEFAULT_MODEL, MAX_PRIORITY, Job
+from worker.contract.served_model import ServedModel
 
 #: kombu's separator, of a queue and its priority. No queue's name contains it.
 SEPARATOR = "\x06\x16"

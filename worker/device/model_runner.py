@@ -18,7 +18,8 @@ import diffusers
 import torch
 
 from worker.contract.errors import InvalidJobError, SettingsError, SmallcatError
-from worker.contract.job import Job, Scheduler, ServedModel
+from worker.contract.job import Job, Scheduler
+from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.device import attention, warm_up
 from worker.device.compiler import Compiler, keep_kernels_in

@@ -27,10 +27,11 @@ from pydantic import ValidationError
 
 from worker.contract import infotext
 from worker.contract.errors import InvalidJobError, RenderError, SmallcatError, UnknownModelError
-from worker.contract.job import DEFAULT_MODEL, Job, ServedModel
+from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.message import Message
 from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, JobRecord, State, Timings
+from worker.contract.served_model import ServedModel
 from worker.engine.engine import Engine
 from worker.engine.runner import Picture
 from worker.engine.ticket import Rendered

@@ -24,9 +24,8 @@ from worker.contract.job import (
     MAX_STEPS,
     MIN_SIZE,
     SIZE_STEP,
-    Defaults,
-    ServedModel,
 )
+from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
 from worker.model.placement import (

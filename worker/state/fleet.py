@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from worker.contract.job import DEFAULT_MODEL, Job, ServedModel
+from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.queues import lists_of, queues_of
+from worker.contract.served_model import ServedModel
 from worker.state.keys import QUEUES, SERVED, WORKERS, worker_key
 
 if TYPE_CHECKING:

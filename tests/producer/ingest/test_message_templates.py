@@ -15,9 +15,10 @@ from deploy.embedded.servers import ValkeyProcess
 from producer.ingest.message_templates import JobTemplates, MessageTemplate
 from worker.celery import app, connection
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import MAX_SEED, Defaults, Job, ServedModel
+from worker.contract.job import MAX_SEED, Job
 from worker.contract.message import RunMark, route_of, task_call_of
 from worker.contract.queues import queue_of
+from worker.contract.served_model import Defaults, ServedModel
 
 SERVED = ServedModel(
     name="m/x", revision="r" * 40, defaults=Defaults(width=512, height=512, steps=30, guidance_scale=7.5)

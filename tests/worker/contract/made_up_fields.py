@@ -98,12 +98,13 @@ def infotexts() -> dict[str, Any]:
 
 
 def messages() -> dict[str, Any]:
-    """Whether the message of a job is that job."""
-    from worker.contract.job import Job
+    """Whether the message of a job is that job; and what of it belongs to the submission."""
+    from worker.contract.job import SUBMISSION_FIELDS, Job
     from worker.contract.message import Message, payload_of
 
     job = Job.parse(WHOLE | VALUES)
-    return {"same": Message.parse(json.loads(json.dumps(payload_of(job)))).job == job}
+    same = Message.parse(json.loads(json.dumps(payload_of(job)))).job == job
+    return {"same": same, "submission": SUBMISSION_FIELDS}
 
 
 def run() -> dict[str, Any]:

@@ -16,13 +16,12 @@ from worker.contract.job import (
     MAX_METADATA,
     MAX_METADATA_DEPTH,
     MAX_SEED,
-    Defaults,
     ImageFormat,
     Job,
     JobFields,
     Scheduler,
-    ServedModel,
 )
+from worker.contract.served_model import Defaults, ServedModel
 
 SERVED = ServedModel(
     name="a/model",

@@ -16,8 +16,9 @@ import pytest
 from pydantic import BaseModel, Field
 
 from tests.worker.contract.made_up_fields import VALUES, WHOLE
-from worker.contract.job import JOB_FIELDS, Defaults, Job
+from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import JobField, help_lines, table_of
+from worker.contract.served_model import Defaults
 
 ROOT = Path(__file__).parents[3]
 
@@ -136,7 +137,7 @@ def test_a_new_field_goes_through_infotext_and_is_left_out_at_its_default(found:
 
 
 def test_a_new_field_goes_through_a_message_and_the_templates_of_messages(found: dict[str, Any]) -> None:
-    assert found["messages"] == {"same": True}
+    assert found["messages"] == {"same": True, "submission": ["team_note", "priority", "metadata"]}
     assert {name: found["run"]["job"][name] for name in VALUES} == VALUES
     assert found["run"]["id"][0] == found["run"]["id"][1]
 

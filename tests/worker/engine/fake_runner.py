@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from worker.contract.errors import NotFiniteError, OutOfMemoryError, SmallcatError
-from worker.contract.job import Defaults, Job, ServedModel
+from worker.contract.job import Job
+from worker.contract.served_model import Defaults, ServedModel
 from worker.engine.runner import Picture
 
 #: What the fake serves.

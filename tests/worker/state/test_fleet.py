@@ -15,9 +15,10 @@ from redis import Redis
 
 from deploy.embedded.servers import ValkeyProcess
 from worker.celery import app, connection
-from worker.contract.job import Defaults, Job, ServedModel
+from worker.contract.job import Job
 from worker.contract.message import task_call_of
 from worker.contract.queues import lists_of, queue_of, queues_of
+from worker.contract.served_model import Defaults, ServedModel
 from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo
 from worker.state.records import Records
 from worker.state.redis_client import connect
