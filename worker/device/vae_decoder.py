@@ -28,7 +28,7 @@ from worker.contract.errors import (
     SmallcatError,
 )
 from worker.device.compiler import CompiledLanes, Compiler
-from worker.device.cuda_graphs import Captured, GraphPool
+from worker.device.cuda_graphs import MAX_ROWS, Captured, GraphPool
 from worker.device.errors import mapped
 from worker.device.family import Lane, ModelFamily, lane_name
 from worker.device.host_copy import HostCopy
@@ -179,6 +179,9 @@ def _key(latents: torch.Tensor, count: int) -> str:
 
 
 def _example(latents: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`count` latents like these; where that is more than one, their number is dynamic."""
-    example = latents.new_zeros((count, *latents.shape[1:]))
+    """`count` latents like these; where that is more than one, their number is dynamic.
+
+    No more than `MAX_ROWS`: code that is compiled for 64 pictures or more is not used for fewer.
+    """
+    example = latents.new_zeros((min(count, MAX_ROWS), *latents.shape[1:]))
     return example, [example] if count > 1 else []

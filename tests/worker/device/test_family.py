@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ from tests.toy_flow import ToyFlow, loaded_toy
 from worker.contract.errors import InvalidJobError, SettingsError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
+from worker.device import vae_decoder
 from worker.device.family import ModelFamily
 from worker.device.model_runner import ModelRunner, family_of
 from worker.device.step import batch_of, denoise
@@ -37,6 +41,43 @@ def a_runner(**settings: Any) -> toy_flow_jobs.RecordingRunner:
 def test_a_flow_matching_transformer_renders_as_its_own_plain_loop(toy: ToyFlow, exact: bool) -> None:
     runner = a_runner(exact=exact)
     toy_flow_jobs.check(runner, toy_flow_jobs.render(runner), toy)
+
+
+class NeverFree(nullcontext[None]):
+    """A lock that lets a compiler pass and no capture: graphs then run their functions as they are."""
+
+    def acquire(self, blocking: bool) -> bool:
+        return blocking
+
+
+@pytest.fixture
+def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runners compile and pad as on a GPU, though Dynamo only traces, and nothing is captured."""
+    with ThreadPoolExecutor(1) as thread:
+        compiler = SimpleNamespace(thread=thread, in_background=True, device_sync_lock=NeverFree())
+        monkeypatch.setattr(ModelRunner, "_compiler", lambda runner, settings: compiler)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        # On a CPU, convolutions have another way from 16 pictures on.
+        monkeypatch.setattr(vae_decoder, "CPU_PIXELS", 8 * 64 * 64)
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiled_on_cpu")
+def test_batches_that_are_padded_for_compiled_steps_give_the_same_pictures(toy: ToyFlow) -> None:
+    runner = a_runner()
+    for job in toy_flow_jobs.JOBS[: len(toy_flow_jobs.SIZES)]:
+        assert runner.compile(job)
+    counters.clear()
+    pictures = toy_flow_jobs.render(runner)
+    assert counters["stats"]["unique_graphs"] == 0, "nothing is compiled again"
+    assert runner._graphs is not None
+    lanes = {name.rpartition(", ")[2] for pool in runner._graphs._pools for name in pool._graphs}
+    assert lanes == {"4x8x8", "4x8x12", "4x12x8"}
+    toy_flow_jobs.check(runner, pictures, toy)
 
 
 def test_another_family_takes_at_most_200_lines() -> None:
