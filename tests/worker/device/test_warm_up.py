@@ -1,4 +1,4 @@
-"""Measuring what steps cost, with steps that are no more than their seconds. test_model_runner.py has real ones."""
+"""Measuring what steps cost, with functions in the place of steps. test_model_runner.py has real ones."""
 
 from __future__ import annotations
 
