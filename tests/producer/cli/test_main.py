@@ -35,7 +35,7 @@ from worker.storage.bucket import Bucket
 
 
 @dataclass(frozen=True)
-class Told:
+class Ran:
     """What a command left."""
 
     code: int
@@ -70,14 +70,14 @@ class Shell:
         self._monkeypatch = monkeypatch
         self._capsys = capsys
 
-    def __call__(self, *arguments: str) -> Told:
+    def __call__(self, *arguments: str) -> Ran:
         self._monkeypatch.setattr(sys, "argv", ["smallcat", *arguments])
         with pytest.raises(SystemExit) as exit_:
             main()
         out, err = self._capsys.readouterr()
         assert "Traceback" not in err
         assert isinstance(exit_.value.code, int)
-        return Told(exit_.value.code, out, err)
+        return Ran(exit_.value.code, out, err)
 
 
 @pytest.fixture
@@ -107,17 +107,17 @@ def finish(client: Redis, environment: dict[str, str], job: Job) -> str:
 
 def test_every_job_field_is_an_option_and_in_the_help(smallcat: Shell) -> None:
     assert set(JOB_OPTIONS) == set(Job.model_fields) - {"prompt"}
-    told = smallcat("submit", "--help")
-    assert told.code == 0
+    ran = smallcat("submit", "--help")
+    assert ran.code == 0
     for field in JOB_OPTIONS:
-        assert f"--{field.replace('_', '-')}" in told.out
+        assert f"--{field.replace('_', '-')}" in ran.out
 
 
-def test_the_help_of_each_command_says_its_own_default_priority(smallcat: Shell) -> None:
-    # A file's jobs are behind those that somebody waits for.
+def test_the_help_of_each_command_has_its_own_default_priority(smallcat: Shell) -> None:
+    # A file's jobs are rendered after those that a caller waits for.
     for command, priority in (("submit", 5), ("ingest", 3)):
-        told = " ".join(smallcat(command, "--help").out.split())
-        assert f"jobs of a higher priority are rendered first. {priority} when not given." in told
+        ran = " ".join(smallcat(command, "--help").out.split())
+        assert f"jobs of a higher priority are rendered first. {priority} when not given." in ran
 
 
 def commands(group: click.Group, *path: str) -> Iterator[tuple[list[str], click.Command]]:
@@ -137,11 +137,11 @@ def test_every_command_has_help_and_json(smallcat: Shell) -> None:
 
 
 def test_submitting_prints_the_id(smallcat: Shell, client: Redis) -> None:
-    told = smallcat("submit", "a small cat", "--seed", "3")
-    assert told.code == 0
-    assert told.out == f"{JobHandle(told.out.strip()).record().id}\n"
+    ran = smallcat("submit", "a small cat", "--seed", "3")
+    assert ran.code == 0
+    assert ran.out == f"{JobHandle(ran.out.strip()).record().id}\n"
     again = smallcat("submit", "a small cat", "--seed", "3", "--json")
-    assert again.document == {"id": told.out.strip()}
+    assert again.document == {"id": ran.out.strip()}
 
 
 def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
@@ -152,8 +152,8 @@ def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
     # Choices go by the names that people use.
     texts |= {"scheduler": "Euler a", "metadata": '{"mine": [1, "ä"]}'}
     options = [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
-    told = smallcat("submit", "a small cat", *options)
-    job = JobHandle(told.out.strip()).record().job
+    ran = smallcat("submit", "a small cat", *options)
+    job = JobHandle(ran.out.strip()).record().job
     assert job.model_dump(mode="json") == given | {
         "prompt": "a small cat",
         "scheduler": "euler_ancestral",
@@ -193,10 +193,10 @@ def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
 def test_a_usage_error_is_a_sentence_and_2(
     smallcat: Shell, client: Redis, arguments: list[str], part: str
 ) -> None:
-    told = smallcat(*arguments)
-    assert told.code == 2
-    assert part in told.err
-    assert len(told.err) < 1_500
+    ran = smallcat(*arguments)
+    assert ran.code == 2
+    assert part in ran.err
+    assert len(ran.err) < 1_500
     assert not list(client.scan_iter("smallcat:job:*"))
 
 
@@ -205,8 +205,8 @@ def test_a_misspelt_setting_is_a_sentence_and_2(
 ) -> None:
     monkeypatch.setenv("SMALLCAT_LEESE_S", "3")
     for arguments in (["submit", "x"], ["status", "x"], ["doctor"]):
-        told = smallcat(*arguments)
-        assert (told.code, told.err) == (
+        ran = smallcat(*arguments)
+        assert (ran.code, ran.err) == (
             2,
             "There is no setting SMALLCAT_LEESE_S. Did you mean SMALLCAT_LEASE_S?\n",
         )
@@ -219,10 +219,10 @@ def test_a_service_out_of_reach_is_a_sentence_and_3(
         held.bind(("127.0.0.1", 0))
         monkeypatch.setenv("REDIS_URL", f"redis://:hunter2@127.0.0.1:{held.getsockname()[1]}/0")
         for arguments in (["submit", "x"], ["status", "0" * 32], ["cancel", "x"], ["fetch", "x"]):
-            told = smallcat(*arguments)
-            assert told.code == 3
-            assert "is out of reach" in told.err
-            assert "hunter2" not in told.err
+            ran = smallcat(*arguments)
+            assert ran.code == 3
+            assert "is out of reach" in ran.err
+            assert "hunter2" not in ran.err
 
 
 # --- status, cancel, fetch --------------------------------------------------------------------------------
@@ -231,9 +231,9 @@ def test_a_service_out_of_reach_is_a_sentence_and_3(
 def test_status_of_each_state(smallcat: Shell, client: Redis, environment: dict[str, str]) -> None:
     job_id = smallcat("submit", "a small cat", "--seed", "3").out.strip()
     job = JobHandle(job_id).record().job
-    told = smallcat("status", job_id)
-    assert told.code == 0
-    assert told.out.splitlines() == [f"{job_id}  queued", "queue      1 waiting, 1 workers"]
+    ran = smallcat("status", job_id)
+    assert ran.code == 0
+    assert ran.out.splitlines() == [f"{job_id}  queued", "queue      1 waiting, 1 workers"]
     claim(client, job).progress({job_id: (1, 4)}, 30)
     assert "step       1 of 4" in smallcat("status", job_id).out
     uri = finish(client, environment, job)
@@ -243,7 +243,7 @@ def test_status_of_each_state(smallcat: Shell, client: Redis, environment: dict[
     assert document["warnings"] == ["cut"]
 
 
-def test_status_says_that_nobody_serves_the_job(smallcat: Shell, client: Redis) -> None:
+def test_status_shows_that_no_worker_serves_the_job(smallcat: Shell, client: Redis) -> None:
     job_id = smallcat("submit", "x", "--model", "another").out.strip()
     assert 'No worker serves the model "another"' in smallcat("status", job_id).out
     assert "No worker serves" in smallcat("status", job_id, "--json").document["note"]
@@ -253,9 +253,9 @@ def test_cancelling_several_jobs(smallcat: Shell, client: Redis) -> None:
     queued = smallcat("submit", "x", "--seed", "1").out.strip()
     running = smallcat("submit", "x", "--seed", "2").out.strip()
     claim(client, JobHandle(running).record().job)
-    told = smallcat("cancel", queued, running)
-    assert told.code == 0
-    assert told.out.splitlines() == [f"{queued}  cancelled", f"{running}  cancelling"]
+    ran = smallcat("cancel", queued, running)
+    assert ran.code == 0
+    assert ran.out.splitlines() == [f"{queued}  cancelled", f"{running}  cancelling"]
     assert smallcat("cancel", queued, running, "--json").document == {queued: "cancelled", running: "running"}
 
 
@@ -266,9 +266,9 @@ def test_fetching_saves_each_picture(
     for job in jobs:
         finish(client, environment, job)
     folder = tmp_path / "new" / "folder"
-    told = smallcat("fetch", *(job.id for job in jobs), "--output", str(folder))
-    assert told.code == 0
-    assert "note  cut" in told.err
+    ran = smallcat("fetch", *(job.id for job in jobs), "--output", str(folder))
+    assert ran.code == 0
+    assert "note  cut" in ran.err
     for job in jobs:
         with Image.open(folder / f"{job.id}.png") as image:
             assert image.getpixel((0, 0)) == tuple(picture_of(job).pixels[0, 0])
@@ -283,10 +283,10 @@ def test_one_jobs_failure_does_not_keep_the_others_from_being_fetched(
     failed, done = job_of(1), job_of(2)
     claim(client, failed).failed(failed.id, "m1", NotFiniteError("NaN at step 3"))
     finish(client, environment, done)
-    told = smallcat("fetch", failed.id, done.id, "--output", str(tmp_path), "--json")
-    assert told.code == 1
-    assert told.err.endswith("NaN at step 3\n")
-    assert [each["id"] for each in told.document] == [done.id]
+    ran = smallcat("fetch", failed.id, done.id, "--output", str(tmp_path), "--json")
+    assert ran.code == 1
+    assert ran.err.endswith("NaN at step 3\n")
+    assert [each["id"] for each in ran.document] == [done.id]
 
 
 def test_waiting_for_a_picture(
@@ -295,28 +295,28 @@ def test_waiting_for_a_picture(
     job = job_of(3)
     finish(client, environment, job)
     # In the bucket, and its record is final: submitted again it is queued until a worker answers.
-    told = smallcat("fetch", job.id, "--show", "--output", str(tmp_path))
-    assert told.code == 0
-    assert "seed 3, 4 steps" in told.out
-    told = smallcat("submit", "x", "--wait", "--timeout", "0", "--json")
-    assert (told.code, told.out) == (1, "")
-    assert "is still queued after 0 s" in told.err
+    ran = smallcat("fetch", job.id, "--show", "--output", str(tmp_path))
+    assert ran.code == 0
+    assert "seed 3, 4 steps" in ran.out
+    ran = smallcat("submit", "x", "--wait", "--timeout", "0", "--json")
+    assert (ran.code, ran.out) == (1, "")
+    assert "is still queued after 0 s" in ran.err
 
 
-@pytest.mark.parametrize("error", [NotFiniteError("told why"), UnknownModelError("told why")])
+@pytest.mark.parametrize("error", [NotFiniteError("ran why"), UnknownModelError("ran why")])
 def test_a_failed_job_is_a_sentence_and_1(smallcat: Shell, client: Redis, error: Any) -> None:
     job = job_of(1)
     claim(client, job).failed(job.id, "m1", error)
-    told = smallcat("fetch", job.id)
-    assert (told.code, told.out) == (1, "")
-    assert told.err.endswith("told why\n")
+    ran = smallcat("fetch", job.id)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.endswith("ran why\n")
 
 
 def test_a_cancelled_job_is_a_sentence_and_1(smallcat: Shell, client: Redis) -> None:
     job_id = smallcat("submit", "x").out.strip()
     smallcat("cancel", job_id)
-    told = smallcat("fetch", job_id)
-    assert (told.code, told.err.splitlines()[-1]) == (1, "The job was cancelled.")
+    ran = smallcat("fetch", job_id)
+    assert (ran.code, ran.err.splitlines()[-1]) == (1, "The job was cancelled.")
 
 
 def test_a_job_that_failed_for_its_storage_is_3(smallcat: Shell, client: Redis) -> None:
@@ -331,19 +331,19 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_and_2(
     job = job_of(1)
     finish(client, environment, job)
     (tmp_path / "file").touch()
-    told = smallcat("fetch", job.id, "--output", str(tmp_path / "file"))
-    assert told.code == 2
-    assert "file" in told.err
+    ran = smallcat("fetch", job.id, "--output", str(tmp_path / "file"))
+    assert ran.code == 2
+    assert "file" in ran.err
 
 
-def test_waiting_for_what_nobody_serves_says_so_once_and_without_a_python_warning(
+def test_waiting_for_what_no_worker_serves_shows_it_once_and_without_a_python_warning(
     smallcat: Shell, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.state.records.RECHECK_S", 0.01)
-    told = smallcat("submit", "x", "--model", "another", "--wait", "--timeout", "0.5")
-    assert told.code == 1
-    assert told.err.count("No worker serves") == 1
-    assert "UserWarning" not in told.err
+    ran = smallcat("submit", "x", "--model", "another", "--wait", "--timeout", "0.5")
+    assert ran.code == 1
+    assert ran.err.count("No worker serves") == 1
+    assert "UserWarning" not in ran.err
 
 
 # --- as a process -----------------------------------------------------------------------------------------
@@ -362,15 +362,15 @@ def run(environment: dict[str, str], *arguments: str, **options: Any) -> subproc
 
 
 def test_python_m_producer_is_the_command(environment: dict[str, str], client: Redis) -> None:
-    told = run(environment, "submit", "a small cat", "--json")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert JobHandle(json.loads(told.stdout)["id"]).state() is State.QUEUED
+    ran = run(environment, "submit", "a small cat", "--json")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert JobHandle(json.loads(ran.stdout)["id"]).state() is State.QUEUED
 
 
 def test_a_reader_that_has_enough_is_no_error(environment: dict[str, str], client: Redis) -> None:
     read, write = os.pipe()
     os.close(read)
-    told = subprocess.run(
+    ran = subprocess.run(
         [sys.executable, "-m", "producer", "submit", "x", "--json"],
         env=environment,
         stdout=write,
@@ -380,7 +380,7 @@ def test_a_reader_that_has_enough_is_no_error(environment: dict[str, str], clien
         check=False,
     )
     os.close(write)
-    assert told.stderr == ""
+    assert ran.stderr == ""
 
 
 def test_the_group_is_one_that_click_can_list() -> None:

@@ -188,7 +188,7 @@ def test_the_policy_names_where_pictures_come_from_and_nothing_else(manifest: Ca
 
 
 @pytest.mark.usefixtures("no_bucket")
-def test_links_with_temporary_keys_are_said_to_end_sooner(
+def test_links_with_temporary_keys_are_announced_to_end_sooner(
     manifest: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
@@ -205,7 +205,7 @@ def test_an_older_page_stays_when_the_new_one_fails(manifest: Callable[..., str]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.html", "run.jsonl"]
 
 
-def test_no_more_than_the_limit_is_shown_and_the_page_says_so(manifest: Callable[..., str]) -> None:
+def test_no_more_than_the_limit_is_shown_and_the_page_has_a_notice(manifest: Callable[..., str]) -> None:
     run = manifest(*(line_of(job_of(seed=seed)) for seed in range(3)))
     assert write_gallery(run, limit=3).notices == ()
     page = write_gallery(run, limit=2)
@@ -224,19 +224,19 @@ def test_limits_are_checked_before_anything_is_read(wrong: dict[str, int]) -> No
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    said: list[str] = []
-    return list(read_lines(str(path), said.append)), said
+    warnings: list[str] = []
+    return list(read_lines(str(path), warnings.append)), warnings
 
 
 def test_a_torn_or_foreign_line_is_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl.part"
     path.write_text('{"id": "a"}\n\n[1]\n{"id": "b"}\n{"id": "c')
-    lines, said = read(path)
+    lines, warnings = read(path)
     assert [line["id"] for line in lines] == ["a", "b"]
-    assert said == ["Not readable in the manifest and left out: 2 lines, the first is line 3."]
+    assert warnings == ["Not readable in the manifest and left out: 2 lines, the first is line 3."]
 
 
-def test_csv_and_gzip_say_the_same_as_jsonl(tmp_path: Path) -> None:
+def test_csv_and_gzip_are_read_as_jsonl_is(tmp_path: Path) -> None:
     path = tmp_path / "run.csv.gz"
     with gzip.open(path, "wt", newline="") as file:
         table = csv.DictWriter(file, ["id", "prompt", "seed", "guidance_scale", "grid", "rendered", "error"])
@@ -245,12 +245,12 @@ def test_csv_and_gzip_say_the_same_as_jsonl(tmp_path: Path) -> None:
             {"id": "a", "prompt": "two\nlines", "seed": 2**62, "guidance_scale": 7.5, "grid": '{"steps": 20}'}
             | {"rendered": 1.5}
         )
-    lines, said = read(path)
+    lines, warnings = read(path)
     assert lines == [
         {"id": "a", "prompt": "two\nlines", "seed": 2**62, "guidance_scale": 7.5, "grid": {"steps": 20}}
         | {"timings": {"rendered": 1.5}}
     ]
-    assert not said
+    assert not warnings
 
 
 @pytest.mark.usefixtures("no_bucket")
@@ -347,7 +347,7 @@ def test_a_manifest_line_that_lacks_a_field_of_its_job_is_completed_from_the_rec
     page = write_gallery(str(path))
     whole, lacking = rows_of(page.path)
     assert (whole["guidance_start"], whole["parameters"]) == ("0.25", write(job))
-    # Without a record nobody knows which picture it is: rather no infotext than another picture's.
+    # Without a record its picture is unknown: better no infotext than another picture's.
     assert "parameters" not in lacking
     assert page.notices == ("1 record could not be read from the bucket.",)
 
@@ -406,12 +406,12 @@ def test_what_a_thread_raises_ends_the_stream() -> None:
         list(in_order(refuse, iter(range(10_000)), threads=2))
 
 
-def test_the_command_writes_the_page_and_says_where(manifest: Callable[..., str]) -> None:
+def test_the_command_writes_the_page_and_prints_its_path(manifest: Callable[..., str]) -> None:
     run = manifest(line_of(job_of()))
-    told = CliRunner().invoke(cli, ["gallery", run])
-    assert told.exit_code == 0
-    assert "run.html" in told.output
-    assert "0 pictures, 1 failed" in told.output
+    ran = CliRunner().invoke(cli, ["gallery", run])
+    assert ran.exit_code == 0
+    assert "run.html" in ran.output
+    assert "0 pictures, 1 failed" in ran.output
     as_json = CliRunner().invoke(cli, ["gallery", run, "--json", "--title", "A run"])
     answer = json.loads(as_json.output)
     assert (answer["jobs"], answer["failed"], answer["expires_at"]) == (1, 1, None)

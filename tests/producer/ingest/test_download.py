@@ -45,7 +45,7 @@ class FakeBucket:
         *("{line!r}", "{", "{line:x y}", "{line:{seed}}"),
     ],
 )
-def test_a_template_that_climbs_or_is_not_understood_is_refused(text: str) -> None:
+def test_a_template_that_leads_out_or_is_not_understood_is_refused(text: str) -> None:
     with pytest.raises(PromptFileError):
         Template(text)
 

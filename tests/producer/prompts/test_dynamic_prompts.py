@@ -74,12 +74,12 @@ def test_wildcards_are_files_of_alternatives(wildcards: Wildcards) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"), [("__none__", "none.txt"), ("__../up__", "leads out"), ("__self__", "in itself")]
+    ("prompt", "part"), [("__none__", "none.txt"), ("__../up__", "leads out"), ("__self__", "in itself")]
 )
-def test_a_wildcard_that_cannot_be_read_is_an_error(wildcards: Wildcards, prompt: str, says: str) -> None:
+def test_a_wildcard_that_cannot_be_read_is_an_error(wildcards: Wildcards, prompt: str, part: str) -> None:
     with pytest.raises(LineError) as error:
         texts(prompt, wildcards)
-    assert says in error.value.reason
+    assert part in error.value.reason
     with pytest.raises(LineError, match="--wildcards"):
         texts("__colours__")
 

@@ -31,9 +31,9 @@ def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
 
 
 def warned(path: Path) -> list[str]:
-    said: list[str] = []
-    list(read(source(str(path)), warn=said.append))
-    return said
+    warnings: list[str] = []
+    list(read(source(str(path)), warn=warnings.append))
+    return warnings
 
 
 # Text: encodings and lines.
@@ -57,7 +57,7 @@ def test_a_text_file_is_a_prompt_a_line_without_blanks_and_comments(tmp_path: Pa
         codecs.BOM_UTF16_BE + "eine Möwe\r\n猫".encode("utf-16-be"),
     ],
 )
-def test_encodings_and_line_ends_are_told_apart(tmp_path: Path, encoded: bytes) -> None:
+def test_encodings_and_line_ends_are_recognised(tmp_path: Path, encoded: bytes) -> None:
     path = written(tmp_path, "p.txt", encoded)
     assert entries(path) == [Entry(1, {"prompt": "eine Möwe"}), Entry(2, {"prompt": "猫"})]
 
@@ -118,7 +118,7 @@ def test_a_line_can_carry_options_as_automatic1111_reads_them(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "part"),
     [
         ("--promt cat", "did you mean --prompt"),
         ("--steps many", "number"),
@@ -128,10 +128,10 @@ def test_a_line_can_carry_options_as_automatic1111_reads_them(tmp_path: Path) ->
         ("--n_iter 0", "1 to"),
     ],
 )
-def test_options_that_cannot_be_read_are_an_error_with_its_line(tmp_path: Path, line: str, says: str) -> None:
+def test_options_that_cannot_be_read_are_an_error_with_its_line(tmp_path: Path, line: str, part: str) -> None:
     [bad] = entries(written(tmp_path, "p.txt", line))
     assert isinstance(bad, BadEntry)
-    assert says in bad.reason.lower() or says in bad.reason
+    assert part in bad.reason.lower() or part in bad.reason
 
 
 def test_a_seed_of_minus_one_is_none() -> None:
@@ -170,14 +170,14 @@ def test_an_open_quote_is_one_bad_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "says"), [("a,b,c", "3 cells"), ('"a"b,1', "CSV"), ("\udcffa,1", "0xff"), ("cat,{}", "seed")]
+    ("row", "part"), [("a,b,c", "3 cells"), ('"a"b,1', "CSV"), ("\udcffa,1", "0xff"), ("cat,{}", "seed")]
 )
-def test_a_bad_row_is_a_bad_line(tmp_path: Path, row: str, says: str) -> None:
+def test_a_bad_row_is_a_bad_line(tmp_path: Path, row: str, part: str) -> None:
     data = f"prompt,seed\n{row}\ngood,1\n".encode("utf-8", "surrogateescape")
     first, good = entries(written(tmp_path, "p.csv", data))
     assert good == Entry(3, {"prompt": "good", "seed": 1})
     if isinstance(first, BadEntry):
-        assert says in first.reason
+        assert part in first.reason
     else:
         assert first.fields["seed"] == "{}"  # Left for the job's own error to name.
 
@@ -189,20 +189,20 @@ def test_tabs_and_semicolons_part_cells_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heading", "says"),
+    ("heading", "part"),
     [("promt,seed", 'rename "promt"'), ("a,b", "no column"), ("prompt,Prompt", "two columns"), ("", "empty")],
 )
 def test_a_table_without_a_prompt_column_is_refused_with_a_remedy(
-    tmp_path: Path, heading: str, says: str
+    tmp_path: Path, heading: str, part: str
 ) -> None:
-    with pytest.raises(PromptFileError, match=says):
+    with pytest.raises(PromptFileError, match=part):
         entries(written(tmp_path, "p.csv", heading and f"{heading}\nx,1\n"))
 
 
 def test_a_heading_that_is_nearly_a_field_is_named_in_a_warning(tmp_path: Path) -> None:
     path = written(tmp_path, "p.csv", "prompt,guidence_scale\ncat,3\n")
-    [said] = warned(path)
-    assert "guidance_scale" in said
+    [warnings] = warned(path)
+    assert "guidance_scale" in warnings
     assert entries(path) == [Entry(2, {"prompt": "cat", "metadata": {"guidence_scale": "3"}})]
 
 
@@ -242,7 +242,7 @@ def test_parquet_is_read_by_rows(tmp_path: Path) -> None:
         entries(written(tmp_path, "q.parquet", "nothing of the kind"))
 
 
-def test_parquet_without_pyarrow_says_what_to_install(
+def test_parquet_without_pyarrow_names_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -255,7 +255,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
 
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.tsv", "p.jsonl"])
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_compressed_files_are_told_by_their_bytes(tmp_path: Path, name: str, ending: str) -> None:
+def test_compressed_files_are_recognised_by_their_bytes(tmp_path: Path, name: str, ending: str) -> None:
     texts: dict[str, Any] = {"txt": "cat\ndog\n", "jsonl": '{"prompt": "cat"}\n"dog"\n'}
     text = texts.get(name.partition(".")[2], "prompt\ncat\ndog\n").encode()
     half = len(text) // 2
@@ -281,7 +281,7 @@ def test_standard_input_can_be_read_more_than_once(monkeypatch: pytest.MonkeyPat
     assert list(read(found)) == list(read(found)) == [Entry(2, {"prompt": "a cat"})]
 
 
-def test_a_source_that_is_not_there_or_says_no_format_or_changes_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_is_not_there_or_has_no_known_format_or_changes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PromptFileError, match="cannot be read"):
         source(str(tmp_path / "none.txt"))
     with pytest.raises(PromptFileError, match="--format"):

@@ -51,7 +51,7 @@ def test_images_give_seeds_that_depend_on_the_line_alone() -> None:
         (Variants(grid={"seed": [1, 2]}, images=1), {}, [1, 2]),
     ],
 )
-def test_seeds_start_where_it_is_said(
+def test_seeds_start_where_the_options_put_them(
     variants: Variants, fields: dict[str, Any], seeds: list[object]
 ) -> None:
     assert [each["seed"] for each in prompts(variants, prompt="cat", **fields)] == seeds

@@ -172,7 +172,7 @@ def name_of_download() -> list[str]:
 
 
 def errors() -> str:
-    """What a misspelt name, a wrong value and a wrong choice are told."""
+    """The error of a misspelt name, a wrong value and a wrong choice."""
     from worker.contract.errors import InvalidJobError
     from worker.contract.job import Job
 

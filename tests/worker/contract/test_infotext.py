@@ -108,7 +108,7 @@ def test_every_scheduler_has_a_name_there(scheduler: Scheduler) -> None:
     assert list(SAMPLERS.values()).count(SAMPLERS[scheduler]) == 1
 
 
-def test_the_longest_texts_with_the_dearest_characters_still_fit_into_a_jpeg() -> None:
+def test_the_longest_texts_with_the_longest_escapes_still_fit_into_a_jpeg() -> None:
     """Exif in a JPEG ends at 65,533 bytes, and is UTF-16."""
     for character in ('"', "\\", "🐈", "\n", "x"):
         prompt = character * 1_900 + "\nNegative prompt: x"

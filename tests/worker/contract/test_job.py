@@ -137,7 +137,7 @@ def test_a_lone_surrogate_is_refused_with_a_text_that_can_be_printed(prompt: str
     assert refusal(prompt=prompt).encode()
 
 
-def test_an_unknown_scheduler_or_format_is_told_what_there_is() -> None:
+def test_the_error_of_an_unknown_scheduler_or_format_names_what_there_is() -> None:
     assert refusal(scheduler="dim") == (
         "scheduler is 'dim': use one of default, ddim, euler, euler_ancestral, dpmpp_2m, "
         "dpmpp_2m_karras, pndm, unipc, lcm."
@@ -174,14 +174,14 @@ def test_an_unknown_field_far_from_all_names_them_all() -> None:
     assert all(field in sentence for field in Job.model_fields)
 
 
-def test_every_wrong_field_is_told_at_once() -> None:
+def test_all_wrong_fields_are_in_one_error() -> None:
     sentence = refusal(width=65, steps=0, zzz=1)
     assert "width" in sentence
     assert "steps" in sentence
     assert "zzz" in sentence
 
 
-def test_a_job_without_a_prompt_is_told_so() -> None:
+def test_the_error_of_a_job_without_a_prompt_says_so() -> None:
     with pytest.raises(InvalidJobError, match=r"^prompt is missing: a job needs a prompt\.$"):
         Job.parse({})
 
@@ -196,9 +196,9 @@ def test_a_huge_value_gets_a_short_sentence(value: Any) -> None:
 
 
 def test_metadata_is_limited_by_its_bytes_as_compact_json() -> None:
-    frame = len('{"x":""}')
-    assert parsed(metadata={"x": "y" * (MAX_METADATA - frame)})
-    assert refusal(metadata={"x": "y" * (MAX_METADATA - frame + 1)}) == (
+    around = len('{"x":""}')
+    assert parsed(metadata={"x": "y" * (MAX_METADATA - around)})
+    assert refusal(metadata={"x": "y" * (MAX_METADATA - around + 1)}) == (
         "metadata is 4,097 bytes of JSON, the limit is 4,096: keep a reference."
     )
     # Bytes, not characters.
@@ -218,7 +218,7 @@ def test_metadata_as_deep_as_allowed_makes_the_whole_way_as_json() -> None:
 
 
 @pytest.mark.parametrize("depth", [MAX_METADATA_DEPTH + 1, 300, 1_900, 100_000])
-def test_metadata_deeper_than_json_readers_go_is_refused_at_the_door(depth: int) -> None:
+def test_metadata_deeper_than_json_readers_go_is_refused(depth: int) -> None:
     assert refusal(metadata=nested(depth)).startswith("metadata is nested deeper than ")
 
 
@@ -292,9 +292,9 @@ def test_resolving_fills_in_what_was_left_open_and_pins_the_model() -> None:
     assert (job.model, job.revision) == (SERVED.name, SERVED.revision)
 
 
-def test_a_job_that_says_the_defaults_is_the_job_that_leaves_them_open() -> None:
-    said = parsed(width=512, height=768, steps=30, guidance_scale=7.5, model="a/model")
-    assert said.resolved(SERVED).id == parsed().resolved(SERVED).id
+def test_a_job_with_the_defaults_is_the_job_that_leaves_them_open() -> None:
+    given = parsed(width=512, height=768, steps=30, guidance_scale=7.5, model="a/model")
+    assert given.resolved(SERVED).id == parsed().resolved(SERVED).id
 
 
 def test_a_resolved_job_is_within_its_limits() -> None:
