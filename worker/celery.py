@@ -18,7 +18,7 @@ from worker.contract.settings import Settings
 try:
     _settings = Settings.from_environment(os.environ)
 except SettingsError as error:
-    # A producer has read the same settings before it comes here: this is the `celery` command.
+    # A producer has read the same settings before it imports this module: this is the `celery` command.
     raise SystemExit(f"smallcat: {error}") from None
 
 
@@ -26,30 +26,30 @@ app = Celery("smallcat", broker=broker_url(_settings.redis_url), include=["worke
 app.conf.update(
     task_acks_late=True,
     task_ignore_result=True,
-    # A job's state is its record; Celery's own result backend would be a second truth.
+    # The state of a job is its record in Redis: Celery's result backend would be another one.
     result_backend=None,
     task_serializer="json",
     accept_content=["json"],
     worker_pool="threads",
-    # A number is set when the model is loaded: see `worker.tasks`.
+    # `worker.tasks` sets a number when the model is loaded.
     worker_concurrency="auto",
     worker_prefetch_multiplier=1,
-    # Jobs run on when the connection is lost, and are acknowledged over the next one.
+    # Jobs run on when the connection is lost; the next connection acknowledges them.
     worker_cancel_long_running_tasks_on_connection_loss=False,
     worker_send_task_events=True,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    # A Redis that answers with an error, because it is full, say, is no reason to end.
+    # The worker must not end because Redis answers with an error, such as that it is full.
     broker_channel_error_retry=True,
-    # The transport counts what the process holds, over all its connections.
+    # The transport counts the messages that the process holds, over all its connections.
     worker_enable_prefetch_count_reduction=False,
     broker_transport_options=transport_options(_settings.lease_s),
-    # A producer learns at once, and retries by itself, when Redis is away.
+    # When Redis is out of reach, the producer is told at once and retries by itself.
     task_publish_retry=False,
 )
 
 
 def connection(redis_url: str) -> Connection:
-    """A connection of this app to that Redis, not yet made. kombu pools those of equal URLs."""
+    """A connection of this app to that Redis, not yet open. kombu pools those of equal URLs."""
     made: Connection = app.connection_for_write(url=broker_url(redis_url))
     return made

@@ -1,1 +1,1 @@
-"""The way of one job through a worker: `handler` is the door."""
+"""The way of one job through a worker, and the worker's heartbeat: `handler` is the door."""

@@ -1,1 +1,1 @@
-"""The bucket: `bucket` is the door, `bucket_process` the same from a process of its own."""
+"""The S3 bucket: `bucket` is the door, `bucket_process` does the same in a process of its own."""

@@ -1,15 +1,15 @@
-"""The bucket: the only door to boto3.
+"""The S3 bucket with the pictures. No other module imports boto3.
 
     PREFIX/images/<id[:2]>/<id>.png     the picture (or .webp, .jpeg), put first
-    PREFIX/images/<id[:2]>/<id>.json    the job's lasting record, put last: where it is, all is
+    PREFIX/images/<id[:2]>/<id>.json    the job's lasting record, put last
 
-A worker that dies between the two, or that a full storage refuses one of them, leaves no record: then the job
-is not done, whatever lies there, and its next attempt puts both. The picture is the larger of the two, so a
-storage that fills up refuses it before anything is written. Nothing is ever deleted to tidy up: another
-worker may be putting the same job.
+A job is done when its record is there. When a worker dies between the two, or a full storage refuses one of
+them, there is no record, and the job's next attempt puts both. The picture is larger than the record, so a
+storage that fills up refuses it before anything is written. A worker deletes nothing to clean up: another
+one may be putting the same job.
 
-Keys follow from the id alone, so putting twice is putting once. Works with any S3-compatible server:
-nothing rests on If-None-Match or newer checksums, which some ignore or refuse.
+The keys follow from the job's id, so putting a job twice writes the same objects. Any S3-compatible server
+will do: If-None-Match and newer checksums, which some ignore or refuse, are not needed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from worker.contract.job import ImageFormat
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-#: Longest life of a presigned link that S3 allows, seconds.
+#: Seconds that a presigned link is valid at most: S3's limit.
 MAX_URL_S = 604_800
 
-#: Answers that trying again does not change, and what to do about each.
+#: Error codes that last, however often the request is repeated, and the remedy for each.
 _PERMANENT = {
     "NoSuchBucket": "create it, or set S3_BUCKET",
     "404": "create it, or set S3_BUCKET",
@@ -53,11 +53,11 @@ _PERMANENT = {
 
 
 class Bucket:
-    """One bucket. Thread-safe: boto3's client is, and there is one.
+    """One bucket. Thread-safe: it has one boto3 client, which is.
 
-    `connections` is the most requests at once, `attempts` how often one is tried while the server is out of
-    reach or overloaded: 8 last about a minute, 2 a second. Credentials, endpoint and region are boto3's own
-    settings.
+    `connections`: requests at once, at most. `attempts`: how often a request is tried while the server is out
+    of reach or overloaded; 8 take about a minute, 2 about a second. Credentials, endpoint and region are
+    boto3's own settings.
     """
 
     def __init__(self, name: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
@@ -70,7 +70,7 @@ class Bucket:
     @cached_property
     def _client(self) -> S3Client:
         config = botocore.config.Config(
-            # The default presigns with version 2 on custom endpoints, which rclone and Garage refuse.
+            # By default links for custom endpoints are signed by version 2, which rclone and Garage refuse.
             signature_version="s3v4",
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
@@ -79,14 +79,14 @@ class Bucket:
             connect_timeout=5,
             read_timeout=30,
         )
-        with self._lock:  # Making a client is not thread-safe; using one is.
+        with self._lock:  # Using a client is thread-safe; making one is not.
             return boto3.session.Session().client("s3", config=config)
 
     def check(self) -> None:
-        """Raise `StorageError` with the remedy unless the bucket is there and can be read and written."""
+        """Raise `StorageError` with the remedy unless the bucket exists and can be read and written."""
         if not self.name:
             raise StorageError("S3_BUCKET is not set: name the bucket for the pictures.")
-        # A name of its own: workers that start together must not delete each other's.
+        # A random name: workers that start together must not delete each other's object.
         key = f"{self._prefix}.smallcat-check-{secrets.token_hex(8)}"
         with self._errors():
             self._client.head_bucket(Bucket=self.name)
@@ -96,26 +96,26 @@ class Bucket:
 
     @property
     def root(self) -> str:
-        """The s3:// address below which everything lies."""
+        """The s3:// address below which all objects are."""
         return f"s3://{self.name}/{self._prefix}"
 
     def uri(self, job_id: str, image_format: ImageFormat) -> str:
-        """Where the picture of that job lies, or will."""
+        """The address of the job's picture, whether it is there yet or not."""
         return f"s3://{self.name}/{self._key(job_id, image_format)}"
 
     def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
-        """Store the picture and then the record, each checked by its MD5. Raises `StorageError`."""
+        """Store the picture, then the record; the server checks each by its MD5. Raises `StorageError`."""
         self._put(self._key(job_id, image_format), picture, mime)
         self._put(self._key(job_id, "json"), record, "application/json")
 
     def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
-        """The stored record of a job that is there whole; None where it is not. Raises `StorageError`."""
+        """The stored record of a job whose picture is there, too; else None. Raises `StorageError`."""
         record = self.record(job_id)
         # Somebody may have deleted the picture alone.
         return record if record is not None and self._is_there(self._key(job_id, image_format)) else None
 
     def record(self, job_id: str) -> bytes | None:
-        """The record of a job as it lies in the bucket, or None. Raises `StorageError`."""
+        """The stored record of a job, or None. Raises `StorageError`."""
         with self._errors():
             try:
                 return self._client.get_object(Bucket=self.name, Key=self._key(job_id, "json"))["Body"].read()
@@ -142,7 +142,7 @@ class Bucket:
                 raise UnknownJobError(f"Nothing is at {uri}: it was deleted, or never put.") from None
 
     def url(self, uri: str, expires_s: int = 3_600) -> str:
-        """A link to an s3:// address that works without keys for `expires_s` seconds (1 to 604,800)."""
+        """A link to an s3:// address that is valid without keys for `expires_s` seconds (1 to 604,800)."""
         if not 1 <= expires_s <= MAX_URL_S:
             raise ValueError(f"expires_s is {expires_s}: S3 allows 1 to {MAX_URL_S:,} seconds.")
         bucket, key = _split(uri)
@@ -152,9 +152,9 @@ class Bucket:
             )
 
     def below(self, address: str) -> Iterator[tuple[str, float]]:
-        """Every object under s3://bucket/prefix, by key: its address, and the Unix time it was put.
+        """The objects under s3://bucket/prefix, in order of their keys: address, and Unix time of the put.
 
-        A prefix ends where a name does: "runs/1" does not mean "runs/10". Raises `StorageError`.
+        A prefix is a folder: "runs/1" does not contain "runs/10". Raises `StorageError`.
         """
         bucket, _, prefix = address.removeprefix("s3://").partition("/")
         prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
@@ -164,9 +164,9 @@ class Bucket:
                     yield f"s3://{bucket}/{stored['Key']}", stored["LastModified"].timestamp()
 
     def delete(self, job_id: str, image_format: ImageFormat) -> None:
-        """Remove a job's picture and record; nothing where nothing is. Raises `StorageError`."""
+        """Delete a job's picture and record, if they are there. Raises `StorageError`."""
         with self._errors():
-            # The record first: where it is, all is.
+            # The record first: a job with a record is done.
             for key in (self._key(job_id, "json"), self._key(job_id, image_format)):
                 self._client.delete_object(Bucket=self.name, Key=key)
 
@@ -190,7 +190,7 @@ class Bucket:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn what botocore raises inside into one `StorageError` with the cause and the remedy."""
+        """Turn botocore's errors into one `StorageError` with the cause and the remedy."""
         try:
             yield
         except botocore.exceptions.ClientError as error:
@@ -211,7 +211,7 @@ class Bucket:
 
 
 def _split(uri: str) -> tuple[str, str]:
-    # By hand: a key may hold "#" and "?", which mean nothing here.
+    # Not by urllib: "#" and "?" are ordinary characters of a key.
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket or not key:
         raise ValueError(f"{uri!r} is no s3://bucket/key address.")

@@ -1,8 +1,9 @@
-"""The bucket, asked by a process of its own.
+"""The bucket, with its requests made in a process of their own.
 
-A picture's three requests are more than half of all the Python that a worker runs for it. One thread of a
-process runs Python at a time, so where jobs have few steps, the one that feeds the GPU would wait for those
-that upload. Here a request costs the worker one message there and one back (docs/performance.md).
+The three requests for a picture take more than half of the Python time that a worker spends on it. Only one
+thread of a process runs Python at a time, so with jobs of few steps the thread that feeds the GPU would wait
+for those that upload. Here a request costs the worker one message to the other process and one back
+(docs/performance.md).
 """
 
 from __future__ import annotations
@@ -23,30 +24,30 @@ from worker.storage.bucket import Bucket
 
 
 class _Manager(BaseManager):
-    """The process. It has a thread for each one that asks."""
+    """The process. It has a thread for each thread that sends it requests."""
 
 
 _Manager.register("storage", Bucket, exposed=("find", "put"))
 
 
 class BucketProcess(Bucket):
-    """A `Bucket` whose `find` and `put` are another process' work. Thread-safe; raises as `Bucket` does.
+    """A `Bucket` whose `find` and `put` are done by another process. Thread-safe; raises as `Bucket` does.
 
-    The process ends with this one, however this one ends. Where it ends by itself, those who wait for it get
-    a `StorageError`, and the next request starts another one.
+    The process ends with this one, however this one ends. When it ends by itself, those who wait for it get a
+    `StorageError`, and the next request starts another one.
     """
 
     def __init__(self, name: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
         super().__init__(name, prefix, connections=connections, attempts=attempts)
         self._starting = threading.Lock()
-        #: A proxy, by which each thread has a connection of its own.
+        #: A proxy, through which each thread has a connection of its own.
         self._remote: Any = None
 
     def start(self) -> None:
-        """Begin to start the process, which takes a second: the first request need not wait for it then."""
+        """Start the process in the background: it takes a second, which the first request need not wait."""
 
         def begin() -> None:
-            # Whoever asks next is told.
+            # The next request raises it.
             with contextlib.suppress(EOFError, OSError):
                 self._started()
 
@@ -69,7 +70,7 @@ class BucketProcess(Bucket):
             with self._starting:
                 if self._remote is remote:
                     self._remote = None
-            ended = f"The process that asks the bucket has ended ({error!r})"
+            ended = f"The process for requests to the bucket has ended ({error!r})"
             raise StorageError(f"{ended}: the next request starts another one.") from error
 
     def _started(self) -> Any:
@@ -87,12 +88,12 @@ class BucketProcess(Bucket):
 
 
 def _address() -> str | None:
-    """Where it listens: on Linux, by a name that is no file, so that a process that is killed leaves none."""
+    """The socket's address: on Linux an abstract one, so that a process that is killed leaves no file."""
     return f"\0smallcat-storage-{secrets.token_hex(8)}" if sys.platform == "linux" else None
 
 
 def _end_with_parent() -> None:
-    """Let this process live as long as its parent: no signal to the group of both ends it before."""
+    """End this process with its parent, and not before: signals to the group of both are ignored."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
