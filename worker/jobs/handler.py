@@ -192,11 +192,10 @@ class JobHandler:
         except ValidationError as error:
             logger.warning("Job %s: the record beside its picture cannot be read: %s", message.id, error)
             return False
-        own = {"priority": message.job.priority, "metadata": message.job.metadata}
         self._records.done(
             record.model_copy(
                 update={
-                    "job": record.job.model_copy(update=own),
+                    "job": record.job.submitted_as(message.job),
                     "step": record.steps,
                     # The bucket may be a copy of the one that the picture was put into.
                     "uri": self._bucket.uri(message.id, record.job.format),

@@ -99,12 +99,13 @@ def infotexts() -> dict[str, Any]:
 
 def messages() -> dict[str, Any]:
     """Whether the message of a job is that job; and what of it belongs to the submission."""
-    from worker.contract.job import SUBMISSION_FIELDS, Job
+    from worker.contract.job import Job
     from worker.contract.message import Message, payload_of
 
     job = Job.parse(WHOLE | VALUES)
     same = Message.parse(json.loads(json.dumps(payload_of(job)))).job == job
-    return {"same": same, "submission": SUBMISSION_FIELDS}
+    plain = Job.parse(WHOLE).submitted_as(job)
+    return {"same": same, "submission": [name for name in VALUES if getattr(plain, name) == VALUES[name]]}
 
 
 def run() -> dict[str, Any]:

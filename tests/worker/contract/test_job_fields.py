@@ -137,7 +137,7 @@ def test_a_new_field_goes_through_infotext_and_is_left_out_at_its_default(found:
 
 
 def test_a_new_field_goes_through_a_message_and_the_templates_of_messages(found: dict[str, Any]) -> None:
-    assert found["messages"] == {"same": True, "submission": ["team_note", "priority", "metadata"]}
+    assert found["messages"] == {"same": True, "submission": ["team_note"]}
     assert {name: found["run"]["job"][name] for name in VALUES} == VALUES
     assert found["run"]["id"][0] == found["run"]["id"][1]
 
