@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     if find_spec("setuptools") is None:
         pytest.skip("needs setuptools, which comes with torch")
     source = tmp_path_factory.mktemp("source")
-    for name in ("worker", "producer", "deploy", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("worker", "producer", "deploy", "smallcat.py", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     built = tmp_path_factory.mktemp("built")
@@ -80,7 +80,9 @@ def names(requirements: list[str]) -> set[str]:
 # What is installed
 
 
-def test_the_wheel_holds_all_of_the_three_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_all_of_its_packages_and_its_module_and_nothing_else(
+    wheel: zipfile.ZipFile,
+) -> None:
     files = set(wheel.namelist())
     modules = {
         str(path.relative_to(ROOT))
@@ -96,6 +98,7 @@ def test_the_wheel_holds_all_of_the_three_packages_and_nothing_else(wheel: zipfi
         "worker",
         "producer",
         "deploy",
+        "smallcat.py",
     }
 
 
@@ -133,7 +136,28 @@ def test_the_wheel_has_its_licence_and_its_command(wheel: zipfile.ZipFile, metad
 
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in wheel.read(licence).decode()
-    assert "smallcat = producer.cli.main:main" in wheel.read(commands).decode()
+    assert wheel.read(commands).decode().split() == ["[console_scripts]", "smallcat", "=", "smallcat:main"]
+
+
+def test_what_is_installed_from_the_wheel_runs(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Its command and its module, in a folder with other people's `worker.py` and `producer.py`."""
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site]
+    subprocess.run([*install, str(wheel.filename)], check=True)
+    for name in ("worker.py", "producer.py"):
+        (tmp_path / name).write_text("print('somebody else')")
+
+    def run(*command: str | Path, path: str = "") -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": f"{path}{site}"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    code = "import smallcat; print(smallcat.__file__, smallcat.Job(prompt='x').prompt)"
+    # -P: without the current folder.
+    assert run(sys.executable, "-P", "-c", code).stdout == f"{site / 'smallcat.py'} x\n"
+    assert "Submit text-to-image jobs" in run(site / "bin" / "smallcat", "--help").stdout
+    hidden = run(site / "bin" / "smallcat", "--help", path=f"{tmp_path}{os.pathsep}")
+    assert (hidden.returncode, hidden.stdout) == (2, "")
+    assert hidden.stderr.startswith(f"smallcat: {tmp_path / 'producer.py'} hides smallcat's own package")
 
 
 def test_the_base_installation_renders_nothing() -> None:
