@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from worker.contract.settings import ProducerSettings, producer_settings
+from worker.storage.options import BucketOptions
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -88,7 +89,7 @@ class Session:
         """The bucket of that name. Each has one client, whoever asks."""
         prefix = self.settings.s3_prefix if name == self.settings.s3_bucket else ""
         with _lock:
-            return _bucket(name, prefix, self._variables)
+            return _bucket(name, prefix, BucketOptions.of(self.settings), self._variables)
 
     def bucket_of(self, uri: str) -> Bucket:
         """The bucket that s3://bucket/key lies in."""
@@ -126,8 +127,8 @@ def _session(settings: ProducerSettings, redis_retry_s: float, variables: _Varia
 
 
 @functools.lru_cache(maxsize=16)
-def _bucket(name: str, prefix: str, variables: _Variables) -> Bucket:
+def _bucket(name: str, prefix: str, options: BucketOptions, variables: _Variables) -> Bucket:
     """`variables` are part of the key alone: boto3 reads the environment."""
     from worker.storage.bucket import Bucket
 
-    return Bucket(name, prefix, attempts=ATTEMPTS)
+    return Bucket(name, prefix, attempts=ATTEMPTS, options=options)

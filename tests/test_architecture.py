@@ -39,7 +39,7 @@ DOORS = {
     "torch diffusers transformers xformers accelerate safetensors huggingface_hub": (
         "worker.device worker.model worker.bench"
     ),
-    "boto3 botocore": "worker.storage.bucket",
+    "boto3 botocore": "worker.storage",
     "prometheus_client": "worker.jobs.metrics",
     "celery": "worker.celery worker.tasks worker.broker.event_batches",
     "redis": "worker.state.redis_client worker.broker.channel worker.broker.lease",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
+import urllib.parse
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from producer.session import Session, session
-from worker.contract.errors import SmallcatError
-from worker.contract.job import ImageFormat
+from worker.contract.errors import PermanentStorageError, SmallcatError, StorageError
 from worker.contract.queues import queues_of
 from worker.contract.settings import hidden
+
+if TYPE_CHECKING:
+    from worker.storage.bucket import Bucket
 
 
 class Finding(NamedTuple):
@@ -73,21 +76,41 @@ def _redis(now: Session) -> Iterator[Finding]:
 
 def _bucket(now: Session) -> Iterator[Finding]:
     bucket = now.bucket_named(now.settings.s3_bucket)
-    bucket.check()
-    yield Finding("bucket", True, f"{bucket.root} can be written, read and deleted from")
-    job_id, body = f"doctor-{secrets.token_hex(8)}", b"smallcat"
-    bucket.put(job_id, ImageFormat.PNG, body, b"{}", "image/png")
+    links: list[Finding] = []
     try:
-        link = bucket.url(bucket.uri(job_id, ImageFormat.PNG), expires_s=60)
+        lacks = bucket.check(lambda uri: links.append(_link(bucket.url(uri, expires_s=60))))
+    except PermanentStorageError as error:
+        # A machine with torch may be meant for a worker. Who only submits and fetches does not write.
+        if importlib.util.find_spec("torch") or not _can_read(bucket):
+            raise
+        yield Finding("bucket", True, f"{bucket.root} can be read, not written, which workers need: {error}")
+        return
+    yield Finding("bucket", True, f"{bucket.root} can be written and read")
+    yield from (Finding("bucket", True, each) for each in lacks)
+    yield from links
+
+
+def _can_read(bucket: Bucket) -> bool:
+    try:
+        # What is missing is told from what is refused only where there is the right to read.
+        bucket.record(f"doctor-{secrets.token_hex(8)}")
+    except StorageError:
+        return False
+    return True
+
+
+def _link(link: str) -> Finding:
+    """Whether a presigned link to a test object opens."""
+    try:
         with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310 - our own presigned http(s) link
-            ok = answer.read() == body
-    finally:
-        bucket.delete(job_id, ImageFormat.PNG)
-    yield Finding(
-        "bucket",
-        ok,
-        "presigned links open" if ok else "a presigned link gives other bytes: check for a proxy",
-    )
+            ok = answer.read() == b"smallcat"
+    except OSError as error:
+        host = urllib.parse.urlsplit(link).netloc
+        remedy = "check that this host is reached from here, and AWS_REGION and SMALLCAT_S3_ADDRESSING"
+        return Finding("bucket", False, f"a presigned link to {host} does not open ({error}): {remedy}")
+    if not ok:
+        return Finding("bucket", False, "a presigned link gives other bytes: check for a proxy")
+    return Finding("bucket", True, "presigned links open")
 
 
 def _workers(now: Session) -> Iterator[Finding]:

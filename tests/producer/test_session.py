@@ -88,7 +88,7 @@ def test_whoever_waits_for_a_bucket_waits_for_four_tries(
     """Handles, galleries, prompt files and feeders alike."""
     made: list[tuple[str, int]] = []
 
-    def bucket(name: str, prefix: str = "", *, attempts: int = 8) -> object:
+    def bucket(name: str, prefix: str = "", *, attempts: int = 8, **_: object) -> object:
         made.append((name, attempts))
         return object()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.contract.errors import SettingsError
 from worker.contract.job import MAX_GUIDANCE, MAX_STEPS
@@ -69,6 +69,13 @@ def _prefix(value: str) -> str:
     return value
 
 
+def _header(value: str) -> str:
+    """What goes into a header of HTTP: printable ASCII, at most 1,000 characters."""
+    if not (value.isascii() and value.isprintable()) or len(value) > 1_000:
+        raise ValueError("must be printable ASCII of at most 1,000 characters")
+    return value.strip()
+
+
 class Settings(BaseModel):
     """The settings that workers and producers share."""
 
@@ -82,10 +89,43 @@ class Settings(BaseModel):
     s3_bucket: str = ""
     #: Key prefix in the bucket, for sharing it with other things.
     s3_prefix: Annotated[str, AfterValidator(_prefix)] = ""
+    #: How an address names the bucket: virtual (bucket.host), path (host/bucket), auto: virtual on AWS.
+    s3_addressing: Literal["auto", "virtual", "path"] = "auto"
+    #: Encryption that each object asks for. Not set: the bucket's own. AES256 is SSE-S3, aws:kms is SSE-KMS.
+    s3_sse: Literal["", "AES256", "aws:kms", "aws:kms:dsse"] = ""
+    #: Id, ARN or alias of the KMS key, with aws:kms. Not set: the account's own for S3.
+    s3_sse_kms_key_id: Annotated[str, AfterValidator(_header)] = ""
+    #: Canned ACL of each object: bucket-owner-full-control in another account's bucket. Not set: none.
+    s3_acl: Literal[
+        "",
+        "private",
+        "public-read",
+        "public-read-write",
+        "authenticated-read",
+        "aws-exec-read",
+        "bucket-owner-read",
+        "bucket-owner-full-control",
+    ] = ""
+    #: Cache-Control of each object, such as "public, max-age=31536000, immutable". Not set: none.
+    s3_cache_control: Annotated[str, AfterValidator(_header)] = ""
+    #: Object Lock mode of each object. Not set: the bucket's own retention.
+    s3_object_lock: Literal["", "GOVERNANCE", "COMPLIANCE"] = ""
+    #: Days, 1 to 36500, that each object is retained, with SMALLCAT_S3_OBJECT_LOCK.
+    s3_object_lock_days: int | None = Field(default=None, ge=1, le=36_500)
     #: Seconds, > 0, that a job's record stays in Redis after its last change (default: 7 days).
     record_ttl_s: int = Field(default=604_800, gt=0, le=_YEAR_S)
     #: Seconds, >= 1, until a dead worker's jobs go to another one. The same on every worker of a queue.
     lease_s: float = Field(default=30, ge=1, le=_YEAR_S)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.s3_sse_kms_key_id and not self.s3_sse.startswith("aws:kms"):
+            raise SettingsError(
+                f"SMALLCAT_S3_SSE_KMS_KEY_ID needs SMALLCAT_S3_SSE=aws:kms, and that is {self.s3_sse!r}."
+            )
+        if bool(self.s3_object_lock) != bool(self.s3_object_lock_days):
+            raise SettingsError("SMALLCAT_S3_OBJECT_LOCK and SMALLCAT_S3_OBJECT_LOCK_DAYS need each other.")
+        return self
 
     @classmethod
     def variable(cls, field: str) -> str:

@@ -1,4 +1,4 @@
-"""The S3 bucket with the pictures. No other module imports boto3.
+"""The bucket: what a worker and a producer ask of S3.
 
     PREFIX/images/<id[:2]>/<id>.png     the picture (or .webp, .jpeg), put first
     PREFIX/images/<id[:2]>/<id>.json    the job's lasting record, put last
@@ -15,84 +15,111 @@ will do: If-None-Match and newer checksums, which some ignore or refuse, are not
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import secrets
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, cast
 
-import boto3
-import botocore.config
 import botocore.exceptions
 
 from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
 from worker.contract.job import ImageFormat
+from worker.storage.client import is_aws, make_client, region_of
+from worker.storage.options import BucketOptions
+from worker.storage.refusals import DENIED, code_of, storage_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 #: Seconds that a presigned link is valid at most: S3's limit.
 MAX_URL_S = 604_800
-
-#: Error codes that last, however often the request is repeated, and the remedy for each.
-_PERMANENT = {
-    "NoSuchBucket": "create it, or set S3_BUCKET",
-    "404": "create it, or set S3_BUCKET",
-    "AccessDenied": "give these keys read and write on it",
-    "403": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "Forbidden": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY",
-    "InsufficientStorage": "make room on the storage",
-    "507": "make room on the storage",
-    "QuotaExceeded": "make room on the storage",
-    "XMinioStorageFull": "make room on the storage",
-}
+#: Begins the names of test objects: they are removed, where these keys may remove.
+TEST_NAME = ".smallcat-check-"
+#: What HEAD and GET answer where nothing is.
+_MISSING = frozenset({"NoSuchKey", "NotFound", "404"})
 
 
 class Bucket:
     """One bucket. Thread-safe: it has one boto3 client, which is.
 
-    `connections`: requests at once, at most. `attempts`: how often a request is tried while the server is out
-    of reach or overloaded; 8 take about a minute, 2 about a second. Credentials, endpoint and region are
-    boto3's own settings.
+    `connections` is the most requests at once, `attempts` how often one is tried while the server is out of
+    reach or overloaded: 8 last about a minute, 2 a second. `options` are what all objects have in common.
+    Credentials, endpoint and region are boto3's own settings.
     """
 
-    def __init__(self, name: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
+    def __init__(
+        self,
+        name: str,
+        prefix: str = "",
+        *,
+        connections: int = 16,
+        attempts: int = 8,
+        options: BucketOptions = BucketOptions(),  # noqa: B008 - frozen
+    ) -> None:
         self.name = name
         self._prefix = f"{prefix}/" if prefix else ""
         self._connections = connections
         self._attempts = attempts
+        self._options = options
         self._lock = threading.Lock()
+        self._made: S3Client | None = None
+        #: Clients for links, by bucket: those of AWS name the region that the bucket is in.
+        self._link_clients: dict[str, S3Client] = {}
+        #: Whether S3 is known to refuse what is missing, as it does without the right to list.
+        self._hides_missing = False
+        self._learning = threading.Lock()
 
-    @cached_property
+    @property
     def _client(self) -> S3Client:
-        config = botocore.config.Config(
-            # By default links for custom endpoints are signed by version 2, which rclone and Garage refuse.
-            signature_version="s3v4",
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"mode": "standard", "max_attempts": self._attempts},
-            max_pool_connections=self._connections,
-            connect_timeout=5,
-            read_timeout=30,
-        )
         with self._lock:  # Using a client is thread-safe; making one is not.
-            return boto3.session.Session().client("s3", config=config)
+            if self._made is None:
+                self._made = self._make_client()
+            return self._made
 
-    def check(self) -> None:
-        """Raise `StorageError` with the remedy unless the bucket exists and can be read and written."""
+    def _make_client(self, region: str | None = None) -> S3Client:
+        return make_client(
+            addressing=self._options.addressing,
+            connections=self._connections,
+            attempts=self._attempts,
+            region=region,
+        )
+
+    def check(self, look: Callable[[str], object] = lambda uri: None) -> tuple[str, ...]:
+        """Raise `StorageError` with the remedy unless the bucket is there and can be written and read.
+
+        `look` is called with the address of a test object while that is there. Returns a sentence for each
+        right that is missing and that a worker can do without.
+        """
         if not self.name:
             raise StorageError("S3_BUCKET is not set: name the bucket for the pictures.")
+        lacks = self.probe(look=look)
+        try:
+            with self._errors():
+                self._client.list_objects_v2(Bucket=self.name, Prefix=self._prefix, MaxKeys=1)
+        except PermanentStorageError as error:
+            lacks += (f"Objects cannot be listed, which only galleries of an s3:// address need: {error}",)
+        return lacks
+
+    def probe(self, size: int = 8, look: Callable[[str], object] = lambda uri: None) -> tuple[str, ...]:
+        """Put, read and remove a test object of `size` bytes, in the way that pictures are put.
+
+        `look`, result and errors as those of `check`.
+        """
         # A random name: workers that start together must not delete each other's object.
-        key = f"{self._prefix}.smallcat-check-{secrets.token_hex(8)}"
+        key = f"{self._prefix}{TEST_NAME}{secrets.token_hex(8)}"
+        self._put(key, b"smallcat".ljust(size, b".")[:size], "application/octet-stream", is_test=True)
         with self._errors():
-            self._client.head_bucket(Bucket=self.name)
-            self._client.put_object(Bucket=self.name, Key=key, Body=b"smallcat")
-            self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
-            self._client.delete_object(Bucket=self.name, Key=key)
+            try:
+                self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
+                look(f"s3://{self.name}/{key}")
+            finally:
+                refused = self._remove(key)
+        if refused is not None:
+            return (f"The test object {key} cannot be removed, which no job needs: {refused}",)
+        return ()
 
     @property
     def root(self) -> str:
@@ -119,17 +146,15 @@ class Bucket:
         with self._errors():
             try:
                 return self._client.get_object(Bucket=self.name, Key=self._key(job_id, "json"))["Body"].read()
-            except self._client.exceptions.NoSuchKey:
-                return None
+            except botocore.exceptions.ClientError as error:
+                if self._says_missing(error):
+                    return None
+                raise
 
     def get(self, uri: str) -> bytes:
         """The bytes at an s3:// address. Raises `UnknownJobError` where nothing is, `StorageError`."""
-        bucket, key = _split(uri)
-        with self._errors():
-            try:
-                return self._client.get_object(Bucket=bucket, Key=key)["Body"].read()
-            except self._client.exceptions.NoSuchKey:
-                raise UnknownJobError(f"Nothing is at {uri}: it was deleted, or never put.") from None
+        with self.open(uri) as body:
+            return body.read()
 
     @contextmanager
     def open(self, uri: str) -> Iterator[IO[bytes]]:
@@ -137,9 +162,12 @@ class Bucket:
         bucket, key = _split(uri)
         with self._errors():
             try:
-                yield cast("IO[bytes]", self._client.get_object(Bucket=bucket, Key=key)["Body"])
-            except self._client.exceptions.NoSuchKey:
-                raise UnknownJobError(f"Nothing is at {uri}: it was deleted, or never put.") from None
+                body = cast("IO[bytes]", self._client.get_object(Bucket=bucket, Key=key)["Body"])
+            except botocore.exceptions.ClientError as error:
+                if code_of(error) in _MISSING:
+                    raise UnknownJobError(f"Nothing is at {uri}: it was deleted, or never put.") from None
+                raise
+            yield body
 
     def url(self, uri: str, expires_s: int = 3_600) -> str:
         """A link to an s3:// address that is valid without keys for `expires_s` seconds (1 to 604,800)."""
@@ -147,7 +175,7 @@ class Bucket:
             raise ValueError(f"expires_s is {expires_s}: S3 allows 1 to {MAX_URL_S:,} seconds.")
         bucket, key = _split(uri)
         with self._errors():
-            return self._client.generate_presigned_url(
+            return self._link_client(bucket).generate_presigned_url(
                 "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=expires_s
             )
 
@@ -178,36 +206,74 @@ class Bucket:
             try:
                 self._client.head_object(Bucket=self.name, Key=key)
             except botocore.exceptions.ClientError as error:
-                if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+                if self._says_missing(error):
                     return False
                 raise
         return True
 
-    def _put(self, key: str, body: bytes, mime: str) -> None:
+    def _says_missing(self, error: botocore.exceptions.ClientError) -> bool:
+        """Whether the answer to reading an object of this bucket says that there is none."""
+        if code_of(error) in _MISSING:
+            return True
+        if code_of(error) not in DENIED:
+            return False
+        with self._learning:  # Once, and not by all threads at the first jobs.
+            self._hides_missing = self._hides_missing or self._is_missing_denied()
+        return self._hides_missing
+
+    def _is_missing_denied(self) -> bool:
+        """Whether what is missing is refused although what is there can be read: by trying both."""
+        try:
+            self._client.get_object(Bucket=self.name, Key=f"{self._prefix}{TEST_NAME}{secrets.token_hex(8)}")
+        except botocore.exceptions.ClientError as error:
+            if code_of(error) not in DENIED:
+                return False
+        # Without the right to put, nobody can tell.
+        with suppress(PermanentStorageError):
+            self.probe()
+            return True
+        return False
+
+    def _put(self, key: str, body: bytes, mime: str, *, is_test: bool = False) -> None:
+        # Buckets with Object Lock demand the MD5.
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+        parameters = self._options.put_parameters(datetime.datetime.now(datetime.UTC), is_test=is_test)
         with self._errors():
-            self._client.put_object(Bucket=self.name, Key=key, Body=body, ContentType=mime, ContentMD5=md5)
+            self._client.put_object(
+                Bucket=self.name, Key=key, Body=body, ContentType=mime, ContentMD5=md5, **parameters
+            )
+
+    def _remove(self, key: str) -> botocore.exceptions.ClientError | None:
+        """Remove a test object. Returns the refusal where these keys may not, or retention forbids it."""
+        try:
+            self._client.delete_object(Bucket=self.name, Key=key)
+        except botocore.exceptions.ClientError as error:
+            return error
+        return None
+
+    def _link_client(self, bucket: str) -> S3Client:
+        """The client that signs links to a bucket. At the first one, AWS is asked for the bucket's region."""
+        client = self._client
+        if not is_aws(client):
+            return client
+        with self._lock:
+            if bucket not in self._link_clients:
+                region = region_of(bucket, client)
+                known = region in (None, client.meta.region_name)
+                self._link_clients[bucket] = client if known else self._make_client(region)
+            return self._link_clients[bucket]
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn botocore's errors into one `StorageError` with the cause and the remedy."""
         try:
-            yield
-        except botocore.exceptions.ClientError as error:
-            code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
-            if remedy := _PERMANENT.get(code):
-                raise PermanentStorageError(
-                    f'The bucket "{self.name}" refuses ({code} {message}): {remedy}.'
-                ) from error
-            raise StorageError(f'The bucket "{self.name}" fails ({code} {message}).') from error
-        except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
-            raise PermanentStorageError(
-                f"The bucket needs keys ({error}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-            ) from error
-        except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise StorageError(
-                f'The bucket "{self.name}" is out of reach ({error}): check AWS_ENDPOINT_URL_S3.'
-            ) from error
+            with storage_errors(self.name):
+                yield
+        except PermanentStorageError:
+            # The next client has the keys that boto3 finds then: a file of keys may have been written again.
+            with self._lock:
+                self._made = None
+                self._link_clients.clear()
+            raise
 
 
 def _split(uri: str) -> tuple[str, str]:

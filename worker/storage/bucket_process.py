@@ -15,30 +15,40 @@ import secrets
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing.managers import BaseManager
 from typing import Any, cast
 
 from worker.contract.errors import StorageError
 from worker.contract.job import ImageFormat
 from worker.storage.bucket import Bucket
+from worker.storage.options import BucketOptions
 
 
 class _Manager(BaseManager):
     """The process. It has a thread for each thread that sends it requests."""
 
 
-_Manager.register("storage", Bucket, exposed=("find", "put"))
+_Manager.register("storage", Bucket, exposed=("find", "put", "probe"))
 
 
 class BucketProcess(Bucket):
-    """A `Bucket` whose `find` and `put` are done by another process. Thread-safe; raises as `Bucket` does.
+    """A `Bucket` whose `find`, `put` and `probe` are another process' work. Thread-safe; raises as `Bucket`.
 
     The process ends with this one, however this one ends. When it ends by itself, those who wait for it get a
     `StorageError`, and the next request starts another one.
     """
 
-    def __init__(self, name: str, prefix: str = "", *, connections: int = 16, attempts: int = 8) -> None:
-        super().__init__(name, prefix, connections=connections, attempts=attempts)
+    def __init__(
+        self,
+        name: str,
+        prefix: str = "",
+        *,
+        connections: int = 16,
+        attempts: int = 8,
+        options: BucketOptions = BucketOptions(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(name, prefix, connections=connections, attempts=attempts, options=options)
         self._starting = threading.Lock()
         #: A proxy, through which each thread has a connection of its own.
         self._remote: Any = None
@@ -60,6 +70,10 @@ class BucketProcess(Bucket):
     def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
         """As `Bucket.put`."""
         self._ask("put", job_id, image_format, picture, record, mime)
+
+    def probe(self, size: int = 8, look: Callable[[str], object] = lambda uri: None) -> tuple[str, ...]:
+        """As `Bucket.probe`, with the client, and so with the keys, of `find` and `put`. Nobody looks."""
+        return cast("tuple[str, ...]", self._ask("probe", size))
 
     def _ask(self, method: str, *arguments: object) -> object:
         remote = None
@@ -83,6 +97,7 @@ class BucketProcess(Bucket):
                     self._prefix.removesuffix("/"),
                     connections=self._connections,
                     attempts=self._attempts,
+                    options=self._options,
                 )
             return self._remote
 

@@ -12,6 +12,7 @@ from redis import Redis
 
 from producer.cli.doctor import Finding, examine
 from tests.worker.engine.fake_runner import SERVED, job_of
+from tests.worker.storage.wire import EVERYTHING, Wire
 from worker.contract.errors import SettingsError
 from worker.contract.queues import queue_of
 from worker.state.fleet import Fleet, WorkerInfo
@@ -142,6 +143,46 @@ def test_a_bucket_that_refuses(
     monkeypatch.setenv(variable, value)
     assert remedy in the_bad_one("bucket")
     assert all(finding.ok for finding in examine() if finding.what in ("redis", "workers"))
+
+
+def test_rights_that_no_job_needs_are_told_and_are_no_fault(client: Redis, wire: Wire) -> None:
+    wire.rights = EVERYTHING - {"s3:DeleteObject", "s3:ListBucket"}
+    findings = found("bucket")
+    assert all(finding.ok for finding in findings), findings
+    texts = [finding.text for finding in findings]
+    assert [text for text in texts if "cannot be removed, which no job needs" in text]
+    assert [text for text in texts if "cannot be listed, which only galleries" in text]
+    assert "presigned links open" in texts
+
+
+def test_a_producer_may_have_no_right_to_write(client: Redis, wire: Wire) -> None:
+    wire.rights = frozenset({"s3:GetObject", "s3:ListBucket"})
+    (finding,) = found("bucket")
+    assert finding.ok
+    assert "can be read, not written, which workers need: " in finding.text
+
+
+def test_a_machine_that_may_be_a_workers_needs_the_right_to_write(
+    client: Redis, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.cli.doctor.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("producer.cli.doctor._device", lambda: iter(()))
+    wire.rights = frozenset({"s3:GetObject", "s3:ListBucket"})
+    assert "AccessDenied" in the_bad_one("bucket")
+
+
+def test_a_link_that_does_not_open_names_its_host_and_the_settings(
+    client: Redis, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{held.getsockname()[1]}"
+        monkeypatch.setattr("worker.storage.bucket.Bucket.url", lambda *_, **__: f"http://{host}/b/k?x=1")
+        text = the_bad_one("bucket")
+    assert text.startswith(f"a presigned link to {host} does not open (")
+    assert text.endswith("and AWS_REGION and SMALLCAT_S3_ADDRESSING")
+    listing = boto3.client("s3").list_objects_v2(Bucket=environment["S3_BUCKET"])
+    assert listing.get("Contents", []) == []
 
 
 def test_a_misspelt_setting_ends_the_examination(client: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

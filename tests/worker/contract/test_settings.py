@@ -46,6 +46,17 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
             ("a\nb", "may not hold backslashes or control characters"),
         ],
     ),
+    "SMALLCAT_S3_ADDRESSING": ("path", "path", [("dns", "'auto', 'virtual' or 'path'")]),
+    "SMALLCAT_S3_SSE": ("aws:kms", "aws:kms", [("kms", "'AES256', 'aws:kms' or 'aws:kms:dsse'")]),
+    "SMALLCAT_S3_SSE_KMS_KEY_ID": ("alias/pictures", "alias/pictures", [("a\nb", "printable ASCII")]),
+    "SMALLCAT_S3_ACL": ("bucket-owner-read", "bucket-owner-read", [("public", "'public-read'")]),
+    "SMALLCAT_S3_CACHE_CONTROL": (
+        "max-age=60",
+        "max-age=60",
+        [("ä", "printable ASCII"), ("a" * 1_001, "1,000")],
+    ),
+    "SMALLCAT_S3_OBJECT_LOCK": ("COMPLIANCE", "COMPLIANCE", [("governance", "'GOVERNANCE' or 'COMPLIANCE'")]),
+    "SMALLCAT_S3_OBJECT_LOCK_DAYS": ("7", 7, [("0", "greater than or equal to 1"), ("36501", "less than")]),
     "SMALLCAT_RECORD_TTL_S": ("60", 60, [("0", "greater than 0"), ("x", "valid integer"), ("9" * 30, "")]),
     "SMALLCAT_LEASE_S": (
         "2.5",
@@ -76,6 +87,14 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
 }
 
 
+#: What else must be set for a variable to be of use.
+NEEDS = {
+    "SMALLCAT_S3_SSE_KMS_KEY_ID": {"SMALLCAT_S3_SSE": "aws:kms"},
+    "SMALLCAT_S3_OBJECT_LOCK": {"SMALLCAT_S3_OBJECT_LOCK_DAYS": "7"},
+    "SMALLCAT_S3_OBJECT_LOCK_DAYS": {"SMALLCAT_S3_OBJECT_LOCK": "GOVERNANCE"},
+}
+
+
 def field_of(side: type[Settings], variable: str) -> str:
     return next(field for field in side.model_fields if side.variable(field) == variable)
 
@@ -88,7 +107,7 @@ def test_every_variable_is_tested() -> None:
 def test_a_variable_sets_its_field(variable: str) -> None:
     side = variables()[variable]
     value, becomes, _ = TABLE[variable]
-    settings = side.from_environment({variable: value})
+    settings = side.from_environment(NEEDS.get(variable, {}) | {variable: value})
     assert getattr(settings, field_of(side, variable)) == becomes
     assert settings != side.from_environment({})
 
@@ -124,6 +143,23 @@ def test_a_misspelt_name_stops_either_side_and_names_the_near_miss(
     with pytest.raises(SettingsError) as caught:
         side({misspelt: "1"})
     assert str(caught.value) == f"There is no setting {misspelt}. Did you mean {meant}?"
+
+
+@pytest.mark.parametrize("variable", NEEDS)
+def test_settings_that_need_each_other_are_refused_alone(variable: str) -> None:
+    value, _, _ = TABLE[variable]
+    for side in (WorkerSettings, ProducerSettings):
+        with pytest.raises(SettingsError) as caught:
+            side.from_environment({variable: value})
+        assert variable in str(caught.value)
+        for other in NEEDS[variable]:
+            assert other in str(caught.value)
+
+
+def test_a_kms_key_needs_kms() -> None:
+    environment = {"SMALLCAT_S3_SSE": "AES256", "SMALLCAT_S3_SSE_KMS_KEY_ID": "x"}
+    with pytest.raises(SettingsError, match="needs SMALLCAT_S3_SSE=aws:kms, and that is 'AES256'"):
+        worker_settings(environment)
 
 
 def test_a_name_far_from_all_is_sent_to_the_table() -> None:
