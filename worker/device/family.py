@@ -1,9 +1,8 @@
-"""What the device code asks of a family of models. `worker.device.unet_family` is the one that is served.
+"""What the device code asks of a family of models. `worker.device.unet_family` is the only one so far.
 
-A family knows one kind of denoising model: its latents, its conditions, its forward, its VAE. All else (the
-steps of mixed jobs, samplers, compiling, CUDA graphs, batched decoding) is the same for every family, and
-knows none. A new family is a class with the methods of `ModelFamily`, and a line in
-`worker.device.model_runner.family_of`.
+A family knows one kind of denoising model: its latents, its conditions, its forward, its VAE. Everything else
+is the same for all families: steps of mixed jobs, samplers, compiling, CUDA graphs, batched decoding. A new
+family is a class with the methods of `ModelFamily`, and a line in `worker.device.model_runner.family_of`.
 
 Words. The **latents** of a job are one float32 tensor of any number of axes, in the layout in which the model
 takes them: (channels, height, width) for a UNet, packed (tokens, channels) for a transformer. A **row** is
@@ -21,8 +20,8 @@ import torch
 from worker.contract.job import Job, Scheduler
 from worker.device.attention import Layer
 
-#: What jobs must have in common to share a step, as whole numbers: in every family so far (channels, height,
-#: width) of the latents before packing. Jobs of equal lanes have latents and conditions of equal shapes.
+#: What jobs must have in common to share a step: whole numbers, in every family so far (channels, height,
+#: width) of the latents before packing. Jobs of one lane have latents and conditions of equal shapes.
 Lane = tuple[int, ...]
 
 

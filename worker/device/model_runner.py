@@ -1,4 +1,4 @@
-"""The one door to the device: it prepares jobs, runs denoising steps over mixed jobs, and decodes pictures.
+"""All that runs on the device: jobs are prepared, denoised in mixed batches a step at a time, and decoded.
 
 A job's pixels are what diffusers' own pipeline gives for it with a CPU generator of its seed (within 1 of 255
 in fp32), whatever other jobs are in its batches. Latents and sampler arithmetic are fp32 also where the model
@@ -79,7 +79,7 @@ class ModelRunner:
         #: The model as it is announced.
         self.served: ServedModel = loaded.served
         compiler = self._compiler(settings)
-        # First of all, because a family may replace modules of the model. Nothing else does.
+        # Before anything else is made of the model: a family may replace some of its modules.
         self._family = family or family_of(loaded, compiled=compiler is not None)
         #: Each choice made at start, with its reason.
         self.choices: tuple[Choice, ...] = (
@@ -191,7 +191,7 @@ class ModelRunner:
         defaults = self.served.defaults
         return self._family.area(self._family.lane(defaults.width, defaults.height))
 
-    # --- the way of a job -----------------------------------------------------------------------------------
+    # --- a job: prepare, step, decode -----------------------------------------------------------------------
 
     @torch.no_grad()
     def prepare(self, job: Job) -> JobState:

@@ -66,7 +66,7 @@ class Samplers:
         self._schedulers = schedulers
         self._prototypes = {Scheduler.DEFAULT: type(own).from_config(own.config)}
         for name, (kind, options) in schedulers.classes.items():
-            # Some noise schedules are known to some classes alone: `own` refuses the others.
+            # Not every class supports every noise schedule. `own` refuses jobs that ask for such a class.
             with contextlib.suppress(ValueError, NotImplementedError, TypeError):
                 self._prototypes[name] = getattr(diffusers, kind).from_config(own.config, **options)
         self._lock = threading.Lock()
@@ -101,7 +101,7 @@ class Samplers:
             raise InvalidJobError(f'scheduler is "{name}", but this is {self._schedulers.kind}: use {names}.')
         if name not in self._prototypes:
             raise InvalidJobError(
-                f'scheduler is "{name}", which does not know this model\'s noise: use "default".'
+                f'scheduler is "{name}", which does not support this model\'s noise schedule: use "default".'
             )
         scheduler = copy.deepcopy(self._prototypes[name])
         self._refuse(name, scheduler, steps)

@@ -381,5 +381,5 @@ def test_what_diffusers_refuses_is_the_callers_error() -> None:
 def test_a_noise_schedule_that_a_class_does_not_know() -> None:
     samplers = Samplers(schedulers_of(diffusers.DDPMScheduler(beta_schedule="sigmoid")))
     samplers.own(Scheduler.DEFAULT, 5, a_generator())
-    with pytest.raises(InvalidJobError, match='scheduler is "ddim", which does not know this model'):
+    with pytest.raises(InvalidJobError, match='scheduler is "ddim", which does not support this model'):
         samplers.own(Scheduler.DDIM, 5, a_generator())
