@@ -4,7 +4,7 @@ It is `worker`'s own app, task, engine, records, transport and storage, with thr
 without torch, a journal, and the points at which a process can be made to die. The environment sets them:
 
     FAULTS_JOURNAL      file that every event of a job goes to, one line each
-    FAULTS_ROWS         rows in a step; twice as many jobs are on board
+    FAULTS_ROWS         rows in a step; twice as many jobs are in flight
     FAULTS_STEP_S       seconds a step takes
     FAULTS_JOURNAL_STEPS    1: the journal also has when each step began and ended
     FAULTS_TRANSPORT    "stock": kombu's own Redis transport, the negative control
@@ -101,8 +101,8 @@ def load_runner(settings: WorkerSettings) -> FaultRunner:
 tasks.load_runner = load_runner  # type: ignore[assignment]
 
 
-class Service(JobHandler):
-    """Notes when a job takes and leaves its place; dies before the acknowledgement."""
+class JournalingHandler(JobHandler):
+    """Journals when a job takes and leaves its slot; dies before the acknowledgement."""
 
     def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
         # An id that somebody made up may be any text: a line of the journal has four words.
@@ -168,7 +168,7 @@ class FolderStorage(Dying):
         return Path(os.environ["FAULTS_FOLDER"]) / key
 
 
-tasks.JobHandler = Service  # type: ignore[misc]
+tasks.JobHandler = JournalingHandler  # type: ignore[misc]
 IS_FOLDER = os.environ.get("FAULTS_STORAGE") == "folder"
 tasks.BucketProcess = FolderStorage if IS_FOLDER else DyingStorage  # type: ignore[assignment, misc]
 tasks.Records = DyingRecords  # type: ignore[misc]

@@ -17,7 +17,7 @@ from deploy.embedded.stack import Stack
 if TYPE_CHECKING:
     from tests.faults.harness import Ground
 
-# Before they are imported, for asserts that say what they saw.
+# Before they are imported, for asserts that show their values.
 pytest.register_assert_rewrite("tests.faults.oracle", "tests.faults.harness")
 
 

@@ -46,8 +46,8 @@ def wait_until(what: str, happened: Callable[[], bool], timeout_s: float = 30.0)
     return time.monotonic() - began_s
 
 
-def places(rows: int) -> int:
-    """Jobs that a worker of so many rows has on board at once, those among them that must be urgent."""
+def slots(rows: int) -> int:
+    """Jobs that a worker of so many rows has in flight at most, with the slots reserved for urgent ones."""
     return sum(jobs_in_flight(rows, FaultRunner.job_s))
 
 
@@ -253,7 +253,7 @@ class Ground:
             worker.on_loss = again
 
     def cut_connections(self) -> None:
-        """Close all connections to Redis but the one that says so."""
+        """Close all connections to Redis but its own."""
         with self.redis as client:
             client.client_kill_filter(_type="normal", skipme=True)
             client.client_kill_filter(_type="pubsub", skipme=True)

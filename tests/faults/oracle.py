@@ -1,4 +1,4 @@
-"""Accounts for every id: exactly one object, one done mark; nothing held, no place lost, no key left over."""
+"""Accounts for every id: exactly one object, one done mark; nothing held, no slot lost, no key left over."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from tests.faults.app_names import MARKS
-from tests.faults.harness import FaultWorker, Ground, places, wait_until
+from tests.faults.harness import FaultWorker, Ground, slots, wait_until
 from tests.faults.runner import pixel_of
 from worker.contract.record import JobRecord
 
@@ -17,7 +17,7 @@ from worker.contract.record import JobRecord
 OWNED = {
     "_kombu.binding": "kombu: the bindings of its queues",
     "faults:": "these tests",
-    "smallcat:undecodable": "whoever looks at messages that nobody can read",
+    "smallcat:undecodable": "whoever reads the messages that no worker can read",
 }
 
 
@@ -57,7 +57,7 @@ def settled(ground: Ground, timeout_s: float = 30.0) -> None:
 
 
 def account(ground: Ground, ids: Iterable[str]) -> Account:
-    """Look at every id. Raises where an object is not the one that its job makes."""
+    """Check every id. Raises where an object is not the one that its job makes."""
     found = Account(set(ids))
     with ground.redis as client:
         marks = {job: int(count) for job, count in client.hgetall(MARKS).items()}
@@ -94,16 +94,16 @@ def keys_have_owners(ground: Ground) -> None:
     assert [key for key in lasting if not key.startswith(tuple(OWNED))] == []
 
 
-def no_place_is_lost(ground: Ground, *workers: FaultWorker, rows: int = 4) -> None:
-    """Each worker still takes as many jobs at once as ever: no failed job keeps its place."""
+def no_slot_is_lost(ground: Ground, *workers: FaultWorker, rows: int = 4) -> None:
+    """Each worker still takes as many jobs at once as before: no failed job keeps its slot."""
     with ground.holding() as hold:
-        ids = set(ground.submit(places(rows) * len(workers), hold))
+        ids = set(ground.submit(slots(rows) * len(workers), hold))
 
         def taken() -> bool:
             pids = [
                 event.pid for event in ground.journal.events() if event.what == "start" and event.job in ids
             ]
-            return all(pids.count(worker.pid) == places(rows) for worker in workers)
+            return all(pids.count(worker.pid) == slots(rows) for worker in workers)
 
-        wait_until("every place taken", taken)
+        wait_until("every slot filled", taken)
     settle(ground, ids)

@@ -1,4 +1,4 @@
-"""A runner without torch for real workers: a job's prompt says what happens to it.
+"""A runner without torch for real workers: a job's prompt decides what happens to it.
 
 name verb:argument verb:argument ...
 
@@ -122,7 +122,7 @@ class FaultRunner:
         return 1.0
 
     def prepare(self, job: Job) -> FaultState:
-        """As the contract says."""
+        """As in `Runner`."""
         self._note("start", job)
         verbs = verbs_of(job.prompt)
         _raise(verbs, "prepare")
@@ -130,7 +130,7 @@ class FaultRunner:
         return FaultState(job, verbs, job.steps, time.monotonic() + float(verbs.get("sleep", 0)))
 
     def step(self, states: Sequence[FaultState]) -> list[SmallcatError | None]:
-        """As the contract says: if it raises, all states are unchanged."""
+        """As in `Runner`: if it raises, all states are unchanged."""
         for state in states:
             _raise(state.verbs, "step")
             if "kill" in state.verbs and self._may_die(state.job.id, int(state.verbs["kill"] or 10**6)):
@@ -144,7 +144,7 @@ class FaultRunner:
         return [None] * len(states)
 
     def decode(self, states: Sequence[FaultState]) -> Iterator[Picture | SmallcatError]:
-        """As the contract says."""
+        """As in `Runner`."""
         for state in states:
             _raise(state.verbs, "decode")
         for state in states:

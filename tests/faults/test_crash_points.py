@@ -22,7 +22,7 @@ def test_death_at_every_point_leaves_one_object_and_one_mark(ground: Ground) -> 
     dying: list[str] = []
     for point in POINTS:
         dying += ground.submit(1, f"die:{point}")
-        # One at a time: a death takes its mates with it, and one of these past its own point.
+        # One at a time: a death takes the other jobs with it, one of which may be past its own point.
         oracle.settle(ground, timeout_s=60)
     ground.submit(8)
     oracle.settle(ground, timeout_s=120)

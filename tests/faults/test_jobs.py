@@ -1,4 +1,4 @@
-"""What a job can do to its worker: the next job runs, its mates complete, and it is set aside."""
+"""What a job can do to its worker: the next job runs, the others complete, and it fails."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fail(ground: Ground, count: int) -> None:
     wait_until("all failed", lambda: ground.states(every_bad).keys() == {"failed"})
     for kind, ids in bad.items():
         assert ground.error_types(ids) == {ERRORS[kind]: count}
-    oracle.no_place_is_lost(ground, *ground.workers)
+    oracle.no_slot_is_lost(ground, *ground.workers)
 
 
 def test_a_job_that_raises_takes_nothing_with_it(calm: Ground) -> None:
@@ -52,46 +52,46 @@ def test_100_jobs_of_each_kind_that_raise_take_nothing_with_them(calm: Ground) -
 
 
 def test_a_picture_that_is_not_finite_fails_alone(ground: Ground) -> None:
-    # A worker of its own: one that ran out of memory has fewer seats for good.
+    # A worker of its own: one that ran out of memory runs smaller batches for good.
     ground.worker(settings={"SMALLCAT_MAX_ATTEMPTS": "1"})
     with ground.holding() as hold:
-        mates = ground.submit(3, hold)
+        others = ground.submit(3, hold)
         [bad] = ground.submit(1, "nan:")
         wait_until("failed", lambda: ground.states([bad]).keys() == {"failed"})
     assert ground.error_types([bad]) == {"NotFiniteError": 1}
-    oracle.settle(ground, mates)
+    oracle.settle(ground, others)
 
 
 def test_a_job_that_kills_its_process_is_set_aside_and_its_mates_complete(ground: Ground) -> None:
-    """Three tries, the last of them alone; what was on board each time is done in the end."""
+    """Three tries, the last of them alone; those that ran with it are done in the end."""
     worker = ground.worker()
     ground.supervise(worker)
     with ground.holding() as hold:
-        mates = ground.submit(3, hold)  # One seat is left.
-        ground.journal.wait_for("start", mates)
+        others = ground.submit(3, hold)  # One row is left.
+        ground.journal.wait_for("start", others)
         [poison] = ground.submit(1, "kill:")
-        wait_until("two deaths with mates on board", lambda: ground.journal.count("died")[poison] == 2, 60)
+        wait_until("two deaths with others in flight", lambda: ground.journal.count("died")[poison] == 2, 60)
     wait_until("set aside", lambda: ground.states([poison]).keys() == {"failed"}, 60)
-    oracle.settle(ground, mates)
+    oracle.settle(ground, others)
     record = JobHandle(poison).record()
     assert record.state is State.FAILED
     assert record.error_type == "PoisonJobError"
     assert [attempt.worker for attempt in record.tries] == [worker.node] * 3
     assert ground.journal.count("died")[poison] == 3
-    for mate in mates:
-        assert len(JobHandle(mate).record().tries) <= 3
-    oracle.no_place_is_lost(ground, worker)
+    for other in others:
+        assert len(JobHandle(other).record().tries) <= 3
+    oracle.no_slot_is_lost(ground, worker)
 
 
 def test_a_lost_device_gives_its_jobs_to_another_worker_at_once(ground: Ground) -> None:
     """It costs none of them an attempt. The process leaves: what supervises it starts a new one."""
     first = ground.worker()
     with ground.holding() as hold:
-        mates = ground.submit(3, hold)  # One seat is left.
-        ground.journal.wait_for("start", mates)
+        others = ground.submit(3, hold)  # One row is left.
+        ground.journal.wait_for("start", others)
         second = ground.worker()
         second.pause()  # So that it is the first one that takes the job.
-        ids = [*mates, *ground.submit(1, "lose:1")]
+        ids = [*others, *ground.submit(1, "lose:1")]
         ground.journal.wait_for("died", ids[-1:])
         second.resume()
         ground.journal.wait_for("end", ids[-1:])
@@ -109,4 +109,4 @@ def test_a_lost_device_gives_its_jobs_to_another_worker_at_once(ground: Ground) 
     # A lease that was renewed a moment before would be up after three quarters of it.
     assert max(again) < 0.75 * LEASE_S
     print(f"a lost device: its 4 jobs were restarted elsewhere after {max(again):.1f} s")
-    oracle.no_place_is_lost(ground, second)
+    oracle.no_slot_is_lost(ground, second)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(150)
 
 
 def take_over(ground: Ground, lease_s: float, within_s: float = 30, **faults: object) -> float:
-    """Kill a worker with 20 jobs on board; seconds until another one has started them all."""
+    """Kill a worker with 20 jobs in flight; seconds until another one has started them all."""
     settings = {"SMALLCAT_LEASE_S": str(lease_s)}
     first = ground.worker(rows=10, settings=settings, **faults)
     with ground.holding() as hold:
@@ -83,7 +83,7 @@ def long_jobs(
         twice += found.renders_over
         print(f"6 jobs of {seconds:g} s, lease {lease_s:g} s, {fault}: {found.renders_over} twice")
     assert all(worker.running for worker in workers)
-    oracle.no_place_is_lost(ground, *workers)
+    oracle.no_slot_is_lost(ground, *workers)
     return twice
 
 
@@ -121,7 +121,7 @@ def test_a_worker_that_was_stopped_past_its_lease_does_no_harm(ground: Ground) -
     wait_until("both are done with each job", lambda: ground.journal.total("leave") == 8)
     oracle.settle(ground)
     assert first.running
-    oracle.no_place_is_lost(ground, first, second)
+    oracle.no_slot_is_lost(ground, first, second)
 
 
 def test_a_worker_whose_clock_is_two_minutes_ahead_takes_nothing_early(ground: Ground) -> None:

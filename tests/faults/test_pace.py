@@ -1,4 +1,4 @@
-"""No seat stays empty: a freed place is taken within 20 ms, and a fake engine is busy all the time."""
+"""No slot stays empty: a free one is filled within 20 ms, and a fake engine is always busy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from celery.events import EventReceiver
 from kombu import Connection
 
 from tests.faults import oracle
-from tests.faults.harness import Ground, places, wait_until
+from tests.faults.harness import Ground, slots, wait_until
 from worker.celery import app
 
 #: Seconds, with room for the start of several workers on a busy machine.
@@ -19,32 +19,32 @@ pytestmark = pytest.mark.timeout(150)
 
 
 def refill(ground: Ground, jobs: int) -> tuple[float, float]:
-    """A few places and many jobs: ms from the end of one to the taking of the next, median and 95%."""
+    """A few slots and many jobs: ms from the end of one to the start of the next, median and p95."""
     ground.worker(rows=1)
     with ground.holding() as hold:
-        held = ground.submit(places(1), hold)
+        held = ground.submit(slots(1), hold)
         ground.journal.wait_for("take", held)
         ground.submit(jobs)
     oracle.settle(ground)
     events = [each for each in ground.journal.events() if each.what in ("take", "leave")]
-    full = events[places(1) : -places(1)]  # While jobs were waiting.
+    full = events[slots(1) : -slots(1)]  # While jobs were waiting.
     gaps_ms = sorted(
         1000 * (later.at_s - each.at_s)
         for each, later in itertools.pairwise(full)
         if (each.what, later.what) == ("leave", "take")
     )
     median_ms, late_ms = statistics.median(gaps_ms), gaps_ms[int(len(gaps_ms) * 0.95)]
-    print(f"refill of a freed place, {jobs} jobs: median {median_ms:.1f} ms, 95% within {late_ms:.1f} ms")
+    print(f"refill of a free slot, {jobs} jobs: median {median_ms:.1f} ms, p95 {late_ms:.1f} ms")
     return median_ms, late_ms
 
 
-def test_a_freed_place_is_taken_at_once(ground: Ground) -> None:
+def test_a_free_slot_is_filled_at_once(ground: Ground) -> None:
     median_ms, _ = refill(ground, 60)
     assert median_ms < 20
 
 
 @pytest.mark.slow
-def test_a_freed_place_is_taken_within_20_ms(ground: Ground) -> None:
+def test_a_free_slot_is_filled_within_20_ms(ground: Ground) -> None:
     _, late_ms = refill(ground, 500)
     assert late_ms < 20
 
@@ -56,7 +56,7 @@ def busy(ground: Ground, jobs: int, step_s: float) -> float:
     wait_until("all done", lambda: ground.states(ids).keys() == {"done"}, 120)
     steps = [each.at_s for each in ground.journal.events() if each.what == "step"]
     stops = [each.at_s for each in ground.journal.events() if each.what == "stepped"]
-    # Neither the first jobs, which come alone, nor the last, which leave seats empty.
+    # Neither the first jobs, which come alone, nor the last, which leave slots empty.
     window = slice(len(steps) // 10, -len(steps) // 10)
     began, ended = steps[window], stops[window]
     spent_s = sum(stop - start for start, stop in zip(began, ended, strict=True))
@@ -77,13 +77,13 @@ def test_the_engine_is_busy_at_least_95_percent(ground: Ground) -> None:
 
 
 def test_flower_hears_of_every_job(ground: Ground) -> None:
-    """Events go in groups; none is missing, also after a connection was lost. Heard as Flower does."""
+    """Events go in batches; none is missing, also after a connection was lost. Received as Flower does."""
     ground.worker()
-    heard: set[str] = set()
+    received: set[str] = set()
     ready = threading.Event()
     with Connection(ground.stack.valkey.url) as connection:
         receiver = EventReceiver(
-            connection, {"task-succeeded": lambda event: heard.add(event["uuid"][:32])}, app=app
+            connection, {"task-succeeded": lambda event: received.add(event["uuid"][:32])}, app=app
         )
         receiver.on_consume_ready = lambda *_, **__: ready.set()
         listener = threading.Thread(target=lambda: receiver.capture(timeout=None, wakeup=False), daemon=True)
@@ -91,7 +91,7 @@ def test_flower_hears_of_every_job(ground: Ground) -> None:
         assert ready.wait(30)
         for _ in range(2):
             ids = set(ground.submit(20))
-            wait_until("all heard", lambda ids=ids: ids <= heard)
+            wait_until("all received", lambda ids=ids: ids <= received)
             with ground.redis as client:
                 client.client_kill_filter(_type="normal", skipme=True)
         receiver.should_stop = True

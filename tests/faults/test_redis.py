@@ -35,7 +35,7 @@ def restarts(ground: Ground, times: int) -> None:
     assert worker.running
     print(f"{times} restarts of Redis idle, {times} busy: consuming again after {slowest_s:.1f} s at most")
     assert slowest_s < AGAIN_S
-    oracle.no_place_is_lost(ground, worker)
+    oracle.no_slot_is_lost(ground, worker)
 
 
 def test_a_worker_consumes_again_after_redis_was_restarted(ground: Ground) -> None:
@@ -51,7 +51,7 @@ def test_a_worker_consumes_again_after_each_of_5_restarts(ground: Ground) -> Non
 def test_a_full_redis_refuses_jobs_and_its_workers_drain_it(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Jobs on board and jobs in the queue are done while Redis takes nothing new, which makes room."""
+    """Jobs in flight and jobs in the queue are done while Redis takes nothing new, which makes room."""
     monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
     worker = ground.worker(settings={"SMALLCAT_MAX_ATTEMPTS": "1"})
     with ground.holding() as hold:
@@ -70,7 +70,7 @@ def test_a_full_redis_refuses_jobs_and_its_workers_drain_it(
     oracle.settle(ground)
     assert worker.running
     assert not ground.redis.exists("smallcat:undecodable")
-    oracle.no_place_is_lost(ground, worker)
+    oracle.no_slot_is_lost(ground, worker)
 
 
 def test_a_redis_that_takes_no_writes_costs_no_attempt(ground: Ground) -> None:
@@ -91,7 +91,7 @@ def test_a_redis_that_takes_no_writes_costs_no_attempt(ground: Ground) -> None:
     found = oracle.settle(ground)
     assert found.renders_over == 0
     assert worker.running
-    oracle.no_place_is_lost(ground, worker)
+    oracle.no_slot_is_lost(ground, worker)
 
 
 def test_a_worker_stops_in_time_although_redis_is_away(ground: Ground) -> None:

@@ -1,4 +1,4 @@
-"""Messages and texts of somebody with bad intentions: no code runs, no secret is told, no job is changed."""
+"""Hostile messages and texts: no code runs, no secret gets out, no job is changed."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def fuzz(ground: Ground, count: int) -> None:
     for stem in {path.stem for path in ground.images.rglob("*.png")} - images - set(ground.ids):
         assert json.loads((ground.images / stem[:2] / f"{stem}.json").read_bytes())["job"]["prompt"] == "a"
     print(f"{len(made)} malformed messages: the worker is up, {len(ground.ids)} jobs between them are done")
-    oracle.no_place_is_lost(ground, *ground.workers)
+    oracle.no_slot_is_lost(ground, *ground.workers)
 
 
 def test_malformed_messages_hurt_nobody(calm: Ground) -> None:
@@ -205,7 +205,7 @@ def test_10_000_prompts_of_any_characters_are_refused_or_rendered(calm: Ground) 
     texts(calm, 10_000)
 
 
-def test_secrets_are_told_nobody(calm: Ground) -> None:
+def test_secrets_are_shown_to_nobody(calm: Ground) -> None:
     [failed] = calm.submit(1, "raise:Exception@step")
     wait_until("failed", lambda: calm.states([failed]).keys() == {"failed"})
     calm.ids.clear()
@@ -232,18 +232,20 @@ def calm_keys(ground: Ground) -> list[bytes]:
 
 
 def test_a_message_of_a_newer_version_waits_untouched(calm: Ground) -> None:
-    """It says so, and looks at it again every 5 seconds, not all the time."""
+    """The worker logs it, and fetches it again after 5 seconds, not at once."""
     job = calm.job()
-    body = arguments({**payload_of(job), "version": 99, "unheard": "of"})
+    body = arguments({**payload_of(job), "version": 99, "unknown": "field"})
     newer = envelope(body, id=f"{job.id}-newer")
     worker = calm.workers[0]
     push(calm, newer)
     tag = json.loads(newer)["properties"]["delivery_tag"]
     try:
-        # Looked at twice: once, and once more after its rest.
-        wait_until("second look", lambda: calm.journal.count("take")[job.id] == 2)
-        looks = [event.at_s for event in calm.journal.events() if (event.what, event.job) == ("take", job.id)]
-        assert looks[1] - looks[0] > 4
+        # Fetched twice: once, and once more after the delay.
+        wait_until("second fetch", lambda: calm.journal.count("take")[job.id] == 2)
+        fetches = [
+            event.at_s for event in calm.journal.events() if (event.what, event.job) == ("take", job.id)
+        ]
+        assert fetches[1] - fetches[0] > 4
         assert "version 99" in worker.output()
         assert "update it" in worker.output()
         wait_until("at rest", lambda: calm.journal.count("leave")[job.id] == 2)

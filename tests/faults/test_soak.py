@@ -68,11 +68,11 @@ def test_soak(ground: Ground) -> None:
     _say_and_judge(samples[len(samples) // 10 :], _latencies_ms(ground, good))
     assert worker.running
     assert process.pid == worker.pid
-    oracle.no_place_is_lost(ground, worker)
+    oracle.no_slot_is_lost(ground, worker)
 
 
 def _latencies_ms(ground: Ground, ids: list[str]) -> list[float]:
-    """From the taking of each job's message until its place was free, in order of submission."""
+    """From fetching each job's message until its slot was free, in order of submission."""
     taken: dict[str, float] = {}
     left: dict[str, float] = {}
     for event in ground.journal.events():

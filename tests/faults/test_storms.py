@@ -66,7 +66,7 @@ def test_200_sigkills_lose_no_job(ground: Ground) -> None:
     found = oracle.settle(ground, timeout_s=300)
     print(f"lost {len(found.lost)}, marked twice {found.marks_over}, rendered again {found.renders_over}")
     assert pace >= 100
-    oracle.no_place_is_lost(ground, *ground.workers)
+    oracle.no_slot_is_lost(ground, *ground.workers)
 
 
 @pytest.mark.slow
@@ -226,4 +226,4 @@ def test_a_storm_of_all_faults_loses_no_job(ground: Ground) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_40_faults_of_all_kinds_lose_no_job(ground: Ground, seed: int) -> None:
     mixed(ground, seed=seed, workers=3, count=40, rate=25.0)
-    oracle.no_place_is_lost(ground, *ground.workers)
+    oracle.no_slot_is_lost(ground, *ground.workers)

@@ -113,7 +113,7 @@ def test_a_producer_cannot(url: str, deed: str) -> None:
             FORBIDDEN[deed](client)
 
 
-def test_a_wrong_password_is_told_without_repeating_it(
+def test_a_wrong_password_is_an_error_that_does_not_repeat_it(
     ground: Ground, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REDIS_URL", url.replace(PASSWORD, "not-the-password"))

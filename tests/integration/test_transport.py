@@ -248,7 +248,7 @@ def test_an_idle_consumer_wakes_for_every_list(client: redis.Redis, party: Calla
             began = time.monotonic()
             consumer.drain(1)[0].ack()
             slow.append(time.monotonic() - began)
-    # Without a wake it would be the second after which lists are looked at again.
+    # Without a notice it would take the second after which lists are checked again.
     assert sorted(slow)[len(slow) // 2] < 0.1
 
 
@@ -266,7 +266,7 @@ def test_no_more_is_fetched_than_may_be_held(client: redis.Redis, party: Callabl
 
 @pytest.fixture
 def reserve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five places, two are for messages of priority 0 to 4."""
+    """Of five slots, two are for messages of priority 0 to 4."""
     monkeypatch.setattr(transport, "_reserve", None)
     transport.set_reserve(open_to_all=3, urgent=4)
 
@@ -277,7 +277,7 @@ def put(client: redis.Redis, queue: str, priority: int, count: int = 1) -> None:
 
 
 @pytest.mark.usefixtures("reserve")
-def test_the_last_places_are_for_urgent_messages(client: redis.Redis, party: Callable[..., Party]) -> None:
+def test_the_last_slots_are_for_urgent_messages(client: redis.Redis, party: Callable[..., Party]) -> None:
     put(client, "a", 6, count=20)
     consumer = party("a", "b", prefetch=5)
     consumer.drain(3)
@@ -287,15 +287,15 @@ def test_the_last_places_are_for_urgent_messages(client: redis.Redis, party: Cal
         began = time.monotonic()
         put(client, queue, priority)
         assert consumer.drain(1)[0].payload == f"{priority}"
-        # Without a wake it would be the second after which lists are looked at again.
+        # Without a notice it would take the second after which lists are checked again.
         assert time.monotonic() - began < 0.5
     put(client, "a", 0)
     consumer.tick()
-    assert len(consumer.messages) == 5  # All places are taken.
+    assert len(consumer.messages) == 5  # All slots are filled.
 
 
 @pytest.mark.usefixtures("reserve")
-def test_a_place_that_is_open_to_all_is_taken_at_once(
+def test_a_slot_that_is_open_to_all_is_filled_at_once(
     client: redis.Redis, party: Callable[..., Party]
 ) -> None:
     put(client, "a", 6, count=20)
@@ -309,7 +309,7 @@ def test_a_place_that_is_open_to_all_is_taken_at_once(
         del consumer.messages[0]
         consumer.drain(1)
         assert time.monotonic() - began < 0.5
-    # Urgent ones that hold places leave fewer for the others, and then they are taken again.
+    # Urgent ones that hold slots leave fewer for the others, which are filled again afterwards.
     put(client, "a", 0, count=2)
     assert [each.payload for each in consumer.drain(2)] == ["0", "0"]
     for each in consumer.messages[:2]:
@@ -321,7 +321,7 @@ def test_a_place_that_is_open_to_all_is_taken_at_once(
 
 
 @pytest.mark.usefixtures("reserve")
-def test_urgent_messages_may_have_every_place(client: redis.Redis, party: Callable[..., Party]) -> None:
+def test_urgent_messages_may_have_every_slot(client: redis.Redis, party: Callable[..., Party]) -> None:
     put(client, "q", 6, count=5)
     put(client, "q", 4, count=7)
     consumer = party(prefetch=5)
@@ -378,7 +378,7 @@ def test_a_fetch_on_its_way_is_given_back_when_consuming_ends(
 
 
 def task(body: str, **headers: Any) -> bytes:
-    """A message that says that it is for Celery."""
+    """A message with the headers of a Celery task."""
     envelope = message(body) | {"headers": {"task": "probe", "id": "1", **headers}}
     return json.dumps(envelope | {"content-type": "application/json"}).encode()
 
@@ -427,7 +427,7 @@ def test_messages_that_nobody_can_read_are_set_aside(
     assert client.hlen(UNACKED) == 1
 
 
-def test_a_message_that_celery_chokes_on_is_set_aside(
+def test_a_message_that_celery_cannot_read_is_set_aside(
     client: redis.Redis, party: Callable[..., Party]
 ) -> None:
     consumer = party()
@@ -625,7 +625,7 @@ def test_a_lost_connection_takes_no_message_with_it(client: redis.Redis, party: 
     wait_until("acknowledged", settled(client))
 
 
-def test_an_acknowledgement_is_sent_until_it_is_heard(
+def test_an_acknowledgement_is_sent_until_redis_answers(
     server: Server, client: redis.Redis, party: Callable[..., Party]
 ) -> None:
     client.lpush("q", json.dumps(message()), json.dumps(message()))
@@ -635,11 +635,11 @@ def test_an_acknowledgement_is_sent_until_it_is_heard(
         held[0].ack()
         assert time.monotonic() - began < 0.5  # Nobody waits for Redis.
         time.sleep(LEASE_S)  # Frozen for longer than the lease thread waits for an answer.
-    wait_until("the first heard", lambda: client.hlen(UNACKED) == 1)
+    wait_until("the first acknowledged", lambda: client.hlen(UNACKED) == 1)
     server.kill()
     held[1].ack()
     server.start()
-    wait_until("the second heard", settled(client))
+    wait_until("the second acknowledged", settled(client))
     assert client.llen("q") == 0
 
 
@@ -752,7 +752,7 @@ def test_jobs_longer_than_the_lease_run_once(pair: Fleet, fault: str) -> None:
             time.sleep(1.5 * pair.lease_s)
     pair.journal.wait_for("end", before + len(names))
     wait_until("settled", lambda: not pair.unsettled(), 10)
-    # Both work on: nothing is left that would run a second time, and nobody's place is taken for good.
+    # Both work on: nothing is left that would run a second time, and no slot is lost.
     pair.submit(jobs(16, "after_" + fault.replace(" ", "_")), 0.05)
     pair.journal.wait_for("end", before + len(names) + 16)
     assert pair.journal.twice() == []

@@ -1,4 +1,4 @@
-"""A Celery app without torch: its jobs say when they start and end, in a file that outlives every fault."""
+"""A Celery app without torch: its jobs write their start and end into a file that outlives every fault."""
 
 from __future__ import annotations
 

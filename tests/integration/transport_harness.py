@@ -57,7 +57,7 @@ class Server:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def client(self, **options: Any) -> redis.Redis:
-        """A client that tries again while the server is away."""
+        """A client that retries while the server is away."""
         return redis.Redis(port=self.port, **options)
 
     @property
@@ -84,7 +84,7 @@ class Server:
             self._process.send_signal(signal.SIGCONT)
 
     def cut_connections(self) -> None:
-        """Close all connections but the one that says so."""
+        """Close all connections but its own."""
         with self.client() as client:
             client.client_kill_filter(_type="normal", skipme=True)
             client.client_kill_filter(_type="pubsub", skipme=True)
@@ -192,7 +192,7 @@ class Worker:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL: it cannot say goodbye."""
+        """SIGKILL: it can do nothing before it ends."""
         self.process.kill()
         self.process.wait()
 

@@ -41,7 +41,7 @@ from worker.storage.bucket import Bucket
 
 
 class FlakyBucket(Bucket):
-    """The real bucket behind a service that fails as often as it is told to."""
+    """The real bucket behind a service that fails as often as a test says."""
 
     def __init__(self, bucket: str) -> None:
         super().__init__(bucket)
@@ -97,7 +97,7 @@ class Worker:
         self.engine.stop()
         self.handler.stop()
         self._pool.shutdown()
-        assert self.handler.progress() == {}, "nothing stays on board"
+        assert self.handler.progress() == {}, "nothing stays in flight"
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_job_goes_all_the_way(worker: Worker, image_format: str) -> None:
     data = worker.storage.get(record.uri)
     with Image.open(io.BytesIO(data)) as image:
         assert np.abs(np.asarray(image).astype(int) - picture_of(job).pixels).max() <= 1
-    # The picture's own papers are the job.
+    # The picture's own infotext is the job.
     assert infotext.read(read_infotext(data) or "").id == job.id
 
     lasting = json.loads(worker.storage.record(job.id) or b"{}")
@@ -225,8 +225,8 @@ def test_a_job_cancelled_in_the_queue_is_not_rendered(worker: Worker) -> None:
 
 def test_a_job_cancelled_while_it_runs_stops_at_its_next_step(worker: Worker) -> None:
     worker.runner.gate.clear()
-    mate = job_of(6)
-    futures = [worker.begin(JOB, "m1"), worker.begin(mate, "m2")]
+    other = job_of(6)
+    futures = [worker.begin(JOB, "m1"), worker.begin(other, "m2")]
     assert worker.runner.entered.wait(SOON_S)
     worker.records.cancel(JOB.id)
     worker.handler.cancel(JOB.id)  # As the heartbeat does.
@@ -234,7 +234,7 @@ def test_a_job_cancelled_while_it_runs_stops_at_its_next_step(worker: Worker) ->
     assert [future.result(SOON_S) for future in futures] == [None, None]
     assert worker.records.get(JOB.id).state is State.CANCELLED
     assert worker.storage.find(JOB.id, JOB.format) is None
-    assert worker.records.get(mate.id).state is State.DONE
+    assert worker.records.get(other.id).state is State.DONE
 
 
 @pytest.mark.parametrize("where", ["find_errors", "put_errors"])
@@ -258,7 +258,7 @@ def test_a_job_cancelled_while_it_waits_for_the_storage_ends_at_once(
         assert worker.records.get(JOB.id).state is State.DONE
 
 
-def test_cancelling_a_job_that_is_not_on_board_does_nothing(worker: Worker) -> None:
+def test_cancelling_a_job_that_is_not_in_flight_does_nothing(worker: Worker) -> None:
     worker.handler.cancel(JOB.id)
     assert worker.handle(JOB) is None
     assert worker.records.get(JOB.id).state is State.DONE
@@ -311,7 +311,7 @@ def test_what_an_encoder_raises_is_the_jobs_own_failure(
     assert "EXIF data is too long" in (record.error or "")
 
 
-def test_a_job_that_was_on_board_of_every_death_is_poison(worker: Worker, client: Redis) -> None:
+def test_a_job_that_was_in_flight_at_every_death_is_poison(worker: Worker, client: Redis) -> None:
     worker.submit(JOB)
     for _ in range(3):  # As by workers that were killed.
         worker.records.claim(JOB, "m1", worker="dead", lease_s=30, max_attempts=3, queue="q")
@@ -362,7 +362,7 @@ def test_a_storage_that_fails_for_a_while_costs_no_render(worker: Worker) -> Non
     assert worker.storage.find(JOB.id, JOB.format) is not None
 
 
-def test_progress_is_told_while_the_picture_waits_for_the_storage(worker: Worker) -> None:
+def test_progress_is_reported_while_the_picture_waits_for_the_storage(worker: Worker) -> None:
     worker.storage.put_errors = [StorageError("503")] * 100_000
     future = worker.begin(JOB)
     assert worker.storage.failed.wait(SOON_S)
@@ -429,13 +429,13 @@ def test_stopping_gives_back_a_job_that_is_rendered(worker: Worker) -> None:
 def test_an_attempt_that_ends_in_an_error_of_redis_does_not_count(
     worker: Worker, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """However often: the job is not at fault. A claim may have been heard all the same."""
+    """However often: it is not the job's fault. A claim may have been written all the same."""
     worker.submit(JOB)
-    heard = getattr(worker.records, call)
+    original = getattr(worker.records, call)
 
     def fail(*args: Any, **options: Any) -> None:
         if call == "claim":
-            heard(*args, **options)
+            original(*args, **options)
         raise RedisError("no answer")
 
     with monkeypatch.context() as patch:

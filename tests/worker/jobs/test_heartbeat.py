@@ -1,4 +1,4 @@
-"""What a worker says and hears beside its jobs, on a real Redis that comes and goes."""
+"""A worker's heartbeat, on a real Redis that comes and goes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.state.keys import WORKERS_CHANNEL
 from worker.state.records import Claim, Records
 from worker.state.redis_client import connect
 
-JOB, MATE = job_of(1), job_of(2)
+JOB, OTHER = job_of(1), job_of(2)
 INFO = WorkerInfo(
     name="w1", served=SERVED, started_at=1.0, device="CPU", attention="sdpa", max_rows=8, versions={}
 )
@@ -28,7 +28,7 @@ LEASE_S = 3_600.0
 
 
 class Beating:
-    """A heartbeat, what it is told, and what it tells."""
+    """A heartbeat, its input and its output."""
 
     def __init__(self, url: str) -> None:
         self.client = connect(url, retry_s=1)
@@ -48,7 +48,7 @@ class Beating:
         )
 
     def run(self, *jobs: Any) -> None:
-        """Have `jobs` on board."""
+        """Have `jobs` in flight."""
         for job in jobs:
             self.records.submitted(job, "q")
             self.records.claim(job, "m1", worker="w1", lease_s=1, max_attempts=3, queue="q")
@@ -104,10 +104,10 @@ def test_claims_are_extended(beating: Beating) -> None:
 def test_progress_is_written_while_somebody_looks(beating: Beating) -> None:
     beating.heartbeat.start()
     beating.hears()
-    beating.run(JOB, MATE)
-    beating.jobs.update({JOB.id: (2, 4), MATE.id: (3, 4)})
+    beating.run(JOB, OTHER)
+    beating.jobs.update({JOB.id: (2, 4), OTHER.id: (3, 4)})
     beating.records.watch()
-    until_true(lambda: beating.records.get(MATE.id).step == 3)
+    until_true(lambda: beating.records.get(OTHER.id).step == 3)
     assert beating.records.get(JOB.id).step == 2
     beating.jobs[JOB.id] = (3, 4)
     until_true(lambda: beating.records.get(JOB.id).step == 3)
@@ -116,13 +116,13 @@ def test_progress_is_written_while_somebody_looks(beating: Beating) -> None:
 def test_a_cancellation_is_passed_on_at_once_for_that_job_only(beating: Beating) -> None:
     beating.heartbeat.start()
     beating.hears()
-    beating.run(JOB, MATE)
+    beating.run(JOB, OTHER)
     beating.records.cancel(JOB.id)
     assert beating.cancelled.get(timeout=SOON_S) == JOB.id
     assert beating.cancelled.empty()
 
 
-def test_a_cancellation_that_was_said_before_anyone_listened_is_heard_with_the_next_beat(
+def test_a_cancellation_that_was_published_before_anyone_subscribed_is_found_at_the_next_beat(
     beating: Beating,
 ) -> None:
     beating.run(JOB)
@@ -134,12 +134,12 @@ def test_a_cancellation_that_was_said_before_anyone_listened_is_heard_with_the_n
 def test_a_job_that_was_submitted_again_since_is_not_cancelled(beating: Beating) -> None:
     beating.heartbeat.start()
     beating.hears()
-    beating.run(JOB, MATE)
+    beating.run(JOB, OTHER)
     # The word of a cancellation that arrives late, and one of a job that runs elsewhere.
     beating.client.publish(WORKERS_CHANNEL, f"cancel {JOB.id}")
     beating.client.publish(WORKERS_CHANNEL, f"cancel {job_of(9).id}")
-    beating.records.cancel(MATE.id)
-    assert beating.cancelled.get(timeout=SOON_S) == MATE.id
+    beating.records.cancel(OTHER.id)
+    assert beating.cancelled.get(timeout=SOON_S) == OTHER.id
     assert beating.cancelled.empty()
 
 
@@ -161,7 +161,7 @@ def test_it_survives_the_loss_of_its_connections(beating: Beating, valkey: Valke
         other.client_kill_filter(_type="pubsub", skipme=True)
         other.client_kill_filter(_type="normal", skipme=True)
     beating.records.cancel(JOB.id)
-    # Said while nobody listened, perhaps: then a look brings the next beat.
+    # Perhaps published while nobody was subscribed: then it is asked for again.
     until_true(lambda: beating.records.watch() or not beating.cancelled.empty())  # type: ignore[func-returns-value]
     assert beating.cancelled.get() == JOB.id
 

@@ -1,4 +1,4 @@
-"""Files of pictures: pixels, and the parameters where other tools look for them."""
+"""Files of pictures: pixels, and the infotext where other tools read it."""
 
 from __future__ import annotations
 

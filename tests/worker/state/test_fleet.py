@@ -65,12 +65,12 @@ def test_a_worker_is_known_as_it_announced_itself_longest_up_first(fleet: Fleet)
     assert fleet.workers() == [old, young]
 
 
-def test_a_worker_that_leaves_or_falls_silent_is_gone(fleet: Fleet, client: Redis) -> None:
-    for name in ("leaves", "falls silent", "stays"):
+def test_a_worker_that_leaves_or_stops_announcing_itself_is_gone(fleet: Fleet, client: Redis) -> None:
+    for name in ("leaves", "stops announcing", "stays"):
         fleet.announce(worker(name, "m"))
-    assert 0 < client.ttl("smallcat:worker:falls silent") <= ANNOUNCE_TTL_S
+    assert 0 < client.ttl("smallcat:worker:stops announcing") <= ANNOUNCE_TTL_S
     fleet.withdraw("leaves")
-    client.delete("smallcat:worker:falls silent")  # As its expiry does.
+    client.delete("smallcat:worker:stops announcing")  # As its expiry does.
     assert [each.name for each in fleet.workers()] == ["stays"]
     assert client.smembers("smallcat:workers") == {"stays"}
 

@@ -85,7 +85,7 @@ def test_a_submitted_job_is_queued_with_all_it_said(records: Records) -> None:
     assert record.submitted_at == pytest.approx(time.time(), abs=60)
 
 
-def test_an_unknown_job_is_told_so(records: Records) -> None:
+def test_an_unknown_job_is_an_error(records: Records) -> None:
     for ask in (records.get, records.cancel, lambda job_id: records.wait(job_id, 1)):
         with pytest.raises(UnknownJobError, match="no record of a job nonsense"):
             ask("nonsense")
@@ -114,7 +114,7 @@ def test_the_same_message_takes_its_claim_over_at_once(records: Records) -> None
     assert records.get(JOB.id).worker == "next"
 
 
-def test_another_message_is_told_that_the_job_is_taken(records: Records) -> None:
+def test_for_another_message_the_job_is_taken(records: Records) -> None:
     records.submitted(JOB, QUEUE)
     claim(records, "m1")
     assert claim(records, "m2") == (Claim.TAKEN, 0)
@@ -357,7 +357,7 @@ def test_a_running_job_whose_worker_died_is_cancelled_when_its_message_comes_aga
     records.cancel(JOB.id)
     assert claim(records) == (Claim.FINAL, 0)
     assert records.get(JOB.id).state is State.CANCELLED
-    # Its first worker was not dead after all: what it says now changes nothing.
+    # Its first worker was not dead after all: what it reports now changes nothing.
     records.give_back(JOB.id, "m1")
     assert records.get(JOB.id).state is State.CANCELLED
 
@@ -427,7 +427,7 @@ def test_who_waits_survives_the_loss_of_the_connection(
     assert future.result(SOON_S).state is State.DONE
 
 
-def test_who_waits_too_long_is_told_where_the_job_is(records: Records) -> None:
+def test_waiting_too_long_is_an_error_that_names_the_job_s_state(records: Records) -> None:
     records.submitted(JOB, QUEUE)
     with pytest.raises(TimeoutError, match=f"Job {JOB.id} is still queued after 0.05 s"):
         records.wait(JOB.id, 0.05)
@@ -436,15 +436,15 @@ def test_who_waits_too_long_is_told_where_the_job_is(records: Records) -> None:
 def test_who_waits_for_long_is_asked_now_and_then(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.state.records.RECHECK_S", 0.01)
     records.submitted(JOB, QUEUE)
-    looks: list[State] = []
+    seen: list[State] = []
 
     def idle(record: JobRecord) -> None:
-        looks.append(record.state)
-        if len(looks) == 2:
+        seen.append(record.state)
+        if len(seen) == 2:
             finish(records, "done")
 
     assert records.wait(JOB.id, SOON_S, idle).state is State.DONE
-    assert looks == [State.QUEUED, State.QUEUED]
+    assert seen == [State.QUEUED, State.QUEUED]
 
 
 # --- nothing stays ----------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_an_inner_limit_does_not_lengthen_the_outer_one(nobody: str) -> None:
         assert sentence(nobody, connect(nobody, retry_s=60.0).ping)
 
 
-def test_a_wrong_password_is_told_at_once(valkey: ValkeyProcess) -> None:
+def test_a_wrong_password_is_refused_at_once(valkey: ValkeyProcess) -> None:
     wrong = valkey.url.replace(valkey.password, "hunter2")
     with lasting(0, 15.0):
         said = sentence(wrong, connect(wrong, retry_s=60.0).ping)
@@ -106,7 +106,7 @@ def test_a_wrong_password_is_told_at_once(valkey: ValkeyProcess) -> None:
     assert "hunter2" not in said
 
 
-def test_no_password_is_told_at_once(valkey: ValkeyProcess) -> None:
+def test_a_missing_password_is_refused_at_once(valkey: ValkeyProcess) -> None:
     without = valkey.url.replace(f":{valkey.password}@", "")
     assert "refuses the password" in sentence(without, connect(without, retry_s=60.0).ping)
 
@@ -149,7 +149,7 @@ def test_a_worker_waits_for_as_long_as_redis_takes_no_writes(
         "replica": lambda: server.replicaof("NO", "ONE"),
         "disk": lambda: server.delete("full-disk"),
     }[refusal]
-    # What a server says whose append-only file cannot be written; here only while a key is there.
+    # The answer of a server that cannot write its append-only file; here only while a key exists.
     full_disk = "if redis.call('EXISTS', 'full-disk') == 1 then return {err = 'MISCONF Errors writing'} end "
     script = client.register_script(full_disk + "return redis.call('SET', KEYS[1], 1)")
     before = errors_of(server)
@@ -168,7 +168,7 @@ def test_a_worker_waits_for_as_long_as_redis_takes_no_writes(
 
 
 def errors_of(server: redis.Redis) -> int:
-    """Errors that the server has answered so far, but for the first look at a script."""
+    """Errors that the server has answered so far, but for those to a script that it did not know."""
     stats = server.info("errorstats")
     return sum(stat["count"] for name, stat in stats.items() if name != "errorstat_NOSCRIPT")
 
@@ -213,6 +213,6 @@ def test_every_error_of_redis_py_is_a_queue_error(valkey: ValkeyProcess) -> None
 
     for kind in below(redis.RedisError):
         error = kind.__new__(kind)
-        Exception.__init__(error, "told")
+        Exception.__init__(error, "reported")
         with pytest.raises(QueueError), queue_errors(valkey.url):
             raise error

@@ -115,13 +115,13 @@ def test_what_is_no_address_is_refused(storage: Bucket, uri: str) -> None:
             ask(uri)
 
 
-def test_nothing_at_an_address_is_told_so(storage: Bucket) -> None:
+def test_nothing_at_an_address_is_an_error(storage: Bucket) -> None:
     with pytest.raises(UnknownJobError, match="Nothing is at s3://"):
         storage.get(storage.uri(JOB_ID, PNG))
 
 
 def test_the_record_is_put_last_and_removed_first(storage: Bucket) -> None:
-    """Where it is, all is: so a death between the two leaves nothing that looks whole."""
+    """A job with a record is done: a worker that dies between the two leaves none."""
     requests: list[str] = []
     storage._client.meta.events.register(
         "before-send.s3", lambda request, **_: requests.append(f"{request.method} {request.url[-4:]}")
@@ -221,7 +221,7 @@ CALLS: dict[str, Callable[[Bucket], Any]] = {
 
 
 @pytest.mark.parametrize("call", ["put", "check"])
-def test_a_missing_bucket_is_told_with_the_remedy(s3_environment: EmptyBucket, call: str) -> None:
+def test_a_missing_bucket_is_an_error_with_the_remedy(s3_environment: EmptyBucket, call: str) -> None:
     with pytest.raises(PermanentStorageError) as caught:
         CALLS[call](Bucket("no-such-bucket"))
     sentence = str(caught.value)
@@ -229,7 +229,7 @@ def test_a_missing_bucket_is_told_with_the_remedy(s3_environment: EmptyBucket, c
     assert sentence.endswith("create it, or set S3_BUCKET.")
 
 
-def test_no_bucket_at_all_is_told_with_the_remedy(s3_environment: EmptyBucket) -> None:
+def test_no_bucket_at_all_is_an_error_with_the_remedy(s3_environment: EmptyBucket) -> None:
     with pytest.raises(StorageError, match="S3_BUCKET is not set: name the bucket"):
         Bucket("").check()
 
@@ -239,7 +239,7 @@ def test_no_bucket_at_all_is_told_with_the_remedy(s3_environment: EmptyBucket) -
     [("AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"), ("AWS_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")],
 )
 @pytest.mark.parametrize("call", ["put", "find"])
-def test_wrong_keys_are_told_with_the_remedy(
+def test_wrong_keys_are_an_error_with_the_remedy(
     s3_environment: EmptyBucket, monkeypatch: pytest.MonkeyPatch, variable: str, remedy: str, call: str
 ) -> None:
     monkeypatch.setenv(variable, "x" * 20)
@@ -249,7 +249,7 @@ def test_wrong_keys_are_told_with_the_remedy(
     assert str(caught.value).startswith(f'The bucket "{s3_environment.name}" refuses (')
 
 
-def test_missing_keys_are_told_with_the_remedy(
+def test_missing_keys_are_an_error_with_the_remedy(
     s3_environment: EmptyBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -268,7 +268,7 @@ def nobody(s3_environment: EmptyBucket, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.mark.usefixtures("nobody")
 @pytest.mark.parametrize("call", ["put", "find"])
-def test_a_server_that_is_down_is_tried_again_and_told_as_what_may_pass(
+def test_a_server_that_is_down_is_tried_again_and_is_an_error_that_may_pass(
     pauses: list[float], s3_environment: EmptyBucket, call: str
 ) -> None:
     with pytest.raises(StorageError) as caught:
@@ -280,7 +280,7 @@ def test_a_server_that_is_down_is_tried_again_and_told_as_what_may_pass(
 
 
 @pytest.mark.usefixtures("nobody")
-def test_a_server_that_is_down_at_the_start_is_told_soon(s3_environment: EmptyBucket) -> None:
+def test_a_server_that_is_down_at_the_start_is_an_error_soon(s3_environment: EmptyBucket) -> None:
     began = time.monotonic()
     with pytest.raises(StorageError, match="is out of reach"):
         Bucket(s3_environment.name, attempts=2).check()
@@ -303,11 +303,14 @@ def test_an_answer_is_permanent_where_waiting_does_not_mend_it(
     storage: Bucket, monkeypatch: pytest.MonkeyPatch, code: str, status: int, kind: type[StorageError]
 ) -> None:
     def refuse(**_: Any) -> None:
-        answer = {"Error": {"Code": code, "Message": "told"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        answer = {
+            "Error": {"Code": code, "Message": "the reason"},
+            "ResponseMetadata": {"HTTPStatusCode": status},
+        }
         raise botocore.exceptions.ClientError(answer, "PutObject")  # type: ignore[arg-type]
 
     monkeypatch.setattr(storage._client, "put_object", refuse)
     with pytest.raises(StorageError) as caught:
         put(storage)
     assert type(caught.value) is kind
-    assert f"({code} told)" in str(caught.value)
+    assert f"({code} the reason)" in str(caught.value)

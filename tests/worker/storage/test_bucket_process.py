@@ -1,4 +1,4 @@
-"""The process that asks the bucket, with a real S3 server: it does as `Bucket` does, and leaves nothing."""
+"""The process for requests to the bucket, with a real S3 server: it does as `Bucket`, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worker.storage.bucket_process import BucketProcess
 
 JOB_ID = "0123456789abcdef0123456789abcdef"
 PNG = ImageFormat.PNG
-#: Has one started, says so, and waits to be killed.
+#: Starts one, reports it, and waits to be killed.
 OWNER = """
 import sys
 from worker.contract.job import ImageFormat
@@ -74,7 +74,7 @@ def test_refusals_come_over_as_they_are(s3_environment: EmptyBucket) -> None:
         put(storage)
 
 
-def test_one_that_is_killed_is_told_and_the_next_request_starts_another(storage: BucketProcess) -> None:
+def test_one_that_is_killed_is_an_error_and_the_next_request_starts_another(storage: BucketProcess) -> None:
     put(storage)
     process = process_of(storage)
     process.kill()
