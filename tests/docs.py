@@ -425,7 +425,9 @@ def _argument(arg: ast.arg, default: ast.expr | None) -> str:
 
 def _class(kind: type) -> str:
     """A class in Markdown: its docstring, fields, properties and methods, inherited ones of ours too."""
-    parts = [f"### {kind.__name__}", "", inspect.getdoc(kind) or "", ""]
+    # What a docstring says to those who change the class is no part of its reference.
+    texts = [text for text in (inspect.getdoc(kind) or "").split("\n\n") if not text.startswith("To add ")]
+    parts = [f"### {kind.__name__}", "", "\n\n".join(texts), ""]
     fields = comments(kind) if issubclass(kind, enum.Enum) else documented(kind)
     rows = [(f"`{name}`", text) for name, text in fields.items() if not name.startswith("_")]
     methods: list[str] = []
