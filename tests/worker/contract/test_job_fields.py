@@ -219,6 +219,10 @@ def test_what_a_model_fills_in_are_the_fields_that_may_be_none() -> None:
     assert list(Defaults.model_fields) == [each.name for each in JOB_FIELDS.values() if each.is_nullable]
 
 
+def test_the_prompts_are_those_that_an_infotext_has_lines_for() -> None:
+    assert [each.name for each in JOB_FIELDS.values() if each.is_prompt] == ["prompt", "negative_prompt"]
+
+
 def test_no_two_fields_have_the_same_name_anywhere() -> None:
     fields = JOB_FIELDS.values()
     headings = [name for each in fields for name in (each.name, *each.all_headings)]
