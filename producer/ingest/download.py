@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 
 #: The default template. For several files the file's name goes before it.
 TEMPLATE = "{line:06d}-{seed}-{slug}.png"
+_JOB_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_hashed and not each.is_prompt)
 #: What a template can name: the job's place in the run, its id, the words of its prompt, and its fields.
-FIELDS = (
-    *("line", "number", "file", "id", "slug"),
-    *(each.name for each in JOB_FIELDS.values() if each.is_hashed and not each.is_prompt),
-)
+FIELDS = ("line", "number", "file", "id", "slug", *_JOB_FIELDS)
 #: Pictures that are fetched at once; and that may be unsaved before the run waits for them.
 _THREADS, _PENDING = 8, 256
 #: Characters of a prompt in a name, and bytes of a name, at most.
@@ -132,7 +130,7 @@ class Downloads:
         job_id = PurePosixPath(uri).stem
         values = {"line": line, "number": number, "file": PurePosixPath(source).name.partition(".")[0]}
         values |= {"id": job_id, "slug": slug(job.prompt) if job else job_id}
-        values |= job.model_dump(mode="json", exclude={"metadata", "prompt"}) if job else {"seed": 0}
+        values |= {name: getattr(job, name) for name in _JOB_FIELDS} if job else {"seed": 0}
         path = self._folder / self._template.name(values, ending)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,16 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Self, TypedDict
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
@@ -219,9 +228,13 @@ class Job(BaseModel):
         ),
     ] = None
     #: Share of the steps, 0 to 1, before which there is no guidance (Kynkäänniemi et al., 2024).
-    guidance_start: Annotated[float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=4)] = 0.0
+    guidance_start: Annotated[
+        float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=4, is_always_sent=True)
+    ] = 0.0
     #: Share of the steps, 0 to 1, after which there is no guidance. Steps without it take half the work.
-    guidance_stop: Annotated[float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=5)] = 1.0
+    guidance_stop: Annotated[
+        float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=5, is_always_sent=True)
+    ] = 1.0
     #: diffusers' noise scheduler; `default` is the model's own.
     scheduler: Annotated[
         Scheduler,
@@ -282,6 +295,14 @@ class Job(BaseModel):
         AfterValidator(small_json(MAX_METADATA, MAX_METADATA_DEPTH)),
         JobField(is_submission=True, is_original=True),
     ] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _for_older_readers(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        for name, default in _UNSENT.items():
+            if values.get(name) == default:
+                values.pop(name, None)
+        return values
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Self:
@@ -348,15 +369,21 @@ class JobFields(TypedDict, total=False):
 JOB_FIELDS: Mapping[str, FieldEntry] = table_of(Job)
 #: Fields that belong to the submission, and not to the picture.
 _SUBMISSION = tuple(each.name for each in JOB_FIELDS.values() if each.is_submission)
-_HASHED = tuple(each.name for each in JOB_FIELDS.values() if each.is_hashed)
+_HASHED = frozenset(each.name for each in JOB_FIELDS.values() if each.is_hashed)
 #: Fields that the first version did not have, with their default, at which they are left out of the id.
 _LATER = {each.name: each.default for each in JOB_FIELDS.values() if each.is_hashed and not each.is_original}
+
+#: Fields that messages and records do not have at their default: older workers refuse fields they do not
+#: know.
+_UNSENT = {
+    each.name: each.default for each in JOB_FIELDS.values() if not (each.is_original or each.is_always_sent)
+}
 
 
 def hashed(fields: Mapping[str, Any]) -> str:
     """The text whose hash is a job's id: its fields, as JSON has them, that determine the picture."""
-    picture = {name: fields[name] for name in _HASHED}
+    picture = {name: value for name, value in fields.items() if name in _HASHED}
     for name, default in _LATER.items():
-        if picture[name] == default:
-            del picture[name]
+        if picture.get(name) == default:
+            picture.pop(name, None)
     return json.dumps([FORMAT_VERSION, picture], sort_keys=True, separators=(",", ":"))

@@ -32,8 +32,8 @@ LAST = 100
 class JobField:
     """What a field of `Job` is called elsewhere, and how it is treated: part of its annotation.
 
-    A new field may do without: its names are then made from its own. It is hashed into the id unless it is at
-    its default, so that the ids of old jobs stay.
+    A new field may do without: its names are then made from its own. At its default it is left out of ids,
+    messages and records, so that old ids stay and old workers read new messages.
     """
 
     #: Its name as people read it. Made from the field's name when empty.
@@ -64,6 +64,8 @@ class JobField:
     is_filled_by_fleet: bool = False
     #: Whether the first version had it: always part of the id, and in its old place in CSV manifests.
     is_original: bool = False
+    #: Whether messages and records have it also at its default, as those of versions before this table did.
+    is_always_sent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

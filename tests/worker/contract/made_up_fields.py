@@ -89,23 +89,31 @@ def infotexts() -> dict[str, Any]:
     from worker.contract.job import Job
 
     text = infotext.write(Job.parse(WHOLE | VALUES))
-    again = infotext.read(text).model_dump(mode="json")
+    again = infotext.read(text)
     return {
         "plain": infotext.write(Job.parse(WHOLE)),
         "text": text,
-        "read": {name: again[name] for name in VALUES},
+        "read": {name: getattr(again, name) for name in VALUES},
     }
 
 
 def messages() -> dict[str, Any]:
-    """Whether the message of a job is that job; and what of it belongs to the submission."""
+    """Whether the message of a job is that job; what of it belongs to the submission; and without them."""
     from worker.contract.job import Job
     from worker.contract.message import Message, payload_of
+    from worker.contract.record import JobRecord, State
 
     job = Job.parse(WHOLE | VALUES)
     same = Message.parse(json.loads(json.dumps(payload_of(job)))).job == job
     plain = Job.parse(WHOLE).submitted_as(job)
-    return {"same": same, "submission": [name for name in VALUES if getattr(plain, name) == VALUES[name]]}
+    record = JobRecord(id=plain.id, state=State.DONE, job=Job.parse(WHOLE))
+    return {
+        "same": same,
+        "submission": [name for name in VALUES if getattr(plain, name) == VALUES[name]],
+        "plain": payload_of(Job.parse(WHOLE)),
+        "record": record.model_dump_json(),
+        "again": JobRecord.model_validate_json(record.model_dump_json()) == record,
+    }
 
 
 def run() -> dict[str, Any]:
@@ -124,6 +132,7 @@ def run() -> dict[str, Any]:
     assert all(isinstance(each, Planned) for each in jobs), jobs
     found: dict[str, Any] = {"columns": COLUMNS, "axes": AXES}
     found["job"] = json.loads(jobs[0].templated.job)  # type: ignore[union-attr]
+    found["plain"] = json.loads(jobs[1].templated.job)  # type: ignore[union-attr]
     found["id"] = [jobs[0].templated.id, Job.parse(WHOLE | VALUES).id]  # type: ignore[union-attr]
     for name in ("m.csv", "m.jsonl"):
         write_manifest(

@@ -16,8 +16,11 @@ import pytest
 from pydantic import BaseModel, Field
 
 from tests.worker.contract.made_up_fields import VALUES, WHOLE
+from worker.contract.errors import InvalidJobError
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import JobField, help_lines, table_of
+from worker.contract.message import Message
+from worker.contract.record import JobRecord
 from worker.contract.served_model import Defaults
 
 ROOT = Path(__file__).parents[3]
@@ -137,9 +140,23 @@ def test_a_new_field_goes_through_infotext_and_is_left_out_at_its_default(found:
 
 
 def test_a_new_field_goes_through_a_message_and_the_templates_of_messages(found: dict[str, Any]) -> None:
-    assert found["messages"] == {"same": True, "submission": ["team_note"]}
+    assert found["messages"]["same"]
+    assert found["messages"]["submission"] == ["team_note"]
     assert {name: found["run"]["job"][name] for name in VALUES} == VALUES
     assert found["run"]["id"][0] == found["run"]["id"][1]
+
+
+def test_a_worker_that_does_not_know_a_new_field_reads_messages_and_records_where_it_is_at_its_default(
+    found: dict[str, Any],
+) -> None:
+    """This process is that worker: its `Job` has no such field, and refuses unknown ones."""
+    there = found["messages"]
+    assert Message.parse(there["plain"]).job == Job.parse(WHOLE)
+    assert JobRecord.model_validate_json(there["record"]).job == Job.parse(WHOLE)
+    assert there["again"]
+    assert there["plain"]["job"] == found["run"]["plain"] == Job.parse(WHOLE).model_dump(mode="json")
+    with pytest.raises(InvalidJobError):
+        Job.parse(found["run"]["job"])
 
 
 def test_a_new_field_is_appended_to_the_columns_of_a_csv_manifest(found: dict[str, Any]) -> None:
