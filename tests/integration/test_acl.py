@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +13,11 @@ import redis
 
 from deploy.embedded.stack import Stack
 from producer import submit_job
+from producer.cli import failed
 from tests.faults.harness import ROOT, Ground
-from worker.contract.errors import JobCancelledError, QueueError
+from worker.contract.errors import JobCancelledError, QueueError, RenderError
 from worker.contract.record import State
+from worker.state.records import Records
 
 PASSWORD = "a-password"
 #: A test may start three processes, on a machine that may be busy.
@@ -63,6 +66,36 @@ def test_a_producer_submits_follows_and_cancels(ground: Ground, url: str) -> Non
         held.cancel()
         with pytest.raises(JobCancelledError):
             held.result(timeout=30)
+
+
+def test_a_producer_awaits_a_job(ground: Ground, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers are read as well, for the warning that nobody serves it."""
+    monkeypatch.setattr("worker.state.awaiting.RECHECK_S", 0.01)
+
+    async def wait() -> None:
+        with ground.holding() as hold:
+            handle = submit_job(ground.job(hold))
+            ground.journal.wait_for("start", [handle.id])
+            with pytest.raises(TimeoutError):
+                await handle.aresult(timeout=0.2)
+        assert (await handle).state is State.DONE
+        assert repr(handle) == f"JobHandle({handle.id!r}, state='done')"
+
+    asyncio.run(wait())
+
+
+def test_a_producer_looks_after_failed_jobs(ground: Ground, url: str) -> None:
+    with ground.redis as client:
+        records = Records(client, 1_000)
+        jobs = [ground.job() for _ in range(2)]
+        for job in jobs:
+            records.claim(job, "m1", worker="w1", lease_s=30, max_attempts=1, queue="q")
+            assert records.failed(job.id, "m1", RenderError("x"))
+    assert {record.id for record in failed.select()} == {job.id for job in jobs}
+    assert failed.drop([jobs[0].id]) == 1
+    [handle] = failed.retry(failed.select())
+    assert handle.result(timeout=30).state is State.DONE
+    assert failed.find() == []
 
 
 def test_a_producer_feeds_a_prompt_file_and_asks_the_doctor(ground: Ground, url: str, tmp_path: Path) -> None:
