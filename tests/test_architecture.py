@@ -42,7 +42,10 @@ DOORS = {
     "boto3 botocore": "worker.storage",
     "prometheus_client": "worker.jobs.metrics",
     "celery": "worker.celery worker.tasks worker.broker.event_batches",
-    "redis": "worker.state.redis_client worker.broker.channel worker.broker.lease",
+    "redis": (
+        "worker.contract.redis_pool worker.state.redis_client "
+        "worker.broker.addresses worker.broker.channel worker.broker.lease"
+    ),
     "kombu": (
         "worker.broker worker.celery worker.tasks worker.state.redis_client producer.client producer.ingest"
     ),
@@ -207,7 +210,16 @@ def test_the_loop_and_delivery_load_no_torch_by_themselves(start: str) -> None:
 def test_celerys_module_can_hardly_fail_to_import() -> None:
     """Celery reports an import that fails in it as "Module 'worker' has no attribute 'celery'"."""
     ours = {name for name in reached("worker.celery", IMPORTS) if name.startswith(("worker", "producer"))}
-    contract = ("settings", "errors", "explain", "job", "job_checks", "job_fields", "served_model")
+    contract = [
+        "settings",
+        "redis_url",
+        "errors",
+        "explain",
+        "job",
+        "job_checks",
+        "job_fields",
+        "served_model",
+    ]
     assert ours == {
         "worker.celery",
         "worker.broker.transport",

@@ -209,13 +209,11 @@ class WorkerProcess(Process):
     def _is_ready(self) -> bool:
         """Whether it has announced itself in Redis since its launch: it does so when its model is warm."""
         # Imported here, while the worker loads its model, so that the import delays nothing.
-        from redis import Redis
-        from redis.exceptions import RedisError
-
         from worker.state.fleet import ANNOUNCE_TTL_S, Fleet
+        from worker.state.redis_client import RedisError, connect
 
         if self._redis is None:
-            self._redis = Redis.from_url(self.environment["REDIS_URL"], decode_responses=True)
+            self._redis = connect(self.environment["REDIS_URL"], retry_s=0)
         try:
             live = Fleet(self._redis, ANNOUNCE_TTL_S).workers()
         except RedisError:

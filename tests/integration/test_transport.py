@@ -138,12 +138,17 @@ def settled(client: redis.Redis) -> Callable[[], bool]:
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("redis://localhost:6379/0", "smallcat-redis://localhost:6379/0"),
+        ("redis://localhost", "smallcat-redis://localhost:6379/0"),
+        ("redis://:a;b@[::1]/?db=5&protocol=3", "smallcat-redis://:a%3Bb@[::1]:6379/5"),
         (
-            "rediss://u:p%40ss@h:6380/3?ssl_ca_certs=/ca",
-            "smallcat-rediss://u:p%40ss@h:6380/3?ssl_ca_certs=/ca",
+            "rediss://u:p%40ss@h:6380/3?ssl_cert_reqs=CERT_NONE",
+            "smallcat-rediss://u:p%40ss@h:6380/3?ssl_cert_reqs=none",
         ),
-        ("redis://a/1;redis://b/1", "smallcat-redis://a/1;smallcat-redis://b/1"),
+        ("unix://u:p@/run/my redis.sock?db=2", "smallcat-unix://u:p@localhost:6379/run/my%20redis.sock/2"),
+        (
+            "redis+sentinel://u:p@a:1,b/main/2",
+            "smallcat-sentinel://u:p@a:1/a:1,b:26379/main/2",
+        ),
     ],
 )
 def test_a_redis_url_is_mapped(url: str, expected: str) -> None:
@@ -157,11 +162,13 @@ def test_another_url_is_refused_without_repeating_it(url: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_credentials_database_and_tls_survive_the_mapping() -> None:
-    connection = Connection(broker_url("rediss://me:p%40ss@example.test:6380/3?ssl_ca_certs=/ca.pem"))
+def test_credentials_database_and_tls_survive_the_mapping(tmp_path: Path) -> None:
+    (certificates := tmp_path / "ca.pem").touch()
+    url = f"rediss://me:p%40ss@example.test:6380/3?ssl_ca_certs={certificates}"
+    connection = Connection(broker_url(url))
     assert (connection.userid, connection.password) == ("me", "p@ss")
     assert (connection.hostname, connection.port, connection.virtual_host) == ("example.test", 6380, "3")
-    assert connection.ssl == {"ssl_ca_certs": "/ca.pem"}
+    assert connection.ssl == {"ssl_ca_certs": str(certificates)}
     assert "p@ss" not in connection.as_uri()
     assert "p%40ss" not in connection.as_uri()
 

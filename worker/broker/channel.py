@@ -163,13 +163,21 @@ class Channel(stock.Channel):
             self._lease = lease_of_process(name, self._new_lease)
         return self._lease
 
+    def _new_pool(self, params: dict[str, Any]) -> Any:
+        return redis.ConnectionPool(**params)
+
+    def _get_pool(self, asynchronous: bool = False) -> Any:
+        params = self._connparams(asynchronous=asynchronous)
+        self.keyprefix_fanout = self.keyprefix_fanout.format(db=params["db"])
+        return self._new_pool(params)
+
     def _new_lease(self) -> Lease:
         params = self._connparams()
         # An answer that comes after the next renewal is of no use.
         limits = (self.visibility_timeout / 4, self.socket_timeout)
         params["socket_timeout"] = min(limit for limit in limits if limit)
         return Lease(
-            lambda: redis.Redis(connection_pool=redis.ConnectionPool(**params)),
+            lambda: redis.Redis(connection_pool=self._new_pool(params)),
             self.layout,
             timeout_s=self.visibility_timeout,
             sweep_every_s=self.unacked_restore_interval,

@@ -18,13 +18,24 @@ from typing import Any, Final
 
 from kombu.transport import TRANSPORT_ALIASES
 
+from worker.contract.redis_url import RedisURL
+
 logger = logging.getLogger("smallcat.transport")
 
 #: Scheme in `REDIS_URL` -> scheme that Celery is given. No "+" in them: kombu would cut the URL in two there.
-SCHEMES: Final = {"redis": "smallcat-redis", "rediss": "smallcat-rediss"}
+SCHEMES: Final = {
+    "redis": "smallcat-redis",
+    "rediss": "smallcat-rediss",
+    "unix": "smallcat-unix",
+    "redis+sentinel": "smallcat-sentinel",
+    "rediss+sentinel": "smallcat-sentinels",
+}
 
 TRANSPORT_ALIASES[SCHEMES["redis"]] = "worker.broker.channel:Transport"
 TRANSPORT_ALIASES[SCHEMES["rediss"]] = "worker.broker.channel:TLSTransport"
+TRANSPORT_ALIASES[SCHEMES["unix"]] = "worker.broker.addresses:UnixTransport"
+TRANSPORT_ALIASES[SCHEMES["redis+sentinel"]] = "worker.broker.addresses:SentinelTransport"
+TRANSPORT_ALIASES[SCHEMES["rediss+sentinel"]] = "worker.broker.addresses:SentinelTLSTransport"
 
 #: kombu's own names: the hash of messages that workers hold, and the index of when each was last renewed.
 UNACKED: Final = "unacked"
@@ -41,20 +52,11 @@ _reserve: tuple[int, int] | None = None
 
 
 def broker_url(redis_url: str) -> str:
-    """Map `REDIS_URL` to the URL that Celery is given: another scheme, and all else as it was.
+    """Map `REDIS_URL` to the URL that Celery is given: by a scheme whose transport is ours.
 
-    Several URLs, parted by semicolons, are mapped each. A ValueError says which scheme is not Redis'; it
-    does not repeat the URL, which may hold a password.
+    A ValueError does not repeat the URL, which may hold a password.
     """
-    return ";".join(_broker_url(url) for url in redis_url.split(";"))
-
-
-def _broker_url(redis_url: str) -> str:
-    scheme, separator, rest = redis_url.partition("://")
-    if not separator or scheme not in SCHEMES:
-        found = f", not with {scheme}://" if separator else ""
-        raise ValueError(f"A Redis URL begins with redis:// or rediss://{found}")
-    return f"{SCHEMES[scheme]}://{rest}"
+    return RedisURL.parse(redis_url).broker_url(SCHEMES)
 
 
 def transport_options(lease_s: float = LEASE_S) -> dict[str, Any]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.contract.errors import SettingsError
 from worker.contract.job import MAX_GUIDANCE, MAX_STEPS
+from worker.contract.redis_url import RedisURL
+from worker.contract.redis_url import hidden as hidden
 
 #: The variables of fields that are not set by `SMALLCAT_` and the field's name.
 _OTHER_NAMES = {
@@ -33,29 +33,8 @@ _OTHER_NAMES = {
 _YEAR_S = 31_536_000
 
 
-#: A second address, with a scheme of its own or behind the first one's port. A password may hold ";" and ",".
-_SECOND_ADDRESS = re.compile(r"[;,]\s*[a-z+]*://|@[^@/;,]*:\d+[;,]", re.IGNORECASE)
-_ONE_ADDRESS = "until Sentinel is built. Name the primary, or an address that always leads to it"
-
-
 def _redis_url(value: str) -> str:
-    rule = "must look like redis://[:password@]host:port/db, or rediss:// for TLS"
-    scheme, _, rest = value.partition("://")
-    if "sentinel" in scheme.lower():
-        raise ValueError(f"{rule}. sentinel:// is not supported {_ONE_ADDRESS}")
-    host = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
-    if _SECOND_ADDRESS.search(value) or re.search("[;,]", host):
-        raise ValueError(f"must be one address. Several are not supported {_ONE_ADDRESS}")
-    try:
-        parts = urlsplit(value)
-        port = parts.port
-    except ValueError:  # Its text may hold the password.
-        raise ValueError(rule) from None
-    number = parts.path.removeprefix("/")
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname or port == 0:
-        raise ValueError(f"{rule}. Write special characters of the password as %XX")
-    if number and not (number.isascii() and number.isdigit()):
-        raise ValueError(f"{rule}. The database is a number")
+    RedisURL.parse(value)
     return value
 
 
@@ -81,7 +60,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    #: Redis, for the queue and the jobs' records: redis:// or rediss://, with password and database number.
+    #: Redis, for the queue and the jobs' records: redis://, rediss://, unix:// or redis+sentinel://.
     redis_url: Annotated[str, AfterValidator(_redis_url)] = Field(
         default="redis://localhost:6379/0", repr=False
     )
@@ -226,18 +205,6 @@ def worker_settings(environment: Mapping[str, str] | None = None) -> WorkerSetti
 def producer_settings(environment: Mapping[str, str] | None = None) -> ProducerSettings:
     """A producer's settings from the environment. Raises `SettingsError`."""
     return ProducerSettings.from_environment(os.environ if environment is None else environment)
-
-
-def hidden(redis_url: str) -> str:
-    """`redis_url` without its password, for logs and errors."""
-    parts = urlsplit(redis_url)
-    host = parts.hostname or ""
-    host = f"[{host}]" if ":" in host else host
-    if parts.port:
-        host = f"{host}:{parts.port}"
-    if parts.password:
-        host = f"{parts.username or ''}:***@{host}"
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def variables() -> dict[str, type[Settings]]:

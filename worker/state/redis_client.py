@@ -17,7 +17,8 @@ from redis.backoff import ConstantBackoff, NoBackoff
 from redis.retry import Retry
 
 from worker.contract.errors import QueueError
-from worker.contract.settings import hidden
+from worker.contract.redis_pool import async_pool, pool
+from worker.contract.redis_url import RedisURL, hidden
 
 T = TypeVar("T")
 
@@ -119,17 +120,24 @@ def connect_until(redis_url: str, stop: threading.Event) -> redis.Redis:
 
 
 def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
-    return redis.Redis.from_url(
-        redis_url,
-        decode_responses=True,
-        socket_connect_timeout=min(5.0, max(1.0, retry_s)),
-        socket_timeout=min(10.0, max(1.0, retry_s)),
-        socket_keepalive=True,
-        health_check_interval=10,
-        # Each thread that waits for a job needs one; redis-py's default limit is 100.
-        max_connections=2**31,
-        retry=retry,
+    return redis.Redis.from_pool(
+        pool(
+            redis_url,
+            **_socket(redis_url, retry_s),
+            health_check_interval=10,
+            # Each thread that waits for a job needs one; redis-py's default limit is 100.
+            max_connections=2**31,
+            retry=retry,
+        )
     )
+
+
+def _socket(redis_url: str, retry_s: float) -> dict[str, Any]:
+    """How long a connection waits for Redis, and what else every client wants."""
+    options = {"decode_responses": True, "socket_timeout": min(10.0, max(1.0, retry_s))}
+    if RedisURL.parse(redis_url).path:
+        return options
+    return {**options, "socket_connect_timeout": min(5.0, max(1.0, retry_s)), "socket_keepalive": True}
 
 
 def connect_async(redis_url: str, retry_s: float) -> redis.asyncio.Redis:
@@ -137,14 +145,8 @@ def connect_async(redis_url: str, retry_s: float) -> redis.asyncio.Redis:
 
     `retry_s` bounds how long it waits for an answer, as in `connect`.
     """
-    return redis.asyncio.Redis.from_url(
-        redis_url,
-        decode_responses=True,
-        socket_connect_timeout=min(5.0, max(1.0, retry_s)),
-        socket_timeout=min(10.0, max(1.0, retry_s)),
-        socket_keepalive=True,
-        retry=redis.asyncio.retry.Retry(NoBackoff(), 0),
-    )
+    once = redis.asyncio.retry.Retry(NoBackoff(), 0)
+    return redis.asyncio.Redis.from_pool(async_pool(redis_url, **_socket(redis_url, retry_s), retry=once))
 
 
 def is_lost(error: Exception) -> bool:

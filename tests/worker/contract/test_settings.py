@@ -245,9 +245,6 @@ def test_settings_are_frozen(side: type[Settings]) -> None:
         side().s3_bucket = "x"  # type: ignore[misc]
 
 
-SENTINEL = "until Sentinel is built. Name the primary, or an address that always leads to it."
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -267,25 +264,8 @@ def test_several_redis_addresses_are_refused_with_the_remedy(side: Callable[...,
     with pytest.raises(SettingsError) as caught:
         side({"REDIS_URL": url})
     assert str(caught.value) == (
-        f"REDIS_URL has the value ***. It must be one address. Several are not supported {SENTINEL}"
-    )
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "sentinel://one:26379",
-        "sentinel://:hunter2@one:26379/0;sentinel://two:26379/0",
-        "redis+sentinel://one:26379,two:26379/mymaster/0",
-        "SENTINEL://one",
-    ],
-)
-def test_sentinel_is_refused_with_the_remedy(url: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        producer_settings({"REDIS_URL": url})
-    assert str(caught.value) == (
-        "REDIS_URL has the value ***. It must look like redis://[:password@]host:port/db, or rediss:// for "
-        f"TLS. sentinel:// is not supported {SENTINEL}"
+        "REDIS_URL has the value ***. It must be one address. Several are Sentinel's: "
+        "redis+sentinel://host:port,host:port/service/db."
     )
 
 

@@ -1,0 +1,113 @@
+"""Redis behind a socket, sentinels or TLS: whatever `REDIS_URL` names, all clients of smallcat reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kombu import Connection
+
+from deploy.embedded.home import HOST, Home
+from deploy.embedded.servers import ValkeyProcess
+from tests.integration.transport_harness import Server, TLSProxy, wait_until
+from tests.sentinels import Sentinels
+from worker.broker.transport import UNACKED, broker_url, transport_options
+from worker.contract.errors import QueueError
+from worker.state.redis_client import connect, connect_async, queue_errors
+
+
+@pytest.fixture(scope="module")
+def sentinels(tmp_path_factory: pytest.TempPathFactory, servers: object) -> Iterator[Sentinels]:
+    home = Home(None)
+    group = Sentinels(home)
+    try:
+        yield group.start()
+    finally:
+        group.stop()
+        home.close()
+
+
+@pytest.fixture(scope="module")
+def locked_sentinels(servers: object) -> Iterator[Sentinels]:
+    home = Home(None)
+    group = Sentinels(home, locked=True)
+    try:
+        yield group.start()
+    finally:
+        group.stop()
+        home.close()
+
+
+def works(url: str) -> None:
+    """Use every client that smallcat has of `url`."""
+    assert connect(url, 1).incr("count")
+
+    async def count() -> int:
+        async with connect_async(url, 1) as client:
+            return int(await client.incr("count"))
+
+    assert asyncio.run(count()) > 1
+    with Connection(broker_url(url), transport_options=transport_options(5)) as connection:
+        with connection.SimpleQueue("addresses") as queue:
+            queue.put("hello")
+            message = queue.get(timeout=10)
+            assert message.payload == "hello"
+            assert connect(url, 1).hlen(UNACKED) == 1
+            message.ack()
+            wait_until("acknowledged", lambda: not connect(url, 1).exists(UNACKED))
+        assert "hunter2" not in connection.as_uri()
+        # `celery inspect stats` sends it, without the password.
+        assert "hunter2" not in str({**connection.info(), "password": None})
+
+
+@pytest.mark.parametrize("options", ["?db=5", "?protocol=3", "?protocol=2&db=5", "?virtual_host=5"])
+def test_options_of_the_url(valkey: ValkeyProcess, options: str) -> None:
+    works(valkey.url.removesuffix("/0") + options)
+    assert connect(valkey.url.removesuffix("0") + "5", 1).exists("count") == ("5" in options)
+
+
+def test_a_socket(sentinels: Sentinels) -> None:
+    node = sentinels.primary
+    works(f"unix://:{node.password}@{node.socket}?db=1")
+    works(f"redis+socket://:{node.password}@{node.socket}?virtual_host=1")
+    assert node.client.info("keyspace")["db1"]
+
+
+def test_sentinels(sentinels: Sentinels) -> None:
+    works(sentinels.url)
+    works(sentinels.url.replace("/main/0", "/main/3"))
+
+
+def test_one_of_the_sentinels(sentinels: Sentinels) -> None:
+    works(f"redis+sentinel://:{sentinels.password}@{HOST}:{sentinels.sentinels[1].port}/main")
+
+
+def test_a_sentinel_that_is_gone_is_passed_over(sentinels: Sentinels) -> None:
+    works(sentinels.url.replace("@", f"@{HOST}:9,"))
+
+
+def test_sentinels_that_ask_for_the_password(locked_sentinels: Sentinels) -> None:
+    works(locked_sentinels.url)
+
+
+def test_a_service_that_the_sentinels_do_not_know(sentinels: Sentinels) -> None:
+    url = sentinels.url.replace("/main/0", "/mymaster")
+    with pytest.raises(QueueError) as caught, queue_errors(url):
+        connect(url, 0.5).ping()
+    assert "mymaster" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")
+@pytest.mark.parametrize("option", ["ssl_ca_certs={}", "ssl_cert_reqs=CERT_NONE", "ssl_cert_reqs=none"])
+def test_tls(tmp_path: Path, option: str) -> None:
+    server = Server(tmp_path / "valkey")
+    proxy = TLSProxy(server, tmp_path)
+    try:
+        works(f"rediss://localhost:{proxy.port}/0?{option.format(proxy.certificate)}")
+    finally:
+        proxy.close()
+        server.stop()

@@ -1,0 +1,125 @@
+"""redis-py's connection pools for a `REDIS_URL`: over TCP, TLS, a Unix socket, or to where sentinels point.
+
+Imported when a connection is first needed: redis-py takes a while to load.
+"""
+
+# mypy: disallow-untyped-calls=False
+# redis-py types neither its sentinels nor its retries.
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from worker.contract.redis_url import RedisURL
+
+#: Seconds that one sentinel may take: it answers at once or not at all, and there are others to ask.
+SENTINEL_TIMEOUT_S = 1.0
+
+
+class Sentinels(redis.sentinel.Sentinel):
+    """redis-py's sentinels, which are told Redis' user and password where they ask for one."""
+
+    def discover_master(self, service_name: str) -> Any:
+        """(host, port) of the primary. Raises redis-py's `MasterNotFoundError`, a lost connection."""
+        try:
+            return super().discover_master(service_name)
+        except redis.sentinel.MasterNotFoundError as error:
+            if not _are_locked(self, error):
+                raise
+            return super().discover_master(service_name)
+
+
+class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
+    """The same for event loops."""
+
+    async def discover_master(self, service_name: str) -> Any:
+        """(host, port) of the primary."""
+        try:
+            return await super().discover_master(service_name)
+        except redis.asyncio.sentinel.MasterNotFoundError as error:
+            if not _are_locked(self, error):
+                raise
+            return await super().discover_master(service_name)
+
+
+def _are_locked(sentinels: Any, error: Exception) -> bool:
+    """Whether the sentinels want a password and did not have ours; they have it now."""
+    wanted = {name: sentinels.connection_kwargs.get(name) for name in ("username", "password")}
+    if "Authentication" not in str(error) or not wanted["password"]:
+        return False
+    locked = False
+    for client in sentinels.sentinels:
+        arguments = client.connection_pool.connection_kwargs
+        locked |= not arguments.get("password")
+        arguments.update(wanted)
+        client.connection_pool.reset()  # What is open was refused, and would be used again.
+    return locked
+
+
+def sentinel_arguments(connection: dict[str, Any]) -> dict[str, Any]:
+    """What the connections to sentinels share with those to Redis, whose arguments are `connection`."""
+    tls = {name: value for name, value in connection.items() if name.startswith("ssl")}
+    return {
+        "socket_connect_timeout": SENTINEL_TIMEOUT_S,
+        "socket_timeout": SENTINEL_TIMEOUT_S,
+        "socket_keepalive": True,
+        **tls,
+    }
+
+
+def pool(redis_url: str, **options: Any) -> redis.ConnectionPool:
+    """A pool for `redis_url`; nothing is connected yet. `options` are redis-py's."""
+    url = RedisURL.parse(redis_url)
+    arguments = {**_arguments(url), **options}
+    if url.is_sentinel:
+        once = Retry(NoBackoff(), 0)
+        kwargs = {**sentinel_arguments(arguments), "ssl": url.is_tls, "retry": once}
+        sentinels = Sentinels(url.hosts, sentinel_kwargs=kwargs, **arguments)
+        return redis.sentinel.SentinelConnectionPool(url.service, sentinels, ssl=url.is_tls, **arguments)
+    if url.scheme == "unix":
+        kind: Any = redis.UnixDomainSocketConnection
+    else:
+        kind = redis.SSLConnection if url.is_tls else redis.Connection
+    return redis.ConnectionPool(connection_class=kind, **arguments)
+
+
+def async_pool(redis_url: str, **options: Any) -> redis.asyncio.ConnectionPool:
+    """The same for one event loop."""
+    url = RedisURL.parse(redis_url)
+    arguments = {**_arguments(url), **options}
+    if url.is_sentinel:
+        once = redis.asyncio.retry.Retry(NoBackoff(), 0)
+        kwargs = {**sentinel_arguments(arguments), "ssl": url.is_tls, "retry": once}
+        sentinels = _AsyncSentinels(list(url.hosts), sentinel_kwargs=kwargs, **arguments)
+        return redis.asyncio.sentinel.SentinelConnectionPool(
+            url.service, sentinels, ssl=url.is_tls, **arguments
+        )
+    if url.scheme == "unix":
+        kind: Any = redis.asyncio.UnixDomainSocketConnection
+    else:
+        kind = redis.asyncio.SSLConnection if url.is_tls else redis.asyncio.Connection
+    return redis.asyncio.ConnectionPool(connection_class=kind, **arguments)
+
+
+def _arguments(url: RedisURL) -> dict[str, Any]:
+    """redis-py's arguments for a connection."""
+    arguments: dict[str, Any] = {
+        "db": url.db,
+        "username": url.username,
+        "password": url.password,
+        **url.tls_options,
+    }
+    if url.protocol:
+        arguments["protocol"] = url.protocol
+    if url.scheme == "unix":
+        arguments["path"] = url.path
+    elif not url.is_sentinel:
+        (arguments["host"], arguments["port"]) = url.hosts[0]
+    return arguments
