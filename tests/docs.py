@@ -30,7 +30,8 @@ from producer.ingest.types import Outcome
 from tests.test_architecture import FOLDERS
 from worker.bench.__main__ import main as bench
 from worker.contract import errors
-from worker.contract.job import JOB_FIELDS, SAMPLERS, Job, Scheduler
+from worker.contract.choices import SAMPLERS, Scheduler
+from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, help_lines
 from worker.contract.record import Attempt, State, Timings
 from worker.contract.settings import ProducerSettings, Settings, WorkerSettings

@@ -16,8 +16,9 @@ import numpy as np
 from celery import Celery
 
 from worker.celery import app as real
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import ImageFormat, Job
+from worker.contract.job import Job
 from worker.contract.message import TASK
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import producer_settings

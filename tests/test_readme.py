@@ -7,7 +7,8 @@ import re
 import pytest
 
 from tests.docs import DOCUMENTS, ROOT
-from worker.contract.job import MAX_SIZE, MIN_SIZE, SAMPLERS, SIZE_STEP, Scheduler
+from worker.contract.choices import SAMPLERS, Scheduler
+from worker.contract.job import MAX_SIZE, MIN_SIZE, SIZE_STEP
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
 #: Words, as `wc -w` counts them, at most.

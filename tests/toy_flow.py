@@ -15,7 +15,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tests import tiny_models
-from worker.contract.job import Job, Scheduler
+from worker.contract.choices import Scheduler
+from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
 from worker.device.attention import Layer, shape_of
 from worker.device.family import Lane, Schedulers, Text

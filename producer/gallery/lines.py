@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from producer.session import session
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import CallerError
-from worker.contract.job import JOB_FIELDS, ImageFormat
+from worker.contract.job import JOB_FIELDS
 from worker.contract.record import Timings
 
 #: One job: the manifest's fields, or a record's, with the job's own fields beside them. Any may be missing.

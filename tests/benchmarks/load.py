@@ -39,8 +39,9 @@ from rich.console import Console
 from tests.benchmarks.load_tables import TARGET_LOAD, shown, targets
 from tests.benchmarks.policies import MEAN_STEPS, MIX, ONE, POLICIES, ROWS, SMALLCAT, STATIC, Device, Static
 from tests.benchmarks.simulation import Arrival, Finished, Point, arrivals, runs, simulate, simulated
+from worker.contract.choices import Scheduler
 from worker.contract.errors import SmallcatError
-from worker.contract.job import Job, Scheduler
+from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings, worker_settings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner

@@ -18,7 +18,8 @@ import click
 import numpy as np
 import torch
 
-from worker.contract.job import Job, Scheduler
+from worker.contract.choices import Scheduler
+from worker.contract.job import Job
 from worker.contract.settings import worker_settings
 from worker.demo.training import evaluate
 from worker.device.model_runner import ModelRunner

@@ -33,8 +33,8 @@ import worker.tasks as tasks
 from tests.faults.app_names import DIED, MARKS
 from tests.faults.runner import FaultRunner, FaultState, verbs_of
 from worker.celery import app as app
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import SmallcatError
-from worker.contract.job import ImageFormat
 from worker.contract.record import JobRecord
 from worker.contract.settings import WorkerSettings, worker_settings
 from worker.jobs.handler import JobHandler

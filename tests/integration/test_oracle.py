@@ -20,7 +20,8 @@ from PIL import Image
 
 from deploy.embedded.stack import Stack
 from producer import submit_job
-from worker.contract.job import Job, Scheduler
+from worker.contract.choices import Scheduler
+from worker.contract.job import Job
 from worker.demo.training import classifier, evaluate
 from worker.demo.training.subjects import scored_words
 from worker.device.samplers import CLASSES

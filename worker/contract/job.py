@@ -10,8 +10,6 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping
-from enum import StrEnum
-from types import MappingProxyType
 from typing import Annotated, Any, Self, TypedDict
 
 from pydantic import (
@@ -25,6 +23,7 @@ from pydantic import (
     model_serializer,
 )
 
+from worker.contract.choices import SAMPLERS, ImageFormat, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
 from worker.contract.job_checks import (
@@ -65,48 +64,6 @@ MAX_REVISION = 100
 DEFAULT_MODEL = "default"
 #: How the revision of a job begins that was submitted before any worker had announced its model.
 OPEN_REVISION = "open-"
-
-
-class Scheduler(StrEnum):
-    """diffusers' noise schedulers that a job can ask for."""
-
-    #: The one in the model's own `scheduler/scheduler_config.json`.
-    DEFAULT = "default"
-    DDIM = "ddim"
-    EULER = "euler"
-    EULER_ANCESTRAL = "euler_ancestral"
-    DPMPP_2M = "dpmpp_2m"
-    DPMPP_2M_KARRAS = "dpmpp_2m_karras"
-    PNDM = "pndm"
-    UNIPC = "unipc"
-    LCM = "lcm"
-
-
-#: AUTOMATIC1111's names for them.
-SAMPLERS: Mapping[str, str] = MappingProxyType(
-    {
-        Scheduler.DDIM: "DDIM",
-        Scheduler.EULER: "Euler",
-        Scheduler.EULER_ANCESTRAL: "Euler a",
-        Scheduler.DPMPP_2M: "DPM++ 2M",
-        Scheduler.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
-        Scheduler.PNDM: "PLMS",
-        Scheduler.UNIPC: "UniPC",
-        Scheduler.LCM: "LCM",
-        Scheduler.DEFAULT: "Default",
-    }
-)
-
-
-class ImageFormat(StrEnum):
-    """The encodings a picture can be stored in."""
-
-    #: Lossless. The default.
-    PNG = "png"
-    #: Lossless WebP.
-    WEBP = "webp"
-    #: Lossy, quality 95, without chroma subsampling.
-    JPEG = "jpeg"
 
 
 #: Limits that several fields share.

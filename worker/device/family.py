@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from worker.contract.job import Job, Scheduler
+from worker.contract.choices import Scheduler
+from worker.contract.job import Job
 from worker.device.attention import Layer
 
 #: What jobs must have in common to share a step: whole numbers, in every family so far (channels, height,

@@ -17,8 +17,9 @@ from typing import Any, cast
 import diffusers
 import torch
 
+from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError, SettingsError, SmallcatError
-from worker.contract.job import Job, Scheduler
+from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.device import attention, warm_up

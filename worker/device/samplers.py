@@ -25,8 +25,8 @@ from typing import Any
 import diffusers
 import torch
 
+from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import Scheduler
 from worker.device.family import SchedulerClass, Schedulers
 from worker.device.probe import read_off
 from worker.device.schedule import Sampler, Schedule

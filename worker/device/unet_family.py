@@ -12,7 +12,8 @@ from typing import Any, cast
 import diffusers
 import torch
 
-from worker.contract.job import Job, Scheduler
+from worker.contract.choices import Scheduler
+from worker.contract.job import Job
 from worker.device import unet_patches
 from worker.device.attention import Layer, shape_of
 from worker.device.family import Lane, Schedulers, Text

@@ -6,8 +6,8 @@ import io
 
 from PIL import Image, PngImagePlugin
 
+from worker.contract.choices import ImageFormat
 from worker.contract.infotext import exif
-from worker.contract.job import ImageFormat
 from worker.engine.runner import Picture
 
 #: MIME types, by format.

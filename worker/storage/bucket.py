@@ -25,8 +25,8 @@ from typing import IO, TYPE_CHECKING, cast
 
 import botocore.exceptions
 
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
-from worker.contract.job import ImageFormat
 from worker.storage.client import is_aws, make_client, region_of
 from worker.storage.options import BucketOptions
 from worker.storage.refusals import DENIED, code_of, storage_errors

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from multiprocessing.managers import BaseManager
 from typing import Any, cast
 
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import StorageError
-from worker.contract.job import ImageFormat
 from worker.storage.bucket import Bucket
 from worker.storage.options import BucketOptions
 

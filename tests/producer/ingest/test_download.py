@@ -13,8 +13,9 @@ from producer.ingest.journal import Journal
 from producer.ingest.run_state import Ended
 from producer.prompts.sources import Source
 from worker.contract import infotext
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import PromptFileError
-from worker.contract.job import ImageFormat, Job
+from worker.contract.job import Job
 from worker.engine.runner import Picture
 from worker.jobs.image_file import encode
 

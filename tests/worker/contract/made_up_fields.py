@@ -160,7 +160,8 @@ def name_of_download() -> list[str]:
     from producer.ingest.journal import Journal
     from producer.prompts.sources import Source
     from worker.contract import infotext
-    from worker.contract.job import JOB_FIELDS, ImageFormat, Job
+    from worker.contract.choices import ImageFormat
+    from worker.contract.job import JOB_FIELDS, Job
     from worker.engine.runner import Picture
     from worker.jobs.image_file import encode
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from worker.contract.choices import SAMPLERS, ImageFormat, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.infotext import read, write
-from worker.contract.job import MAX_SEED, SAMPLERS, ImageFormat, Job, Scheduler
+from worker.contract.job import MAX_SEED, Job
 
 
 def resolved(**fields: Any) -> Job:

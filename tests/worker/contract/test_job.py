@@ -11,16 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worker.contract.choices import ImageFormat, Scheduler
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import (
-    MAX_METADATA,
-    MAX_METADATA_DEPTH,
-    MAX_SEED,
-    ImageFormat,
-    Job,
-    JobFields,
-    Scheduler,
-)
+from worker.contract.job import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, Job, JobFields
 from worker.contract.served_model import Defaults, ServedModel
 
 SERVED = ServedModel(

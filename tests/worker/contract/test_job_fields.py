@@ -51,6 +51,7 @@ IN_KEYWORDS = """
     team_note: str
 """
 CHOICES = """
+from enum import StrEnum
 class Palette(StrEnum):
     ANY = "any"
     WARM = "warm"

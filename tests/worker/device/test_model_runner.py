@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests import tiny_models
+from worker.contract.choices import Scheduler
 from worker.contract.errors import (
     DeviceError,
     InvalidJobError,
@@ -27,7 +28,7 @@ from worker.contract.errors import (
     SettingsError,
     SmallcatError,
 )
-from worker.contract.job import Job, Scheduler
+from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner

@@ -14,8 +14,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import Scheduler
 from worker.device.family import Schedulers
 from worker.device.samplers import CLASSES, Samplers
 from worker.device.schedule import SLOTS, Sampler, Schedule

@@ -17,6 +17,7 @@ from redis import Redis
 from tests.conftest import EmptyBucket
 from tests.worker.engine.fake_runner import SERVED, SOON_S, FakeRunner, FakeState, Faults, job_of, picture_of
 from worker.contract import infotext
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import (
     EngineStoppedError,
     NewerMessageError,
@@ -27,7 +28,7 @@ from worker.contract.errors import (
     UnknownModelError,
 )
 from worker.contract.infotext import read_infotext
-from worker.contract.job import ImageFormat, Job
+from worker.contract.job import Job
 from worker.contract.message import payload_of
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from worker.contract.choices import ImageFormat
 from worker.contract.infotext import read_infotext
-from worker.contract.job import ImageFormat
 from worker.engine.runner import Picture
 from worker.jobs.image_file import CONTENT_TYPES, encode
 

@@ -19,8 +19,8 @@ import pytest
 
 from deploy.embedded.stack import BUCKET, Stack
 from tests.conftest import EmptyBucket
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
-from worker.contract.job import ImageFormat
 from worker.storage.bucket import Bucket
 
 JOB_ID = "0123456789abcdef0123456789abcdef"

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from tests.conftest import EmptyBucket
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError, StorageError
-from worker.contract.job import ImageFormat
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import EmptyBucket
 from tests.worker.storage.wire import Wire, response_of
-from worker.contract.job import ImageFormat
+from worker.contract.choices import ImageFormat
 from worker.contract.settings import worker_settings
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess

@@ -13,8 +13,8 @@ import pytest
 
 from tests.conftest import EmptyBucket
 from tests.worker.storage.wire import EVERYTHING, Wire
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError, UnknownJobError
-from worker.contract.job import ImageFormat
 from worker.storage.bucket import TEST_NAME, Bucket
 
 JOB_ID = "0123456789abcdef0123456789abcdef"
