@@ -44,7 +44,7 @@ app.conf.update(
     # The transport counts the messages that the process holds, over all its connections.
     worker_enable_prefetch_count_reduction=False,
     broker_transport_options=transport_options(_settings.lease_s),
-    # When Redis is out of reach, the producer is told at once and retries by itself.
+    # When Redis is out of reach, `submit_job` must notice at once: it retries by itself.
     task_publish_retry=False,
 )
 

@@ -3,7 +3,7 @@
 Held messages belong to the process, not to the connection that delivered them: a job outlives its
 connection. One daemon thread with a connection of its own sends all that a held message needs of Redis:
 
-1. settle: acknowledge or give back what the consumer is done with, until Redis has answered;
+1. send: acknowledgements, and messages that are given back, again until Redis has answered;
 2. renew: set the score of each held message to Redis' time, at every quarter of the lease;
 3. sweep: put messages whose lease ran out, whoever held them, back into their queues.
 
@@ -123,7 +123,7 @@ class Lease:
         """The message is done with: the acknowledgement is sent until Redis answers."""
         with self._changed:
             self._held.pop(tag, None)
-            self._send({tag: None})
+            self._enqueue({tag: None})
 
     def postpone(self, tag: str, delay_s: float) -> None:
         """Let the message wait for `delay_s` seconds, once it is given back by `requeue`."""
@@ -137,7 +137,7 @@ class Lease:
             held = self._held.get(tag)
             if held is not None and held.raw is not None and held.delay_s > 0:
                 del self._held[tag]
-                self._send({tag: Wait(held.delay_s)})
+                self._enqueue({tag: Wait(held.delay_s)})
                 return
             self._give_back([tag], NEXT if first else LAST)
 
@@ -146,7 +146,7 @@ class Lease:
         with self._changed:
             held = self._held.pop(tag, None)
             if held is not None and held.raw is not None:
-                self._send({tag: set_aside(self._layout, held.raw)})
+                self._enqueue({tag: set_aside(self._layout, held.raw)})
 
     def orphan(self, owner: object) -> None:
         """The owner's connection is lost: its messages stay with the process."""
@@ -183,9 +183,9 @@ class Lease:
         for tag in tags:
             held = self._held.pop(tag, None)
             if held is not None and held.raw is not None:
-                self._send({tag: given_back(self._layout, held.raw, held.queue, push)})
+                self._enqueue({tag: given_back(self._layout, held.raw, held.queue, push)})
 
-    def _send(self, unsent: Mapping[str, Move | Wait | None]) -> None:
+    def _enqueue(self, unsent: Mapping[str, Move | Wait | None]) -> None:
         self._unsent.update(unsent)
         self._ensure_thread()
         self._changed.notify_all()
@@ -204,7 +204,7 @@ class Lease:
         reachable = True
         while self._wait(min(renew_at, sweep_at)):
             try:
-                self._settle(client)
+                self._send(client)
                 if monotonic() >= renew_at:
                     self._renew(client)
                     renew_at = monotonic() + self._timeout_s / 4
@@ -236,7 +236,7 @@ class Lease:
     def _idle(self) -> bool:
         return not (self._consumers or self._held or self._unsent)
 
-    def _settle(self, client: Redis) -> None:
+    def _send(self, client: Redis) -> None:
         with self._changed:
             unsent = dict(self._unsent)
         if not unsent:

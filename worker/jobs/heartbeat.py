@@ -123,11 +123,11 @@ class Heartbeat:
         message = receive(min(STOP_WITHIN_S, max(0.001, due_s - time.monotonic())))
         if message is None:
             return
-        word, _, job_id = message.partition(" ")
-        if word == "cancel" and (steps := self._jobs().get(job_id)) is not None:
+        command, _, job_id = message.partition(" ")
+        if command == "cancel" and (steps := self._jobs().get(job_id)) is not None:
             # The record decides: the job may have been submitted again since.
             for cancelled in self._records.progress({job_id: steps}, self._lease_s):
                 self._cancel(cancelled)
-        elif word == "watch":
+        elif command == "watch":
             self._watched_until_s = time.monotonic() + WATCH_S
             self._beat_due_s = self._beaten_s + BEAT_S
