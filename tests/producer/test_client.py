@@ -184,7 +184,7 @@ def soon(limit_s: float = 10.0) -> Iterator[None]:
     assert time.monotonic() - began < limit_s
 
 
-def test_a_redis_that_is_away_is_told_in_time(
+def test_a_redis_that_is_away_is_reported_in_time(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as held:
@@ -196,7 +196,7 @@ def test_a_redis_that_is_away_is_told_in_time(
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_wrong_password_is_told_in_time(
+def test_a_wrong_password_is_reported_in_time(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, valkey: ValkeyProcess
 ) -> None:
     monkeypatch.setenv("REDIS_URL", valkey.url.replace(valkey.password, "hunter2"))
@@ -205,7 +205,7 @@ def test_a_wrong_password_is_told_in_time(
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_full_redis_is_told_in_time_and_holds_nothing(client: Redis) -> None:
+def test_a_full_redis_is_reported_in_time_and_holds_nothing(client: Redis) -> None:
     client.config_set("maxmemory", 1)
     try:
         with soon(), pytest.raises(QueueError, match="is full"):
@@ -215,7 +215,7 @@ def test_a_full_redis_is_told_in_time_and_holds_nothing(client: Redis) -> None:
     assert client.dbsize() == 0
 
 
-def test_a_replica_is_told_in_time(client: Redis) -> None:
+def test_a_replica_is_reported_in_time(client: Redis) -> None:
     client.replicaof("127.0.0.1", "1")
     try:
         with soon(), pytest.raises(QueueError, match="is read-only"):
@@ -225,7 +225,7 @@ def test_a_replica_is_told_in_time(client: Redis) -> None:
     assert client.dbsize() == 0
 
 
-def test_a_frozen_redis_is_told_in_time(
+def test_a_frozen_redis_is_reported_in_time(
     new_stack: Callable[..., Stack], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     valkey = new_stack(workers=0).valkey
@@ -301,7 +301,7 @@ def test_what_is_no_picture_is_refused(data: bytes) -> None:
         job_from_image(data)
 
 
-def test_a_picture_without_papers_is_refused() -> None:
+def test_a_picture_without_infotext_is_refused() -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
     with pytest.raises(InvalidJobError, match="holds no infotext"):
@@ -332,10 +332,10 @@ def test_a_storage_error_is_one_on_the_callers_side_too(
         f"try: JobHandle({handle.id!r}).result(5)\n"
         "except StorageError as error: print(type(error).__name__, error, 'boto3' in sys.modules)"
     )
-    told = subprocess.run(
+    shown = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=True
     )
-    assert told.stdout == "PermanentStorageError no bucket False\n"
+    assert shown.stdout == "PermanentStorageError no bucket False\n"
 
 
 def test_waiting_too_long_is_a_timeout_and_nothing_else(fleet: Fleet) -> None:
@@ -368,7 +368,7 @@ def test_a_running_job_is_asked_to_stop(fleet: Fleet, records: Records) -> None:
     assert records.progress({handle.id: (1, 4)}, 30) == [handle.id]
 
 
-def test_progress_tells_steps_and_place(fleet: Fleet, records: Records, storage: Bucket) -> None:
+def test_progress_has_steps_and_messages_ahead(fleet: Fleet, records: Records, storage: Bucket) -> None:
     submit_job("a small cat", seed=2)
     handle = submit_job("a small cat", seed=3)
     progress = handle.progress()
@@ -389,9 +389,9 @@ def test_a_job_that_nobody_serves_says_so_everywhere(
 ) -> None:
     monkeypatch.setattr("worker.state.records.RECHECK_S", 0.01)
     handle = submit_job("a small cat", model="a/model")
-    said = 'No worker serves the model "a/model"'
-    assert handle.progress().note.startswith(said)
-    with pytest.warns(UserWarning, match=said) as caught, pytest.raises(TimeoutError):
+    expected = 'No worker serves the model "a/model"'
+    assert handle.progress().note.startswith(expected)
+    with pytest.warns(UserWarning, match=expected) as caught, pytest.raises(TimeoutError):
         handle.result(0.2)
     assert len(caught) == 1
 
@@ -417,10 +417,10 @@ def test_a_handle_works_in_another_process_by_its_id(
     handle = submit_job("a small cat", seed=3)
     finish(records, storage, handle.record().job)
     code = f"from producer import JobHandle; print(JobHandle({handle.id!r}).result(5).uri)"
-    told = subprocess.run(
+    shown = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=True
     )
-    assert told.stdout.strip() == storage.uri(handle.id, job_of(3).format)
+    assert shown.stdout.strip() == storage.uri(handle.id, job_of(3).format)
 
 
 def test_a_record_that_expired_is_read_from_the_bucket(
@@ -451,7 +451,7 @@ def test_a_record_in_the_bucket_without_its_picture_is_no_done_job(
 
 
 @pytest.mark.parametrize("job_id", ["0" * 32, "nonsense", "", "../../x", "a b", "ä", "0" * 5_000])
-def test_a_job_that_nobody_knows_is_told_so(environment: dict[str, str], job_id: str) -> None:
+def test_an_unknown_job_is_reported_so(environment: dict[str, str], job_id: str) -> None:
     handle = JobHandle(job_id)
     for ask in (handle.state, handle.progress, handle.cancel, lambda: handle.result(1), handle.image):
         with pytest.raises(UnknownJobError):
@@ -466,7 +466,7 @@ def test_without_a_bucket_an_unknown_job_is_unknown(
         JobHandle("0" * 32).state()
 
 
-def test_a_picture_that_was_deleted_is_told_so(fleet: Fleet, records: Records, storage: Bucket) -> None:
+def test_a_picture_that_was_deleted_is_reported_so(fleet: Fleet, records: Records, storage: Bucket) -> None:
     handle = submit_job("a small cat", seed=3)
     job = handle.record().job
     finish(records, storage, job)

@@ -61,12 +61,12 @@ def test_all_is_well(client: Redis) -> None:
     findings = list(examine())
     assert all(finding.ok for finding in findings), findings
     assert {finding.what for finding in findings} >= {"redis", "bucket", "workers"}
-    told = json.dumps([finding._asdict() for finding in findings])
-    assert f"w1 serves {SERVED.name}" in told
-    assert "presigned links open" in told
+    shown = json.dumps([finding._asdict() for finding in findings])
+    assert f"w1 serves {SERVED.name}" in shown
+    assert "presigned links open" in shown
     password = client.connection_pool.connection_kwargs["password"]
     assert password
-    assert password not in told
+    assert password not in shown
 
 
 def test_the_doctor_leaves_nothing_in_the_bucket(client: Redis, environment: dict[str, str]) -> None:
@@ -145,7 +145,7 @@ def test_a_bucket_that_refuses(
     assert all(finding.ok for finding in examine() if finding.what in ("redis", "workers"))
 
 
-def test_rights_that_no_job_needs_are_told_and_are_no_fault(client: Redis, wire: Wire) -> None:
+def test_rights_that_no_job_needs_are_reported_and_are_no_fault(client: Redis, wire: Wire) -> None:
     wire.rights = EVERYTHING - {"s3:DeleteObject", "s3:ListBucket"}
     findings = found("bucket")
     assert all(finding.ok for finding in findings), findings

@@ -36,8 +36,8 @@ def fail(prompt: str, error: SmallcatError, run: str = "") -> str:
         verdict, number, _ = records.claim(job, "m1", **where)  # type: ignore[arg-type]
         assert (verdict, number) == ("render", attempt)
         if attempt == 1:
-            told = Attempt(attempt=1, worker="w1", at=1.0, error_type=type(error).__name__, error=str(error))
-            records.retried(handle.id, "m1", told)
+            tried = Attempt(attempt=1, worker="w1", at=1.0, error_type=type(error).__name__, error=str(error))
+            records.retried(handle.id, "m1", tried)
     assert records.failed(handle.id, "m1", error)
     return handle.id
 
@@ -58,11 +58,11 @@ def test_failed_jobs_are_listed_the_latest_first_and_by_error() -> None:
 
 def test_a_failed_job_shows_each_attempt_with_its_worker() -> None:
     job_id = fail("one", RenderError("bad kernel"))
-    told = run("show", job_id)
-    assert "attempt 1" in told
-    assert "attempt 2" in told
-    assert told.count("w1") == 2
-    assert "'one'" in told
+    shown = run("show", job_id)
+    assert "attempt 1" in shown
+    assert "attempt 2" in shown
+    assert shown.count("w1") == 2
+    assert "'one'" in shown
 
 
 def test_by_run() -> None:

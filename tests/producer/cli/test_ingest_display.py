@@ -65,7 +65,7 @@ def test_lines_are_for_logs() -> None:
     assert [event["event"] for event in events] == ["done", "failed", "rejected"]
 
 
-def test_the_whole_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_is_shown_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest_display, "_LINE_EVERY_S", -1)
     assert drawn(LineDisplay).startswith("progress")
 

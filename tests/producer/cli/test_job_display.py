@@ -70,7 +70,7 @@ def on(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
 
 @pytest.mark.usefixtures("quick")
 def test_without_a_terminal_each_change_of_state_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = on(False, monkeypatch)
+    shown = on(False, monkeypatch)
     script = [
         progress(State.QUEUED),
         progress(State.QUEUED, note="No worker serves it."),
@@ -80,15 +80,15 @@ def test_without_a_terminal_each_change_of_state_is_one_line(monkeypatch: pytest
     ]
     end = result_of()
     assert follow(Running([*script], end), 1) is end
-    lines = [line.strip() for line in told().splitlines() if line.strip()]
+    lines = [line.strip() for line in shown().splitlines() if line.strip()]
     assert lines == ["queued", "queued  No worker serves it.", "running", "done"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_at_a_terminal_a_bar_shows_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = on(True, monkeypatch)
+    shown = on(True, monkeypatch)
     follow(Running([progress(State.RUNNING, 2), progress(State.RUNNING, 3)], result_of()), 1)
-    assert "step 4 of 4" in told()
+    assert "step 4 of 4" in shown()
 
 
 @pytest.mark.usefixtures("quick")
@@ -107,15 +107,15 @@ def test_the_jobs_own_error_comes_through_and_no_thread_stays(monkeypatch: pytes
 
 
 def test_without_a_terminal_a_picture_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = on(False, monkeypatch)
+    shown = on(False, monkeypatch)
     job = job_of(3).model_copy(update={"prompt": "[bold]a small cat[/bold]"})
     show_picture(result_of(job=job.model_dump()))
-    assert told() == '"[bold]a small cat[/bold]", 64x64, seed 3, 4 steps\n'
+    assert shown() == '"[bold]a small cat[/bold]", 64x64, seed 3, 4 steps\n'
 
 
 def test_at_a_terminal_a_picture_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = on(True, monkeypatch)
+    shown = on(True, monkeypatch)
     picture = Image.fromarray(np.full((8, 8, 3), 200, np.uint8))
     monkeypatch.setattr(JobResult, "image", lambda self: picture)
     show_picture(result_of())
-    assert len(told()) > 50
+    assert len(shown()) > 50

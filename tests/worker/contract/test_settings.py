@@ -1,4 +1,4 @@
-"""What the environment may set: every variable, its limits, and what is said where it is wrong."""
+"""What the environment may set: every variable, its limits, and the error where it is wrong."""
 
 from __future__ import annotations
 
