@@ -24,7 +24,7 @@ PNG = ImageFormat.PNG
 #: Starts one, reports it, and waits to be killed.
 OWNER = """
 import sys
-from worker.contract.job import ImageFormat
+from worker.contract.choices import ImageFormat
 from worker.storage.bucket_process import BucketProcess
 if __name__ == "__main__":
     BucketProcess(sys.argv[1]).find("0" * 32, ImageFormat.PNG)
