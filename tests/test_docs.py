@@ -8,7 +8,6 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -19,6 +18,7 @@ from deploy.local import main as local
 from producer.cli.main import cli
 from producer.ingest.submit_file import submit_file
 from tests.docs import DOCUMENTS, PARTS, REMEDIES, ROOT, parts_in, renewed, resolved
+from tests.markdown import codes, prose
 from worker.bench.__main__ import main as bench
 from worker.contract import errors
 from worker.contract.job import JOB_FIELDS, Job
@@ -29,35 +29,8 @@ FOLDERS = ("worker", "producer", "deploy", "tests", "docs")
 #: Commands of click that are called as modules.
 MODULE_COMMANDS = {"producer": cli, "deploy.local": local, "worker.bench": bench}
 
-_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INDENTED = re.compile(r"^(?: {4}.*(?:\n|\Z))+", re.MULTILINE)
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-
-
-@dataclass(frozen=True)
-class Code:
-    """A piece of code in a document."""
-
-    #: The language of a fenced block; "" for an indented block, "inline" for one between backticks.
-    language: str
-    text: str
-
-
-def prose(text: str) -> str:
-    """The document without its blocks of code."""
-    return _INDENTED.sub("", _FENCED.sub("", text))
-
-
-def codes(document: Path) -> Iterator[Code]:
-    """The fenced and the indented blocks of a document, and what stands between backticks."""
-    text = document.read_text("utf-8")
-    for found in _FENCED.finditer(text):
-        yield Code(found[1], found[2])
-    for found in _INDENTED.finditer(_FENCED.sub("", text)):
-        yield Code("", found[0])
-    for found in re.finditer(r"`([^`\n]+)`", prose(text)):
-        yield Code("inline", found[1])
 
 
 def lines(document: Path) -> Iterator[str]:
