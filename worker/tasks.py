@@ -39,6 +39,7 @@ from worker.state.records import Records
 from worker.state.redis_client import connect, connect_until, queue_errors
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
+from worker.storage.options import BucketOptions
 
 if TYPE_CHECKING:
     from worker.device.model_runner import ModelRunner
@@ -179,11 +180,14 @@ def _services(settings: WorkerSettings) -> BucketProcess:
     """Check Redis and the bucket, without waiting for either; return the bucket. Raises `ServiceError`."""
     with queue_errors(settings.redis_url):
         connect(settings.redis_url, retry_s=1).ping()
-    Bucket(settings.s3_bucket, settings.s3_prefix, attempts=2).check()
-    bucket = BucketProcess(settings.s3_bucket, settings.s3_prefix, connections=STORAGE_CONNECTIONS)
+    where, options = (settings.s3_bucket, settings.s3_prefix), BucketOptions.of(settings)
+    lacks = Bucket(*where, attempts=2, options=options).check()
+    bucket = BucketProcess(*where, connections=STORAGE_CONNECTIONS, options=options)
     bucket.start()
     _log_choice("queue", hidden(settings.redis_url), "REDIS_URL")
-    _log_choice("storage", bucket.root, "S3_BUCKET, S3_PREFIX; a test object was written, read and deleted")
+    _log_choice("storage", bucket.root, "S3_BUCKET, S3_PREFIX; a test object was written and read")
+    for lack in lacks:
+        logger.warning("storage: %s", lack)
     return bucket
 
 

@@ -1,4 +1,4 @@
-"""The bucket: what a worker and a producer ask of S3.
+"""The S3 bucket with the pictures.
 
     PREFIX/images/<id[:2]>/<id>.png     the picture (or .webp, .jpeg), put first
     PREFIX/images/<id[:2]>/<id>.json    the job's lasting record, put last
@@ -45,9 +45,9 @@ _MISSING = frozenset({"NoSuchKey", "NotFound", "404"})
 class Bucket:
     """One bucket. Thread-safe: it has one boto3 client, which is.
 
-    `connections` is the most requests at once, `attempts` how often one is tried while the server is out of
-    reach or overloaded: 8 last about a minute, 2 a second. `options` are what all objects have in common.
-    Credentials, endpoint and region are boto3's own settings.
+    `connections`: requests at once, at most. `attempts`: how often a request is tried while the server is out
+    of reach or overloaded; 8 take about a minute, 2 about a second. `options`: what all objects have in
+    common. Credentials, endpoint and region are boto3's own settings.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Bucket:
         )
 
     def check(self, look: Callable[[str], object] = lambda uri: None) -> tuple[str, ...]:
-        """Raise `StorageError` with the remedy unless the bucket is there and can be written and read.
+        """Raise `StorageError` with the remedy unless the bucket exists and can be written and read.
 
         `look` is called with the address of a test object while that is there. Returns a sentence for each
         right that is missing and that a worker can do without.

@@ -33,7 +33,7 @@ _Manager.register("storage", Bucket, exposed=("find", "put", "probe"))
 
 
 class BucketProcess(Bucket):
-    """A `Bucket` whose `find`, `put` and `probe` are another process' work. Thread-safe; raises as `Bucket`.
+    """A `Bucket` whose `find`, `put` and `probe` another process does. Thread-safe; raises as `Bucket` does.
 
     The process ends with this one, however this one ends. When it ends by itself, those who wait for it get a
     `StorageError`, and the next request starts another one.

@@ -37,7 +37,7 @@ def make_client(*, addressing: str, connections: int, attempts: int, region: str
             {} if style == "auto" else {"addressing_style": style}
         )
         config = botocore.config.Config(
-            # The default presigns with version 2 on custom endpoints, which rclone and Garage refuse.
+            # By default links for custom endpoints are signed by version 2, which rclone and Garage refuse.
             signature_version="s3v4",
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
