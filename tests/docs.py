@@ -71,6 +71,7 @@ REMEDIES: dict[type[errors.SmallcatError], str] = {
     errors.OutOfMemoryError: "Nothing: the engine tries again with fewer rows.",
     errors.DeviceError: "Let the supervisor start the worker again; check the GPU and its driver.",
     errors.EngineStoppedError: "Nothing: another worker takes the job.",
+    errors.BucketRefusedError: "Give the worker its rights again: `smallcat doctor` says what is refused.",
     errors.NewerMessageError: "Upgrade the workers before the producers.",
     errors.ServiceError: "Run `smallcat doctor`.",
     errors.QueueError: "Check `REDIS_URL`, and that Redis is up and has memory. Submitting again is safe.",

@@ -122,6 +122,7 @@ def _start(sender: Any, **_: Any) -> None:
         logger.critical("The worker cannot start.", exc_info=True)
         raise SystemExit(EX_SOFTWARE) from error
     transport.set_liveness(lambda: _here().engine.is_alive())
+    transport.set_pause(lambda: bool(_here().handler.access.reason))
     served, max_rows = _process.handler.served, _process.engine.max_rows
     app.amqp.queues.select(queues_of(served))
     if sender.concurrency == "auto":
@@ -230,6 +231,7 @@ def _heartbeat(
         jobs=handler.progress,
         cancel=handler.cancel,
         watchdog=lambda: _exit_if_hung(engine),
+        paused=lambda: handler.access.reason,
     )
 
 

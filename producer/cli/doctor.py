@@ -124,6 +124,8 @@ def _workers(now: Session) -> Iterator[Finding]:
             f"{worker.served.name} at {worker.served.revision}, {worker.device}, attention {worker.attention}"
         )
         yield Finding("workers", True, f"{worker.name} serves {what}, up to {worker.max_rows} rows")
+        if worker.paused:
+            yield Finding("workers", False, f"{worker.name} takes no jobs at present: {worker.paused}")
     versions: dict[tuple[str, str], list[str]] = defaultdict(list)
     for worker in live:
         for package, version in worker.versions.items():

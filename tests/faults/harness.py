@@ -235,6 +235,13 @@ class Ground:
                 pipe.hget(f"smallcat:job:{job_id}", "state")
             return Counter(pipe.execute())
 
+    def attempts(self, ids: Iterable[str]) -> Counter[str | None]:
+        """How many jobs took so many attempts."""
+        with self.redis as client, client.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hget(f"smallcat:job:{job_id}", "attempts")
+            return Counter(pipe.execute())
+
     def error_types(self, ids: Iterable[str]) -> Counter[str | None]:
         """How many jobs ended with each error."""
         with self.redis as client, client.pipeline(transaction=False) as pipe:

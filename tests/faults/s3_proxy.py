@@ -11,7 +11,11 @@ from typing import Literal
 
 #: well: nothing is wrong. down: connections are cut. errors: every answer is a 500. silent: nobody answers.
 #: corrupt: a byte of each object is another one on the way. slow: each request waits for SLOW_S.
-Mode = Literal["well", "down", "errors", "silent", "corrupt", "slow"]
+#: denied: every request is refused, as when rights lapse. expired: as when keys do.
+Mode = Literal["well", "down", "errors", "silent", "corrupt", "slow", "denied", "expired"]
+
+#: Status and code of a refusal by mode.
+_REFUSALS = {"denied": (403, "AccessDenied"), "expired": (400, "ExpiredToken")}
 
 #: Seconds that a request waits when the mode is slow.
 SLOW_S = 0.7
@@ -26,6 +30,8 @@ class S3Proxy:
         self._changed = threading.Condition()
         #: Requests that failed on purpose, by mode.
         self.failed: Counter[str] = Counter()
+        #: Keys that hold this are refused, whatever the mode; none where it is empty.
+        self.denied_key = ""
         proxy = self
 
         class Handler(_Handler):
@@ -96,6 +102,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if mode == "errors":
             self._answer(500, {}, b"<Error><Code>InternalError</Code><Message>on purpose</Message></Error>")
+            return
+        if self.owner.denied_key and self.owner.denied_key in self.path:
+            mode = "denied"
+        if mode in _REFUSALS:
+            status, code = _REFUSALS[mode]
+            self._answer(
+                status, {}, f"<Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()
+            )
             return
         if mode == "slow":
             self.owner.wait_while("slow", SLOW_S)

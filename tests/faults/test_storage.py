@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
 
+from producer import JobHandle
+from producer.cli.doctor import Finding, examine
 from tests.faults import oracle
-from tests.faults.harness import Ground, wait_until
+from tests.faults.harness import FaultWorker, Ground, wait_until
 from tests.faults.s3_proxy import Mode, S3Proxy
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
 
 MODES: list[Mode] = ["down", "errors", "silent", "corrupt", "slow"]
+
+
+@pytest.fixture
+def doctor(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Finding]]:
+    # What this machine has is another matter.
+    monkeypatch.setattr("producer.cli.doctor._device", lambda: iter(()))
+    return lambda: list(examine())
 
 
 @pytest.fixture
@@ -67,6 +77,70 @@ def test_the_process_that_asks_the_bucket_is_killed_and_no_picture_is_lost(
     found = oracle.settle(ground, ids, timeout_s=120)
     assert found.renders_over == 0
     assert worker.running
+
+
+def log_of(worker: FaultWorker) -> list[str]:
+    return worker.log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("mode", ["denied", "expired"])
+def test_rights_that_lapse_cost_no_job(
+    ground: Ground, proxy: S3Proxy, doctor: Callable[[], list[Finding]], mode: Mode
+) -> None:
+    worker = ground.worker(settings={"AWS_ENDPOINT_URL_S3": proxy.endpoint})
+    with ground.holding() as hold:
+        ids = ground.submit(4, hold)
+        ground.journal.wait_for("start", ids)
+        proxy.mode = mode
+    # Those in flight go back, and so will whatever was fetched at that moment.
+    wait_until("all are back", lambda: ground.states(ids) == {"queued": 4} and ground.unsettled() == 0)
+    ids += ground.submit(4)
+    taken = ground.journal.total("take")
+
+    def told() -> list[str]:
+        return [each.text for each in doctor() if f"{worker.node} takes no jobs at present" in each.text]
+
+    wait_until("the doctor says so", lambda: bool(told()))
+    # It tries a test object some times, and takes no job meanwhile.
+    tried = proxy.failed[mode]
+    wait_until("it tries again", lambda: proxy.failed[mode] >= tried + 3)
+    assert ground.states(ids) == {"queued": 8}
+    assert ground.queued() == 8
+    assert ground.journal.total("take") == taken
+    proxy.mode = "well"
+    oracle.settle(ground, ids, timeout_s=120)
+    # No attempt is counted, and no job is failed.
+    assert ground.states(ids) == {"done": 8}
+    assert ground.attempts(ids) == {"1": 8}
+    code = {"denied": "AccessDenied", "expired": "ExpiredToken"}[mode]
+    assert len([line for line in log_of(worker) if code in line]) == 1
+    assert len([line for line in log_of(worker) if "The bucket takes objects again" in line]) == 1
+    wait_until("the doctor says so no more", lambda: not told())
+
+
+def test_a_key_that_is_denied_fails_its_job_alone(ground: Ground, proxy: S3Proxy) -> None:
+    worker = ground.worker(settings={"AWS_ENDPOINT_URL_S3": proxy.endpoint})
+    with ground.holding() as hold:
+        ids = ground.submit(4, hold)
+        ground.journal.wait_for("start", ids)
+        proxy.denied_key = ids[0]
+    wait_until("all have ended", lambda: ground.states(ids) == {"done": 3, "failed": 1})
+    assert ground.states(ids[:1]) == {"failed": 1}
+    assert ground.error_types(ids[:1]) == {"PermanentStorageError": 1}
+    proxy.denied_key = ""
+    oracle.settle(ground, ground.submit(4), timeout_s=60)
+    assert worker.running
+    assert not [line for line in log_of(worker) if "no others are taken" in line]
+
+
+def test_objects_are_put_as_the_settings_say(ground: Ground) -> None:
+    """rclone keeps Cache-Control, and gives it back."""
+    ground.worker(settings={"SMALLCAT_S3_CACHE_CONTROL": "max-age=61"})
+    (job_id,) = ground.submit(1)
+    oracle.settle(ground, [job_id], timeout_s=60)
+    link = JobHandle(job_id).result().url()
+    with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310 - our own server
+        assert answer.headers["Cache-Control"] == "max-age=61"
 
 
 @pytest.mark.slow

@@ -271,6 +271,32 @@ def test_no_more_is_fetched_than_may_be_held(client: redis.Redis, party: Callabl
     assert (len(consumer.messages), client.llen("q")) == (4, 6)
 
 
+def test_a_consumer_that_pauses_fetches_nothing_keeps_what_it_holds_and_goes_on(
+    client: redis.Redis, party: Callable[..., Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused = threading.Event()
+    monkeypatch.setattr(transport, "_is_paused", transport._is_paused)
+    transport.set_pause(paused.is_set)
+    client.lpush("q", json.dumps(message()))
+    consumer = party()
+    held = consumer.drain(1)[0]
+    consumer.tick()  # The list is empty, and the consumer knows.
+    paused.set()
+    client.lpush("q", *(json.dumps(message()) for _ in range(3)))
+    deadline = time.monotonic() + 2 * LEASE_S
+    while time.monotonic() < deadline:
+        consumer.tick()
+    # At most one fetch was on its way.
+    assert len(consumer.messages) <= 2
+    # What is held is not restored: its lease is renewed.
+    assert client.llen("q") + len(consumer.messages) == 4
+    assert client.hlen("unacked") == len(consumer.messages)
+    held.ack()
+    paused.clear()
+    consumer.drain(4 - len(consumer.messages))
+    assert len(consumer.messages) == 4
+
+
 @pytest.fixture
 def reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five slots, two are for messages of priority 0 to 4."""

@@ -49,6 +49,7 @@ LEASE_S: Final = 30.0
 
 _is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- until `set_liveness` is called
 _reserve: tuple[int, int] | None = None
+_is_paused: Callable[[], bool] = lambda: False  # noqa: E731 -- until `set_pause` is called
 
 
 def broker_url(redis_url: str) -> str:
@@ -108,6 +109,21 @@ def set_reserve(open_to_all: int, urgent: int) -> None:
     """
     global _reserve
     _reserve = open_to_all, urgent
+
+
+def set_pause(is_paused: Callable[[], bool]) -> None:
+    """Define when this process fetches no messages.
+
+    While `is_paused()` is true, what it holds stays with it, as before: leases are renewed. It is called
+    about once a second and up to once a message: it must be quick.
+    """
+    global _is_paused
+    _is_paused = is_paused
+
+
+def paused() -> bool:
+    """Whether this process must not fetch messages, by the word of whoever called `set_pause`."""
+    return _is_paused()
 
 
 def open_steps(priority_steps: Sequence[int], held: int) -> Sequence[int]:

@@ -18,6 +18,7 @@
     │   ├── OutOfMemoryError        a batch did not fit; the engine tries again with fewer rows
     │   ├── DeviceError             the device failed, and will for every job
     │   ├── EngineStoppedError      the engine is stopping or lost
+    │   ├── BucketRefusedError      the bucket refuses all that this worker puts
     │   └── NewerMessageError       the message is of a newer version than this worker reads
     └── ServiceError                a service is out of reach: tried again for a limited time
         ├── QueueError              Redis
@@ -101,6 +102,10 @@ class DeviceError(MachineError):
 
 class EngineStoppedError(MachineError):
     """Raised when the engine is draining, stopped or lost. The job goes back to the queue."""
+
+
+class BucketRefusedError(MachineError):
+    """Raised when the bucket refuses this worker whatever the object. Another worker may have the rights."""
 
 
 class NewerMessageError(MachineError):

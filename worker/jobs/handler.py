@@ -8,6 +8,7 @@ in Redis for another worker. What happens after a failure:
     the job's or the caller's fault   decided by `worker.jobs.retry_policy`
     the machine's fault               the message goes back to the queue: `MachineError` leaves `handle`
     the storage fails                 each request is repeated: `worker.jobs.storage_retry`
+    the bucket refuses all            the message goes back to the queue: `worker.jobs.bucket_access`
     Redis fails                       the client repeats each command until the worker stops; then the message
                                       goes back to the queue
 
@@ -26,7 +27,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from worker.contract import infotext
-from worker.contract.errors import InvalidJobError, RenderError, SmallcatError, UnknownModelError
+from worker.contract.errors import (
+    BucketRefusedError,
+    InvalidJobError,
+    RenderError,
+    SmallcatError,
+    UnknownModelError,
+)
 from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.message import Message
 from worker.contract.queues import queue_of
@@ -36,6 +43,7 @@ from worker.engine.engine import Engine
 from worker.engine.runner import Picture
 from worker.engine.ticket import Rendered
 from worker.jobs import metrics
+from worker.jobs.bucket_access import BucketAccess
 from worker.jobs.image_file import CONTENT_TYPES, encode
 from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.quarantine import Quarantine
@@ -73,7 +81,9 @@ class JobHandler:
         self._policy = RetryPolicy(max_attempts)
         self._quarantine = Quarantine()
         self._in_flight = JobsInFlight()
-        self._retry_storage = StorageRetry(self._in_flight, upload_timeout_s)
+        #: Whether the bucket takes this worker's pictures. While it is closed, no job should be fetched.
+        self.access = BucketAccess(lambda size: bucket.probe(size))
+        self._retry_storage = StorageRetry(self._in_flight, self.access, upload_timeout_s)
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """(steps done, steps in all) by id of all jobs in flight, also of those that are uploaded."""
@@ -88,6 +98,7 @@ class JobHandler:
         """Give back also those jobs that wait for the storage, or to run alone."""
         self._in_flight.stop()
         self._quarantine.stop()
+        self.access.end()
 
     def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
         """Do the job in `payload`, or record why not.
@@ -102,6 +113,11 @@ class JobHandler:
             logger.error("Dropped: %s", error)
             metrics.JOBS.labels("failed").inc()
             return None
+        try:
+            self.access.require()
+        except BucketRefusedError:  # Fetched just before access closed.
+            metrics.JOBS.labels("given_back").inc()
+            raise
         alone = redelivered and self._policy.runs_alone(*self._records.attempts_and_deaths(message.id))
         with self._quarantine.admit(alone=alone):
             try:
@@ -213,7 +229,7 @@ class JobHandler:
         lasting = record.model_dump_json(exclude={"queue", "submitted_at", "step", "tries", "runs"}).encode()
         mime = CONTENT_TYPES[image_format]
         self._retry_storage(
-            record.id, lambda: self._bucket.put(record.id, image_format, picture, lasting, mime)
+            record.id, lambda: self._bucket.put(record.id, image_format, picture, lasting, mime), len(picture)
         )
 
     def _after_failure(

@@ -28,8 +28,9 @@ class Heartbeat:
     cancellations on at once.
 
     `jobs` returns (steps done, steps in all) by id of all jobs in flight. `cancel` is called with the id of
-    each job that was cancelled. `watchdog` is called about twice a second. That Redis is out of reach is
-    logged once; each beat tries again.
+    each job that was cancelled. `watchdog` is called about twice a second. `paused` returns why the worker
+    takes no jobs at present, or nothing; a change is announced at once. That Redis is out of reach is logged
+    once; each beat tries again.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Heartbeat:
         jobs: Callable[[], Mapping[str, tuple[int, int]]],
         cancel: Callable[[str], None],
         watchdog: Callable[[], None],
+        paused: Callable[[], str] = lambda: "",
     ) -> None:
         self._records = records
         self._fleet = fleet
@@ -50,6 +52,7 @@ class Heartbeat:
         self._jobs = jobs
         self._cancel = cancel
         self._watchdog = watchdog
+        self._paused = paused
         self._withdrawing = threading.Event()
         self._withdrawn = False
         self._stop = threading.Event()
@@ -109,6 +112,9 @@ class Heartbeat:
                 self._cancel(job_id)
             self._beat_due_s = now_s + (BEAT_S if now_s < self._watched_until_s else self._lease_s / 4)
             self._beaten_s = now_s
+        if (paused := self._paused()) != self._info.paused:
+            self._info = self._info.model_copy(update={"paused": paused})
+            self._announce_due_s = now_s
         if self._withdrawing.is_set():
             self._withdraw()
             self._announce_due_s = math.inf

@@ -47,6 +47,8 @@ class WorkerInfo(BaseModel):
     max_rows: int
     #: Versions of what it runs, by package.
     versions: dict[str, str]
+    #: Why it takes no jobs at present; empty while it does.
+    paused: str = ""
 
 
 class Fleet:
@@ -64,7 +66,9 @@ class Fleet:
     def announce(self, worker: WorkerInfo) -> None:
         """Announce `worker` for the next `ANNOUNCE_TTL_S` seconds."""
         with self._redis.pipeline() as pipe:
-            pipe.set(worker_key(worker.name), worker.model_dump_json(), ex=ANNOUNCE_TTL_S)
+            pipe.set(
+                worker_key(worker.name), worker.model_dump_json(exclude_defaults=True), ex=ANNOUNCE_TTL_S
+            )
             pipe.sadd(WORKERS, worker.name)
             pipe.expire(WORKERS, self._ttl_s)
             pipe.execute()
@@ -72,7 +76,9 @@ class Fleet:
         models = {each.served.name for each in live}
         # Models that no live worker serves come after those that are served.
         away = [each for each in self._last_seen() if each.served.name not in models]
-        seen = json.dumps([each.model_dump(mode="json") for each in [*live, *away][:MAX_SEEN]])
+        seen = json.dumps(
+            [each.model_dump(mode="json", exclude_defaults=True) for each in [*live, *away][:MAX_SEEN]]
+        )
         self._redis.set(SERVED, seen, ex=self._ttl_s)
 
     def withdraw(self, name: str) -> None:

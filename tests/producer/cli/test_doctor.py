@@ -33,7 +33,7 @@ def client(environment: dict[str, str]) -> Iterator[Redis]:
         yield client
 
 
-def announce(client: Redis, name: str, torch: str = "2.13") -> None:
+def announce(client: Redis, name: str, torch: str = "2.13", paused: str = "") -> None:
     info = WorkerInfo(
         name=name,
         served=SERVED,
@@ -42,6 +42,7 @@ def announce(client: Redis, name: str, torch: str = "2.13") -> None:
         attention="sdpa",
         max_rows=8,
         versions={"torch": torch},
+        paused=paused,
     )
     Fleet(client, 1_000).announce(info)
 
@@ -77,6 +78,13 @@ def test_the_doctor_leaves_nothing_in_the_bucket(client: Redis, environment: dic
 
 def test_no_worker(client: Redis) -> None:
     assert the_bad_one("workers") == "none is alive: start one with `celery -A worker worker`"
+
+
+def test_a_worker_that_takes_no_jobs(client: Redis) -> None:
+    announce(client, "w1", paused='The bucket "x" refuses (ExpiredToken): get new keys.')
+    announce(client, "w2")
+    text = the_bad_one("workers")
+    assert text == 'w1 takes no jobs at present: The bucket "x" refuses (ExpiredToken): get new keys.'
 
 
 def test_workers_of_different_versions(client: Redis) -> None:

@@ -19,6 +19,7 @@ from tests.worker.engine.fake_runner import SERVED, SOON_S, FakeRunner, FakeStat
 from worker.contract import infotext
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import (
+    BucketRefusedError,
     EngineStoppedError,
     NewerMessageError,
     NotFiniteError,
@@ -50,6 +51,15 @@ class FlakyBucket(Bucket):
         self.find_errors: list[StorageError] = []
         self.put_errors: list[StorageError] = []
         self.failed = threading.Event()
+        #: What every test object gets, and their sizes so far.
+        self.probe_error: StorageError | None = None
+        self.probed: list[int] = []
+
+    def probe(self, size: int = 8, look: Any = lambda uri: None) -> tuple[str, ...]:
+        self.probed.append(size)
+        if self.probe_error is not None:
+            raise self.probe_error
+        return super().probe(size)
 
     def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
         self._fail(self.find_errors)
@@ -88,6 +98,13 @@ class Worker:
 
     def handle(self, job: Job, message_id: str = "m1", **options: Any) -> float | None:
         return self.begin(job, message_id, **options).result(SOON_S)
+
+    def opened(self) -> None:
+        """Wait until the bucket has taken a test object."""
+        for thread in threading.enumerate():
+            if thread.name == "bucket access":
+                thread.join(SOON_S)
+        assert self.handler.access.reason == ""
 
     def __enter__(self) -> Worker:
         self.engine.start()
@@ -372,15 +389,68 @@ def test_progress_is_reported_while_the_picture_waits_for_the_storage(worker: Wo
     assert future.result(SOON_S) is None
 
 
+REFUSAL = PermanentStorageError("The bucket refuses (AccessDenied): give these keys their rights.")
+
+
 @pytest.mark.parametrize("where", ["find_errors", "put_errors"])
-def test_a_storage_that_refuses_for_good_fails_the_job_at_once(worker: Worker, where: str) -> None:
-    setattr(worker.storage, where, [PermanentStorageError("the bucket is gone: create it")])
+def test_a_job_that_is_refused_while_test_objects_are_taken_fails_alone(worker: Worker, where: str) -> None:
+    setattr(worker.storage, where, [REFUSAL] * 3)
     assert worker.handle(JOB) is None
     record = worker.records.get(JOB.id)
     assert record.state is State.FAILED
-    with pytest.raises(StorageError, match="the bucket is gone: create it"):
+    with pytest.raises(PermanentStorageError, match="give these keys their rights"):
         record.raise_for_state()
     assert len(worker.runner.prepared) == (where == "put_errors")
+    assert worker.handle(job_of(6), "m2") is None
+    assert worker.records.get(job_of(6).id).state is State.DONE
+
+
+@pytest.mark.parametrize("where", ["find_errors", "put_errors"])
+def test_a_refusal_that_passes_while_test_objects_are_taken_costs_no_job(worker: Worker, where: str) -> None:
+    """A new policy reaches the servers of S3 one after the other."""
+    setattr(worker.storage, where, [REFUSAL] * 2)
+    assert worker.handle(JOB) is None
+    assert worker.records.get(JOB.id).state is State.DONE
+
+
+@pytest.mark.parametrize("where", ["find_errors", "put_errors"])
+def test_while_the_bucket_refuses_all_jobs_go_back_and_are_done_when_it_takes_them(
+    worker: Worker, where: str
+) -> None:
+    worker.submit(JOB)
+    worker.storage.probe_error = REFUSAL
+    setattr(worker.storage, where, [REFUSAL])
+    with pytest.raises(BucketRefusedError):
+        worker.handle(JOB)
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.attempts) == (State.QUEUED, 0)
+    assert worker.handler.access.reason == str(REFUSAL)
+    prepared = list(worker.runner.prepared)
+    # What was fetched at that moment goes back untouched.
+    with pytest.raises(BucketRefusedError):
+        worker.handle(job_of(6), "m2")
+    assert worker.runner.prepared == prepared
+    worker.storage.probe_error = None
+    worker.opened()
+    assert worker.handle(JOB, redelivered=True) is None
+    assert (worker.records.get(JOB.id).state, worker.records.get(JOB.id).attempts) == (State.DONE, 1)
+
+
+def test_a_job_that_is_refused_while_the_storage_fails_is_tried_until_somebody_can_tell(
+    worker: Worker,
+) -> None:
+    worker.storage.put_errors = [REFUSAL]
+    worker.storage.probe_error = StorageError("503")
+    assert worker.handle(JOB) is None
+    assert worker.records.get(JOB.id).state is State.DONE
+    assert worker.handler.access.reason == ""
+
+
+def test_a_picture_that_is_refused_is_judged_by_an_object_as_large(worker: Worker) -> None:
+    worker.storage.put_errors = [REFUSAL]
+    worker.handle(JOB)
+    picture = worker.storage.get(worker.storage.uri(JOB.id, JOB.format))
+    assert worker.storage.probed == [len(picture)]
 
 
 @pytest.mark.parametrize("where", ["find_errors", "put_errors"])

@@ -37,6 +37,7 @@ class Beating:
         self.jobs: dict[str, tuple[int, int]] = {}
         self.cancelled: queue.Queue[str] = queue.Queue()
         self.watched = threading.Semaphore(0)
+        self.paused = ""
         self.heartbeat = Heartbeat(
             self.records,
             self.fleet,
@@ -45,6 +46,7 @@ class Beating:
             jobs=lambda: self.jobs,
             cancel=self.cancelled.put,
             watchdog=self.watched.release,
+            paused=lambda: self.paused,
         )
 
     def run(self, *jobs: Any) -> None:
@@ -80,6 +82,17 @@ def test_a_worker_is_announced_once_it_starts_and_gone_once_it_stops(beating: Be
     assert beating.fleet.workers() == [INFO]
     beating.heartbeat.stop()
     assert beating.fleet.workers() == []
+
+
+def test_a_pause_is_announced_at_once_with_its_reason_and_so_is_its_end(
+    beating: Beating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.jobs.heartbeat.ANNOUNCE_EVERY_S", 3_600)
+    beating.heartbeat.start()
+    beating.paused = "the bucket refuses"
+    until_true(lambda: beating.fleet.workers() == [INFO.model_copy(update={"paused": "the bucket refuses"})])
+    beating.paused = ""
+    until_true(lambda: beating.fleet.workers() == [INFO])
 
 
 def test_a_worker_that_leaves_goes_on_beating_for_its_jobs(beating: Beating) -> None:

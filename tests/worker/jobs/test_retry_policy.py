@@ -33,6 +33,7 @@ VERDICTS = {
     errors.OutOfMemoryError: Verdict.GIVE_BACK,
     errors.DeviceError: Verdict.GIVE_BACK,
     errors.EngineStoppedError: Verdict.GIVE_BACK,
+    errors.BucketRefusedError: Verdict.GIVE_BACK,
     errors.NewerMessageError: Verdict.GIVE_BACK,
     errors.ServiceError: Verdict.FAIL,
     errors.QueueError: Verdict.FAIL,

@@ -75,6 +75,15 @@ def test_a_worker_that_leaves_or_stops_announcing_itself_is_gone(fleet: Fleet, c
     assert client.smembers("smallcat:workers") == {"stays"}
 
 
+def test_a_pause_is_announced_and_left_out_while_there_is_none(fleet: Fleet, client: Redis) -> None:
+    """Announcements of earlier versions have no such field, and are read."""
+    fleet.announce(worker("a", "m"))
+    assert "paused" not in (client.get("smallcat:worker:a") or "") + (client.get("smallcat:served") or "")
+    paused = worker("a", "m").model_copy(update={"paused": "the bucket refuses"})
+    fleet.announce(paused)
+    assert fleet.workers() == [paused]
+
+
 def test_every_key_expires(fleet: Fleet, client: Redis) -> None:
     fleet.announce(worker("a", "m"))
     keys = list(client.scan_iter())
