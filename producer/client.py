@@ -309,10 +309,12 @@ class _ShortLookUp:
 
     def state(self, job_id: str) -> str:
         """The job's state, or "unknown"."""
+        if time.monotonic() < self._silent_until:
+            return "unknown"
         with contextlib.suppress(Exception):
             _ = session().redis  # Imports redis-py: that takes a while, but waits for nobody.
         until = time.monotonic() + _REPR_S
-        if time.monotonic() < self._silent_until or not self._lock.acquire(timeout=_REPR_S):
+        if not self._lock.acquire(timeout=_REPR_S):
             return "unknown"
         found: list[str] = []
         # In a thread, because the look-up of a host's name takes no time limit.
