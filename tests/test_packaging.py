@@ -112,6 +112,17 @@ def test_the_wheel_holds_the_bundled_model(wheel: zipfile.ZipFile) -> None:
     assert data <= set(wheel.namelist())
 
 
+def test_the_wheel_holds_the_configs_of_single_files_and_clips_licence(wheel: zipfile.ZipFile) -> None:
+    configs = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "worker" / "model" / "configs").rglob("*")
+        if path.is_file()
+    }
+
+    assert "worker/model/configs/clip/LICENSE" in configs
+    assert configs <= set(wheel.namelist())
+
+
 def test_the_wheel_holds_the_lua_scripts(wheel: zipfile.ZipFile) -> None:
     scripts = {
         str(path.relative_to(ROOT))

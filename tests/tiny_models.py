@@ -8,7 +8,6 @@ Each builder writes a folder that `diffusers` loads, and returns it. Pictures ar
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from transformers import (
     CLIPTokenizer,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tests import original_layout
 
 #: Width of each tiny text encoder.
 _TEXT_WIDTH = 32
@@ -138,74 +139,11 @@ def tiny_single_file(folder: Path) -> tuple[Path, Path]:
     """
     configs = tiny_sd1(folder / "configs")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(configs, safety_checker=None)
-    tensors = {
-        f"model.diffusion_model.{_renamed(name, _UNET_NAMES)}": tensor
-        for name, tensor in pipeline.unet.state_dict().items()
-    }
-    for name, tensor in pipeline.vae.state_dict().items():
-        is_attention = ".attentions." in name and tensor.ndim == 2
-        tensors[f"first_stage_model.{_renamed(name, _VAE_NAMES)}"] = (
-            tensor[:, :, None, None].contiguous() if is_attention else tensor
-        )
-    for name, tensor in pipeline.text_encoder.state_dict().items():
-        key = name if name.startswith("text_model.") else f"text_model.{name}"
-        tensors[f"cond_stage_model.transformer.{key}"] = tensor
+    path = folder / "tiny.safetensors"
+    save_file(original_layout.checkpoint(pipeline), path)
     for weights in configs.rglob("*.safetensors"):
         weights.unlink()
-    path = folder / "tiny.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path, configs
-
-
-def _renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-#: diffusers' names to the original ones, for the blocks of `_unet`: two of one layer each.
-_UNET_NAMES = (
-    (r"^time_embedding\.linear_1", "time_embed.0"),
-    (r"^time_embedding\.linear_2", "time_embed.2"),
-    (r"^conv_in", "input_blocks.0.0"),
-    (r"^conv_norm_out", "out.0"),
-    (r"^conv_out", "out.2"),
-    (r"^down_blocks\.0\.resnets\.0", "input_blocks.1.0"),
-    (r"^down_blocks\.0\.downsamplers\.0\.conv", "input_blocks.2.0.op"),
-    (r"^down_blocks\.1\.resnets\.0", "input_blocks.3.0"),
-    (r"^down_blocks\.1\.attentions\.0", "input_blocks.3.1"),
-    (r"^mid_block\.resnets\.0", "middle_block.0"),
-    (r"^mid_block\.attentions\.0", "middle_block.1"),
-    (r"^mid_block\.resnets\.1", "middle_block.2"),
-    (r"^up_blocks\.0\.upsamplers\.0\.conv", "output_blocks.1.2.conv"),
-    (r"^up_blocks\.0\.resnets\.(\d)", r"output_blocks.\1.0"),
-    (r"^up_blocks\.0\.attentions\.(\d)", r"output_blocks.\1.1"),
-    (r"^up_blocks\.1\.resnets\.0", "output_blocks.2.0"),
-    (r"^up_blocks\.1\.resnets\.1", "output_blocks.3.0"),
-    (r"(?<!transformer_blocks\.0)\.norm1\.", ".in_layers.0."),
-    (r"\.conv1\.", ".in_layers.2."),
-    (r"\.time_emb_proj\.", ".emb_layers.1."),
-    (r"(?<!transformer_blocks\.0)\.norm2\.", ".out_layers.0."),
-    (r"\.conv2\.", ".out_layers.3."),
-    (r"\.conv_shortcut\.", ".skip_connection."),
-)
-_VAE_NAMES = (
-    (r"^encoder\.down_blocks\.(\d)\.resnets", r"encoder.down.\1.block"),
-    (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample"),
-    *(
-        (rf"^decoder\.up_blocks\.{level}\.{new}", f"decoder.up.{3 - level}.{old}")
-        for level in range(4)
-        for new, old in (("resnets", "block"), (r"upsamplers\.0", "upsample"))
-    ),
-    (r"mid_block\.resnets\.0", "mid.block_1"),
-    (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0", "mid.attn_1"),
-    (r"\.conv_norm_out", ".norm_out"),
-    (r"\.conv_shortcut", ".nin_shortcut"),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.to_out\.0\.", ".proj_out."),
-)
 
 
 def _unet(*, channels: int, sample_size: int, **more: Any) -> diffusers.UNet2DConditionModel:

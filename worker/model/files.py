@@ -1,4 +1,4 @@
-"""Finds the files of `SMALLCAT_MODEL`: a hub id, a folder or one .safetensors file. No torch here.
+"""Finds the files of `SMALLCAT_MODEL`: a hub id, a folder or one .safetensors file.
 
 The files are downloaded if need be, and checked before any of them is loaded: safetensors only, no code, a
 pipeline that is served. Their hash is the model's revision, so that a job is never answered from a picture of
@@ -7,16 +7,10 @@ other files.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import re
-import struct
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
@@ -24,6 +18,8 @@ from huggingface_hub import errors as hub_errors
 from worker.contract.errors import SettingsError
 from worker.contract.settings import WorkerSettings
 from worker.model import index as model_index
+from worker.model import single_file
+from worker.model.headers import digest, read_header
 
 #: A file in a model's folder with the defaults its author recommends: `{"steps": 8, "guidance_scale": 2.0}`.
 RECOMMENDED = "smallcat.json"
@@ -37,8 +33,8 @@ class ModelFiles:
 
     #: The folder with model_index.json, or the single file.
     path: Path
-    #: Whether `path` is one .safetensors file.
-    single_file: bool
+    #: The checkpoint, where `path` is one .safetensors file.
+    single: single_file.SingleFile | None
     #: The value of `SMALLCAT_MODEL`, for messages.
     source: str
     #: The model's name, unless the settings give another one.
@@ -120,12 +116,12 @@ def _folder(
     files = {name: path / name for name in model_index.relevant_files(index, names)}
     headers = {name: read_header(file) for name, file in files.items() if file.suffix == ".safetensors"}
     values = {
-        component: sum(math.prod(tensor["shape"]) for name in found for tensor in headers[name].values())
+        component: sum(tensor.values for name in found for tensor in headers[name].tensors.values())
         for component, found in model_index.weights_to_load(index, names, variant).items()
     }
     return ModelFiles(
         path=path,
-        single_file=False,
+        single=None,
         source=source,
         name=name,
         revision=revision or digest(files),
@@ -202,98 +198,18 @@ def _download(repo: str, revision: str | None, *, half: bool, checked: bool) -> 
 
 
 def _single_file(path: Path, source: str, settings: WorkerSettings) -> ModelFiles:
-    if path.suffix.lower() != ".safetensors":
+    if path.suffix.lower() not in single_file.SUFFIXES:
         raise SettingsError(f"SMALLCAT_MODEL is {source}: use a hub id, a folder or a .safetensors file.")
-    kind = original_kind(read_header(path), source)
-    files = {"": path}
-    if settings.model_config_dir:
-        configs = Path(settings.model_config_dir).expanduser()
-        index = model_index.read_index(configs, f"in SMALLCAT_MODEL_CONFIG_DIR={configs}")
-        if ("XL" in kind) != ("XL" in index["_class_name"]):
-            raise SettingsError(
-                f"The file {source} is for a {kind}, but SMALLCAT_MODEL_CONFIG_DIR={configs} has the configs "
-                f"of a {index['_class_name']}: set it to a folder that fits."
-            )
-        index.pop(_CHECKER, None)  # A single file has no safety checker.
-        names = _names(configs)
-        model_index.refuse_incomplete(index, names, f"in SMALLCAT_MODEL_CONFIG_DIR={configs}")
-        kind = index["_class_name"]
-        files |= {
-            name: configs / name
-            for name in model_index.relevant_files(index, names)
-            if not name.endswith(".safetensors")
-        }
+    single = single_file.find(path, source, settings.model_config_dir)
     return ModelFiles(
         path=path,
-        single_file=True,
+        single=single,
         source=source,
         name=path.stem,
-        revision=digest(files),
-        pipeline_class=kind,
+        revision=single.revision,
+        pipeline_class=single.pipeline_class,
         variant=None,
-        reason="a single file",
+        reason=f"a single file of {single.checkpoint.family.name}",
         ships_checker=False,
         values={},
     )
-
-
-def original_kind(keys: Iterable[str], source: str) -> str:
-    """The pipeline of a checkpoint in Stable Diffusion's original layout, by the names of its tensors."""
-    parts = {key.split(".", 1)[0] for key in keys}
-    if {"model", "first_stage_model", "conditioner"} <= parts:
-        return "StableDiffusionXLPipeline"
-    if {"model", "first_stage_model", "cond_stage_model"} <= parts:
-        return "StableDiffusionPipeline"
-    raise SettingsError(
-        f"The file {source} is not a complete Stable Diffusion checkpoint (UNet, VAE and text encoder): use "
-        "one, or a folder in the format of diffusers."
-    )
-
-
-# --- bytes --------------------------------------------------------------------------------------------------
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The tensors that a .safetensors file declares, by name.
-
-    Reads only the header. The format is 8 bytes of length, JSON, then the data (huggingface/safetensors).
-    Raises `SettingsError` if the file is truncated or of another format.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        # torch.save writes a zip archive; the other bytes start a plain pickle of protocol 2 to 5.
-        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-            raise SettingsError(
-                f"{path} is a pickle with the name of a .safetensors file: {model_index.PICKLE_REASON}."
-            )
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise SettingsError(
-                f"{path} is truncated or not a safetensors file ({size:,} bytes): download it again, with "
-                "git-lfs if it came from a git clone."
-            )
-        text = file.read(length)
-    try:
-        header: dict[str, Any] = json.loads(text)
-        header.pop("__metadata__", None)
-        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-        raise SettingsError(f"{path} is not a safetensors file: download it again.") from None
-    if 8 + length + end != size:
-        raise SettingsError(f"{path} has {size:,} of {8 + length + end:,} bytes: download it again.")
-    return header
-
-
-def digest(files: Mapping[str, Path]) -> str:
-    """16 hexadecimal digits of a SHA-256 over the names and contents of `files`, in the order of names."""
-
-    def sha256(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    names = sorted(files)
-    # Hashing releases Python's lock, so that several large files are hashed at once.
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        sums = list(pool.map(sha256, (files[name] for name in names)))
-    return hashlib.sha256(json.dumps([names, sums]).encode()).hexdigest()[:16]

@@ -28,6 +28,7 @@ from worker.contract.job import (
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
+from worker.model import single_file
 from worker.model.placement import (
     Choice,
     choose_device,
@@ -93,6 +94,7 @@ def load(settings: WorkerSettings) -> Loaded:
             f"{served.name} at {served.revision}",
             f"{type(pipeline).__name__}, {files.source}: {files.reason}",
         ),
+        *(Choice(*note) for note in (files.single.notes if files.single else ())),
         Choice("safety checker", *choose_safety_checker(settings, ships_one=files.ships_checker)),
         Choice("memory layout", *layout),
     )
@@ -119,17 +121,14 @@ def _load_pipeline(files: model_files.ModelFiles, settings: WorkerSettings, dtyp
     elif not (files.ships_checker and settings.safety_checker):
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        if files.single_file:
-            configs = settings.model_config_dir
-            return kind.from_single_file(
-                str(files.path), config=configs or None, **options | {"local_files_only": bool(configs)}
-            )
+        if files.single:
+            return single_file.load(files.single, dtype, options)
         return kind.from_pretrained(files.path, variant=files.variant, use_safetensors=True, **options)
+    except SettingsError:
+        raise
     except Exception as error:
         remedy = (
-            "set SMALLCAT_MODEL_CONFIG_DIR to a folder with its components' configs"
-            if files.single_file and not settings.model_config_dir
-            else "download its files again"
+            f"correct the configs in {files.single.configs}" if files.single else "download its files again"
         )
         raise SettingsError(
             f"The model {files.source} does not load ({first_line(error)}): {remedy}."
@@ -220,7 +219,7 @@ def _defaults(pipeline: Any, files: model_files.ModelFiles, settings: WorkerSett
 
 def _recommended(files: model_files.ModelFiles) -> Recommended:
     path = files.path / model_files.RECOMMENDED
-    if files.single_file or not path.is_file():
+    if files.single or not path.is_file():
         return Recommended()
     try:
         return Recommended.model_validate(json.loads(path.read_text("utf-8")))

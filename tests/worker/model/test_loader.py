@@ -25,7 +25,7 @@ from tests import tiny_models
 from worker.contract.errors import SettingsError
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
-from worker.model import loader, placement
+from worker.model import headers, loader, placement
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -201,6 +201,16 @@ def test_weights_that_lack_a_tensor(folder: Path) -> None:
     refuse(folder, r"The text_encoder of .* has [\d,]+ of [\d,]+ weights: download its files again")
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path, protocol: int) -> None:
+    """The length is little-endian: 640 bytes are 80 02 00 ..., which is how a pickle of protocol 2 starts."""
+    path = tmp_path / "model.safetensors"
+    text = json.dumps({"__metadata__": {"format": "pt"}}).ljust(128 + 256 * protocol).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    assert path.read_bytes().startswith(b"\x80%c" % protocol)
+    assert headers.read_header(path).metadata == {"format": "pt"}
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_header_or_a_settings_error(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
@@ -208,7 +218,7 @@ def test_any_bytes_are_a_header_or_a_settings_error(
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(data)
     with pytest.raises(SettingsError):
-        model_files.read_header(path)
+        headers.read_header(path)
 
 
 # --- what is not served -------------------------------------------------------------------------------------
@@ -287,62 +297,6 @@ def test_the_bundled_model(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_pa
         shutil.rmtree(tmp_path / "demo", ignore_errors=True)
         shutil.copytree(folder, place)
         assert load("").served.name == "smallcat-demo"
-
-
-# --- a single file ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return tiny_models.tiny_single_file(tmp_path_factory.mktemp("single"))
-
-
-def test_a_single_file(single: tuple[Path, Path], tmp_path: Path) -> None:
-    path, configs = single
-    loaded = load(path, model_config_dir=str(configs))
-    assert loaded.served.name == "tiny"
-    assert loaded.pipeline.safety_checker is None
-    # Its name is no part of the revision; its bytes and its configs are.
-    renamed = Path(shutil.copy(path, tmp_path / "other.safetensors"))
-    assert find(renamed, model_config_dir=str(configs)).revision == loaded.served.revision
-    others = Path(shutil.copytree(configs, tmp_path / "configs"))
-    edit(others / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    assert find(path, model_config_dir=str(others)).revision != loaded.served.revision
-
-
-def test_a_single_file_without_configs_when_the_hub_cannot_be_reached(single: tuple[Path, Path]) -> None:
-    refuse(single[0], "set SMALLCAT_MODEL_CONFIG_DIR to a folder with its components' configs")
-
-
-def test_single_files_that_are_not_a_checkpoint(single: tuple[Path, Path], tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    save_file({"lora_unet_down.alpha": torch.zeros(1)}, path)
-    refuse(path, "is not a complete Stable Diffusion checkpoint")
-    text = tmp_path / "notes.txt"
-    text.touch()
-    refuse(text, "use a hub id, a folder or a .safetensors file")
-    refuse(single[0], "has no model_index.json", model_config_dir=str(tmp_path))
-
-
-def test_configs_of_another_family(single: tuple[Path, Path], tmp_path: Path) -> None:
-    configs = Path(shutil.copytree(single[1], tmp_path / "configs"))
-    edit(configs / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    refuse(
-        single[0],
-        "for a StableDiffusionPipeline, but .* of a StableDiffusionXL",
-        model_config_dir=str(configs),
-    )
-
-
-@pytest.mark.parametrize(
-    ("keys", "kind"),
-    [
-        ({"model.x", "first_stage_model.x", "cond_stage_model.x"}, "StableDiffusionPipeline"),
-        ({"model.x", "first_stage_model.x", "conditioner.x"}, "StableDiffusionXLPipeline"),
-    ],
-)
-def test_the_kind_of_a_checkpoint(keys: set[str], kind: str) -> None:
-    assert model_files.original_kind(keys, "a file") == kind
 
 
 # --- the hub ------------------------------------------------------------------------------------------------

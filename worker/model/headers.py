@@ -1,0 +1,92 @@
+"""The bytes of a model's files: what a .safetensors file declares, and a digest of several files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.contract.errors import SettingsError
+from worker.model.index import PICKLE_REASON
+
+#: The sides of a tensor.
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as a header declares it."""
+
+    #: safetensors' name of the dtype: F32, F16, BF16, F8_E4M3, ...
+    dtype: str
+    shape: Shape
+
+    @property
+    def values(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a .safetensors file declares: its tensors by name, and what its author wrote besides."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a .safetensors file. Reads no weights.
+
+    The format is 8 bytes of length, JSON, then the data (huggingface/safetensors). Raises `SettingsError` if
+    the file is truncated or of another format.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        # torch.save writes a zip archive; the other bytes start a plain pickle of protocol 2 to 5. A header's
+        # length may begin with these bytes too, but then it fits the file.
+        if length > size - 8 and start.startswith(
+            (b"PK\x03\x04", *(b"\x80%c" % each for each in range(2, 6)))
+        ):
+            raise SettingsError(f"{path} is a pickle with the name of a .safetensors file: {PICKLE_REASON}.")
+        if length > size - 8:
+            raise SettingsError(
+                f"{path} is truncated or not a safetensors file ({size:,} bytes): download it again, with "
+                "git-lfs if it came from a git clone."
+            )
+        text = file.read(length)
+    try:
+        entries: dict[str, Any] = json.loads(text)
+        metadata = dict(entries.pop("__metadata__", None) or {})
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        tensors = {
+            name: Tensor(str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
+            for name, entry in entries.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        raise SettingsError(f"{path} is not a safetensors file: download it again.") from None
+    if 8 + length + end != size:
+        raise SettingsError(f"{path} has {size:,} of {8 + length + end:,} bytes: download it again.")
+    return Header(tensors, metadata)
+
+
+def digest(files: Mapping[str, Path]) -> str:
+    """16 hexadecimal digits of a SHA-256 over the names and contents of `files`, in the order of names."""
+
+    def sha256(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    names = sorted(files)
+    # Hashing releases Python's lock, so that several large files are hashed at once.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        sums = list(pool.map(sha256, (files[name] for name in names)))
+    return hashlib.sha256(json.dumps([names, sums]).encode()).hexdigest()[:16]
