@@ -149,7 +149,7 @@ class WorkerSettings(Settings):
     model_name: str = ""
     #: Branch, tag or commit of a hub id. Not set: its main branch.
     model_revision: str = ""
-    #: Folder with the components' configs (no weights needed) for a single file, where no hub is in reach.
+    #: Folder with configs (no weights needed) for a single file, in place of those that come with smallcat.
     model_config_dir: str = ""
     #: Steps for jobs that do not say. Not set: the model's, else 30.
     default_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)

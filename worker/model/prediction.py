@@ -49,22 +49,31 @@ class Prediction:
 def find(path: Path, header: Header, family: Family) -> Prediction:
     """What the checkpoint at `path` predicts.
 
-    A key `v_pred` decides, as in ComfyUI, A1111 1.11 and Forge; then NAME.yaml beside the file, as in A1111;
-    then the metadata of the modelspec standard; then, for 2.x, the weights.
+    A key `v_pred` decides, as in ComfyUI, A1111 and Forge; then NAME.yaml beside the file, as in A1111; then
+    the metadata of the modelspec standard; then, for 2.x, the weights. Zero terminal SNR counts with v alone,
+    as in ComfyUI: noise cannot be predicted from latents that are nothing else.
     """
+    kind, reason = _kind(path, header, family)
     zero_snr = "ztsnr" in header.tensors or _ends_at_zero(path, header)
+    if zero_snr and kind != "v_prediction":
+        return Prediction(kind, False, f"{reason}; its zero terminal SNR counts with v_prediction alone")
+    return Prediction(kind, zero_snr, reason)
+
+
+def _kind(path: Path, header: Header, family: Family) -> tuple[str, str]:
+    """What is predicted, and how it is known."""
     if "v_pred" in header.tensors:
-        return Prediction("v_prediction", zero_snr, "the file has the key v_pred")
+        return "v_prediction", "the file has the key v_pred"
     if (found := _in_yaml(path)) is not None:
-        return Prediction(found[0], zero_snr, f"{found[1].name} beside the file says so")
+        return found[0], f"{found[1].name} beside the file says so"
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         if (kind := _NAMES.get(header.metadata.get(key, "").lower())) is not None:
-            return Prediction(kind, zero_snr, f"the file's metadata say so ({key})")
+            return kind, f"the file's metadata say so ({key})"
     if family is SD2 and _TELLTALE in header.tensors:
         deviation = float(_read(path, _TELLTALE).float().std(correction=0))
         kind = "v_prediction" if deviation > _V_ABOVE else "epsilon"
-        return Prediction(kind, zero_snr, "its weights look like it, by ComfyUI's rule for 2.x")
-    return Prediction(family.prediction, zero_snr, f"{family.name} does, and the file has no mark of another")
+        return kind, "its weights look like it, by ComfyUI's rule for 2.x"
+    return family.prediction, f"{family.name} does, and the file has no mark of another"
 
 
 def reason_of_configs(header: Header, kind: str) -> str:

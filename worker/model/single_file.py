@@ -291,9 +291,8 @@ def _scheduler(single: SingleFile, kind: str, predicts: Prediction) -> Any:
     config["prediction_type"] = predicts.kind
     if predicts.zero_snr:
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    # PNDM, the scheduler of 1.x, knows no zero terminal SNR; diffusers' 2.x has DDIM for v, PNDM for noise.
     if predicts.zero_snr and kind == "PNDMScheduler":
-        kind = "DDIMScheduler"
-    if single.checkpoint.family is SD2 and predicts.kind == "epsilon" and not predicts.zero_snr:
-        kind = "PNDMScheduler"
+        kind = "DDIMScheduler"  # PNDM, the scheduler of 1.x, knows no zero terminal SNR.
+    if single.checkpoint.family is SD2 and predicts.kind == "epsilon":
+        kind = "PNDMScheduler"  # As the 2.x of 512 pixels has it.
     return getattr(diffusers, kind).from_config(config)

@@ -60,8 +60,13 @@ def test_the_key_v_pred_decides(tmp_path: Path, family: Family) -> None:
     assert str(both) == "v_prediction, zero terminal SNR"
 
 
-def test_zero_snr_stands_alone_as_in_a1111(tmp_path: Path) -> None:
-    assert str(found(tmp_path / "cat.safetensors", marks("ztsnr"))) == "epsilon, zero terminal SNR"
+def test_zero_snr_counts_with_v_alone(tmp_path: Path) -> None:
+    """As in ComfyUI. Noise cannot be told from a picture that has no signal: DDIM would divide by zero."""
+    one = found(tmp_path / "cat.safetensors", marks("ztsnr"))
+    assert str(one) == "epsilon"
+    assert one.reason.endswith("its zero terminal SNR counts with v_prediction alone")
+    (tmp_path / "cat.yaml").write_text(V_YAML)
+    assert found(tmp_path / "cat.safetensors", marks("ztsnr")).zero_snr
 
 
 @pytest.mark.parametrize(
@@ -115,9 +120,9 @@ def test_a_noise_schedule_in_the_file_that_ends_at_zero(tmp_path: Path) -> None:
         diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     )
     zero = diffusers.DDIMScheduler.from_config(plain.config, rescale_betas_zero_snr=True)
-    assert not found(path, {"alphas_cumprod": plain.alphas_cumprod}).zero_snr
-    assert not found(path, {"alphas_cumprod": plain.alphas_cumprod.half()}).zero_snr
-    assert found(path, {"alphas_cumprod": zero.alphas_cumprod}).zero_snr
+    assert not found(path, marks("v_pred") | {"alphas_cumprod": plain.alphas_cumprod}).zero_snr
+    assert not found(path, marks("v_pred") | {"alphas_cumprod": plain.alphas_cumprod.half()}).zero_snr
+    assert found(path, marks("v_pred") | {"alphas_cumprod": zero.alphas_cumprod}).zero_snr
 
 
 # --- what follows -------------------------------------------------------------------------------------------
