@@ -112,13 +112,19 @@ def identify_vae(tensors: Mapping[str, Tensor], source: str) -> Part:
         raise SettingsError(
             f"The file {source} lies beside the checkpoint as its VAE, but has none: remove it or rename it."
         )
-    part = _part(tensors, names)
-    _refuse_quantised(tensors, {"vae": part}, source)
-    if any(name.endswith(SCALES) for name in tensors):
-        raise SettingsError(
-            f"The VAE {source} is stored as scaled fp8, which is not read: use a plain version."
-        )
-    return part
+    refuse_scaled(tensors, source)
+    return _part(tensors, names)
+
+
+def refuse_scaled(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise `SettingsError` if weights in a folder, or of a VAE beside a checkpoint, are quantised."""
+    for name, tensor in tensors.items():
+        # Without its scales a weight is read wrongly, and without a word.
+        if name.endswith(SCALES) or (name.endswith(".weight") and tensor.dtype not in _FLOATS):
+            raise SettingsError(
+                f"The file {source} is quantised (it has {name}, {tensor.dtype}), which is not read here: "
+                "use a version in fp16, bf16 or plain fp8."
+            )
 
 
 def vae_names(names: Iterable[str]) -> dict[str, str]:

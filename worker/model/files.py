@@ -19,6 +19,7 @@ from worker.contract.errors import SettingsError
 from worker.contract.settings import WorkerSettings
 from worker.model import index as model_index
 from worker.model import single_file
+from worker.model.checkpoint import refuse_scaled
 from worker.model.headers import digest, read_header
 
 #: A file in a model's folder with the defaults its author recommends: `{"steps": 8, "guidance_scale": 2.0}`.
@@ -106,6 +107,7 @@ def _bundled() -> Path:
 def _folder(
     path: Path, source: str, name: str, revision: str | None, *, half: bool, checked: bool
 ) -> ModelFiles:
+    _refuse_other_folder(path, source)
     index = model_index.read_index(path, source)
     ships_checker = _CHECKER in model_index.components(index)
     if not checked:
@@ -115,6 +117,9 @@ def _folder(
     model_index.refuse_incomplete(index, names, source)
     files = {name: path / name for name in model_index.relevant_files(index, names)}
     headers = {name: read_header(file) for name, file in files.items() if file.suffix == ".safetensors"}
+    for weights, header in headers.items():
+        refuse_scaled(header.tensors, str(files[weights]))
+    model_index.refuse_quantised(index, path, source)
     values = {
         component: sum(tensor.values for name in found for tensor in headers[name].tensors.values())
         for component, found in model_index.weights_to_load(index, names, variant).items()
@@ -131,6 +136,21 @@ def _folder(
         ships_checker=ships_checker,
         values=values,
     )
+
+
+def _refuse_other_folder(path: Path, source: str) -> None:
+    """Raise `SettingsError` for a folder without an index, with a word on what may be meant."""
+    if (path / model_index.INDEX).is_file():
+        return
+    if (path.parent / model_index.INDEX).is_file():
+        raise SettingsError(
+            f"The folder {source} is one component of a model: set SMALLCAT_MODEL to {path.parent}."
+        )
+    if found := sorted(each.name for each in path.iterdir() if each.suffix.lower() in single_file.SUFFIXES):
+        raise SettingsError(
+            f"The folder {source} has no {model_index.INDEX}, but single files: set SMALLCAT_MODEL to one of "
+            f"them, such as {path / found[0]}."
+        )
 
 
 def _names(folder: Path) -> list[str]:

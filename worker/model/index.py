@@ -90,6 +90,22 @@ def refuse_incomplete(index: Mapping[str, Any], names: Iterable[str], source: st
             raise SettingsError(f"The {component} of {source} has no vocabulary: download its files again.")
 
 
+def refuse_quantised(index: Mapping[str, Any], folder: Path, source: str) -> None:
+    """Raise `SettingsError` if a component's config says that its weights are quantised."""
+    for component in components(index):
+        path = folder / component / "config.json"
+        try:
+            config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        except ValueError:
+            continue  # What is wrong with it is said when it is loaded.
+        if isinstance(config, dict) and isinstance(found := config.get("quantization_config"), dict):
+            how = found.get("quant_method", "in an unknown way")
+            raise SettingsError(
+                f"The {component} of {source} is quantised ({how}), which is not read: use the model in "
+                "fp16, bf16 or plain fp8."
+            )
+
+
 def weights_to_load(
     index: Mapping[str, Any], names: Iterable[str], variant: str | None
 ) -> dict[str, list[str]]:

@@ -127,9 +127,8 @@ def _load_pipeline(files: model_files.ModelFiles, settings: WorkerSettings, dtyp
     except SettingsError:
         raise
     except Exception as error:
-        remedy = (
-            f"correct the configs in {files.single.configs}" if files.single else "download its files again"
-        )
+        single = files.single
+        remedy = f"correct the configs in {single.configs}" if single else "download its files again"
         raise SettingsError(
             f"The model {files.source} does not load ({first_line(error)}): {remedy}."
         ) from error

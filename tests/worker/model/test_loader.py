@@ -221,6 +221,33 @@ def test_any_bytes_are_a_header_or_a_settings_error(
         headers.read_header(path)
 
 
+def test_weights_that_are_quantised(folder: Path) -> None:
+    """Their scales would be left out without a word."""
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"conv_in.scale_weight": torch.ones(())}, path, metadata={"format": "pt"})
+    refuse(folder, r"is quantised \(it has conv_in\.scale_weight, F32\).*: use a version in fp16")
+    save_file(weights | {"conv_in.weight": torch.ones(4, dtype=torch.int8)}, path, metadata={"format": "pt"})
+    refuse(folder, r"is quantised \(it has conv_in\.weight, I8\)")
+    save_file(weights, path, metadata={"format": "pt"})
+    edit(folder / "text_encoder" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    refuse(
+        folder, r"The text_encoder of .* is quantised \(bitsandbytes\), which is not read: use the model in"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_weights_in_any_float(folder: Path, original: Path, dtype: torch.dtype) -> None:
+    for path in folder.rglob("*.safetensors"):
+        weights = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(weights, path, metadata={"format": "pt"})
+    found, expected = (load(each).pipeline.unet.state_dict() for each in (folder, original))
+    assert all(torch.equal(found[name], value.to(dtype).float()) for name, value in expected.items())
+
+
 # --- what is not served -------------------------------------------------------------------------------------
 
 
@@ -249,6 +276,15 @@ def test_an_index_that_is_missing_or_not_json(folder: Path) -> None:
     refuse(folder, "is not a JSON object")
     (folder / "model_index.json").unlink()
     refuse(folder, "has no model_index.json")
+
+
+def test_a_folder_that_means_something_else(folder: Path, tmp_path: Path) -> None:
+    refuse(folder / "unet", rf"unet is one component of a model: set SMALLCAT_MODEL to {folder}\.")
+    models = tmp_path / "checkpoints"
+    models.mkdir()
+    (models / "cat.safetensors").touch()
+    (models / "dog.SAFETENSORS").touch()
+    refuse(models, rf"but single files: .* such as {models}/cat\.safetensors\.")
 
 
 @pytest.mark.parametrize("component", ["scheduler", "tokenizer", "unet", "safety_checker"])
