@@ -122,7 +122,7 @@ _WITHOUT_UNET = (
     _rule(
         [r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(down|up|mid|conv_in|down_blocks|mid_block)\."],
         "is a VAE alone",
-        "set SMALLCAT_MODEL to a checkpoint, and name the VAE as the checkpoint with .vae.safetensors",
+        "set SMALLCAT_MODEL to a checkpoint NAME.safetensors, with the VAE beside it as NAME.vae.safetensors",
     ),
     _rule(
         [

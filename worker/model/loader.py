@@ -28,7 +28,7 @@ from worker.contract.job import (
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
-from worker.model import single_file
+from worker.model import single_file_loader
 from worker.model.placement import (
     Choice,
     choose_device,
@@ -122,7 +122,7 @@ def _load_pipeline(files: model_files.ModelFiles, settings: WorkerSettings, dtyp
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         if files.single:
-            return single_file.load(files.single, dtype, options)
+            return single_file_loader.load(files.single, dtype, options)
         return kind.from_pretrained(files.path, variant=files.variant, use_safetensors=True, **options)
     except SettingsError:
         raise

@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests import original_layout
 from worker.contract.settings import WorkerSettings
-from worker.model import checkpoint, loader, single_file
+from worker.model import checkpoint, loader, single_file, single_file_loader
 from worker.model import files as model_files
 
 CONFIGS = single_file.CONFIGS
@@ -142,7 +142,7 @@ def test_the_vocabulary_is_clips() -> None:
 )
 def test_prompts_have_the_ids_of_open_clip(text: str, ids: list[int]) -> None:
     for family, pads in (("sd1", [49407]), ("sd2", [0]), ("sdxl", [49407, 0])):
-        tokenizers = single_file.tokenizers(family, 77)
+        tokenizers = single_file_loader.tokenizers(CONFIGS / family, 77)
         assert [tokenizer.pad_token_id for tokenizer in tokenizers.values()] == pads
         for tokenizer in tokenizers.values():
             assert len(tokenizer(text, padding="max_length").input_ids) == 77
