@@ -7,15 +7,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Touched when the environment matches the two files it is made from: a second `make setup` does nothing.
 READY := .venv/.ready
+# Likewise, for what `make test-services` adds.
+SERVICES := .venv/.services
 # What `make storm` runs, an expression for pytest's -k, and how many minutes `make soak` takes.
 ONLY ?= test
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo local test storm soak lint format clean
+.PHONY: help setup demo local test test-services storm soak lint format clean
 
 help:  ## List the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## Make .venv with all that the other commands need
 
@@ -37,6 +39,17 @@ local: setup  ## Run a queue, a bucket and one worker until Ctrl-C, to try thing
 
 test: lint  ## Run all checks: style, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-services: $(SERVICES)  ## Run the bucket's tests on moto, SeaweedFS and s3rver, which it installs
+	$(BIN)/python -m pytest -m services tests/worker/storage
+
+# s3rver is a program for node, and is left out where there is no npm.
+$(SERVICES): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[worker,local,dev,services]"
+	@if command -v npm >/dev/null; then npm install --no-audit --no-fund --prefix .venv/node s3rver@3.7.1; \
+		else echo "There is no npm: s3rver is left out." >&2; fi
+	@touch $@
 
 storm: setup  ## Kill, freeze and fill up all parts under load, 25 minutes; ONLY=sigkill for some of it
 	$(BIN)/python -m pytest tests/faults -m slow -k "not soak and ($(ONLY))" -rP

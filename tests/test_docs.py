@@ -123,7 +123,7 @@ def test_files_that_are_named_are_there(document: Path) -> None:
 @documents
 def test_make_targets_that_are_named_are_there(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     variables_of_make = set(re.findall(r"^([A-Z]+) \?=", makefile, re.MULTILINE))
     for line in lines(document):
         if (words := words_of(line))[:1] == ["make"] and len(words) > 1:

@@ -96,11 +96,14 @@ class Bucket:
         if not self.name:
             raise StorageError("S3_BUCKET is not set: name the bucket for the pictures.")
         lacks = self.probe(look=look)
-        try:
-            with self._errors():
-                self._client.list_objects_v2(Bucket=self.name, Prefix=self._prefix, MaxKeys=1)
-        except PermanentStorageError as error:
-            lacks += (f"Objects cannot be listed, which only galleries of an s3:// address need: {error}",)
+        with self._errors():
+            try:
+                self._client.head_bucket(Bucket=self.name)
+            except botocore.exceptions.ClientError as error:
+                if code_of(error) not in DENIED:
+                    raise
+                need = "which only galleries of an s3:// address need"
+                lacks += (f"Objects cannot be listed, {need}: s3:ListBucket is missing.",)
         return lacks
 
     def probe(self, size: int = 8, look: Callable[[str], object] = lambda uri: None) -> tuple[str, ...]:
