@@ -65,7 +65,11 @@ class Samplers:
         own = schedulers.own
         self._schedulers = schedulers
         self._prototypes = {Scheduler.DEFAULT: type(own).from_config(own.config)}
+        zero_snr = own.config.get("rescale_betas_zero_snr", False)
         for name, (kind, options) in schedulers.classes.items():
+            # A class that knows no zero terminal SNR leaves it out of its config, and takes other noise.
+            if zero_snr and "rescale_betas_zero_snr" not in _parameters(kind):
+                continue
             # Not every class supports every noise schedule. `own` refuses jobs that ask for such a class.
             with contextlib.suppress(ValueError, NotImplementedError, TypeError):
                 self._prototypes[name] = getattr(diffusers, kind).from_config(own.config, **options)
@@ -148,3 +152,8 @@ class Samplers:
                 f'steps is {steps}, but scheduler "{name}" with this model begins with 4 Runge-Kutta steps: '
                 "use 4 or more, or another scheduler."
             )
+
+
+def _parameters(kind: str) -> Mapping[str, inspect.Parameter]:
+    """What diffusers' scheduler class of that name takes as its config."""
+    return inspect.signature(getattr(diffusers, kind).__init__).parameters
