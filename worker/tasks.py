@@ -19,14 +19,21 @@ from celery.exceptions import Reject
 from celery.worker import state as worker_state
 from kombu.asynchronous import get_event_loop
 
-from worker.broker import transport
+from worker.broker import log_lines, transport
 from worker.broker.event_batches import EventBatches
 from worker.broker.lease import postpone
 from worker.celery import app
-from worker.contract.errors import EngineStoppedError, MachineError, NewerMessageError, SmallcatError
+from worker.contract.errors import (
+    EngineStoppedError,
+    MachineError,
+    NewerMessageError,
+    SmallcatError,
+    first_line,
+)
 from worker.contract.job import DEFAULT_PRIORITY
 from worker.contract.message import TASK, URGENT
 from worker.contract.queues import queues_of
+from worker.contract.refusals import refusal_log
 from worker.contract.settings import WorkerSettings, hidden, worker_settings
 from worker.contract.versions import versions
 from worker.engine.capacity import JOBS_PER_ROW, jobs_in_flight, uploading_jobs
@@ -36,7 +43,7 @@ from worker.jobs.handler import JobHandler
 from worker.jobs.heartbeat import Heartbeat
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
-from worker.state.redis_client import connect, connect_until, queue_errors
+from worker.state.redis_client import RedisError, connect, connect_until, queue_errors
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 from worker.storage.options import BucketOptions
@@ -85,18 +92,18 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
         delay_s = _here().handler.handle(
             payload, request.id, redelivered=bool(request.delivery_info.get("redelivered"))
         )
-        reason = "the job is tried again"
     except NewerMessageError as error:
         logger.error("%s", error)
-        delay_s, reason = NEWER_DELAY_S, str(error)
-    except MachineError as error:
-        delay_s, reason = 0.0, str(error)
+        delay_s = NEWER_DELAY_S
+    except (MachineError, RedisError) as error:
+        logger.info("Message %s goes back to its queue: %s", request.id, first_line(error))
+        delay_s = 0.0 if isinstance(error, MachineError) else UNKNOWN_DELAY_S
     except BaseException as error:
         logger.critical("The message goes back to the queue: %r", error, exc_info=True)
-        delay_s, reason = UNKNOWN_DELAY_S, repr(error)
+        delay_s = UNKNOWN_DELAY_S
     if delay_s is not None:
         postpone(request.properties["delivery_tag"], delay_s)
-        raise Reject(reason, requeue=True)
+        raise Reject("the message goes back to its queue", requeue=True)
 
 
 @signals.worker_init.connect
@@ -111,6 +118,7 @@ def _start(sender: Any, **_: Any) -> None:
     # for their answers. A job is cancelled by its record.
     sender.options["without_mingle"] = True
     sender.setup_logging()
+    log_lines.shorten()
     # The line for each choice is logged whatever the level of Celery's own log.
     logging.getLogger("smallcat").setLevel(min(logging.INFO, sender.loglevel))
     try:
@@ -154,6 +162,7 @@ def load_runner(settings: WorkerSettings) -> ModelRunner:
 def _assemble(name: str) -> _Process:
     """All parts, in the order in which they can be checked quickly. Raises `SmallcatError`."""
     settings = worker_settings()
+    refusal_log.where = hidden(settings.redis_url)
     stop_waiting = threading.Event()
     # A job outlives a Redis that is away, for as long as it takes.
     client = connect_until(settings.redis_url, stop_waiting)

@@ -28,6 +28,7 @@ from worker.contract.errors import QueueError
 from worker.contract.job import Job
 from worker.contract.queues import lists_of, queues_of
 from worker.engine.capacity import jobs_in_flight
+from worker.state.redis_client import connect
 
 from tests.faults.runner import SERVED, FaultRunner  # isort: skip
 
@@ -139,11 +140,7 @@ class Ground:
     @property
     def redis(self) -> redis.Redis:
         """A client of the stack's Redis that tries again while it is away."""
-        return redis.Redis.from_url(
-            self.stack.valkey.url,
-            decode_responses=True,
-            retry=redis.retry.Retry(redis.backoff.ConstantBackoff(0.1), 100),
-        )
+        return connect(self.stack.valkey.url, retry_s=10)
 
     @property
     def images(self) -> Path:

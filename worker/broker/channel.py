@@ -36,6 +36,7 @@ from worker.broker.qos import QoS
 from worker.broker.scripts import FETCH
 from worker.broker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE, open_steps
 from worker.contract.queues import list_of
+from worker.contract.refusals import code_of, refusal_log
 
 logger = logging.getLogger("smallcat.transport")
 
@@ -274,9 +275,10 @@ class Channel(stock.Channel):
                     reply = connection.read_response(disable_decoding=True, push_request=True)
                 except redis.exceptions.ReadOnlyError as error:
                     # The primary has become a replica: the next connection finds the new primary.
+                    refusal_log.refused("fetch", error)
                     raise redis.exceptions.ConnectionError(str(error)) from error
                 except redis.exceptions.ResponseError as error:
-                    logger.error("Redis refuses to hand out messages: %s", error)
+                    refusal_log.refused("fetch", error)
                     self._pause(Stage.WAITING)
                 else:
                     delivered |= self._advance(reply)
@@ -300,6 +302,7 @@ class Channel(stock.Channel):
         elif self._stage is Stage.CHECKING:
             self._pause(Stage.READY if reply else Stage.WAITING)
         elif self._stage is Stage.FETCHING and reply:
+            refusal_log.answered("fetch")
             self._pause(Stage.READY)
             index, raw, tag = reply
             queue = self._lists[index][0]
@@ -307,6 +310,7 @@ class Channel(stock.Channel):
             self._receive_message(queue, raw, tag)
             return True
         elif self._stage is Stage.FETCHING:
+            refusal_log.answered("fetch")
             self._send(Stage.CHECKING, "EXISTS", *(key for _, key in self._lists))
         return False
 
@@ -360,9 +364,10 @@ class Channel(stock.Channel):
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         try:
             super()._queue_bind(exchange, routing_key, pattern, queue)
-        except redis.exceptions.OutOfMemoryError as error:
-            # Consuming makes room, and needs no binding.
-            logger.warning("The binding of queue %r was not written: %s", queue, error)
+        except redis.exceptions.ResponseError as error:
+            if code_of(error) is None:
+                raise
+            # Consuming needs no binding, and makes room in a Redis that is full. Others log the refusal.
 
 
 class Transport(stock.Transport):

@@ -32,6 +32,7 @@ from worker.broker.layout import Layout
 from worker.broker.moves import LAST, NEXT, Move, given_back, restored, set_aside
 from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW
 from worker.broker.transport import alive
+from worker.contract.refusals import code_of, refusal_log
 
 logger = logging.getLogger("smallcat.transport")
 
@@ -201,7 +202,6 @@ class Lease:
         client = self._connect()
         self._renewed_at = None
         renew_at = sweep_at = monotonic()
-        reachable = True
         while self._wait(min(renew_at, sweep_at)):
             try:
                 self._send(client)
@@ -211,11 +211,9 @@ class Lease:
                 if monotonic() >= sweep_at:
                     self._sweep(client)
                     sweep_at = monotonic() + self._sweep_every_s
-                reachable = True
+                refusal_log.answered("leases")
             except (RedisError, OSError) as error:
-                if reachable:
-                    logger.warning("The leases of %d messages cannot be renewed: %s", self.count, error)
-                reachable = False
+                refusal_log.refused("leases", error)
                 sleep(RETRY_S)
             except Exception:
                 logger.exception("The lease thread goes on after an error")
@@ -294,14 +292,14 @@ class Lease:
         for tag, score, entry in due:
             if tag not in mine:
                 self._queue_move(pipeline, tag, score, restored(layout, entry, bindings))
-        count = 0
-        for result in pipeline.execute(raise_on_error=False):
-            if isinstance(result, Exception):
-                logger.error("A message whose lease ran out could not be restored: %s", result)
-            else:
-                count += result
-        if count:
+        results = pipeline.execute(raise_on_error=False)
+        errors = [result for result in results if isinstance(result, Exception)]
+        if count := sum(result for result in results if not isinstance(result, Exception)):
             logger.warning("Restored %d messages whose worker no longer renews its leases", count)
+        if refused := [error for error in errors if code_of(error)]:
+            raise refused[0]
+        if errors:
+            logger.error("%d messages whose lease ran out could not be restored: %s", len(errors), errors[0])
 
     def _may_sweep(self) -> bool:
         """Whether Redis has answered for long enough that every living worker has renewed."""

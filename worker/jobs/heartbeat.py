@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from worker.contract.refusals import refusal_log
 from worker.state.fleet import ANNOUNCE_EVERY_S, Fleet, WorkerInfo
 from worker.state.keys import WORKERS_CHANNEL
 from worker.state.records import Records
+from worker.state.redis_client import RedisError
 
 logger = logging.getLogger("smallcat.heartbeat")
 
@@ -65,7 +67,7 @@ class Heartbeat:
             self._fleet.announce(self._info)
             self._announce_due_s = time.monotonic() + ANNOUNCE_EVERY_S
         except Exception as error:  # noqa: BLE001 - the thread tries again
-            logger.warning("The worker is not announced yet: %s", error)
+            refusal_log.refused("announcement", error)
         self._thread.start()
 
     def leave(self) -> None:
@@ -80,19 +82,15 @@ class Heartbeat:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        is_logged = False
         while not self._stop.is_set():
             try:
                 with self._records.listen(WORKERS_CHANNEL) as receive:
                     while not self._stop.is_set():
                         self._watchdog()
                         self._send_what_is_due()
-                        is_logged = False
                         self._receive(receive)
             except Exception as error:  # noqa: BLE001 - the thread must not end
-                if not is_logged:
-                    logger.warning("Progress and announcements wait for Redis: %s", error)
-                is_logged = True
+                refusal_log.refused("heartbeat", error)
                 self._watchdog()
                 self._stop.wait(BEAT_S)
         try:
@@ -112,6 +110,7 @@ class Heartbeat:
                 self._cancel(job_id)
             self._beat_due_s = now_s + (BEAT_S if now_s < self._watched_until_s else self._lease_s / 4)
             self._beaten_s = now_s
+            refusal_log.answered("heartbeat")
         if (paused := self._paused()) != self._info.paused:
             self._info = self._info.model_copy(update={"paused": paused})
             self._announce_due_s = now_s
@@ -121,7 +120,17 @@ class Heartbeat:
         elif now_s >= self._announce_due_s:
             # Set before: a Redis that is too full for it must not keep cancellations from being received.
             self._announce_due_s = now_s + ANNOUNCE_EVERY_S
+            self._announce()
+
+    def _announce(self) -> None:
+        try:
             self._fleet.announce(self._info)
+        except RedisError as error:
+            # What is wrong with the connection is noticed by the next beat.
+            refusal_log.refused("announcement", error)
+            self._announce_due_s = time.monotonic() + BEAT_S
+        else:
+            refusal_log.answered("announcement")
 
     def _receive(self, receive: Callable[[float], str | None]) -> None:
         """Wait for one message, but no longer than until something is due to be sent."""

@@ -19,6 +19,7 @@ from redis.retry import Retry
 from worker.contract.errors import QueueError
 from worker.contract.redis_pool import async_pool, pool
 from worker.contract.redis_url import RedisURL, hidden
+from worker.contract.refusals import over, refusal_log, sentence
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ RETRY_EVERY_S = 0.25
 
 #: Until when the calls of this thread may be retried: monotonic seconds, or not set.
 _deadline = threading.local()
+#: How many retries of this thread are nested.
+_nesting = threading.local()
 
 
 class _RetryForSeconds(Retry):
@@ -63,7 +66,9 @@ class _RetryForSeconds(Retry):
                         raise
 
     def _is_transient(self, error: Exception) -> bool:
-        return isinstance(error, self._supported_errors) and not isinstance(error, redis.AuthenticationError)
+        if isinstance(error, redis.AuthenticationError):
+            return False
+        return isinstance(error, self._supported_errors) or over(error) == "seconds"
 
     def _pause(self) -> bool:
         """Wait until the next try. False: there must be none."""
@@ -74,8 +79,8 @@ class _RetryForSeconds(Retry):
 class _RetryUntilStopped(_RetryForSeconds):
     """Retries for as long as it takes, until `stop` is set.
 
-    Also when Redis answers but refuses to write for now: because it is a replica that has yet to become the
-    primary, because its memory is full, or because its disk is.
+    Also when Redis answers but refuses, for whatever reason that somebody can end: a job that waits for Redis
+    has not failed. The first refusal and its end are logged.
     """
 
     def __init__(self, stop: threading.Event) -> None:
@@ -86,9 +91,29 @@ class _RetryUntilStopped(_RetryForSeconds):
         """Itself: redis-py copies it for each connection, but `stop` ends them all."""
         return self
 
+    def call_with_retry(
+        self,
+        do: Callable[[], T],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> T:
+        """As its parent's. A connection that is made within a command is not yet an answer to it."""
+        depth = getattr(_nesting, "depth", 0)
+        _nesting.depth = depth + 1
+        try:
+            result = super().call_with_retry(do, fail, is_retryable, with_failure_count)
+        finally:
+            _nesting.depth = depth
+        if depth == 0:
+            refusal_log.answered(f"thread {threading.get_ident()}")
+        return result
+
     def _is_transient(self, error: Exception) -> bool:
-        refuses = isinstance(error, redis.exceptions.ReadOnlyError | redis.exceptions.OutOfMemoryError)
-        return super()._is_transient(error) or refuses or str(error).startswith("MISCONF")
+        if not isinstance(error, self._supported_errors) and over(error) in (None, "never"):
+            return False
+        refusal_log.refused(f"thread {threading.get_ident()}", error)
+        return True
 
     def _pause(self) -> bool:
         return not self._stop.wait(RETRY_EVERY_S)
@@ -158,19 +183,10 @@ def is_lost(error: Exception) -> bool:
 @contextmanager
 def queue_errors(redis_url: str) -> Iterator[None]:
     """Turn an error of redis-py or kombu into one `QueueError` with the cause and the remedy."""
-    where = hidden(redis_url)
     try:
         try:
             yield
         except OperationalError as error:  # kombu's wrapping of the errors below
             raise error.__cause__ or redis.ConnectionError(str(error)) from None
-    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-        raise QueueError(f"Redis at {where} refuses the password ({error}): check REDIS_URL.") from error
-    except redis.exceptions.OutOfMemoryError as error:
-        raise QueueError(f"Redis at {where} is full ({error}): wait for workers to drain it.") from error
-    except redis.exceptions.ReadOnlyError as error:
-        raise QueueError(f"Redis at {where} is read-only ({error}): use the primary's address.") from error
     except (redis.RedisError, ConnectionError) as error:
-        raise QueueError(
-            f"Redis at {where} is out of reach ({error}): start it, or set REDIS_URL."
-        ) from error
+        raise QueueError(sentence(hidden(redis_url), error)) from error
