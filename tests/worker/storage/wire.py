@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import urllib3
@@ -37,12 +37,17 @@ class Wire:
         self.refused_keys: tuple[str, ...] = ()
         #: What is answered instead of AccessDenied: status and code.
         self.refusal = (403, "AccessDenied")
-        #: The rights that the requests needed so far.
-        self.used: list[str] = []
+        #: The rights that the requests needed so far, and of what: IAM's name and ARN.
+        self.needed: list[tuple[str, str]] = []
         #: Method, URL and headers of each request.
         self.requests: list[tuple[str, str, Mapping[str, str]]] = []
         #: Answers in the place of the server, or returns None.
         self.answer: Callable[[Any], AWSResponse | None] = lambda request: None
+
+    @property
+    def used(self) -> set[str]:
+        """The rights that the requests needed so far."""
+        return {right for right, _ in self.needed}
 
     def send(self, real: Callable[[Any], Any], request: Any) -> Any:
         """Answer a request: with a refusal, or as `real` does."""
@@ -60,7 +65,8 @@ class Wire:
         needed = {(_OBJECT if is_key else _BUCKET)[request.method]}
         if request.method == "PUT":
             needed |= {right for header, right in _HEADERS.items() if header in headers}
-        self.used += sorted(needed)
+        where = unquote(parts.path.strip("/"))
+        self.needed += [(right, f"arn:aws:s3:::{where}") for right in sorted(needed)]
         if needed - self.rights or any(word in parts.path for word in self.refused_keys):
             return self.refuse(request)
         response = real(request)
