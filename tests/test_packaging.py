@@ -119,7 +119,7 @@ def test_the_wheel_holds_the_configs_of_single_files_and_clips_licence(wheel: zi
         if path.is_file()
     }
 
-    assert "worker/model/configs/clip/LICENSE" in configs
+    assert "worker/model/configs/clip/LICENSE.txt" in configs
     assert configs <= set(wheel.namelist())
 
 

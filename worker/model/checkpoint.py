@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from worker.contract.errors import SettingsError
-from worker.model.foreign import refuse_foreign, refuse_without_unet
+from worker.model.foreign import refuse_foreign
 from worker.model.headers import Tensor
 
 #: Prefix of the UNet in every checkpoint.
@@ -77,12 +77,11 @@ class Checkpoint:
 
 def identify(tensors: Mapping[str, Tensor], source: str) -> Checkpoint:
     """What the checkpoint with these `tensors` is. Raises `SettingsError` if it is none that is served."""
-    refuse_foreign(tensors, source)
-    if not any(name.startswith(f"{UNET}input_blocks.") for name in tensors):
-        refuse_without_unet(tensors, source)
+    has_unet = any(name.startswith(f"{UNET}input_blocks.") for name in tensors)
+    refuse_foreign(tensors, source, has_unet=has_unet)
     family, prefixes = _family(tensors, source)
     _refuse_other_inputs(tensors, source)
-    if f"{UNET}time_embed.cond_proj.weight" in tensors:
+    if any(name.startswith(UNET) and name.endswith(".cond_proj.weight") for name in tensors):
         raise SettingsError(
             f"The file {source} is a latent consistency model: use its folder in the format of diffusers."
         )

@@ -189,7 +189,7 @@ def _from_hub(repo: str, revision: str, *, half: bool, checked: bool) -> Path:
         first_line = next(iter(str(error).strip().splitlines()), "")[:200]
         raise SettingsError(
             f"The model {repo} cannot be downloaded as a diffusers pipeline ({first_line}): use one with a "
-            f"{model_index.INDEX}."
+            f"{model_index.INDEX}, or download its .safetensors file and set SMALLCAT_MODEL to that."
         ) from error
 
 

@@ -33,18 +33,8 @@ def _rule(names: Iterable[str], what: str, remedy: str) -> Rule:
     return Rule(re.compile("|".join(names)), what, remedy)
 
 
-#: The first that fits counts.
-_KINDS = (
-    _rule(
-        [
-            r"^lora_controlnet$",
-            r"^(control_model|control_lora)\.",
-            r"^(controlnet|lllite_unet)_",
-            r"(^|\.)input_hint_block\.",
-        ],
-        "is a ControlNet, which steers a model and is none",
-        _ITS_OWN.format("ControlNets"),
-    ),
+#: Files for a model. A checkpoint with a UNet may hold leftovers of one, which mean nothing.
+_ADDITIONS = (
     _rule(
         [
             r"^lora_(unet|te\d?|transformer|prior)_",
@@ -68,6 +58,20 @@ _KINDS = (
         [r"^(emb_params|string_to_param|string_to_token)(\.|$)", r"^clip_[lg]$"],
         "is a textual inversion, which is a new word for a model",
         _ITS_OWN.format("Textual inversions"),
+    ),
+)
+
+#: Other models and uses, with a UNet or without.
+_KINDS = (
+    _rule(
+        [
+            r"^lora_controlnet$",
+            r"^(control_model|control_lora)\.",
+            r"^(controlnet|lllite_unet)_",
+            r"(^|\.)input_hint_block\.",
+        ],
+        "is a ControlNet, which steers a model and is none",
+        _ITS_OWN.format("ControlNets"),
     ),
     _rule([r"(^|\.)motion_modules?\."], "is a motion module for AnimateDiff, and no picture model", _SERVED),
     _rule([r"\btime_(stack|mixer)\."], "is a video model, which is not served", _SERVED),
@@ -98,8 +102,8 @@ _KINDS = (
     _rule([r"^edm_vpred\."], "is CosXL or of its kind, whose noise (EDM) is not served", _SERVED),
 )
 
-#: Likewise, where no UNet in Stable Diffusion's original layout is in the file.
-_WITHOUT_UNET = (
+#: Parts of a model, and what is none: where no UNet in Stable Diffusion's original layout is in the file.
+_PARTS = (
     _rule([r"^(diffusion_model\.)?input_blocks\.\d+\."], "is a UNet alone", _WHOLE),
     _rule(
         [r"^conv_in\.", r"^down_blocks\.\d+\."],
@@ -125,6 +129,11 @@ _WITHOUT_UNET = (
         "set SMALLCAT_MODEL to a checkpoint NAME.safetensors, with the VAE beside it as NAME.vae.safetensors",
     ),
     _rule(
+        [r"^(vision_model|visual)\.", r"\.(vision_model|visual)\."],
+        "is CLIP's image encoder, or all of CLIP",
+        _WHOLE,
+    ),
+    _rule(
         [
             r"(^|\.)encoder\.layers\.\d+\.",
             r"(^|\.)transformer\.resblocks\.\d+\.",
@@ -138,21 +147,17 @@ _WITHOUT_UNET = (
 )
 
 
-def refuse_foreign(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise `SettingsError` if a file with these `tensors` is something that is never served."""
-    _refuse(_KINDS, tensors, source)
+def refuse_foreign(tensors: Mapping[str, Tensor], source: str, *, has_unet: bool) -> None:
+    """Raise `SettingsError` if a file with these `tensors` is something that is never served.
 
-
-def refuse_without_unet(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise the `SettingsError` for a file that has no UNet in Stable Diffusion's original layout."""
-    _refuse(_WITHOUT_UNET, tensors, source)
-    shown = ", ".join(sorted(tensors)[:2]) or "no tensors"
-    raise SettingsError(
-        f"The file {source} is not a Stable Diffusion checkpoint (it has {shown}): {_SERVED}."
-    )
-
-
-def _refuse(rules: Iterable[Rule], tensors: Mapping[str, Tensor], source: str) -> None:
-    for rule in rules:
+    `has_unet`: whether it has a UNet in Stable Diffusion's original layout. A file without one is refused in
+    any case. The first rule that fits counts.
+    """
+    for rule in _KINDS if has_unet else (*_ADDITIONS, *_KINDS, *_PARTS):
         if any(rule.name.search(name) for name in tensors):
             raise SettingsError(f"The file {source} {rule.what}: {rule.remedy}.")
+    if not has_unet:
+        shown = ", ".join(sorted(tensors)[:2]) or "no tensors"
+        raise SettingsError(
+            f"The file {source} is not a Stable Diffusion checkpoint (it has {shown}): {_SERVED}."
+        )

@@ -51,6 +51,7 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
     "LoRA of PEFT": (one("unet.down_blocks.1.attentions.0.proj_in.lora_A.weight"), "is a LoRA"),
     "LoRA of diffusers before PEFT": (one("unet.mid_block.attentions.0.to_q_lora.up.weight"), "is a LoRA"),
     "LoRA for FLUX": (one("transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight"), "is a LoRA"),
+    "LoRA for FLUX in its own layout": (one("double_blocks.0.img_attn.qkv.lora_A.weight"), "is a LoRA"),
     "LoHa": (one("lora_unet_x.hada_w1_a"), "is a LoRA.* LoRAs are not served yet"),
     "LoKr of LyCORIS": (one("lycoris_transformer.lokr_w1"), "is a LoRA"),
     "ControlNet": (one("control_model.time_embed.0.weight"), "is a ControlNet, which steers"),
@@ -76,6 +77,7 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
     "VAE with its prefix": (VAE, "is a VAE alone"),
     "CLIP": (one("text_model.encoder.layers.0.mlp.fc1.bias"), "is a text encoder alone: use the complete"),
     "OpenCLIP": (one("transformer.resblocks.0.attn.in_proj_weight"), "is a text encoder alone"),
+    "CLIP's image encoder": (one("vision_model.encoder.layers.0.mlp.fc1.bias"), "is CLIP's image encoder"),
     "T5": (one("encoder.block.0.layer.0.SelfAttention.k.weight"), "is a text encoder alone"),
     "language model": (one("model.layers.0.self_attn.k_proj.weight"), "is a text encoder alone"),
     "UNet": (one("input_blocks.0.0.weight"), "is a UNet alone: use the complete checkpoint"),
@@ -128,6 +130,10 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
     "SSD-1B": (
         {name: shape for name, shape in SDXL.items() if "middle_block" not in name},
         "is a smaller SDXL .*folder in the format of diffusers",
+    ),
+    "LCM with diffusers' name": (
+        SD1 | one("model.diffusion_model.time_embedding.cond_proj.weight"),
+        "is a latent consistency model",
     ),
     "LCM": (SD1 | one("model.diffusion_model.time_embed.cond_proj.weight"), "is a latent consistency model"),
     # Other uses of the same family.

@@ -152,6 +152,10 @@ LAYOUTS: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "VAE as vae": ("sdxl", lambda each: moved(each, "first_stage_model.", "vae.")),
     "training state": ("sd1", with_training_state),
     "XL with training state": ("sdxl", with_training_state),
+    "leftovers of a LoRA": (
+        "sd1",
+        lambda each: each | {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.zeros(())},
+    ),
     "attention of the VAE as a matrix": (
         "sd1",
         lambda each: {
