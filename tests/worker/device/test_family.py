@@ -66,6 +66,8 @@ def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch._dynamo.reset()
 
 
+# Traced three times, which takes 10 s, and more beside other tests.
+@pytest.mark.timeout(240)
 @pytest.mark.usefixtures("compiled_on_cpu")
 def test_batches_that_are_padded_for_compiled_steps_give_the_same_pictures(toy: ToyFlow) -> None:
     runner = a_runner()
