@@ -169,7 +169,7 @@ def test_twenty_thousand_failed_jobs_are_listed_in_a_second() -> None:
                 pipe.execute()
 
     def worked_s() -> float:
-        """Seconds of processor time, of this process and of Redis: what else a busy machine does counts not."""
+        """Processor time of this process and of Redis: what else a busy machine does is not in it."""
         server = redis.info("cpu")
         return time.process_time() + float(server["used_cpu_user"]) + float(server["used_cpu_sys"])
 
