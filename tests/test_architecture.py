@@ -41,7 +41,7 @@ DOORS = {
     ),
     "boto3 botocore": "worker.storage",
     "prometheus_client": "worker.jobs.metrics",
-    "celery": "worker.celery worker.tasks worker.broker.event_batches",
+    "celery": "worker.celery worker.tasks worker.broker.event_batches worker.broker.stop_signals",
     "redis": (
         "worker.contract.redis_pool worker.state.redis_client "
         "worker.broker.addresses worker.broker.channel worker.broker.lease"

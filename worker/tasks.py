@@ -11,15 +11,17 @@ import logging
 import os
 import platform
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery import Task, signals
 from celery.exceptions import Reject
 from celery.worker import state as worker_state
 from kombu.asynchronous import get_event_loop
 
-from worker.broker import log_lines, transport
+from worker.broker import log_lines, stop_signals, transport
 from worker.broker.event_batches import EventBatches
 from worker.broker.lease import postpone
 from worker.celery import app
@@ -27,6 +29,9 @@ from worker.contract.errors import (
     EngineStoppedError,
     MachineError,
     NewerMessageError,
+    PermanentStorageError,
+    QueueError,
+    ServiceError,
     SmallcatError,
     first_line,
 )
@@ -43,7 +48,7 @@ from worker.jobs.handler import JobHandler
 from worker.jobs.heartbeat import Heartbeat
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
-from worker.state.redis_client import RedisError, connect, connect_until, queue_errors
+from worker.state.redis_client import RedisError, check, connect, connect_until, may_come, queue_errors
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 from worker.storage.options import BucketOptions
@@ -53,12 +58,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smallcat.worker")
 
+T = TypeVar("T")
+
 #: Connections to the bucket that are kept open, at most: a worker of the largest batch has so many slots.
 STORAGE_CONNECTIONS = 640
 #: Exit code of a worker whose engine was lost, from sysexits.h.
 EX_SOFTWARE = 70
 #: Seconds until a message of a newer version is fetched again, and one that failed for an unknown reason.
 NEWER_DELAY_S, UNKNOWN_DELAY_S = 5.0, 1.0
+#: Seconds between two tries to reach Redis or the bucket at the start.
+START_RETRY_S = 0.5
 #: Packages whose versions a worker announces.
 VERSIONS = ("smallcat", "torch", "diffusers", "transformers", "xformers", "celery", "kombu")
 
@@ -78,6 +87,7 @@ class _Process:
 _process: _Process | None = None
 
 app.steps["consumer"].add(EventBatches)
+app.steps["worker"].add(stop_signals.StopSignals)
 
 
 @app.task(name=TASK, bind=True)
@@ -117,6 +127,7 @@ def _start(sender: Any, **_: Any) -> None:
     # Without this Celery asks the other workers for revoked tasks at each new connection, and waits a second
     # for their answers. A job is cancelled by its record.
     sender.options["without_mingle"] = True
+    stop_signals.until_ready()
     sender.setup_logging()
     log_lines.shorten()
     # The line for each choice is logged whatever the level of Celery's own log.
@@ -129,6 +140,7 @@ def _start(sender: Any, **_: Any) -> None:
         # Celery would log it and go on, with a worker that has no engine.
         logger.critical("The worker cannot start.", exc_info=True)
         raise SystemExit(EX_SOFTWARE) from error
+    stop_signals.set_hurry(_hurry)
     transport.set_liveness(lambda: _here().engine.is_alive())
     transport.set_pause(lambda: bool(_here().handler.access.reason))
     served, max_rows = _process.handler.served, _process.engine.max_rows
@@ -187,11 +199,16 @@ def _assemble(name: str) -> _Process:
 
 
 def _services(settings: WorkerSettings) -> BucketProcess:
-    """Check Redis and the bucket, without waiting for either; return the bucket. Raises `ServiceError`."""
-    with queue_errors(settings.redis_url):
-        connect(settings.redis_url, retry_s=1).ping()
+    """Check Redis and the bucket, and wait for them a while; return the bucket. Raises `ServiceError`."""
+    until_s = time.monotonic() + settings.start_timeout_s
+
+    def redis() -> None:
+        with queue_errors(settings.redis_url):
+            check(settings.redis_url)
+
+    _wait_for(redis, until_s)
     where, options = (settings.s3_bucket, settings.s3_prefix), BucketOptions.of(settings)
-    lacks = Bucket(*where, attempts=2, options=options).check()
+    lacks = _wait_for(Bucket(*where, attempts=2, options=options).check, until_s)
     bucket = BucketProcess(*where, connections=STORAGE_CONNECTIONS, options=options)
     bucket.start()
     _log_choice("queue", hidden(settings.redis_url), "REDIS_URL")
@@ -199,6 +216,25 @@ def _services(settings: WorkerSettings) -> BucketProcess:
     for lack in lacks:
         logger.warning("storage: %s", lack)
     return bucket
+
+
+def _wait_for(ask: Callable[[], T], until_s: float) -> T:
+    """What `ask` returns; it is asked again while its service is out of reach, until `until_s`, monotonic."""
+    is_logged = False
+    while True:
+        try:
+            return ask()
+        except ServiceError as error:
+            lasts = isinstance(error, PermanentStorageError)
+            if isinstance(error, QueueError):
+                lasts = not may_come(error)
+            if lasts or time.monotonic() + START_RETRY_S > until_s:
+                raise
+            if not is_logged:
+                left_s = until_s - time.monotonic()
+                logger.warning("waits for %.0f s (SMALLCAT_START_TIMEOUT_S): %s", left_s, error)
+            is_logged = True
+            time.sleep(START_RETRY_S)
 
 
 def _warm_runner(settings: WorkerSettings) -> ModelRunner:
@@ -264,15 +300,24 @@ def _drain(**_: Any) -> None:
     process = _process
 
     def drain() -> None:
+        # Not in the signal's handler, which may have stopped a line in its middle.
+        jobs, drain_s = len(process.handler.progress()), process.settings.drain_s
+        logger.info("stopping: %d jobs in flight have %g s to finish, or go back to the queue", jobs, drain_s)
         _wake_loop()
         # Jobs in flight keep their claims, and can be cancelled, until they are done or given back.
         process.heartbeat.leave()
-        process.engine.drain(process.settings.drain_s)
+        process.engine.drain(drain_s)
         _stop_waiting(process)
 
-    jobs, drain_s = len(process.handler.progress()), process.settings.drain_s
-    logger.info("stopping: %d jobs in flight have %g s to finish, or go back to the queue", jobs, drain_s)
     threading.Thread(target=drain, name="drain", daemon=True).start()
+
+
+def _hurry() -> None:
+    """Give all jobs in flight back to the queue at once, during a drain or instead of one."""
+    if _process is not None:
+        logger.info("stopping at once: %d jobs go back to the queue", len(_process.handler.progress()))
+        _process.engine.stop()
+        _stop_waiting(_process)
 
 
 @signals.worker_shutdown.connect

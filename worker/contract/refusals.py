@@ -90,6 +90,7 @@ _CLASSES: Final = {
     "TryAgainError": "TRYAGAIN",
     "ClusterCrossSlotError": "CROSSSLOT",
     "ClusterDownError": "CLUSTERDOWN",
+    "ClusterError": "CLUSTER",
     "MasterNotFoundError": "NOSENTINEL",
 }
 #: Texts of errors that have no code of their own.

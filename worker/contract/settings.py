@@ -177,6 +177,8 @@ class WorkerSettings(Settings):
     job_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
     #: Times, >= 1, that a job is tried before it is set aside.
     max_attempts: int = Field(default=3, ge=1)
+    #: Seconds, >= 0, that a starting worker waits for Redis and the bucket before it refuses to start.
+    start_timeout_s: float = Field(default=30, ge=0, le=_YEAR_S)
     #: Seconds, >= 0, that a stopping worker continues the jobs in flight before it gives them back.
     drain_s: float = Field(default=30, ge=0, le=_YEAR_S)
     #: Seconds, > 0, that a picture's upload is tried again while the storage fails, before the job fails.

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import redis
@@ -178,6 +178,21 @@ def is_lost(error: Exception) -> bool:
     """Whether the error says that the connection was lost or not made, so that a later try may succeed."""
     lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
     return lost and not isinstance(error, redis.AuthenticationError)
+
+
+def check(redis_url: str) -> None:
+    """Ask Redis whether it is there, and one server. Raises redis-py's errors, without waiting for it."""
+    client = connect(redis_url, retry_s=1)
+    with client, within(1):
+        client.ping()
+        with suppress(redis.exceptions.NoPermissionError):
+            if client.info("cluster").get("cluster_enabled"):
+                raise redis.exceptions.ClusterError("cluster_enabled:1")
+
+
+def may_come(error: QueueError) -> bool:
+    """Whether the Redis of an error of `queue_errors` may answer later, without anybody's doing."""
+    return error.__cause__ is not None and over(error.__cause__) in (None, "seconds")
 
 
 @contextmanager

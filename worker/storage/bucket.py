@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, cast
 import botocore.exceptions
 
 from worker.contract.choices import ImageFormat
-from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
+from worker.contract.errors import PermanentStorageError, UnknownJobError
 from worker.storage.client import is_aws, make_client, region_of
 from worker.storage.options import BucketOptions
 from worker.storage.refusals import DENIED, code_of, storage_errors
@@ -94,7 +94,7 @@ class Bucket:
         right that is missing and that a worker can do without.
         """
         if not self.name:
-            raise StorageError("S3_BUCKET is not set: name the bucket for the pictures.")
+            raise PermanentStorageError("S3_BUCKET is not set: name the bucket for the pictures.")
         lacks = self.probe(look=look)
         with self._errors():
             try:

@@ -109,7 +109,7 @@ def _address() -> str | None:
 
 def _end_with_parent() -> None:
     """End this process with its parent, and not before: signals to the group of both are ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101 - it was spawned

@@ -81,6 +81,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_SAFETY_CHECKER": ("0", False, [("perhaps", "valid boolean")]),
     "SMALLCAT_JOB_TIMEOUT_S": ("1.5", 1.5, [("0", "greater than 0"), ("inf", "less than")]),
     "SMALLCAT_MAX_ATTEMPTS": ("1", 1, [("0", "greater than or equal to 1")]),
+    "SMALLCAT_START_TIMEOUT_S": ("0", 0.0, [("-1", "greater than or equal to 0"), ("inf", "less than")]),
     "SMALLCAT_DRAIN_S": ("0", 0.0, [("-1", "greater than or equal to 0"), ("inf", "less than")]),
     "SMALLCAT_UPLOAD_TIMEOUT_S": ("9", 9.0, [("0", "greater than 0"), ("inf", "less than")]),
     "SMALLCAT_METRICS_PORT": ("65535", 65_535, [("0", "greater than or equal to 1"), ("65536", "less")]),
