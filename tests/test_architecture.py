@@ -219,6 +219,7 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
         "job",
         "job_checks",
         "job_fields",
+        "scheduler_names",
         "served_model",
     ]
     assert ours == {

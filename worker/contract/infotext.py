@@ -24,6 +24,7 @@ from PIL import ExifTags, Image
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import FieldEntry
+from worker.contract.scheduler_names import scheduler_of
 
 #: The keys in the order in which they are written, each with its fields: width and height are one key.
 _KEYS: tuple[tuple[str, tuple[FieldEntry, ...]], ...] = tuple(
@@ -99,10 +100,10 @@ def _fields(key: str, entries: tuple[FieldEntry, ...], pairs: Mapping[str, str])
         return _sizes(key, entries, text) if text else {}
     if entry.kind in (int, float):
         return {entry.name: _number(entry.kind, key, text)}
-    if choices := _CHOICES[entry.name]:
+    if key == _SAMPLER:
         # Since AUTOMATIC1111's version 1.9 the schedule has a key of its own beside the sampler.
-        if text and key == _SAMPLER and pairs.get("Schedule type") == "Karras":
-            text += " Karras"
+        return {entry.name: scheduler_of(text, pairs.get("Schedule type"))} if text else {}
+    if choices := _CHOICES[entry.name]:
         return {entry.name: choices.get(text, text)} if text else {}
     return {entry.name: text}
 

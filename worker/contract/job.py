@@ -36,6 +36,7 @@ from worker.contract.job_checks import (
     spelled_as,
 )
 from worker.contract.job_fields import FieldEntry, JobField, table_of
+from worker.contract.scheduler_names import spelled_as_scheduler
 from worker.contract.served_model import Defaults, ServedModel
 
 #: Version of the message and of what is hashed into the id. A change to either takes a new number.
@@ -195,9 +196,7 @@ class Job(BaseModel):
     #: diffusers' noise scheduler; `default` is the model's own.
     scheduler: Annotated[
         Scheduler,
-        BeforeValidator(
-            spelled_as(Scheduler, {"euler_a": "euler_ancestral", "dpmpp_2m_k": "dpmpp_2m_karras"})
-        ),
+        BeforeValidator(spelled_as_scheduler),
         JobField(
             infotext="Sampler",
             infotext_order=2,

@@ -145,7 +145,8 @@ def test_a_picture_of_automatic1111_can_be_asked_for_again() -> None:
     ("pairs", "scheduler"),
     [
         ("Sampler: DPM++ 2M, Schedule type: Karras", Scheduler.DPMPP_2M_KARRAS),
-        ("Sampler: DPM++ 2M, Schedule type: Automatic", Scheduler.DPMPP_2M),
+        # What the sampler is made with there: modules/sd_samplers_kdiffusion.py of version 1.10.
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", Scheduler.DPMPP_2M_KARRAS),
         ("Sampler: Euler a, Schedule type: Automatic", Scheduler.EULER_ANCESTRAL),
         ("Sampler: PLMS", Scheduler.PNDM),
     ],
