@@ -35,6 +35,10 @@ COLUMNS = (
     *(name for name in JOB_FIELDS if name not in _FIRST_FIELDS),
 )
 _COLUMNS = frozenset(COLUMNS)
+#: Fields that a shape has or leaves out, with their default.
+_SHAPE = {
+    each.name: each.default for each in JOB_FIELDS.values() if each.name not in ("prompt", "seed", "metadata")
+}
 
 
 class Rejects:
@@ -128,7 +132,7 @@ def _manifest_line(job: Planned, sources: Sequence[Source], result: Mapping[str,
         "path": result.get("path"),
         "seed": templated.seed,
         "prompt": templated.prompt,
-        **templated.shape,
+        **_whole(templated.shape),
         "grid": dict(job.grid),
         "cached": bool(result.get("cached")),
         "error_type": result.get("error_type"),
@@ -136,6 +140,11 @@ def _manifest_line(job: Planned, sources: Sequence[Source], result: Mapping[str,
         "timings": result.get("timings") or {},
         "metadata": templated.metadata,
     }
+
+
+def _whole(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that determine the picture, also those that messages leave out at their default."""
+    return {name: shape.get(name, default) for name, default in _SHAPE.items()}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

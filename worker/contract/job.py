@@ -186,13 +186,9 @@ class Job(BaseModel):
         ),
     ] = None
     #: Share of the steps, 0 to 1, before which there is no guidance (Kynkäänniemi et al., 2024).
-    guidance_start: Annotated[
-        float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=4, is_always_sent=True)
-    ] = 0.0
+    guidance_start: Annotated[float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=4)] = 0.0
     #: Share of the steps, 0 to 1, after which there is no guidance. Steps without it take half the work.
-    guidance_stop: Annotated[
-        float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=5, is_always_sent=True)
-    ] = 1.0
+    guidance_stop: Annotated[float, _SHARE, AfterValidator(one_zero), JobField(infotext_order=5)] = 1.0
     #: diffusers' noise scheduler; `default` is the model's own.
     scheduler: Annotated[
         Scheduler,
@@ -331,9 +327,7 @@ _LATER = {each.name: each.default for each in JOB_FIELDS.values() if each.is_has
 
 #: Fields that messages and records do not have at their default: older workers refuse fields they do not
 #: know.
-_UNSENT = {
-    each.name: each.default for each in JOB_FIELDS.values() if not (each.is_original or each.is_always_sent)
-}
+_UNSENT = {each.name: each.default for each in JOB_FIELDS.values() if not each.is_original}
 
 
 def hashed(fields: Mapping[str, Any]) -> str:

@@ -64,8 +64,6 @@ class JobField:
     is_filled_by_fleet: bool = False
     #: Whether the first version had it: always part of the id, and in its old place in CSV manifests.
     is_original: bool = False
-    #: Whether messages and records have it also at its default, as those of versions before this table did.
-    is_always_sent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

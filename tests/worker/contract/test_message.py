@@ -33,8 +33,10 @@ from worker.contract.message import (
 from worker.contract.queues import list_of
 
 #: Messages as the first version left them in Redis: one of `submit_job`, one of a prompt file's run.
+#: A later version sent `guidance_start` and `guidance_stop` also at their defaults.
 STORED = {
-    name: (Path(__file__).parent / "messages" / f"{name}.json").read_text().rstrip("\n")
+    name + suffix: (Path(__file__).parent / "messages" / f"{name}{suffix}.json").read_text().rstrip("\n")
+    for suffix in ("", "_with_guidance")
     for name in ("submit_job", "prompt_file")
 }
 PROMPT = "a small cat, é😺"
@@ -61,8 +63,9 @@ def job_of(name: str) -> Job:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_a_stored_message_of_the_first_version_is_read(name: str) -> None:
+def test_a_stored_message_of_an_earlier_version_is_read(name: str) -> None:
     stored = json.loads(STORED[name])
+    name = name.removesuffix("_with_guidance")
     message = Message.parse(payload_in(stored))
 
     assert message.job == job_of(name)
@@ -77,7 +80,7 @@ def test_a_stored_message_of_the_first_version_is_read(name: str) -> None:
         assert message.run == mark.encode()
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", IDS)
 def test_messages_are_written_as_the_first_version_wrote_them(name: str, valkey: ValkeyProcess) -> None:
     stored = json.loads(STORED[name])
     job, run = job_of(name), Message.parse(payload_in(stored)).run
