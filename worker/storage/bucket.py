@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 #: Seconds that a presigned link is valid at most: S3's limit.
 MAX_URL_S = 604_800
-#: Begins the names of test objects: they are removed, where these keys may remove.
-TEST_NAME = ".smallcat-check-"
+#: Begins the names of test objects. They lie where pictures do, because rights may be given for that folder.
+TEST_NAME = "images/.smallcat-check-"
 #: What HEAD and GET answer where nothing is.
 _MISSING = frozenset({"NoSuchKey", "NotFound", "404"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -55,6 +56,8 @@ _PERMANENT: Final = {
     "QuotaExceeded": _FULL,
     "XMinioStorageFull": _FULL,
 }
+#: Codes about a KMS key that will not do. A service that is throttled or fails is none of them.
+_KMS_REFUSAL: Final = re.compile("KMS.*(Disabled|NotFound|Invalid|Denied|NotConfigured|Unsupported)")
 #: Codes with which S3 says that these keys may not do this: also, without s3:ListBucket, of a missing object.
 DENIED: Final = frozenset({"AccessDenied", "AccessForbidden", "403", "Forbidden"})
 #: botocore has no keys, or cannot get those that its configuration names.
@@ -110,7 +113,7 @@ def code_of(error: botocore.exceptions.ClientError) -> str:
 
 def _remedy(error: botocore.exceptions.ClientError) -> str | None:
     code = code_of(error)
-    if code.startswith("KMS"):
+    if _KMS_REFUSAL.search(code):
         return _KMS
     if code in _PERMANENT:
         return _PERMANENT[code]

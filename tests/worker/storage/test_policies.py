@@ -73,7 +73,7 @@ def test_a_policy_is_iam_s_json_for_one_bucket_and_prefix(side: str) -> None:
         assert set(statement) == {"Sid", "Effect", "Action", "Resource"}
         assert statement["Effect"] == "Allow"
         assert re.fullmatch(r"[A-Za-z0-9]+", statement["Sid"]), "AWS takes no other characters in it"
-        assert re.fullmatch(r"arn:aws:s3:::BUCKET(/PREFIX/[.\w-]*\*)?", statement["Resource"])
+        assert re.fullmatch(r"arn:aws:s3:::BUCKET(/PREFIX/images/[.\w-]*\*)?", statement["Resource"])
     assert not [action for action, _ in allowed(policy) if "*" in action]
 
 

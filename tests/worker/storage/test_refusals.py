@@ -45,6 +45,8 @@ def raised(error: Exception) -> StorageError:
         ("AccessControlListNotSupported", 400, "unset SMALLCAT_S3_ACL"),
         ("KMS.DisabledException", 400, "SMALLCAT_S3_SSE_KMS_KEY_ID"),
         ("KMS.NotFoundException", 400, "SMALLCAT_S3_SSE_KMS_KEY_ID"),
+        ("KMS.KMSInvalidStateException", 400, "SMALLCAT_S3_SSE_KMS_KEY_ID"),
+        ("XMinioKMSKeyNotFound", 400, "SMALLCAT_S3_SSE_KMS_KEY_ID"),
         ("NoSuchBucket", 404, "create it, or set S3_BUCKET"),
         ("XMinioStorageFull", 507, "make room"),
         # A HEAD has no body; a server may have a word of its own.
@@ -60,7 +62,16 @@ def test_a_refusal_lasts_and_names_the_remedy(code: str, status: int, remedy: st
     assert remedy in str(error)
 
 
-@pytest.mark.parametrize(("code", "status"), [("SlowDown", 503), ("InternalError", 500), ("Odd", 400)])
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("SlowDown", 503),
+        ("InternalError", 500),
+        ("KMS.ThrottlingException", 400),
+        ("KMS.InternalException", 500),
+        ("Odd", 400),
+    ],
+)
 def test_what_is_no_refusal_may_pass(code: str, status: int) -> None:
     assert type(raised(client_error(code, status))) is StorageError
 

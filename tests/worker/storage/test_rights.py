@@ -39,6 +39,17 @@ def test_with_all_rights_nothing_is_lacking(bucket: Bucket, wire: Wire) -> None:
     assert wire.used == {"s3:PutObject", "s3:GetObject", "s3:DeleteObject", "s3:ListBucket"}
 
 
+def test_a_folder_for_which_there_are_no_rights_is_found_by_the_test_object(
+    bucket: Bucket, wire: Wire
+) -> None:
+    """Not the object alone is refused where the whole folder of pictures is."""
+    wire.refused_keys = ("/images/",)
+    with pytest.raises(PermanentStorageError):
+        put(bucket)
+    with pytest.raises(PermanentStorageError):
+        bucket.probe()
+
+
 @pytest.mark.parametrize("right", ["s3:PutObject", "s3:GetObject"])
 def test_the_start_needs_to_write_and_to_read(bucket: Bucket, wire: Wire, right: str) -> None:
     wire.rights = EVERYTHING - {right}
