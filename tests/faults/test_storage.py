@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -116,6 +118,29 @@ def test_rights_that_lapse_cost_no_job(
     assert len([line for line in log_of(worker) if code in line]) == 1
     assert len([line for line in log_of(worker) if "The bucket takes objects again" in line]) == 1
     wait_until("the doctor says so no more", lambda: not told())
+
+
+def test_keys_that_are_rotated_are_read_from_their_file_again(ground: Ground, tmp_path: Path) -> None:
+    """The worker holds the old ones, which the server knows no more, until the file has the new ones."""
+    server, file = ground.stack.s3, tmp_path / "credentials"
+
+    def write_keys() -> None:
+        keys = f"aws_access_key_id = {server.access_key}\naws_secret_access_key = {server.secret_key}\n"
+        file.write_text(f"[default]\n{keys}")
+
+    write_keys()
+    no_keys = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_SHARED_CREDENTIALS_FILE": str(file)}
+    worker = ground.worker(settings=no_keys)
+    oracle.settle(ground, ground.submit(2), timeout_s=60)
+    server.kill()
+    server.access_key, server.secret_key = secrets.token_hex(10), secrets.token_hex(20)
+    server.start()
+    ids = ground.submit(4)
+    wait_until("it pauses", lambda: [line for line in log_of(worker) if "no others are taken" in line] != [])
+    wait_until("all are back", lambda: ground.states(ids) == {"queued": 4} and ground.unsettled() == 0)
+    write_keys()
+    oracle.settle(ground, ids, timeout_s=60)
+    assert ground.attempts(ids) == {"1": 4}
 
 
 def test_a_key_that_is_denied_fails_its_job_alone(ground: Ground, proxy: S3Proxy) -> None:

@@ -19,6 +19,7 @@ import datetime
 import hashlib
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, cast
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 MAX_URL_S = 604_800
 #: Begins the names of test objects. They lie where pictures do, because rights may be given for that folder.
 TEST_NAME = "images/.smallcat-check-"
+#: Seconds until AWS is asked again for the region of a bucket that it did not name.
+ASK_AGAIN_S = 60.0
 #: What HEAD and GET answer where nothing is.
 _MISSING = frozenset({"NoSuchKey", "NotFound", "404"})
 
@@ -66,8 +69,11 @@ class Bucket:
         self._options = options
         self._lock = threading.Lock()
         self._made: S3Client | None = None
-        #: Clients for links, by bucket: those of AWS name the region that the bucket is in.
+        #: Clients for links by region of AWS, where that is not the one of `_made`.
         self._link_clients: dict[str, S3Client] = {}
+        #: The region of AWS that a bucket is in, and when to ask again where AWS did not say.
+        self._regions: dict[str, tuple[str | None, float]] = {}
+        self._asking = threading.Lock()
         #: Whether S3 is known to refuse what is missing, as it does without the right to list.
         self._hides_missing = False
         self._learning = threading.Lock()
@@ -259,12 +265,17 @@ class Bucket:
         client = self._client
         if not is_aws(client):
             return client
-        with self._lock:
-            if bucket not in self._link_clients:
+        with self._asking:  # Not `_lock`: other requests need not wait for the answer.
+            region, again_s = self._regions.get(bucket, (None, 0.0))
+            if region is None and time.monotonic() >= again_s:
                 region = region_of(bucket, client)
-                known = region in (None, client.meta.region_name)
-                self._link_clients[bucket] = client if known else self._make_client(region)
-            return self._link_clients[bucket]
+                self._regions[bucket] = region, time.monotonic() + ASK_AGAIN_S
+            if region in (None, client.meta.region_name):
+                return client
+            with self._lock:
+                if region not in self._link_clients:
+                    self._link_clients[region] = self._make_client(region)
+                return self._link_clients[region]
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

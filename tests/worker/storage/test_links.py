@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -9,7 +11,7 @@ import pytest
 
 from tests.worker.storage.wire import Wire, response_of
 from worker.contract.errors import StorageError
-from worker.storage.bucket import Bucket
+from worker.storage.bucket import ASK_AGAIN_S, Bucket
 from worker.storage.options import BucketOptions
 
 
@@ -85,6 +87,23 @@ def test_where_aws_does_not_name_the_region_the_link_names_the_configured_one(
     wire.answer = told(None) if answer == "silent" else down
     assert place_of(Bucket("pictures")) == "https://pictures.s3.eu-west-1.amazonaws.com/a/b.png"
     assert "links name AWS_REGION" in caplog.text
+
+
+def test_a_region_that_aws_did_not_name_is_asked_for_again_after_a_while(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    wire.answer = told(None)
+    bucket = Bucket("pictures")
+    for _ in range(3):
+        assert place_of(bucket) == "https://pictures.s3.eu-west-1.amazonaws.com/a/b.png"
+    assert len(wire.requests) == 1
+    wire.answer = told("eu-north-1")
+    now_s = time.monotonic()
+    monkeypatch.setattr("worker.storage.bucket.time", SimpleNamespace(monotonic=lambda: now_s + ASK_AGAIN_S))
+    for _ in range(3):
+        assert place_of(bucket) == "https://pictures.s3.eu-north-1.amazonaws.com/a/b.png"
+    assert len(wire.requests) == 2
 
 
 @pytest.mark.parametrize("name", ["pic.tures", "Pic_tures"])
