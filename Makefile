@@ -41,7 +41,7 @@ test: lint  ## Run all checks: style, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-services: $(SERVICES)  ## Run the bucket's tests on moto, SeaweedFS and s3rver, which it installs
-	$(BIN)/python -m pytest -m services tests/worker/storage
+	$(BIN)/python -m pytest -m services tests/worker/storage tests/worker/jobs
 
 # s3rver is a program for node, and is left out where there is no npm.
 $(SERVICES): $(READY)

@@ -192,6 +192,7 @@ def _assemble(name: str) -> _Process:
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,
         upload_timeout_s=settings.upload_timeout_s,
+        mark_as_generated=settings.mark_as_generated,
     )
     info = _worker_info(name, runner, started_at=Fleet(client, settings.record_ttl_s).now())
     heartbeat = _heartbeat(settings, info, handler, engine)

@@ -173,6 +173,8 @@ class WorkerSettings(Settings):
     max_batch: int | None = Field(default=None, ge=1, le=256)
     #: Whether the safety checker of a model that ships one looks at every picture.
     safety_checker: bool = True
+    #: Whether files say in XMP that a trained model made them (IPTC's Digital Source Type).
+    mark_as_generated: bool = True
     #: Seconds, > 0, that a job may spend in the engine.
     job_timeout_s: float = Field(default=600, gt=0, le=_YEAR_S)
     #: Times, >= 1, that a job is tried before it is set aside.

@@ -70,6 +70,7 @@ class JobHandler:
         lease_s: float,
         max_attempts: int,
         upload_timeout_s: float,
+        mark_as_generated: bool = True,
     ) -> None:
         self._name = name
         #: The model that this worker serves.
@@ -78,6 +79,7 @@ class JobHandler:
         self._records = records
         self._bucket = bucket
         self._lease_s = lease_s
+        self._mark_as_generated = mark_as_generated
         self._policy = RetryPolicy(max_attempts)
         self._quarantine = Quarantine()
         self._in_flight = JobsInFlight()
@@ -180,7 +182,8 @@ class JobHandler:
             warnings=rendered.warnings,
             nsfw=rendered.picture.nsfw,
         )
-        self._put(record, _encode(rendered.picture, job))
+        data = _encode(rendered.picture, job, mark_as_generated=self._mark_as_generated)
+        self._put(record, data)
         uploaded_s = time.monotonic() - rendered_s
         metrics.UPLOADED.observe(uploaded_s)
         timings = record.timings.model_copy(update={"uploaded": uploaded_s})
@@ -264,9 +267,9 @@ class JobHandler:
         return None
 
 
-def _encode(picture: Picture, job: Job) -> bytes:
+def _encode(picture: Picture, job: Job, *, mark_as_generated: bool) -> bytes:
     """The picture's file. Whatever the encoder raises is this job's own failure."""
     try:
-        return encode(picture, job.format, infotext.write(job))
+        return encode(picture, job.format, infotext.write(job), mark_as_generated=mark_as_generated)
     except Exception as error:
         raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error

@@ -165,6 +165,21 @@ def test_a_job_goes_all_the_way(worker: Worker, image_format: str) -> None:
     assert (lasting["id"], lasting["state"], lasting["uri"]) == (job.id, "done", record.uri)
 
 
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_the_setting_says_whether_pictures_are_marked_and_stored_ones_stay(
+    client: Redis, storage: FlakyBucket, is_marked: bool
+) -> None:
+    with Worker(client, storage, mark_as_generated=is_marked) as worker:
+        worker.handle(JOB)
+        data = storage.get(worker.records.get(JOB.id).uri or "")
+        assert (b"trainedAlgorithmicMedia" in data) is is_marked
+    client.flushdb()
+    with Worker(client, storage, mark_as_generated=not is_marked) as worker:
+        worker.handle(JOB)
+        assert worker.records.get(JOB.id).cached
+        assert storage.get(worker.records.get(JOB.id).uri or "") == data
+
+
 def test_a_job_whose_object_is_there_is_answered_from_it_without_rendering(
     worker: Worker, client: Redis
 ) -> None:

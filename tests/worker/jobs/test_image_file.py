@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import shutil
 import struct
+import subprocess
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,7 +22,7 @@ from PIL import Image
 from worker.contract.choices import ImageFormat
 from worker.contract.infotext import read_infotext
 from worker.engine.runner import Picture
-from worker.jobs.image_file import CONTENT_TYPES, encode
+from worker.jobs.image_file import CONTENT_TYPES, GENERATED, encode
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 PICTURE = Picture(PIXELS)
@@ -54,7 +62,7 @@ def test_a_file_is_of_the_format_that_its_type_says(image_format: ImageFormat) -
 
 def test_a_png_has_the_text_chunk_of_automatic1111() -> None:
     with Image.open(io.BytesIO(encode(PICTURE, ImageFormat.PNG, TEXT))) as image:
-        assert image.text == {"parameters": TEXT}  # type: ignore[attr-defined]
+        assert image.text["parameters"] == TEXT  # type: ignore[attr-defined]
 
 
 def user_comment(exif: bytes) -> bytes:
@@ -112,3 +120,82 @@ def test_a_picture_without_parameters_has_none(name: str) -> None:
     file = io.BytesIO()
     Image.fromarray(PIXELS).save(file, name)
     assert read_infotext(file.getvalue()) is None
+
+
+def parts(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The chunks or segments before the pixels, by their specification: name and content."""
+    at = {b"\x89P": 8, b"RI": 12, b"\xff\xd8": 2}[data[:2]]
+    while at + 4 <= len(data):
+        if data[:2] == b"\x89P":  # PNG (ISO 15948): length, name, content, CRC
+            (length,), name = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
+            content, at = data[at + 8 : at + 8 + length], at + 12 + length
+            assert struct.unpack(">I", data[at - 4 : at])[0] == zlib.crc32(name + content)
+        elif data[:2] == b"RI":  # WebP (RFC 9649): name, length, content, padding
+            name, (length,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
+            content, at = data[at + 8 : at + 8 + length], at + 8 + length + length % 2
+        else:  # JPEG (ISO 10918): marker, length with itself, content
+            name, (length,) = data[at : at + 2], struct.unpack_from(">H", data, at + 2)
+            content, at = data[at + 4 : at + 2 + length], at + 2 + length
+            if name == b"\xff\xda":
+                return
+        yield name, content
+
+
+#: Where XMP is by its own specification (ISO 16684-1 for the packet, Adobe's XMP part 3 for the places).
+XMP_PLACES = {
+    ImageFormat.PNG: (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0"),
+    ImageFormat.WEBP: (b"XMP ", b""),
+    ImageFormat.JPEG: (b"\xff\xe1", b"http://ns.adobe.com/xap/1.0/\0"),
+}
+RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+IPTC = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
+
+
+def packets(data: bytes, image_format: ImageFormat) -> list[bytes]:
+    place, prefix = XMP_PLACES[image_format]
+    return [each[len(prefix) :] for name, each in parts(data) if name == place and each.startswith(prefix)]
+
+
+@pytest.mark.parametrize("image_format", ImageFormat)
+def test_a_file_says_that_a_trained_model_made_it(image_format: ImageFormat) -> None:
+    data = encode(PICTURE, image_format, TEXT)
+    [packet] = packets(data, image_format)
+    assert packet.startswith(b"<?xpacket begin=")
+    root = ElementTree.fromstring(packet)  # noqa: S314 - our own
+    [description] = root.iter(f"{RDF}Description")
+    assert [(each.tag, each.text) for each in description] == [(f"{IPTC}DigitalSourceType", GENERATED)]
+    assert read_infotext(data) == TEXT
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()  # Pillow has a PNG's later chunks after that.
+        found = image.info["xmp"]
+        assert found == packet
+
+
+@pytest.mark.parametrize("image_format", ImageFormat)
+def test_the_mark_changes_no_pixel_and_little_else(image_format: ImageFormat) -> None:
+    marked = encode(PICTURE, image_format, TEXT)
+    plain = encode(PICTURE, image_format, TEXT, mark_as_generated=False)
+    assert packets(plain, image_format) == []
+    assert b"trainedAlgorithmicMedia" not in plain
+    assert len(plain) < len(marked) < len(plain) + 700
+    with Image.open(io.BytesIO(marked)) as one, Image.open(io.BytesIO(plain)) as other:
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("image_format", ImageFormat)
+def test_exiftool_reads_the_mark_and_the_infotext(image_format: ImageFormat, tmp_path: Path) -> None:
+    """exiftool 12.57 shows the term's own name in words, and its URI with -n."""
+    if shutil.which("exiftool") is None:
+        needed = os.environ.get("CI") == "true" and not os.environ.get("WITHOUT_EXIFTOOL")
+        (pytest.fail if needed else pytest.skip)(
+            "exiftool is not installed: apt-get install libimage-exiftool-perl"
+        )
+    path = tmp_path / f"cat.{image_format}"
+    path.write_bytes(encode(PICTURE, image_format, TEXT))
+    shown = subprocess.run(["exiftool", "-n", "-j", "-G", path], check=True, capture_output=True).stdout
+    [found] = json.loads(shown)
+    assert found["XMP:DigitalSourceType"] == GENERATED
+    texts = [value for name, value in found.items() if name in ("PNG:Parameters", "EXIF:UserComment")]
+    assert texts == [TEXT]
+    assert "ExifTool:Warning" not in found
