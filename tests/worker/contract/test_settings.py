@@ -79,6 +79,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_CACHE_DIR": ("/cache", "/cache", []),
     "SMALLCAT_MAX_BATCH": ("256", 256, [("0", "greater than or equal to 1"), ("257", "less than or equal")]),
     "SMALLCAT_SAFETY_CHECKER": ("0", False, [("perhaps", "valid boolean")]),
+    "SMALLCAT_MARK_AS_GENERATED": ("0", False, [("perhaps", "valid boolean")]),
     "SMALLCAT_JOB_TIMEOUT_S": ("1.5", 1.5, [("0", "greater than 0"), ("inf", "less than")]),
     "SMALLCAT_MAX_ATTEMPTS": ("1", 1, [("0", "greater than or equal to 1")]),
     "SMALLCAT_START_TIMEOUT_S": ("0", 0.0, [("-1", "greater than or equal to 0"), ("inf", "less than")]),

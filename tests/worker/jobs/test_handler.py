@@ -333,7 +333,7 @@ def test_a_job_that_fails_once_is_done_at_its_next_attempt(worker: Worker) -> No
 def test_what_an_encoder_raises_is_the_jobs_own_failure(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def encode(*_: object) -> bytes:
+    def encode(*_: object, **__: object) -> bytes:
         raise ValueError("EXIF data is too long")
 
     monkeypatch.setattr("worker.jobs.handler.encode", encode)
