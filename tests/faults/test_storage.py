@@ -105,7 +105,7 @@ def test_rights_that_lapse_cost_no_job(
     wait_until("the doctor says so", lambda: bool(told()))
     # It tries a test object some times, and takes no job meanwhile.
     tried = proxy.failed[mode]
-    wait_until("it tries again", lambda: proxy.failed[mode] >= tried + 3)
+    wait_until("it tries again", lambda: proxy.failed[mode] >= tried + 2)
     assert ground.states(ids) == {"queued": 8}
     assert ground.queued() == 8
     assert ground.journal.total("take") == taken

@@ -22,7 +22,7 @@ from worker.jobs.retry_policy import Backoff
 logger = logging.getLogger("smallcat.jobs")
 
 #: Between two test objects while access is closed.
-REOPEN_BACKOFF: Final = Backoff(1.0, 15.0)
+REOPEN_BACKOFF: Final = Backoff(1.0, 5.0)
 #: Bytes of a test object, at least.
 MIN_SIZE: Final = 8
 
