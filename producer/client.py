@@ -273,25 +273,53 @@ def _send(now: Session, job: Job) -> JobHandle:
     from worker.contract.queues import queue_of
 
     deadline = time.monotonic() + now.redis_retry_s
+    pool = producers[connection(now.settings.redis_url)]
     with now.queue_errors(), now.one_retry():
         job = now.fleet.resolve(job)
-        queue = queue_of(job)
-        now.records.submitted(job, queue)
-    pool = producers[connection(now.settings.redis_url)]
+    is_sent = False
     while True:
         try:
-            with now.queue_errors(), pool.acquire(block=True) as producer:
-                app.send_task(
-                    **task_call_of(job),
-                    # Another one for each try: should both have arrived, the second finds the job taken.
-                    task_id=f"{job.id}-{secrets.token_hex(4)}",
-                    producer=producer,
-                )
+            # All of it again after a failure: a replica that became the primary may have none of it.
+            if not (is_sent and _is_taken(now, job.id)):
+                with now.queue_errors(), now.one_retry(deadline - time.monotonic()):
+                    now.records.submitted(job, queue_of(job))
+                is_sent = True
+                with now.queue_errors(), pool.acquire(block=True) as producer:
+                    app.send_task(
+                        **task_call_of(job),
+                        # Another one for each try: should both have arrived, the second finds the job taken.
+                        task_id=f"{job.id}-{secrets.token_hex(4)}",
+                        producer=producer,
+                    )
+            if now.settings.wait_replicas:
+                _wait_for_replicas(now, job.id)
             return JobHandle(job.id)
         except QueueError:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.2)
+
+
+def _is_taken(now: Session, job_id: str) -> bool:
+    """Whether a job that may have arrived has: a worker has it, or has done it. Raises `QueueError`."""
+    with now.queue_errors(), now.one_retry(0), contextlib.suppress(UnknownJobError):
+        return now.records.get(job_id).state in (State.RUNNING, State.DONE)
+    return False
+
+
+def _wait_for_replicas(now: Session, job_id: str) -> None:
+    """Wait until enough replicas have the job, within `SMALLCAT_SUBMIT_TIMEOUT_S`. Raises `QueueError`."""
+    # Less than the client waits for an answer.
+    replicas, timeout_s = now.settings.wait_replicas, 0.8 * min(now.redis_retry_s, 10.0)
+    # Once: another connection could lead to another primary, which has not all of the job.
+    with now.queue_errors(), now.one_retry(0):
+        have_it = now.records.replicated(job_id, replicas, timeout_s)
+    if have_it < replicas:
+        raise QueueError(
+            f"Job {job_id} was sent, but only {have_it} of {replicas} replicas (SMALLCAT_WAIT_REPLICAS) "
+            f"confirmed it within {timeout_s:g} s: it may be lost with Redis' primary. Start the replicas; "
+            "submitting again is safe."
+        )
 
 
 def _check_timeout(timeout: float | None) -> None:

@@ -30,7 +30,7 @@ class Node(ValkeyProcess):
 
     def _argv(self) -> list[str]:
         argv = super()._argv()
-        more = f'masterauth {self.password}\nunixsocket "{self.socket}"\n'
+        more = f'masterauth {self.password}\nunixsocket "{self.socket}"\nrepl-diskless-sync-delay 0\n'
         if self.primary is not None:
             more += f"replicaof {HOST} {self.primary.port}\n"
         with Path(argv[1]).open("a") as config:
@@ -101,11 +101,21 @@ class Sentinels:
         second.start()
         for sentinel in self.sentinels:
             sentinel.start()
-        self._wait(lambda: first.client.info("replication")["connected_slaves"] == 1)
+        self._wait(lambda: self._follows(first))
         for sentinel in self.sentinels:
             client = redis.Redis(port=sentinel.port, password=sentinel.password or None)
             self._wait(lambda client=client: self._knows_all(client))
         return self
+
+    def _is_asked(self) -> bool:
+        sentinel = self.sentinels[0]
+        client = redis.Redis(port=sentinel.port, password=sentinel.password or None)
+        return bool(client.sentinel_failover(SERVICE))
+
+    @staticmethod
+    def _follows(primary: Node) -> bool:
+        """Whether the replica has all that the primary had, and gets what is written."""
+        return primary.client.info("replication").get("slave0", {}).get("state") == "online"
 
     @staticmethod
     def _knows_all(client: redis.Redis) -> bool:
@@ -137,17 +147,27 @@ class Sentinels:
                     return node
         raise AssertionError("there is no primary")
 
-    def fail_over(self) -> float:
-        """Kill the primary, wait until the replica is one, start the old one again. Returns the seconds."""
+    def fail_over(self, how: str = "kill") -> float:
+        """Let the sentinels promote the replica, and the old primary come back. Returns the seconds.
+
+        `how`: kill or freeze the primary, or ask the sentinels to.
+        """
         old = self.primary
         other = next(node for node in self.nodes if node is not old)
         began = time.monotonic()
-        old.kill()
+        match how:
+            case "kill":
+                old.kill()
+            case "freeze":
+                old.pause()
+            case "ask":
+                self._wait(self._is_asked)
         self._wait(lambda: other.client.info("replication")["role"] == "master")
         took_s = time.monotonic() - began
         old.primary, other.primary = other, None
-        old.start()
-        self._wait(lambda: other.client.info("replication")["connected_slaves"] == 1)
+        old.resume() if how == "freeze" else None
+        old.start() if how == "kill" else None
+        self._wait(lambda: self._follows(other))
         return took_s
 
     def stop(self) -> None:

@@ -177,8 +177,9 @@ class Channel(stock.Channel):
         # An answer that comes after the next renewal is of no use.
         limits = (self.visibility_timeout / 4, self.socket_timeout)
         params["socket_timeout"] = min(limit for limit in limits if limit)
+        pool = self._new_pool(params)  # Not by the lease's thread: it outlives this channel.
         return Lease(
-            lambda: redis.Redis(connection_pool=self._new_pool(params)),
+            lambda: redis.Redis(connection_pool=pool),
             self.layout,
             timeout_s=self.visibility_timeout,
             sweep_every_s=self.unacked_restore_interval,

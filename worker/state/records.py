@@ -62,6 +62,18 @@ class Records:
             keys=[job_key(job.id), QUEUES, FAILED], args=[job.model_dump_json(), queue, self._ttl_s, job.id]
         )
 
+    def replicated(self, job_id: str, replicas: int, timeout_s: float) -> int:
+        """How many replicas have the job, and all that was written before; waits until they are `replicas`.
+
+        0 where the record is gone. `timeout_s`: seconds, less than the client waits for an answer.
+        """
+        with self._redis.pipeline(transaction=False) as pipe:
+            # WAIT is about what its own connection has written: all that is older is replicated before it.
+            pipe.expire(job_key(job_id), self._ttl_s)
+            pipe.wait(replicas, max(1, int(1_000 * timeout_s)))
+            is_there, have_it = pipe.execute()
+        return int(have_it) if is_there else 0
+
     def get(self, job_id: str) -> JobRecord:
         """The record of a job. Raises `UnknownJobError` where there is none (any more)."""
         fields: dict[str, str] = self._redis.hgetall(job_key(job_id))  # type: ignore[assignment]
