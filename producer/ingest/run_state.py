@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from producer.ingest import run_scripts
-from worker.broker.transport import UNACKED
+from worker.broker.transport import OLD_UNACKED, UNACKED
 from worker.contract.errors import PromptFileError
-from worker.contract.message import run_mark_in
+from worker.contract.message import TASK, run_mark_in
 from worker.contract.queues import queue_of_list
+from worker.contract.refusals import code_of
 from worker.state.keys import QUEUES, job_key, run_key
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ class Run:
                 pipe.lrange(name, 0, -1)
             for texts in pipe.execute():
                 held |= self._indexes(json.loads(text) for text in texts)
-        for text in cast("list[str]", self._redis.hvals(UNACKED)):
+        for text in self._held():
             held |= self._indexes([json.loads(text)[0]])
         # Read last: a message that was acknowledged meanwhile has set its bit before.
         return {index for index in self._unfinished(fed) if index not in held}
@@ -263,6 +264,18 @@ class Run:
         """The numbers of this run's jobs that the messages carry."""
         marks = (run_mark_in(message) for message in messages)
         return {mark.number for mark in marks if mark is not None and mark.run == self.id}
+
+    def _held(self) -> list[str]:
+        """What workers hold, those of earlier versions included."""
+        found = cast("list[str]", self._redis.hvals(UNACKED))
+        try:
+            earlier = cast("list[str]", self._redis.hvals(OLD_UNACKED))
+        except Exception as error:
+            if code_of(error) != "NOPERM":
+                raise
+            # Other applications use that name, too, and this user may not read it.
+            return found
+        return found + [text for text in earlier if f'"{TASK}"' in text]
 
     def _unfinished(self, fed: int) -> Iterator[int]:
         """Jobs whose bits are both 0."""

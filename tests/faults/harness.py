@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -24,6 +25,7 @@ from deploy.embedded.process import Process
 from deploy.embedded.servers import WorkerProcess
 from deploy.embedded.stack import BUCKET, Stack
 from producer import submit_job
+from worker.broker.transport import OLD_UNACKED, OLD_UNACKED_INDEX, UNACKED, UNACKED_INDEX
 from worker.contract.errors import QueueError
 from worker.contract.job import Job
 from worker.contract.queues import lists_of, queues_of
@@ -50,6 +52,13 @@ def wait_until(what: str, happened: Callable[[], bool], timeout_s: float = 30.0)
 def slots(rows: int) -> int:
     """Jobs that a worker of so many rows has in flight at most, with the slots reserved for urgent ones."""
     return sum(jobs_in_flight(rows, FaultRunner.job_s))
+
+
+def _held(pipe: Any) -> Any:
+    """Count what is held, by kombu's own transport as well."""
+    for unacked, index in ((UNACKED, UNACKED_INDEX), (OLD_UNACKED, OLD_UNACKED_INDEX)):
+        pipe.hlen(unacked).zcard(index)
+    return pipe
 
 
 class FaultWorker(WorkerProcess):
@@ -214,7 +223,7 @@ class Ground:
     def unsettled(self) -> int:
         """Messages that Redis takes for held."""
         with self.redis as client:
-            return int(client.hlen("unacked")) + int(client.zcard("unacked_index"))
+            return sum(_held(client.pipeline()).execute())
 
     def messages(self) -> int:
         """Messages that wait or are held, counted in one step: none is missed on its way between the two."""
@@ -222,8 +231,7 @@ class Ground:
             for queue in queues_of(SERVED):
                 for each in lists_of(queue):
                     pipe.llen(each)
-            pipe.hlen("unacked").zcard("unacked_index")
-            return sum(pipe.execute())
+            return sum(_held(pipe).execute())
 
     def states(self, ids: Iterable[str]) -> Counter[str | None]:
         """How many jobs are in each state."""

@@ -120,12 +120,8 @@ def _manifest(manifest: Path, lines: int) -> dict[str, Any]:
 
 
 def _eternal(client: redis.Redis) -> list[str]:
-    """Keys without an expiry; kombu's own bindings belong to the workers."""
-    return [
-        name
-        for name in client.scan_iter()
-        if client.ttl(name) == -1 and not name.startswith("_kombu.binding")
-    ]
+    """Keys without an expiry."""
+    return [name for name in client.scan_iter() if client.ttl(name) == -1]
 
 
 @click.command()

@@ -17,6 +17,7 @@ from producer import submit_job
 from tests.faults import oracle
 from tests.faults.harness import Ground, wait_until
 from tests.faults.runner import SERVED
+from worker.broker.transport import UNACKED, UNACKED_INDEX
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import TASK, payload_of
@@ -250,7 +251,7 @@ def test_a_message_of_a_newer_version_waits_untouched(calm: Ground) -> None:
         assert "update it" in worker.output()
         wait_until("at rest", lambda: calm.journal.count("leave")[job.id] == 2)
         with calm.redis as client:
-            held = json.loads(client.hget("unacked", tag))[0]
+            held = json.loads(client.hget(UNACKED, tag))[0]
         assert base64.b64decode(held["body"]) == body
         assert not calm.redis.exists(f"smallcat:job:{job.id}")
         # Others are served meanwhile.
@@ -258,5 +259,5 @@ def test_a_message_of_a_newer_version_waits_untouched(calm: Ground) -> None:
         calm.journal.wait_for("put", ids)
     finally:
         with calm.redis as client:
-            client.delete("unacked", "unacked_index", QUEUE)
+            client.delete(UNACKED, UNACKED_INDEX, QUEUE)
     assert queue_of(job) == QUEUE

@@ -114,8 +114,8 @@ def test_a_producer_feeds_a_prompt_file_and_asks_the_doctor(ground: Ground, url:
 
 
 FORBIDDEN: dict[str, Callable[[redis.Redis], object]] = {
-    "shut the workers down": lambda client: client.publish("/0.celery.pidbox", "{}"),
-    "publish a task event": lambda client: client.publish("/0.celeryev/task.multi", "{}"),
+    "shut the workers down": lambda client: client.publish("/0.smallcat.pidbox", "{}"),
+    "publish a task event": lambda client: client.publish("/0.smallcat.events/task.multi", "{}"),
     "take a job out of the queue": lambda client: client.rpop("smallcat.fake"),
     "delete a queue": lambda client: client.delete("smallcat.fake"),
     "let a queue expire": lambda client: client.expire("smallcat.fake", 1),
@@ -123,8 +123,8 @@ FORBIDDEN: dict[str, Callable[[redis.Redis], object]] = {
     "delete a queue by a script": lambda client: client.eval(
         "return redis.call('DEL', KEYS[1])", 1, "smallcat.fake"
     ),
-    "acknowledge another's job": lambda client: client.hdel("unacked", "tag"),
-    "end a lease": lambda client: client.zrem("unacked_index", "tag"),
+    "acknowledge another's job": lambda client: client.hdel("smallcat:unacked", "tag"),
+    "end a lease": lambda client: client.zrem("smallcat:unacked_index", "tag"),
     "pose as a worker": lambda client: client.set("smallcat:worker:me", "{}"),
     "say what is served": lambda client: client.set("smallcat:served", "[]"),
     "use another queue": lambda client: client.lpush("celery", "x"),

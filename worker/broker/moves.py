@@ -6,23 +6,19 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from kombu.utils.json import dumps, loads
 
 from worker.broker.layout import Layout
-from worker.contract.queues import SEPARATOR
 
 logger = logging.getLogger("smallcat.transport")
 
 #: The end of a list at which a message is fetched after all others of its priority, and next.
 LAST: Final = "LPUSH"
 NEXT: Final = "RPUSH"
-
-_UNREADABLE: Final = "A message that was held cannot be read and is set aside"
 
 
 @dataclass(frozen=True)
@@ -52,38 +48,20 @@ def set_aside(layout: Layout, raw: bytes | str) -> Move:
     return Move([layout.undecodable], raw, LAST)
 
 
-def restored(layout: Layout, entry: bytes | None, bindings: Callable[[str], Iterable[bytes]]) -> Move:
-    """The move of a message whose lease ran out, by its entry in the hash of held messages.
-
-    `bindings` returns the bindings of an exchange; what it raises is raised.
-    """
+def restored(layout: Layout, entry: bytes | None) -> Move:
+    """The move of a message whose lease ran out, by its entry in the hash of held messages."""
     if entry is None:
-        # Only the index still has the message: kombu's own workers acknowledge in two steps.
+        # Only the index still has the message.
         return Move([], b"", NEXT)
     try:
-        payload, exchange, routing_key = loads(entry)
-        priority, message = payload["properties"].get("priority"), _redelivered(payload)
+        payload, exchange, queue = loads(entry)
+        if exchange:
+            raise ValueError(f"its exchange is {exchange!r}, and this transport keeps none")
+        key = layout.list_of(queue, payload["properties"].get("priority"))
+        return Move([key], _redelivered(payload), NEXT)
     except Exception:
-        logger.exception(_UNREADABLE)
+        logger.exception("A message that was held cannot be read and is set aside")
         return set_aside(layout, entry)
-    bound = bindings(exchange) if exchange else ()
-    try:
-        queues = _queues_of(bound, routing_key) if exchange else [routing_key]
-        keys = [layout.list_of(queue, priority) for queue in queues]
-    except Exception:
-        logger.exception(_UNREADABLE)
-        return set_aside(layout, entry)
-    return Move(keys or [layout.undecodable], message, NEXT)
-
-
-def _queues_of(bindings: Iterable[bytes], routing_key: str) -> list[str]:
-    """Where kombu's own transport, which keeps the exchange in its entries, would put the message."""
-    queues = []
-    for binding in bindings:
-        key, pattern, queue = binding.decode().split(SEPARATOR)
-        if key == routing_key or (pattern and re.match(pattern, routing_key)):
-            queues.append(queue)
-    return queues
 
 
 def _redelivered(payload: Any) -> str:

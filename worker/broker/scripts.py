@@ -16,5 +16,6 @@ _HERE = Path(__file__).parent
 FETCH: Final = script(_HERE / "fetch.lua")
 RENEW: Final = script(_HERE / "renew.lua")
 EXPIRED: Final = script(_HERE / "expired.lua")
+ADOPTABLE: Final = script(_HERE / "adoptable.lua")
 MOVE: Final = script(_HERE / "move.lua")
 POSTPONE: Final = script(_HERE / "postpone.lua")

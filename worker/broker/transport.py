@@ -4,10 +4,11 @@ This module is the door for the rest of smallcat, and is light: it registers the
 so that Redis' client is imported only where a connection is opened. `worker.broker.channel` consumes,
 `worker.broker.lease` holds what was consumed.
 
-Keys and messages are those of kombu's own Redis transport, so kombu's producers, Flower and `celery inspect`
-work with it. What a worker promises beyond kombu: at every instant a message is in a queue or leased to a
-process, whoever is killed; the lease is renewed for as long as that process lives, so that a short lease
-never runs a long job twice; a lost connection ends no job; an acknowledgement is sent until Redis answers.
+Lists and messages are those of kombu's own Redis transport, so kombu's producers, Flower and `celery inspect`
+work with it. All other keys have names of our own: other applications may use the same database. What a
+worker promises beyond kombu: at every instant a message is in a queue or leased to a process, whoever is
+killed; the lease is renewed for as long as that process lives, so that a short lease never runs a long job
+twice; a lost connection ends no job; an acknowledgement is sent until Redis answers.
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ TRANSPORT_ALIASES[SCHEMES["unix"]] = "worker.broker.addresses:UnixTransport"
 TRANSPORT_ALIASES[SCHEMES["redis+sentinel"]] = "worker.broker.addresses:SentinelTransport"
 TRANSPORT_ALIASES[SCHEMES["rediss+sentinel"]] = "worker.broker.addresses:SentinelTLSTransport"
 
-#: kombu's own names: the hash of messages that workers hold, and the index of when each was last renewed.
-UNACKED: Final = "unacked"
-UNACKED_INDEX: Final = "unacked_index"
+#: The hash of messages that workers hold, and the index of when each was last renewed.
+UNACKED: Final = "smallcat:unacked"
+UNACKED_INDEX: Final = "smallcat:unacked_index"
+#: Their names in earlier versions, which are kombu's: other applications use them, too.
+OLD_UNACKED: Final = "unacked"
+OLD_UNACKED_INDEX: Final = "unacked_index"
 
 #: The list of messages that no worker can read, newest first, each as it was found.
 UNDECODABLE: Final = "smallcat:undecodable"

@@ -14,7 +14,6 @@ LAYOUT = Layout(
     unacked="p:unacked",
     index="p:index",
     undecodable="p:undecodable",
-    bindings="p:binding.%s",
     prefix="p:",
     priority_steps=(0, 3, 6),
 )
@@ -31,10 +30,6 @@ def marked(payload: dict[str, Any]) -> dict[str, Any]:
     payload = json.loads(json.dumps(payload))
     payload["headers"]["redelivered"] = payload["properties"]["delivery_info"]["redelivered"] = True
     return payload
-
-
-def no_bindings(exchange: str) -> list[bytes]:
-    raise AssertionError(f"the bindings of {exchange!r} are not needed")
 
 
 @pytest.mark.parametrize(
@@ -57,51 +52,27 @@ def test_a_priority_has_its_list(priority: object, name: str) -> None:
 def test_a_message_that_cannot_be_read_is_set_aside_as_it_is(raw: bytes) -> None:
     expected = Move(["p:undecodable"], raw, LAST)
     assert given_back(LAYOUT, raw, "q", NEXT) == set_aside(LAYOUT, raw) == expected
-    assert restored(LAYOUT, raw, no_bindings) == expected
+    assert restored(LAYOUT, raw) == expected
 
 
 def entry(payload: object, exchange: object = "", routing_key: object = "q") -> bytes:
     return json.dumps([payload, exchange, routing_key]).encode()
 
 
-def test_an_entry_of_our_own_needs_no_bindings() -> None:
+def test_a_message_whose_lease_ran_out_is_next_in_its_queue() -> None:
     payload = message(priority=3)
-    move = restored(LAYOUT, entry(payload), no_bindings)
+    move = restored(LAYOUT, entry(payload))
     assert (move.keys, move.push) == ([f"p:q{SEPARATOR}3"], NEXT)
     assert json.loads(move.message) == marked(payload)
 
 
-def test_an_entry_of_kombu_goes_where_its_exchange_is_bound() -> None:
-    asked = []
-
-    def bindings(exchange: str) -> list[bytes]:
-        asked.append(exchange)
-        return [
-            SEPARATOR.join(parts).encode() for parts in [("k", "", "a"), ("x", "^k$", "b"), ("x", "", "c")]
-        ]
-
-    move = restored(LAYOUT, entry(message(), "e", "k"), bindings)
-    assert (move.keys, asked) == (["p:a", "p:b"], ["e"])
-    # Bound to nothing, a person sees it.
-    assert restored(LAYOUT, entry(message(), "e", "y"), bindings).keys == ["p:undecodable"]
-
-
-@pytest.mark.parametrize("binding", [b"two\x06\x16parts", b"\xff\x06\x16\x06\x16q", b"x\x06\x16(\x06\x16q"])
-def test_bindings_that_cannot_be_read_set_the_message_aside(binding: bytes) -> None:
+def test_an_entry_with_an_exchange_is_not_ours_and_is_set_aside() -> None:
     found = entry(message(), "e", "k")
-    assert restored(LAYOUT, found, lambda _: [binding]) == set_aside(LAYOUT, found)
-
-
-def test_what_reading_the_bindings_raises_is_raised() -> None:
-    def bindings(_: str) -> list[bytes]:
-        raise ConnectionError("lost")
-
-    with pytest.raises(ConnectionError, match="lost"):
-        restored(LAYOUT, entry(message(), "e"), bindings)
+    assert restored(LAYOUT, found) == set_aside(LAYOUT, found)
 
 
 def test_an_entry_that_is_gone_leaves_only_the_index_to_clear() -> None:
-    assert restored(LAYOUT, None, no_bindings).keys == []
+    assert restored(LAYOUT, None).keys == []
 
 
 def test_a_queue_s_name_is_json_in_an_entry() -> None:
