@@ -7,7 +7,7 @@ import secrets
 import urllib.parse
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from producer.session import Session, session
@@ -49,13 +49,16 @@ def _guarded(what: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def _redis(now: Session) -> Iterator[Finding]:
+    from worker.state.redis_client import check
+
     with now.queue_errors():
-        now.redis.ping()
+        check(now.settings.redis_url)
         info = now.redis.info()
     where = hidden(now.settings.redis_url)
     yield Finding(
         "redis", True, f"{where} answers, version {info.get('valkey_version', info['redis_version'])}"
     )
+    yield from _replication(info, now.settings.wait_replicas)
     policy = info.get("maxmemory_policy", "noeviction")
     yield Finding(
         "redis",
@@ -72,6 +75,17 @@ def _redis(now: Session) -> Iterator[Finding]:
         if durable
         else "keeps no append-only file: jobs are lost if it dies. For production: CONFIG SET appendonly yes",
     )
+
+
+def _replication(info: Mapping[str, object], wanted: int) -> Iterator[Finding]:
+    """Whether it takes writes, and has the replicas that submissions wait for."""
+    if info.get("role") == "slave":
+        yield Finding("redis", False, "is a replica, which takes no jobs: use the primary's address")
+    elif wanted:
+        replicas = int(str(info.get("connected_slaves", 0)))
+        text = f"{replicas} replicas follow it, submissions wait for {wanted} (SMALLCAT_WAIT_REPLICAS)"
+        remedy = "" if replicas >= wanted else ": start more, or lower the setting"
+        yield Finding("redis", replicas >= wanted, text + remedy)
 
 
 def _bucket(now: Session) -> Iterator[Finding]:

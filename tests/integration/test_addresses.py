@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from kombu import Connection
 
 from deploy.embedded.home import HOST, Home
 from deploy.embedded.servers import ValkeyProcess
+from producer import submit_job
+from producer.cli.doctor import examine
+from tests.integration.test_start import refusal
 from tests.integration.transport_harness import Server, TLSProxy, wait_until
 from tests.sentinels import Sentinels
 from worker.broker.transport import UNACKED, broker_url, transport_options
@@ -99,6 +103,39 @@ def test_a_service_that_the_sentinels_do_not_know(sentinels: Sentinels) -> None:
         connect(url, 0.5).ping()
     assert "mymaster" in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.fixture
+def cluster(servers: object) -> Iterator[ValkeyProcess]:
+    """A cluster of one node that has all slots."""
+    home = Home(None)
+    node = ValkeyProcess(home, "cluster")
+    argv = node._argv
+    node._argv = lambda: [*argv(), "--cluster-enabled", "yes"]  # type: ignore[method-assign]
+    try:
+        node.start()
+        connect(node.url, 1).execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+        yield node
+    finally:
+        node.stop()
+        home.close()
+
+
+CLUSTER = r"^Redis at redis://:\*\*\*@[0-9.:]+/0 is a Redis Cluster \(.*\): smallcat needs one server"
+
+
+def test_a_cluster_is_recognised_by_producers_the_doctor_and_workers(
+    cluster: ValkeyProcess, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", cluster.url)
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
+    wait_until("the cluster answers", lambda: connect(cluster.url, 1).info("cluster")["cluster_enabled"] == 1)
+    with pytest.raises(QueueError, match=CLUSTER):
+        submit_job("a small cat")
+    finding = next(finding for finding in examine() if finding.what == "redis")
+    assert not finding.ok
+    assert re.search(CLUSTER, finding.text)
+    assert re.search(CLUSTER, refusal({**environment, "REDIS_URL": cluster.url}).removeprefix("smallcat: "))
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")

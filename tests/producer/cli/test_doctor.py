@@ -123,6 +123,19 @@ def test_a_redis_that_evicts(client: Redis) -> None:
     assert text == "evicts jobs when it is full (allkeys-lru): CONFIG SET maxmemory-policy noeviction"
 
 
+def test_a_replica(client: Redis) -> None:
+    client.replicaof("127.0.0.1", "1")
+    try:
+        assert the_bad_one("redis").startswith("is a replica, which takes no jobs: use the primary's address")
+    finally:
+        client.replicaof("NO", "ONE")
+
+
+def test_too_few_replicas(client: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALLCAT_WAIT_REPLICAS", "2")
+    assert the_bad_one("redis").startswith("0 replicas follow it, submissions wait for 2 (SMALLCAT_WAIT")
+
+
 def test_a_redis_that_is_away_does_not_end_the_examination(
     client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
