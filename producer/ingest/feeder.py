@@ -15,9 +15,9 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from producer.ingest import manifest_path
 from producer.ingest.journal import Journal
 from producer.ingest.manifest import Rejects, write_manifest
 from producer.ingest.message_templates import MessageTemplate, TemplatedJob
@@ -56,7 +56,10 @@ class Ingest:
     ) -> None:
         self._plan, self._options, self._display = plan, options, display
         self._session, self._downloads = session, downloads
-        self._manifest = options.manifest or plan.sources[0].beside("manifest.jsonl")
+        #: The manifest as it was asked for; the journal's name is made from it.
+        self._wanted = options.manifest or plan.sources[0].beside("manifest.jsonl")
+        #: Where it goes: see `manifest_path`.
+        self._manifest = self._wanted
         ttl_s = session.settings.record_ttl_s
         self.run = Run(session.redis, options.run or plan.digest[:16], plan.digest, ttl_s)
         self._pinned = Pinned(self.run, session.fleet)
@@ -78,9 +81,10 @@ class Ingest:
     def __call__(self) -> Outcome:
         """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; a later call resumes it."""
         with self._session.queue_errors():
+            self._choose_manifest()
             self.run.take()
         try:
-            with self._session.queue_errors(), Journal(self._manifest, self.run.id) as journal:
+            with self._session.queue_errors(), Journal(self._wanted, self.run.id) as journal:
                 return self._feed_until_over(journal)
         finally:
             if self._rejects:
@@ -90,12 +94,20 @@ class Ingest:
             with self._session.queue_errors():
                 self.run.release()
 
+    def _choose_manifest(self) -> None:
+        named = self._options.manifest is not None
+        self._manifest = manifest_path.choose(self._wanted, self.run.noted("manifest") or "", is_named=named)
+        if self._manifest.name != self._wanted.name:
+            self._display.notice(
+                f"{self._wanted} is another run's manifest and stays: this run writes {self._manifest}."
+            )
+
     def _feed_until_over(self, journal: Journal) -> Outcome:
         status = self.run.status()
         start = Cursor.read(status.cursor)
         self._rejected = status.rejected
         self._rejects = Rejects(self._plan.sources, start)
-        if status.is_over and self.run.noted("manifest") == _fingerprint(self._manifest):
+        if status.is_over and self.run.noted("manifest") == manifest_path.fingerprint(self._manifest):
             if not self._downloads and not self.run.outcomes():
                 return self._outcome("finished", status, journal)
             if self._manifest.suffix.lower() != ".csv":
@@ -252,13 +264,15 @@ class Ingest:
 
     def _finish(self, journal: Journal) -> None:
         jobs = self._plan.items(self._pinned.resolve)
+        draft = self._wanted.with_name(f"{self._wanted.stem}.{self.run.id}.draft{self._wanted.suffix}")
         write_manifest(
-            self._manifest,
+            draft,
             jobs,
             self._plan.sources,
             lambda number, job_id: self._result(journal, number, job_id),
         )
-        self.run.note("manifest", _fingerprint(self._manifest))
+        self._manifest = manifest_path.place(draft, self._wanted, self.run.noted("manifest") or "")
+        self.run.note("manifest", manifest_path.fingerprint(self._manifest))
 
     def _result(self, journal: Journal, number: int, job_id: str) -> Mapping[str, Any]:
         """The outcome of a job: from the journal, else from its record, else from its bits alone."""
@@ -290,15 +304,6 @@ class Ingest:
             rejected_files=tuple(self._rejects.paths()) if self._rejects else (),
             manifest=self._manifest if state == "finished" else None,
         )
-
-
-def _fingerprint(manifest: Path) -> str:
-    """Tells a manifest from another one at its path; empty where there is none."""
-    try:
-        stat = manifest.stat()
-    except OSError:
-        return ""
-    return f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _tag_of_process() -> str:

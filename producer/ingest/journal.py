@@ -1,4 +1,8 @@
-"""The journal of a run: the `.part` file beside the manifest, to which each job is appended when it ends."""
+"""The journal of a run: a file beside the manifest, to which each job is appended when it ends.
+
+Its name is `MANIFEST.RUN.part`, so that two runs of one file have a journal each. An earlier version had one
+journal a manifest, `MANIFEST.part`, whose first line names its run: that run takes it over.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,9 @@ class Journal:
     """What became of the jobs that have ended. It survives a kill at any instant; the next call goes on."""
 
     def __init__(self, manifest: Path, run_id: str) -> None:
-        """The journal beside `manifest`; another run's is emptied. Raises `PromptFileError`."""
-        self.path = manifest.with_name(f"{manifest.name}.part")
-        self._run = run_id
+        """The journal of the run `run_id` beside `manifest`. Raises `PromptFileError`."""
+        self.path = journal_path(manifest, run_id)
+        self._head = json_line({"run": run_id})
         self._offsets = array("q")
         self._paths = array("q")
         #: Number of jobs whose picture was in the bucket already.
@@ -27,6 +31,7 @@ class Journal:
         #: Number of jobs that were cancelled.
         self.cancelled = 0
         try:
+            self._take_over(manifest.with_name(f"{manifest.name}.part"))
             self._file: BinaryIO = self.path.open("a+b")
             # A second file object for reading: jobs end nearly in their order, so what it read ahead is used.
             self._reader: BinaryIO = self.path.open("rb")
@@ -96,12 +101,21 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _take_over(self, earlier: Path) -> None:
+        """Give an earlier version's journal its name of today, where it is this run's."""
+        if self.path.exists() or not earlier.exists():
+            return
+        with earlier.open("rb") as file:
+            is_ours = file.readline() == self._head
+        if is_ours:
+            earlier.rename(self.path)
+
     def _load(self) -> None:
         self._file.seek(0)
-        if self._file.readline() != json_line({"run": self._run}):
-            # Another run's journal. The bucket has its records.
+        if self._file.readline() != self._head:
+            # A new one, or no journal at all.
             self._file.truncate(0)
-            self._file.write(json_line({"run": self._run}))
+            self._file.write(self._head)
             self._file.flush()
             return
         whole = self._file.tell()
@@ -137,6 +151,11 @@ class Journal:
         self._reader.seek(offset)
         values: dict[str, Any] = json.loads(self._reader.readline())
         return values
+
+
+def journal_path(manifest: Path, run_id: str) -> Path:
+    """Where the journal of a run lies."""
+    return manifest.with_name(f"{manifest.name}.{run_id}.part")
 
 
 def _get(offsets: array[int], number: int) -> int:

@@ -1,8 +1,8 @@
 """What a run leaves behind: the manifest, a line a job, and the lines that were rejected.
 
-    prompts.txt.manifest.jsonl         a line a job in input order, when the run is over; CSV by its ending
-    .csv prompts.txt.manifest.jsonl.part    the journal: a line a job that has ended, in the order of their
-    ends prompts.txt.rejected.jsonl         lines that are no jobs: file, line, field, reason
+    prompts.txt.manifest.jsonl           a line a job in input order, when the run is over; CSV by its ending
+    prompts.txt.manifest.jsonl.RUN.part  the journal: a line a job that has ended, in the order of their ends
+    prompts.txt.rejected.jsonl           lines that are no jobs: file, line, field, reason
 
 Redis forgets what became of a job only when the journal has it. The manifest is made by reading the files
 again and joining each job with its line of the journal, so that a job takes no more memory than a number.
@@ -98,13 +98,12 @@ def write_manifest(
     sources: Sequence[Source],
     result: Callable[[int, str], Mapping[str, Any]],
 ) -> int:
-    """Write the manifest of `jobs` in their order. `result` gives what became of a job by its number and id.
+    """Write the manifest of `jobs` in their order; as CSV where its name ends so.
 
-    Returns the number of jobs. The file appears when it is whole.
+    `result` gives what became of a job by its number and id. Returns the number of jobs.
     """
-    draft = manifest.with_name(f"{manifest.name}.draft")
     number = 0
-    with draft.open("w", encoding="utf-8", newline="") as file:
+    with manifest.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, COLUMNS) if manifest.suffix.lower() == ".csv" else None
         if table:
             table.writeheader()
@@ -117,7 +116,6 @@ def write_manifest(
             else:
                 file.write(json_line(values).decode())
             number += 1
-    draft.replace(manifest)
     return number
 
 

@@ -401,3 +401,43 @@ def test_a_journal_of_a_killed_process_loses_its_last_word_only(tmp_path: Path) 
         assert journal.cached == 1
     with Journal(path, "another") as journal:
         assert journal.result(1) is None
+    with Journal(path, "run") as journal:
+        assert journal.result(1) == values
+
+
+def test_two_runs_of_one_file_at_once_have_a_journal_and_a_manifest_each(drain: Drain) -> None:
+    text = "".join(f"cat {n}\n" for n in range(40))
+    runs = [ingest(text, max_queued=5), ingest(max_queued=5, fields={"steps": 3})]
+    outcomes: list[Outcome] = []
+    threads = [threading.Thread(target=lambda run=run: outcomes.append(run())) for run in runs]  # type: ignore[misc]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        drain.all()
+    assert {each.state for each in outcomes} == {"finished"}
+    found = {each.run: manifest(str(each.manifest)) for each in outcomes}
+    for run in runs:
+        assert [line["prompt"] for line in found[run.run.id]] == text.splitlines()
+        assert [line["uri"] for line in found[run.run.id]] == [
+            f"s3://nowhere/{line['id']}.png" for line in found[run.run.id]
+        ]
+    assert {line["steps"] for line in found[runs[1].run.id]} == {3}
+    assert sorted(path.name for path in Path().glob("p.txt.*")) == [
+        "p.txt.manifest-2.jsonl",
+        "p.txt.manifest.jsonl",
+    ]
+
+
+def test_a_finished_manifest_is_not_replaced_by_another_run(drain: Drain) -> None:
+    drained(ingest("a cat\n"), drain)
+    before = Path("p.txt.manifest.jsonl").read_bytes()
+    for again in (False, True):
+        outcome = drained(ingest(None if again else "a dog\n"), drain)
+        assert outcome.manifest == Path("p.txt.manifest-2.jsonl")
+    assert Path("p.txt.manifest.jsonl").read_bytes() == before
+    # A name that the user gave stands for one run.
+    named = ingest("a bird\n", manifest=Path("p.txt.manifest.jsonl"))
+    with pytest.raises(PromptFileError, match="no manifest of this run: name another file with --manifest"):
+        named()
+    assert waiting(drain) == 0
+    assert named.run.noted("fed") is None
