@@ -7,25 +7,21 @@ import contextlib
 import math
 import re
 import secrets
-import threading
 import time
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from producer.session import Session, session
+from producer.session import Session, session, short_look_up
 from worker.contract.errors import QueueError, UnknownJobError
-from worker.contract.job import Job, JobFields
+from worker.contract.job import SUBMISSION_FIELDS, Job, JobFields
 from worker.contract.record import JobRecord, State
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _ID = re.compile(r"[0-9a-f]{32}")
-
-#: Seconds that `repr` of a handle waits for Redis, at most, and that it then does not ask it again.
-_REPR_S, _REPR_PAUSE_S = 0.5, 5.0
 
 
 class JobResult(JobRecord):
@@ -89,7 +85,7 @@ class JobResult(JobRecord):
     def _where(self) -> str:
         if self.uri is None:
             raise UnknownJobError(f"Job {self.id} is {self.state}: it has no picture.")
-        return self.uri
+        return session().address_of(self.id, self.job.format, self.uri)
 
     def _repr_png_(self) -> bytes:
         """The picture in a notebook."""
@@ -124,17 +120,26 @@ class Progress:
 
 
 class JobHandle:
-    """A job by its id, in this process or any other that reaches the same Redis.
+    """One submission of a job, or, by its id alone, a job; in any process that reaches the same Redis.
+
+    `submit_job` returns the handle of its submission. Equal jobs have one id and are rendered once, and share
+    nothing else: each handle has its own metadata and priority, and its `cancel` is its own. `JobHandle(id)`
+    is the job for all that want it: it has the metadata and priority of the submission that was rendered, and
+    its `cancel` cancels all submissions. `JobHandle(handle.id, handle.submission)` is the submission again.
 
     `await handle` is `await handle.aresult()`.
     """
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, job_id: str, submission: str = "") -> None:
         self.id = job_id
+        #: The submission's own id; empty where this is the job for all that want it.
+        self.submission = submission
+        #: The fields of the job that are the submission's own; None: not yet read.
+        self._own: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """With the job's state; "unknown" where Redis does not know it, or not within half a second."""
-        return f"JobHandle({self.id!r}, state={_short_look_up.state(self.id)!r})"
+        return f"JobHandle({self.id!r}, state={short_look_up.state(self.id, self.submission)!r})"
 
     def __await__(self) -> Generator[Any, None, JobResult]:
         return self.aresult().__await__()
@@ -147,18 +152,21 @@ class JobHandle:
         now = session()
         try:
             with now.queue_errors():
-                return JobResult.of(now.records.get(self.id))
+                return self._seen(now.records.get(self.id, self.submission))
         except UnknownJobError:
             # Anything but an id would be a strange key in the bucket.
             if now.bucket is None or not _ID.fullmatch(self.id):
                 raise
             if (stored := now.bucket.record(self.id)) is None:
                 raise
-            result = JobResult.model_validate_json(stored)
+            record = _lasting(self.id, stored)
             # Somebody may have deleted the picture alone.
-            if now.bucket.find(self.id, result.job.format) is None:
+            if now.bucket.find(self.id, record.job.format) is None:
                 raise
-            return result
+        with now.queue_errors():
+            if self.submission and now.records.submission(self.id, self.submission)[1]:
+                record = record.given_up()
+            return self._seen(record)
 
     def state(self) -> State:
         """The job's state. Raises as `record`."""
@@ -203,11 +211,11 @@ class JobHandle:
         _check_timeout(timeout)
         try:
             with now.queue_errors():
-                record = now.records.wait(self.id, timeout, idle)
+                record = self._seen(now.records.wait(self.id, timeout, idle, self.submission))
         except UnknownJobError:
-            return self.record()
+            record = self.record()
         record.raise_for_state()
-        return JobResult.of(record)
+        return record
 
     async def aresult(self, timeout: float | None = None) -> JobResult:
         """As `result`, on an event loop: other tasks run meanwhile. Cancelling it leaves the job alone."""
@@ -219,25 +227,44 @@ class JobHandle:
         now = session()
         try:
             with now.queue_errors():
-                record = await now.awaiting.wait(self.id, timeout, unserved)
+                found = await now.awaiting.wait(self.id, timeout, unserved, self.submission)
+            # A handle that another process made has to ask Redis for what is its own.
+            record = await asyncio.to_thread(self._seen, found) if self._is_to_read else self._seen(found)
         except UnknownJobError:
             # One short request of the bucket, which boto3 can only do in a thread.
-            return await asyncio.to_thread(self.record)
+            record = await asyncio.to_thread(self.record)
         record.raise_for_state()
-        return JobResult.of(record)
+        return record
 
     def image(self, timeout: float | None = None) -> Image.Image:
         """Wait for the picture and fetch it. Raises as `result`."""
         return self.result(timeout).image()
 
     def cancel(self) -> State:
-        """Cancel the job. Returns its state: a running job is cancelled at its next step.
+        """Give this submission up. Returns its state: a running job is cancelled at its next step.
 
-        A job that is done, failed or cancelled keeps its state. Raises `UnknownJobError`, `QueueError`.
+        While others want the same job, this submission alone is cancelled, at once, and the job goes on for
+        them; so does a run of a prompt file that sent it. The handle of a job by its id alone cancels it for
+        all. A job that is done, failed or cancelled keeps its state. Raises `UnknownJobError`, `QueueError`.
         """
         now = session()
         with now.queue_errors():
-            return now.records.cancel(self.id)
+            return now.records.cancel(self.id, self.submission)
+
+    @property
+    def _is_to_read(self) -> bool:
+        """Whether Redis has to be asked for what is the submission's own."""
+        return bool(self.submission) and self._own is None
+
+    def _seen(self, record: JobRecord) -> JobResult:
+        """The job's record with what is the submission's own."""
+        if self._is_to_read:
+            self._own, _ = session().records.submission(self.id, self.submission)
+        values: dict[str, object] = {"job": record.job.model_copy(update=self._own or {})}
+        if record.state is State.DONE and record.uri is None and (bucket := session().bucket) is not None:
+            # Done, and the job was submitted again since.
+            values["uri"] = bucket.uri(self.id, record.job.format)
+        return JobResult.of(record.model_copy(update=values))
 
     def _repr_png_(self) -> bytes | None:
         """The picture in a notebook, once it is done."""
@@ -250,7 +277,7 @@ def submit_job(prompt: str | Job, **fields: Unpack[JobFields]) -> JobHandle:
 
     `prompt` is a text, with the other fields of `Job` as keywords, or a whole `Job`, whose fields the
     keywords replace. Every field is checked before anything is sent. Equal jobs have equal ids, and are
-    rendered once.
+    rendered once; the handle is this submission's own.
 
     Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
     cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an
@@ -276,13 +303,13 @@ def _send(now: Session, job: Job) -> JobHandle:
     pool = producers[connection(now.settings.redis_url)]
     with now.queue_errors(), now.one_retry():
         job = now.fleet.resolve(job)
-    is_sent = False
+    submission, is_sent = secrets.token_hex(8), False
     while True:
         try:
             # All of it again after a failure: a replica that became the primary may have none of it.
             if not (is_sent and _is_taken(now, job.id)):
                 with now.queue_errors(), now.one_retry(deadline - time.monotonic()):
-                    now.records.submitted(job, queue_of(job))
+                    now.records.submitted(job, queue_of(job), submission)
                 is_sent = True
                 with now.queue_errors(), pool.acquire(block=True) as producer:
                     app.send_task(
@@ -293,7 +320,9 @@ def _send(now: Session, job: Job) -> JobHandle:
                     )
             if now.settings.wait_replicas:
                 _wait_for_replicas(now, job.id)
-            return JobHandle(job.id)
+            handle = JobHandle(job.id, submission)
+            handle._own = {name: getattr(job, name) for name in SUBMISSION_FIELDS}
+            return handle
         except QueueError:
             if time.monotonic() >= deadline:
                 raise
@@ -322,53 +351,22 @@ def _wait_for_replicas(now: Session, job_id: str) -> None:
         )
 
 
+def _lasting(job_id: str, stored: bytes) -> JobRecord:
+    """The record that lies beside a picture. Raises `UnknownJobError` where it is not this job's."""
+    try:
+        record = JobRecord.model_validate_json(stored)
+    except ValueError:
+        record = None
+    if record is None or record.id != job_id or record.state is not State.DONE:
+        raise UnknownJobError(
+            f"The record of job {job_id} in the bucket cannot be read: submit the job again."
+        )
+    return record
+
+
 def _check_timeout(timeout: float | None) -> None:
     if timeout is not None and not (timeout >= 0 and math.isfinite(timeout)):
         raise ValueError(f"timeout is {timeout}: it must be None or seconds >= 0.")
-
-
-class _ShortLookUp:
-    """Reads jobs' states for `repr`, one at a time: never raises, and waits for at most `_REPR_S` seconds."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        #: Monotonic seconds until which a Redis that did not answer is not asked again.
-        self._silent_until = -math.inf
-
-    def state(self, job_id: str) -> str:
-        """The job's state, or "unknown"."""
-        if time.monotonic() < self._silent_until:
-            return "unknown"
-        with contextlib.suppress(Exception):
-            _ = session().redis  # Imports redis-py: that takes a while, but waits for nobody.
-        until = time.monotonic() + _REPR_S
-        if not self._lock.acquire(timeout=_REPR_S):
-            return "unknown"
-        found: list[str] = []
-        # In a thread, because the look-up of a host's name takes no time limit.
-        thread = threading.Thread(target=self._read, args=(job_id, found), name="state for repr", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # The interpreter is ending, or there are too many threads.
-            self._lock.release()
-            return "unknown"
-        thread.join(max(0.0, until - time.monotonic()))
-        if thread.is_alive():
-            self._silent_until = time.monotonic() + _REPR_PAUSE_S
-        return found[0] if found else "unknown"
-
-    def _read(self, job_id: str, found: list[str]) -> None:
-        try:
-            now = session()
-            with now.one_retry(_REPR_S):
-                found.append(str(now.records.get(job_id).state))
-        except Exception:  # noqa: S110, BLE001 - a log or a debugger must not fail for what it shows
-            pass
-        finally:
-            self._lock.release()
-
-
-_short_look_up = _ShortLookUp()
 
 
 def _unserved(record: JobRecord) -> str:

@@ -5,19 +5,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
 import threading
+import time
+import warnings
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from worker.contract.errors import UnknownJobError
+from worker.contract.plain_text import plain
 from worker.contract.settings import ProducerSettings, producer_settings
 from worker.storage.options import BucketOptions
 
 if TYPE_CHECKING:
     from redis.client import Redis
 
+    from worker.contract.choices import ImageFormat
     from worker.state.awaiting import Awaiting
     from worker.state.failures import Failures
     from worker.state.fleet import Fleet
@@ -29,6 +36,8 @@ ATTEMPTS = 4
 #: Seconds that a feeder tries to reach Redis before it gives up. A run that takes hours outlives a restart.
 FEEDER_RETRY_S = 60.0
 
+#: Seconds that `repr` of a handle waits for Redis, at most, and that it then does not ask it again.
+_REPR_S, _REPR_PAUSE_S = 0.5, 5.0
 #: boto3's own variables, as sorted (name, value) pairs.
 _Variables = tuple[tuple[str, str], ...]
 
@@ -91,6 +100,30 @@ class Session:
         with _lock:
             return _bucket(name, prefix, BucketOptions.of(self.settings), self._variables)
 
+    def address_of(self, job_id: str, image_format: ImageFormat, said: str) -> str:
+        """The address of a job's picture, which follows from its id, its format, `S3_BUCKET` and `S3_PREFIX`.
+
+        `said` is what its record says, which anybody who submits jobs can write. Where it differs, as in a
+        copy of the bucket, a warning says so. Without `S3_BUCKET` it counts, if it ends as this job's address
+        does; else raises `UnknownJobError`.
+        """
+        if self.bucket is not None:
+            if (follows := self.bucket.uri(job_id, image_format)) != said:
+                warnings.warn(
+                    f"The record of job {job_id} says {plain(said)}; {follows} is used, as S3_BUCKET and "
+                    "S3_PREFIX say: set them as the workers have them.",
+                    stacklevel=4,
+                )
+            return follows
+        bucket, _, key = said.removeprefix("s3://").partition("/")
+        name = f"images/{job_id[:2]}/{job_id}.{image_format}"
+        if not said.startswith("s3://") or not bucket or f"/{key}".removesuffix(f"/{name}") == f"/{key}":
+            raise UnknownJobError(
+                f"The record of job {job_id} says {plain(said)}, which is no address of its picture: set "
+                "S3_BUCKET and S3_PREFIX as the workers have them."
+            )
+        return said
+
     def bucket_of(self, uri: str) -> Bucket:
         """The bucket that s3://bucket/key lies in."""
         return self.bucket_named(urlsplit(uri).netloc)
@@ -132,3 +165,49 @@ def _bucket(name: str, prefix: str, options: BucketOptions, variables: _Variable
     from worker.storage.bucket import Bucket
 
     return Bucket(name, prefix, attempts=ATTEMPTS, options=options)
+
+
+class ShortLookUp:
+    """Reads jobs' states for `repr`, one at a time: never raises, and waits for at most `_REPR_S` seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        #: Monotonic seconds until which a Redis that did not answer is not asked again.
+        self._silent_until = -math.inf
+
+    def state(self, job_id: str, submission: str) -> str:
+        """The submission's state, or "unknown"."""
+        if time.monotonic() < self._silent_until:
+            return "unknown"
+        with contextlib.suppress(Exception):
+            _ = session().redis  # Imports redis-py: that takes a while, but waits for nobody.
+        until = time.monotonic() + _REPR_S
+        if not self._lock.acquire(timeout=_REPR_S):
+            return "unknown"
+        found: list[str] = []
+        # In a thread, because the look-up of a host's name takes no time limit.
+        thread = threading.Thread(
+            target=self._read, args=(job_id, submission, found), name="state for repr", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # The interpreter is ending, or there are too many threads.
+            self._lock.release()
+            return "unknown"
+        thread.join(max(0.0, until - time.monotonic()))
+        if thread.is_alive():
+            self._silent_until = time.monotonic() + _REPR_PAUSE_S
+        return found[0] if found else "unknown"
+
+    def _read(self, job_id: str, submission: str, found: list[str]) -> None:
+        try:
+            now = session()
+            with now.one_retry(_REPR_S):
+                found.append(str(now.records.get(job_id, submission).state))
+        except Exception:  # noqa: S110, BLE001 - a log or a debugger must not fail for what it shows
+            pass
+        finally:
+            self._lock.release()
+
+
+short_look_up = ShortLookUp()

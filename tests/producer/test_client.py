@@ -26,7 +26,7 @@ from redis import Redis
 from deploy.embedded.servers import ValkeyProcess
 from deploy.embedded.stack import Stack
 from producer import JobHandle, JobResult, job_from_image, submit_job
-from producer.client import _ShortLookUp
+from producer.session import ShortLookUp
 from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
 from worker.contract.errors import (
@@ -500,7 +500,7 @@ def test_a_handle_of_an_unknown_job_says_so(environment: dict[str, str], job_id:
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process in which no Redis was silent yet."""
-    monkeypatch.setattr("producer.client._short_look_up", _ShortLookUp())
+    monkeypatch.setattr("producer.client.short_look_up", ShortLookUp())
 
 
 @pytest.mark.usefixtures("forgetful")

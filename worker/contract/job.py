@@ -282,7 +282,7 @@ class Job(BaseModel):
 
     def submitted_as(self, other: Job) -> Self:
         """This job with what belongs to `other`'s submission: equal jobs share a picture and nothing else."""
-        return self.model_copy(update={name: getattr(other, name) for name in _SUBMISSION})
+        return self.model_copy(update={name: getattr(other, name) for name in SUBMISSION_FIELDS})
 
     @property
     def is_open(self) -> bool:
@@ -320,7 +320,7 @@ class JobFields(TypedDict, total=False):
 #: The table of job fields; `worker.contract.job_fields` says what is made from it.
 JOB_FIELDS: Mapping[str, FieldEntry] = table_of(Job)
 #: Fields that belong to the submission, and not to the picture.
-_SUBMISSION = tuple(each.name for each in JOB_FIELDS.values() if each.is_submission)
+SUBMISSION_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_submission)
 _HASHED = frozenset(each.name for each in JOB_FIELDS.values() if each.is_hashed)
 #: Fields that the first version did not have, with their default, at which they are left out of the id.
 _LATER = {each.name: each.default for each in JOB_FIELDS.values() if each.is_hashed and not each.is_original}

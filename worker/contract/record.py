@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from worker.contract.errors import named
+from worker.contract.errors import JobCancelledError, named
 from worker.contract.job import Job
 
 
@@ -101,6 +102,12 @@ class JobRecord(BaseModel):
     submitted_at: float = Field(default=0.0)
     #: Its marks in runs of prompt files; see `worker.contract.message.RunMark`.
     runs: tuple[str, ...] = ()
+
+    def given_up(self) -> Self:
+        """As a submission that was given up sees it: without a picture, whatever became of the job."""
+        error = JobCancelledError("The job was cancelled.")
+        fields = {"error_type": type(error).__name__, "error": str(error), "uri": None}
+        return self.model_copy(update={"state": State.CANCELLED, **fields})
 
     def raise_for_state(self) -> None:
         """Raise the job's own error if it failed or was cancelled."""

@@ -257,7 +257,11 @@ class JobHandler:
                 logger.warning("%s", line)
                 return self._policy.pause_s(attempt, random.random())  # noqa: S311 - nothing secret
             case Verdict.CANCEL:
-                self._records.failed(job_id, message_id, error)
+                if not self._records.cancelled(job_id, message_id, error):
+                    # It was submitted again while this render was being stopped.
+                    self._records.give_back(job_id, message_id)
+                    metrics.JOBS.labels("given_back").inc()
+                    return 0.0
                 metrics.JOBS.labels("cancelled").inc()
                 logger.info("%s", line)
             case Verdict.FAIL:

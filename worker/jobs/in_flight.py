@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -15,22 +16,27 @@ class JobsInFlight:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._steps: dict[str, tuple[int, int]] = {}
+        #: How many messages of each job are worked on.
+        self._held: Counter[str] = Counter()
         self._cancelled: set[str] = set()
         self._stopping = False
 
     @contextmanager
     def hold(self, job_id: str) -> Iterator[None]:
-        """Keep the job for the length of a with block."""
+        """Keep the job for the length of a with block. Several messages of it may do so at a time."""
         with self._changed:
-            self._steps[job_id] = (0, 0)
+            self._held[job_id] += 1
+            self._steps.setdefault(job_id, (0, 0))
             # Whoever submits a job again after its cancellation wants it.
             self._cancelled.discard(job_id)
         try:
             yield
         finally:
             with self._changed:
-                self._steps.pop(job_id, None)
-                self._cancelled.discard(job_id)
+                self._held[job_id] -= 1
+                if not self._held[job_id]:
+                    del self._held[job_id], self._steps[job_id]
+                    self._cancelled.discard(job_id)
 
     def rendered(self, job_id: str, steps: int) -> None:
         """All `steps` of the job are done: from now on the engine does not know it."""

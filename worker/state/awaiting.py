@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from worker.contract.errors import UnknownJobError
 from worker.contract.queues import queues_of
-from worker.contract.record import JobRecord, State
+from worker.contract.record import JobRecord
 from worker.state.fleet import WorkerInfo
-from worker.state.keys import WORKERS, job_key, worker_key
-from worker.state.records import READ_AT_ONCE, record_of, unknown
+from worker.state.hashes import is_in_doubt, record_of, says_final, seen_by, unknown
+from worker.state.keys import WORKERS, job_key, submission_key, worker_key
+from worker.state.records import READ_AT_ONCE
 from worker.state.redis_client import RETRY_EVERY_S, connect_async, is_lost
 
 if TYPE_CHECKING:
@@ -42,8 +44,9 @@ class Awaiting:
         job_id: str,
         timeout_s: float | None,
         unserved: Callable[[JobRecord], None] = lambda _: None,
+        submission: str = "",
     ) -> JobRecord:
-        """Wait until the job's state is final and return its record.
+        """Wait until the job's state is final and return its record, as `Records.wait`.
 
         `unserved` is called once with the record, within about 5 seconds, while no live worker serves the
         job's queue. Tries for `retry_s` seconds to reach a Redis that is away. Raises `TimeoutError` after
@@ -54,7 +57,7 @@ class Awaiting:
         give_up_at: float | None = None
         while True:
             watch = self._watch(loop)
-            waiter = watch.add(job_id)
+            waiter = watch.add(job_id, submission)
             try:
                 return await _outcome(waiter, timeout_s, deadline, unserved)
             except Exception as error:
@@ -89,6 +92,8 @@ class _Waiter:
     """One wait for one job."""
 
     job_id: str
+    #: Whose wait it is; empty: that of somebody who knows the job's id alone.
+    submission: str
     #: The job's record, as it was read last; None: not yet.
     record: JobRecord | None = None
     #: Set when the record was read for the first time, or nothing will be read any more.
@@ -132,9 +137,9 @@ class _Watch:
         self._task = asyncio.create_task(self._run(), name="smallcat jobs")
         self._task.add_done_callback(self._end)
 
-    def add(self, job_id: str) -> _Waiter:
+    def add(self, job_id: str, submission: str) -> _Waiter:
         """Begin to watch a job for one more waiter."""
-        waiter = _Waiter(job_id)
+        waiter = _Waiter(job_id, submission)
         self._waiters.setdefault(job_id, set()).add(waiter)
         if job_id in self._subscribed:
             self._to_read.add(job_id)
@@ -185,7 +190,7 @@ class _Watch:
             message = await channels.get_message(timeout=None)
             if message is None or message["type"] not in ("subscribe", "message"):
                 continue
-            if message["type"] == "subscribe" or State(message["data"]).is_final:
+            if message["type"] == "subscribe" or says_final(message["data"]):
                 self._to_read.add(str(message["channel"]).removeprefix(_CHANNEL))
                 self._changed.set()
 
@@ -221,19 +226,48 @@ class _Watch:
             async with self._client.pipeline(transaction=False) as pipe:
                 for job_id in part:
                     _ = pipe.hgetall(job_key(job_id))
-                found: list[dict[str, str]] = await pipe.execute()
-            for job_id, fields in zip(part, found, strict=True):
-                self._tell(job_id, record_of(job_id, fields) if "job" in fields else None)
+                found: list[object] = await pipe.execute(raise_on_error=False)
+            records = dict(zip(part, found, strict=True))
+            given_up = await self._read_in_doubt(records)
+            for job_id, fields in records.items():
+                self._tell(job_id, fields, given_up)
 
-    def _tell(self, job_id: str, record: JobRecord | None) -> None:
+    async def _read_in_doubt(self, records: Mapping[str, object]) -> dict[_Waiter, str | None]:
+        """The texts of those submissions whose records do not say that they are wanted still."""
+        waiters = [
+            waiter
+            for job_id, fields in records.items()
+            if isinstance(fields, dict)
+            for waiter in self._waiters.get(job_id, ())
+            if is_in_doubt(fields, waiter.submission)
+        ]
+        if not waiters:
+            return {}
+        async with self._client.pipeline(transaction=False) as pipe:
+            for waiter in waiters:
+                _ = pipe.get(submission_key(waiter.job_id, waiter.submission))
+            texts: list[object] = await pipe.execute(raise_on_error=False)
+        return {
+            waiter: text if isinstance(text, str) else None
+            for waiter, text in zip(waiters, texts, strict=True)
+        }
+
+    def _tell(self, job_id: str, fields: object, given_up: Mapping[_Waiter, str | None]) -> None:
+        record: JobRecord | UnknownJobError
+        try:
+            if not isinstance(fields, dict) or "job" not in fields:
+                raise unknown(job_id)
+            record = record_of(job_id, fields)
+        except UnknownJobError as error:
+            record = error
         for waiter in self._waiters.get(job_id, ()):
-            waiter.record = record
+            waiter.record = None if isinstance(record, UnknownJobError) else record
             if waiter.final.done():
                 continue
-            if record is None:
-                waiter.final.set_exception(unknown(job_id))
-            elif record.state.is_final:
-                waiter.final.set_result(record)
+            if isinstance(record, UnknownJobError):
+                waiter.final.set_exception(record)
+            elif (seen := seen_by(given_up.get(waiter), record)).state.is_final:
+                waiter.final.set_result(seen)
             waiter.read.set()
 
     async def _find_unserved(self) -> None:

@@ -1,16 +1,41 @@
--- Cancels a job that is queued; asks the worker of one that is running to stop it.
+-- Gives up a submission, or the whole job. A job that nobody wants any more is cancelled if it is queued; the
+-- worker of one that is running is asked to stop it.
 --
--- KEYS     the record
--- ARGV     job id, the workers' channel
--- Returns  the state after that; nothing where there is no record
+-- KEYS     the record, the submission
+-- ARGV     job id, the workers' channel, submission; '' for the job and all its submissions
+-- Returns  the state of the submission, or of the job, after that; nothing where there is no record
+--
+-- The submission that goes last stays with a job that is running: it ends as the job ends.
 -- include go_on.lua
-local id, channel = unpack(ARGV)
-local state = redis.call('HGET', KEYS[1], 'state')
+-- include heal.lua
+-- include outcome.lua
+-- include wanted_by_runs.lua
+-- include ../contract/clock.lua
+local id, channel, submission = unpack(ARGV)
+local state, cancel, subs, runs, mine =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'subs', 'runs', 'sub:' .. submission))
+if not state then return false end
+if submission == '' then
+  redis.call('HSET', KEYS[1], 'cancelled_at', now())
+elseif not mine then
+  local text = redis.pcall('GET', KEYS[2])
+  -- It has ended: others' jobs are not its own.
+  local outcome = string.sub(type(text) == 'string' and text or '', 1, 1)
+  return outcome == '-' and 'cancelled' or outcome == '=' and 'done' or state
+elseif (state == 'queued' or state == 'running') and not cancel
+    and (count(subs) > 1 or wanted_by_runs(runs or '')) then
+  note(KEYS[1], submission, '-')
+  redis.call('HDEL', KEYS[1], 'sub:' .. submission)
+  redis.call('HSET', KEYS[1], 'subs', math.max(count(subs) - 1, 0))
+  redis.call('PUBLISH', KEYS[1], 'cancelled')
+  return 'cancelled'
+end
 if state == 'queued' then
+  state = 'cancelled'
   redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
              'error', 'The job was cancelled.')
   redis.call('PUBLISH', KEYS[1], 'cancelled')
-  return 'cancelled'
+  redis.call('PUBLISH', channel, 'cancel ' .. id)
 elseif state == 'running' then
   redis.call('HSET', KEYS[1], 'cancel', 1)
   redis.call('PUBLISH', channel, 'cancel ' .. id)

@@ -2,10 +2,11 @@
 --
 -- KEYS     the jobs' records
 -- Returns  for each of them JSON: [state, error_type, error, runs, submitted_at, its last attempt as JSON];
---          false in the place of what is missing, in all places where there is no record (any more)
+--          false in the place of what is missing, in all places where there is no record that can be read
 local found = {}
 for i, key in ipairs(KEYS) do
-  local r = redis.call('HMGET', key, 'state', 'error_type', 'error', 'runs', 'submitted_at', 'attempts')
+  local r = redis.pcall('HMGET', key, 'state', 'error_type', 'error', 'runs', 'submitted_at', 'attempts')
+  if r.err then r = {false, false, false, false, false, false} end
   r[6] = r[6] and redis.call('HGET', key, 'try:' .. r[6])
   found[i] = cjson.encode(r)
 end

@@ -6,11 +6,13 @@ smallcat:failed          zset    ids of the jobs that failed for good, by time; 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from worker.contract.lua import script
+from worker.contract.message import RUN_MARK
 from worker.contract.record import State
 from worker.state.keys import FAILED, job_key
 
@@ -56,9 +58,9 @@ class Failures:
                 if state is False:
                     gone.append(job_id)
                 elif state == State.FAILED:
-                    at = json.loads(attempt)["at"] if attempt else submitted_at
-                    places = tuple((runs or "").split())
-                    found.append(Failure(job_id, error_type or "", error or "", float(at), places))
+                    places = tuple(mark for mark in (runs or "").split() if re.fullmatch(RUN_MARK, mark))
+                    at = _time_of(attempt, submitted_at)
+                    found.append(Failure(job_id, error_type or "", error or "", at, places))
         for part in _parts(gone):
             self._redis.zrem(FAILED, *part)
         return found
@@ -75,6 +77,14 @@ class Failures:
                 self._redis.delete(*map(job_key, removed))
             dropped += len(removed)
         return dropped
+
+
+def _time_of(attempt: str | bool, submitted_at: str | bool) -> float:
+    """Unix seconds of a job's last attempt, or else of its submission; 0 where neither can be read."""
+    try:
+        return float(json.loads(attempt)["at"] if isinstance(attempt, str) else submitted_at)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0.0
 
 
 def _parts(job_ids: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -1,7 +1,13 @@
 """Keys and channels of Redis that hold the state of jobs, runs and workers.
 
     smallcat:job:<id>        hash     a job's record: see below
-    smallcat:job:<id>        channel  the job's new state, published at every change of state
+    smallcat:job:<id>        channel  the job's new state, published at every change of state; "cancelled"
+                                      also when one of several submissions is given up
+      ...:<submission>       string   what belongs to a submission alone, as JSON: its metadata and priority;
+                                      "+" before it, "-" once it was given up, "=" once it is done and
+                                      the job was submitted again
+    smallcat:worker-only:job:<id>     the attempts at a job, which no producer may write: see below
+                             hash
     smallcat:queues          set      names of the queues that jobs were sent to
     smallcat:failed          zset     ids of the jobs that failed for good, by time (`worker.state.failures`)
     smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
@@ -18,12 +24,21 @@ Keys expire some time after their last change. Those of messages are the transpo
 Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
 
     claim, claim_until   the message that a worker works on, and until when the claim lasts, in Unix seconds
-    delivery             the delivery of that message which was counted as an attempt
+    delivery             an earlier version's: the delivery of that message which was counted as an attempt
     deaths               attempts that have not ended; while none runs, those that ended with a worker's death
     try:<attempt>        an attempt, as the JSON of `worker.contract.record.Attempt`
     cancel               1 while a running job is asked to stop
+    cancelled_at         when the job was cancelled for all that wanted it, in Unix seconds
+    sub:<submission>     1 for each submission since the job was last queued that was not given up
+    subs                 how many they are, one that an earlier version made included
     runs                 marks of the runs that the job belongs to, separated by spaces
     bulk                 1 when only runs have sent the job: its record is short-lived once the job is done
+
+Fields of a job's attempts. Those of the record that have the same names are for readers, and for workers of
+earlier versions, who count there:
+
+    attempts, deaths     as in the record
+    open:<message>       the delivery of that message which was counted, until it is known how it ended
 """
 
 from __future__ import annotations
@@ -38,6 +53,8 @@ FAILED: Final = "smallcat:failed"
 WORKERS: Final = "smallcat:workers"
 #: The last announcements of each model.
 SERVED: Final = "smallcat:served"
+#: Begins the keys that workers alone write.
+WORKER_ONLY: Final = "smallcat:worker-only:"
 #: Channel to all workers.
 WORKERS_CHANNEL: Final = "smallcat:to-workers"
 
@@ -45,6 +62,16 @@ WORKERS_CHANNEL: Final = "smallcat:to-workers"
 def job_key(job_id: str) -> str:
     """The key of a job's record, and the channel of its state. `mark_runs.lua` takes the id out of it."""
     return f"smallcat:job:{job_id}"
+
+
+def submission_key(job_id: str, submission: str) -> str:
+    """The key of one submission of a job. `outcome.lua` makes it, too."""
+    return f"{job_key(job_id)}:{submission}"
+
+
+def attempts_key(job_id: str) -> str:
+    """The key of the attempts at a job. Producers may neither read nor write what begins so."""
+    return f"{WORKER_ONLY}job:{job_id}"
 
 
 def run_key(run: str) -> str:

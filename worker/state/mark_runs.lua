@@ -1,13 +1,15 @@
 -- Tells the runs that a final job belongs to: sets the job's bit, and appends an event to the list from which
--- whoever feeds the run reads. A run that is gone, or that never sent the job, is left alone.
+-- whoever feeds the run reads. A run that is gone, or that never sent the job, is left alone; so is one whose
+-- keys are of other types.
 --
 -- KEYS[1]  the job's record, in its final state
 -- runs     run marks (`worker.contract.message.RunMark`), separated by spaces
 local function mark_runs(runs)
+  if runs == '' then return end
   local r = redis.call('HMGET', KEYS[1], 'state', 'uri', 'timings', 'error_type', 'error', 'cached',
                        'attempts')
   local job_id = string.sub(KEYS[1], 1 + string.len('smallcat:job:'))
-  for run, number, file, line in string.gmatch(runs, '(%w+):(%d+):(%d+):(%d+):') do
+  local function mark(run, number, file, line)
     local key = 'smallcat:run:' .. run
     local ttl, fed = unpack(redis.call('HMGET', key, 'ttl', 'fed'))
     if ttl and fed and tonumber(number) < tonumber(fed) then
@@ -23,5 +25,8 @@ local function mark_runs(runs)
                  job_id, r[1], r[2], r[3], r[4], r[5], r[6], r[7]}))
       for _, part in ipairs({'', ':done', ':failed', ':news'}) do redis.call('EXPIRE', key .. part, ttl) end
     end
+  end
+  for run, number, file, line in string.gmatch(runs, '(%w+):(%d+):(%d+):(%d+):') do
+    pcall(mark, run, number, file, line)
   end
 end

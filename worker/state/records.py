@@ -7,19 +7,29 @@ in the bucket; this one is for those who wait. `worker.state.keys` lists the key
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from worker.contract.errors import SmallcatError, UnknownJobError
-from worker.contract.job import Job
+from worker.contract.errors import SmallcatError
+from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.record import Attempt, JobRecord, State
 from worker.state import scripts as scripts
-from worker.state.keys import FAILED, QUEUES, WORKERS_CHANNEL, job_key
+from worker.state.hashes import (
+    count,
+    fields_of,
+    is_in_doubt,
+    own_fields,
+    readable,
+    record_of,
+    says_final,
+    seen_by,
+    unknown,
+)
+from worker.state.keys import FAILED, QUEUES, WORKERS_CHANNEL, attempts_key, job_key, submission_key
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -56,10 +66,15 @@ class Records:
         self._cancel = client.register_script(scripts.CANCEL)
         self._progress = client.register_script(scripts.PROGRESS)
 
-    def submitted(self, job: Job, queue: str) -> None:
-        """Write the record of a job that is sent to `queue`. One that is queued or running stays as it is."""
+    def submitted(self, job: Job, queue: str, submission: str = "") -> None:
+        """Write the record of a job that is sent to `queue`, and what is the submission's own.
+
+        A record of a job that is queued or running stays as it is, unless it was cancelled.
+        """
+        own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
         self._submit(
-            keys=[job_key(job.id), QUEUES, FAILED], args=[job.model_dump_json(), queue, self._ttl_s, job.id]
+            keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission)],
+            args=[job.model_dump_json(), queue, self._ttl_s, job.id, submission, own],
         )
 
     def replicated(self, job_id: str, replicas: int, timeout_s: float) -> int:
@@ -74,24 +89,39 @@ class Records:
             is_there, have_it = pipe.execute()
         return int(have_it) if is_there else 0
 
-    def get(self, job_id: str) -> JobRecord:
-        """The record of a job. Raises `UnknownJobError` where there is none (any more)."""
+    def get(self, job_id: str, submission: str = "") -> JobRecord:
+        """The record of a job, as one of its submissions sees it: cancelled where that was given up.
+
+        Raises `UnknownJobError` where there is none (any more), or none that can be read.
+        """
         fields: dict[str, str] = self._redis.hgetall(job_key(job_id))  # type: ignore[assignment]
         if "job" not in fields:
             raise unknown(job_id)
-        return record_of(job_id, fields)
+        record = record_of(job_id, fields)
+        if is_in_doubt(fields, submission):
+            text: str | None = self._redis.get(submission_key(job_id, submission))  # type: ignore[assignment]
+            return seen_by(text, record)
+        return record
+
+    def submission(self, job_id: str, submission: str) -> tuple[dict[str, Any], bool]:
+        """A submission's own fields, empty where they have expired, and whether it was given up."""
+        text = str(self._redis.get(submission_key(job_id, submission)) or "")
+        return own_fields(text), text.startswith("-")
 
     def read(self, job_ids: Sequence[str]) -> dict[str, JobRecord]:
-        """The records of many jobs by id, in the order of `job_ids`; unknown ones are left out."""
+        """The records of many jobs by id, in the order of `job_ids`.
+
+        Unknown ones are left out, and those that cannot be read.
+        """
         found: dict[str, JobRecord] = {}
         for start in range(0, len(job_ids), READ_AT_ONCE):
             part = job_ids[start : start + READ_AT_ONCE]
             with self._redis.pipeline(transaction=False) as pipe:
                 for job_id in part:
                     pipe.hgetall(job_key(job_id))
-                for job_id, fields in zip(part, pipe.execute(), strict=True):
-                    if "job" in fields:
-                        found[job_id] = record_of(job_id, fields)
+                for job_id, fields in zip(part, pipe.execute(raise_on_error=False), strict=True):
+                    if (record := readable(job_id, fields)) is not None:
+                        found[job_id] = record
         return found
 
     def claim(
@@ -113,7 +143,7 @@ class Records:
         """
         text, delivery = job.model_dump_json(), secrets.token_hex(8)
         verdict, attempt, queued = self._claim(
-            keys=[job_key(job.id)],
+            keys=[job_key(job.id), attempts_key(job.id)],
             args=[message, worker, lease_s, max_attempts, self._ttl_s, text, queue, delivery, run],
         )
         return Claim(verdict), int(attempt), max(0.0, float(queued))
@@ -128,34 +158,50 @@ class Records:
         return [ids[index - 1] for index in cancelled]
 
     def done(self, record: JobRecord) -> bool:
-        """Mark the job done. False: it was already, and stays as it was."""
-        return self._final(record.id, State.DONE, "", _fields(record))
+        """Mark the job done. False: it was already, or was cancelled, and stays as it was."""
+        return self._final(record.id, State.DONE, "", fields_of(record)) == 1
 
     def failed(self, job_id: str, message: str, error: SmallcatError) -> bool:
         """Mark the job failed, or cancelled, by `error`, for the message that claimed it.
 
-        False: it is final already, or another message holds it by now.
+        False: it is final already, or another message holds it by now; or the error is that it was
+        cancelled, and somebody wants it.
         """
-        name = type(error).__name__
-        state = State.CANCELLED if name == "JobCancelledError" else State.FAILED
-        return self._final(job_id, state, message, {"error_type": name, "error": str(error)})
+        return self._ended(job_id, message, error) == 1
+
+    def cancelled(self, job_id: str, message: str, error: SmallcatError) -> bool:
+        """As `failed`, for a job that was stopped. False only where somebody wants it still."""
+        return self._ended(job_id, message, error) != -1
 
     def give_back(self, job_id: str, message: str) -> None:
         """Undo the claim of `message`, and its attempt: the job goes to another worker."""
-        self._give_back(keys=[job_key(job_id)], args=[message, ""])
+        self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=[message, ""])
 
     def retried(self, job_id: str, message: str, attempt: Attempt) -> None:
         """Undo the claim of `message`, whose attempt failed: the job is tried again later."""
-        self._give_back(keys=[job_key(job_id)], args=[message, attempt.model_dump_json()])
+        args = [message, attempt.model_dump_json()]
+        self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=args)
 
     def attempts_and_deaths(self, job_id: str) -> tuple[int, int]:
         """Attempts at the job, and how many of them ended with the death of their worker."""
-        attempts, deaths = self._redis.hmget(job_key(job_id), "attempts", "deaths")
-        return int(attempts or 0), int(deaths or 0)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in (attempts_key(job_id), job_key(job_id)):
+                pipe.hmget(key, "attempts", "deaths")
+            found = [
+                each if isinstance(each, list) else [None, None]
+                for each in pipe.execute(raise_on_error=False)
+            ]
+        attempts, deaths = (max(map(count, values)) for values in zip(*found, strict=True))
+        return attempts, deaths
 
-    def cancel(self, job_id: str) -> State:
-        """Ask that the job stops. Returns its state now: a running job becomes cancelled at its next step."""
-        state = self._cancel(keys=[job_key(job_id)], args=[job_id, WORKERS_CHANNEL])
+    def cancel(self, job_id: str, submission: str = "") -> State:
+        """Give up one submission of a job, or the job for all that want it. Returns its state after that.
+
+        A submission that is not the last one is cancelled at once, and the others' job goes on. With the last
+        one a queued job is cancelled; a running one will be at its next step, unless it is done before.
+        """
+        keys = [job_key(job_id), submission_key(job_id, submission)]
+        state = self._cancel(keys=keys, args=[job_id, WORKERS_CHANNEL, submission])
         if state is None:
             raise unknown(job_id)
         return State(state)
@@ -165,16 +211,22 @@ class Records:
         self._redis.publish(WORKERS_CHANNEL, "watch")
 
     def wait(
-        self, job_id: str, timeout_s: float | None, idle: Callable[[JobRecord], None] = lambda _: None
+        self,
+        job_id: str,
+        timeout_s: float | None,
+        idle: Callable[[JobRecord], None] = lambda _: None,
+        submission: str = "",
     ) -> JobRecord:
         """Sleep until the job's state is final and return its record. Woken by Redis, not by polling.
+
+        The state is the submission's, where one is given.
 
         `idle` is called with the record about every 5 seconds of waiting. The client opens a lost connection
         again. Raises `TimeoutError` after `timeout_s` seconds (None: never), `UnknownJobError`.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self.listen(job_key(job_id)) as receive:
-            while not (record := self.get(job_id)).state.is_final:
+            while not (record := self.get(job_id, submission)).state.is_final:
                 left = RECHECK_S if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"Job {job_id} is still {record.state} after {timeout_s:g} s.")
@@ -194,10 +246,15 @@ class Records:
 
             yield receive
 
-    def _final(self, job_id: str, state: State, message: str, fields: Mapping[str, str]) -> bool:
+    def _ended(self, job_id: str, message: str, error: SmallcatError) -> int:
+        name = type(error).__name__
+        state = State.CANCELLED if name == "JobCancelledError" else State.FAILED
+        return self._final(job_id, state, message, {"error_type": name, "error": str(error)})
+
+    def _final(self, job_id: str, state: State, message: str, fields: Mapping[str, str]) -> int:
         pairs = [item for pair in fields.items() for item in pair]
         args: list[str | int] = [state, self._ttl_s, message, job_id, *pairs]
-        return bool(self._finish(keys=[job_key(job_id), FAILED], args=args))
+        return int(self._finish(keys=[job_key(job_id), FAILED, attempts_key(job_id)], args=args))
 
 
 def _may_be_final(receive: Callable[[float], str | None], timeout_s: float) -> bool:
@@ -209,40 +266,6 @@ def _may_be_final(receive: Callable[[float], str | None], timeout_s: float) -> b
             # Back before its time: the subscription was made just now, at first or after a lost connection,
             # and what was published before was missed.
             return until - time.monotonic() > 0.05
-        if State(state).is_final:
+        if says_final(state):
             return True
     return False
-
-
-def unknown(job_id: str) -> UnknownJobError:
-    """The error for a job without a record."""
-    return UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
-
-
-def _fields(record: JobRecord) -> dict[str, str]:
-    """What the record of a finished job adds to its hash."""
-    values = record.model_dump(
-        mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts", "tries", "runs"}
-    )
-    return {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-#: Fields of the hash that are plain text; all others are JSON.
-_TEXT = {"state", "uri", "worker", "error_type", "error", "queue"}
-
-
-def record_of(job_id: str, fields: Iterable[tuple[str, str]] | Mapping[str, str]) -> JobRecord:
-    """The record that a hash of Redis holds."""
-    values = {
-        name: value if name in _TEXT else json.loads(value)
-        for name, value in dict(fields).items()
-        if name in JobRecord.model_fields and name != "runs"
-    }
-    tries = [json.loads(value) for name, value in dict(fields).items() if name.startswith("try:")]
-    values["runs"] = dict(fields).get("runs", "").split()
-    values["tries"] = sorted(tries, key=lambda each: int(each["attempt"]))
-    return JobRecord.model_validate({"id": job_id, **values})

@@ -1,21 +1,34 @@
--- Writes the record of a job that is submitted. A job that is queued or running stays as it is, unless it was
--- cancelled; any other starts anew, and still belongs to its runs.
+-- Writes the record of a job that is submitted, and the submission. A job that is queued or running stays as
+-- it is, unless it was cancelled; any other starts anew, and still belongs to its runs.
 --
--- KEYS     the record, the queues, the failed jobs
--- ARGV     job as JSON, queue, seconds until the record expires, job id
+-- KEYS     the record, the queues, the failed jobs, the submission
+-- ARGV     job as JSON, queue, seconds until the record expires, job id, submission or '', what is its own
+--          as JSON
 --
 -- Its first write may take memory: a full Redis refuses the script before it has done anything.
+-- Sent twice, because its answer was lost, it counts the submission once.
+-- include heal.lua
+-- include outcome.lua
 -- include ../contract/clock.lua
-local job, queue, ttl, id = unpack(ARGV)
-redis.call('SADD', KEYS[2], queue)
+local job, queue, ttl, id, submission, own = unpack(ARGV)
+local field = 'sub:' .. submission
+on(KEYS[2], 'SADD', queue)
 redis.call('EXPIRE', KEYS[2], ttl)
-local state = redis.call('HGET', KEYS[1], 'state')
-if state ~= 'queued' and state ~= 'running' or redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then
-  local runs = redis.call('HGET', KEYS[1], 'runs')
+local state, cancel, runs, subs, bulk, mine =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field))
+if state ~= 'queued' and state ~= 'running' or cancel then
+  if state == 'done' then note_all(KEYS[1], '=') end
+  if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end
   redis.call('DEL', KEYS[1])
-  if runs then redis.call('HSET', KEYS[1], 'runs', runs) end
-  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', now())
+  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', now(), 'subs', 1,
+             field, 1, unpack(runs and {'runs', runs} or {}))
+elseif not mine then
+  -- Whoever submitted a job by an earlier version is not counted: one such submission is assumed, unless only
+  -- runs have sent the job.
+  local others = subs and count(subs) or bulk and 0 or 1
+  redis.call('HSET', KEYS[1], field, 1, 'subs', others + 1)
+  if bulk then redis.call('HDEL', KEYS[1], 'bulk') end
 end
-redis.call('HDEL', KEYS[1], 'bulk')
 redis.call('EXPIRE', KEYS[1], ttl)
-redis.call('ZREM', KEYS[3], id)
+on(KEYS[3], 'ZREM', id)
+if submission ~= '' then redis.call('SET', KEYS[4], '+' .. own, 'EX', ttl) end

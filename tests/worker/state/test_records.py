@@ -218,6 +218,8 @@ def test_a_failed_job_raises_its_own_error(
     records: Records, error: SmallcatError, state: State, kind: type[SmallcatError]
 ) -> None:
     claim(records)
+    if state is State.CANCELLED:
+        records.cancel(JOB.id)
     assert records.failed(JOB.id, "m1", error)
     record = records.get(JOB.id)
     assert (record.state, record.error_type, record.error) == (state, type(error).__name__, str(error))

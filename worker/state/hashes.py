@@ -1,0 +1,112 @@
+"""A job's record as Redis holds it, in a hash, and as Python has it.
+
+Producers write these hashes, so what is in them is not believed: the id is that of the key, the job must be
+the one of that id, and what cannot be read is an unknown job, of which others hear nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from worker.contract.errors import UnknownJobError
+from worker.contract.job import Job
+from worker.contract.message import RUN_MARK
+from worker.contract.record import JobRecord, State
+
+#: What a job's id looks like.
+JOB_ID: Final = re.compile(r"[0-9a-f]{32}")
+#: Fields of the hash that are plain text; all others are JSON.
+_TEXT: Final = {"state", "uri", "worker", "error_type", "error", "queue"}
+#: Fields that a record has from elsewhere.
+_NOT_READ: Final = {"id", "runs", "tries"}
+_FINAL: Final = frozenset(state.value for state in State if state.is_final)
+
+
+def unknown(job_id: str) -> UnknownJobError:
+    """The error for a job without a record."""
+    return UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
+
+
+def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
+    """The record that a hash of Redis holds. Raises `UnknownJobError` for one that is not this job's."""
+    if not JOB_ID.fullmatch(job_id):
+        raise unknown(job_id)
+    try:
+        values = {
+            name: value if name in _TEXT else json.loads(value)
+            for name, value in fields.items()
+            if name in JobRecord.model_fields and name not in _NOT_READ
+        }
+        tries = [json.loads(value) for name, value in fields.items() if name.startswith("try:")]
+        values["runs"] = [mark for mark in fields.get("runs", "").split() if re.fullmatch(RUN_MARK, mark)]
+        values["tries"] = sorted(tries, key=lambda each: int(each["attempt"]))
+        record = JobRecord.model_validate(values | {"id": job_id})
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UnknownJobError(
+            f"The record of job {job_id} cannot be read ({type(error).__name__}): submit the job again."
+        ) from None
+    # A job that is done has the model's defaults filled in, and so another id.
+    if record.state is not State.DONE and record.job.id != job_id:
+        raise UnknownJobError(f"The record of job {job_id} is another job's: submit the job again.")
+    return record
+
+
+def readable(job_id: str, fields: object) -> JobRecord | None:
+    """The record in what Redis answered; None where there is none, or none that can be read."""
+    if not isinstance(fields, dict) or "job" not in fields:
+        return None
+    try:
+        return record_of(job_id, fields)
+    except UnknownJobError:
+        return None
+
+
+def fields_of(record: JobRecord) -> dict[str, str]:
+    """What the record of a finished job adds to its hash."""
+    values = record.model_dump(
+        mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts", "tries", "runs"}
+    )
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def is_in_doubt(fields: Mapping[str, str], submission: str) -> bool:
+    """Whether the submission may have been given up. The record has those that were not."""
+    return bool(submission) and f"sub:{submission}" not in fields
+
+
+def seen_by(text: str | None, record: JobRecord) -> JobRecord:
+    """The record as a submission sees it, by the text of its key, whatever became of the job since."""
+    outcome = (text or "")[:1]
+    if outcome == "-":
+        return record.given_up()
+    if outcome == "=" and record.state is not State.DONE:
+        ended = {"step": record.steps, "error_type": None, "error": None, "uri": None}
+        return record.model_copy(update={"state": State.DONE, **ended})
+    return record
+
+
+def own_fields(text: str) -> dict[str, Any]:
+    """What is a submission's own, in the text of its key; empty where that cannot be read."""
+    try:
+        fields = json.loads(text[1:])
+        job = Job.model_validate({"prompt": "x"} | fields)
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return {name: getattr(job, name) for name in fields}
+
+
+def says_final(event: object) -> bool:
+    """Whether an event of a job's channel says that it has ended, or that a submission was given up."""
+    return event in _FINAL
+
+
+def count(text: str | None) -> int:
+    """A number of a hash; 0 where it is missing or no number."""
+    return int(text) if text and re.fullmatch("[0-9]{1,9}", text) else 0
