@@ -16,13 +16,13 @@ import click
 
 from producer.cli.job_options import JOB_OPTIONS, given_fields, job_options
 from producer.ingest.types import FILE_PRIORITY
+from producer.prompts.fields import meaning_of
 from producer.prompts.sources import FORMATS
 from worker.contract.job import JOB_FIELDS
 
 if TYPE_CHECKING:
     from producer.cli.ingest_display import QuietDisplay
     from producer.ingest.feeder import Ingest
-    from producer.ingest.plan import Plan, Rejected
     from producer.ingest.types import Outcome
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,7 +66,11 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
         },
     ),
     (("--literal",), {"is_flag": True, "help": "Leave braces and __wildcards__ as they are."}),
-    (("--check",), {"is_flag": True, "help": "Check all lines and send nothing."}),
+    (
+        ("--extra",),
+        {"is_flag": True, "help": "Names that are nearly a job field's go to metadata, as others do."},
+    ),
+    (("--check",), {"is_flag": True, "help": "Check all lines, show how they are read, and send nothing."}),
     (("--strict",), {"is_flag": True, "help": "Send nothing if any line is wrong."}),
     (("--manifest",), {"type": _FILE, "help": "FILE.manifest.jsonl when not given; CSV if it ends in .csv."}),
     (("--download",), {"type": _FOLDER, "help": "Save the pictures here as they finish."}),
@@ -112,7 +116,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
 
     Raises what `producer.ingest.submit_file.submit_file` does.
     """
-    from producer.ingest.plan import refuse_bad_lines
+    from producer.ingest.check import refuse_bad_lines
     from producer.ingest.submit_file import grid_of, make_ingest, make_plan, make_variants, wildcards_folder
     from producer.ingest.types import Options
     from worker.contract.errors import ServiceError
@@ -131,9 +135,11 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
         folder,
         literal=options["literal"],
     )
-    plan = make_plan(names, file_format=file_format, variants=variants)
+    plan = make_plan(names, file_format=file_format, variants=variants, extra=options["extra"])
     if options["check"]:
-        return _check(plan, as_json=as_json)
+        from producer.cli.ingest_check import print_check
+
+        return print_check(plan, as_json=as_json)
     if options["strict"]:
         refuse_bad_lines(plan, lambda text: click.echo(text, err=True))
     run_options = Options(options["manifest"], options["run"], options["max_queued"], options["detach"])
@@ -157,7 +163,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
 def _is_axis(word: str) -> bool:
     """Whether an argument is one more axis of `--grid`: it names a job field, and no file."""
     axis, equals, _ = word.partition("=")
-    return bool(equals) and axis.replace("-", "_") in JOB_FIELDS and not Path(word).exists()
+    return bool(equals) and meaning_of(axis) in JOB_FIELDS and not Path(word).exists()
 
 
 def _formats(formats: Sequence[str], fields: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -170,25 +176,6 @@ def _formats(formats: Sequence[str], fields: Mapping[str, Any]) -> tuple[str | N
         else:
             fields["format"] = each
     return file_format, fields
-
-
-def _check(plan: Plan, *, as_json: bool) -> int:
-    from producer.ingest.plan import check
-
-    bad: list[dict[str, Any]] = []
-
-    def found(rejected: Rejected) -> None:
-        values = {"file": plan.sources[rejected.file].name, "line": rejected.line}
-        bad.append(values | {"field": rejected.field, "reason": rejected.reason})
-        if not as_json:
-            click.echo(f"{values['file']}, line {rejected.line}: {rejected.reason}", err=True)
-
-    jobs = check(plan, found, lambda text: click.echo(text, err=True))
-    if as_json:
-        _print_json({"jobs": jobs, "rejected": bad})
-    else:
-        click.echo(f"{jobs:,} jobs, {len(bad):,} bad lines; nothing was sent")
-    return 1 if bad else 0
 
 
 def _display(options: Mapping[str, Any], *, as_json: bool) -> QuietDisplay:

@@ -8,10 +8,28 @@ from typing import Any, TypeVar
 
 import click
 
+from producer.prompts.fields import COUNT, NOT_GIVEN, meaning_of, value_of
+from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, help_lines
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Value(click.ParamType[Any]):
+    """A job field's value, read as in prompt files; None where the words for nothing are given."""
+
+    def __init__(self, entry: FieldEntry) -> None:
+        self._entry = entry
+        self.name = {int: "integer", float: "float"}.get(entry.kind, "text")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        read = value_of(self._entry, value)
+        if self._entry.kind is not str and isinstance(read, str):
+            self.fail(
+                f"{short(value)} is no {'integer' if self._entry.kind is int else 'number'}.", param, ctx
+            )
+        return None if read is NOT_GIVEN else read
 
 
 #: The fields that are options, by their names. A required field is an argument instead.
@@ -28,10 +46,18 @@ def job_options(command: F, *, taken: Container[str] = (), defaults: Mapping[str
     for name, entry in reversed(list(JOB_OPTIONS.items())):
         if entry.option not in taken:
             # An object is given as JSON.
-            kind = str if entry.kind is dict else entry.kind
+            kind = str if entry.kind is dict else _Value(entry)
             text = _help(entry, (defaults or {}).get(name, entry.default))
             command = click.option(entry.option, name, type=kind, default=None, help=text)(command)
     return command
+
+
+def option_of(name: str) -> str:
+    """An option's name for one as people write it, both without dashes: a field's for one of its aliases."""
+    meaning = meaning_of(name) if len(name) > 1 else None
+    if meaning == COUNT:
+        return "images"
+    return JOB_OPTIONS[meaning].option.removeprefix("--") if meaning and meaning in JOB_OPTIONS else name
 
 
 def _help(entry: FieldEntry, default: Any) -> str:

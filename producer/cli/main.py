@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from producer.cli.ingest import ingest_options, run_ingest
-from producer.cli.job_options import given_fields, job_options
+from producer.cli.job_options import given_fields, job_options, option_of
 from producer.client import JobHandle, JobResult, submit_job
 from worker.contract.errors import (
     CallerError,
@@ -28,6 +28,7 @@ from worker.contract.errors import (
     SmallcatError,
     UnknownModelError,
 )
+from worker.contract.prompt_syntax import only_words, only_words_warning
 
 
 class _Seconds(click.FloatRange):
@@ -60,7 +61,7 @@ def cli() -> None:
     """Submit text-to-image jobs, follow them, and fetch their pictures."""
 
 
-@cli.command()
+@cli.command(context_settings={"token_normalize_func": option_of})
 @click.argument("prompt")
 @job_options
 @click.option("--wait", is_flag=True, help="Wait for the picture.")
@@ -78,7 +79,10 @@ def submit(
     **fields: Any,
 ) -> None:
     """Enqueue one job."""
-    handle = submit_job(prompt, **given_fields(fields))
+    given = given_fields(fields)
+    handle = submit_job(prompt, **given)
+    if words := only_words(prompt, given.get("negative_prompt")):
+        click.echo(f"note  {only_words_warning(words)}", err=True)
     if not (wait or show or output):
         _print_json({"id": handle.id}) if as_json else click.echo(handle.id)
         return
@@ -173,7 +177,7 @@ def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> 
     click.echo(f"      {page.pictures:,} pictures{failed}, {page.size / 1e6:.1f} MB")
 
 
-@cli.command()
+@cli.command(context_settings={"token_normalize_func": option_of})
 @ingest_options
 @_json_option
 def ingest(files: tuple[str, ...], as_json: bool, **options: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 
 from producer.session import session
 from worker.contract.choices import ImageFormat
+from worker.contract.csv_cells import plain
 from worker.contract.errors import CallerError
 from worker.contract.job import JOB_FIELDS
 from worker.contract.record import Timings
@@ -23,6 +25,8 @@ Line = dict[str, Any]
 _JSON = {"grid", *(each.name for each in JOB_FIELDS.values() if each.kind is dict)}
 #: Columns of a CSV manifest that hold numbers.
 _INTEGERS = {each.name for each in JOB_FIELDS.values() if each.kind is int}
+#: Characters of a line of a manifest, and digits of a number in it, at most.
+_MAX_LINE, _MAX_DIGITS = 1 << 20, 40
 _FLOATS = {*(each.name for each in JOB_FIELDS.values() if each.kind is float), *Timings.model_fields}
 
 
@@ -66,11 +70,18 @@ def _open(path: Path) -> TextIO:
 
 
 def _json_lines(file: TextIO, bad: list[int]) -> Iterator[Line]:
-    for count, text in enumerate(file, 1):
+    count = 0
+    while text := file.readline(_MAX_LINE):
+        count += 1
+        if len(text) >= _MAX_LINE and not text.endswith("\n"):
+            bad.append(count)
+            while (more := file.readline(_MAX_LINE)) and not more.endswith("\n"):
+                pass
+            continue
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = _DECODE(text)
         except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict):
@@ -83,8 +94,21 @@ def _csv_lines(file: TextIO) -> Iterator[Line]:
     csv.field_size_limit(1 << 24)
     for row in csv.DictReader(file):
         # Cells beyond the last heading are under None.
-        line = {name: _value(name, text) for name, text in row.items() if name and text}
+        line = {name: _value(name, plain(text)) for name, text in row.items() if name and text}
         yield line | {"timings": {name: line.pop(name) for name in Timings.model_fields if name in line}}
+
+
+def _integer(text: str) -> int | str:
+    """A number as it is; one of so many digits that nothing can count with it is a text."""
+    return int(text) if len(text) <= _MAX_DIGITS else text
+
+
+def _finite(text: str) -> float | str:
+    return number if math.isfinite(number := float(text)) else text
+
+
+#: NaN and infinite numbers, which no browser reads, are no values.
+_DECODE = json.JSONDecoder(parse_constant=lambda _: None, parse_int=_integer, parse_float=_finite).decode
 
 
 def _value(name: str, text: str) -> Any:
@@ -93,9 +117,9 @@ def _value(name: str, text: str) -> Any:
         if name in _JSON:
             return json.loads(text)
         if name in _INTEGERS:
-            return int(text)
+            return _integer(text)
         if name in _FLOATS:
-            return float(text)
+            return _finite(text)
     except (ValueError, RecursionError):
         return text
     return text

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from producer.ingest.plan import Planned, Rejected
 from producer.prompts.sources import Source
+from worker.contract.csv_cells import neutral
 from worker.contract.job import JOB_FIELDS
 from worker.contract.record import Timings
 
@@ -148,7 +149,8 @@ def _whole(shape: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     timings = {name: values["timings"].get(name) for name in _TIMINGS}
     nested = {name: json.dumps(values[name], ensure_ascii=False) for name in ("grid", *_OBJECTS)}
-    return {name: value for name, value in {**values, **timings, **nested}.items() if name in _COLUMNS}
+    cells = {**values, **timings, **nested}
+    return {name: neutral(value) for name, value in cells.items() if name in _COLUMNS}
 
 
 def json_line(values: Mapping[str, Any]) -> bytes:

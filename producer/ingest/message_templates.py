@@ -22,6 +22,7 @@ from typing import Any
 from worker.celery import app
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import MAX_METADATA, MAX_PROMPT, MAX_SEED, Job, hashed
+from worker.contract.job_checks import VISIBLE
 from worker.contract.message import Route, args_repr, payload_text, route_of, task_call
 from worker.contract.queues import list_of
 
@@ -74,7 +75,7 @@ class JobTemplates:
             type(prompt) is not str
             or not 1 <= len(prompt) <= MAX_PROMPT
             or _UNPRINTABLE.search(prompt)
-            or not prompt.strip()
+            or not VISIBLE.search(prompt)
             or type(seed) is not int
             or not 0 <= seed <= MAX_SEED
             or (metadata_text := _plain_metadata(metadata)) is None

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from producer.ingest.message_templates import JobTemplates, TemplatedJob
-from producer.prompts.reader import BadEntry, LineError, read
+from producer.prompts.entries import BadEntry, Entry, LineError
+from producer.prompts.reader import read
 from producer.prompts.sources import Source
 from producer.prompts.variants import Variants
-from worker.contract.errors import InvalidJobError, PromptFileError
+from worker.contract.errors import InvalidJobError
 from worker.contract.job import FORMAT_VERSION, Job
+from worker.contract.prompt_syntax import only_words, only_words_warning
 
 #: A change to which jobs a plan has, or to their order, is a new number.
 PLAN_VERSION = 1
@@ -71,6 +73,8 @@ class Plan:
 
     sources: Sequence[Source]
     variants: Variants = field(default_factory=Variants)
+    #: Whether names that are nearly a job field's go to metadata.
+    extra: bool = False
 
     @property
     def digest(self) -> str:
@@ -78,21 +82,33 @@ class Plan:
         how = self.variants
         defaults = {name: value for name, value in how.defaults.items() if name != "priority"}
         wildcards = "" if how.literal else how.wildcards.digest
-        values = [PLAN_VERSION, FORMAT_VERSION, [(each.format, each.digest) for each in self.sources]]
+        # A file that both readings read alike keeps the first one's digest, and so its runs.
+        files = [
+            (each.format, each.digest, *([each.reading] if each.reading > 1 else [])) for each in self.sources
+        ]
+        values = [PLAN_VERSION, FORMAT_VERSION, files]
         values += [defaults, how.images, how.seed_start, dict(how.grid), how.sample, how.literal, wildcards]
+        values += ["extra"] if self.extra else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def items(
         self,
         resolve: Callable[[Job], Job],
         start: Cursor = Cursor(),  # noqa: B008 - frozen
-        warn: Callable[[str], None] = lambda _: None,
+        warn: Callable[[str], None] | None = None,
+        *,
+        warn_of_words: bool = True,
     ) -> Iterator[Planned | Rejected]:
-        """The jobs and the rejected lines from `start` on. Raises `PromptFileError`."""
+        """The jobs and the rejected lines from `start` on. Raises `PromptFileError`.
+
+        `warn` is called with one sentence for each name and, unless `warn_of_words` is False, for each syntax
+        in a prompt that has no meaning here.
+        """
         templates = JobTemplates(resolve)
+        words = _Words(warn) if warn and warn_of_words else None
         for file in range(start.file, len(self.sources)):
             skip = start.entry if file == start.file else 0
-            for number, entry in enumerate(read(self.sources[file], skip, warn), skip):
+            for number, entry in enumerate(self._read(file, skip, warn), skip):
                 after = Cursor(file, number + 1)
                 if isinstance(entry, BadEntry):
                     yield Rejected(file, entry.line, entry.field, entry.reason, after)
@@ -113,12 +129,32 @@ class Plan:
                                 reported.add(finding)
                                 yield Rejected(file, entry.line, *finding, after)
                             continue
+                        if words:
+                            words.look(self.sources[file].name, entry.line, variant.fields)
                         yield Planned(file, entry.line, templated, variant.grid, after)
                 except LineError as error:
                     yield Rejected(file, entry.line, error.field, error.reason, Cursor(file, number + 1))
                 except RecursionError:
                     reason = "It has too many alternatives: split it."
                     yield Rejected(file, entry.line, "prompt", reason, Cursor(file, number + 1))
+
+    def _read(self, file: int, skip: int, warn: Callable[[str], None] | None) -> Iterator[Entry | BadEntry]:
+        return read(self.sources[file], skip, warn or (lambda _: None), extra=self.extra)
+
+
+class _Words:
+    """Warns of what is only drawn as words: once of each kind."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._warned: set[str] = set()
+
+    def look(self, file: str, line: int, fields: Mapping[str, Any]) -> None:
+        """Look at the prompts of a job."""
+        for name in only_words(fields.get("prompt"), fields.get("negative_prompt")):
+            if name not in self._warned:
+                self._warned.add(name)
+                self._warn(f"{file}, line {line}: {only_words_warning([name])}")
 
 
 def unresolved(job: Job) -> Job:
@@ -130,25 +166,3 @@ def _field(sentence: str) -> str:
     """The job field that a sentence of `Job.parse` begins with."""
     match = _FIELD.match(sentence)
     return (match[1] or match[2]) if match else ""
-
-
-def check(plan: Plan, found: Callable[[Rejected], None], warn: Callable[[str], None]) -> int:
-    """Read all lines without sending any. Returns the number of jobs; calls `found` for each bad line."""
-    jobs = 0
-    for each in plan.items(unresolved, warn=warn):
-        if isinstance(each, Rejected):
-            found(each)
-        else:
-            jobs += 1
-    return jobs
-
-
-def refuse_bad_lines(plan: Plan, warn: Callable[[str], None]) -> None:
-    """Raise `PromptFileError` that names the first bad lines, if there are any."""
-    bad: list[Rejected] = []
-    check(plan, bad.append, warn)
-    if bad:
-        shown = "\n".join(
-            f"{plan.sources[each.file].name}, line {each.line}: {each.reason}" for each in bad[:10]
-        )
-        raise PromptFileError(f"{len(bad)} lines are no jobs, and nothing was sent:\n{shown}")

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+from producer.ingest.check import refuse_bad_lines
 from producer.ingest.download import Downloads
 from producer.ingest.feeder import Ingest
-from producer.ingest.plan import Plan, refuse_bad_lines
+from producer.ingest.plan import Plan
 from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Options, Outcome, SilentDisplay
-from producer.prompts.columns import typed
 from producer.prompts.dynamic_prompts import Wildcards
+from producer.prompts.fields import NOT_GIVEN, meaning_of, value_of
 from producer.prompts.sources import FORMATS, source
 from producer.prompts.variants import Variants
 from producer.session import FEEDER_RETRY_S, session
@@ -38,6 +39,7 @@ def submit_file(
     sample: int | None = None,
     wildcards: str | Path | None = None,
     literal: bool = False,
+    extra: bool = False,
     strict: bool = False,
     manifest: str | Path | None = None,
     download: str | Path | None = None,
@@ -56,6 +58,7 @@ def submit_file(
     the pictures, `name` the template of their names. At most `max_queued` messages wait in the queue; with
     `detach` all are queued, and it returns.
 
+    A name in a file that is nearly a job field's is refused; with `extra` it goes to metadata, as others do.
     Rejected lines are listed in `FILE.rejected.jsonl`; with `strict` a single one stops the run before
     anything is sent.
 
@@ -73,6 +76,7 @@ def submit_file(
             wildcards_folder(wildcards, files),
             literal=literal,
         ),
+        extra=extra,
     )
     display = SilentDisplay()
     if strict:
@@ -82,13 +86,15 @@ def submit_file(
     return make_ingest(plan, options, display, folder, name)()
 
 
-def make_plan(files: Sequence[str], *, file_format: str | None, variants: Variants) -> Plan:
+def make_plan(
+    files: Sequence[str], *, file_format: str | None, variants: Variants, extra: bool = False
+) -> Plan:
     """The plan for these files. Raises `PromptFileError` for those that are not there."""
     if not files:
         raise PromptFileError("There is no file: name at least one, or - for standard input.")
     if file_format is not None and file_format not in FORMATS:
         raise PromptFileError(f"There is no file format {file_format!r}: use one of {', '.join(FORMATS)}.")
-    return Plan([source(each, file_format) for each in files], variants)
+    return Plan([source(each, file_format) for each in files], variants, extra)
 
 
 def make_variants(
@@ -155,11 +161,15 @@ def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:
     grid: dict[str, list[Any]] = {}
     for word in words:
         axis, equals, text = word.partition("=")
-        axis = axis.strip().replace("-", "_")
+        axis = meaning_of(axis) or axis.strip().replace("-", "_")
         if not equals:
             raise PromptFileError(f'grid is "{word}": write it as steps=20,30.')
         values = next(csv.reader([text], skipinitialspace=True), [])
-        grid[axis] = [typed(axis, value) for value in values if value.strip()]
+        field = JOB_FIELDS.get(axis)
+        typed = [value_of(field, value) if field else value for value in values if value.strip()]
+        if NOT_GIVEN in typed:
+            raise PromptFileError(f'grid is "{word}": each of its values must be given.')
+        grid[axis] = typed
     return grid
 
 

@@ -1,99 +1,123 @@
-"""Lines of options, as AUTOMATIC1111's script "Prompts from file or textbox" reads them.
+"""Lines of options, as AUTOMATIC1111's script "Prompts from file or textbox" reads them, also after a prompt.
 
     --prompt "a small cat" --negative_prompt "blurry" --steps 30 --seed 7 --width 512 --cfg_scale 7
+    a small cat --steps 30
 
-The line is split into words as by a shell. The two prompts take all words up to the next option.
+The options are split into words as by a shell. The two prompts take all words up to the next option.
+
+An option is two dashes and a letter at the start of a word, outside quotes. Where a word processor made one
+dash of the two, it is an option if its name is one, or nearly. Other dashes are text.
 """
 
 from __future__ import annotations
 
-import difflib
+import re
 import shlex
-from dataclasses import dataclass, field
-from typing import Any
 
+from producer.prompts.entries import LineError
+from producer.prompts.fields import is_meaningless, meaning_of, misspelt, near_miss
 from worker.contract.job import JOB_FIELDS
 
-#: Options that mean a job field, by their names.
-_FIELDS = {each.a1111_option: each for each in JOB_FIELDS.values() if each.a1111_option}
-#: For each of these the choices by AUTOMATIC1111's names for them, in lower case.
-_CHOICES = {
-    option: {name.lower(): str(choice) for choice, name in each.a1111_values.items()}
-    for option, each in _FIELDS.items()
-}
-#: Options that ask for several pictures: their product is the number of pictures.
-_COUNTS = ("batch_size", "n_iter")
-#: Options without a meaning here.
-_IGNORED = (
-    "outpath_samples",
-    "outpath_grids",
-    "prompt_for_display",
-    "styles",
-    "subseed_strength",
-    "subseed",
-    "seed_resize_from_h",
-    "seed_resize_from_w",
-    "sampler_index",
-    "restore_faces",
-    "tiling",
-    "do_not_save_samples",
-    "do_not_save_grid",
-)
+#: Characters of options in a line, at most: several times what a job can hold.
+MAX_OPTIONS = 64_000
+#: What typing two dashes becomes: hyphens, dashes and minus signs of Unicode.
+_DASHES = "\u2010-\u2015\u2212\u2e3a\u2e3b\ufe58\uff0d"
+_MAYBE = re.compile(rf"(?<!\S)(?:--|[{_DASHES}])")
+_OPTION = re.compile(rf"(?<!\S)(--|-?[{_DASHES}][-{_DASHES}]?)([A-Za-z][^\s=]*)")
+#: A text in quotes, or an option. A quote that is not closed goes to the end, which takes no second try.
+_QUOTED_OR_OPTION = re.compile(rf""""(?:\\.|[^"\\])*+(?:"|\\?$)|'[^']*+(?:'|$)|{_OPTION.pattern}""")
+_CURLY = str.maketrans(dict.fromkeys("“”„", '"'))
+#: Before a text in quotes: it is no option, whatever it begins with.
+_TEXT = "\0"
 
 
-@dataclass
-class Options:
-    """What a line of options means."""
-
-    #: Job fields.
-    fields: dict[str, Any] = field(default_factory=dict)
-    #: Number of pictures it asks for.
-    images: int = 1
-    #: Names of options that have no meaning here.
-    ignored: list[str] = field(default_factory=list)
+def has_options(line: str) -> bool:
+    """Whether there may be options in a line."""
+    return ("--" in line or not line.isascii()) and _MAYBE.search(line) is not None
 
 
-def read_options(line: str) -> Options:
-    """The options of a line. Raises `ValueError` that says what is wrong and what to do."""
-    words = shlex.split(line)
-    options = Options()
-    while words:
-        word = words.pop(0)
-        name = word.removeprefix("--")
-        if name == word:
-            raise ValueError(f'"{word}" stands where an option should: put quotes around texts.')
-        if name not in _FIELDS and name not in _COUNTS and name not in _IGNORED:
-            near = difflib.get_close_matches(name, [*_FIELDS, *_COUNTS], 1)
-            hint = f"did you mean --{near[0]}?" if near else f"known are {', '.join(_FIELDS)}."
-            raise ValueError(f"there is no option --{name}: {hint}")
-        if not words:
-            raise ValueError(f"--{name} is the last word: give it a value.")
-        value = words.pop(0)
-        if name in _FIELDS and _FIELDS[name].is_prompt:
-            while words and not words[0].startswith("--"):
-                value += " " + words.pop(0)
-        _take(options, name, value)
-    return options
+def options_of(line: str, *, extra: bool = False) -> list[tuple[str, str]]:
+    """The names and values that a line of text gives; a prompt before the options is the first of them.
 
-
-def _take(options: Options, name: str, value: str) -> None:
-    if name in _FIELDS:
-        entry = _FIELDS[name]
-        typed = _typed(entry.kind, name, value)
-        # -1 is AUTOMATIC1111's way of asking for a random seed.
-        if name != "seed" or typed != -1:
-            options.fields[entry.name] = _CHOICES[name].get(value.lower(), typed)
-    elif name in _COUNTS:
-        count = _typed(int, name, value)
-        if not 1 <= count <= 10_000:
-            raise ValueError(f"--{name} is {count}: it must be 1 to 10,000.")
-        options.images *= count
-    else:
-        options.ignored.append(name)
-
-
-def _typed(kind: type, name: str, value: str) -> Any:
+    `extra` permits unknown options after a prompt. Raises `LineError` that says what is wrong and what to do.
+    """
+    start = next((each.start() for each in _OPTION.finditer(line) if _is_option(*each.groups())), None)
+    if start is None:
+        return [("prompt", line)]
+    if len(line) - start > MAX_OPTIONS:
+        raise LineError(
+            "", f"Its options have {len(line) - start:,} characters, the limit is {MAX_OPTIONS:,}."
+        )
     try:
-        return kind(value)
-    except ValueError:
-        raise ValueError(f'--{name} is "{value}": it must be a number.') from None
+        words = _words(line[start:])
+    except ValueError as error:
+        raise _bad(f"{error}: put quotes around texts.") from None
+    pairs: list[tuple[str, str]] = []
+    if prompt := line[:start].strip():
+        pairs.append(("prompt", prompt))
+    at = 0
+    while at < len(words):
+        name, value, at = _next(words, at)
+        if prompt and not extra and meaning_of(name) is None and not is_meaningless(name):
+            if near := near_miss(name):
+                raise LineError(meaning_of(near) or "", misspelt(name[:60], near))
+            known = ", ".join(each.a1111_option for each in JOB_FIELDS.values() if each.a1111_option)
+            raise _bad(
+                f"there is no option --{name[:60]}, known are {known}. "
+                'Where it is text, write --prompt "..." with quotes.'
+            )
+        pairs.append((name, value))
+    return pairs
+
+
+def _next(words: list[str], at: int) -> tuple[str, str, int]:
+    """The option at place `at`, its value, and the place after it."""
+    word = words[at]
+    at += 1
+    if not _starts_option(word):
+        raise _bad(
+            f'"{word.removeprefix(_TEXT)[:60]}" stands where an option should: put quotes around texts.'
+        )
+    name, equals, value = word[2:].partition("=")
+    if not equals:
+        if at == len(words) or _starts_option(words[at]):
+            raise _bad(f"--{name[:60]} has no value: give it one.")
+        value = words[at]
+        at += 1
+    texts = [value]
+    if (field := JOB_FIELDS.get(meaning_of(name) or "")) is not None and field.is_prompt:
+        while at < len(words) and not _starts_option(words[at]):
+            texts.append(words[at])
+            at += 1
+    return name, " ".join(texts).replace(_TEXT, ""), at
+
+
+def _is_option(dashes: str | None, name: str) -> bool:
+    """Whether a word that begins with dashes is an option."""
+    if dashes is None:
+        return False
+    return dashes == "--" or bool(meaning_of(name) or is_meaningless(name) or near_miss(name))
+
+
+def _starts_option(word: str) -> bool:
+    return word.startswith("--") and word[2:3].isalpha()
+
+
+def _words(options: str) -> list[str]:
+    """The words of options as a shell splits them. Raises `ValueError` for a quote that is not closed."""
+    if _TEXT in options:
+        raise ValueError("there is the control character U+0000")
+    if '"' not in options:
+        options = options.translate(_CURLY)
+
+    def normal(match: re.Match[str]) -> str:
+        dashes, name = match.groups()
+        if dashes is None:
+            return match[0][0] + _TEXT + match[0][1:]
+        return f"--{name}" if _is_option(dashes, name) else match[0]
+
+    return shlex.split(_QUOTED_OR_OPTION.sub(normal, options))
+
+
+def _bad(reason: str) -> LineError:
+    return LineError("", f"The options cannot be read: {reason}")

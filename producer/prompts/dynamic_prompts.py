@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from producer.prompts.reader import LineError
+from producer.prompts.entries import LineError
 
 #: Levels of braces in braces, and of wildcards in wildcards, at most.
 MAX_DEPTH = 20

@@ -1,121 +1,104 @@
 """Prompt files: many prompts to submit, a line or a row each, in one of five formats.
 
-    txt           a prompt a line; blank lines and lines that start with # are skipped; a line that starts
-                  with -- has options as AUTOMATIC1111 reads them (`producer.prompts.a1111_options`)
-    csv, tsv      the first line has the headings (`producer.prompts.columns`)
+    txt           a prompt a line, which may have options (`producer.prompts.a1111_options`); blank lines and
+                  lines that start with # are skipped
+    csv, tsv      the first line has the headings; rows without a value are skipped (`producer.prompts.rows`)
     jsonl         a JSON object of job fields a line, or a JSON string: a prompt
     parquet       a row a prompt, columns as headings; needs pyarrow
 
-Text is UTF-8, with or without BOM, or UTF-16 with BOM; lines end with LF or CRLF. Files are streamed: one
+What names and values mean is the same in all of them: `producer.prompts.fields`.
+Text is UTF-8, with or without BOM, or UTF-16 with BOM; lines end with LF, CRLF or CR. Files are streamed: one
 line is in memory. A line that is wrong is reported with its number, and reading goes on with the next one.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, NoReturn, TypeAlias
 
-from producer.prompts.a1111_options import read_options
-from producer.prompts.columns import Headings
+from producer.prompts.a1111_options import has_options, options_of
+from producer.prompts.entries import BadEntry, Entry, LineError, Raw
+from producer.prompts.fields import COUNT, SCHEDULE, FieldReader, meaning_of, misspelt, near_miss
+from producer.prompts.lines import lines_of, refuse_bad_bytes
+from producer.prompts.parquet import ParquetTable
+from producer.prompts.rows import (
+    DELIMITERS,
+    cells_of,
+    delimiter_of,
+    named_delimiter,
+    rows_of,
+    without_empty_end,
+)
 from producer.prompts.sources import Source
+from worker.contract.csv_cells import plain
 from worker.contract.errors import PromptFileError
 
-#: Bytes in a line, at most: far more than a job can hold, and few enough to keep memory flat.
-MAX_LINE = 1 << 20
-#: Lines and characters of one row of a CSV file, at most: where a quote is not closed, its end is searched
-#: for within these.
-MAX_ROW_LINES, MAX_ROW = 1_000, 64_000
-#: Rows of a Parquet file that are decoded together.
-_PARQUET_ROWS = 1_000
+__all__ = ["BadEntry", "Entry", "LineError", "read"]
 
-#: Bytes that are not UTF-8, as `surrogateescape` decodes them.
-_BAD_BYTE = re.compile("[\udc80-\udcff]")
-
-
-class LineError(Exception):
-    """Raised when a line is no prompt. `field` is the wrong job field, or ""; `reason` says what to do."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(field, reason)
-        self.field = field
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One prompt of a file, as it was read: not yet checked, and its dynamic prompts not yet expanded."""
-
-    #: Number of the line where it starts, from 1; in Parquet of the row.
-    line: int
-    #: Job fields, as far as the file gives them.
-    fields: dict[str, Any]
-    #: Number of pictures that the line itself asks for.
-    images: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class BadEntry:
-    """One line that is no prompt."""
-
-    #: As for `Entry`.
-    line: int
-    #: The field that is wrong; "" where it is the line itself.
-    field: str
-    #: What is wrong, and what to do.
-    reason: str
-
-
-#: A line before it is parsed: its number, and its text or values, or a `LineError`.
-Raw: TypeAlias = tuple[int, Any]
 #: Makes a line's entry of its number and text or values. Raises `LineError`.
 Parse: TypeAlias = Callable[[int, Any], Entry]
+#: Prompts that are words for nothing have as many characters, at most.
+_SHORT = 6
+#: How the columns of a manifest of ours begin, whose cells begin no formula.
+_MANIFEST = ("file", "line", "id", "state", "uri", "path", "seed", "prompt")
+#: Digits of a number in JSON, at most.
+_MAX_DIGITS = 1_000
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that is read, and how."""
+
+    source: Source
+    stream: BinaryIO
+    warn: Callable[[str], None]
+    extra: bool
+
+    def fields(self, *, decimal_comma: bool = False, is_json: bool = False) -> FieldReader:
+        """The reader of its names and values."""
+        return FieldReader(
+            self.source.name, self.warn, extra=self.extra, decimal_comma=decimal_comma, is_json=is_json
+        )
 
 
 def read(
-    source: Source, skip: int = 0, warn: Callable[[str], None] = lambda _: None
+    source: Source, skip: int = 0, warn: Callable[[str], None] = lambda _: None, *, extra: bool = False
 ) -> Iterator[Entry | BadEntry]:
     """The entries of a prompt file in order, without the first `skip`, which are not parsed.
 
-    `warn` is called with one sentence for each option or column that is not used. Raises `PromptFileError`
-    where the whole file cannot be read.
+    `warn` is called with one sentence for each choice that is made for the user, and for each name that has
+    no meaning here. `extra` permits names that are nearly a job field's, which go to metadata. Raises
+    `PromptFileError` where the whole file cannot be read.
     """
     with source.open() as stream:
-        raws, parse = _READERS[source.format](source, stream, warn)
+        raws, parse = _READERS[source.format](_File(source, stream, warn, extra))
         for line, raw in itertools.islice(raws, skip, None):
             try:
                 if isinstance(raw, LineError):
                     raise raw
                 yield parse(line, raw)
             except LineError as error:
-                yield BadEntry(line, error.field, error.reason)
+                lines = raw.count("\n") + 1 if isinstance(raw, str) else 1
+                reason = (
+                    error.reason if lines == 1 else f"{error.reason} (Lines {line} to {line + lines - 1}.)"
+                )
+                yield BadEntry(line, error.field, reason, lines)
 
 
-def _txt(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
-    warned: set[str] = set()
+def _txt(file: _File) -> tuple[Iterator[Raw], Parse]:
+    fields = file.fields()
 
     def parse(line: int, text: str) -> Entry:
-        _refuse_bad_bytes(text)
-        if not text.startswith("--"):
+        refuse_bad_bytes(text)
+        if len(text) > _SHORT and not has_options(text):
             return Entry(line, {"prompt": text})
-        try:
-            options = read_options(text)
-        except ValueError as error:
-            raise LineError("", f"The options cannot be read: {error}") from None
-        for name in options.ignored:
-            if name not in warned:
-                warned.add(name)
-                warn(f"{source.name}, line {line}: --{name} has no meaning here and is left out.")
-        return Entry(line, options.fields, options.images)
+        return Entry(line, *fields.read(line, options_of(text, extra=file.extra)))
 
     def raws() -> Iterator[Raw]:
-        for line, text in _lines(source.name, stream):
+        for line, text in lines_of(file.source.name, file.stream):
             if isinstance(text, LineError):
                 yield line, text
             elif (stripped := text.strip()) and not stripped.startswith("#"):
@@ -124,231 +107,137 @@ def _txt(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple
     return raws(), parse
 
 
-def _jsonl(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
+def _jsonl(file: _File) -> tuple[Iterator[Raw], Parse]:
+    fields = file.fields(is_json=True)
+
     def parse(line: int, text: str) -> Entry:
-        _refuse_bad_bytes(text)
+        refuse_bad_bytes(text)
         try:
-            value = json.loads(text)
+            value = _DECODE(text)
         except (ValueError, RecursionError) as error:
             raise LineError("", f"It is not JSON ({error}): write one object a line.") from None
         if isinstance(value, str):
-            return Entry(line, {"prompt": value})
+            return Entry(line, *fields.read(line, [("prompt", value)]))
         if not isinstance(value, dict):
             kind = type(value).__name__
             raise LineError("", f"It is a JSON {kind}: write an object of job fields, or a string.")
-        return Entry(line, value)
+        return Entry(line, *fields.read(line, value.items()))
 
     def raws() -> Iterator[Raw]:
-        for line, text in _lines(source.name, stream):
+        for line, text in lines_of(file.source.name, file.stream):
             if isinstance(text, LineError) or text.strip():
                 yield line, text
 
     return raws(), parse
 
 
-def _table(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
-    delimiter = "\t" if source.format == "tsv" else ","
-    rows = _rows(_lines(source.name, stream))
-    first = next(rows, None)
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Raises `ValueError` for a key that stands twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f'the key "{key[:60]}" stands twice')
+        found[key] = value
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(text):,} digits, the limit is {_MAX_DIGITS}")
+    return int(text)
+
+
+def _not_given(constant: str) -> None:
+    """NaN is no value; an infinite number is refused."""
+    if constant != "NaN":
+        raise ValueError(f"{constant} is no number")
+
+
+_DECODE = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_not_given, parse_int=_integer).decode
+
+
+def _table(file: _File) -> tuple[Iterator[Raw], Parse]:
+    name = file.source.name
+    usual = "\t" if file.source.format == "tsv" else ","
+    lines = lines_of(name, file.stream)
+    first = next((each for each in lines if isinstance(each[1], LineError) or each[1].strip()), None)
+    delimiter = None
+    if first is not None and isinstance(first[1], str) and (delimiter := named_delimiter(first[1])):
+        first = next((each for each in lines if isinstance(each[1], LineError) or each[1].strip()), None)
     if first is None:
-        raise PromptFileError(f"{source.name} is empty: its first line must have the headings.")
-    number, heading = first
-    if isinstance(heading, LineError):
-        raise PromptFileError(f"{source.name}, line {number}: {heading.reason}")
-    if source.format == "csv" and "," not in heading and ";" in heading:
-        delimiter = ";"  # Spreadsheets write it where the decimal separator is a comma.
+        raise PromptFileError(f"{name} is empty: its first line must have the headings.")
+    if delimiter is None and isinstance(first[1], str):
+        delimiter = delimiter_of(first[1], usual)
+        if delimiter != usual:
+            file.warn(f"{name}: {DELIMITERS[delimiter]} part its cells.")
+    rows = rows_of(itertools.chain([first], lines), delimiter or usual)
+    number, heading = next(rows, (first[0], ""))
     try:
-        names = _cells(heading, delimiter)
-        _refuse_bad_bytes(heading)
+        if isinstance(heading, LineError):
+            raise heading
+        refuse_bad_bytes(heading)
+        names = _headings(file, cells_of(heading, delimiter or usual))
     except LineError as error:
-        raise PromptFileError(f"{source.name}, line {number}: {error.reason}") from None
-    headings = Headings(names, source.name, warn)
+        raise PromptFileError(f"{name}, line {number}: {error.reason}") from None
+    fields = file.fields(decimal_comma=delimiter == ";")
+    is_manifest = tuple(names[: len(_MANIFEST)]) == _MANIFEST
 
     def parse(line: int, text: str) -> Entry:
-        _refuse_bad_bytes(text)
-        cells = _cells(text, delimiter)
+        refuse_bad_bytes(text)
+        cells = without_empty_end(cells_of(text, delimiter or usual), len(names))
+        if is_manifest:
+            cells = [plain(cell) for cell in cells]
         if len(cells) > len(names):
-            raise LineError(
-                "", f"It has {len(cells)} cells for {len(names)} headings: put quotes around commas."
-            )
-        try:
-            return Entry(line, headings.fields_of_text(cells))
-        except ValueError as error:
-            raise LineError("metadata", str(error)) from None
+            reason = f"It has {len(cells)} cells for {len(names)} headings: put quotes around cells."
+            raise LineError("", reason)
+        found, images = fields.read(line, zip(names, cells, strict=False))
+        return Entry(line, found, images, text.count("\n") + 1)
 
     return rows, parse
 
 
-def _parquet(source: Source, stream: BinaryIO, warn: Callable[[str], None]) -> tuple[Iterator[Raw], Parse]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise PromptFileError(
-            f"{source.name} needs pyarrow to be read: pip install 'smallcat[parquet]'."
-        ) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(stream)
-    except pyarrow.ArrowException as error:
-        raise PromptFileError(f"{source.name} is no Parquet file ({error}).") from None
-    headings = Headings(file.schema_arrow.names, source.name, warn)
+def _headings(file: _File, names: Sequence[str]) -> list[str]:
+    """The names of a table's columns. Raises `PromptFileError` for those that cannot be read."""
+    named = [name.strip("\ufeff \t\r\n") or f"column {number}" for number, name in enumerate(names, 1)]
+    shown = ", ".join(f'"{name[:60]}"' for name in named[:20])
+    meanings = [meaning_of(name) for name in named]
+
+    def refuse(reason: str) -> NoReturn:
+        raise PromptFileError(f"{file.source.name} {reason}")
+
+    if "prompt" not in meanings:
+        near = next((name for name in named if meaning_of(near_miss(name) or "") == "prompt"), None)
+        hint = f'rename "{near}"' if near else "name one of them"
+        refuse(f'has no column of prompts among {shown}: {hint} "prompt".')
+    for name, meaning in zip(named, meanings, strict=True):
+        if meaning is None and not file.extra and (near := near_miss(name)):
+            refuse(f"has a column that is misspelt. {misspelt(name, near)}")
+    plain = ["".join(name.casefold().replace("_", " ").replace("-", " ").split()) for name in named]
+    for name, meaning in zip(plain, meanings, strict=True):
+        if meaning not in (None, COUNT, SCHEDULE) and plain.count(name) > 1:
+            refuse(f"has two columns for {meaning} among {shown}: rename one.")
+    if len(set(named)) < len(named):
+        twice = next(name for name in named if named.count(name) > 1)
+        refuse(f'has two columns "{twice[:60]}" among {shown}: rename one.')
+    return named
+
+
+def _parquet(file: _File) -> tuple[Iterator[Raw], Parse]:
+    table = ParquetTable(file.source.name, file.stream)
+    names = _headings(file, table.names)
+    fields = file.fields()
 
     def parse(line: int, row: tuple[Any, ...]) -> Entry:
-        return Entry(line, headings.fields_of_values(row))
+        found, images = fields.read(line, zip(names, row, strict=True))
+        return Entry(line, found, images)
 
-    def raws() -> Iterator[Raw]:
-        line = 0
-        try:
-            for batch in file.iter_batches(_PARQUET_ROWS):
-                columns = [column.to_pylist() for column in batch.columns]
-                for row in zip(*columns, strict=True):
-                    line += 1
-                    yield line, row
-        except (pyarrow.ArrowException, OSError) as error:
-            raise PromptFileError(f"{source.name} is damaged after row {line} ({error}).") from None
-
-    return raws(), parse
+    return table.rows(), parse
 
 
-_READERS: dict[str, Callable[[Source, BinaryIO, Callable[[str], None]], tuple[Iterator[Raw], Parse]]] = {
+_READERS: dict[str, Callable[[_File], tuple[Iterator[Raw], Parse]]] = {
     "txt": _txt,
     "csv": _table,
     "tsv": _table,
     "jsonl": _jsonl,
     "parquet": _parquet,
 }
-
-
-def _lines(name: str, stream: BinaryIO) -> Iterator[Raw]:
-    """(number, text without its line end) of each line, or (number, `LineError`).
-
-    Bytes that are not UTF-8 are surrogates in the text: see `_refuse_bad_bytes`.
-    """
-    buffered = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)  # type: ignore[type-var]
-    head = buffered.read(64)
-    for bom, encoding in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32")):
-        if head.startswith(bom):
-            raise PromptFileError(f"{name} is {encoding}: save it as UTF-8.")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return _utf16_lines(name, head, buffered)
-    if head.count(0) * 4 > len(head):
-        raise PromptFileError(f"{name} is no text, or UTF-16 without a BOM: save it as UTF-8.")
-    return _utf8_lines(head.removeprefix(codecs.BOM_UTF8), buffered)
-
-
-def _utf8_lines(head: bytes, stream: Any) -> Iterator[Raw]:
-    *whole, rest = head.split(b"\n")
-    number = 0
-    for number, line in enumerate(whole, 1):
-        yield number, _text(line)
-    while True:
-        line = rest + stream.readline(MAX_LINE)
-        rest = b""
-        if not line:
-            return
-        number += 1
-        if len(line) >= MAX_LINE and not line.endswith(b"\n"):
-            while (more := stream.readline(MAX_LINE)) and not more.endswith(b"\n"):
-                pass
-            yield number, LineError("", f"The line is longer than {MAX_LINE:,} bytes: split it.")
-        else:
-            yield number, _text(line)
-
-
-def _utf16_lines(name: str, head: bytes, stream: Any) -> Iterator[Raw]:
-    # newline="\n": nothing else ends a line, and no character is changed.
-    text = io.TextIOWrapper(cast(Any, _Rejoined(head, stream)), "utf-16", "surrogatepass", newline="\n")
-    number = 0
-    while True:
-        number += 1
-        try:
-            line = text.readline(MAX_LINE)
-            if len(line) >= MAX_LINE and not line.endswith("\n"):
-                while (more := text.readline(MAX_LINE)) and not more.endswith("\n"):
-                    pass
-                yield number, LineError("", f"The line is longer than {MAX_LINE:,} characters: split it.")
-                continue
-        except UnicodeError as error:
-            # Where the next line begins is not known any more.
-            yield number, LineError("", f"It is not UTF-16 ({error}): save {name} as UTF-8.")
-            return
-        if not line:
-            return
-        yield number, line.removesuffix("\n").removesuffix("\r")
-
-
-class _Rejoined(io.RawIOBase):
-    """A stream whose first bytes, which were read already, come again before the rest."""
-
-    def __init__(self, head: bytes, stream: Any) -> None:
-        self._head, self._stream = head, stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data, self._head = self._head or self._stream.read(len(buffer)), b""
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _text(line: bytes) -> str:
-    return line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
-
-
-def _refuse_bad_bytes(text: str) -> None:
-    if not text.isascii() and (bad := _BAD_BYTE.search(text)):
-        byte, before = ord(bad[0]) - 0xDC00, bad.start()
-        raise LineError("", f"Byte 0x{byte:02x} after character {before} is not UTF-8: save it as UTF-8.")
-
-
-def _rows(lines: Iterator[Raw]) -> Iterator[Raw]:
-    """(number of the first line, text) of each row: a quoted cell may span lines.
-
-    Where a quote is not closed within `MAX_ROW_LINES` and `MAX_ROW`, its line alone is wrong: the lines that
-    were searched for its end are rows themselves.
-    """
-    again: list[Raw] = []
-    while True:
-        first = again.pop(0) if again else next(lines, None)
-        if first is None:
-            return
-        number, text = first
-        if isinstance(text, LineError) or text.count('"') % 2 == 0:
-            if isinstance(text, LineError) or text.strip():
-                yield number, text
-            continue
-        seen: list[Raw] = []
-        parts, quotes, size = [text], text.count('"'), len(text)
-        while quotes % 2 and len(seen) < MAX_ROW_LINES and size < MAX_ROW:
-            following = again.pop(0) if again else next(lines, None)
-            if following is None:
-                break
-            seen.append(following)
-            if isinstance(following[1], LineError):
-                break
-            parts.append(following[1])
-            quotes += following[1].count('"')
-            size += len(following[1])
-        if quotes % 2:
-            yield number, LineError("", 'A quote (") opens a cell and is not closed: double it, or close it.')
-            again = seen + again
-        else:
-            yield number, "\n".join(parts)
-
-
-def _cells(row: str, delimiter: str) -> list[str]:
-    try:
-        return (
-            next(csv.reader([row], delimiter=delimiter, strict=True))
-            if "\n" not in row
-            else _long(row, delimiter)
-        )
-    except csv.Error as error:
-        raise LineError(
-            "", f"It is not CSV ({error}): put quotes around the cell, double those in it."
-        ) from None
-
-
-def _long(row: str, delimiter: str) -> list[str]:
-    return next(csv.reader(io.StringIO(row, newline=""), delimiter=delimiter, strict=True))

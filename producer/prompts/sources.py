@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import sys
 import tempfile
 import zlib
@@ -26,12 +27,35 @@ from worker.contract.errors import PromptFileError
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
 #: The format of standard input where none is named.
 STDIN_FORMAT = "txt"
+#: Endings of files that hold files or tables in ways that are not read.
+_ARCHIVES = ("zip", "xlsx", "xls", "ods", "7z", "rar", "tar", "tgz", "bz2", "xz")
 #: Endings of compressed files; the first bytes decide whether a file is compressed.
 _COMPRESSED = (".gz", ".zst", ".zstd")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _CHUNK = 1 << 20
-#: Bytes that are decompressed together: what they become is in memory.
-_ZSTD_CHUNK = 1 << 12
+#: Bytes that are decompressed together: what they become, up to 32,768 times as many, is in memory.
+_ZSTD_CHUNK = 1 << 9
+#: Bytes that a compressed file may become, whatever its size; and how many times its size beyond that.
+_MANY_BYTES, _EXPANSION = 64 << 20, 100
+#: How files begin that are no text, and what they are.
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive or a workbook",
+    b"PK\x05\x06": "a zip archive or a workbook",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"\xd0\xcf\x11\xe0": "an old workbook or document",
+    b"%PDF": "a PDF",
+    b"PAR1": "Parquet",
+}
+#: What the first version's reading of a text file and the present one may read otherwise: dashes and
+#: invisible characters (all below U+2000 to U+20FF), UTF-16, and words that mean nothing; and a CR alone.
+_READ_OTHERWISE = re.compile(
+    rb"--|\xe2[\x80-\x83\xb8]|\xef|\xc2\xad|\xcd\x8f|\xe1|\xe3\x85|\xd8\x9c|\0|\r(?!\n)"
+    rb"|(?:^|\n)\s*(?:null|none|nan|<na>)\s*(?:\r?\n|$)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,8 @@ class Source:
     digest: str
     #: The file, where it is a local one; None for standard input and s3://.
     path: Path | None
+    #: Version of the first reading that reads the file as the present one does: 1 or 2.
+    reading: int = 2
     _spool: BinaryIO | None = field(default=None, repr=False, compare=False)
     _seen: tuple[int, int] = (0, 0)
 
@@ -58,7 +84,7 @@ class Source:
         """
         with self._raw() as raw:
             try:
-                head = raw.read(4)
+                head = raw.read(6)
                 raw.seek(0)
                 yield self._decompressed(raw, head)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -88,10 +114,17 @@ class Source:
     def _decompressed(self, raw: BinaryIO, head: bytes) -> BinaryIO:
         if self.format == "parquet":
             return raw
+        size = os.fstat(raw.fileno()).st_size
         if head.startswith(_GZIP):
-            return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-        if head == _ZSTD:
-            return _zstd(raw)
+            return _limited(self.name, cast(Any, gzip.GzipFile(fileobj=raw)), size)
+        if head.startswith(_ZSTD):
+            return _limited(self.name, _zstd(raw), size)
+        for mark, what in _FOREIGN.items():
+            if head.startswith(mark):
+                remedy = (
+                    "add --format parquet" if what == "Parquet" else "unpack it, or save it as CSV or text"
+                )
+                raise PromptFileError(f"{self.name} is {what}, and no {self.format}: {remedy}.")
         return raw
 
 
@@ -108,10 +141,10 @@ def source(name: str, form: str | None = None) -> Source:
     path = Path(name)
     try:
         with path.open("rb") as raw:
-            seen, digest = _seen(raw), _digest(raw)
+            seen, (digest, reading) = _seen(raw), _digest(raw, form)
     except OSError as error:
         raise PromptFileError(f"{name} cannot be read: {error.strerror or error}.") from None
-    return Source(name, form, digest, path, None, seen)
+    return Source(name, form, digest, path, reading, None, seen)
 
 
 def _format_of(name: str) -> str:
@@ -123,6 +156,10 @@ def _format_of(name: str) -> str:
     ending = plain.suffix.lower().removeprefix(".")
     if ending == "ndjson":
         return "jsonl"
+    if ending in _ARCHIVES:
+        raise PromptFileError(
+            f"{name} is no prompt file but an archive or a workbook: unpack it, or save it as CSV."
+        )
     if ending not in FORMATS:
         known = ", ".join(FORMATS)
         raise PromptFileError(
@@ -133,12 +170,12 @@ def _format_of(name: str) -> str:
 
 def _spooled(name: str, form: str, stream: IO[bytes]) -> Source:
     spool = tempfile.TemporaryFile(prefix="smallcat-")  # noqa: SIM115 - lives as long as the source
-    digest = hashlib.blake2b(digest_size=16)
     while chunk := stream.read(_CHUNK):
-        digest.update(chunk)
         spool.write(chunk)
     spool.flush()
-    return Source(name, form, digest.hexdigest(), None, cast(BinaryIO, spool))
+    spool.seek(0)
+    digest, reading = _digest(cast(BinaryIO, spool), form)
+    return Source(name, form, digest, None, reading, cast(BinaryIO, spool))
 
 
 def _from_bucket(name: str, form: str) -> Source:
@@ -157,11 +194,46 @@ def _seen(raw: IO[bytes]) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _digest(raw: BinaryIO) -> str:
+def _digest(raw: BinaryIO, form: str) -> tuple[str, int]:
+    """The digest of the bytes, and the version of the reading that first reads them as now."""
     digest = hashlib.blake2b(digest_size=16)
+    reading = 1 if form == "txt" else 2
+    rest, is_first = b"", True
     while chunk := raw.read(_CHUNK):
         digest.update(chunk)
-    return digest.hexdigest()
+        if reading == 1:
+            # The last line is looked at with the next piece. What is compressed is not looked at.
+            is_packed = is_first and chunk.startswith((_GZIP, _ZSTD))
+            text, _, rest = (rest + chunk).rpartition(b"\n")
+            if is_packed or len(rest) > _CHUNK or _READ_OTHERWISE.search(text + b"\n"):
+                reading = 2
+            is_first = False
+    return digest.hexdigest(), 2 if _READ_OTHERWISE.search(rest) else reading
+
+
+def _limited(name: str, stream: Any, size: int) -> BinaryIO:
+    """The stream, which is refused where it becomes far more than its stored `size`."""
+    most = max(_MANY_BYTES, _EXPANSION * size)
+
+    class Limited(io.RawIOBase):
+        """Counts what is read."""
+
+        _read = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            count = int(stream.readinto(buffer))
+            self._read += count
+            if self._read > most:
+                raise PromptFileError(
+                    f"{name} has {size:,} bytes and becomes more than {most:,}: unpack it, and look whether "
+                    "it is a prompt file."
+                )
+            return count
+
+    return cast(BinaryIO, io.BufferedReader(Limited(), _CHUNK))
 
 
 def _zstd(raw: BinaryIO) -> BinaryIO:

@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from producer.prompts.dynamic_prompts import Template, Wildcards, all_of, parse, sample
-from producer.prompts.reader import Entry
+from producer.prompts.entries import Entry
+
+#: The seed of those who want any, as AUTOMATIC1111 has it.
+DRAWN = -1
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,14 @@ class Variants:
         if "metadata" in self.defaults and isinstance(entry.fields.get("metadata"), dict):
             merged["metadata"] = self.defaults["metadata"] | entry.fields["metadata"]
         cells = self._cells()
-        for texts in self._texts(merged, f"{file}\0{entry.line}\0"):
+        place = f"{file}\0{entry.line}\0"
+        for texts in self._texts(merged, place):
             for image in range(self.images * entry.images):
-                seed = self._seed(merged, texts, image, f"{file}\0{entry.line}\0")
-                for cell in cells:
+                seed = self._seed(merged, texts, image, place)
+                for number, cell in enumerate(cells):
+                    if cell.get("seed") == DRAWN:
+                        drawn = _hash(f"seed\0{place}{image}\0{number}\0{texts.get('prompt', '')}")
+                        cell = {**cell, "seed": drawn}
                     yield Variant({**merged, **texts, "seed": seed, **cell}, cell)
 
     def _cells(self) -> list[dict[str, Any]]:
@@ -68,7 +75,8 @@ class Variants:
 
     def _seed(self, fields: Mapping[str, Any], texts: Mapping[str, Any], image: int, place: str) -> Any:
         start = fields.get("seed", self.seed_start)
-        if start is None:
+        # Drawn from the line, so that a run that is resumed draws it again.
+        if start is None or start == DRAWN:
             return _hash(f"seed\0{place}{image}\0{texts.get('prompt', '')}")
         # What is no number stays, and the job's own error names it.
         return start + image if type(start) is int else start

@@ -148,9 +148,10 @@ def test_check_sends_nothing_and_strict_sends_nothing_if_a_line_is_bad(
     within(stack, tmp_path, monkeypatch)
     Path("p.csv").write_text("prompt,steps\ncat,5\ndog,999\n")
     checked = CliRunner().invoke(cli, ["ingest", "p.csv", "--check", "--json"])
-    said = json.loads(checked.stdout)
-    assert (checked.exit_code, said["jobs"]) == (1, 1)
-    assert [(each["line"], each["field"]) for each in said["rejected"]] == [(3, "steps")]
+    assert checked.exit_code == 1
+    job, bad = map(json.loads, checked.stdout.splitlines())
+    assert (job["line"], job["prompt"], job["steps"]) == (2, "cat", 5)
+    assert (bad["line"], bad["field"]) == (3, "steps")
     strict = CliRunner().invoke(cli, ["ingest", "p.csv", "--strict"])
     assert isinstance(strict.exception, PromptFileError)
     assert "p.csv, line 3: steps is 999" in str(strict.exception)

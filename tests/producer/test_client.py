@@ -146,12 +146,13 @@ def test_urgent_jobs_are_fetched_first(fleet: Fleet, client: Redis) -> None:
 
 BAD_INPUT: dict[str, dict[str, Any]] = {
     "blank": {"prompt": " "},
+    "invisible": {"prompt": "\u200b"},
     "control characters": {"prompt": "\x00\x01"},
     "no text": {"prompt": None},
     "misspelt": {"promt": "x"},
     "size": {"width": 65},
     "scheduler": {"scheduler": "dim"},
-    "seed": {"seed": -1},
+    "seed": {"seed": -2},
     "not a number": {"guidance_scale": float("nan")},
     "metadata": {"metadata": {"x": "y" * 5_000}},
     "model": {"model": "a\nb"},

@@ -28,6 +28,7 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
 from worker.contract.job_checks import (
     divisible_by,
+    drawn,
     not_blank,
     one_line,
     one_zero,
@@ -114,10 +115,11 @@ class Job(BaseModel):
             is_original=True,
         ),
     ] = ""
-    #: Seed of the CPU noise generator, 0 to 2^63-1. Not given: drawn at submission.
+    #: Seed of the CPU noise generator, 0 to 2^63-1. Not given, or -1: drawn at submission.
     seed: Annotated[
         int,
         Field(ge=0, le=MAX_SEED, strict=True),
+        BeforeValidator(drawn),
         JobField(
             infotext_order=6,
             a1111_option="seed",

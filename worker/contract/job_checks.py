@@ -6,6 +6,8 @@ A check raises `ValueError` with the end of a sentence that begins with the fiel
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import unicodedata
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -27,11 +29,25 @@ def one_line(value: str, allowed: str = "") -> str:
     return value
 
 
+#: A character that can be seen: neither white space nor what Unicode 15 lists as ignorable by default
+#: (DerivedCoreProperties.txt), such as U+200B.
+VISIBLE = re.compile(
+    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+
+
 def not_blank(value: str) -> str:
-    """Refuse a text of nothing but white space."""
-    if not value.strip():
+    """Refuse a text in which nothing can be seen."""
+    if not VISIBLE.search(value):
         raise ValueError("is blank: say what to draw")
     return value
+
+
+def drawn(value: object) -> object:
+    """A random seed for -1, as AUTOMATIC1111 has it."""
+    return secrets.randbits(32) if type(value) is int and value == -1 else value
 
 
 def one_zero(value: float | None) -> float | None:

@@ -36,6 +36,7 @@ from worker.contract.errors import (
 )
 from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.message import Message
+from worker.contract.prompt_syntax import warnings_of
 from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, JobRecord, State, Timings
 from worker.contract.served_model import ServedModel
@@ -179,7 +180,7 @@ class JobHandler:
             uri=self._bucket.uri(message.id, job.format),
             timings=Timings(queued=queued_s, rendered=rendered_s - started_s),
             worker=self._name,
-            warnings=rendered.warnings,
+            warnings=(*rendered.warnings, *warnings_of(job)),
             nsfw=rendered.picture.nsfw,
         )
         data = _encode(rendered.picture, job, mark_as_generated=self._mark_as_generated)

@@ -17,9 +17,9 @@ import pytest
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli.ingest_display import QuietDisplay
+from producer.ingest.check import refuse_bad_lines
 from producer.ingest.feeder import Ingest
 from producer.ingest.journal import Journal
-from producer.ingest.plan import refuse_bad_lines
 from producer.ingest.run_state import Run
 from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options, Outcome

@@ -13,8 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.prompts import reader
-from producer.prompts.a1111_options import read_options
+from producer.prompts import lines
 from producer.prompts.reader import BadEntry, Entry, read
 from producer.prompts.sources import source
 from worker.contract.errors import PromptFileError
@@ -68,7 +67,7 @@ def test_every_text_comes_back_from_every_encoding(texts: list[str]) -> None:
     expected = [(number, text) for number, text in enumerate(texts, 1)]
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         data = "".join(f"{text}\n" for text in texts).encode(encoding)
-        assert list(reader._lines("x", io.BytesIO(data))) == expected
+        assert list(lines.lines_of("x", io.BytesIO(data))) == expected
 
 
 def test_a_bad_byte_is_an_error_with_its_line_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -82,7 +81,7 @@ def test_a_bad_byte_is_an_error_with_its_line_and_the_rest_goes_on(tmp_path: Pat
 
 
 def test_a_line_without_end_is_refused_without_being_held_in_memory(tmp_path: Path) -> None:
-    path = written(tmp_path, "p.txt", b"first\n" + b"x" * (5 * reader.MAX_LINE) + b"\nlast\n")
+    path = written(tmp_path, "p.txt", b"first\n" + b"x" * (5 * lines.MAX_LINE) + b"\nlast\n")
     first, bad, last = entries(path)
     assert isinstance(bad, BadEntry)
     assert "longer" in bad.reason
@@ -109,19 +108,29 @@ def test_a_line_can_carry_options_as_automatic1111_reads_them(tmp_path: Path) ->
         '--prompt "a small cat" --negative_prompt blurry and dark --steps 30 --seed 7 --width 512 '
         '--cfg_scale 7 --sampler_name "Euler a" --n_iter 2 --batch_size 3 --restore_faces true'
     )
-    path = written(tmp_path, "p.txt", f"{line}\n{line}\nplain -- not options --steps 3\n")
+    path = written(tmp_path, "p.txt", f"{line}\n{line}\nplain -- no--options --3 steps\n")
     fields = {"prompt": "a small cat", "negative_prompt": "blurry and dark", "steps": 30, "seed": 7}
     fields |= {"width": 512, "guidance_scale": 7.0, "scheduler": "euler_ancestral"}
+    fields["metadata"] = {"restore_faces": "true"}
     assert entries(path)[:2] == [Entry(1, fields, 6), Entry(2, fields, 6)]
-    assert entries(path)[2] == Entry(3, {"prompt": "plain -- not options --steps 3"})
-    assert warned(path) == [f"{path}, line 1: --restore_faces has no meaning here and is left out."]
+    assert entries(path)[2] == Entry(3, {"prompt": "plain -- no--options --3 steps"})
+    assert warned(path) == [f'{path}, line 1: "restore_faces" has no meaning here: it goes to metadata.']
 
 
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ("--promt cat", "did you mean --prompt"),
-        ("--steps many", "number"),
+        ("--promt cat", 'did you mean "prompt"'),
+        ("a red apple --stpes 10", 'did you mean "steps"'),
+        ("a red apple --ar 16:9", "no option --ar"),
+        ("a red apple --steps", "value"),
+        ("a red apple --negative_prompt --steps 3", "value"),
+        ("a red apple --prompt again", "keep one"),
+        ("a red apple --steps 3 --steps 4", "keep one"),
+        ('a sign "go --steps 10"', "quot"),
+        ("none", "means none"),
+        ("--prompt x " + "--steps 3 " * 100_000, "limit"),
+        ('--prompt "' + '\\"' * 30_000, "quot"),
         ("--steps", "value"),
         ('--prompt "cat', "quot"),
         ("--steps 3 stray", "stray"),
@@ -132,10 +141,6 @@ def test_options_that_cannot_be_read_are_an_error_with_its_line(tmp_path: Path, 
     [bad] = entries(written(tmp_path, "p.txt", line))
     assert isinstance(bad, BadEntry)
     assert part in bad.reason.lower() or part in bad.reason
-
-
-def test_a_seed_of_minus_one_is_none() -> None:
-    assert read_options("--prompt cat --seed -1").fields == {"prompt": "cat"}
 
 
 # Tables.
@@ -199,11 +204,24 @@ def test_a_table_without_a_prompt_column_is_refused_with_a_remedy(
         entries(written(tmp_path, "p.csv", heading and f"{heading}\nx,1\n"))
 
 
-def test_a_heading_that_is_nearly_a_field_is_named_in_a_warning(tmp_path: Path) -> None:
-    path = written(tmp_path, "p.csv", "prompt,guidence_scale\ncat,3\n")
-    [warnings] = warned(path)
-    assert "guidance_scale" in warnings
-    assert entries(path) == [Entry(2, {"prompt": "cat", "metadata": {"guidence_scale": "3"}})]
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("a red apple --steps 10", {"prompt": "a red apple", "steps": 10}),
+        ("it's red --steps=10 --cfg 3", {"prompt": "it's red", "steps": 10, "guidance_scale": 3}),
+        ("\u2014prompt \u201ca cat\u201d \u2013steps 5", {"prompt": "a cat", "steps": 5}),
+        ("a cat \u2014steps 5", {"prompt": "a cat", "steps": 5}),
+        ('--prompt "a sign: --steps 9" --steps 5', {"prompt": "a sign: --steps 9", "steps": 5}),
+        ('--prompt "--steps" --steps 5', {"prompt": "--steps", "steps": 5}),
+        ("\u2014Alice, a cat \u2014the best\u2014 and well--known --", {}),
+        ("--prompt 'a cat' --customer ann", {"prompt": "a cat", "metadata": {"customer": "ann"}}),
+    ],
+)
+def test_options_are_read_wherever_they_begin_and_other_dashes_are_text(
+    tmp_path: Path, line: str, fields: dict[str, Any]
+) -> None:
+    path = written(tmp_path, "p.txt", line)
+    assert entries(path) == [Entry(1, fields or {"prompt": line})]
 
 
 # JSON lines and Parquet.

@@ -46,9 +46,11 @@ def prompt_files() -> dict[str, Any]:
 
 
 def headings() -> list[str]:
-    from producer.prompts.columns import ALIASES
+    from producer.prompts.fields import meaning_of
+    from worker.contract.job import JOB_FIELDS
 
-    return sorted(name for name, field in ALIASES.items() if field in VALUES)
+    names = [(name, field) for field in VALUES for name in JOB_FIELDS[field].all_headings]
+    return sorted(name for name, field in names if meaning_of(name) == field)
 
 
 def command_line() -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_values_at_a_limit_are_taken_as_they_are(field: str, value: Any) -> None
         ("prompt", None, "prompt is None: it must be a valid string."),
         ("negative_prompt", "x" * 2_001, "negative_prompt is 2,001 characters, the limit is 2,000."),
         ("negative_prompt", "\x07", "negative_prompt holds the control character U+0007: remove it."),
-        ("seed", -1, "seed is -1: it must be greater than or equal to 0."),
+        ("seed", -2, "seed is -2: it must be greater than or equal to 0."),
         ("seed", 2**63, f"seed is {2**63}: it must be less than or equal to {2**63 - 1}."),
         ("seed", "5", "seed is '5': it must be a valid integer."),
         ("seed", 5.0, "seed is 5.0: it must be a valid integer."),
@@ -228,8 +228,10 @@ def test_a_job_is_frozen() -> None:
 
 
 def test_without_a_seed_one_is_drawn_and_recorded() -> None:
-    seeds = {Job.parse({"prompt": "a small cat"}).seed for _ in range(8)}
-    assert len(seeds) > 1
+    for fields in ({}, {"seed": -1}):
+        seeds = {Job.parse({"prompt": "a small cat", **fields}).seed for _ in range(8)}
+        assert len(seeds) > 1
+        assert min(seeds) >= 0
 
 
 def test_the_hash_never_changes_by_accident() -> None:

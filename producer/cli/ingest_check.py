@@ -1,0 +1,67 @@
+"""What `ingest --check` prints: how the first lines are read, and what of them means nothing here."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from producer.ingest.check import check, given_of, rejected_of
+from worker.contract.prompt_syntax import only_words_warning
+
+if TYPE_CHECKING:
+    from producer.ingest.plan import Plan, Planned, Rejected
+
+#: Jobs of each file that are shown, and characters of a value and names of a list, at most.
+_SHOWN, _LONGEST, _NAMES = 3, 100, 20
+
+
+def print_check(plan: Plan, *, as_json: bool) -> int:
+    """Check a plan, print what was found, and return the exit code: 1 if there are bad lines.
+
+    As JSON every job and every bad line is a line of standard output.
+    """
+    shown = [0] * len(plan.sources)
+
+    def read(job: Planned, words: tuple[str, ...]) -> None:
+        if as_json:
+            warnings = {"warnings": [only_words_warning(words)]} if words else {}
+            click.echo(json.dumps(given_of(plan, job) | warnings, ensure_ascii=False))
+        elif shown[job.file] < _SHOWN:
+            shown[job.file] += 1
+            click.echo(_shown(plan, job))
+
+    def found(rejected: Rejected) -> None:
+        values = rejected_of(plan, rejected)
+        if as_json:
+            click.echo(json.dumps(values, ensure_ascii=False))
+        else:
+            click.echo(f"{values['file']}, line {values['line']}: {values['reason']}", err=True)
+
+    findings = check(plan, found, lambda text: click.echo(text, err=True), read)
+    names = [f"{name} ({count:,} jobs)" for name, count in findings.metadata.items()]
+    if names:
+        more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+        click.echo(f"to metadata: {', '.join(map(_short, names[:_NAMES]))}{more}", err=as_json)
+    for name, (count, file, line) in findings.words.items():
+        where = f"{count:,} jobs, the first in {file}, line {line}"
+        click.echo(f"{only_words_warning([name])} ({where})", err=as_json)
+    click.echo(f"{findings.jobs:,} jobs, {findings.bad:,} bad lines; nothing was sent", err=as_json)
+    return 1 if findings.bad else 0
+
+
+def _shown(plan: Plan, job: Planned) -> str:
+    """A job as people read it: its place, its prompt, and a line for its other fields."""
+    values = given_of(plan, job)
+    place = f"{values.pop('file')}, line {values.pop('line')}: {_short(values.pop('prompt'))}"
+    metadata = values.pop("metadata", None)
+    parts = [f"{name} {_short(value)}" for name, value in values.items()]
+    if metadata:
+        parts.append(f"metadata {_short(json.dumps(metadata, ensure_ascii=False))}")
+    return f"{place}\n    {', '.join(parts)}"
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -1,0 +1,348 @@
+"""The one reading of all formats: which job field a name means, and which value is given to it.
+
+Options in a text line, headings of a table, keys of JSON and columns of Parquet are names; what stands beside
+them are values. The command line reads its options' values here too. Whatever the format:
+
+- a name is a job field's or one of its aliases, in any case, with or without blanks, dashes and underscores
+- None, NaN, an empty text and the words null, none and nan mean that the field is not given
+- `20.0` and `"20"` are integers; `7,5` is a number where semicolons part the cells
+- a seed of -1 is one that is to be drawn
+- other names go to the job's metadata, but for a near miss of a field's name, which is refused
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from typing import Any, Final
+
+from producer.prompts.entries import LineError
+from worker.contract.errors import InvalidJobError
+from worker.contract.explain import short
+from worker.contract.job import JOB_FIELDS
+from worker.contract.job_fields import FieldEntry
+from worker.contract.scheduler_names import scheduler_of
+
+#: What `meaning_of` gives for a number of pictures, and for a schedule beside a sampler.
+COUNT: Final = "a number of pictures"
+SCHEDULE: Final = "a schedule"
+#: Names that ask for several pictures: their product is the number of pictures.
+_COUNTS = ("batch_size", "n_iter", "num_images_per_prompt")
+_SCHEDULES = ("schedule_type", "schedule", "noise_schedule")
+#: Names that mean the sampler alone: beside one of them a `scheduler` is the schedule, as in ComfyUI.
+_SAMPLERS = frozenset(("sampler", "samplername"))
+#: Names of other programs that change a picture there and mean nothing here.
+_MEANINGLESS = (
+    *("outpath_samples", "outpath_grids", "prompt_for_display", "styles", "subseed_strength", "subseed"),
+    *("seed_resize_from_h", "seed_resize_from_w", "sampler_index", "restore_faces", "tiling", "clip_skip"),
+    *("do_not_save_samples", "do_not_save_grid", "denoising_strength", "strength", "init_image", "mask"),
+    *("enable_hr", "hr_scale", "hr_upscaler", "loras", "vae", "eta", "refiner"),
+)
+#: For each field with choices these by AUTOMATIC1111's names for them, in lower case.
+_CHOICES = {
+    field.name: {name.lower(): str(choice) for choice, name in field.a1111_values.items()}
+    for field in JOB_FIELDS.values()
+}
+#: Words that mean that nothing is given.
+_NULLS = frozenset(("null", "none", "nan", "<na>"))
+_INTEGER = re.compile(r"[+-]?\d{1,30}(\.0*)?")
+_NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,40})?|\.\d{1,40})(e[+-]?\d{1,3})?", re.IGNORECASE)
+#: Pictures that one line can ask for, at most.
+_MAX_COUNT = 10_000
+#: Values and names that are kept, and characters of a value that is, at most.
+_MAX_KNOWN, _LONGEST_KNOWN = 4_096, 40
+#: A name is no longer than this; more is looked up nowhere.
+_LONGEST_NAME = 100
+
+
+class _NotGiven:
+    """The type of `NOT_GIVEN`."""
+
+
+#: The value of a field that is not given.
+NOT_GIVEN: Final = _NotGiven()
+
+
+def _plain(name: str) -> str:
+    """A name without what does not count in it."""
+    return re.sub(r"[\s_-]+", "", name.casefold())
+
+
+#: What each name means, without what does not count in it: a job field, `COUNT` or `SCHEDULE`.
+MEANINGS: dict[str, str] = {
+    **{_plain(each): COUNT for each in _COUNTS},
+    **{_plain(each): SCHEDULE for each in _SCHEDULES},
+    **{_plain(each): field.name for field in JOB_FIELDS.values() for each in field.all_headings},
+    **{_plain(name): name for name in JOB_FIELDS},
+}
+#: The names that were looked up, and what each means.
+_NEW: Final = "not looked up"
+_KNOWN_NAMES: dict[str, str | None] = {}
+_PLAIN_MEANINGLESS = frozenset(map(_plain, _MEANINGLESS))
+#: Names that another one may be a misspelling of. Short aliases are near to too many words.
+_SPELLINGS = {
+    _plain(name): name
+    for field in JOB_FIELDS.values()
+    for name in (*field.all_headings, field.name)
+    if len(name) > 4 or name == field.name
+}
+
+
+def meaning_of(name: str) -> str | None:
+    """The job field that a name means, `COUNT` or `SCHEDULE`; None for all other names."""
+    meaning = _KNOWN_NAMES.get(name, _NEW)
+    if meaning is _NEW:
+        if len(name) > _LONGEST_NAME:
+            return None
+        if len(_KNOWN_NAMES) >= _MAX_KNOWN:
+            _KNOWN_NAMES.clear()
+        meaning = _KNOWN_NAMES[name] = MEANINGS.get(_plain(name))
+    return meaning
+
+
+def is_meaningless(name: str) -> bool:
+    """Whether another program draws another picture for it, and this one does not know it."""
+    return len(name) <= _LONGEST_NAME and _plain(name) in _PLAIN_MEANINGLESS
+
+
+def near_miss(name: str) -> str | None:
+    """The name that `name`, which means nothing, may be a misspelling of; None where it is none.
+
+    That is one letter more, less, other or exchanged with its neighbour; two in names of eight and more.
+    """
+    return _near_miss(name) if len(name) <= _LONGEST_NAME else None
+
+
+@functools.lru_cache(4_096)
+def _near_miss(name: str) -> str | None:
+    plain = _plain(name)
+    if not plain or plain in _PLAIN_MEANINGLESS:
+        return None
+    found = [
+        (distance, spelled)
+        for spelling, spelled in _SPELLINGS.items()
+        if spelling[0] == plain[0] and (distance := _distance(plain, spelling)) <= 1 + (len(spelling) >= 8)
+    ]
+    return min(found)[1] if found else None
+
+
+def _distance(one: str, other: str) -> int:
+    """Letters to insert, delete, replace or exchange with a neighbour, 0 to 3 (optimal string alignment)."""
+    if abs(len(one) - len(other)) > 2:
+        return 3
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for at, letter in enumerate(one, 1):
+        before, above, row = row, before, [at]
+        for column, each in enumerate(other, 1):
+            cost = min(before[column] + 1, row[-1] + 1, before[column - 1] + (letter != each))
+            if at > 1 and column > 1 and letter == other[column - 2] and one[at - 2] == each:
+                cost = min(cost, above[column - 2] + 1)
+            row.append(cost)
+    return min(row[-1], 3)
+
+
+def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any:
+    """The value of a job field, or `NOT_GIVEN`.
+
+    What cannot be of the field's type stays as it is, and the job's own error names it. Raises `LineError`.
+    """
+    if isinstance(raw, bytes) and field.kind is not dict:
+        raw = raw.decode("utf-8", "surrogateescape")
+    if isinstance(raw, str):
+        text = raw.strip()
+        if len(text) <= 4 and text.lower() in _NULLS:
+            if field.is_required:
+                raise LineError(field.name, f"{field.name} is {text}, which means none: say what to draw.")
+            return NOT_GIVEN
+        if not text and not field.is_required:
+            return NOT_GIVEN
+        return _of_text(field, raw if field.is_prompt else text, decimal_comma)
+    if raw is None or (isinstance(raw, float | Decimal) and math.isnan(raw)):
+        return NOT_GIVEN
+    if isinstance(raw, bool):
+        return raw
+    if isinstance(raw, Decimal):
+        raw = int(raw) if raw == raw.to_integral_value() and abs(raw) < 10**30 else float(raw)
+    if isinstance(raw, int | float):
+        if field.kind is int:
+            return int(raw) if isinstance(raw, float) and raw.is_integer() else raw
+        if field.kind is str:
+            return short(raw) if isinstance(raw, int) and abs(raw) > 10**50 else str(raw)
+    return raw
+
+
+def _of_text(field: FieldEntry, text: str, decimal_comma: bool) -> Any:
+    if field.kind is dict:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise LineError(field.name, f"{field.name} is not a JSON object ({error}).") from None
+    if field.kind in (int, float):
+        plain = text.replace(",", ".", 1) if decimal_comma else text
+        if field.kind is int and _INTEGER.fullmatch(plain):
+            return int(plain.partition(".")[0])
+        if field.kind is float and _NUMBER.fullmatch(plain):
+            return float(plain)
+    return _CHOICES[field.name].get(text.lower(), text) if field.choices else text
+
+
+class FieldReader:
+    """Reads the names and values of one file's lines."""
+
+    def __init__(
+        self,
+        file: str,
+        warn: Callable[[str], None],
+        *,
+        extra: bool = False,
+        decimal_comma: bool = False,
+        is_json: bool = False,
+    ) -> None:
+        """With `extra`, near misses of names go to metadata too. With `is_json`, all values are of JSON.
+
+        `warn` is called with one sentence for each name that has no meaning here.
+        """
+        self._file, self._warn, self._extra = file, warn, extra
+        self._decimal_comma, self._is_json = decimal_comma, is_json
+        self._warned: set[str] = set()
+        #: The names that were met outside the job fields, and what each may be a misspelling of.
+        self._extras: dict[str, str | None] = {}
+        #: Values of fields that were read, by the field and the text: most columns repeat a few.
+        self._known: dict[tuple[str, str], Any] = {}
+
+    def read(self, line: int, pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], int]:
+        """The job fields of a line, and the number of pictures it asks for. Raises `LineError`."""
+        fields: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
+        names: dict[str, str] = {}
+        choice: dict[str, Any] = {}
+        images = 1
+        for name, raw in pairs:
+            meaning = meaning_of(name)
+            if meaning is None:
+                if (value := self._extra_value(line, name, raw)) is not NOT_GIVEN:
+                    metadata[name.strip()] = value
+            elif meaning == COUNT:
+                images *= _count(name, raw)
+            elif meaning == SCHEDULE:
+                if (value := value_of(JOB_FIELDS["scheduler"], raw)) is not NOT_GIVEN:
+                    choice["schedule"] = value
+            else:
+                value = self._value(meaning, raw)
+                if value is NOT_GIVEN:
+                    continue
+                if meaning == "scheduler":
+                    _take_choice(choice, name, value)
+                elif meaning in names:
+                    _take_again(JOB_FIELDS[meaning], (names[meaning], name), value, fields, metadata)
+                else:
+                    names[meaning], fields[meaning] = name, value
+        if choice:
+            fields["scheduler"] = _scheduler(choice)
+        if metadata:
+            own = fields.get("metadata", {})
+            # What is no object stays, and the job's own error names it.
+            fields["metadata"] = metadata | own if isinstance(own, dict) else own
+        return fields, images
+
+    def _value(self, name: str, raw: Any) -> Any:
+        """The value of a job field, as `value_of` reads it."""
+        if type(raw) is not str or len(raw) > _LONGEST_KNOWN or name in ("prompt", "metadata"):
+            return value_of(JOB_FIELDS[name], raw, decimal_comma=self._decimal_comma)
+        key = name, raw
+        value = self._known.get(key)
+        if value is None:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            value = value_of(JOB_FIELDS[name], raw, decimal_comma=self._decimal_comma)
+            self._known[key] = value
+        return value
+
+    def _extra_value(self, line: int, name: str, raw: Any) -> Any:
+        """The value that a name outside the job fields has in metadata, or `NOT_GIVEN`."""
+        if name not in self._extras:
+            self._meet(line, name)
+        if not self._extra and (near := self._extras.get(name)):
+            raise LineError(meaning_of(near) or "", misspelt(name[:60], near))
+        if raw is None or (isinstance(raw, float) and math.isnan(raw)):
+            return NOT_GIVEN
+        if isinstance(raw, str) and not raw.strip():
+            return NOT_GIVEN
+        return raw if self._is_json or isinstance(raw, str) or _is_json(raw) else str(raw)
+
+    def _meet(self, line: int, name: str) -> None:
+        """Look at a name outside the job fields for the first time."""
+        if len(self._extras) >= _MAX_KNOWN:
+            self._extras.clear()
+        self._extras[name[:_LONGEST_NAME]] = near_miss(name)
+        if is_meaningless(name) and name not in self._warned:
+            self._warned.add(name)
+            self._warn(f'{self._file}, line {line}: "{name}" has no meaning here: it goes to metadata.')
+
+
+def misspelt(name: str, near: str) -> str:
+    """The sentence for a name that is nearly another one."""
+    return f'There is no job field "{name}": did you mean "{near}"? With --extra it goes to metadata.'
+
+
+def _count(name: str, raw: Any) -> int:
+    value = value_of(JOB_FIELDS["steps"], raw)
+    if value is NOT_GIVEN:
+        return 1
+    if type(value) is not int or not 1 <= value <= _MAX_COUNT:
+        raise LineError("", f"{name} is {short(value)}: it must be 1 to {_MAX_COUNT:,}.")
+    return value
+
+
+def _take_choice(choice: dict[str, Any], name: str, value: Any) -> None:
+    key = "sampler" if _plain(name) in _SAMPLERS else "scheduler"
+    if choice.setdefault(key, value) != value:
+        raise LineError(
+            "scheduler", f"scheduler is {short(choice[key])} and {short(value)}: keep one of them."
+        )
+
+
+def _take_again(
+    field: FieldEntry, names: tuple[str, str], value: Any, fields: dict[str, Any], metadata: dict[str, Any]
+) -> None:
+    """Take a second value of a field. A file may have texts beside its prompts; all else must be the same."""
+    first, second = names
+    if field.is_prompt and _plain(first) != _plain(second):
+        if _plain(second) == _plain(field.name):
+            first, second = second, first
+            value, fields[field.name] = fields[field.name], value
+        metadata[second.strip()] = value
+    elif field.is_prompt or fields[field.name] != value:
+        kept = short(fields[field.name])
+        reason = f'"{first}" is {kept} and "{second}" is {short(value)}: both mean {field.name}, keep one.'
+        raise LineError(field.name, reason)
+
+
+def _scheduler(choice: dict[str, Any]) -> Any:
+    """The scheduler that the names of a sampler, a scheduler and a schedule mean together."""
+    sampler, scheduler, schedule = (choice.get(name) for name in ("sampler", "scheduler", "schedule"))
+    if sampler is None or (scheduler is not None and schedule is not None):
+        sampler, scheduler = (scheduler, None) if sampler is None else (sampler, scheduler)
+    if scheduler is not None and schedule is not None and scheduler != schedule:
+        shown = f"{short(scheduler)} and {short(schedule)}"
+        raise LineError("scheduler", f"The schedule is {shown} beside a sampler: keep one of them.")
+    schedule = scheduler if schedule is None else schedule
+    if schedule is None or not all(each is None or isinstance(each, str) for each in (sampler, schedule)):
+        return sampler  # The job's own check reads the name, and says what is wrong with it.
+    try:
+        return str(scheduler_of(sampler, schedule))
+    except InvalidJobError as error:
+        raise LineError("scheduler", str(error)) from None
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,197 @@
+"""One reading for all formats: the same names and values give the same job, or the same refusal, in each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.cli.job_options import given_fields, job_options, option_of
+from producer.ingest.message_templates import JobTemplates
+from producer.ingest.plan import unresolved
+from producer.prompts.fields import near_miss
+from producer.prompts.reader import BadEntry, Entry, read
+from producer.prompts.sources import source
+from worker.contract.errors import InvalidJobError, PromptFileError
+from worker.contract.job import JOB_FIELDS, Job
+
+FORMATS = ("txt", "csv", "semicolons.csv", "tsv", "utf16.csv", "jsonl", "jsonl with texts", "parquet")
+
+#: For each pair of a name and a value the job fields that it means; a text where it is refused.
+CASES: list[tuple[str, Any, Any]] = [
+    ("steps", 20.0, {"steps": 20}),
+    ("steps", "20", {"steps": 20}),
+    ("STEPS", " 20.0 ", {"steps": 20}),
+    ("sampling steps", 20, {"steps": 20}),
+    ("num_inference_steps", 20, {"steps": 20}),
+    ("numInferenceSteps", 20, {"steps": 20}),
+    ("steps", None, {}),
+    ("steps", math.nan, {}),
+    ("steps", "null", {}),
+    ("steps", "NaN", {}),
+    ("steps", "", {}),
+    ("steps", 20.5, "steps"),
+    ("steps", "many", "steps"),
+    ("steps", "9" * 400, "steps"),
+    ("steps", "1e999", "steps"),
+    ("steps", "-1", "steps"),
+    ("seed", -1, {"seed": -1}),
+    ("seed", "-1", {"seed": -1}),
+    ("seed", -1.0, {"seed": -1}),
+    ("seed", -2, "seed"),
+    ("cfg_scale", 7, {"guidance_scale": 7.0}),
+    ("cfg", "7.5", {"guidance_scale": 7.5}),
+    ("CFG Scale", "7.", {"guidance_scale": 7.0}),
+    ("guidance", "1e1", {"guidance_scale": 10.0}),
+    ("guidance_scale", "inf", "guidance_scale"),
+    ("guidance_scale", "1_0", "guidance_scale"),
+    ("negative", "None", {}),
+    ("neg-prompt", "blurry", {"negative_prompt": "blurry"}),
+    ("sampler_name", "Euler a", {"scheduler": "euler_ancestral"}),
+    ("sampler", "DPM++ 2M Karras", {"scheduler": "dpmpp_2m_karras"}),
+    ("scheduler", "DDIMScheduler", {"scheduler": "ddim"}),
+    ("scheduler", "nobody's", "scheduler"),
+    ("model", 15, {"model": "15"}),
+    ("sd_model", "sd-1.5", {"model": "sd-1.5"}),
+    ("metadata", '{"a": [1]}', {"metadata": {"a": [1]}}),
+    ("metadata", "[1]", "metadata"),
+    ("customer", "ann", {"metadata": {"customer": "ann"}}),
+    ("customer", "", {}),
+    ("clip_skip", "2", {"metadata": {"clip_skip": "2"}}),
+    ("stpes", 20, "steps"),
+    ("stpes", None, "steps"),
+    ("guidence_scale", 7, "guidance_scale"),
+    ("captoin", "x", "caption"),
+    ("x" * 50_000, "1", "metadata"),
+]
+
+
+def write(folder: Path, form: str, pairs: dict[str, Any]) -> Path:
+    """A file of one line with these names and values."""
+    texts = {name: "" if value is None else str(value) for name, value in pairs.items()}
+    ending = "csv" if form.endswith("csv") else form.partition(" ")[0]
+    path = folder / f"p.{ending}"
+    if form == "txt":
+        quoted = {name: value.replace('"', '\\"') for name, value in texts.items()}
+        path.write_text(" ".join(f'--{name.replace(" ", "_")} "{value}"' for name, value in quoted.items()))
+    elif ending == "jsonl":
+        path.write_text(json.dumps(pairs if form == "jsonl" else texts))
+    elif ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = {name: [value] for name, value in pairs.items()}
+        parquet.write_table(pyarrow.table(columns), path)
+    else:
+        delimiter = {"semicolons.csv": ";", "tsv": "\t", "utf16.csv": "\t"}.get(form, ",")
+        file = io.StringIO()
+        csv.writer(file, delimiter=delimiter).writerows([texts.keys(), texts.values()])
+        path.write_text(file.getvalue(), encoding="utf-16" if form == "utf16.csv" else "utf-8", newline="")
+    return path
+
+
+def outcome(path: Path, *, extra: bool = False) -> dict[str, Any] | str:
+    """The job fields that are read and that a job takes, or the field that is refused."""
+    try:
+        [entry] = read(source(str(path)), extra=extra)
+    except PromptFileError as error:
+        return str(error)
+    if isinstance(entry, BadEntry):
+        return f"{entry.field}: {entry.reason}"
+    seed = {"seed": 1} if entry.fields.get("seed") in (None, -1) else {}
+    try:
+        templated = JobTemplates(unresolved).fill({**entry.fields, **seed})
+    except InvalidJobError as error:
+        return str(error)
+    return entry.fields | {name: templated.shape[name] for name in ("scheduler",) if name in entry.fields}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("name", "value", "expected"), CASES, ids=lambda value: str(value)[:20])
+def test_a_name_and_a_value_mean_the_same_in_every_format(
+    tmp_path: Path, form: str, name: str, value: Any, expected: Any
+) -> None:
+    found = outcome(write(tmp_path, form, {"prompt": "a cat", name: value}))
+    if isinstance(expected, str):
+        assert isinstance(found, str), found
+        assert expected in found
+        assert len(found) < 600
+    else:
+        assert found == {"prompt": "a cat", **expected}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_several_pairs_means_the_same_in_every_format(tmp_path: Path, form: str) -> None:
+    def found(**pairs: Any) -> Any:
+        return outcome(write(tmp_path, form, pairs))
+
+    # ComfyUI's two columns, and AUTOMATIC1111's: read together.
+    assert found(prompt="x", sampler_name="dpmpp_2m", scheduler="karras")["scheduler"] == "dpmpp_2m_karras"
+    assert found(prompt="x", sampler="DPM++ 2M", schedule_type="Karras")["scheduler"] == "dpmpp_2m_karras"
+    assert "not offered" in found(prompt="x", sampler="DPM++ 2M", schedule_type="Exponential")
+    assert found(caption="a cat") == {"prompt": "a cat"}
+    assert found(text="words", prompt="a cat") == {"prompt": "a cat", "metadata": {"text": "words"}}
+    assert found(prompt="x", cfg=7, cfg_scale=7.0) == {"prompt": "x", "guidance_scale": 7.0}
+    assert "keep one" in found(prompt="x", cfg=7, cfg_scale=8)
+    assert "none" in found(prompt="null", steps=3)
+    assert isinstance(found(prompt="\u200b", steps=3), str)
+    [entry] = read(source(str(write(tmp_path, form, {"prompt": "x", "n_iter": "2", "batch_size": 3.0}))))
+    assert isinstance(entry, Entry)
+    assert (entry.images, entry.fields) == (6, {"prompt": "x"})
+    misspelt = write(tmp_path, form, {"prompt": "x", "stpes": "20"})
+    assert outcome(misspelt, extra=True) == {"prompt": "x", "metadata": {"stpes": "20"}}
+
+
+def test_a_comma_is_a_decimal_point_where_semicolons_part_cells_alone(tmp_path: Path) -> None:
+    pairs = {"prompt": "a cat", "guidance_scale": "7,5"}
+    found = {form: outcome(write(tmp_path, form, pairs)) for form in FORMATS}
+    assert found.pop("semicolons.csv") == {"prompt": "a cat", "guidance_scale": 7.5}
+    assert all("guidance_scale is '7,5'" in str(each) for each in found.values())
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), CASES, ids=lambda value: str(value)[:20])
+def test_a_name_and_a_value_mean_the_same_on_the_command_line(name: str, value: Any, expected: Any) -> None:
+    import click
+
+    field = option_of(name.replace(" ", "_")).replace("-", "_")
+    if field not in JOB_FIELDS:
+        return  # Click refuses what is no option.
+    given: dict[str, Any] = {}
+
+    @click.command(context_settings={"token_normalize_func": option_of})
+    @job_options
+    def command(**options: Any) -> None:
+        given.update(given_fields(options))
+
+    text = "" if value is None else str(value)
+    try:
+        command.main([f"--{name.replace(' ', '_')}", text], standalone_mode=False)
+        given["seed"] = given.get("seed", 1)
+        job = Job.parse({"prompt": "a cat", **given})
+    except (click.UsageError, InvalidJobError):
+        job = None
+    assert (job is None) == isinstance(expected, str)
+    if job is None:
+        return
+    assert {each: getattr(job, each) for each in expected if expected[each] != -1} == {
+        each: value for each, value in expected.items() if value != -1
+    }
+
+
+def test_values_of_parquets_own_types_are_read(tmp_path: Path) -> None:
+    pairs = {"prompt": b"a cat", "steps": Decimal("20.00"), "cfg": Decimal("7.5"), "when": Decimal("1.5")}
+    found = outcome(write(tmp_path, "parquet", pairs))
+    assert found == {"prompt": "a cat", "steps": 20, "guidance_scale": 7.5, "metadata": {"when": "1.5"}}
+
+
+def test_a_near_miss_is_a_letter_or_two_from_a_fields_name_and_no_other_word() -> None:
+    near = {"stpes": "steps", "step": "steps", "seeds": "seed", "promt": "prompt", "heigth": "height"}
+    near |= {"guidence_scale": "guidance_scale", "negativ_promt": "negative_prompt", "smapler": "sampler"}
+    assert {name: near_miss(name) for name in near} == near
+    for word in ("weight", "id", "customer", "tag", "test", "need", "file", "line", "", "x" * 10_000_000):
+        assert near_miss(word) is None

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from worker.contract.job import Job
+from worker.contract.prompt_syntax import only_words, warnings_of
+
+
+@pytest.mark.parametrize(
+    ("prompt", "names"),
+    [
+        ("a (red:1.3) cat", ("(x:1.3)",)),
+        ("a (very red, big : .5 ) cat", ("(x:1.3)",)),
+        ("a cat <lora:pixel:0.8>", ("<lora:...>",)),
+        ("<LoRA:pixel>", ("<lora:...>",)),
+        ("a cat BREAK a dog AND a cow", ("BREAK", "AND")),
+        ("a [cat:dog:0.5]", ("[x:y:0.5]",)),
+        ("a cat, breakfast and a BRAND, (red) [blue], \\(x:1\\), at 10:30", ()),
+    ],
+)
+def test_what_is_only_drawn_as_words_is_named(prompt: str, names: tuple[str, ...]) -> None:
+    assert only_words(prompt) == names
+    assert only_words("x", prompt) == names
+
+
+def test_a_job_gets_one_warning() -> None:
+    [warning] = warnings_of(Job(prompt="a (cat:1.2) AND a dog", negative_prompt="(x:2)"))
+    assert warning == "(x:1.3), AND in the prompt: not supported, and only drawn as words."
+    assert not warnings_of(Job(prompt="a cat and a dog"))
+
+
+def test_it_takes_linear_time() -> None:
+    only_words("(:" * 500_000, "[:1" * 500_000, "<lora:" * 300_000, "(" + ":1" * 500_000)
