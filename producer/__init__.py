@@ -39,8 +39,8 @@ if TYPE_CHECKING:
         UnknownJobError,
         UnknownModelError,
     )
-    from worker.contract.infotext import job_from_image
     from worker.contract.job import Job
+    from worker.contract.metadata.job_from_image import job_from_image
     from worker.contract.record import State
 
 #: The public names. Those of `worker.contract.errors` that only a worker raises are left out.
@@ -80,7 +80,7 @@ _MODULES = {
     "JobResult": "producer.client",
     "Progress": "producer.client",
     "State": "worker.contract.record",
-    "job_from_image": "worker.contract.infotext",
+    "job_from_image": "worker.contract.metadata.job_from_image",
     "submit_file": "producer.ingest.submit_file",
     "submit_job": "producer.client",
 }

@@ -160,7 +160,7 @@ def _plain(text: str) -> str:
 def _job_of(data: bytes) -> Job | None:
     """The job that a picture's infotext describes; None where it has none."""
     from worker.contract.errors import InvalidJobError
-    from worker.contract.infotext import job_from_image
+    from worker.contract.metadata.job_from_image import job_from_image
 
     try:
         return job_from_image(data)

@@ -11,7 +11,6 @@ infotext would not give the same job, the prompts are added once more as JSON, w
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import re
@@ -19,11 +18,13 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import FieldEntry
+from worker.contract.metadata.a1111_text import pairs_of, split
+from worker.contract.metadata.reading import Reading, left_out, number
 from worker.contract.scheduler_names import scheduler_of
 
 #: The keys in the order in which they are written, each with its fields: width and height are one key.
@@ -47,8 +48,32 @@ _SAMPLER = "Sampler"
 _TEXTS = "Texts"
 #: Whose infotext it is: another tool's model and its hash mean nothing here.
 _VERSION, _OURS = "Version", "smallcat"
-#: One `name: value`; a value with a comma or colon is quoted as JSON (modules/infotext_utils.py there).
-_PAIR = re.compile(r'\s*(\w[\w \-/]*): ("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+#: Keys of a schedule beside the sampler.
+_SCHEDULES = ("Schedule type", "Scheduler")
+#: Keys that are read, and keys that say nothing of how the picture was made beside the job's own fields: the
+#: model is the fleet's.
+_READ = frozenset((*(key for key, _ in _KEYS), _VERSION, *_SCHEDULES))
+_HARMLESS = frozenset(
+    each.casefold()
+    for each in (
+        *("Model", "Model hash", "VAE hash", "Hashes", "User", "Created Date", "Date"),
+        *("Batch size", "Batch pos", "Civitai metadata", "Template", "Negative Template", "Wildcard prompt"),
+        *(
+            "Wildcard negative prompt",
+            "Raw prompt",
+            "Raw negative prompt",
+            "Performance",
+            "RNG",
+            "Backend",
+            "App",
+            "Pipeline",
+        ),
+    )
+)
+#: The type of each of Civitai's resources.
+_RESOURCE = re.compile(r'"type": ?"(\w{1,30})"')
+#: What is never part of a prompt that was read rightly.
+_STEPS = re.compile(r"\bSteps: ?\d")
 
 #: What a value is quoted for.
 _SPECIAL = re.compile(r'[,:\n"]')
@@ -72,14 +97,42 @@ def read(text: str) -> Job:
 
     Raises `InvalidJobError` where a value is outside a job's limits.
     """
-    prompt, negative = _texts(text)
-    pairs = _pairs(text.rpartition("\n")[2])
-    is_ours = pairs.get(_VERSION) == _OURS
-    fields: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
+    return Job.parse(read_fields(text).fields)
+
+
+def read_fields(text: str) -> Reading:
+    """What an infotext says. Ours is read as it was written; a text without pairs is a bare prompt.
+
+    Raises `InvalidJobError` where it cannot be read.
+    """
+    for ours in (text, text.rstrip("\0 \r\n"), text.strip("\0 \r\n").replace("\r\n", "\n")):
+        last = ours.rpartition("\n")[2]
+        if last.startswith("Steps: ") and (pairs := pairs_of(last)).get(_VERSION) == _OURS:
+            prompt, negative = _texts(ours)
+            return Reading(_prompts(prompt, negative) | _job_fields(pairs, is_ours=True), is_ours=True)
+    parts = split(text)
+    prompt, negative, pairs = parts or (text, "", {})
+    if _STEPS.search(prompt) or _STEPS.search(negative):
+        raise InvalidJobError(
+            "The infotext has its parameters where the prompt should end, and they cannot be told apart: "
+            'put them on a last line that begins with "Steps: ".'
+        )
+    resources = set(_RESOURCE.findall(pairs.pop("Civitai resources", ""))) - {"checkpoint", "Checkpoint"}
+    left = [f"Civitai resources: {each}" for each in sorted(resources)]
+    left += [each for each in left_out(pairs, _READ, _HARMLESS) if each != "Clip skip: 1"]
+    return Reading(_prompts(prompt, negative) | _job_fields(pairs, is_ours=False), tuple(left))
+
+
+def _prompts(prompt: str, negative: str) -> dict[str, Any]:
+    return {"prompt": prompt, "negative_prompt": negative}
+
+
+def _job_fields(pairs: Mapping[str, str], *, is_ours: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     for key, entries in _KEYS:
         if key in pairs and (is_ours or not entries[0].infotext_ours_only):
-            fields |= _fields(key, entries, pairs)
-    return Job.parse(fields)
+            fields |= _fields(key, entries, pairs, is_ours=is_ours)
+    return fields
 
 
 def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
@@ -93,16 +146,21 @@ def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
     return _quote(entry.a1111_values.get(value, value)) if entry.kind is str else value
 
 
-def _fields(key: str, entries: tuple[FieldEntry, ...], pairs: Mapping[str, str]) -> dict[str, Any]:
+def _fields(
+    key: str, entries: tuple[FieldEntry, ...], pairs: Mapping[str, str], *, is_ours: bool
+) -> dict[str, Any]:
     """The job fields that the value of a key means."""
     text, entry = pairs[key], entries[0]
     if len(entries) > 1:
         return _sizes(key, entries, text) if text else {}
     if entry.kind in (int, float):
-        return {entry.name: _number(entry.kind, key, text)}
+        value = _number(entry.kind, key, text)
+        # -1 is AUTOMATIC1111's way of asking for a random seed.
+        return {} if not is_ours and entry.is_made and value == -1 else {entry.name: value}
     if key == _SAMPLER:
-        # Since AUTOMATIC1111's version 1.9 the schedule has a key of its own beside the sampler.
-        return {entry.name: scheduler_of(text, pairs.get("Schedule type"))} if text else {}
+        # Since AUTOMATIC1111's version 1.9 the schedule has a key of its own; Fooocus has another.
+        schedule = next((pairs[name] for name in _SCHEDULES if name in pairs), None)
+        return {entry.name: scheduler_of(text, schedule)} if text else {}
     if choices := _CHOICES[entry.name]:
         return {entry.name: choices.get(text, text)} if text else {}
     return {entry.name: text}
@@ -115,12 +173,7 @@ def _sizes(key: str, entries: tuple[FieldEntry, ...], text: str) -> dict[str, An
 
 
 def _number(kind: type, key: str, text: str) -> int | float:
-    try:
-        number: int | float = kind(text)
-    except ValueError:
-        shown = text if len(text) <= 40 else f"{text[:37]}..."
-        raise InvalidJobError(f"The infotext has {key}: {shown!r}, which is no number.") from None
-    return number
+    return number(kind, key, text)
 
 
 def _join(job: Job, pairs: Mapping[str, object]) -> str:
@@ -131,11 +184,9 @@ def _join(job: Job, pairs: Mapping[str, object]) -> str:
 
 
 def _texts(text: str) -> tuple[str, str]:
-    """Prompt and negative prompt of an infotext."""
+    """Prompt and negative prompt of an infotext of ours."""
     body, _, last = text.rpartition("\n")
-    if not last.startswith("Steps: "):
-        body, last = text, ""
-    if texts := _pairs(last).get(_TEXTS):
+    if texts := pairs_of(last).get(_TEXTS):
         try:
             prompt, negative = json.loads(texts)
         except (ValueError, TypeError, RecursionError):
@@ -145,53 +196,12 @@ def _texts(text: str) -> tuple[str, str]:
     return prompt[1:], negative if mark else ""
 
 
-def _pairs(line: str) -> dict[str, str]:
-    return {name: _unquote(value) for name, value in _PAIR.findall(line)}
-
-
-def _unquote(value: str) -> str:
-    """What `_quote` quoted; as it stands where another tool's quotes are no JSON."""
-    if not value.startswith('"'):
-        return value
-    try:
-        return str(json.loads(value))
-    except ValueError:
-        return value
-
-
 def _quote(value: str) -> str:
     return json.dumps(value) if _SPECIAL.search(value) or value != value.strip() else value
 
 
-#: Exif's marks for the encoding of a UserComment (CIPA DC-008, 4.6.6); Unicode is UTF-16 in file byte order.
-_UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
-
-
-def job_from_image(data: bytes) -> Job:
-    """The job that the infotext of a picture describes: submitting it gives the same picture.
-
-    `data` is a PNG, WebP or JPEG file with an infotext. Raises `InvalidJobError` without one.
-    """
-    try:
-        text = read_infotext(data)
-    except (OSError, ValueError, SyntaxError) as error:  # What Pillow raises for what it cannot read.
-        raise InvalidJobError(f"That is no picture that can be read: {error}.") from None
-    if text is None:
-        raise InvalidJobError("The picture holds no infotext: it was not made by smallcat, or was edited.")
-    return read(text)
-
-
-def read_infotext(data: bytes) -> str | None:
-    """The infotext inside a PNG, WebP or JPEG; None where there is none."""
-    with Image.open(io.BytesIO(data)) as image:
-        if (text := image.info.get("parameters")) is not None:
-            return str(text)
-        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if not isinstance(comment, bytes):
-        return None
-    if comment.startswith(_UNICODE):
-        return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
-    return comment.removeprefix(_ASCII).decode("utf-8", "replace")
+#: Exif's mark for UTF-16 in a UserComment (CIPA DC-008, 4.6.6).
+_UNICODE = b"UNICODE\0"
 
 
 def exif(infotext: str) -> bytes:

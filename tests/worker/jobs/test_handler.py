@@ -28,9 +28,9 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
-from worker.contract.infotext import read_infotext
 from worker.contract.job import Job
 from worker.contract.message import payload_of
+from worker.contract.metadata.job_from_image import read_infotext
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.engine.engine import Engine

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from worker.contract.choices import ImageFormat
-from worker.contract.infotext import read_infotext
+from worker.contract.metadata.job_from_image import read_infotext
 from worker.engine.runner import Picture
 from worker.jobs.image_file import CONTENT_TYPES, GENERATED, encode
 

@@ -1,0 +1,106 @@
+"""From a picture's file to the job that made it, whichever tool wrote its metadata.
+
+The texts in the file are tried in the order in which tools mean them: infotext or JSON in `parameters` first,
+then InvokeAI's, Exif's and ComfyUI's. Each is read by what it says, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from typing import Any
+
+from worker.contract.errors import InvalidJobError
+from worker.contract.infotext import read_fields
+from worker.contract.job import Job
+from worker.contract.metadata.comfyui import is_graph, read_graph
+from worker.contract.metadata.image_texts import Text, texts_of
+from worker.contract.metadata.json_tools import read_dream, read_json
+from worker.contract.metadata.reading import Reading
+
+#: The order in which texts are tried. Others come last.
+_ORDER = (
+    "parameters",
+    "invokeai_metadata",
+    "sd-metadata",
+    "UserComment",
+    "generation_data",
+    "prompt",
+    "Dream",
+)
+#: What stands before JSON in Exif's tags: ComfyUI's "prompt:{...}".
+_LABEL = re.compile(r"[A-Za-z ]{1,20}: ?(?=\{)")
+#: A line of parameters, also one that cannot be read.
+_PARAMETERS = re.compile(r"\bSteps: ?\d|\bSampler: |\bCFG scale: ")
+
+
+def job_from_image(data: bytes) -> Job:
+    """The job that a picture's metadata describes: submitting it gives the same picture.
+
+    `data` is a PNG, JPEG or WebP file of smallcat, AUTOMATIC1111, Forge, Civitai, Fooocus, SwarmUI, InvokeAI
+    or ComfyUI. Another tool's noise and model are its own: the job has its parameters. What else made the
+    picture, such as a LoRA, is named in a `UserWarning`. Raises `InvalidJobError` where there is nothing to
+    read, or it cannot be read, or it is no text to image.
+    """
+    texts = texts_of(data)
+    order = {name: number for number, name in enumerate(_ORDER)}
+    for text in sorted(texts, key=lambda each: order.get(each.name, len(order))):
+        if (reading := _read(text)) is not None:
+            job = Job.parse(reading.fields)
+            if reading.warning:
+                warnings.warn(reading.warning, UserWarning, stacklevel=2)
+            return job
+    if not texts:
+        raise InvalidJobError("The picture holds no infotext: it was not made by smallcat, or was edited.")
+    names = ", ".join(dict.fromkeys(text.name for text in texts[:20]))
+    raise InvalidJobError(
+        f"The picture's texts ({names}) are not what AUTOMATIC1111, Forge, Civitai, Fooocus, SwarmUI, "
+        "InvokeAI or ComfyUI write: it holds no infotext that can be read."
+    )
+
+
+def read_infotext(data: bytes) -> str | None:
+    """The infotext inside a picture of ours; None where there is none."""
+    texts = {text.name: text.text for text in texts_of(data)}
+    return texts.get("parameters", texts.get("UserComment"))
+
+
+def _read(text: Text) -> Reading | None:
+    """What a text says; None where it is of no tool that is known."""
+    found = text.text
+    if text.is_latin and not found.isascii() and "Version: smallcat" not in found[-1_000:]:
+        found = _as_utf8(found)
+    plain = found.lstrip()
+    if label := _LABEL.match(plain[:40]):
+        plain = plain[label.end() :]
+    if plain.startswith("{") and isinstance(value := _json(plain), dict):
+        return _read_object(value)
+    if text.name == "Dream":
+        return read_dream(found)
+    return read_fields(found) if _PARAMETERS.search(found) else None
+
+
+def _read_object(value: dict[str, Any]) -> Reading | None:
+    """What a JSON object says: a tool's own names, a graph, or one of these inside it."""
+    if isinstance(inner := value.get("extraMetadata"), str) and isinstance(said := _json(inner), dict):
+        return read_json(said)  # Civitai's generator, beside its graph.
+    for name in ("prompt", "graph"):
+        if is_graph(value.get(name)):
+            return read_graph(value[name])
+    return read_graph(value) if is_graph(value) else read_json(value)
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text.strip("\0 \t\r\n\ufeff"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _as_utf8(text: str) -> str:
+    """A text that its format has as Latin-1, where its bytes are UTF-8: some tools write so."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
