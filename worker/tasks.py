@@ -23,12 +23,12 @@ from kombu.asynchronous import get_event_loop
 
 from worker.broker import log_lines, stop_signals, transport
 from worker.broker.event_batches import EventBatches
-from worker.broker.lease import postpone
+from worker.broker.lease import postpone, set_aside_held
 from worker.celery import app
 from worker.contract.errors import (
     EngineStoppedError,
+    InvalidJobError,
     MachineError,
-    NewerMessageError,
     PermanentStorageError,
     QueueError,
     ServiceError,
@@ -64,8 +64,8 @@ T = TypeVar("T")
 STORAGE_CONNECTIONS = 640
 #: Exit code of a worker whose engine was lost, from sysexits.h.
 EX_SOFTWARE = 70
-#: Seconds until a message of a newer version is fetched again, and one that failed for an unknown reason.
-NEWER_DELAY_S, UNKNOWN_DELAY_S = 5.0, 1.0
+#: Seconds until a message that failed for an unknown reason is fetched again.
+UNKNOWN_DELAY_S = 1.0
 #: Seconds between two tries to reach Redis or the bucket at the start.
 START_RETRY_S = 0.5
 #: Packages whose versions a worker announces.
@@ -102,9 +102,10 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
         delay_s = _here().handler.handle(
             payload, request.id, redelivered=bool(request.delivery_info.get("redelivered"))
         )
-    except NewerMessageError as error:
-        logger.error("%s", error)
-        delay_s = NEWER_DELAY_S
+    except InvalidJobError as error:
+        logger.error("Message %s is set aside: %s", ascii(request.id), error)
+        set_aside_held(request.properties["delivery_tag"], str(error), request.id)
+        delay_s = None
     except (MachineError, RedisError) as error:
         logger.info("Message %s goes back to its queue: %s", request.id, first_line(error))
         delay_s = 0.0 if isinstance(error, MachineError) else UNKNOWN_DELAY_S

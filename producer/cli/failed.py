@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from producer.client import JobHandle, JobResult, submit_job
 from producer.session import session
@@ -14,6 +14,9 @@ from worker.contract.record import State
 
 if TYPE_CHECKING:
     from worker.state.failures import Failure
+
+#: Characters that are shown of a message that no worker can read.
+_SHOWN: Final = 200
 
 
 def find(
@@ -100,6 +103,37 @@ def lines(record: JobResult) -> list[str]:
         ended = f"{each.error_type}: {each.error}" if each.error_type else "its worker died or fell silent"
         shown.append(f"attempt {each.attempt}  {when} on {each.worker}: {ended}")
     return shown
+
+
+def unreadable() -> list[dict[str, Any]]:
+    """The messages from which no worker could read a job, the latest first, as JSON. Raises `QueueError`."""
+    now = session()
+    with now.queue_errors():
+        found = now.failures.unreadable()
+    return [each._asdict() | {"message": each.message.decode(errors="backslashreplace")} for each in found]
+
+
+def parked() -> list[dict[str, Any]]:
+    """How many messages wait for a worker of a newer version, as JSON. Raises `QueueError`."""
+    now = session()
+    with now.queue_errors():
+        found = now.failures.parked()
+    return [
+        {"queue": queue, "version": version, "messages": count} for (queue, version), count in found.items()
+    ]
+
+
+def unreadable_lines() -> Iterator[str]:
+    """What `unreadable` and `parked` return, for a terminal: what others wrote is escaped."""
+    for each in unreadable():
+        at = each["at"]
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if at else "unknown time"
+        start = ascii(each["message"][:_SHOWN])[1:-1]
+        yield f"{when}  {ascii(each['queue'])[1:-1]}  {ascii(each['reason'])[1:-1]} ({each['size']:,} bytes)"
+        yield f"  {start}{'...' if each['size'] > _SHOWN else ''}"
+    for each in parked():
+        queue = ascii(each["queue"])[1:-1]
+        yield f"{queue}  {each['messages']:,} messages of version {each['version']} wait for a newer worker"
 
 
 def _unknown(job_id: str) -> UnknownJobError:

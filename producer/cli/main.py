@@ -221,10 +221,24 @@ def _failed_options(command: F) -> F:
 
 @failed.command("list")
 @_failed_options
-def failed_list(job_ids: tuple[str, ...], error_type: str | None, run: str | None, as_json: bool) -> None:
+@click.option(
+    "--unreadable", "of_messages", is_flag=True, help="Messages from which no worker could read a job."
+)
+def failed_list(
+    job_ids: tuple[str, ...], error_type: str | None, run: str | None, of_messages: bool, as_json: bool
+) -> None:
     """List failed jobs, the latest first."""
-    from producer.cli.failed import find, line, select
+    from producer.cli.failed import find, line, parked, select, unreadable, unreadable_lines
 
+    if of_messages:
+        if job_ids or error_type or run:
+            raise click.UsageError("--unreadable lists messages: leave out ids, --error and --run.")
+        if as_json:
+            _print_json({"unreadable": unreadable(), "parked": parked()})
+            return
+        for each in unreadable_lines():
+            click.echo(each)
+        return
     if as_json:
         records = select(job_ids, error_type=error_type, run=run)
         _print_json([record.model_dump(mode="json") for record in records])

@@ -10,14 +10,16 @@ from PIL import Image
 
 from tests.faults.app_names import MARKS
 from tests.faults.harness import FaultWorker, Ground, slots, wait_until
-from tests.faults.runner import pixel_of
+from tests.faults.runner import SERVED, pixel_of
+from worker.contract.queues import SEPARATOR, queues_of
 from worker.contract.record import JobRecord
 
 #: Keys without an expiry, and whose they are.
 OWNED = {
     "_kombu.binding": "kombu: the bindings of its queues",
     "faults:": "these tests",
-    "smallcat:undecodable": "whoever reads the messages that no worker can read",
+    "smallcat:parked": "workers of a newer version",
+    f"{queues_of(SERVED)[0]}{SEPARATOR}0{SEPARATOR}v": "likewise",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import json
 import pickle
 import uuid
@@ -15,13 +16,13 @@ from hypothesis import strategies as st
 
 from producer import submit_job
 from tests.faults import oracle
-from tests.faults.harness import Ground, wait_until
+from tests.faults.harness import ROOT, Ground, wait_until
 from tests.faults.runner import SERVED
-from worker.broker.transport import UNACKED, UNACKED_INDEX
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import TASK, payload_of
-from worker.contract.queues import queue_of, queues_of
+from worker.contract.queues import PARKED, parked_list_of, queue_of, queues_of
+from worker.state.failures import Failures
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
@@ -232,32 +233,93 @@ def calm_keys(ground: Ground) -> list[bytes]:
         return list(client.scan_iter())
 
 
-def test_a_message_of_a_newer_version_waits_untouched(calm: Ground) -> None:
-    """The worker logs it, and fetches it again after 5 seconds, not at once."""
-    job = calm.job()
-    body = arguments({**payload_of(job), "version": 99, "unknown": "field"})
-    newer = envelope(body, id=f"{job.id}-newer")
-    worker = calm.workers[0]
-    push(calm, newer)
-    tag = json.loads(newer)["properties"]["delivery_tag"]
-    try:
-        # Fetched twice: once, and once more after the delay.
-        wait_until("second fetch", lambda: calm.journal.count("take")[job.id] == 2)
-        fetches = [
-            event.at_s for event in calm.journal.events() if (event.what, event.job) == ("take", job.id)
-        ]
-        assert fetches[1] - fetches[0] > 4
-        assert "version 99" in worker.output()
-        assert "update it" in worker.output()
-        wait_until("at rest", lambda: calm.journal.count("leave")[job.id] == 2)
-        with calm.redis as client:
-            held = json.loads(client.hget(UNACKED, tag))[0]
-        assert base64.b64decode(held["body"]) == body
-        assert not calm.redis.exists(f"smallcat:job:{job.id}")
-        # Others are served meanwhile.
-        ids = calm.submit(5)
-        calm.journal.wait_for("put", ids)
-    finally:
-        with calm.redis as client:
-            client.delete(UNACKED, UNACKED_INDEX, QUEUE)
-    assert queue_of(job) == QUEUE
+def aside(ground: Ground) -> dict[str, str]:
+    """The messages that were set aside, with the reason of each."""
+    with ground.redis as client:
+        found = Failures(client).unreadable()
+    return {each.message.decode(errors="replace"): each.reason for each in found}
+
+
+def with_properties(message: str, **properties: Any) -> str:
+    """The message with other properties."""
+    found = json.loads(message)
+    found["properties"] |= properties
+    return json.dumps(found)
+
+
+#: What an otherwise ordinary message of a job can ask of Celery, by where it stands: header, option of the
+#: body, property.
+FEATURES: dict[str, dict[str, Any]] = {
+    "chain": {"header": json.loads((ROOT / "tests" / "faults" / "chain.json").read_text())},
+    "chain in the body": {"option": {"chain": "x"}},
+    "callbacks": {"option": {"callbacks": [{"task": TASK, "args": [], "options": {"queue": "prey"}}]}},
+    "errbacks": {"option": {"errbacks": [{"task": TASK, "args": [], "options": {"queue": "prey"}}]}},
+    "eta": {"header": {"eta": "2036-01-01T00:00:00+00:00"}},
+    "expires": {"header": {"expires": "2001-01-01T00:00:00+00:00"}},
+    "timelimit": {"header": {"timelimit": [0.001, 0.001]}},
+    "group": {"header": {"group": "g", "group_index": 1}},
+    "stamps": {"header": {"stamped_headers": ["a"], "stamps": {"a": 1}}},
+    "compression": {"header": {"compression": "application/x-bzip2"}},
+    "another encoding": {"property": {"body_encoding": "rot13"}},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_of_celery_is_no_way_into_a_worker(calm: Ground, name: str) -> None:
+    """21 such messages stopped a worker for good, or made it publish, or filled its memory."""
+    feature = FEATURES[name]
+    made = []
+    for _ in range(21):
+        job = calm.job()
+        body = json.dumps([[payload_of(job)], {}, feature.get("option", {})]).encode()
+        if name == "compression":
+            body = bz2.compress(b" " * 10**9 if len(made) == 20 else b" " * 10**6)
+        message = envelope(body, id=f"{job.id}-x", **feature.get("header", {}))
+        made.append(with_properties(message, **feature.get("property", {})))
+    before = resident(calm)
+    push(calm, *made)
+    calm.submit(3)
+    oracle.settle(calm)
+    reasons = aside(calm)
+    assert set(made) <= set(reasons)
+    assert all(reasons[each].startswith("it") for each in made)
+    assert resident(calm) - before < 50_000_000
+    with calm.redis as client:
+        assert not client.exists("prey")
+    oracle.no_slot_is_lost(calm, *calm.workers)
+
+
+def resident(ground: Ground) -> int:
+    """Bytes of memory of the worker."""
+    lines = Path(f"/proc/{ground.workers[0].pid}/status").read_text().splitlines()
+    [size] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return int(size) * 1024
+
+
+def test_metadata_is_what_the_caller_said_whatever_kombu_makes_of_it(calm: Ground) -> None:
+    metadata = {"a": {"__type__": "uuid", "__value__": "no"}, "b": {"__type__": "datetime", "__value__": 1}}
+    [job_id] = calm.submit(1, metadata=metadata)
+    oracle.settle(calm)
+    record = (calm.images / job_id[:2] / f"{job_id}.json").read_bytes()
+    assert json.loads(record)["job"]["metadata"] == metadata
+
+
+def test_a_message_of_a_newer_version_waits_where_a_worker_that_reads_it_looks(calm: Ground) -> None:
+    """However many there are, they are looked at once each, and keep nobody from work."""
+    jobs = [calm.job() for _ in range(500)]
+    bodies = [arguments({**payload_of(job), "version": 2, "unknown": "field"}) for job in jobs]
+    made = [envelope(body, id=f"{job.id}-newer") for job, body in zip(jobs, bodies, strict=True)]
+    where = parked_list_of(QUEUE, 0, 2)
+    with calm.redis as client:
+        try:
+            push(calm, *made)
+            calm.submit(5)
+            oracle.settle(calm)
+            assert client.lrange(where, 0, -1) == made[::-1]
+            assert client.smembers(PARKED) == {where}
+            assert not client.exists(*(f"smallcat:job:{job.id}" for job in jobs))
+            assert calm.workers[0].output().count("of version 2") == 1
+            assert "update it" in calm.workers[0].output()
+        finally:
+            client.delete(where, PARKED)
+    assert queue_of(jobs[0]) == QUEUE

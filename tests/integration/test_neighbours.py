@@ -29,8 +29,8 @@ from worker.broker.transport import (
     OLD_UNACKED_INDEX,
     UNACKED,
     UNACKED_INDEX,
-    UNDECODABLE,
 )
+from worker.contract.queues import PARKED, UNDECODABLE
 
 #: A test may start several workers, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(180)
@@ -215,7 +215,7 @@ def store(valkey: ValkeyProcess) -> Iterator[redis.Redis]:
 
 
 def _adoption(lease_s: float) -> Adoption:
-    return Adoption(Layout(UNACKED, UNACKED_INDEX, UNDECODABLE, "", tuple(range(10))), lease_s)
+    return Adoption(Layout(UNACKED, UNACKED_INDEX, UNDECODABLE, PARKED, "", tuple(range(10))), lease_s)
 
 
 def test_only_what_is_ours_is_adopted_and_only_after_the_earlier_lease(store: redis.Redis) -> None:

@@ -25,13 +25,25 @@ import pytest
 import redis
 from kombu import Connection, Consumer, Queue
 
+from tests.integration.transport_app import read_any
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
-from worker.broker import lease, transport
+from worker.broker import channel, lease, transport
+from worker.broker.channel import MAX_READ
 from worker.broker.lease import postpone
+from worker.broker.moves import KEPT_BYTES
 from worker.broker.scripts import EXPIRED, FETCH, MOVE, RENEW
-from worker.broker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE, broker_url, transport_options
+from worker.broker.transport import (
+    UNACKED,
+    UNACKED_INDEX,
+    UNDECODABLE_TTL_S,
+    broker_url,
+    transport_options,
+)
+from worker.contract.queues import UNDECODABLE
 
 LEASE_S = 1.0
+#: Keys and arguments of a fetch from the queue "q".
+FETCH_ONE = (UNACKED, UNACKED_INDEX, UNDECODABLE, "q", 1_000, 60, 10, 1_000, "why", '"q"')
 #: A worker process takes seconds to start on a busy machine, and a test may start four.
 pytestmark = pytest.mark.timeout(120)
 
@@ -54,7 +66,9 @@ class Party:
     """A consumer in this process, and the messages that reached it."""
 
     def __init__(self, url: str, *queues: str, prefetch: int = 0, **options: Any) -> None:
-        settings = transport_options(LEASE_S) | {"unacked_restore_interval": 0.2} | options
+        settings = (
+            transport_options(LEASE_S) | {"unacked_restore_interval": 0.2, "reader": read_any} | options
+        )
         self.connection = Connection(broker_url(url), transport_options=settings)
         self.channel: Any = self.connection.channel()
         self.channel.basic_qos(0, prefetch, False)
@@ -211,7 +225,7 @@ def test_importing_the_module_does_not_import_redis() -> None:
 def test_a_fetch_registers_what_it_pops(client: redis.Redis) -> None:
     raw = json.dumps(message())
     client.lpush("q", raw)
-    index, fetched, tag = client.eval(FETCH, 4, UNACKED, UNACKED_INDEX, UNDECODABLE, "q", '"q"')  # type: ignore[misc]
+    index, fetched, tag = client.eval(FETCH, 4, *FETCH_ONE)  # type: ignore[misc]
     assert (index, fetched.decode()) == (0, raw)
     assert client.llen("q") == 0
     assert json.loads(client.hget(UNACKED, tag)) == [json.loads(raw), "", "q"]  # type: ignore[arg-type]
@@ -225,7 +239,7 @@ def test_a_message_that_cannot_be_registered_stays_in_its_queue(client: redis.Re
     raw = json.dumps(message()).encode()
     client.lpush("q", raw)
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
-        client.eval(FETCH, 4, UNACKED, UNACKED_INDEX, UNDECODABLE, "q", '"q"')
+        client.eval(FETCH, 4, *FETCH_ONE)
     assert client.lrange("q", 0, -1) == [raw]
     client.delete(broken)
     assert settled(client)()
@@ -387,7 +401,8 @@ def test_one_message_can_be_fetched_without_consuming(
 
 def test_a_queue_without_acknowledgements_holds_nothing(server: Server, client: redis.Redis) -> None:
     publish(server, "reply")
-    with Connection(broker_url(server.url), transport_options=transport_options()) as connection:
+    settings = transport_options() | {"reader": read_any}
+    with Connection(broker_url(server.url), transport_options=settings) as connection:
         got: list[Any] = []
         with Consumer(connection.channel(), [Queue("q")], on_message=got.append, no_ack=True):
             connection.drain_events(timeout=1)
@@ -410,23 +425,31 @@ def test_a_fetch_on_its_way_is_given_back_when_consuming_ends(
     assert not consumer.messages
 
 
-def task(body: str, **headers: Any) -> bytes:
-    """A message with the headers of a Celery task."""
-    envelope = message(body) | {"headers": {"task": "probe", "id": "1", **headers}}
-    return json.dumps(envelope | {"content-type": "application/json"}).encode()
+def found_aside(client: redis.Redis) -> list[bytes]:
+    """The messages that were set aside, each with a reason."""
+    found = []
+    for entry in client.lrange(UNDECODABLE, 0, -1):  # type: ignore[union-attr]
+        head, _, raw = entry.partition(b"\n")
+        assert json.loads(head)["reason"]
+        found.append(raw)
+    return found
+
+
+def test_the_list_of_what_was_set_aside_is_bounded(
+    client: redis.Redis, party: Callable[..., Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways into it: the fetch's own, and that of a message that was registered."""
+    monkeypatch.setattr(channel, "UNDECODABLE_MAX", 5)
+    monkeypatch.setattr(lease, "UNDECODABLE_MAX", 5)
+    for number in range(20):
+        client.lpush("q", f"no json {number}", json.dumps(message(body_encoding="rot13")))
+    client.lpush("q", json.dumps(message("good")))
+    assert party().drain(1)[0].payload == "good"
+    wait_until("set aside", lambda: client.hlen(UNACKED) == 1)
+    assert client.llen(UNDECODABLE) == 5
 
 
 NONSENSE = [
-    task("[[], {}, {}]", id=None),
-    task("[[], {}, {}]", task=None),
-    task("[[], {}, {}]", root_id=5),
-    task("[[], 5, null]"),
-    task("[[], {}, 186]"),
-    task("[[], {}, []]"),
-    task('["x", {}, null]'),
-    task('{"a": 1, "b": 2, "c": 3}'),
-    task("[[], {}]"),
-    task("no json"),
     b"\xff\xfe\x00",
     b"",
     b"no json",
@@ -441,7 +464,7 @@ NONSENSE = [
     b'{"properties": {"delivery_tag": "\xde"}}',
     b"[" * 100_000,
     json.dumps(message() | {"headers": ["compression"]}).encode(),
-    json.dumps(message() | {"headers": {"task": "probe", "id": "1", "shadow": [None]}}).encode(),
+    b" " * (MAX_READ + 1),
     json.dumps(message(body_encoding="rot13")).encode(),
     json.dumps(message("abc", body_encoding="base64")).encode(),
     json.dumps(message()).encode().replace(b'"x"', b'"\xff"'),
@@ -456,7 +479,8 @@ def test_messages_that_nobody_can_read_are_set_aside(
     client.lpush("q", json.dumps(message("good")))
     assert party().drain(1)[0].payload == "good"
     wait_until("set aside", lambda: client.llen(UNDECODABLE) == len(NONSENSE))
-    assert set(client.lrange(UNDECODABLE, 0, -1)) == set(NONSENSE)  # type: ignore[arg-type]
+    assert set(found_aside(client)) == {raw[:KEPT_BYTES] for raw in NONSENSE}
+    assert 0 < client.ttl(UNDECODABLE) <= UNDECODABLE_TTL_S
     assert client.hlen(UNACKED) == 1
 
 
@@ -593,7 +617,7 @@ def test_an_entry_that_nobody_can_read_is_set_aside(client: redis.Redis, party: 
     client.zadd(UNACKED_INDEX, {"tag": 1, "index without an entry": 1})
     party()
     wait_until("swept", settled(client))
-    assert client.lrange(UNDECODABLE, 0, -1) == [b"\xff nonsense"]
+    assert found_aside(client) == [b"\xff nonsense"]
 
 
 def test_closing_gives_back_in_order(client: redis.Redis, party: Callable[..., Party]) -> None:

@@ -27,43 +27,36 @@ from typing import Any, Final
 
 import redis.exceptions
 from kombu.transport import redis as stock
-from kombu.utils.json import loads
 
 from worker.broker.bindings import OwnNames
+from worker.broker.job_message import MALFORMED, UNREGISTERED, log_parked, log_set_aside, read_message
 from worker.broker.layout import Layout, json_name
 from worker.broker.lease import Held, Lease, lease_of_process
-from worker.broker.malformed import MALFORMED, refuse_malformed_task
+from worker.broker.moves import KEPT_BYTES
+from worker.broker.poller import CHECK_AGAIN_S, Poller
 from worker.broker.qos import QoS
 from worker.broker.scripts import FETCH
-from worker.broker.transport import LEASE_S, UNACKED, UNACKED_INDEX, UNDECODABLE, open_steps
-from worker.contract.queues import list_of
+from worker.broker.transport import (
+    LEASE_S,
+    UNACKED,
+    UNACKED_INDEX,
+    UNDECODABLE_MAX,
+    UNDECODABLE_TTL_S,
+    open_steps,
+)
+from worker.contract.errors import NewerMessageError
+from worker.contract.job import FORMAT_VERSION
+from worker.contract.message import message_id_in
+from worker.contract.queues import PARKED, UNDECODABLE, list_of, parked_list_of
 from worker.contract.refusals import refusal_log
 
 logger = logging.getLogger("smallcat.transport")
 
-#: Seconds until empty lists are checked again, in case a change went unnoticed, or the connection is dead.
-#: Also the pause after a fetch that Redis refused.
-CHECK_AGAIN_S: Final = 1.0
+#: Bytes of a message that is read at all, whatever its version: room for what later versions send.
+MAX_READ: Final = 1_000_000
 
 #: Result of reading from the consuming connection when Redis reports that a list changed.
 CHANGED: Final = object()
-
-
-class Poller(stock.MultiChannelPoller):
-    """kombu's poller, with the fetch in the place of BRPOP."""
-
-    def _register(self, channel: Channel, client: Any, type: str) -> None:  # noqa: A002 -- kombu's name
-        super()._register(channel, client, type)
-        if type == "BRPOP":
-            channel.track()
-
-    def _register_BRPOP(self, channel: Channel) -> None:  # noqa: N802 -- kombu's name
-        super()._register_BRPOP(channel)
-        channel.fetch_if_due()
-
-    def get(self, callback: Any, timeout: float | None = None) -> Any:
-        """Wait for one event, but no longer than until empty lists are due to be checked again."""
-        return super().get(callback, CHECK_AGAIN_S if timeout is None else min(timeout, CHECK_AGAIN_S))
 
 
 class Stage(enum.Enum):
@@ -79,6 +72,9 @@ class Channel(OwnNames):
     """kombu's Redis channel; what it fetches is in a queue or registered as held at every instant."""
 
     QoS = QoS
+    #: How a message is read, as `read_message`.
+    reader: Any = staticmethod(read_message)
+    from_transport_options: Any = (*stock.Channel.from_transport_options, "reader")
     visibility_timeout: Any = LEASE_S
     unacked_restore_interval = 2
     unacked_restore_limit: Any = 1000
@@ -123,7 +119,7 @@ class Channel(OwnNames):
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         """Fetch one message now, or None."""
-        lists = [(queue, self._key(queue, priority)) for priority in self.priority_steps]
+        lists = [each for step in self.priority_steps for each in self._at(queue, step)]
         self.acknowledging = self.acknowledging or not no_ack
         with self._plain_client() as client:
             while reply := client.execute_command(*self._fetch_command(lists, no_ack=no_ack)):
@@ -195,6 +191,7 @@ class Channel(OwnNames):
             unacked=prefix + UNACKED,
             index=prefix + UNACKED_INDEX,
             undecodable=prefix + UNDECODABLE,
+            parked=prefix + PARKED,
             prefix=prefix,
             priority_steps=tuple(self.priority_steps),
         )
@@ -236,7 +233,7 @@ class Channel(OwnNames):
             return
         self._steps = self._open_steps()
         # Priority before queue: the most urgent message of all queues is next.
-        self._lists = [(queue, self._key(queue, step)) for step in self._steps for queue in queues]
+        self._lists = [each for step in self._steps for queue in queues for each in self._at(queue, step)]
         # Stays set: kombu drops a connection that is readable without it.
         self._in_poll = self.client.connection
         self._send(Stage.FETCHING, *self._fetch_command(self._lists))
@@ -246,10 +243,13 @@ class Channel(OwnNames):
         keys += [key for _, key in lists]
         unacknowledged = {queue for queue, (no_ack_queue, _) in self._receivers.items() if no_ack_queue}
         names = ["" if no_ack or queue in unacknowledged else json_name(queue) for queue, _ in lists]
-        return ("EVAL", FETCH, len(keys), *keys, *names)
+        limits = (MAX_READ, UNDECODABLE_TTL_S, UNDECODABLE_MAX, KEPT_BYTES, UNREGISTERED)
+        return ("EVAL", FETCH, len(keys), *keys, *limits, *names)
 
-    def _key(self, queue: str, priority: int) -> str:
-        return f"{self.global_keyprefix}{list_of(queue, priority)}"
+    def _at(self, queue: str, priority: int) -> list[tuple[str, str]]:
+        """Where messages of a priority wait: first those that older workers put aside for this version."""
+        names = [parked_list_of(queue, priority, version) for version in range(2, FORMAT_VERSION + 1)]
+        return [(queue, f"{self.global_keyprefix}{name}") for name in (*names, list_of(queue, priority))]
 
     def _plain_client(self) -> Any:
         """A client that leaves keys alone: here they are complete."""
@@ -321,15 +321,18 @@ class Channel(OwnNames):
         """Decode a fetched message and hold it, or set it aside and return None."""
         if tag:
             self.lease.hold(tag.decode(), Held(self.qos, raw, queue))
-        try:
-            if tag is None:
-                raise ValueError("it is not JSON with a delivery tag")
-            message = self.Message(loads(raw), channel=self)
-            refuse_malformed_task(message)
-            return message
-        except Exception as error:  # noqa: BLE001 -- whatever is wrong is wrong with the message
-            self._set_aside(queue, tag, error)
+        if tag is None:  # The fetch has set it aside.
+            log_set_aside(queue, self.layout, UNREGISTERED)
             return None
+        try:
+            return self.reader(raw, queue, tag.decode(), self)
+        except NewerMessageError as error:
+            if tag:
+                self.lease.park(tag.decode(), error.version)
+            log_parked(self.layout, error)
+        except Exception as error:  # noqa: BLE001 -- whatever is wrong is wrong with the message
+            self._set_aside(queue, tag, error, message_id_in(raw))
+        return None
 
     def _receive_message(self, queue: str, raw: bytes, tag: bytes | None) -> None:
         message = self._read_message(queue, raw, tag)
@@ -345,20 +348,17 @@ class Channel(OwnNames):
         except MALFORMED as error:
             if no_ack:
                 raise
-            self._set_aside(queue, tag, error)
+            self._set_aside(queue, tag, error, message_id_in(raw))
         except BaseException:
             # It never reached the pool.
             if tag:
                 self.lease.requeue(tag.decode(), first=True)
             raise
 
-    def _set_aside(self, queue: str, tag: bytes | None, error: Exception) -> None:
+    def _set_aside(self, queue: str, tag: bytes | None, error: Exception, message_id: str = "") -> None:
         if tag:
-            self.lease.set_aside(tag.decode())
-        logger.error(
-            "A message in queue %r cannot be read and is set aside in %r: %s: %.200s",
-            queue, self.layout.undecodable, type(error).__name__, error,
-        )  # fmt: skip
+            self.lease.set_aside(tag.decode(), str(error) or type(error).__name__, message_id)
+        log_set_aside(queue, self.layout, error)
 
 
 class Transport(stock.Transport):

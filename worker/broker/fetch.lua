@@ -1,7 +1,9 @@
 -- Pops the next message and registers it as held: both or neither.
 --
 -- KEYS     hash of held messages, their index, list of unreadable messages, then the lists in fetching order
--- ARGV     for each of those lists its queue as JSON, or '' where messages are not acknowledged
+-- ARGV     bytes of a message at most, seconds that the list of unreadable messages stays, how many it has at
+--          most, bytes kept of each, why; then for each of the lists its queue as JSON, or '' where messages
+--          are not acknowledged
 -- Returns  {number of the list from 0, message, delivery tag}; the tag is null for a message that was moved
 --          to the list of unreadable ones; {} when all lists are empty
 --
@@ -12,14 +14,20 @@
 for i = 4, #KEYS do
   local raw = redis.call('RPOP', KEYS[i])
   if raw then
-    local queue = ARGV[i - 3]
+    local queue = ARGV[i + 2]
     if queue == '' then
       return {i - 4, raw, ''}
     end
-    local read, tag = pcall(function() return cjson.decode(raw).properties.delivery_tag end)
+    local read, tag = pcall(function()
+      return #raw <= tonumber(ARGV[1]) and cjson.decode(raw).properties.delivery_tag
+    end)
     if not read or type(tag) ~= 'string' or not string.find(tag, '^[!-~]+$') then
-      redis.call('LPUSH', KEYS[3], raw)
-      return {i - 4, raw, false}
+      local head = cjson.encode({at = tonumber(now()), queue = cjson.decode('[' .. queue .. ']')[1],
+                                 reason = ARGV[5], bytes = #raw})
+      redis.call('LPUSH', KEYS[3], head .. '\n' .. string.sub(raw, 1, ARGV[4]))
+      redis.call('LTRIM', KEYS[3], 0, ARGV[3] - 1)
+      redis.call('EXPIRE', KEYS[3], ARGV[2])
+      return {i - 4, '', false}
     end
     local done = redis.pcall('ZADD', KEYS[2], now(), tag)
     if type(done) == 'number' then

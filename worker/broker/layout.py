@@ -24,6 +24,8 @@ class Layout:
     index: str
     #: List of messages that no worker can read.
     undecodable: str
+    #: Set of the lists where messages of newer versions wait.
+    parked: str
     #: `global_keyprefix`, for the queues.
     prefix: str
     #: Lowest priority value of each list, ascending.

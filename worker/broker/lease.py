@@ -30,15 +30,26 @@ from redis.exceptions import RedisError
 
 from worker.broker.adoption import Adoption
 from worker.broker.layout import Layout
-from worker.broker.moves import LAST, NEXT, Move, given_back, restored, set_aside
-from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW
-from worker.broker.transport import alive
+from worker.broker.moves import LAST, NEXT, Move, Parked, SetAside, given_back, parked, restored, set_aside
+from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW, SET_ASIDE
+from worker.broker.transport import UNDECODABLE_MAX, UNDECODABLE_TTL_S, alive, unreadable
 from worker.contract.refusals import code_of, refusal_log
 
 logger = logging.getLogger("smallcat.transport")
 
 #: Seconds for which a closing channel, and an ending process, wait until Redis has answered.
 FLUSH_S: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A message that comes back after a while."""
+
+    delay_s: float
+
+
+#: What is to be done with a message that is no longer held: None is an acknowledgement.
+Unsent = Move | SetAside | Parked | Wait | None
 
 #: Seconds until a command that Redis did not answer is sent again.
 RETRY_S: Final = 0.25
@@ -55,13 +66,6 @@ class Held:
     queue: str
     #: Seconds until it may be fetched again, once it is given back by `requeue`.
     delay_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Wait:
-    """A message that comes back after a while."""
-
-    delay_s: float
 
 
 class Lease:
@@ -90,8 +94,8 @@ class Lease:
         self._changed = threading.Condition()
         self._consumers: set[object] = set()
         self._held: dict[str, Held] = {}
-        #: What Redis has not yet answered, by delivery tag: a move, a delay, or None for an acknowledgement.
-        self._unsent: dict[str, Move | Wait | None] = {}
+        #: What Redis has not yet answered, by delivery tag.
+        self._unsent: dict[str, Unsent] = {}
         self._expired: set[str] = set()
         self._thread: threading.Thread | None = None
         self._renewed_at: float | None = None
@@ -123,10 +127,13 @@ class Lease:
         return len(self._held)
 
     def acknowledge(self, tag: str) -> None:
-        """The message is done with: the acknowledgement is sent until Redis answers."""
+        """The message is done with: the acknowledgement is sent until Redis answers.
+
+        One that was set aside or parked just before is on its way already.
+        """
         with self._changed:
-            self._held.pop(tag, None)
-            self._enqueue({tag: None})
+            if self._held.pop(tag, None) is not None or tag not in self._unsent:
+                self._enqueue({tag: None})
 
     def postpone(self, tag: str, delay_s: float) -> None:
         """Let the message wait for `delay_s` seconds, once it is given back by `requeue`."""
@@ -144,12 +151,19 @@ class Lease:
                 return
             self._give_back([tag], NEXT if first else LAST)
 
-    def set_aside(self, tag: str) -> None:
+    def set_aside(self, tag: str, reason: str, message_id: str = "") -> None:
         """Move a message that this worker cannot read to where a person sees it."""
         with self._changed:
             held = self._held.pop(tag, None)
             if held is not None and held.raw is not None:
-                self._enqueue({tag: set_aside(self._layout, held.raw)})
+                self._enqueue({tag: set_aside(held.raw, reason, held.queue, message_id)})
+
+    def park(self, tag: str, version: int) -> None:
+        """Move a message of a newer version to where workers that read it look."""
+        with self._changed:
+            held = self._held.pop(tag, None)
+            if held is not None and held.raw is not None:
+                self._enqueue({tag: parked(self._layout, held.raw, held.queue, version)})
 
     def orphan(self, owner: object) -> None:
         """The owner's connection is lost: its messages stay with the process."""
@@ -188,7 +202,7 @@ class Lease:
             if held is not None and held.raw is not None:
                 self._enqueue({tag: given_back(self._layout, held.raw, held.queue, push)})
 
-    def _enqueue(self, unsent: Mapping[str, Move | Wait | None]) -> None:
+    def _enqueue(self, unsent: Mapping[str, Unsent]) -> None:
         self._unsent.update(unsent)
         self._ensure_thread()
         self._changed.notify_all()
@@ -242,6 +256,10 @@ class Lease:
         if not unsent:
             return
         done = [tag for tag, move in unsent.items() if move is None]
+        for move in unsent.values():
+            if isinstance(move, SetAside):
+                # First: a message is not gone while its job's record says that it is queued.
+                unreadable(move.id, move.reason)
         pipeline = client.pipeline(transaction=True)
         if done:
             pipeline.zrem(self._layout.index, *done)
@@ -309,9 +327,20 @@ class Lease:
         return recent and now >= self._sweep_not_before
 
 
-def _queue_move(pipeline: Any, held: Layout, tag: str | bytes, score: str | bytes, move: Move) -> None:
-    keys = [held.index, held.unacked, *move.keys]
-    pipeline.eval(MOVE, len(keys), *keys, tag, score, move.push, move.message)
+def _queue_move(
+    pipeline: Any, layout: Layout, tag: str | bytes, score: str | bytes, move: Move | SetAside | Parked
+) -> None:
+    held = (layout.index, layout.unacked)
+    match move:
+        case Move():
+            keys = [*held, *move.keys]
+            pipeline.eval(MOVE, len(keys), *keys, tag, score, move.push, move.message)
+        case SetAside():
+            limits = (UNDECODABLE_TTL_S, UNDECODABLE_MAX)
+            pipeline.eval(SET_ASIDE, 3, *held, layout.undecodable, tag, score, move.entry, *limits)
+        case Parked():
+            pipeline.sadd(layout.parked, move.key)
+            pipeline.eval(MOVE, 3, *held, move.key, tag, score, LAST, move.message)
 
 
 _leases: dict[tuple[object, ...], Lease] = {}
@@ -337,6 +366,13 @@ def postpone(delivery_tag: str, delay_s: float) -> None:
     with _leases_lock:
         for lease in _leases.values():
             lease.postpone(delivery_tag, delay_s)
+
+
+def set_aside_held(delivery_tag: str, reason: str, message_id: str) -> None:
+    """Set a message aside that this process holds: its job cannot be read. Celery may acknowledge it then."""
+    with _leases_lock:
+        for lease in _leases.values():
+            lease.set_aside(delivery_tag, reason, message_id)
 
 
 def _forget_leases() -> None:

@@ -45,8 +45,9 @@ UNACKED_INDEX: Final = "smallcat:unacked_index"
 OLD_UNACKED: Final = "unacked"
 OLD_UNACKED_INDEX: Final = "unacked_index"
 
-#: The list of messages that no worker can read, newest first, each as it was found.
-UNDECODABLE: Final = "smallcat:undecodable"
+#: Seconds that the list of messages that no worker can read stays, and how many it has at most.
+UNDECODABLE_TTL_S: Final = 604_800
+UNDECODABLE_MAX: Final = 1_000
 
 #: Seconds for which a worker keeps a message without renewing its lease.
 LEASE_S: Final = 30.0
@@ -54,6 +55,7 @@ LEASE_S: Final = 30.0
 _is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- until `set_liveness` is called
 _reserve: tuple[int, int] | None = None
 _is_paused: Callable[[], bool] = lambda: False  # noqa: E731 -- until `set_pause` is called
+_on_unreadable: Callable[[str, str], None] = lambda _id, _reason: None  # noqa: E731 -- until it is set
 
 
 def broker_url(redis_url: str) -> str:
@@ -123,6 +125,20 @@ def set_pause(is_paused: Callable[[], bool]) -> None:
     """
     global _is_paused
     _is_paused = is_paused
+
+
+def set_on_unreadable(on_unreadable: Callable[[str, str], None]) -> None:
+    """Set what is done about a message before it is set aside: given its id and why it cannot be read.
+
+    A thread of the transport calls it, again after an error of Redis that it raises.
+    """
+    global _on_unreadable
+    _on_unreadable = on_unreadable
+
+
+def unreadable(message_id: str, reason: str) -> None:
+    """Do what `set_on_unreadable` says."""
+    _on_unreadable(message_id, reason)
 
 
 def paused() -> bool:

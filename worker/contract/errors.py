@@ -109,7 +109,10 @@ class BucketRefusedError(MachineError):
 
 
 class NewerMessageError(MachineError):
-    """Raised when a message is of a newer version than this worker reads. It goes back untouched."""
+    """Raised when a message is of a newer version than this worker reads. It waits for one that does."""
+
+    #: The message's version.
+    version: int = 0
 
 
 class ServiceError(SmallcatError):

@@ -28,6 +28,27 @@ TASK = "smallcat.render"
 URGENT = MAX_PRIORITY - DEFAULT_PRIORITY
 
 
+#: Headers of a message, by what they hold. Of traces: W3C's Trace Context and Baggage, as OpenTelemetry sends
+#: them. A text may be null, except the two that are needed.
+NEEDED_HEADERS = ("task", "id")
+TEXT_HEADERS = (
+    *("lang", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin"),
+    *("traceparent", "tracestate", "baggage"),
+)
+#: Whole numbers, true, false or null.
+NUMBER_HEADERS = ("retries", "replaced_task_nesting", "ignore_result", "redelivered")
+#: Properties of a message: likewise.
+TEXT_PROPERTIES = ("correlation_id", "reply_to", "argsrepr")
+NUMBER_PROPERTIES = ("delivery_mode",)
+#: How the names of headers and properties begin that are ours to come: workers that do not know them ignore
+#: them. All others must be null or empty, so that no feature of Celery's can be used by sending it.
+OURS = "smallcat-"
+#: Bytes of a message, at most: twice those of the largest job within its limits, which
+#: tests/worker/contract/test_message.py computes.
+MAX_MESSAGE = 175_000
+#: Versions are 1 to this number.
+MAX_VERSION = 999
+
 #: Regular expressions of a run's name, and of a run mark.
 RUN_NAME = r"[0-9a-z]{1,40}"
 RUN_MARK = rf"{RUN_NAME}(:[0-9]{{1,12}}){{4}}"
@@ -77,11 +98,8 @@ class Message(BaseModel):
     @classmethod
     def parse(cls, payload: object) -> Message:
         """The message in `payload`. Raises `NewerMessageError`, `InvalidJobError`."""
-        version = payload.get("version") if isinstance(payload, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise NewerMessageError(
-                f"A message is of version {version}, this worker reads up to {FORMAT_VERSION}: update it."
-            )
+        if version_in(payload) > FORMAT_VERSION:
+            raise newer(version_in(payload))
         try:
             message = cls.model_validate(payload)
         except ValidationError as error:
@@ -91,6 +109,21 @@ class Message(BaseModel):
         if message.id != message.job.id:
             raise InvalidJobError(f"A message says id {message.id}, its job's id is {message.job.id}.")
         return message
+
+
+def version_in(payload: object) -> int:
+    """The version of a payload, which every version has in this place; 0 where it has none."""
+    version = payload.get("version") if isinstance(payload, dict) else None
+    return version if type(version) is int and 1 <= version <= MAX_VERSION else 0
+
+
+def newer(version: int) -> NewerMessageError:
+    """The error for a message of that version."""
+    error = NewerMessageError(
+        f"A message is of version {version}, this worker reads up to {FORMAT_VERSION}: update it."
+    )
+    error.version = version
+    return error
 
 
 def payload_of(job: Job, run: str = "") -> dict[str, object]:
@@ -124,6 +157,15 @@ def payload_text(job_id: str, job: str, run: str) -> str:
     For producers that send jobs by the thousand: no object is made.
     """
     return f'{_BEFORE_ID}"{job_id}"{_BEFORE_JOB}{job}{_BEFORE_RUN}"{run}"{_AFTER}'
+
+
+def message_id_in(raw: bytes) -> str:
+    """The id of a message as it lies in a Redis list, however malformed it is; empty where it has none."""
+    try:
+        found = json.loads(raw)["headers"]["id"]
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError):
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def payload_in(message: object) -> Any:

@@ -14,6 +14,11 @@ from worker.contract.served_model import ServedModel
 
 #: kombu's separator, of a queue and its priority. No queue's name contains it.
 SEPARATOR = "\x06\x16"
+#: The list of messages that no worker can read, the latest first. Each entry is what is known of it as JSON,
+#: a line's end, and the message as it was found, perhaps cut.
+UNDECODABLE = "smallcat:undecodable"
+#: The set of the lists where messages of newer versions wait for a worker that reads them.
+PARKED = "smallcat:parked"
 
 
 def queue_of(job: Job) -> str:
@@ -34,6 +39,11 @@ def list_of(queue: str, priority: int) -> str:
 def lists_of(queue: str) -> list[str]:
     """The Redis lists that hold `queue`, the most urgent first."""
     return [list_of(queue, priority) for priority in range(MAX_PRIORITY + 1)]
+
+
+def parked_list_of(queue: str, priority: int, version: int) -> str:
+    """The Redis list of messages of `version`, for workers that read it; older ones put them there."""
+    return f"{queue}{SEPARATOR}{priority}{SEPARATOR}v{version}"
 
 
 def queue_of_list(name: str) -> str:

@@ -107,15 +107,14 @@ class JobHandler:
         """Do the job in `payload`, or record why not.
 
         Returns None when its message can be acknowledged, or the seconds after which it must come back for
-        the job's next attempt. Raises `MachineError` where the message must go back to the queue,
-        `NewerMessageError` where it must go back untouched. `redelivered`: the message was fetched before.
+        the job's next attempt. Raises `MachineError` where the message must go back to the queue, and
+        `InvalidJobError` where nothing can be read in it. `redelivered`: the message was fetched before.
         """
         try:
             message = Message.parse(payload)
-        except InvalidJobError as error:
-            logger.error("Dropped: %s", error)
+        except InvalidJobError:
             metrics.JOBS.labels("failed").inc()
-            return None
+            raise
         try:
             self.access.require()
         except BucketRefusedError:  # Fetched just before access closed.

@@ -1,6 +1,8 @@
 """The jobs that failed for good, for those who look after them: in bulk, for there may be many thousands.
 
 smallcat:failed          zset    ids of the jobs that failed for good, by time; see `worker.state.keys`
+
+Beside them it lists the messages from which no worker could read a job: see `worker.contract.queues`.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from worker.contract.lua import script
 from worker.contract.message import RUN_MARK
+from worker.contract.queues import PARKED, SEPARATOR, UNDECODABLE
 from worker.contract.record import State
 from worker.state.keys import FAILED, job_key
 
@@ -40,6 +43,33 @@ class Failure(NamedTuple):
     runs: tuple[str, ...]
 
 
+class Unreadable(NamedTuple):
+    """A message from which no worker could read a job."""
+
+    #: Unix seconds when it was set aside; 0: unknown, an earlier version did it.
+    at: float
+    #: The queue that it was in.
+    queue: str
+    #: Why it cannot be read.
+    reason: str
+    #: Its bytes.
+    size: int
+    #: The first of them, as they were found.
+    message: bytes
+
+    @classmethod
+    def parse(cls, entry: bytes) -> Unreadable:
+        """The message in an entry of the list."""
+        head, _, message = entry.partition(b"\n")
+        try:
+            known = json.loads(head)
+            return cls(
+                float(known["at"]), str(known["queue"]), str(known["reason"]), int(known["bytes"]), message
+            )
+        except (KeyError, TypeError, ValueError, RecursionError):
+            return cls(0.0, "", "an earlier version could not read it", len(entry), entry)
+
+
 class Failures:
     """The failed jobs of one Redis. Thread-safe."""
 
@@ -63,6 +93,22 @@ class Failures:
                     found.append(Failure(job_id, error_type or "", error or "", at, places))
         for part in _parts(gone):
             self._redis.zrem(FAILED, *part)
+        return found
+
+    def unreadable(self) -> Sequence[Unreadable]:
+        """The messages from which no worker could read a job, the latest first."""
+        entries: Any = self._redis.execute_command("LRANGE", UNDECODABLE, 0, -1, NEVER_DECODE=True)  # type: ignore[no-untyped-call]
+        return [Unreadable.parse(entry) for entry in entries]
+
+    def parked(self) -> dict[tuple[str, int], int]:
+        """How many messages wait for a worker of a newer version, by queue and version."""
+        found: dict[tuple[str, int], int] = {}
+        for name in sorted(self._redis.smembers(PARKED)):
+            queue, _, version = str(name).split(SEPARATOR)
+            count = int(self._redis.llen(str(name)))
+            if count:
+                key = queue, int(version[1:])
+                found[key] = found.get(key, 0) + count
         return found
 
     def drop(self, job_ids: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from click.testing import CliRunner
+from redis import Redis
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli import failed
@@ -17,7 +18,7 @@ from producer.session import session
 from worker.contract.errors import CallerError, JobTooLargeError, RenderError, SmallcatError, UnknownJobError
 from worker.contract.job import Job
 from worker.contract.message import RunMark
-from worker.contract.queues import queue_of
+from worker.contract.queues import PARKED, UNDECODABLE, parked_list_of, queue_of
 from worker.contract.record import Attempt, State
 from worker.state.failures import Failure, Failures
 
@@ -183,3 +184,33 @@ def test_twenty_thousand_failed_jobs_are_listed_in_a_second() -> None:
     assert lines[0].startswith(f"{number - 1:032x}  ")
     assert lines[0].endswith("RenderError: bad kernel")
     assert min(took) < 1, took
+
+
+def test_messages_that_no_worker_could_read_are_listed_with_the_reason_and_escaped(
+    valkey: ValkeyProcess,
+) -> None:
+    head = {"at": 1.5, "queue": "smallcat.m", "reason": "it is \x1b[31mred", "bytes": 5_000}
+    message = b'{"a": "\x1b[2J\xff"}' + b" " * 300
+    newer = parked_list_of("smallcat.m", 4, 2)
+    with Redis.from_url(valkey.url) as client:
+        client.lpush(
+            UNDECODABLE, b"as an earlier version left it", json.dumps(head).encode() + b"\n" + message
+        )
+        client.lpush(newer, "one", "two")
+        client.sadd(PARKED, newer, parked_list_of("smallcat.m", 5, 2))
+    shown = run("list", "--unreadable")
+    assert "it is \\x1b[31mred (5,000 bytes)" in shown
+    assert '{"a": "\\x1b[2J\\\\xff"}' in shown
+    assert "an earlier version could not read it" in shown
+    assert "smallcat.m  2 messages of version 2 wait for a newer worker" in shown
+    assert shown.isprintable() or shown.replace("\n", "").isprintable()
+    as_json = json.loads(run("list", "--unreadable", "--json"))
+    assert as_json["unreadable"][0]["reason"] == head["reason"]
+    assert as_json["unreadable"][0]["message"] == message.decode(errors="backslashreplace")
+    assert as_json["parked"] == [{"queue": "smallcat.m", "version": 2, "messages": 2}]
+
+
+def test_unreadable_messages_have_no_ids() -> None:
+    refused = CliRunner().invoke(cli, ["failed", "list", "--unreadable", "an-id"])
+    assert refused.exit_code == 2
+    assert "leave out ids" in refused.stderr

@@ -8,12 +8,23 @@ from typing import Any
 import pytest
 
 from worker.broker.layout import Layout, json_name
-from worker.broker.moves import LAST, NEXT, Move, given_back, restored, set_aside
+from worker.broker.moves import (
+    KEPT_BYTES,
+    NEXT,
+    Move,
+    Parked,
+    SetAside,
+    given_back,
+    parked,
+    restored,
+    set_aside,
+)
 
 LAYOUT = Layout(
     unacked="p:unacked",
     index="p:index",
     undecodable="p:undecodable",
+    parked="p:parked",
     prefix="p:",
     priority_steps=(0, 3, 6),
 )
@@ -44,15 +55,38 @@ def test_a_priority_has_its_list(priority: object, name: str) -> None:
     assert LAYOUT.list_of("q", priority) == name
     payload = message(priority=priority)
     move = given_back(LAYOUT, json.dumps(payload), "q", NEXT)
+    assert isinstance(move, Move)
     assert (move.keys, move.push) == ([name], NEXT)
     assert json.loads(move.message) == marked(payload)
 
 
 @pytest.mark.parametrize("raw", [b"no JSON", b"[]", b"{}", b'{"properties": 1}', b"\xff"])
 def test_a_message_that_cannot_be_read_is_set_aside_as_it_is(raw: bytes) -> None:
-    expected = Move(["p:undecodable"], raw, LAST)
-    assert given_back(LAYOUT, raw, "q", NEXT) == set_aside(LAYOUT, raw) == expected
-    assert restored(LAYOUT, raw) == expected
+    for move in (given_back(LAYOUT, raw, "q", NEXT), restored(LAYOUT, raw)):
+        assert isinstance(move, SetAside)
+        head, _, kept = move.entry.partition(b"\n")
+        assert kept == raw
+        assert json.loads(head)["reason"] == move.reason
+
+
+def test_of_a_message_that_is_set_aside_so_much_is_kept() -> None:
+    move = set_aside(b"x" * 100_000, "why " * 1_000, "q", "an id")
+    head, _, kept = move.entry.partition(b"\n")
+    assert kept == b"x" * KEPT_BYTES
+    assert json.loads(head).items() >= {"queue": "q", "bytes": 100_000}.items()
+    assert (len(move.entry) - len(kept) < 600, move.id) == (True, "an id")
+
+
+@pytest.mark.parametrize(
+    ("priority", "step"), [(0, 0), (4, 4), (-1, 0), (99, 9), (None, 0), ("x", 0), (1e999, 0)]
+)
+def test_a_newer_message_is_parked_as_it_is_by_its_version(priority: object, step: int) -> None:
+    raw = json.dumps(message(priority=priority)).encode()
+    assert parked(LAYOUT, raw, "q", 7) == Parked(f"p:q{SEPARATOR}{step}{SEPARATOR}v7", raw)
+
+
+def is_set_aside(move: object) -> bool:
+    return isinstance(move, SetAside) and bool(move.reason)
 
 
 def entry(payload: object, exchange: object = "", routing_key: object = "q") -> bytes:
@@ -62,17 +96,17 @@ def entry(payload: object, exchange: object = "", routing_key: object = "q") -> 
 def test_a_message_whose_lease_ran_out_is_next_in_its_queue() -> None:
     payload = message(priority=3)
     move = restored(LAYOUT, entry(payload))
+    assert isinstance(move, Move)
     assert (move.keys, move.push) == ([f"p:q{SEPARATOR}3"], NEXT)
     assert json.loads(move.message) == marked(payload)
 
 
 def test_an_entry_with_an_exchange_is_not_ours_and_is_set_aside() -> None:
-    found = entry(message(), "e", "k")
-    assert restored(LAYOUT, found) == set_aside(LAYOUT, found)
+    assert is_set_aside(restored(LAYOUT, entry(message(), "e", "k")))
 
 
 def test_an_entry_that_is_gone_leaves_only_the_index_to_clear() -> None:
-    assert restored(LAYOUT, None).keys == []
+    assert restored(LAYOUT, None) == Move([], b"", NEXT)
 
 
 def test_a_queue_s_name_is_json_in_an_entry() -> None:

@@ -14,10 +14,23 @@ from hypothesis import strategies as st
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.ingest.message_templates import JobTemplates, MessageTemplate
+from worker.broker.malformed import check
 from worker.celery import app, connection
+from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError, NewerMessageError
-from worker.contract.job import FORMAT_VERSION, Job
+from worker.contract.job import (
+    FORMAT_VERSION,
+    MAX_METADATA,
+    MAX_MODEL,
+    MAX_PROMPT,
+    MAX_REVISION,
+    MAX_SEED,
+    MAX_SIZE,
+    MAX_STEPS,
+    Job,
+)
 from worker.contract.message import (
+    MAX_MESSAGE,
     RUN_MARK,
     TASK,
     URGENT,
@@ -175,3 +188,34 @@ def test_a_newer_message_says_so_and_what_to_do() -> None:
 def test_the_task_and_the_urgent_priority_are_what_they_were() -> None:
     assert (TASK, URGENT) == ("smallcat.render", 4)
     assert RUN_MARK == "[0-9a-z]{1,40}(:[0-9]{1,12}){4}"
+
+
+def test_a_message_may_be_twice_as_large_as_that_of_the_largest_job(valkey: ValkeyProcess) -> None:
+    wide = "\U0001f63a"  # As JSON it takes twelve bytes.
+    room = MAX_METADATA - len('{"":""}')
+    job = Job.parse(
+        {
+            "prompt": wide * MAX_PROMPT,
+            "negative_prompt": wide * MAX_PROMPT,
+            "seed": MAX_SEED,
+            "width": MAX_SIZE,
+            "height": MAX_SIZE,
+            "steps": MAX_STEPS,
+            "guidance_scale": 1.2345678901234567,
+            "guidance_start": 0.12345678901234567,
+            "guidance_stop": 0.12345678901234567,
+            "scheduler": max(Scheduler, key=len),
+            "model": wide * MAX_MODEL,
+            "revision": wide * MAX_REVISION,
+            "format": "jpeg",
+            "priority": 0,
+            "metadata": {"": wide * (room // 4)},
+        }
+    )
+    run = ":".join(["z" * 40, *["9" * 12] * 4])
+    with connection(valkey.url) as link, redis.Redis.from_url(valkey.url) as client:
+        producer = app.amqp.Producer(link)
+        app.send_task(**task_call_of(job, run), task_id=f"{job.id}-{'9' * 60}", producer=producer)
+        [sent] = client.lrange(list_of(*route_of(job)), 0, -1)
+    assert 1.9 * len(sent) < MAX_MESSAGE <= 2 * len(sent), len(sent)
+    assert check(sent, "").body[0] == [payload_of(job, run)]

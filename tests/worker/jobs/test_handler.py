@@ -21,6 +21,7 @@ from worker.contract.choices import ImageFormat
 from worker.contract.errors import (
     BucketRefusedError,
     EngineStoppedError,
+    InvalidJobError,
     NewerMessageError,
     NotFiniteError,
     PermanentStorageError,
@@ -562,11 +563,9 @@ MALFORMED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("what", MALFORMED)
-def test_what_is_no_job_is_dropped_with_a_line_in_the_log(
-    worker: Worker, client: Redis, caplog: pytest.LogCaptureFixture, what: str
-) -> None:
-    assert worker.handler.handle(MALFORMED[what], "m1") is None
-    assert [record.message[:8] for record in caplog.records] == ["Dropped:"]
+def test_what_is_no_job_is_refused_and_leaves_nothing(worker: Worker, client: Redis, what: str) -> None:
+    with pytest.raises(InvalidJobError, match="A message"):
+        worker.handler.handle(MALFORMED[what], "m1")
     assert client.dbsize() == 0
     assert worker.runner.prepared == []
 
