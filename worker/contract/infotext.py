@@ -132,7 +132,13 @@ def _job_fields(pairs: Mapping[str, str], *, is_ours: bool) -> dict[str, Any]:
     for key, entries in _KEYS:
         if key in pairs and (is_ours or not entries[0].infotext_ours_only):
             fields |= _fields(key, entries, pairs, is_ours=is_ours)
+    if "scheduler" not in fields and (schedule := _schedule(pairs)):
+        fields["scheduler"] = scheduler_of(None, schedule)
     return fields
+
+
+def _schedule(pairs: Mapping[str, str]) -> str | None:
+    return next((pairs[name] for name in _SCHEDULES if name in pairs), None)
 
 
 def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
@@ -159,8 +165,7 @@ def _fields(
         return {} if not is_ours and entry.is_made and value == -1 else {entry.name: value}
     if key == _SAMPLER:
         # Since AUTOMATIC1111's version 1.9 the schedule has a key of its own; Fooocus has another.
-        schedule = next((pairs[name] for name in _SCHEDULES if name in pairs), None)
-        return {entry.name: scheduler_of(text, schedule)} if text else {}
+        return {entry.name: scheduler_of(text, _schedule(pairs))} if text else {}
     if choices := _CHOICES[entry.name]:
         return {entry.name: choices.get(text, text)} if text else {}
     return {entry.name: text}

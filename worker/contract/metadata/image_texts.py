@@ -29,10 +29,12 @@ _XMP = "XML:com.adobe.xmp"
 #: Where tools put their texts in a PNG.
 KEYWORDS = frozenset(
     (
-        *("parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata", "Dream", "Comment"),
-        *("Description", "UserComment", "fooocus_scheme", "generation_data", "Software", _XMP),
+        *("parameters", "prompt", "invokeai_metadata", "sd-metadata", "Dream", "Comment", "Description"),
+        *("UserComment", "generation_data", _XMP),
     )
 )
+#: What only names the tool, or holds nothing that is read.
+_NAMED = frozenset(("workflow", "invokeai_workflow", "invokeai_graph", "Software", "fooocus_scheme"))
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def _png(data: bytes) -> Iterator[Text]:
         elif name in (b"tEXt", b"zTXt", b"iTXt"):
             keyword, text = _png_text(name, content[: 2 * MAX_UNPACKED], budget)
             if keyword == _XMP:
-                yield from _xmp(text.encode())
-            elif keyword in KEYWORDS:
+                budget -= len(text)
+                yield from _xmp(text.encode("utf-8", "replace"))
+            elif keyword in KEYWORDS | _NAMED:
                 budget -= len(text)
                 yield Text(keyword, _limited(keyword, text), is_latin=name != b"iTXt")
 
@@ -105,7 +108,7 @@ def _png_text(kind: bytes, content: bytes, budget: int) -> tuple[str, str]:
     name, _, rest = content[:80].partition(b"\0")
     keyword, rest = name.decode("latin-1"), content[len(name) + 1 :]
     if keyword not in KEYWORDS:
-        return "", ""
+        return keyword, ""
     if kind == b"tEXt":
         return keyword, rest.decode("latin-1")
     if kind == b"zTXt":

@@ -26,6 +26,7 @@ _HARMLESS = frozenset(
         *(
             "generation_mode",
             "prep_time",
+            "automaticvae",
             "donotsave",
             "personalnote",
             "refiner_swap_method",

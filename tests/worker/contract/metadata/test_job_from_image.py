@@ -457,6 +457,7 @@ def test_what_a_job_cannot_say_is_named(texts: dict[str, str], names: list[str])
         ({"parameters": FOOOCUS.replace("(512, 768)", "wide")}, "resolution: 'wide'"),
         ({"parameters": f"a cat\nSteps: 20, {PAIRS}\nb\nNegative prompt: c"}, "parameters where the prompt"),
         ({"parameters": "a cat Steps: 20 Sampler: Euler a Seed: 5"}, "parameters where the prompt"),
+        ({"parameters": "a cat\nSteps: 20, Schedule type: Karras, Seed: 5"}, "'Karras', which is a schedule"),
         ({"parameters": "a cat"}, "holds no infotext"),
         ({"parameters": '{"some": "thing"}'}, "holds no infotext"),
         ({"parameters": '{"prompt": 3, "resolution": "(1, 2)"}'}, "prompt: 3, which is no text"),
@@ -584,7 +585,8 @@ def test_what_is_packed_is_not_unpacked_past_the_limit(kind: str) -> None:
     with pytest.raises(InvalidJobError, match="unpacks to more than 4,194,304 bytes, the limit"):
         job_from_image(HEAD + bomb + PIXELS + END)
     # Other names are not unpacked at all, and what is read has a limit for all of it together.
-    other = text_chunk("other", "a" * (12 * MAX_TEXT), kind)
+    large = "a" * (12 * MAX_TEXT)
+    other = text_chunk("other", large, kind) + text_chunk("workflow", large, kind)
     assert matches(read(HEAD + other * 200 + text_chunk("parameters", A1111, kind) + PIXELS + END))
     with pytest.raises(InvalidJobError, match="the limit"):
         job_from_image(HEAD + text_chunk("Comment", "a" * MAX_TEXT, kind) * 500 + PIXELS + END)
