@@ -40,7 +40,10 @@ from worker.jobs import metrics
 ROOT = Path(__file__).parent.parent
 #: Every document that the project ships, and the tests read.
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "worker/demo/README.md")),
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "worker/demo/README.md")
+    ),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 

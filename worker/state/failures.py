@@ -10,22 +10,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from worker.contract.lua import script
 from worker.contract.message import RUN_MARK
 from worker.contract.queues import PARKED, SEPARATOR, UNDECODABLE
 from worker.contract.record import State
 from worker.state.keys import FAILED, job_key
+from worker.state.scripts import FAILURES
+from worker.state.shared_scripts import SharedScript
 
 if TYPE_CHECKING:
     from redis.client import Redis
 
 #: Jobs that are read or dropped in one round trip.
 CHUNK: Final = 500
-
-_READ: Final = script(Path(__file__).parent / "failures.lua")
 
 
 class Failure(NamedTuple):
@@ -75,7 +73,7 @@ class Failures:
 
     def __init__(self, client: Redis) -> None:
         self._redis = client
-        self._read = client.register_script(_READ)
+        self._read = SharedScript(client, FAILURES)
 
     def list(self) -> list[Failure]:
         """All of them, the latest first. Those whose record expired are left out, and forgotten."""

@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict
 
 from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.queues import lists_of, queues_of
+from worker.contract.refusals import code_of
 from worker.contract.served_model import ServedModel
 from worker.state.keys import QUEUES, SERVED, WORKERS, worker_key
+from worker.state.shared_scripts import load
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -64,7 +66,8 @@ class Fleet:
         return float(seconds + micros / 1e6)
 
     def announce(self, worker: WorkerInfo) -> None:
-        """Announce `worker` for the next `ANNOUNCE_TTL_S` seconds."""
+        """Announce `worker` for the next `ANNOUNCE_TTL_S` seconds, and load the producers' scripts."""
+        load(self._redis)
         with self._redis.pipeline() as pipe:
             pipe.set(
                 worker_key(worker.name), worker.model_dump_json(exclude_defaults=True), ex=ANNOUNCE_TTL_S
@@ -96,9 +99,17 @@ class Fleet:
         texts = self._redis.mget([worker_key(name) for name in names])
         gone = [name for name, text in zip(names, texts, strict=True) if text is None]
         if gone:
-            self._redis.srem(WORKERS, *gone)
+            self._forget(gone)
         live = [WorkerInfo.model_validate_json(text) for text in texts if text is not None]
         return sorted(live, key=lambda worker: (worker.started_at, worker.name))
+
+    def _forget(self, names: list[str]) -> None:
+        try:
+            self._redis.srem(WORKERS, *names)
+        except Exception as error:
+            if code_of(error) != "NOPERM":
+                raise
+            # A producer may not: the next worker that announces itself does.
 
     def resolve(self, job: Job) -> Job:
         """`job` with the model and revision that it means; open where no worker ever announced the model.

@@ -30,6 +30,7 @@ from worker.state.hashes import (
     unknown,
 )
 from worker.state.keys import FAILED, QUEUES, WORKERS_CHANNEL, attempts_key, job_key, submission_key
+from worker.state.shared_scripts import SharedScript
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -59,11 +60,11 @@ class Records:
     def __init__(self, client: Redis, ttl_s: int) -> None:
         self._redis = client
         self._ttl_s = ttl_s
-        self._submit = client.register_script(scripts.SUBMIT)
+        self._submit = SharedScript(client, scripts.SUBMIT)
         self._claim = client.register_script(scripts.CLAIM)
         self._finish = client.register_script(scripts.FINISH)
         self._give_back = client.register_script(scripts.GIVE_BACK)
-        self._cancel = client.register_script(scripts.CANCEL)
+        self._cancel = SharedScript(client, scripts.CANCEL)
         self._progress = client.register_script(scripts.PROGRESS)
 
     def submitted(self, job: Job, queue: str, submission: str = "") -> None:
