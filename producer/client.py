@@ -308,16 +308,13 @@ def _send(now: Session, job: Job) -> JobHandle:
         try:
             # All of it again after a failure: a replica that became the primary may have none of it.
             if not (is_sent and _is_taken(now, job.id)):
+                # Another one for each try: should both have arrived, the second finds the job taken.
+                message = f"{job.id}-{secrets.token_hex(4)}"
                 with now.queue_errors(), now.one_retry(deadline - time.monotonic()):
-                    now.records.submitted(job, queue_of(job), submission)
+                    now.records.submitted(job, queue_of(job), submission, message)
                 is_sent = True
                 with now.queue_errors(), pool.acquire(block=True) as producer:
-                    app.send_task(
-                        **task_call_of(job),
-                        # Another one for each try: should both have arrived, the second finds the job taken.
-                        task_id=f"{job.id}-{secrets.token_hex(4)}",
-                        producer=producer,
-                    )
+                    app.send_task(**task_call_of(job), task_id=message, producer=producer)
             if now.settings.wait_replicas:
                 _wait_for_replicas(now, job.id)
             handle = JobHandle(job.id, submission)

@@ -142,6 +142,8 @@ def _start(sender: Any, **_: Any) -> None:
         logger.critical("The worker cannot start.", exc_info=True)
         raise SystemExit(EX_SOFTWARE) from error
     stop_signals.set_hurry(_hurry)
+    records = Records(connect(_process.settings.redis_url, retry_s=1), _process.settings.record_ttl_s)
+    transport.set_on_unreadable(records.unreadable)
     transport.set_liveness(lambda: _here().engine.is_alive())
     transport.set_pause(lambda: bool(_here().handler.access.reason))
     served, max_rows = _process.handler.served, _process.engine.max_rows

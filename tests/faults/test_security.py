@@ -23,6 +23,7 @@ from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import TASK, payload_of
 from worker.contract.queues import PARKED, parked_list_of, queue_of, queues_of
 from worker.state.failures import Failures
+from worker.state.records import Records
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
@@ -287,6 +288,29 @@ def test_a_feature_of_celery_is_no_way_into_a_worker(calm: Ground, name: str) ->
     with calm.redis as client:
         assert not client.exists("prey")
     oracle.no_slot_is_lost(calm, *calm.workers)
+
+
+def test_a_job_whose_only_message_cannot_be_read_fails_with_the_reason(calm: Ground) -> None:
+    """No forged message fails somebody's job: its id is not the one that the record names as its only one."""
+    job = calm.job()
+    with calm.redis as client:
+        records, name = Records(client, 1_000), f"{job.id}-0123abcd"
+        records.submitted(job, QUEUE, "s", name)
+        push(calm, envelope(arguments(payload_of(job)), id=f"{job.id}-forged", chain="x"))
+        wait_until("the forged one set aside", lambda: f"{job.id}-forged" in str(aside(calm)))
+        assert records.get(job.id).state == "queued"
+        broken = payload_of(job) | {"job": {"unknown": "field"}}
+        push(calm, envelope(arguments(broken), id=name))
+        record = records.wait(job.id, 20)
+        assert (record.state, record.error_type) == ("failed", "InvalidJobError")
+        assert "No worker could read the job's message, because" in str(record.error)
+        # With a second submission neither message is the only one; nor once a worker has had the job.
+        records.submitted(job, QUEUE, "s", name)
+        records.submitted(job, QUEUE, "t", f"{job.id}-second")
+        assert not records.unreadable(name, "it is forged")
+        assert not records.unreadable("x" * 40, "it is forged")
+        assert records.get(job.id).state == "queued"
+        client.delete(f"smallcat:job:{job.id}")
 
 
 def resident(ground: Ground) -> int:

@@ -55,7 +55,7 @@ LEASE_S: Final = 30.0
 _is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- until `set_liveness` is called
 _reserve: tuple[int, int] | None = None
 _is_paused: Callable[[], bool] = lambda: False  # noqa: E731 -- until `set_pause` is called
-_on_unreadable: Callable[[str, str], None] = lambda _id, _reason: None  # noqa: E731 -- until it is set
+_on_unreadable: Callable[[str, str], object] = lambda _id, _reason: None  # noqa: E731 -- until it is set
 
 
 def broker_url(redis_url: str) -> str:
@@ -127,7 +127,7 @@ def set_pause(is_paused: Callable[[], bool]) -> None:
     _is_paused = is_paused
 
 
-def set_on_unreadable(on_unreadable: Callable[[str, str], None]) -> None:
+def set_on_unreadable(on_unreadable: Callable[[str, str], object]) -> None:
     """Set what is done about a message before it is set aside: given its id and why it cannot be read.
 
     A thread of the transport calls it, again after an error of Redis that it raises.

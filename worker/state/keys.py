@@ -23,6 +23,7 @@ Keys expire some time after their last change. Those of messages are the transpo
 
 Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
 
+    message              the id of the job's only message; empty where it has several
     claim, claim_until   the message that a worker works on, and until when the claim lasts, in Unix seconds
     delivery             an earlier version's: the delivery of that message which was counted as an attempt
     deaths               attempts that have not ended; while none runs, those that ended with a worker's death

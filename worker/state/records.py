@@ -7,6 +7,7 @@ in the bucket; this one is for those who wait. `worker.state.keys` lists the key
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from worker.contract.errors import SmallcatError
+from worker.contract.errors import InvalidJobError, SmallcatError
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.record import Attempt, JobRecord, State
 from worker.state import scripts as scripts
@@ -65,18 +66,28 @@ class Records:
         self._finish = client.register_script(scripts.FINISH)
         self._give_back = client.register_script(scripts.GIVE_BACK)
         self._cancel = SharedScript(client, scripts.CANCEL)
+        self._unreadable = client.register_script(scripts.UNREADABLE)
         self._progress = client.register_script(scripts.PROGRESS)
 
-    def submitted(self, job: Job, queue: str, submission: str = "") -> None:
-        """Write the record of a job that is sent to `queue`, and what is the submission's own.
+    def submitted(self, job: Job, queue: str, submission: str = "", message: str = "") -> None:
+        """Write the record of a job that is sent to `queue` as `message`, and what is the submission's own.
 
         A record of a job that is queued or running stays as it is, unless it was cancelled.
         """
         own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
         self._submit(
             keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission)],
-            args=[job.model_dump_json(), queue, self._ttl_s, job.id, submission, own],
+            args=[job.model_dump_json(), queue, self._ttl_s, job.id, submission, own, message],
         )
+
+    def unreadable(self, message: str, reason: str) -> bool:
+        """Fail the job that was submitted as `message`, which no worker can read. False: it has others."""
+        job_id = message[:32]
+        if not re.fullmatch(r"[0-9a-f]{32}-.+", message):
+            return False
+        text = f"No worker could read the job's message, because {reason}. Submit it again."
+        args: list[str | int] = [message, job_id, self._ttl_s, InvalidJobError.__name__, text]
+        return bool(self._unreadable(keys=[job_key(job_id), FAILED], args=args))
 
     def replicated(self, job_id: str, replicas: int, timeout_s: float) -> int:
         """How many replicas have the job, and all that was written before; waits until they are `replicas`.

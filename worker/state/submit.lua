@@ -3,31 +3,35 @@
 --
 -- KEYS     the record, the queues, the failed jobs, the submission
 -- ARGV     job as JSON, queue, seconds until the record expires, job id, submission or '', what is its own
---          as JSON
+--          as JSON, the id of its message
 --
 -- Its first write may take memory: a full Redis refuses the script before it has done anything.
 -- Sent twice, because its answer was lost, it counts the submission once.
 -- include heal.lua
 -- include outcome.lua
 -- include ../contract/clock.lua
-local job, queue, ttl, id, submission, own = unpack(ARGV)
+local job, queue, ttl, id, submission, own, message = unpack(ARGV)
 local field = 'sub:' .. submission
 on(KEYS[2], 'SADD', queue)
 redis.call('EXPIRE', KEYS[2], ttl)
-local state, cancel, runs, subs, bulk, mine =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field))
+local state, cancel, runs, subs, bulk, mine, known =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message'))
 if state ~= 'queued' and state ~= 'running' or cancel then
   if state == 'done' then note_all(KEYS[1], '=') end
   if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end
   redis.call('DEL', KEYS[1])
   redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', now(), 'subs', 1,
-             field, 1, unpack(runs and {'runs', runs} or {}))
-elseif not mine then
-  -- Whoever submitted a job by an earlier version is not counted: one such submission is assumed, unless only
-  -- runs have sent the job.
-  local others = subs and count(subs) or bulk and 0 or 1
-  redis.call('HSET', KEYS[1], field, 1, 'subs', others + 1)
-  if bulk then redis.call('HDEL', KEYS[1], 'bulk') end
+             'message', message, field, 1, unpack(runs and {'runs', runs} or {}))
+else
+  -- With a second message, none is the job's only one.
+  if known ~= message then redis.call('HSET', KEYS[1], 'message', '') end
+  if not mine then
+    -- Whoever submitted a job by an earlier version is not counted: one such submission is assumed, unless only
+    -- runs have sent the job.
+    local others = subs and count(subs) or bulk and 0 or 1
+    redis.call('HSET', KEYS[1], field, 1, 'subs', others + 1)
+    if bulk then redis.call('HDEL', KEYS[1], 'bulk') end
+  end
 end
 redis.call('EXPIRE', KEYS[1], ttl)
 on(KEYS[3], 'ZREM', id)
