@@ -25,6 +25,8 @@ Line = dict[str, Any]
 _JSON = {"grid", *(each.name for each in JOB_FIELDS.values() if each.kind is dict)}
 #: Columns of a CSV manifest that hold numbers.
 _INTEGERS = {each.name for each in JOB_FIELDS.values() if each.kind is int}
+#: Characters of a cell, at most.
+_MAX_CELL = 1 << 24
 #: Characters of a line of a manifest, and digits of a number in it, at most.
 _MAX_LINE, _MAX_DIGITS = 1 << 20, 40
 _FLOATS = {*(each.name for each in JOB_FIELDS.values() if each.kind is float), *Timings.model_fields}
@@ -91,8 +93,9 @@ def _json_lines(file: TextIO, bad: list[int]) -> Iterator[Line]:
 
 
 def _csv_lines(file: TextIO) -> Iterator[Line]:
-    csv.field_size_limit(1 << 24)
-    for row in csv.DictReader(file):
+    csv.field_size_limit(_MAX_CELL)
+    # A line without end comes in pieces, of which the reader takes none as a cell.
+    for row in csv.DictReader(iter(lambda: file.readline(2 * _MAX_CELL), "")):
         # Cells beyond the last heading are under None.
         line = {name: _value(name, plain(text)) for name, text in row.items() if name and text}
         yield line | {"timings": {name: line.pop(name) for name in Timings.model_fields if name in line}}

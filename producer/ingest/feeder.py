@@ -82,6 +82,7 @@ class Ingest:
         """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; a later call resumes it."""
         with self._session.queue_errors():
             self._choose_manifest()
+            self._tell_of_earlier_run()
             self.run.take()
         try:
             with self._session.queue_errors(), Journal(self._wanted, self.run.id) as journal:
@@ -100,6 +101,18 @@ class Ingest:
         if self._manifest.name != self._wanted.name:
             self._display.notice(
                 f"{self._wanted} is another run's manifest and stays: this run writes {self._manifest}."
+            )
+
+    def _tell_of_earlier_run(self) -> None:
+        digest = self._plan.earlier_digest
+        if digest is None or self._options.run is not None:
+            return
+        earlier = Run(self._session.redis, digest[:16], digest, 0)
+        sent, total, ended = (int(earlier.noted(name) or 0) for name in ("fed", "total", "ended"))
+        if sent and not (total and ended >= total) and not self.run.noted("fed"):
+            self._display.notice(
+                f"An earlier version began these files as run {earlier.id}, and may have read lines "
+                f"otherwise: this is a run of its own, {self.run.id}. Equal pictures are not rendered again."
             )
 
     def _feed_until_over(self, journal: Journal) -> Outcome:

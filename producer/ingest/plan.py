@@ -79,12 +79,23 @@ class Plan:
     @property
     def digest(self) -> str:
         """A hash over all that determines the jobs: 32 hexadecimal digits. The priority is left out."""
+        # A file that both readings read alike keeps the first one's digest, and so its runs.
+        return self._digest([each.reading for each in self.sources])
+
+    @property
+    def earlier_digest(self) -> str | None:
+        """The digest by which the first version knew these files, where it read them otherwise; else None."""
+        if self.extra or all(each.reading == 1 for each in self.sources):
+            return None
+        return self._digest([1] * len(self.sources))
+
+    def _digest(self, readings: Sequence[int]) -> str:
         how = self.variants
         defaults = {name: value for name, value in how.defaults.items() if name != "priority"}
         wildcards = "" if how.literal else how.wildcards.digest
-        # A file that both readings read alike keeps the first one's digest, and so its runs.
         files = [
-            (each.format, each.digest, *([each.reading] if each.reading > 1 else [])) for each in self.sources
+            (each.format, each.digest, *([reading] if reading > 1 else []))
+            for each, reading in zip(self.sources, readings, strict=True)
         ]
         values = [PLAN_VERSION, FORMAT_VERSION, files]
         values += [defaults, how.images, how.seed_start, dict(how.grid), how.sample, how.literal, wildcards]

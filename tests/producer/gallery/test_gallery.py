@@ -23,6 +23,8 @@ from producer.gallery.write import DEFAULT_LIMIT, MAX_LINK_S, in_order, write_ga
 from producer.ingest.manifest import write_manifest
 from producer.ingest.message_templates import JobTemplates
 from producer.ingest.plan import Cursor, Planned
+from producer.prompts.entries import Entry
+from producer.prompts.reader import read as prompt_entries
 from producer.prompts.sources import source
 from tests.conftest import EmptyBucket
 from worker.contract.errors import CallerError, PermanentStorageError
@@ -272,6 +274,46 @@ def test_what_ingest_writes_is_shown_whole(tmp_path: Path, name: str) -> None:
         {"set": "a"},
         {"rendered": "1.5"},
     )
+
+
+@pytest.mark.usefixtures("no_bucket")
+@pytest.mark.parametrize("name", ["run.jsonl", "run.csv"])
+def test_numbers_that_nothing_can_count_with_and_lines_without_end_do_no_harm(
+    tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    digits = "9" * 400
+    if name == "run.csv":
+        path.write_text(
+            f"id,seed,guidance_scale,rendered,error\na,{digits},NaN,{digits},x\nb,7,inf,1e999,x\n"
+        )
+    else:
+        numbers = f'"seed": {digits}, "guidance_scale": NaN, "timings": {{"rendered": {digits}}}'
+        path.write_text(
+            f'{{"id": "a", {numbers}, "at": 1e999, "error": "x"}}\n{{"error": "{"x" * (3 << 20)}"}}\n'
+            '{"id": "b", "seed": 7, "error": "x", "guidance_scale": -Infinity}\n'
+        )
+    first, second = rows_of(write_gallery(str(path)).path)
+    assert (first["id"], second["id"], second["seed"]) == ("a", "b", "7")
+
+
+@pytest.mark.usefixtures("no_bucket")
+def test_a_csv_manifest_holds_no_formulas_and_is_read_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a small cat\n")
+    prompts = ["=1+1", "'=1", "-5", "@x", "+49 cats", "\t=x", "a=b"]
+    planned = [
+        Planned(0, 1, JobTemplates(lambda each: each).fill({"prompt": each, "seed": 1}), {}, Cursor())
+        for each in prompts
+    ]
+    written = source(str(tmp_path / "p.txt"))
+    write_manifest(tmp_path / "m.csv", planned, [written], lambda *_: {"state": "failed", "error": "-x"})
+    with (tmp_path / "m.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prompt"] for row in rows] == ["'=1+1", "''=1", "-5", "'@x", "'+49 cats", "'\t=x", "a=b"]
+    assert {row["error"] for row in rows} == {"'-x"}
+    assert [line["prompt"] for line in read(tmp_path / "m.csv")[0]] == prompts
+    again = prompt_entries(source(str(tmp_path / "m.csv")))
+    assert [entry.fields["prompt"] for entry in again if isinstance(entry, Entry)] == prompts
 
 
 @pytest.mark.parametrize(

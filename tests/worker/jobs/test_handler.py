@@ -140,6 +140,14 @@ def worker(client: Redis, storage: FlakyBucket) -> Iterator[Worker]:
 JOB = job_of(5, metadata={"mine": 1}, priority=7)
 
 
+def test_what_is_only_drawn_as_words_is_in_the_record(worker: Worker) -> None:
+    job = job_of(5).model_copy(update={"prompt": "a (red:1.3) cat AND a dog"})
+    worker.submit(job)
+    assert worker.handle(job) is None
+    [warning] = worker.records.get(job.id).warnings
+    assert warning.startswith("(x:1.3), AND in the prompt")
+
+
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
 def test_a_job_goes_all_the_way(worker: Worker, image_format: str) -> None:
     job = job_of(5, format=image_format, metadata={"mine": 1})
