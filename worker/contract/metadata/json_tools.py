@@ -200,7 +200,8 @@ def _in_brackets(prompt: str) -> dict[str, Any]:
 
 #: InvokeAI's options of "Dream", with a job field or the JSON's name for those that are left out.
 _DREAM = {"s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfg_scale", "A": "sampler"}
-_DREAM_OPTION = re.compile(r"(?:^|\s)-(-?[A-Za-z]\w*)[ =]?([^\s\"-][^\s\"]*)?")
+#: An option with its value, which may stand right behind a letter: -s50.
+_DREAM_OPTION = re.compile(r"(?:^|(?<=\s))-(-[A-Za-z][\w-]*|[A-Za-z])(?:[ =]?([^\s\"=-][^\s\"]*))?")
 _DREAM_TEXT = re.compile(r'\s*"((?:[^"\\]++|\\.)*+)"(.*)|(.*?)(?=\s-[A-Za-z])(.*)', re.DOTALL)
 #: A command is no longer than this.
 _LONGEST_DREAM = 20_000
@@ -214,10 +215,8 @@ def read_dream(command: str) -> Reading | None:
     prompt, options = (found[1], found[2]) if found[1] is not None else (found[3], found[4])
     given: dict[str, Any] = {}
     others: dict[str, Any] = {}
-    for name, value in _DREAM_OPTION.findall(options):
-        # The value may stand right behind a letter: -s50.
-        key, stuck = (name, "") if name.startswith("-") or len(name) == 1 else (name[0], name[1:])
-        (given if key in _DREAM else others)[_DREAM.get(key, f"-{key}")] = stuck or value or "yes"
+    for key, value in _DREAM_OPTION.findall(options):
+        (given if key in _DREAM else others)[_DREAM.get(key, f"-{key}")] = value or "yes"
     if "steps" not in given or "seed" not in given:
         return None
     if "-I" in others or "--init_img" in others:

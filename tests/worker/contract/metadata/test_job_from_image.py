@@ -199,6 +199,9 @@ OLD_INVOKE = json.dumps(
 DREAM = '"a cat, étude [blurry]" -s 20 -S 5 -W 512 -H 768 -C 7.5 -A dpmpp_2m_k'
 
 
+OLD_DREAM = "a cat, étude [blurry] -s20 -S5 -W512 -H768 -C7.5 -Adpmpp_2m_k"
+
+
 def graph(**changes: dict[str, Any]) -> dict[str, Any]:
     """ComfyUI's first example, as its API takes it; `changes` are merged into the inputs by node."""
     nodes: dict[str, Any] = {
@@ -268,6 +271,7 @@ PICTURES = {
     "InvokeAI": {"invokeai_metadata": INVOKE},
     "InvokeAI 2": {"sd-metadata": OLD_INVOKE, "Dream": DREAM},
     "InvokeAI 1": {"Dream": DREAM},
+    "lstein's first": {"Dream": OLD_DREAM},
     "ComfyUI": {"prompt": COMFY, "workflow": json.dumps({"nodes": [], "version": 0.4})},
     "ComfyUI with links": {"prompt": LINKED},
     "ComfyUI with parameters": {"prompt": "{}", "parameters": A1111},
@@ -425,6 +429,7 @@ def test_an_infotext_is_read_as_it_looks_after_its_travels(text: str) -> None:
             ["LoraLoader"],
         ),
         ({"prompt": json.dumps(graph(n5={"batch_size": 4}))}, ["batch_size: 4"]),
+        ({"Dream": DREAM + " -G 0.8 -U 2 0.75 --hires_fix"}, ["-G: 0.8", "-U: 2", "--hires_fix: yes"]),
         (
             {
                 "prompt": json.dumps(
