@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from deploy.embedded.stack import Stack
 from producer import submit_job
 from producer.cli import failed
 from tests.faults.harness import ROOT, Ground, wait_until
+from tests.faults.test_security import envelope
 from worker.contract.errors import JobCancelledError, QueueError, RenderError
+from worker.contract.message import payload_of
 from worker.contract.queues import queue_of
 from worker.contract.record import State
 from worker.state.records import Records
@@ -239,6 +242,46 @@ def test_what_a_producer_writes_harms_neither_worker_nor_job(ground: Ground, url
         client.publish(f"smallcat:job:{running.id}", "cancelled")
         assert submit_job(ground.job()).result(timeout=30).state is State.DONE
     assert running.result(timeout=30).state is State.DONE
+    assert ground.workers[0].running
+
+
+#: What Celery would act on in a message: of each of them, 21 stopped a worker of version b89d500.
+CELERYS = {"chain": "x", "chord": "x", "callbacks": ["x"], "eta": "2036-01-01T00:00:00+00:00", "group": "x"}
+
+
+@pytest.mark.parametrize("name", CELERYS)
+def test_messages_with_more_than_a_job_cost_a_worker_no_slot(ground: Ground, url: str, name: str) -> None:
+    job = ground.job()
+    body = json.dumps([[payload_of(job)], {}, {name: CELERYS[name]}]).encode()
+    with redis.Redis.from_url(url) as client:
+        client.lpush(queue_of(job), *(envelope(body, **{name: CELERYS[name]}) for _ in range(21)))
+    with ground.holding() as hold:
+        held = [submit_job(ground.job(hold)) for _ in range(4)]
+        ground.journal.wait_for("start", [each.id for each in held])
+    assert {each.result(timeout=30).state for each in held} == {State.DONE}
+    assert ground.workers[0].running
+
+
+def test_records_that_a_producer_forges_are_not_believed(ground: Ground, url: str) -> None:
+    """Its job is still rendered, once, and counted by the workers' own books; others are not disturbed."""
+    with redis.Redis.from_url(url) as client, ground.holding() as hold:
+        forged, broken, other = (submit_job(ground.job(hold)) for _ in range(3))
+        ground.journal.wait_for("start", [forged.id, broken.id, other.id])
+        fields = {
+            "attempts": 99,
+            "deaths": 99,
+            "uri": "s3://elsewhere/x",
+            "id": "../../x",
+            "claim_until": "x",
+        }
+        client.hset(f"smallcat:job:{forged.id}", mapping=fields)
+        client.set(f"smallcat:job:{broken.id}", "no hash")
+        assert submit_job(ground.job()).result(timeout=30).state is State.DONE
+    assert other.result(timeout=30).state is State.DONE
+    result = forged.result(timeout=30)
+    assert result.state is State.DONE
+    assert result.uri.startswith(f"s3://{ground.stack.environment['S3_BUCKET']}/")
+    ground.journal.wait_for("put", [forged.id, broken.id])
     assert ground.workers[0].running
 
 
