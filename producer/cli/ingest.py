@@ -94,7 +94,10 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--quiet",), {"is_flag": True, "help": "Show no progress."}),
     (
         ("--lines",),
-        {"is_flag": True, "help": "Print a line for each job, for logs; with --json a JSON object."},
+        {
+            "is_flag": True,
+            "help": "Print a line for each job, for logs; with --json a JSON object on standard output.",
+        },
     ),
 )
 
@@ -154,7 +157,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
         raise
     finally:
         display.close()
-    _report(outcome, as_json=as_json)
+    _report(outcome, as_json=as_json, as_event=options["lines"])
     if outcome.state == "stopped":
         return INTERRUPTED
     return 0 if outcome.is_clean else 1
@@ -188,7 +191,8 @@ def _display(options: Mapping[str, Any], *, as_json: bool) -> QuietDisplay:
     if options["quiet"]:
         return QuietDisplay(console)
     if options["lines"] or not console.is_terminal:
-        return LineDisplay(console, every_job=options["lines"], as_json=as_json)
+        events = sys.stdout if as_json and options["lines"] else None
+        return LineDisplay(console, every_job=options["lines"], as_json=as_json, events=events)
     return LiveDisplay(console, session().bucket)
 
 
@@ -212,11 +216,15 @@ def _stop_on_ctrl_c(ingest: Ingest, display: QuietDisplay) -> None:
     signal.signal(signal.SIGINT, stop)
 
 
-def _report(outcome: Outcome, *, as_json: bool) -> None:
+def _report(outcome: Outcome, *, as_json: bool, as_event: bool) -> None:
     if as_json:
         values = dataclasses.asdict(outcome)
         values["rejected_files"] = [str(path) for path in outcome.rejected_files]
-        _print_json(values | {"manifest": outcome.manifest and str(outcome.manifest)})
+        values["manifest"] = outcome.manifest and str(outcome.manifest)
+        if as_event:  # The last of the lines.
+            click.echo(json.dumps({"event": outcome.state, **values}, ensure_ascii=False))
+        else:
+            _print_json(values)
         return
     parts = [f"{outcome.done:,} done"]
     if outcome.cached:

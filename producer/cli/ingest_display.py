@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -86,9 +86,16 @@ class LineDisplay(QuietDisplay):
     """A line for each event, and one on the run's progress every half minute."""
 
     def __init__(
-        self, console: Console | None = None, *, every_job: bool = True, as_json: bool = False
+        self,
+        console: Console | None = None,
+        *,
+        every_job: bool = True,
+        as_json: bool = False,
+        events: TextIO | None = None,
     ) -> None:
+        """Events go to `events`, notices to the console; None: both to the console."""
         super().__init__(console)
+        self._events = events
         self._every_job, self._as_json = every_job, as_json
         self._throughput = Throughput()
         self._printed_at = time.monotonic()
@@ -113,7 +120,11 @@ class LineDisplay(QuietDisplay):
 
     def _event(self, event: str, text: str, **values: object) -> None:
         if self._as_json:
-            self.notice(json.dumps({"event": event, **values, "text": text}, ensure_ascii=False))
+            line = json.dumps({"event": event, **values, "text": text}, ensure_ascii=False)
+            if self._events is None:
+                self.notice(line)
+            else:
+                print(line, file=self._events, flush=True)
         else:
             where = "  ".join(f"{name} {value}" for name, value in values.items() if value != "")
             self.notice(f"{event:9} {where}{'  ' if where else ''}{text}")

@@ -1,4 +1,4 @@
-"""`python -m producer` and `smallcat`: submit, ingest, status, cancel, fetch, gallery, failed, doctor.
+"""`python -m producer` and `smallcat`: submit, ingest, status, cancel, runs, fetch, gallery, failed, doctor.
 
 Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output, and
 everything else to standard error. With `--json` every command prints one JSON document on standard output.
@@ -7,7 +7,6 @@ everything else to standard error. With `--json` every command prints one JSON d
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import warnings
@@ -17,8 +16,10 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from producer.cli.follow_jobs import cancel, runs, status
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
+from producer.cli.json_output import json_option, print_json
 from producer.client import JobHandle, JobResult, submit_job
 from worker.contract.errors import (
     CallerError,
@@ -51,10 +52,6 @@ SECONDS = _Seconds()
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="smallcat")
 def cli() -> None:
@@ -68,7 +65,7 @@ def cli() -> None:
 @click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
 @click.option("--output", type=click.Path(path_type=Path), help="Wait, and save the picture in this folder.")
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
-@_json_option
+@json_option
 def submit(
     prompt: str,
     wait: bool,
@@ -84,47 +81,16 @@ def submit(
     if words := only_words(prompt, given.get("negative_prompt")):
         click.echo(f"note  {only_words_warning(words)}", err=True)
     if not (wait or show or output):
-        _print_json({"id": handle.id}) if as_json else click.echo(handle.id)
+        print_json({"id": handle.id}) if as_json else click.echo(handle.id)
         return
     report = _report(_follow(handle, timeout), save_in=output, show=show, as_json=as_json)
     if as_json:
-        _print_json(report)
+        print_json(report)
 
 
-@cli.command()
-@click.argument("job_id")
-@_json_option
-def status(job_id: str, as_json: bool) -> None:
-    """Show the state of a job."""
-    handle = JobHandle(job_id)
-    record, progress = handle.record(), handle.progress()
-    if as_json:
-        _print_json(record.model_dump(mode="json") | {"queued": progress.queued, "note": progress.note})
-        return
-    click.echo(f"{record.id}  {record.state}")
-    if record.steps:
-        click.echo(f"step       {progress.step} of {progress.steps}")
-    if progress.queued:
-        click.echo(f"queue      {progress.queued} waiting, {progress.workers} workers")
-    for name in ("worker", "uri", "error"):
-        if value := getattr(record, name):
-            click.echo(f"{name:10} {value}")
-    for warning in (*record.warnings, progress.note):
-        if warning:
-            click.echo(f"note       {warning}")
-
-
-@cli.command()
-@click.argument("job_ids", nargs=-1, required=True)
-@_json_option
-def cancel(job_ids: tuple[str, ...], as_json: bool) -> None:
-    """Cancel jobs: queued ones at once, running ones at their next step."""
-    states = {job_id: JobHandle(job_id).cancel() for job_id in job_ids}
-    if as_json:
-        _print_json(states)
-        return
-    for job_id, state in states.items():
-        click.echo(f"{job_id}  {'cancelling' if state == 'running' else state}")
+cli.add_command(status)
+cli.add_command(cancel)
+cli.add_command(runs)
 
 
 @cli.command()
@@ -132,7 +98,7 @@ def cancel(job_ids: tuple[str, ...], as_json: bool) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=Path(), help="Folder to save in.")
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @click.option("--show", is_flag=True, help="Show the pictures in the terminal.")
-@_json_option
+@json_option
 def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: bool, as_json: bool) -> None:
     """Wait for jobs to be done, and save their pictures."""
     reports, errors = [], []
@@ -143,7 +109,7 @@ def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: b
         except (JobError, CallerError, TimeoutError) as error:  # Of one job: the others are fetched.
             errors.append(error)
     if as_json:
-        _print_json(reports)
+        print_json(reports)
     for each in errors[:-1]:
         click.echo(str(each), err=True)
     if errors:
@@ -161,14 +127,14 @@ def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: b
     "--expires-s", type=int, default=604_800, help="Seconds for which the links work, up to 604800."
 )
 @click.option("--limit", type=int, default=20_000, help="Jobs on the page, at most; 20000 when not given.")
-@_json_option
+@json_option
 def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> None:
     """Write one page with all pictures of a manifest, or below s3://BUCKET/PREFIX."""
     from producer.gallery.write import write_gallery
 
     page = write_gallery(source, output, **options)
     if as_json:
-        _print_json(dataclasses.asdict(page) | {"path": str(page.path)})
+        print_json(dataclasses.asdict(page) | {"path": str(page.path)})
         return
     for notice in page.notices:
         click.echo(f"note  {notice}", err=True)
@@ -179,14 +145,14 @@ def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> 
 
 @cli.command(context_settings={"token_normalize_func": option_of})
 @ingest_options
-@_json_option
+@json_option
 def ingest(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Render files of prompts (txt, csv, tsv, jsonl, parquet; - for standard input)."""
     sys.exit(run_ingest(files, options, as_json=as_json))
 
 
 @cli.command()
-@_json_option
+@json_option
 def doctor(as_json: bool) -> None:
     """Check Redis, the bucket, the workers, and the GPU of a worker's machine."""
     from producer.cli.doctor import examine
@@ -198,7 +164,7 @@ def doctor(as_json: bool) -> None:
             mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
             click.echo(f"{mark}  {finding.what:10} {finding.text}")
     if as_json:
-        _print_json([finding._asdict() for finding in findings])
+        print_json([finding._asdict() for finding in findings])
     if not all(finding.ok for finding in findings):
         sys.exit(3)
 
@@ -213,7 +179,7 @@ def _failed_options(command: F) -> F:
         click.argument("job_ids", nargs=-1),
         click.option("--error", "error_type", help="Only those that failed with this class of error."),
         click.option("--run", help="Only those of this run of a prompt file."),
-        _json_option,
+        json_option,
     ):
         command = option(command)
     return command
@@ -234,14 +200,14 @@ def failed_list(
         if job_ids or error_type or run:
             raise click.UsageError("--unreadable lists messages: leave out ids, --error and --run.")
         if as_json:
-            _print_json({"unreadable": unreadable(), "parked": parked()})
+            print_json({"unreadable": unreadable(), "parked": parked()})
             return
         for each in unreadable_lines():
             click.echo(each)
         return
     if as_json:
         records = select(job_ids, error_type=error_type, run=run)
-        _print_json([record.model_dump(mode="json") for record in records])
+        print_json([record.model_dump(mode="json") for record in records])
         return
     for failure in find(job_ids, error_type=error_type, run=run):
         click.echo(line(failure))
@@ -249,14 +215,14 @@ def failed_list(
 
 @failed.command("show")
 @click.argument("job_ids", nargs=-1, required=True)
-@_json_option
+@json_option
 def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
     """Show failed jobs with their parameters and each of their attempts."""
     from producer.cli.failed import lines, select
 
     records = select(job_ids)
     if as_json:
-        _print_json([record.model_dump(mode="json") for record in records])
+        print_json([record.model_dump(mode="json") for record in records])
         return
     for record in records:
         click.echo("\n".join(lines(record)))
@@ -274,7 +240,7 @@ def failed_retry(
     require_choice(job_ids, (error_type, run), everything)
     handles = retry(select(job_ids, error_type=error_type, run=run))
     if as_json:
-        _print_json([handle.id for handle in handles])
+        print_json([handle.id for handle in handles])
         return
     click.echo(f"{len(handles)} submitted again")
 
@@ -291,7 +257,7 @@ def failed_drop(
     require_choice(job_ids, (error_type, run), everything)
     count = drop([failure.id for failure in find(job_ids, error_type=error_type, run=run)])
     if as_json:
-        _print_json({"dropped": count})
+        print_json({"dropped": count})
         return
     click.echo(f"{count} forgotten")
 
@@ -360,7 +326,3 @@ def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: boo
     if path:
         click.echo(f"file  {path.resolve()}")
     return {}
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))

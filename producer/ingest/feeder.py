@@ -10,6 +10,7 @@ job that was sent, has not ended, and is neither queued nor held by a worker is 
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from producer.ingest import manifest_path
-from producer.ingest.journal import Journal
+from producer.ingest.journal import Journal, journal_path
 from producer.ingest.manifest import Rejects, write_manifest
 from producer.ingest.message_templates import MessageTemplate, TemplatedJob
 from producer.ingest.pinned import Pinned
@@ -39,6 +40,8 @@ WINDOW = 500
 POLL_EVERY_S = 0.1
 #: Seconds with empty queues and without an outcome, until a check for lost messages.
 QUIET_S = 3.0
+#: Names of files that a run keeps for lists of runs.
+SHOWN_FILES = 10
 #: Times that lost jobs are sent again, at most, before the run fails.
 MAX_SENT_AGAIN = 3
 
@@ -84,6 +87,11 @@ class Ingest:
             self._choose_manifest()
             self._tell_of_earlier_run()
             self.run.take()
+            self.run.note("files", json.dumps([each.name for each in self._plan.sources[:SHOWN_FILES]]))
+            if self.run.noted("cancelled") is not None:
+                # In this order: a journal without its run is no harm.
+                journal_path(self._wanted, self.run.id).unlink(missing_ok=True)
+                self.run.begin_anew()
         try:
             with self._session.queue_errors(), Journal(self._wanted, self.run.id) as journal:
                 return self._feed_until_over(journal)
@@ -143,6 +151,8 @@ class Ingest:
         self._show(status, journal)
         if status.is_over and not progressed and (not self._downloads or self._downloads.flush(journal)):
             return "finished"
+        if status.is_cancelled:
+            return "cancelled"
         if self._options.detach and status.total is not None and not status.is_over:
             return "detached"
         if self._stop.is_set():

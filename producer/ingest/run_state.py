@@ -30,7 +30,7 @@ from worker.contract.message import TASK, run_mark_in
 from worker.contract.queues import queue_of_list
 from worker.contract.refusals import code_of
 from worker.state import run_scripts
-from worker.state.keys import QUEUES, job_key, run_key
+from worker.state.keys import QUEUES, RUNS, job_key, run_key
 from worker.state.shared_scripts import SharedScript
 
 if TYPE_CHECKING:
@@ -40,10 +40,16 @@ if TYPE_CHECKING:
 #: Seconds after which another machine can take over the run of a silent feeder. On the feeder's own machine
 #: another process can as soon as the feeder is dead.
 FEEDER_TTL_S: Final = 10
+#: Runs that are listed, at most: those that were begun or resumed last.
+MAX_RUNS: Final = 1_000
 #: Outcomes that are read at once.
 OUTCOMES_AT_ONCE: Final = 2_000
 #: Tells this process from an earlier one that had its process id.
 _PROCESS: Final = secrets.token_hex(8)
+
+
+#: What `feed.lua` returns where the run was cancelled.
+CANCELLED: Final = -2
 
 
 class Ended(NamedTuple):
@@ -79,6 +85,8 @@ class Status:
     queued: int
     #: Where feeding continues, as `Cursor` writes it.
     cursor: str
+    #: Whether it was cancelled: nothing more is sent.
+    is_cancelled: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -119,9 +127,9 @@ class Run:
         deadline = time.monotonic() + timeout_s
         while (holder := self._try_to_take()) != self._token:
             if time.monotonic() > deadline:
-                host, pid, *_ = holder.split(":")
                 raise PromptFileError(
-                    f"Process {pid} on {host} is feeding this run: stop it, or let it go on."
+                    f"{feeder_of(holder)} is feeding this run, {self.id}: stop it, or let it go on and "
+                    f"follow it with `smallcat status --run {self.id}`."
                 )
             time.sleep(0.1)
         with self._redis.pipeline() as pipe:
@@ -130,6 +138,9 @@ class Run:
             pipe.hsetnx(self._key, "created", int(time.time()))
             pipe.hset(self._key, "ttl", self._ttl_s)
             pipe.expire(self._key, self._ttl_s)
+            pipe.zadd(RUNS, {self.id: time.time()})
+            pipe.zremrangebyrank(RUNS, 0, -1 - MAX_RUNS)
+            pipe.expire(RUNS, self._ttl_s)
             pipe.hgetall(self._key)
             fields: dict[str, str] = pipe.execute()[-1]
         if fields["what"] != self._digest:
@@ -137,6 +148,11 @@ class Run:
                 f"The run {self.id} was begun with other files or options: use those, or another --run."
             )
         self._lists = [name.removeprefix("list:") for name in fields if name.startswith("list:")]
+
+    def begin_anew(self) -> None:
+        """Forget what became of the run's jobs. What is done lies in the bucket and is not rendered again."""
+        self._redis.delete(self._key, *(f"{self._key}:{part}" for part in ("done", "failed", "news")))
+        self.take()
 
     def release(self) -> None:
         """Stop being the feeder: another process may feed the run at once."""
@@ -149,12 +165,12 @@ class Run:
         Raises `PromptFileError` where another process feeds it by now, or it has expired.
         """
         if (holder := self._try_to_take()) != self._token:
-            raise PromptFileError(f"Another process ({holder}) has taken this run over.")
+            raise PromptFileError(f"{feeder_of(holder)} has taken this run over, {self.id}: let it go on.")
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hmget(self._key, "fed", "ended", "total", "rejected", "cursor")
+            pipe.hmget(self._key, "fed", "ended", "total", "rejected", "cursor", "cancelled")
             for name in self._lists:
                 pipe.llen(name)
-            (fed, ended, total, rejected, cursor), *lengths = pipe.execute()
+            (fed, ended, total, rejected, cursor, cancelled), *lengths = pipe.execute()
         if fed is None:
             raise PromptFileError(f"The run {self.id} has expired meanwhile: start it again.")
         return Status(
@@ -164,6 +180,7 @@ class Run:
             int(rejected or 0),
             sum(lengths),
             cursor or "",
+            cancelled is not None,
         )
 
     def feed(
@@ -172,7 +189,8 @@ class Run:
         """Send `messages`, pairs of list and message, and move the cursor: both or neither.
 
         `before` is the number of jobs fed before. Calling it again after a lost connection sends once.
-        Raises `PromptFileError` where another process has fed the run meanwhile.
+        Where the run was cancelled, nothing is sent. Raises `PromptFileError` where another process has fed
+        the run meanwhile.
         """
         lists = sorted({name for name, _ in messages} | set(self._lists))
         numbers = {name: number for number, name in enumerate(lists, 1)}
@@ -181,7 +199,9 @@ class Run:
         args += ["" if total is None else total, rejected, self._ttl_s, len(queues), *queues]
         args += [item for name, message in messages for item in (numbers[name], message)]
         keys = [self._key, f"{self._key}:feeder", QUEUES, *lists]
-        if self._feed(keys=keys, args=args) != 1:
+        if (answer := self._feed(keys=keys, args=args)) == CANCELLED:
+            return
+        if answer != 1:
             raise PromptFileError("Another process has fed this run meanwhile: start again to follow it.")
         self._lists = lists
 
@@ -210,7 +230,9 @@ class Run:
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.bitcount(f"{self._key}:done")
             pipe.bitcount(f"{self._key}:failed")
-            done, failed = pipe.execute()
+            # The list of runs lives as long as the longest of them.
+            pipe.expire(RUNS, self._ttl_s)
+            done, failed, _ = pipe.execute()
         return int(done), int(failed)
 
     def state_of(self, number: int) -> str | None:
@@ -313,6 +335,12 @@ def _ended(text: str) -> Ended:
         cached == "true",
         int(attempts or 0),
     )
+
+
+def feeder_of(token: str) -> str:
+    """The feeder of that token, for people."""
+    host, pid, *_ = token.split(":")
+    return f"Process {pid} on {host}"
 
 
 def _is_dead(token: str) -> bool:

@@ -69,7 +69,8 @@ class Outcome:
 
     #: The run's id.
     run: str
-    #: `finished`; `stopped` (the next call sends the rest); `detached` (everything is queued).
+    #: `finished`; `stopped` (the next call sends the rest); `detached` (everything is queued); `cancelled`
+    #: (by `cancel --run`; the next call begins anew, and finds what is done in the bucket).
     state: str
     #: Jobs sent.
     sent: int

@@ -14,9 +14,14 @@
 -- include heal.lua
 -- include outcome.lua
 -- include mark_runs.lua
+-- include cancelled_run.lua
 -- include ../contract/clock.lua
 local message, worker, lease, max_attempts, ttl, job, queue, delivery, run = unpack(ARGV)
 local time = tonumber(now())
+if drop_if_run_is_cancelled(KEYS[1], message, run) then
+  redis.call('DEL', KEYS[2])
+  return {'final', 0, 0}
+end
 local state, cancel, holder, until_s, tried, died, submitted_at, runs, cancelled_at =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'claim', 'claim_until', 'attempts', 'deaths', 'submitted_at',
             'runs', 'cancelled_at'))

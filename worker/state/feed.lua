@@ -6,10 +6,11 @@
 --          run's keys live, the number of queues, the queues, then number of the list, from 1, and message
 --          in turn
 -- Returns  1: done, now or by an earlier try whose answer was lost; 0: somebody else has fed the run;
---          -1: somebody else is its feeder
+--          -1: somebody else is its feeder; -2: the run was cancelled
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return -1 end
 if redis.call('HGET', KEYS[1], 'window') == ARGV[2] then return 1 end
 if redis.call('HGET', KEYS[1], 'fed') ~= ARGV[3] then return 0 end
+if redis.call('HGET', KEYS[1], 'cancelled') then return -2 end
 local first = 10 + ARGV[9]
 for i = first, #ARGV, 2 do redis.call('LPUSH', KEYS[3 + ARGV[i]], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'window', ARGV[2], 'fed', ARGV[4], 'cursor', ARGV[5], 'rejected', ARGV[7])

@@ -10,6 +10,8 @@
                              hash
     smallcat:queues          set      names of the queues that jobs were sent to
     smallcat:failed          zset     ids of the jobs that failed for good, by time (`worker.state.failures`)
+    smallcat:latest          zset     ids of the 1,000 jobs that were submitted last, by time
+    smallcat:runs            zset     names of the 1,000 runs that were begun or resumed last, by time
     smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
       ...:done, ...:failed   bitmaps  a bit for each job of the run, set by the script that ends the job
       ...:news               list     how each job ended, until the run's feeder has read it
@@ -50,6 +52,10 @@ from typing import Final
 QUEUES: Final = "smallcat:queues"
 #: Ids of the jobs that failed for good, scored by the time.
 FAILED: Final = "smallcat:failed"
+#: Ids of the jobs that were submitted last, scored by the time. Jobs of runs are not among them.
+LATEST: Final = "smallcat:latest"
+#: Names of the runs, scored by when they were begun or resumed last.
+RUNS: Final = "smallcat:runs"
 #: Names of the workers that announced themselves.
 WORKERS: Final = "smallcat:workers"
 #: The last announcements of each model.

@@ -30,7 +30,15 @@ from worker.state.hashes import (
     seen_by,
     unknown,
 )
-from worker.state.keys import FAILED, QUEUES, WORKERS_CHANNEL, attempts_key, job_key, submission_key
+from worker.state.keys import (
+    FAILED,
+    LATEST,
+    QUEUES,
+    WORKERS_CHANNEL,
+    attempts_key,
+    job_key,
+    submission_key,
+)
 from worker.state.shared_scripts import SharedScript
 
 if TYPE_CHECKING:
@@ -76,7 +84,7 @@ class Records:
         """
         own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
         self._submit(
-            keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission)],
+            keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission), LATEST],
             args=[job.model_dump_json(), queue, self._ttl_s, job.id, submission, own, message],
         )
 
@@ -135,6 +143,19 @@ class Records:
                     if (record := readable(job_id, fields)) is not None:
                         found[job_id] = record
         return found
+
+    def latest(self, count: int) -> list[JobRecord]:
+        """The records of up to `count` of the jobs that were submitted last, the latest first.
+
+        Jobs of runs are not among them, nor those whose record has expired. At most 1,000 are known.
+        """
+        ids = [str(job_id) for job_id in self._redis.zrevrange(LATEST, 0, -1)]
+        found: list[JobRecord] = []
+        for start in range(0, len(ids), count):
+            found += self.read(ids[start : start + count]).values()
+            if len(found) >= count:
+                break
+        return found[:count]
 
     def claim(
         self,

@@ -1,7 +1,7 @@
 -- Writes the record of a job that is submitted, and the submission. A job that is queued or running stays as
 -- it is, unless it was cancelled; any other starts anew, and still belongs to its runs.
 --
--- KEYS     the record, the queues, the failed jobs, the submission
+-- KEYS     the record, the queues, the failed jobs, the submission, the latest jobs
 -- ARGV     job as JSON, queue, seconds until the record expires, job id, submission or '', what is its own
 --          as JSON, the id of its message
 --
@@ -36,3 +36,6 @@ end
 redis.call('EXPIRE', KEYS[1], ttl)
 on(KEYS[3], 'ZREM', id)
 if submission ~= '' then redis.call('SET', KEYS[4], '+' .. own, 'EX', ttl) end
+on(KEYS[5], 'ZADD', now(), id)
+redis.call('ZREMRANGEBYRANK', KEYS[5], 0, -1001)
+redis.call('EXPIRE', KEYS[5], ttl)

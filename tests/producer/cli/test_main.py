@@ -179,7 +179,9 @@ def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
         (["submit", "x", "--wait", "--timeout", "inf"], "--timeout"),
         (["submit", "\udcff"], "prompt"),
         (["paint", "x"], "paint"),
-        (["status"], "JOB_ID"),
+        (["cancel"], "Give their ids, or --run"),
+        (["cancel", "x", "--run", "y"], "not both"),
+        (["status", "--run", "nosuch"], "There is no run nosuch"),
         (["fetch"], "JOB_IDS"),
         ([], "Usage"),
         (["status", "nonsense"], "no record of a job nonsense"),
@@ -257,6 +259,52 @@ def test_cancelling_several_jobs(smallcat: Shell, client: Redis) -> None:
     assert ran.code == 0
     assert ran.out.splitlines() == [f"{queued}  cancelled", f"{running}  cancelling"]
     assert smallcat("cancel", queued, running, "--json").document == {queued: "cancelled", running: "running"}
+
+
+def test_status_and_cancel_go_on_past_unknown_ids_and_the_code_says_that_one_was(
+    smallcat: Shell, client: Redis
+) -> None:
+    known = smallcat("submit", "x", "--seed", "1").out.strip()
+    other = "0" * 32
+    ran = smallcat("status", other, known, "--json")
+    assert ran.code == 2
+    assert [(each["id"], each["state"]) for each in ran.document] == [(other, "unknown"), (known, "queued")]
+    assert "no record of a job" in ran.err
+    ran = smallcat("cancel", other, known, "nonsense", "--json")
+    assert (ran.code, ran.document) == (2, {other: "unknown", known: "cancelled", "nonsense": "unknown"})
+    assert len(ran.err.splitlines()) == 2
+    ran = smallcat("status", other, known)
+    assert ran.out.splitlines()[0] == f"{other}  unknown"
+    assert f"{known}  cancelled" in ran.out
+
+
+def test_status_without_ids_lists_the_latest_jobs_with_prompt_seed_time_and_link(
+    smallcat: Shell, client: Redis, environment: dict[str, str]
+) -> None:
+    ids = [smallcat("submit", f"cat {seed}", "--seed", str(seed)).out.strip() for seed in range(4)]
+    smallcat("submit", "cat 0", "--seed", "0")  # Again: it is the latest, and listed once.
+    finish(client, environment, JobHandle(ids[3]).record().job)
+    listed = smallcat("status", "--json").document
+    assert [each["id"] for each in listed] == [ids[0], ids[3], ids[2], ids[1]]
+    assert listed[1]["url"].startswith(environment["AWS_ENDPOINT_URL_S3"])
+    lines = smallcat("status", "--limit", "2").out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ids[:1] + ids[3:]
+    assert lines[1].endswith("seed 3  cat 3")
+    assert ids[3] in lines[2]
+    assert lines[2].strip().startswith("http")
+    client.delete(f"smallcat:job:{ids[3]}")
+    assert ids[3] not in smallcat("status").out
+
+
+def test_the_latest_jobs_are_bounded_and_expire(client: Redis) -> None:
+    records = Records(client, 1_000)
+    job = job_of(1)
+    for number in range(1_005):
+        client.zadd("smallcat:latest", {f"{number:032x}": number})
+    records.submitted(job, queue_of(job))
+    assert client.zcard("smallcat:latest") == 1_000
+    assert client.zscore("smallcat:latest", job.id) is not None
+    assert 0 < int(client.ttl("smallcat:latest")) <= 1_000  # type: ignore[arg-type]
 
 
 def test_fetching_saves_each_picture(

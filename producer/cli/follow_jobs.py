@@ -1,0 +1,224 @@
+"""The commands `status`, `cancel` and `runs`: what has become of jobs and runs, and ending them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from producer.cli.json_output import json_option, print_json
+from producer.client import JobHandle, JobResult
+from producer.session import session
+from worker.contract.errors import CallerError, UnknownJobError
+
+if TYPE_CHECKING:
+    from producer.ingest.runs import RunInfo
+
+#: Characters of a prompt in a list.
+_SHOWN = 60
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1)
+@click.option("--run", help="The run of that name instead: see `smallcat runs`.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 1_000),
+    default=20,
+    help="Without ids: that many of the latest jobs, 20 when not given.",
+)
+@json_option
+def status(job_ids: tuple[str, ...], run: str | None, limit: int, as_json: bool) -> None:
+    """Show the state of jobs or of a run; without ids the latest jobs, but for those of runs."""
+    if run is not None:
+        _refuse_ids(job_ids)
+        _show_runs([_run(run)], as_json=as_json, alone=True)
+    elif job_ids:
+        _status(job_ids, as_json=as_json)
+    else:
+        _latest(limit, as_json=as_json)
+
+
+@click.command()
+@click.argument("job_ids", nargs=-1)
+@click.option("--run", help="All jobs of the run of that name: see `smallcat runs`.")
+@json_option
+def cancel(job_ids: tuple[str, ...], run: str | None, as_json: bool) -> None:
+    """Cancel jobs, or a run: queued jobs at once, running ones at their next step."""
+    if run is not None:
+        _refuse_ids(job_ids)
+        _cancel_run(run, as_json=as_json)
+        return
+    if not job_ids:
+        raise CallerError("Which jobs? Give their ids, or --run and the name of a run.")
+    states: dict[str, str] = {}
+    unknown: list[UnknownJobError] = []
+    for job_id in job_ids:
+        try:
+            states[job_id] = JobHandle(job_id).cancel()
+        except UnknownJobError as error:
+            states[job_id] = "unknown"
+            unknown.append(error)
+    if as_json:
+        print_json(states)
+    else:
+        for job_id, state in states.items():
+            click.echo(f"{job_id}  {'cancelling' if state == 'running' else state}")
+    _raise_last(unknown)
+
+
+@click.command()
+@json_option
+def runs(as_json: bool) -> None:
+    """List the runs of prompt files, the one begun or resumed last first."""
+    from producer.ingest.runs import list_runs
+
+    now = session()
+    with now.queue_errors():
+        found = list_runs(now.redis)
+    _show_runs(found, as_json=as_json)
+
+
+def _status(job_ids: tuple[str, ...], *, as_json: bool) -> None:
+    """Show each job. All are shown, whichever of them is unknown."""
+    shown: list[dict[str, Any]] = []
+    unknown: list[UnknownJobError] = []
+    for job_id in job_ids:
+        handle = JobHandle(job_id)
+        try:
+            record, progress = handle.record(), handle.progress()
+        except UnknownJobError as error:
+            unknown.append(error)
+            shown.append({"id": job_id, "state": "unknown", "error": str(error)})
+            if not as_json:
+                click.echo(f"{job_id}  unknown")
+            continue
+        shown.append(
+            record.model_dump(mode="json")
+            | {"queued": progress.queued, "note": progress.note, **_link(record)}
+        )
+        if as_json:
+            continue
+        click.echo(f"{record.id}  {record.state}")
+        if record.steps:
+            click.echo(f"step       {progress.step} of {progress.steps}")
+        if progress.queued:
+            click.echo(f"queue      {progress.queued} waiting, {progress.workers} workers")
+        for name in ("worker", "uri", "error"):
+            if value := getattr(record, name):
+                click.echo(f"{name:10} {value}")
+        for url in _link(record).values():
+            click.echo(f"url        {url}")
+        for warning in (*record.warnings, progress.note):
+            if warning:
+                click.echo(f"note       {warning}")
+    if as_json:
+        print_json(shown if len(job_ids) > 1 else shown[0])
+    _raise_last(unknown)
+
+
+def _latest(limit: int, *, as_json: bool) -> None:
+    now = session()
+    with now.queue_errors():
+        records = [JobResult.of(record) for record in now.records.latest(limit)]
+    if as_json:
+        print_json([record.model_dump(mode="json") | _link(record) for record in records])
+        return
+    for record in records:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.submitted_at))
+        click.echo(f"{record.id}  {record.state:9}  {at}  seed {record.seed}  {_short(record.job.prompt)}")
+        for url in _link(record).values():
+            click.echo(f"    {url}")
+    if not records:
+        click.echo("No job was submitted lately; for prompt files see: smallcat runs", err=True)
+
+
+def _link(record: JobResult) -> dict[str, str]:
+    """The link to a picture that is done, where the bucket's address can be made here."""
+    if record.uri is None:
+        return {}
+    try:
+        return {"url": record.url()}
+    except CallerError:
+        return {}  # The bucket is not set here: Redis alone says what has become of a job.
+
+
+def _run(run: str) -> RunInfo:
+    from producer.ingest.runs import find_run
+
+    now = session()
+    with now.queue_errors():
+        return find_run(now.redis, run)
+
+
+def _cancel_run(run: str, *, as_json: bool) -> None:
+    from producer.ingest.runs import cancel_run
+
+    now = session()
+    with now.queue_errors():
+        before = cancel_run(now.redis, now.records, run)
+    info = _run(run)
+    if as_json:
+        print_json(_values(info))
+        return
+    if before.state in ("finished", "cancelled"):
+        click.echo(f"run       {run} {before.state} already")
+        return
+    left = info.sent - info.done - info.failed
+    click.echo(f"run       {run} cancelled: {info.done:,} done, {left:,} queued or running are given up")
+
+
+def _show_runs(found: list[RunInfo], *, as_json: bool, alone: bool = False) -> None:
+    if as_json:
+        values = [_values(info) for info in found]
+        print_json(values[0] if alone else values)
+        return
+    for info in found:
+        of = (
+            f"{info.done + info.failed:,} of {info.total:,}"
+            if info.total is not None
+            else f"{info.sent:,} sent"
+        )
+        parts = [of, f"{info.done:,} done"]
+        parts += [f"{n:,} {what}" for n, what in ((info.failed, "failed"), (info.rejected, "rejected")) if n]
+        files = ", ".join(info.files) or "-"
+        click.echo(f"{info.run}  {info.state:9}  {_age(info.created)}  {', '.join(parts)}  {files}")
+        if info.feeder:
+            click.echo(f"    fed by {info.feeder[0].lower()}{info.feeder[1:]}")
+        if alone and info.manifest:
+            click.echo(f"    manifest {info.manifest}")
+    if not found:
+        click.echo("Redis remembers no run.", err=True)
+
+
+def _values(info: RunInfo) -> dict[str, Any]:
+    return dataclasses.asdict(info) | {"age_s": max(0, int(time.time()) - info.created)}
+
+
+def _age(created: int) -> str:
+    """How long ago that was, in its largest unit: `3 min`."""
+    seconds = max(0, int(time.time()) - created)
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def _short(prompt: str) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
+
+
+def _refuse_ids(job_ids: tuple[str, ...]) -> None:
+    if job_ids:
+        raise CallerError("Give ids or --run, not both.")
+
+
+def _raise_last(errors: list[UnknownJobError]) -> None:
+    """Say all errors in a sentence each; the last one becomes the exit code."""
+    for each in errors[:-1]:
+        click.echo(str(each), err=True)
+    if errors:
+        raise errors[-1]
