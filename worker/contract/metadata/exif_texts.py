@@ -51,7 +51,7 @@ def exif_texts(block: bytes) -> dict[str, str]:
                     found[TAGS[tag]] = decoded(value, tag, order)
     except struct.error:  # Cut short: what came before it counts.
         pass
-    return {name: text for name, text in found.items() if text.strip()}
+    return {name: text for name, text in found.items() if text}
 
 
 def _entries(tiff: bytes, order: str, at: int) -> Iterator[tuple[int, bytes, int]]:
@@ -91,17 +91,16 @@ def _utf8(value: bytes) -> str:
 
 
 def _utf16(value: bytes, order: str) -> str:
-    """UTF-16 of either order, or UTF-8 under its mark: what reads as a text of a tool, else the likeliest."""
-    if value[:2] in (b"\xfe\xff", b"\xff\xfe"):
-        return value.decode("utf-16", "replace").rstrip("\0")
+    """UTF-16 of either order, or UTF-8 under its mark: what reads as a text of a tool."""
     names = ["utf-16-be", "utf-16-le"] if order == ">" else ["utf-16-le", "utf-16-be"]
     texts = [value.decode(name, "replace") for name in names]
     with contextlib.suppress(UnicodeDecodeError):
         texts.append(value.decode("utf-8"))
     marked = [text for text in texts if any(mark in text for mark in _MARKS)]
-    # Most characters of most texts are ASCII, in the right order of the bytes alone.
-    likeliest = max(texts[:2], key=lambda text: sum(map(str.isascii, text)))
-    return (marked or [likeliest])[0].rstrip("\0")
+    # Without a mark nobody reads it. AUTOMATIC1111 and smallcat write big-endian, whatever the file's order.
+    text = (marked or [value.decode("utf-16-be", "replace")])[0].rstrip("\0")
+    # A byte order mark, unless smallcat wrote it: then it is the prompt's first character.
+    return text.removeprefix("\ufeff") if marked and "Version: smallcat" not in text else text
 
 
 def xmp_texts(packet: str) -> Iterator[str]:

@@ -369,6 +369,13 @@ OURS = (
 )
 
 
+@pytest.mark.parametrize("first", ["\ufeff", "\ufffe", "\u4e00" * 1_000])
+def test_a_user_comment_of_ours_is_read_to_the_letter(first: str) -> None:
+    text = first + OURS
+    job = read(jpeg(tiff(">", {}, {0x9286: b"UNICODE\0" + text.encode("utf-16-be")})))
+    assert job.prompt.startswith(first + "a (small")
+
+
 @pytest.mark.parametrize("after", ["", "\n", "\r\n\0", " "])
 def test_a_picture_of_ours_is_read_to_the_letter(after: str) -> None:
     job = read(png({"parameters": OURS + after}))
