@@ -298,9 +298,13 @@ def _send(now: Session, job: Job) -> JobHandle:
     from worker.celery import app, connection
     from worker.contract.message import task_call_of
     from worker.contract.queues import queue_of
+    from worker.contract.refusals import too_few_replicas
 
     deadline = time.monotonic() + now.redis_retry_s
-    pool = producers[connection(now.settings.redis_url)]
+    replicas = now.settings.wait_replicas
+    # Less than a client waits for an answer.
+    wait_s = 0.8 * min(now.redis_retry_s, 10.0)
+    pool = producers[connection(now.settings.redis_url, replicas, wait_s)]
     with now.queue_errors(), now.one_retry():
         job = now.fleet.resolve(job)
     submission, is_sent = secrets.token_hex(8), False
@@ -315,8 +319,12 @@ def _send(now: Session, job: Job) -> JobHandle:
                 is_sent = True
                 with now.queue_errors(), pool.acquire(block=True) as producer:
                     app.send_task(**task_call_of(job), task_id=message, producer=producer)
-            if now.settings.wait_replicas:
-                _wait_for_replicas(now, job.id)
+            if replicas:
+                # Once: a connection that is made anew may lead to another primary.
+                with now.queue_errors(), now.one_retry(0):
+                    have_it = now.records.replicated(job.id, replicas, wait_s)
+                if have_it < replicas:
+                    raise QueueError(too_few_replicas(have_it, replicas))
             handle = JobHandle(job.id, submission)
             handle._own = {name: getattr(job, name) for name in SUBMISSION_FIELDS}
             return handle
@@ -331,21 +339,6 @@ def _is_taken(now: Session, job_id: str) -> bool:
     with now.queue_errors(), now.one_retry(0), contextlib.suppress(UnknownJobError):
         return now.records.get(job_id).state in (State.RUNNING, State.DONE)
     return False
-
-
-def _wait_for_replicas(now: Session, job_id: str) -> None:
-    """Wait until enough replicas have the job, within `SMALLCAT_SUBMIT_TIMEOUT_S`. Raises `QueueError`."""
-    # Less than the client waits for an answer.
-    replicas, timeout_s = now.settings.wait_replicas, 0.8 * min(now.redis_retry_s, 10.0)
-    # Once: another connection could lead to another primary, which has not all of the job.
-    with now.queue_errors(), now.one_retry(0):
-        have_it = now.records.replicated(job_id, replicas, timeout_s)
-    if have_it < replicas:
-        raise QueueError(
-            f"Job {job_id} was sent, but only {have_it} of {replicas} replicas (SMALLCAT_WAIT_REPLICAS) "
-            f"confirmed it within {timeout_s:g} s: it may be lost with Redis' primary. Start the replicas; "
-            "submitting again is safe."
-        )
 
 
 def _lasting(job_id: str, stored: bytes) -> JobRecord:

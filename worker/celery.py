@@ -51,7 +51,11 @@ app.conf.update(
 )
 
 
-def connection(redis_url: str) -> Connection:
-    """A connection of this app to that Redis, not yet open. kombu pools those of equal URLs."""
-    made: Connection = app.connection_for_write(url=broker_url(redis_url))
+def connection(redis_url: str, wait_replicas: int = 0, wait_s: float = 0.0) -> Connection:
+    """A connection of this app to that Redis, not yet open. kombu pools those of equal arguments.
+
+    A message counts as sent once `wait_replicas` replicas confirm it, within `wait_s` seconds.
+    """
+    options = {"wait_replicas": wait_replicas, "wait_s": wait_s} if wait_replicas else {}
+    made: Connection = app.connection_for_write(url=broker_url(redis_url), transport_options=options)
     return made

@@ -158,7 +158,7 @@ def settled(client: redis.Redis) -> Callable[[], bool]:
             "rediss://u:p%40ss@h:6380/3?ssl_cert_reqs=CERT_NONE",
             "smallcat-rediss://u:p%40ss@h:6380/3?ssl_cert_reqs=none",
         ),
-        ("unix://u:p@/run/my redis.sock?db=2", "smallcat-unix://u:p@localhost:6379/run/my%20redis.sock/2"),
+        ("unix://u:p@/run/my redis.sock?db=2", "smallcat-unix://u:p@localhost/run/my%20redis.sock/2"),
         (
             "redis+sentinel://u:p@a:1,b/main/2",
             "smallcat-sentinel://u:p@a:1/a:1,b:26379/main/2",

@@ -35,6 +35,7 @@ from worker.broker.lease import Held, Lease, lease_of_process
 from worker.broker.moves import KEPT_BYTES
 from worker.broker.poller import CHECK_AGAIN_S, Poller
 from worker.broker.qos import QoS
+from worker.broker.replicated import ReplicatedPuts
 from worker.broker.scripts import FETCH
 from worker.broker.transport import (
     LEASE_S,
@@ -68,7 +69,7 @@ class Stage(enum.Enum):
     WAITING = enum.auto()
 
 
-class Channel(OwnNames):
+class Channel(ReplicatedPuts, OwnNames):
     """kombu's Redis channel; what it fetches is in a queue or registered as held at every instant."""
 
     QoS = QoS

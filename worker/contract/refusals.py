@@ -141,6 +141,14 @@ def sentence(where: str, error: BaseException) -> str:
     return f"{redis} is out of reach ({words}): start it, or set REDIS_URL."
 
 
+def too_few_replicas(have_it: int, wanted: int) -> str:
+    """What is wrong where fewer replicas than `SMALLCAT_WAIT_REPLICAS` confirmed a job."""
+    return (
+        f"The job was sent, but only {have_it} of {wanted} replicas (SMALLCAT_WAIT_REPLICAS) confirmed it in "
+        "time: it may be lost with Redis' primary. Start the replicas; submitting again is safe."
+    )
+
+
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
