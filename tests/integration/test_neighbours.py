@@ -7,10 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from celery import Celery
 from deploy.embedded.servers import ValkeyProcess
 from deploy.embedded.stack import Stack
 from tests.faults import oracle
-from tests.faults.harness import ROOT, Ground, wait_until
+from tests.faults.harness import ROOT, FaultWorker, Ground, wait_until
 from worker.broker.adoption import AT_ONCE, Adoption
 from worker.broker.layout import Layout
 from worker.broker.transport import (
@@ -276,3 +278,55 @@ def test_a_worker_runs_what_an_earlier_one_left(ground: Ground) -> None:
         wait_until("run", lambda: ground.journal.count("take")[job] == 2)
         client.delete(OLD_UNACKED, OLD_UNACKED_INDEX)
     oracle.settled(ground)
+
+
+#: The last version whose transport used kombu's names.
+EARLIER = "b89d500"
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """The tree of that version."""
+    archive = tmp_path / "earlier.tar"
+    made = subprocess.run(
+        ["git", "archive", "--output", str(archive), EARLIER], cwd=ROOT, capture_output=True, timeout=30
+    )
+    if made.returncode != 0:
+        pytest.skip(f"there is no git, or no {EARLIER} in its history")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "earlier", filter="data")
+    return tmp_path / "earlier"
+
+
+@pytest.mark.services
+def test_beside_a_worker_of_an_earlier_version(
+    new_stack: Callable[..., Stack], tmp_path: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither restores what the other works on; what is left of the earlier one is run after its lease."""
+    ground = Ground(new_stack(workers=0), tmp_path)
+    ground.use(monkeypatch)
+
+    class EarlierWorker(FaultWorker):
+        def _argv(self) -> list[str]:
+            return ["/usr/bin/env", "-C", str(earlier), *super()._argv()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.faults.harness.FaultWorker", EarlierWorker)
+        old = ground.worker(settings={"PYTHONPATH": str(earlier)})
+    with ground.redis as client, ground.holding() as hold:
+        by_old = ground.submit(3, hold)
+        ground.journal.wait_for("start", by_old)
+        assert client.hlen(OLD_UNACKED) >= 3
+        ground.worker()
+        ground.journal.wait_for("put", ground.submit(20))
+        scores: set[object] = set()
+
+        def is_renewed_often() -> bool:
+            scores.update(score for _, score in client.zrange(OLD_UNACKED_INDEX, 0, -1, withscores=True))
+            return len(scores) > 3 * 8  # Two leases.
+
+        wait_until("renewed", is_renewed_often)
+        assert max(ground.journal.count("start").values()) == 1
+        old.kill()
+        wait_until("run again", lambda: all(ground.journal.count("start")[job] == 2 for job in by_old), 60)
+    oracle.settle(ground)
