@@ -37,6 +37,7 @@ from worker.contract.errors import (
 )
 from worker.contract.job import DEFAULT_PRIORITY
 from worker.contract.message import TASK, URGENT
+from worker.contract.plain_text import plain
 from worker.contract.queues import queues_of
 from worker.contract.refusals import refusal_log
 from worker.contract.settings import WorkerSettings, hidden, worker_settings
@@ -103,11 +104,11 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
             payload, request.id, redelivered=bool(request.delivery_info.get("redelivered"))
         )
     except InvalidJobError as error:
-        logger.error("Message %s is set aside: %s", ascii(request.id), error)
+        logger.error("Message %s is set aside: %s", ascii(request.id), plain(error))
         set_aside_held(request.properties["delivery_tag"], str(error), request.id)
         delay_s = None
     except (MachineError, RedisError) as error:
-        logger.info("Message %s goes back to its queue: %s", request.id, first_line(error))
+        logger.info("Message %s goes back to its queue: %s", request.id, plain(first_line(error)))
         delay_s = 0.0 if isinstance(error, MachineError) else UNKNOWN_DELAY_S
     except BaseException as error:
         logger.critical("The message goes back to the queue: %r", error, exc_info=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from producer.cli.json_output import json_option, print_json
+from producer.cli.json_output import json_option, print_json, say
 from producer.client import JobHandle, JobResult
 from producer.session import session
 from worker.contract.errors import CallerError, UnknownJobError
@@ -65,7 +65,7 @@ def cancel(job_ids: tuple[str, ...], run: str | None, as_json: bool) -> None:
         print_json(states)
     else:
         for job_id, state in states.items():
-            click.echo(f"{job_id}  {'cancelling' if state == 'running' else state}")
+            say(f"{job_id}  {'cancelling' if state == 'running' else state}")
     _raise_last(unknown)
 
 
@@ -93,7 +93,7 @@ def _status(job_ids: tuple[str, ...], *, as_json: bool) -> None:
             unknown.append(error)
             shown.append({"id": job_id, "state": "unknown", "error": str(error)})
             if not as_json:
-                click.echo(f"{job_id}  unknown")
+                say(f"{job_id}  unknown")
             continue
         shown.append(
             record.model_dump(mode="json")
@@ -101,19 +101,19 @@ def _status(job_ids: tuple[str, ...], *, as_json: bool) -> None:
         )
         if as_json:
             continue
-        click.echo(f"{record.id}  {record.state}")
+        say(f"{record.id}  {record.state}")
         if record.steps:
-            click.echo(f"step       {progress.step} of {progress.steps}")
+            say(f"step       {progress.step} of {progress.steps}")
         if progress.queued:
-            click.echo(f"queue      {progress.queued} waiting, {progress.workers} workers")
+            say(f"queue      {progress.queued} waiting, {progress.workers} workers")
         for name in ("worker", "uri", "error"):
             if value := getattr(record, name):
-                click.echo(f"{name:10} {value}")
+                say(f"{name:10} {value}")
         for url in _link(record).values():
-            click.echo(f"url        {url}")
+            say(f"url        {url}")
         for warning in (*record.warnings, progress.note):
             if warning:
-                click.echo(f"note       {warning}")
+                say(f"note       {warning}")
     if as_json:
         print_json(shown if len(job_ids) > 1 else shown[0])
     _raise_last(unknown)
@@ -128,11 +128,11 @@ def _latest(limit: int, *, as_json: bool) -> None:
         return
     for record in records:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.submitted_at))
-        click.echo(f"{record.id}  {record.state:9}  {at}  seed {record.seed}  {_short(record.job.prompt)}")
+        say(f"{record.id}  {record.state:9}  {at}  seed {record.seed}  {_short(record.job.prompt)}")
         for url in _link(record).values():
-            click.echo(f"    {url}")
+            say(f"    {url}")
     if not records:
-        click.echo("No job was submitted lately; for prompt files see: smallcat runs", err=True)
+        say("No job was submitted lately; for prompt files see: smallcat runs", err=True)
 
 
 def _link(record: JobResult) -> dict[str, str]:
@@ -164,10 +164,10 @@ def _cancel_run(run: str, *, as_json: bool) -> None:
         print_json(_values(info))
         return
     if before.state in ("finished", "cancelled"):
-        click.echo(f"run       {run} {before.state} already")
+        say(f"run       {run} {before.state} already")
         return
     left = info.sent - info.done - info.failed
-    click.echo(f"run       {run} cancelled: {info.done:,} done, {left:,} queued or running are given up")
+    say(f"run       {run} cancelled: {info.done:,} done, {left:,} queued or running are given up")
 
 
 def _show_runs(found: list[RunInfo], *, as_json: bool, alone: bool = False) -> None:
@@ -184,13 +184,13 @@ def _show_runs(found: list[RunInfo], *, as_json: bool, alone: bool = False) -> N
         parts = [of, f"{info.done:,} done"]
         parts += [f"{n:,} {what}" for n, what in ((info.failed, "failed"), (info.rejected, "rejected")) if n]
         files = ", ".join(info.files) or "-"
-        click.echo(f"{info.run}  {info.state:9}  {_age(info.created)}  {', '.join(parts)}  {files}")
+        say(f"{info.run}  {info.state:9}  {_age(info.created)}  {', '.join(parts)}  {files}")
         if info.feeder:
-            click.echo(f"    fed by {info.feeder[0].lower()}{info.feeder[1:]}")
+            say(f"    fed by {info.feeder[0].lower()}{info.feeder[1:]}")
         if alone and info.manifest:
-            click.echo(f"    manifest {info.manifest}")
+            say(f"    manifest {info.manifest}")
     if not found:
-        click.echo("Redis remembers no run.", err=True)
+        say("Redis remembers no run.", err=True)
 
 
 def _values(info: RunInfo) -> dict[str, Any]:
@@ -219,6 +219,6 @@ def _refuse_ids(job_ids: tuple[str, ...]) -> None:
 def _raise_last(errors: list[UnknownJobError]) -> None:
     """Say all errors in a sentence each; the last one becomes the exit code."""
     for each in errors[:-1]:
-        click.echo(str(each), err=True)
+        say(str(each), err=True)
     if errors:
         raise errors[-1]

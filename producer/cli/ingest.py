@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -15,10 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from producer.cli.job_options import JOB_OPTIONS, given_fields, job_options
+from producer.cli.json_output import say
 from producer.ingest.types import FILE_PRIORITY
 from producer.prompts.fields import meaning_of
 from producer.prompts.sources import FORMATS
 from worker.contract.job import JOB_FIELDS
+from worker.contract.plain_text import plain_json
 
 if TYPE_CHECKING:
     from producer.cli.ingest_display import QuietDisplay
@@ -144,7 +145,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
 
         return print_check(plan, as_json=as_json)
     if options["strict"]:
-        refuse_bad_lines(plan, lambda text: click.echo(text, err=True))
+        refuse_bad_lines(plan, lambda text: say(text, err=True))
     run_options = Options(options["manifest"], options["run"], options["max_queued"], options["detach"])
     display = _display(options, as_json=as_json)
     try:
@@ -153,7 +154,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
         outcome = ingest()
     except ServiceError:
         display.close()
-        click.echo(f"What was sent goes on. To go on with the rest: {_command()}", err=True)
+        say(f"What was sent goes on. To go on with the rest: {_command()}", err=True)
         raise
     finally:
         display.close()
@@ -222,7 +223,7 @@ def _report(outcome: Outcome, *, as_json: bool, as_event: bool) -> None:
         values["rejected_files"] = [str(path) for path in outcome.rejected_files]
         values["manifest"] = outcome.manifest and str(outcome.manifest)
         if as_event:  # The last of the lines.
-            click.echo(json.dumps({"event": outcome.state, **values}, ensure_ascii=False))
+            say(json.dumps({"event": outcome.state, **values}, ensure_ascii=False))
         else:
             _print_json(values)
         return
@@ -231,15 +232,15 @@ def _report(outcome: Outcome, *, as_json: bool, as_event: bool) -> None:
         parts[0] += f" ({outcome.cached:,} were there already)"
     others = {name: getattr(outcome, name) for name in ("failed", "cancelled", "rejected")}
     parts += [f"{number:,} {name}" for name, number in others.items() if number]
-    click.echo(f"run       {outcome.run} {outcome.state}: {', '.join(parts)}")
+    say(f"run       {outcome.run} {outcome.state}: {', '.join(parts)}")
     if outcome.state == "detached":
-        click.echo(f"sent      {outcome.sent:,} jobs; for the manifest: {_command()}")
+        say(f"sent      {outcome.sent:,} jobs; for the manifest: {_command()}")
     if outcome.manifest:
-        click.echo(f"manifest  {outcome.manifest.resolve()}")
+        say(f"manifest  {outcome.manifest.resolve()}")
     for path in outcome.rejected_files:
-        click.echo(f"rejected  {path.resolve()}")
+        say(f"rejected  {path.resolve()}")
     if outcome.failed:
-        click.echo("failed    see: smallcat failed list")
+        say("failed    see: smallcat failed list")
 
 
 def _command() -> str:
@@ -249,4 +250,4 @@ def _command() -> str:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    say(plain_json(value))

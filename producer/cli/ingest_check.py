@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-import click
-
+from producer.cli.json_output import say
 from producer.ingest.check import check, given_of, rejected_of
 from worker.contract.prompt_syntax import only_words_warning
 
@@ -27,27 +26,27 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
     def read(job: Planned, words: tuple[str, ...]) -> None:
         if as_json:
             warnings = {"warnings": [only_words_warning(words)]} if words else {}
-            click.echo(json.dumps(given_of(plan, job) | warnings, ensure_ascii=False))
+            say(json.dumps(given_of(plan, job) | warnings, ensure_ascii=False))
         elif shown[job.file] < _SHOWN:
             shown[job.file] += 1
-            click.echo(_shown(plan, job))
+            say(_shown(plan, job))
 
     def found(rejected: Rejected) -> None:
         values = rejected_of(plan, rejected)
         if as_json:
-            click.echo(json.dumps(values, ensure_ascii=False))
+            say(json.dumps(values, ensure_ascii=False))
         else:
-            click.echo(f"{values['file']}, line {values['line']}: {values['reason']}", err=True)
+            say(f"{values['file']}, line {values['line']}: {values['reason']}", err=True)
 
-    findings = check(plan, found, lambda text: click.echo(text, err=True), read)
+    findings = check(plan, found, lambda text: say(text, err=True), read)
     names = [f"{name} ({count:,} jobs)" for name, count in findings.metadata.items()]
     if names:
         more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
-        click.echo(f"to metadata: {', '.join(map(_short, names[:_NAMES]))}{more}", err=as_json)
+        say(f"to metadata: {', '.join(map(_short, names[:_NAMES]))}{more}", err=as_json)
     for name, (count, file, line) in findings.words.items():
         where = f"{count:,} jobs, the first in {file}, line {line}"
-        click.echo(f"{only_words_warning([name])} ({where})", err=as_json)
-    click.echo(f"{findings.jobs:,} jobs, {findings.bad:,} bad lines; nothing was sent", err=as_json)
+        say(f"{only_words_warning([name])} ({where})", err=as_json)
+    say(f"{findings.jobs:,} jobs, {findings.bad:,} bad lines; nothing was sent", err=as_json)
     return 1 if findings.bad else 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from rich.text import Text
 from producer.ingest.plan import Rejected
 from producer.ingest.run_state import Ended, Status
 from producer.ingest.types import Counts, Display
+from worker.contract.plain_text import plain, plain_json
 
 if TYPE_CHECKING:
     from worker.storage.bucket import Bucket
@@ -76,7 +76,7 @@ class QuietDisplay(Display):
 
     def notice(self, text: str) -> None:
         """One line."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Nothing."""
@@ -120,7 +120,7 @@ class LineDisplay(QuietDisplay):
 
     def _event(self, event: str, text: str, **values: object) -> None:
         if self._as_json:
-            line = json.dumps({"event": event, **values, "text": text}, ensure_ascii=False)
+            line = plain_json({"event": event, **values, "text": text}, indent=None)
             if self._events is None:
                 self.notice(line)
             else:

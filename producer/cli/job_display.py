@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from producer.client import JobHandle, JobResult
+from worker.contract.plain_text import plain
 
 #: Seconds between two polls of a job's progress.
 POLL_EVERY_S = 0.25
@@ -40,7 +42,7 @@ def show_picture(result: JobResult) -> None:
     else:
         job = result.job
         console.print(
-            f'"{job.prompt}", {job.width}x{job.height}, seed {job.seed}, {job.steps} steps',
+            f'"{plain(job.prompt)}", {job.width}x{job.height}, seed {job.seed}, {job.steps} steps',
             markup=False,
             highlight=False,
         )
@@ -64,12 +66,13 @@ def _watch(handle: JobHandle, console: Console, over: threading.Event) -> None:
             try:
                 now = handle.progress()
             except Exception as error:  # noqa: BLE001 - the waiting thread reports it with its type
-                bar.update(task, text=str(error))
+                bar.update(task, text=escape(plain(error)))
                 over.wait(POLL_EVERY_S)
                 continue
-            text = now.note or (f"step {now.step} of {now.steps}" if now.steps else "")
+            note = plain(now.note)
+            text = escape(note) or (f"step {now.step} of {now.steps}" if now.steps else "")
             bar.update(task, description=now.state, total=now.steps or None, completed=now.step, text=text)
-            if not console.is_terminal and (line := f"{now.state}  {now.note}".strip()) != shown:
+            if not console.is_terminal and (line := f"{now.state}  {note}".strip()) != shown:
                 console.print(line, markup=False, highlight=False)
                 shown = line
             over.wait(POLL_EVERY_S)

@@ -1,12 +1,13 @@
-"""`--json`: the option, and how its document is printed."""
+"""What commands print: text, or with `--json` a document."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
+from worker.contract.plain_text import plain, plain_json
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,4 +19,9 @@ def json_option(command: F) -> F:
 
 def print_json(value: Any) -> None:
     """Print `value` on standard output."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    click.echo(plain_json(value))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text on standard output, or error. Characters that are not seen are escaped."""
+    click.echo(plain(text, keep="\n"), err=err)

@@ -29,6 +29,7 @@ from worker.contract.errors import (
     SmallcatError,
     UnknownModelError,
 )
+from worker.contract.plain_text import plain
 from worker.contract.prompt_syntax import only_words, only_words_warning
 
 
@@ -111,7 +112,7 @@ def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: b
     if as_json:
         print_json(reports)
     for each in errors[:-1]:
-        click.echo(str(each), err=True)
+        click.echo(plain(each, keep="\n"), err=True)
     if errors:
         raise errors[-1]
 
@@ -137,7 +138,7 @@ def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> 
         print_json(dataclasses.asdict(page) | {"path": str(page.path)})
         return
     for notice in page.notices:
-        click.echo(f"note  {notice}", err=True)
+        click.echo(f"note  {plain(notice)}", err=True)
     failed = f", {page.failed:,} failed" if page.failed else ""
     click.echo(f"page  {page.path.resolve()}")
     click.echo(f"      {page.pictures:,} pictures{failed}, {page.size / 1e6:.1f} MB")
@@ -162,7 +163,7 @@ def doctor(as_json: bool) -> None:
         findings.append(finding)
         if not as_json:
             mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
-            click.echo(f"{mark}  {finding.what:10} {finding.text}")
+            click.echo(f"{mark}  {finding.what:10} {plain(finding.text)}")
     if as_json:
         print_json([finding._asdict() for finding in findings])
     if not all(finding.ok for finding in findings):
@@ -203,14 +204,14 @@ def failed_list(
             print_json({"unreadable": unreadable(), "parked": parked()})
             return
         for each in unreadable_lines():
-            click.echo(each)
+            click.echo(plain(each))
         return
     if as_json:
         records = select(job_ids, error_type=error_type, run=run)
         print_json([record.model_dump(mode="json") for record in records])
         return
     for failure in find(job_ids, error_type=error_type, run=run):
-        click.echo(line(failure))
+        click.echo(plain(line(failure)))
 
 
 @failed.command("show")
@@ -225,7 +226,7 @@ def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
         print_json([record.model_dump(mode="json") for record in records])
         return
     for record in records:
-        click.echo("\n".join(lines(record)))
+        click.echo("\n".join(map(plain, lines(record))))
 
 
 @failed.command("retry")
@@ -273,7 +274,7 @@ def main() -> NoReturn:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
     except (SmallcatError, OSError) as error:
-        click.secho(f"{error}", fg="red" if sys.stderr.isatty() else None, err=True)
+        click.secho(plain(error, keep="\n"), fg="red" if sys.stderr.isatty() else None, err=True)
         sys.exit(_exit_code(error))
     sys.exit(0)
 
@@ -320,9 +321,9 @@ def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: boo
 
         show_picture(result)
     for warning in result.warnings:
-        click.echo(f"note  {warning}", err=True)
-    click.echo(f"uri   {result.uri}")
-    click.echo(f"url   {result.url()}")
+        click.echo(f"note  {plain(warning)}", err=True)
+    click.echo(f"uri   {plain(result.uri)}")
+    click.echo(f"url   {plain(result.url())}")
     if path:
         click.echo(f"file  {path.resolve()}")
     return {}

@@ -126,7 +126,7 @@ class Downloads:
         data = self._storage.get(uri)
         source = self._sources[file].name if file < len(self._sources) else ""
         job = _job_of(data)
-        ending = uri.rpartition(".")[2]
+        ending = slug(uri.rpartition(".")[2])
         job_id = PurePosixPath(uri).stem
         values = {"line": line, "number": number, "file": PurePosixPath(source).name.partition(".")[0]}
         values |= {"id": job_id, "slug": slug(job.prompt) if job else job_id}

@@ -24,9 +24,10 @@ from producer.ingest.manifest import Rejects, write_manifest
 from producer.ingest.message_templates import MessageTemplate, TemplatedJob
 from producer.ingest.pinned import Pinned
 from producer.ingest.plan import Cursor, Plan, Planned, Rejected
-from producer.ingest.run_state import Run, Status
+from producer.ingest.run_state import Ended, Run, Status
 from producer.ingest.types import Counts, Display, Options, Outcome
 from producer.session import Session
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import QueueError, UnknownJobError
 from worker.contract.message import Route, RunMark
 from worker.contract.record import JobRecord
@@ -259,7 +260,7 @@ class Ingest:
 
     def _receive(self, journal: Journal) -> bool:
         """Write down the outcomes of jobs. Returns whether there were any."""
-        outcomes = self.run.outcomes()
+        outcomes = [self._placed(each) for each in self.run.outcomes()]
         journal.write(outcomes)
         self.run.acknowledge()
         for each in outcomes:
@@ -272,6 +273,13 @@ class Ingest:
             self._received_at = time.monotonic()
             self._sent_again = 0
         return bool(outcomes)
+
+    def _placed(self, ended: Ended) -> Ended:
+        """The outcome with the picture's address as it follows from the job's id, whatever Redis says."""
+        bucket, ending = self._session.bucket, (ended.uri or "").rpartition(".")[2]
+        if ended.uri is None or bucket is None or ending not in list(ImageFormat):
+            return ended
+        return ended._replace(uri=bucket.uri(ended.id, ImageFormat(ending)))
 
     def _show(self, status: Status, journal: Journal) -> None:
         if time.monotonic() - self._counted_at > 0.5:

@@ -30,6 +30,7 @@ from worker.contract.message import TASK, run_mark_in
 from worker.contract.queues import queue_of_list
 from worker.contract.refusals import code_of
 from worker.state import run_scripts
+from worker.state.hashes import JOB_ID, says_final
 from worker.state.keys import QUEUES, RUNS, job_key, run_key
 from worker.state.shared_scripts import SharedScript
 
@@ -216,7 +217,7 @@ class Run:
         """The outcomes that are not yet acknowledged, oldest first; up to `OUTCOMES_AT_ONCE`."""
         found = self._redis.lrange(f"{self._key}:news", 0, OUTCOMES_AT_ONCE - 1)
         self._outcomes = cast("list[str]", found)
-        return [_ended(text) for text in self._outcomes]
+        return [ended for text in self._outcomes if (ended := _ended(text)) is not None]
 
     def acknowledge(self) -> None:
         """Remove from Redis what `outcomes` returned last: it is written down."""
@@ -320,21 +321,21 @@ class Run:
         return holder
 
 
-def _ended(text: str) -> Ended:
-    number, file, line, job_id, state, uri, timings, error_type, error, cached, attempts = json.loads(text)
-    return Ended(
-        number,
-        file,
-        line,
-        job_id,
-        state,
-        uri or None,
-        json.loads(timings) if timings else {},
-        error_type or None,
-        error or None,
-        cached == "true",
-        int(attempts or 0),
-    )
+def _ended(text: str) -> Ended | None:
+    """The outcome that a worker's script wrote; None for what no such script writes."""
+    try:
+        number, file, line, job_id, state, uri, timings, error_type, error, cached, attempts = json.loads(
+            text
+        )
+        numbers = int(number), int(file), int(line)
+        attempts, timings = int(attempts or 0), dict(json.loads(timings)) if timings else {}
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if not JOB_ID.fullmatch(str(job_id)) or not says_final(state):
+        return None
+    texts = (str(each) if each else None for each in (uri, error_type, error))
+    uri, error_type, error = texts
+    return Ended(*numbers, job_id, state, uri, timings, error_type, error, cached == "true", attempts)
 
 
 def feeder_of(token: str) -> str:

@@ -233,6 +233,22 @@ def test_a_fetch_registers_what_it_pops(client: redis.Redis) -> None:
     assert client.zscore(UNACKED_INDEX, tag) == pytest.approx(seconds + microseconds / 1e6, abs=1)
 
 
+def test_a_message_under_the_tag_of_one_that_is_held_takes_not_its_place(client: redis.Redis) -> None:
+    first = message("first")
+    again = {**message("again"), "properties": first["properties"]}
+    client.lpush("q", json.dumps(first), json.dumps(again))
+    tags = [client.eval(FETCH, 4, *FETCH_ONE)[2] for _ in range(2)]  # type: ignore[index]
+    assert tags[1] is None
+    assert json.loads(client.hget(UNACKED, tags[0]))[0] == first  # type: ignore[arg-type]
+    [aside] = client.lrange(FETCH_ONE[2], 0, -1)
+    assert b"delivery tag is that of a message that a worker holds" in aside
+    # Once that one is acknowledged, its tag is free.
+    client.hdel(UNACKED, tags[0])
+    client.zrem(UNACKED_INDEX, tags[0])
+    client.lpush("q", json.dumps(again))
+    assert client.eval(FETCH, 4, *FETCH_ONE)[2] == tags[0]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("broken", [UNACKED, UNACKED_INDEX])
 def test_a_message_that_cannot_be_registered_stays_in_its_queue(client: redis.Redis, broken: str) -> None:
     client.set(broken, "not what it should be")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -42,6 +43,7 @@ from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State, Timings
 from worker.jobs.image_file import encode
 from worker.state.fleet import Fleet, WorkerInfo
+from worker.state.keys import job_key
 from worker.state.records import Records
 from worker.state.redis_client import connect
 from worker.storage.bucket import Bucket
@@ -367,6 +369,87 @@ def test_a_running_job_is_asked_to_stop(fleet: Fleet, records: Records) -> None:
     records.claim(handle.record().job, "m1", worker="w1", lease_s=30, max_attempts=3, queue="q")
     assert handle.cancel() is State.RUNNING
     assert records.progress({handle.id: (1, 4)}, 30) == [handle.id]
+
+
+def test_equal_jobs_of_two_callers_share_the_render_and_nothing_else(
+    fleet: Fleet, records: Records, storage: Bucket, client: Redis
+) -> None:
+    mine = submit_job("a small cat", seed=3, priority=1, metadata={"whose": "mine"})
+    theirs = submit_job("a small cat", seed=3, priority=9, metadata={"whose": "theirs"})
+    assert mine.id == theirs.id
+    # Each message waits with its own priority: the first that is fetched is rendered.
+    assert [each["job"]["priority"] for each in messages(client, mine.record().job)] == [9, 1]
+    finish(records, storage, theirs.record().job)
+    for handle, priority, whose in ((mine, 1, "mine"), (theirs, 9, "theirs")):
+        elsewhere = JobHandle(handle.id, handle.submission)
+        awaited = asyncio.run(elsewhere.aresult(5))
+        for result in (handle.result(5), handle.record(), elsewhere.result(5), awaited):
+            assert (result.job.priority, result.job.metadata) == (priority, {"whose": whose})
+            assert result.state is State.DONE
+    client.flushall()
+    assert mine.record().job.metadata == {"whose": "mine"}
+
+
+def test_a_caller_who_gives_up_leaves_the_job_to_the_other(
+    fleet: Fleet, records: Records, storage: Bucket, client: Redis
+) -> None:
+    mine, theirs = (submit_job("a small cat", seed=3) for _ in range(2))
+    records.claim(theirs.record().job, "m1", worker="w1", lease_s=30, max_attempts=3, queue="q")
+    assert mine.cancel() is State.CANCELLED
+    for ask in (lambda: mine.result(5), lambda: asyncio.run(mine.aresult(5))):
+        with pytest.raises(JobCancelledError):
+            ask()
+    assert repr(mine) == f"JobHandle({mine.id!r}, state='cancelled')"
+    assert (mine.progress().state, theirs.state()) == (State.CANCELLED, State.RUNNING)
+    finish(records, storage, theirs.record().job)
+    assert theirs.result(5).state is State.DONE
+    assert (mine.cancel(), mine.state()) == (State.CANCELLED, State.CANCELLED)
+    client.delete(job_key(mine.id))
+    assert (mine.state(), theirs.state()) == (State.CANCELLED, State.DONE)
+    # By its id alone it is the job for all.
+    assert JobHandle(mine.id).state() is State.DONE
+
+
+def test_a_job_by_its_id_is_cancelled_for_all(fleet: Fleet) -> None:
+    handles = [submit_job("a small cat", seed=3) for _ in range(2)]
+    assert JobHandle(handles[0].id).cancel() is State.CANCELLED
+    assert [handle.state() for handle in handles] == [State.CANCELLED] * 2
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://strangers/secret.png", "s3://x/../../y", "file:///etc/passwd", "\x1b[31m"]
+)
+def test_a_forged_address_leads_to_the_job_s_own_picture_and_nowhere_else(
+    fleet: Fleet, records: Records, storage: Bucket, client: Redis, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    handle = submit_job("a small cat", seed=3)
+    finish(records, storage, handle.record().job)
+    client.hset(job_key(handle.id), mapping={"uri": uri, "id": "../../x"})
+    result = handle.result(5)
+    assert result.id == handle.id
+    with pytest.warns(UserWarning, match="S3_BUCKET and S3_PREFIX"):
+        assert result.data() == storage.get(storage.uri(handle.id, result.job.format))
+    with pytest.warns(UserWarning, match="S3_BUCKET and S3_PREFIX") as caught:
+        assert f"{storage.uri(handle.id, result.job.format).removeprefix('s3://')}?" in result.url()
+    assert "\x1b" not in str(caught[0].message)
+    # Without S3_BUCKET the record alone says where the picture is: only what can be this job's is taken.
+    monkeypatch.delenv("S3_BUCKET")
+    with pytest.raises(UnknownJobError, match="no address of its picture"):
+        result.url()
+    client.hset(job_key(handle.id), "uri", storage.uri(handle.id, result.job.format))
+    assert handle.result(5).data()
+
+
+def test_a_record_in_the_bucket_that_is_another_job_s_is_no_answer(
+    fleet: Fleet, records: Records, storage: Bucket, client: Redis
+) -> None:
+    handle = submit_job("a small cat", seed=3)
+    record = finish(records, storage, handle.record().job)
+    client.flushall()
+    for stored in (record.model_copy(update={"id": "../../x"}).model_dump_json().encode(), b"{", b""):
+        storage._put(storage._key(handle.id, "json"), stored, "application/json")
+        with pytest.raises(UnknownJobError, match="in the bucket cannot be read"):
+            handle.record()
 
 
 def test_progress_has_steps_and_messages_ahead(fleet: Fleet, records: Records, storage: Bucket) -> None:

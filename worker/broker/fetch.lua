@@ -21,15 +21,23 @@ for i = 4, #KEYS do
     local read, tag = pcall(function()
       return #raw <= tonumber(ARGV[1]) and cjson.decode(raw).properties.delivery_tag
     end)
-    if not read or type(tag) ~= 'string' or not string.find(tag, '^[!-~]+$') then
+    local reason = ARGV[5]
+    local done = false
+    if read and type(tag) == 'string' and string.find(tag, '^[!-~]+$') then
+      done = redis.pcall('ZADD', KEYS[2], 'NX', now(), tag)
+      if done == 0 then
+        -- Under that tag another message is held: this one would take its place.
+        done, reason = false, 'its delivery tag is that of a message that a worker holds'
+      end
+    end
+    if not done then
       local head = cjson.encode({at = tonumber(now()), queue = cjson.decode('[' .. queue .. ']')[1],
-                                 reason = ARGV[5], bytes = #raw})
+                                 reason = reason, bytes = #raw})
       redis.call('LPUSH', KEYS[3], head .. '\n' .. string.sub(raw, 1, ARGV[4]))
       redis.call('LTRIM', KEYS[3], 0, ARGV[3] - 1)
       redis.call('EXPIRE', KEYS[3], ARGV[2])
       return {i - 4, '', false}
     end
-    local done = redis.pcall('ZADD', KEYS[2], now(), tag)
     if type(done) == 'number' then
       done = redis.pcall('HSET', KEYS[1], tag, '[' .. raw .. ',"",' .. queue .. ']')
     end

@@ -36,6 +36,7 @@ from worker.contract.errors import (
 )
 from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.message import Message
+from worker.contract.plain_text import plain
 from worker.contract.prompt_syntax import warnings_of
 from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, JobRecord, State, Timings
@@ -161,7 +162,7 @@ class JobHandler:
         """
         job = self._resolved(message.job)
         stored = self._retry_storage(message.id, lambda: self._bucket.find(message.id, job.format))
-        if stored is not None and self._answer_from(message, stored, queued_s):
+        if stored is not None and self._answer_from(message, job, stored, queued_s):
             return
         started_s = time.monotonic()
         rendered: Rendered = self._engine.submit(message.id, job).result()
@@ -201,15 +202,21 @@ class JobHandler:
             )
         return wanted.resolved(self.served)
 
-    def _answer_from(self, message: Message, stored: bytes, queued_s: float) -> bool:
+    def _answer_from(self, message: Message, job: Job, stored: bytes, queued_s: float) -> bool:
         """Mark the job done with what the bucket holds; priority and metadata are this submission's own.
 
-        False: the stored record cannot be read, and the job must be rendered again.
+        `job` is the message's with the model's defaults. False: the stored record cannot be read, or is not
+        this job's, and the job must be rendered again.
         """
         try:
             record = JobRecord.model_validate_json(stored)
         except ValidationError as error:
-            logger.warning("Job %s: the record beside its picture cannot be read: %s", message.id, error)
+            logger.warning(
+                "Job %s: the record beside its picture cannot be read: %s", message.id, plain(error)
+            )
+            return False
+        if not _is_of(record, message, job):
+            logger.warning("Job %s: the record beside its picture is another job's", message.id)
             return False
         self._records.done(
             record.model_copy(
@@ -269,6 +276,15 @@ class JobHandler:
                 metrics.JOBS.labels("failed").inc()
                 logger.error("%s", line)
         return None
+
+
+def _is_of(record: JobRecord, message: Message, job: Job) -> bool:
+    """Whether a stored record is that of the message's job, which is `job` with the model's defaults."""
+    if record.id != message.id or record.state is not State.DONE:
+        return False
+    if message.job.is_open:  # Rendered with the revision that was served then.
+        job = job.model_copy(update={"model": record.job.model, "revision": record.job.revision})
+    return record.job.id in (job.id, message.id)
 
 
 def _encode(picture: Picture, job: Job, *, mark_as_generated: bool) -> bytes:

@@ -16,12 +16,14 @@ from redis import Redis
 
 from tests.conftest import EmptyBucket
 from tests.worker.engine.fake_runner import SERVED, SOON_S, FakeRunner, FakeState, Faults, job_of, picture_of
+from tests.worker.jobs.test_heartbeat import until_true
 from worker.contract import infotext
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import (
     BucketRefusedError,
     EngineStoppedError,
     InvalidJobError,
+    JobCancelledError,
     NewerMessageError,
     NotFiniteError,
     PermanentStorageError,
@@ -36,6 +38,7 @@ from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.engine.engine import Engine
 from worker.jobs.handler import JobHandler
+from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.retry_policy import Backoff
 from worker.state.failures import Failures
 from worker.state.records import Records
@@ -215,6 +218,30 @@ def test_a_record_that_cannot_be_read_is_made_again(worker: Worker, client: Redi
     assert JobRecord.model_validate_json(worker.storage.record(JOB.id) or b"").job == JOB
 
 
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"id": "0" * 32},
+        {"state": State.FAILED},
+        {"job": job_of(6)},
+        {"job": JOB.model_copy(update={"revision": "e" * 40})},
+    ],
+    ids=["id", "state", "job", "revision"],
+)
+def test_a_record_beside_the_picture_that_is_another_job_s_answers_nothing(
+    worker: Worker, client: Redis, forged: dict[str, object]
+) -> None:
+    worker.handle(JOB)
+    stored = JobRecord.model_validate_json(worker.storage.record(JOB.id) or b"")
+    record = stored.model_copy(update=forged).model_dump_json().encode()
+    worker.storage.put(JOB.id, JOB.format, b"another picture", record, "image/png")
+    client.flushall()
+    worker.submit(JOB)
+    worker.handle(JOB, "m2")
+    assert (worker.records.get(JOB.id).state, worker.records.get(JOB.id).cached) == (State.DONE, False)
+    assert worker.storage.get(worker.storage.uri(JOB.id, JOB.format)) != b"another picture"
+
+
 def test_two_messages_for_one_job_are_one_render(worker: Worker) -> None:
     worker.runner.gate.clear()
     worker.submit(JOB)
@@ -298,6 +325,37 @@ def test_a_job_cancelled_while_it_waits_for_the_storage_ends_at_once(
         worker.submit(JOB)
         assert worker.handle(JOB, "m2") is None
         assert worker.records.get(JOB.id).state is State.DONE
+
+
+def test_a_job_that_is_submitted_again_while_its_render_is_stopped_is_rendered(worker: Worker) -> None:
+    """Whoever gave it up is not who wants it now, although both share a render of one worker."""
+    worker.runner.gate.clear()
+    worker.records.submitted(JOB, queue_of(JOB), "a")
+    first = worker.begin(JOB, "m1")
+    assert worker.runner.entered.wait(SOON_S)
+    assert worker.records.cancel(JOB.id, "a") is State.RUNNING
+    worker.records.submitted(JOB, queue_of(JOB), "b")
+    second = worker.begin(JOB, "m2")
+    until_true(lambda: worker.records.get(JOB.id).state is State.RUNNING)
+    worker.handler.cancel(JOB.id)  # The word of the first cancellation comes late.
+    worker.runner.gate.set()
+    assert first.result(SOON_S) is None
+    if second.result(SOON_S) is not None:  # Back to its queue.
+        worker.handle(JOB, "m2", redelivered=True)
+    assert worker.records.get(JOB.id, "b").state is State.DONE
+    assert worker.records.get(JOB.id, "a").state is State.CANCELLED
+
+
+def test_a_job_is_in_flight_until_the_last_of_its_messages_is_done() -> None:
+    jobs = JobsInFlight()
+    with jobs.hold("a"):
+        with jobs.hold("a"):
+            pass
+        assert jobs.progress({}) == {"a": (0, 0)}
+        jobs.cancel("a")
+        with pytest.raises(JobCancelledError):
+            jobs.check("a")
+    assert jobs.progress({}) == {}
 
 
 def test_cancelling_a_job_that_is_not_in_flight_does_nothing(worker: Worker) -> None:
