@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from producer.cli.json_output import say
 from producer.ingest.check import check, given_of, rejected_of
+from worker.contract.plain_text import plain_json
 from worker.contract.prompt_syntax import only_words_warning
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
     def read(job: Planned, words: tuple[str, ...]) -> None:
         if as_json:
             warnings = {"warnings": [only_words_warning(words)]} if words else {}
-            say(json.dumps(given_of(plan, job) | warnings, ensure_ascii=False))
+            say(plain_json(given_of(plan, job) | warnings, indent=None))
         elif shown[job.file] < _SHOWN:
             shown[job.file] += 1
             say(_shown(plan, job))
@@ -34,7 +35,7 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
     def found(rejected: Rejected) -> None:
         values = rejected_of(plan, rejected)
         if as_json:
-            say(json.dumps(values, ensure_ascii=False))
+            say(plain_json(values, indent=None))
         else:
             say(f"{values['file']}, line {values['line']}: {values['reason']}", err=True)
 
