@@ -28,7 +28,7 @@ from types import FrameType
 import click
 from rich.console import Console
 
-from deploy.embedded.home import Home, StackError
+from deploy.embedded.home import Home, StackError, write_privately
 from deploy.embedded.process import Process
 from deploy.embedded.servers import WorkerProcess
 from deploy.embedded.stack import Stack
@@ -39,6 +39,8 @@ STACK_FAILED = 3
 _TERMINAL_GRACE_S, _GRACE_S = 2.0, 8.0
 #: Seconds between two reads of the logs, with `--logs`.
 _LOGS_EVERY_S = 0.2
+#: The file in a kept folder that a shell reads to use the stack: `source .smallcat/env`.
+ENV_FILE = "env"
 #: Variables that would override what the stack prints, if they were left in the user's shell.
 _OVERRIDES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "S3_PREFIX")
 
@@ -166,6 +168,10 @@ class _Session:
         status = self._console.status("Starting the queue and the bucket")
         with status if self._console.is_terminal else contextlib.nullcontext():
             self._stack.start(lambda part: self._started(part, status.update))
+        if self._stack.home.kept:
+            # The overrides are unset in any shell: which one will read it is not known.
+            text = "".join(f"unset {name}\n" for name in _OVERRIDES) + exports(self._stack.variables) + "\n"
+            write_privately(self._stack.home.path / ENV_FILE, text)
         if not argv:
             return self._serve()
         code = self._run(argv, signals)
@@ -195,6 +201,9 @@ class _Session:
         """Print the environment, and wait. A signal is the normal end: exit code 0."""
         with contextlib.suppress(Interrupted):
             print(exports(self._stack.variables), flush=True)
+            if self._stack.home.kept:
+                file = shlex.quote(os.path.relpath(self._stack.home.path / ENV_FILE))
+                self._print_note(f"In another terminal: source {file}")
             self._print_note("The stack is up; Ctrl-C stops it.")
             while (part := self._events.get()) is None:
                 pass
@@ -271,7 +280,8 @@ def _print_logs(stack: Stack, console: Console, ended: threading.Event) -> None:
     "--data",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Keep queue, pictures and logs in DIR between runs. Not set: nothing is kept.",
+    help="Keep queue, pictures, logs, ports and keys in DIR between runs, and write DIR/env for `source`. "
+    "Not set: nothing is kept.",
 )
 @click.option("--logs", is_flag=True, help="Show what the parts log.")
 @click.option("--hold", is_flag=True, help="After CMD, stay up until Enter is pressed; only at a terminal.")

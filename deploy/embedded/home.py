@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import subprocess
@@ -59,6 +60,26 @@ class Home:
             self.path.mkdir(mode=0o700)
         (self.path / "logs").mkdir(exist_ok=True)
 
+    def kept_values(self, part: str, new: Mapping[str, str]) -> dict[str, str]:
+        """What `part` keeps between runs of a kept folder, such as its password: `new` at the first one.
+
+        The file is readable by its owner alone. One that is damaged counts as none.
+        """
+        file = self.path / f"{part}.json"
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            values = {name: str(known.get(name, value)) for name, value in new.items()}
+        except (OSError, ValueError, AttributeError):
+            values = dict(new)
+        if self.kept:
+            write_privately(file, json.dumps(values))
+        return values
+
+    def keep(self, part: str, values: Mapping[str, str]) -> None:
+        """Replace what `part` keeps. Does nothing in a temporary folder."""
+        if self.kept:
+            write_privately(self.path / f"{part}.json", json.dumps(dict(values)))
+
     def tell_guard(self, line: str) -> None:
         """Send the guard an order (see `guard.py`). Does nothing after `close`."""
         with contextlib.suppress(BrokenPipeError, ValueError):
@@ -96,6 +117,17 @@ class Home:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_privately(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read (mode 0600), whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(
+        os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
+        file.write(text)
+    draft.replace(path)
 
 
 def _locked(folder: Path) -> int:

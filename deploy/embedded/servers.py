@@ -40,16 +40,29 @@ class _Server(Process):
 
     def __init__(self, home: Home, name: str) -> None:
         super().__init__(home, name)
-        self.port = 0
+        self._has_run = False
         self.folder = home.path / name
         self.folder.mkdir(exist_ok=True)
+        #: What stays the same between runs of a kept folder, so that clients and links do.
+        self._kept = home.kept_values(name, {"port": "0", **self._secrets()})
+        self.port = int(self._kept["port"]) if self._kept["port"].isdigit() else 0
+
+    def _secrets(self) -> dict[str, str]:
+        """Passwords and keys by name, new ones."""
+        return {}
 
     def start(self) -> None:
-        """As `Process.start`. At the first start, a port that another process took meanwhile is replaced."""
-        first = self.port == 0
+        """As `Process.start`. At the first start, a port that another process took meanwhile is replaced.
+
+        So is the port of an earlier run of the folder: its links no longer work then, but the stack does.
+        """
+        first = not self._has_run
         for _ in range(5):
             try:
-                return super().start()
+                super().start()
+                self._has_run = True
+                self.home.keep(self.name, self._kept | {"port": str(self.port)})
+                return
             except StackError:
                 if not first or "ddress already in use" not in self.output():
                     raise
@@ -70,7 +83,10 @@ class ValkeyProcess(_Server):
 
     def __init__(self, home: Home, name: str = "valkey") -> None:
         super().__init__(home, name)
-        self.password = secrets.token_hex(16)
+        self.password = self._kept["password"]
+
+    def _secrets(self) -> dict[str, str]:
+        return {"password": secrets.token_hex(16)}
 
     @property
     def url(self) -> str:
@@ -113,9 +129,11 @@ class S3Process(_Server):
 
     def __init__(self, home: Home, name: str = "s3") -> None:
         super().__init__(home, name)
+        self.access_key, self.secret_key = self._kept["access_key"], self._kept["secret_key"]
+
+    def _secrets(self) -> dict[str, str]:
         # rclone takes no access key of less than 16 characters.
-        self.access_key = secrets.token_hex(10)
-        self.secret_key = secrets.token_hex(20)
+        return {"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(20)}
 
     @property
     def endpoint(self) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from producer.client import JobHandle, JobResult, submit_job
 from producer.session import session
-from worker.contract.errors import CallerError, UnknownJobError
+from worker.contract.errors import CallerError, PoisonJobError, UnknownJobError
 from worker.contract.message import RunMark
 from worker.contract.record import State
 
@@ -59,7 +59,7 @@ def select(
         if job_id not in records:
             raise _unknown(job_id)
     failed = (records[job_id] for job_id in ids if job_id in records)
-    return [JobResult.of(record) for record in failed if record.state is State.FAILED]
+    return [_with_last_error(JobResult.of(record)) for record in failed if record.state is State.FAILED]
 
 
 def retry(records: Iterable[JobResult]) -> list[JobHandle]:
@@ -134,6 +134,19 @@ def unreadable_lines() -> Iterator[str]:
     for each in parked():
         queue = ascii(each["queue"])[1:-1]
         yield f"{queue}  {each['messages']:,} messages of version {each['version']} wait for a newer worker"
+
+
+def _with_last_error(record: JobResult) -> JobResult:
+    """`record` with the error of its last attempt there, too: the job's own, unless the worker died."""
+    if (
+        not record.tries
+        or record.tries[-1].error_type
+        or record.error_type in (None, PoisonJobError.__name__)
+    ):
+        return record
+    *others, last = record.tries
+    last = last.model_copy(update={"error_type": record.error_type, "error": record.error})
+    return record.model_copy(update={"tries": (*others, last)})
 
 
 def _unknown(job_id: str) -> UnknownJobError:

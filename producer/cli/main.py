@@ -16,16 +16,19 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from producer.cli import local_stack, output_path
 from producer.cli.follow_jobs import cancel, runs, status
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
 from producer.cli.json_output import json_option, print_json
 from producer.client import JobHandle, JobResult, submit_job
+from producer.session import session
 from worker.contract.errors import (
     CallerError,
     JobCancelledError,
     JobError,
     ServiceError,
+    SettingsError,
     SmallcatError,
     UnknownModelError,
 )
@@ -64,7 +67,11 @@ def cli() -> None:
 @job_options
 @click.option("--wait", is_flag=True, help="Wait for the picture.")
 @click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
-@click.option("--output", type=click.Path(path_type=Path), help="Wait, and save the picture in this folder.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Wait, and save the picture: a folder, or a file such as cat.png.",
+)
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @json_option
 def submit(
@@ -78,10 +85,15 @@ def submit(
 ) -> None:
     """Enqueue one job."""
     given = given_fields(fields)
+    if (named := output_path.format_of(output)) is not None:
+        given.setdefault("format", named)
+        output_path.check(output, "jpeg" if given["format"] == "jpg" else given["format"])
     handle = submit_job(prompt, **given)
     if words := only_words(prompt, given.get("negative_prompt")):
         click.echo(f"note  {only_words_warning(words)}", err=True)
-    if not (wait or show or output):
+    waits = bool(wait or show or output)
+    _note_served(handle, waits=waits)
+    if not waits:
         print_json({"id": handle.id}) if as_json else click.echo(handle.id)
         return
     report = _report(_follow(handle, timeout), save_in=output, show=show, as_json=as_json)
@@ -96,12 +108,15 @@ cli.add_command(runs)
 
 @cli.command()
 @click.argument("job_ids", nargs=-1, required=True)
-@click.option("--output", type=click.Path(path_type=Path), default=Path(), help="Folder to save in.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path(), help="Folder to save in, or a file."
+)
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @click.option("--show", is_flag=True, help="Show the pictures in the terminal.")
 @json_option
 def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: bool, as_json: bool) -> None:
     """Wait for jobs to be done, and save their pictures."""
+    output_path.check(output, None, len(job_ids))
     reports, errors = [], []
     for job_id in job_ids:
         try:
@@ -275,6 +290,8 @@ def main() -> NoReturn:
         sys.exit(130)
     except (SmallcatError, OSError) as error:
         click.secho(plain(error, keep="\n"), fg="red" if sys.stderr.isatty() else None, err=True)
+        if isinstance(error, ServiceError | SettingsError) and (text := local_stack.hint()):
+            click.echo(text, err=True)
         sys.exit(_exit_code(error))
     sys.exit(0)
 
@@ -293,6 +310,25 @@ def _exit_code(error: Exception) -> int:
             return 1
 
 
+def _note_served(handle: JobHandle, *, waits: bool) -> None:
+    """Say at once that no worker serves the job, and what the live workers serve.
+
+    Where somebody `waits`, the display says the first.
+    """
+    note = handle.progress().note
+    if not note:
+        return
+    now = session()
+    with now.queue_errors():
+        served = sorted({worker.served.name for worker in now.fleet.workers()})
+    if not waits:
+        click.echo(f"note  {note}", err=True)
+    if served:
+        click.echo(f"note  The live workers serve {', '.join(served)}.", err=True)
+    elif text := local_stack.hint():
+        click.echo(f"note  {text}", err=True)
+
+
 def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
     """Wait for the job; on a terminal with a progress bar on standard error. Ctrl-C does not cancel it."""
     from producer.cli.job_display import follow
@@ -309,11 +345,7 @@ def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
 
 def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: bool) -> dict[str, Any]:
     """Save and show the picture as the options say. Returns what `--json` prints of it."""
-    path = None
-    if save_in is not None:
-        save_in.mkdir(parents=True, exist_ok=True)
-        path = save_in / f"{result.id}.{result.job.format}"
-        path.write_bytes(result.data())
+    path = None if save_in is None else output_path.save(result, save_in)
     if as_json:
         return result.model_dump(mode="json") | {"url": result.url(), "path": path and str(path)}
     if show:
@@ -322,6 +354,7 @@ def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: boo
         show_picture(result)
     for warning in result.warnings:
         click.echo(f"note  {plain(warning)}", err=True)
+    click.echo(f"id    {result.id}")
     click.echo(f"uri   {plain(result.uri)}")
     click.echo(f"url   {plain(result.url())}")
     if path:

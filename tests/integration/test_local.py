@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from redis import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from deploy import local
-from deploy.embedded.home import StackError
+from deploy.embedded.home import HOST, StackError
 from deploy.embedded.stack import BUCKET, Stack
 from deploy.local import exports
 from worker.contract.served_model import Defaults, ServedModel
@@ -388,8 +389,39 @@ def test_a_folder_keeps_queue_and_pictures_between_runs(
 
     second = new_stack(workers=0, data=folder)
 
+    assert second.variables == first.variables, "ports, password and keys: links live on"
     assert client(second).get("cat") == "small"
     assert (second.s3.folder / BUCKET / "cat.png").read_bytes() == b"cat"
+
+
+def test_a_kept_port_that_is_taken_is_replaced(new_stack: Callable[..., Stack], tmp_path: Path) -> None:
+    first = new_stack(workers=0, data=tmp_path)
+    port = first.valkey.port
+    first.stop()
+    with socket.socket() as other:
+        other.bind((HOST, port))
+        other.listen()
+        second = new_stack(workers=0, data=tmp_path)
+        assert second.valkey.port != port
+        assert second.valkey.password == first.valkey.password
+        assert second.s3.port == first.s3.port
+
+
+def test_a_folder_has_a_file_that_a_shell_sources(run: Callable[..., Run], tmp_path: Path) -> None:
+    stack = run("", "--data", str(tmp_path / "data"))
+    url = stack.line().removeprefix("export REDIS_URL=").strip()
+    file = tmp_path / "data" / "env"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert {each.stat().st_mode & 0o777 for each in (tmp_path / "data").glob("*.json")} == {0o600}
+    shell = subprocess.run(
+        ["/bin/sh", "-c", f'. {file} && echo "$REDIS_URL,$AWS_PROFILE"'],
+        capture_output=True,
+        text=True,
+        env={"AWS_PROFILE": "work"},
+    )
+    assert shell.stdout == f"{url},\n"
+    stack.popen.send_signal(signal.SIGTERM)
+    assert stack.end()[0] == 0
 
 
 def test_a_worker_is_ready_when_it_is_announced_and_not_by_an_earlier_run(

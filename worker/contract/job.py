@@ -215,7 +215,6 @@ class Job(BaseModel):
             infotext_ours_only=True,
             a1111_option="sd_model",
             headings=("model_name",),
-            is_searched=True,
             is_original=True,
         ),
     ] = DEFAULT_MODEL

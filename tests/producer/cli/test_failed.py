@@ -62,6 +62,7 @@ def test_a_failed_job_shows_each_attempt_with_its_worker() -> None:
     shown = run("show", job_id)
     assert "attempt 1" in shown
     assert "attempt 2" in shown
+    assert shown.splitlines()[-1].endswith("RenderError: bad kernel"), "the last attempt has the job's error"
     assert shown.count("w1") == 2
     assert "'one'" in shown
 

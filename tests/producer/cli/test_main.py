@@ -18,6 +18,7 @@ from PIL import Image
 from redis import Redis
 
 from producer import JobHandle
+from producer.cli import local_stack
 from producer.cli.job_options import JOB_OPTIONS
 from producer.cli.main import cli, main
 from tests.worker.contract.test_job import OTHER_VALUES
@@ -259,6 +260,67 @@ def test_cancelling_several_jobs(smallcat: Shell, client: Redis) -> None:
     assert ran.code == 0
     assert ran.out.splitlines() == [f"{queued}  cancelled", f"{running}  cancelling"]
     assert smallcat("cancel", queued, running, "--json").document == {queued: "cancelled", running: "running"}
+
+
+def test_submitting_says_at_once_that_no_worker_serves_the_model_and_what_is_served(
+    smallcat: Shell, client: Redis
+) -> None:
+    ran = smallcat("submit", "x", "--model", "another", "--json")
+    assert ran.code == 0
+    assert len(ran.document["id"]) == 32
+    assert 'No worker serves the model "another"' in ran.err
+    assert f"The live workers serve {SERVED.name}." in ran.err
+    assert smallcat("submit", "x").err == ""
+
+
+def test_output_can_be_a_file_of_the_picture_s_format(
+    smallcat: Shell, client: Redis, environment: dict[str, str], tmp_path: Path
+) -> None:
+    job_id = smallcat("submit", "x", "--seed", "1").out.strip()
+    finish(client, environment, JobHandle(job_id).record().job)
+    file = tmp_path / "new" / "cat.png"
+    ran = smallcat("fetch", job_id, "--output", str(file))
+    assert ran.code == 0
+    assert f"id    {job_id}" in ran.out.splitlines()
+    assert Image.open(file).format == "PNG"
+    ran = smallcat("fetch", job_id, "--output", str(tmp_path / "cat.jpg"))
+    assert (ran.code, "the picture is png" in ran.err) == (2, True)
+    ran = smallcat("fetch", job_id, "0" * 32, "--output", str(file))
+    assert (ran.code, "name a folder" in ran.err) == (2, True)
+    before = client.zcard("smallcat:latest")
+    ran = smallcat("submit", "x", "--format", "png", "--output", str(tmp_path / "cat.webp"))
+    assert (ran.code, "is a name for webp" in ran.err) == (2, True)
+    assert client.zcard("smallcat:latest") == before
+    # The name says the format where nothing else does.
+    ran = smallcat("submit", "x", "--seed", "2", "--output", str(tmp_path / "b.webp"), "--timeout", "0")
+    assert ran.code == 1
+    assert smallcat("status", "--limit", "1", "--json").document[0]["job"]["format"] == "webp"
+
+
+def test_without_the_variables_an_error_names_the_stack_that_runs_here(
+    smallcat: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as held, socket.socket() as stack:
+        stack.bind(("127.0.0.1", 0))
+        (tmp_path / ".smallcat").mkdir()
+        port = stack.getsockname()[1]
+        (tmp_path / ".smallcat" / "env").write_text(f"export REDIS_URL=redis://:x@127.0.0.1:{port}/0\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("REDIS_URL", raising=False)
+        assert local_stack.hint() is None, "nothing listens there"
+        stack.listen()
+        found = local_stack.hint()
+        assert str(found).endswith("to use it: source .smallcat/env")
+        (tmp_path / "below").mkdir()
+        monkeypatch.chdir(tmp_path / "below")
+        assert str(tmp_path / ".smallcat" / "env") in str(local_stack.hint())
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{held.getsockname()[1]}/0")
+        assert local_stack.hint() is None, "the shell has been told of another one"
+        monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "0.2")
+        monkeypatch.setattr(local_stack, "hint", lambda: found)
+        ran = smallcat("status", "0" * 32)
+        assert (ran.code, ran.err.splitlines()[-1]) == (3, found)
 
 
 def test_status_and_cancel_go_on_past_unknown_ids_and_the_code_says_that_one_was(

@@ -1,0 +1,37 @@
+"""`--output`: a folder for pictures, or the file of one picture where the name ends as a picture's does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from producer.client import JobResult
+from worker.contract.errors import CallerError
+
+#: Endings of a picture's file, and the format that each of them means.
+_FORMATS = {".png": "png", ".webp": "webp", ".jpeg": "jpeg", ".jpg": "jpeg"}
+
+
+def format_of(output: Path | None) -> str | None:
+    """The format that `output` asks for by its name; None where it is a folder."""
+    if output is None or output.is_dir():
+        return None
+    return _FORMATS.get(output.suffix.lower())
+
+
+def check(output: Path | None, image_format: str | None, jobs: int = 1) -> None:
+    """Raise `CallerError` where `output` is a file for several jobs, or one of another format."""
+    if (named := format_of(output)) is None:
+        return
+    if jobs > 1:
+        raise CallerError(f"--output {output} is one file for {jobs} pictures: name a folder.")
+    if image_format is not None and named != image_format:
+        raise CallerError(f"--output {output} is a name for {named}, the picture is {image_format}.")
+
+
+def save(result: JobResult, output: Path) -> Path:
+    """Save the picture. Returns its path. Raises `CallerError`, `StorageError`, `OSError`."""
+    check(output, result.job.format)
+    path = output if format_of(output) else output / f"{result.id}.{result.job.format}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(result.data())
+    return path
