@@ -13,6 +13,7 @@ import pytest
 from deploy.embedded.servers import ValkeyProcess
 from deploy.embedded.stack import Stack
 from tests.worker.engine.fake_runner import SERVED, SOON_S, job_of
+from worker.contract.refusals import RefusalLog
 from worker.jobs.heartbeat import Heartbeat
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.keys import WORKERS_CHANNEL
@@ -25,6 +26,12 @@ INFO = WorkerInfo(
 )
 #: So long that only what is asked for is written.
 LEASE_S = 3_600.0
+
+
+@pytest.fixture(autouse=True)
+def _own_refusal_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of refusals is one a process: what earlier tests had refused is not of these."""
+    monkeypatch.setattr("worker.jobs.heartbeat.refusal_log", RefusalLog())
 
 
 class Beating:
