@@ -18,7 +18,7 @@ from worker.device import unet_patches
 from worker.device.attention import Layer, shape_of
 from worker.device.family import Lane, Schedulers, Text
 from worker.device.samplers import CLASSES
-from worker.device.text_encoder import cut_warning
+from worker.device.text_encoder import cut_warning, unknown_words_warning
 
 #: The name of the text embeddings among a row's conditions: (rows, tokens, width).
 TEXT = "encoder_hidden_states"
@@ -111,6 +111,7 @@ class UNetFamily:
             for first in range(0, len(encoded), 2)
         )
         warnings = cut_warning(self._pipeline.tokenizer, "prompt", prompt)
+        warnings += unknown_words_warning(self._pipeline.tokenizer, prompt)
         if guided:
             warnings += cut_warning(self._pipeline.tokenizer, "negative prompt", negative)
         return Text(dict(zip((TEXT, "text_embeds"), embeddings, strict=False)), warnings)
