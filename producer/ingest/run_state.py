@@ -340,8 +340,8 @@ def _ended(text: str) -> Ended | None:
 
 def feeder_of(token: str) -> str:
     """The feeder of that token, for people."""
-    host, pid, *_ = token.split(":")
-    return f"Process {pid} on {host}"
+    host, _, rest = token.partition(":")
+    return f"Process {rest.partition(':')[0]} on {host}"
 
 
 def _is_dead(token: str) -> bool:
