@@ -24,7 +24,7 @@ from producer.ingest.manifest import Rejects, write_manifest
 from producer.ingest.message_templates import MessageTemplate, TemplatedJob
 from producer.ingest.pinned import Pinned
 from producer.ingest.plan import Cursor, Plan, Planned, Rejected
-from producer.ingest.run_state import Ended, Run, Status
+from producer.ingest.run_state import Ended, Run, Status, began_as
 from producer.ingest.types import Counts, Display, Options, Outcome
 from producer.session import Session
 from worker.contract.choices import ImageFormat
@@ -58,14 +58,21 @@ class Ingest:
         display: Display,
         downloads: Downloads | None = None,
     ) -> None:
-        self._plan, self._options, self._display = plan, options, display
+        self._options, self._display = options, display
         self._session, self._downloads = session, downloads
         #: The manifest as it was asked for; the journal's name is made from it.
         self._wanted = options.manifest or plan.sources[0].beside("manifest.jsonl")
         #: Where it goes: see `manifest_path`.
         self._manifest = self._wanted
+
+        def run_name(digest: str) -> str:
+            return options.run or digest[:16]
+
         ttl_s = session.settings.record_ttl_s
-        self.run = Run(session.redis, options.run or plan.digest[:16], plan.digest, ttl_s)
+        with session.queue_errors():
+            self._plan = plan.as_begun(lambda digest: began_as(session.redis, run_name(digest)) == digest)
+        digest = self._plan.digest
+        self.run = Run(session.redis, run_name(digest), digest, ttl_s)
         self._pinned = Pinned(self.run, session.fleet)
         self._stop = threading.Event()
         self._templates: dict[Route, MessageTemplate] = {}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from producer.ingest.message_templates import JobTemplates, TemplatedJob
@@ -14,6 +14,7 @@ from producer.prompts.entries import BadEntry, Entry, LineError
 from producer.prompts.reader import read
 from producer.prompts.sources import Source
 from producer.prompts.variants import Variants
+from producer.prompts.wildcards import ENDINGS
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.prompt_syntax import only_words, only_words_warning
@@ -21,6 +22,8 @@ from worker.contract.prompt_syntax import only_words, only_words_warning
 #: A change to which jobs a plan has, or to their order, is a new number.
 PLAN_VERSION = 1
 
+#: The files of wildcards that earlier versions of dynamic prompts had.
+_ENDINGS = {1: (".txt",)}
 _FIELD = re.compile(r'There is no job field "?([^":]+)|(\w+)')
 
 
@@ -92,7 +95,7 @@ class Plan:
     def _digest(self, readings: Sequence[int]) -> str:
         how = self.variants
         defaults = {name: value for name, value in how.defaults.items() if name != "priority"}
-        wildcards = "" if how.literal else how.wildcards.digest
+        wildcards = "" if how.literal else how.wildcards.digest_of(*_ENDINGS.get(how.syntax, ENDINGS))
         files = [
             (each.format, each.digest, *([reading] if reading > 1 else []))
             for each, reading in zip(self.sources, readings, strict=True)
@@ -100,7 +103,19 @@ class Plan:
         values = [PLAN_VERSION, FORMAT_VERSION, files]
         values += [defaults, how.images, how.seed_start, dict(how.grid), how.sample, how.literal, wildcards]
         values += ["extra"] if self.extra else []
+        values += ["syntax", how.syntax] if how.syntax > 1 and not how.literal else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
+
+    def as_begun(self, is_begun: Callable[[str], bool]) -> Plan:
+        """This plan, or the one of an earlier version of dynamic prompts if a run was begun with it.
+
+        `is_begun` says whether there is a run of a plan with that digest. The run goes on as it began.
+        """
+        for syntax in range(1, self.variants.syntax):
+            earlier = replace(self, variants=replace(self.variants, syntax=syntax))
+            if is_begun(earlier.digest):
+                return earlier
+        return self
 
     def items(
         self,
@@ -148,6 +163,9 @@ class Plan:
                 except RecursionError:
                     reason = "It has too many alternatives: split it."
                     yield Rejected(file, entry.line, "prompt", reason, Cursor(file, number + 1))
+                if warn:
+                    for sentence in self.variants.wildcards.notices():
+                        warn(sentence)
 
     def _read(self, file: int, skip: int, warn: Callable[[str], None] | None) -> Iterator[Entry | BadEntry]:
         return read(self.sources[file], skip, warn or (lambda _: None), extra=self.extra)

@@ -12,10 +12,10 @@ from producer.ingest.download import Downloads
 from producer.ingest.feeder import Ingest
 from producer.ingest.plan import Plan
 from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Options, Outcome, SilentDisplay
-from producer.prompts.dynamic_prompts import Wildcards
 from producer.prompts.fields import NOT_GIVEN, meaning_of, value_of
 from producer.prompts.sources import FORMATS, source
 from producer.prompts.variants import Variants
+from producer.prompts.wildcards import Wildcards
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
 from worker.contract.job import JOB_FIELDS, Job, JobFields

@@ -1,46 +1,41 @@
-"""Dynamic prompts: the texts that a prompt with alternatives and wildcards stands for.
+"""Dynamic prompts: a prompt with alternatives, wildcards and variables, and its parts.
 
-    {red|green|blue}        one of several; they nest, and {2$$a|b|c} takes two of them at a time
-    __colours__             one of the lines of colours.txt in the folder of wildcards
+    {red|green}  {2$$ and $$a|b|c}  {3::a|b}    alternatives; how many, what joins them, weights
+    __colours__  __animals/*__  __x(v=red)__    a line of the files that the name means
+    ${v={red|blue}}  ${v=!{red|blue}}  ${v}     a variable: drawn at each use; drawn once; used
+    %{a photo of ... at night$$ a cat}          a text around another one
+    # comment                                   and // or /* */ before a part and behind one
 
-The syntax is that of the extension sd-dynamic-prompts. Weights (`{3::red|blue}`) count when a sample is
-drawn, `\\{` and `\\__` are the characters themselves, and braces without a bar are left as they are.
-Texts are made as they are asked for, one at a time, however many there are; their order is always the same.
+The syntax is that of the package dynamicprompts 0.31 (sd-dynamic-prompts). A backslash before a character or
+mark of the syntax makes it plain text; that is our own. What dynamicprompts refuses is refused by name, but
+for `%` and `$` that open nothing. A text is read in one pass, without going back.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from producer.prompts.entries import LineError
 
-#: Levels of braces in braces, and of wildcards in wildcards, at most.
-MAX_DEPTH = 20
-#: Draws for each text of a sample, at most: the same text may be drawn several times.
-_DRAWS = 20
-#: Texts are counted up to this number.
-_MANY = 10**12
-
-#: An escaped character, a brace or bar, or a wildcard.
-_TOKEN = re.compile(r"\\[{}|_\\]|[{}|]|__[\w*./ -]+?__")
-#: `3::` before an alternative.
-_WEIGHT = re.compile(r"\s*(\d+(?:\.\d+)?)::")
-#: `2$$`, `1-3$$` or `2$$ and $$` before the first alternative: how many are taken, and what joins them.
-_NUMBER = re.compile(r"\s*(\d+)?(?:(-)(\d+)?)?\$\$(?:([^|{}$]*)\$\$)?")
+#: The version of the syntax. A change to what a prompt stands for, or to the order, is a new number: a run
+#: goes on with the version that it was begun with.
+SYNTAX: Final = 2
+#: Braces in braces, at most.
+MAX_BRACES: Final = 20
+#: Alternatives that are taken at once, at most: the number before `$$`.
+MAX_TAKEN: Final = 1_000
+#: The largest weight.
+MAX_WEIGHT: Final = 1e9
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`{a|b}`: one of several alternatives, or some of them."""
+    """`{a|b}`: one of several alternatives, or some of them in any order."""
 
-    #: The alternatives.
+    #: The alternatives, each once.
     options: tuple[Template, ...]
     #: How often each is drawn, relative to the others; >= 0.
     weights: tuple[float, ...]
@@ -48,258 +43,323 @@ class Choice:
     least: int = 1
     most: int = 1
     #: What stands between those that are taken.
-    separator: str = ", "
+    separator: str = ","
+    #: "@": each text takes the next one; "~": each draws one; else they are crossed.
+    sampler: str = ""
 
 
 @dataclass(frozen=True)
 class Wildcard:
     """`__name__`: one line of the files that the name means."""
 
-    #: Relative to the folder of wildcards, without `.txt`; `*` stands for any part of a name.
+    #: What the name is made of.
+    name: Template
+    #: As for `Choice`.
+    sampler: str = ""
+    #: Variables that its lines see.
+    variables: tuple[tuple[str, Template], ...] = ()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """`${v=value}`: the whole prompt around it sees the variable."""
+
     name: str
+    value: Template
+    #: `=!`: one text for all uses.
+    is_immediate: bool
+    #: `?=`: a variable that is there already stays.
+    keeps: bool
 
 
-#: The parts of a prompt: plain texts, and what stands for several texts.
-Template: TypeAlias = "tuple[str | Choice | Wildcard, ...]"
+@dataclass(frozen=True)
+class Variable:
+    """`${v}` or `${v:default}`."""
+
+    name: str
+    default: Template | None
 
 
-class Wildcards:
-    """A folder of text files with an alternative a line. Each file is read once."""
+@dataclass(frozen=True)
+class Wrap:
+    """`%{a ... b$$c}`: c in the place of the dots."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """Without a folder every wildcard is a `LineError`."""
-        self._folder = folder
-        self._known: dict[str, Choice] = {}
-        #: How many texts a wildcard stands for, by its name.
-        self.sizes: dict[str, int] = {}
+    wrapper: Template
+    inner: Template
 
-    @property
-    def digest(self) -> str:
-        """A hash over all files, 32 hexadecimal digits; it is part of a run's identity."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in sorted(self._folder.rglob("*.txt")) if self._folder else ():
-            data = path.read_bytes()
-            digest.update(f"{path.relative_to(self._folder or path)}\0{len(data)}\0".encode() + data)
-        return digest.hexdigest()
 
-    def choice(self, name: str) -> Choice:
-        """The alternatives that `__name__` means. Raises `LineError`."""
-        if name not in self._known:
-            self._known[name] = self._read(name)
-        return self._known[name]
+@dataclass(frozen=True)
+class Scope:
+    """A prompt whose variables no other part sees."""
 
-    def _read(self, name: str) -> Choice:
-        if self._folder is None:
-            raise LineError(
-                "prompt",
-                f"__{name}__ needs a folder of wildcards: add --wildcards DIR, or write \\__{name}__.",
-            )
-        if ".." in name.split("/") or name.startswith("/"):
-            raise LineError("prompt", f"__{name}__ leads out of the folder of wildcards.")
-        files = sorted(self._folder.glob(f"{name.strip()}.txt"))
-        lines = []
-        for file in files:
-            try:
-                lines += file.read_text("utf-8-sig").split("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise LineError("prompt", f"__{name}__: {file} cannot be read: {error}.") from None
-        kept = [line for each in lines if (line := each.strip()) and not line.startswith("#")]
-        if not kept:
-            raise LineError("prompt", f"__{name}__: there is no {self._folder / name}.txt with a line in it.")
-        return _choice([_weighted(line) for line in kept])
+    template: Template
+
+
+Part: TypeAlias = "str | Choice | Wildcard | Assignment | Variable | Wrap | Scope"
+#: The parts of a prompt, one after the other.
+Template: TypeAlias = "tuple[Part, ...]"
+
+_ESCAPED = re.compile(r"\\(__(?:(?:(?!__)[^(){}#$%\\])+__)?|\$\$|[$%]\{|[{}|#])")
+_TEXT = re.compile(r"[^{}|$%#_\\]+")
+_BLANKS = re.compile(r"\s*")
+#: `2$$`, `1-3$$`, `-3$$`, `1-$$`, with ` and $$` behind it: how many are taken, and what joins them.
+_TAKEN = re.compile(r"(?:(\d+)-(\d+)|-(\d+)|(\d+)(-?))\$\$(?:([^${}]+)\$\$)?", re.ASCII)
+_WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)::", re.ASCII)
+_NAME = re.compile(r"\s*([A-Za-z_-][A-Za-z0-9_-]*)\s*(\?=|=|:|\})(!?)")
+_WILDCARD_TEXT = re.compile(r"(?:(?!__)[^(){}#$%])+")
+_VARIABLES = re.compile(r"\(([^)]+)\)__")
+
+#: Where a template ends: nowhere, at a bar or brace, at a brace, at `$$`.
+_PROMPT, _OPTION, _VALUE, _WRAPPER = "prompt", "option", "value", "wrapper"
 
 
 def parse(text: str) -> Template:
-    """The parts of a prompt. Braces that are not closed, or have no bar in them, are plain text."""
-    if "{" not in text and "__" not in text and "\\" not in text:
-        return (text,)
-    template, _ = _sequence(_tokens(text), 0, depth=0)
-    return template
+    """The parts of a prompt. Raises `LineError` that names what is not offered."""
+    return _Reader(text).template(_PROMPT) if is_dynamic(text) else (text,)
 
 
-def all_of(template: Template, wildcards: Wildcards, depth: int = 0) -> Iterator[str]:
-    """Every text that a template stands for, lazily. Raises `LineError`."""
-    if depth > MAX_DEPTH:
-        raise LineError("prompt", f"Wildcards are nested deeper than {MAX_DEPTH} levels: is one in itself?")
-    if not template:
-        yield ""
-        return
-    first, rest = template[0], template[1:]
-    for head in [first] if isinstance(first, str) else _all_of_part(first, wildcards, depth):
-        if not rest:
-            yield head
-            continue
-        for tail in all_of(rest, wildcards, depth):
-            yield head + tail
+def is_dynamic(text: str) -> bool:
+    """Whether a prompt may have anything of the syntax in it: most have nothing."""
+    return (
+        "{" in text
+        or "__" in text
+        or "#" in text
+        or "\\" in text
+        or ("/" in text and text.lstrip().startswith(("//", "/*")))
+    )
 
 
-def count(template: Template, wildcards: Wildcards, depth: int = 0) -> int:
-    """The number of texts that `all_of` gives, counted up to 10^12. Raises `LineError`."""
-    if depth > MAX_DEPTH:
-        raise LineError("prompt", f"Wildcards are nested deeper than {MAX_DEPTH} levels: is one in itself?")
-    total = 1
-    for part in template:
-        if isinstance(part, str):
-            continue
-        if isinstance(part, Choice):
-            size = _count_of(part, wildcards, depth)
-        elif (size := wildcards.sizes.get(part.name, -1)) < 0:
-            size = wildcards.sizes[part.name] = _count_of(wildcards.choice(part.name), wildcards, depth)
-        total = min(_MANY, total * size)
-    return total
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+        self._depth = 0
+        #: Where the last comment of the form /* */ ends: none is searched for behind it.
+        self._last_comment = text.rfind("*/")
 
+    def template(self, kind: str) -> Template:
+        """The parts from here to what ends a template of that kind, which is not read."""
+        parts: list[Part] = []
+        is_boundary = True
+        while True:
+            if is_boundary or self._text.startswith("#", self._at):
+                self._skip_comments()
+            if self._at >= len(self._text) or self._ends(kind):
+                return merged(parts)
+            is_boundary = True
+            if self._text.startswith("{", self._at):
+                parts.append(self._braces())
+            elif self._text.startswith("${", self._at):
+                parts.append(self._variable(kind))
+            elif self._text.startswith("%{", self._at):
+                parts.append(self._wrap())
+            elif self._text.startswith("__", self._at):
+                parts.append(self._wildcard())
+            else:
+                parts.append(self._plain())
+                is_boundary = False
 
-def _count_of(choice: Choice, wildcards: Wildcards, depth: int) -> int:
-    sizes = [count(option, wildcards, depth + 1) for option in choice.options]
-    if choice.least == choice.most == 1:
-        return sum(sizes)
-    # The number of ways to pick k: the k-th elementary symmetric polynomial of the sizes.
-    ways = [1] + [0] * len(sizes)
-    for size in sizes:
-        for picked in range(len(sizes), 0, -1):
-            ways[picked] = min(_MANY, ways[picked] + ways[picked - 1] * size)
-    return sum(ways[choice.least : choice.most + 1])
+    def _ends(self, kind: str) -> bool:
+        char = self._text[self._at]
+        if kind == _PROMPT:
+            return False
+        if char == "}" or (char == "|" and kind == _OPTION):
+            return True
+        if char == "|":
+            raise self._error("a bar outside of its own braces: write {a|b} there, as in ${v={a|b}}")
+        if not self._text.startswith("$$", self._at):
+            return False
+        if kind == _WRAPPER:
+            return True
+        raise self._error("$$ in braces that is not behind their number: write {2$$a|b}, or \\$$")
 
+    def _plain(self) -> str:
+        if escaped := _ESCAPED.match(self._text, self._at):
+            self._at = escaped.end()
+            return escaped[1]
+        text = _TEXT.match(self._text, self._at)
+        end = text.end() if text else self._at + 1
+        plain, self._at = self._text[self._at : end], end
+        return plain
 
-def sample(template: Template, wildcards: Wildcards, number: int, rng: random.Random) -> Iterator[str]:
-    """`number` different texts, drawn at random by weight; all there are where these are not more.
+    def _braces(self) -> Choice:
+        start = self._open(1)
+        sampler = self._sampler()
+        taken = self._taken()
+        found: dict[Template, float] = {}
+        number = 0
+        while True:
+            self._skip_blanks()
+            weight = self._weight()
+            option = self.template(_OPTION)
+            found[option] = found.get(option, 0.0) + weight
+            number += 1
+            if self._closes(start):
+                break
+        least, most, separator = taken or (1, 1, ",")
+        least, most = sorted((least, number if most < 0 else most))
+        options = tuple(found)
+        if number > 1 or wildcard_in(options) is None:
+            least, most = min(least, number), min(most, number)
+        return Choice(options, tuple(found.values()), least, most, separator, sampler)
 
-    They may be fewer where some texts are drawn rarely. Raises `LineError`.
-    """
-    if count(template, wildcards) <= number:
-        yield from all_of(template, wildcards)
-        return
-    seen: set[str] = set()
-    for _ in range(number * _DRAWS):
-        text = _draw(template, wildcards, rng, 0)
-        if text not in seen:
-            seen.add(text)
-            yield text
-        if len(seen) == number:
-            return
+    def _closes(self, start: int) -> bool:
+        """Whether a brace ends the braces from `start` on here, and not a bar."""
+        if self._at >= len(self._text):
+            raise self._error("a brace that is not closed: close it, or write \\{", start)
+        self._at += 1
+        if self._text[self._at - 1] == "|":
+            return False
+        self._depth -= 1
+        return True
 
+    def _open(self, length: int) -> int:
+        """Read an opening mark. Returns where it is."""
+        start = self._at
+        self._depth += 1
+        if self._depth > MAX_BRACES:
+            raise self._error(f"braces in braces, deeper than {MAX_BRACES} levels")
+        self._at += length
+        self._skip_blanks()
+        return start
 
-def _all_of_part(part: Choice | Wildcard, wildcards: Wildcards, depth: int) -> Iterator[str]:
-    choice = wildcards.choice(part.name) if isinstance(part, Wildcard) else part
-    for size in range(choice.least, choice.most + 1):
-        for picked in itertools.combinations(choice.options, size):
-            yield from _joined(picked, choice.separator, wildcards, depth + 1)
+    def _sampler(self) -> str:
+        char = self._text[self._at : self._at + 1]
+        if char not in ("@", "~", "!"):
+            return ""
+        self._at += 1
+        return char
 
+    def _taken(self) -> tuple[int, int, str] | None:
+        match = _TAKEN.match(self._text, self._at)
+        if not match:
+            return None
+        both_least, both_most, upto, exactly, onwards, separator = match.groups()
+        for digits in (both_least, both_most, upto, exactly):
+            if digits and (len(digits.lstrip("0")) > 4 or int(digits[-9:]) > MAX_TAKEN):
+                raise self._error(f"a number before $$ above {MAX_TAKEN:,}, the limit: take fewer")
+        self._at = match.end()
+        least = int(both_least or exactly or 1)
+        most = int(both_most or upto or (-1 if onwards else least))
+        return least, most, "," if separator is None else separator
 
-def _joined(picked: Sequence[Template], separator: str, wildcards: Wildcards, depth: int) -> Iterator[str]:
-    if not picked:
-        yield ""
-        return
-    for head in all_of(picked[0], wildcards, depth):
-        if len(picked) == 1:
-            yield head
-            continue
-        for tail in _joined(picked[1:], separator, wildcards, depth):
-            yield head + separator + tail
+    def _weight(self) -> float:
+        match = _WEIGHT.match(self._text, self._at)
+        if not match:
+            return 1.0
+        if (weight := float(match[1])) > MAX_WEIGHT:
+            raise self._error(f"a weight above {MAX_WEIGHT:,.0f}, the limit: write a smaller one")
+        self._at = match.end()
+        return weight
 
+    def _variable(self, kind: str) -> Assignment | Variable:
+        start = self._open(2)
+        match = _NAME.match(self._text, self._at)
+        if not match:
+            raise self._error("a variable without a name: write ${name=value} or ${name}, or \\${", start)
+        name, operator, immediate = match.groups()
+        self._at = match.end() - len(immediate)
+        if operator == "}":
+            self._depth -= 1
+            self._at = match.end() - len(immediate)
+            return Variable(name, None)
+        is_assignment = operator != ":"
+        if is_assignment and kind != _PROMPT:
+            raise self._error("an assignment in braces: it has to stand outside of them", start)
+        self._at += len(immediate) if is_assignment else 0
+        self._skip_blanks()
+        value = self.template(_VALUE)
+        self._closes(start)
+        if not is_assignment:
+            return Variable(name, value)
+        return Assignment(name, value, bool(immediate), operator == "?=")
 
-def _draw(template: Template, wildcards: Wildcards, rng: random.Random, depth: int) -> str:
-    parts = []
-    for part in template:
-        if isinstance(part, str):
-            parts.append(part)
-            continue
-        choice = wildcards.choice(part.name) if isinstance(part, Wildcard) else part
-        # The k largest of u^(1/w) are a weighted sample of k (Efraimidis and Spirakis, 2006).
-        keys = [rng.random() ** (1 / weight) if weight else 0.0 for weight in choice.weights]
-        order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
-        picked = order[: rng.randint(choice.least, choice.most)]
-        parts.append(
-            choice.separator.join(_draw(choice.options[each], wildcards, rng, depth + 1) for each in picked)
-        )
-    return "".join(parts)
+    def _wrap(self) -> Wrap:
+        start = self._open(2)
+        wrapper = self.template(_WRAPPER)
+        if not self._text.startswith("$$", self._at):
+            raise self._error("a wrap without $$: write %{a ... b$$c}, or \\%{", start)
+        self._at += 2
+        self._skip_blanks()
+        inner = self.template(_VALUE)
+        self._closes(start)
+        return Wrap(wrapper, inner)
 
-
-def _weighted(line: str) -> tuple[float, Template]:
-    weight = _WEIGHT.match(line)
-    return (float(weight[1]), parse(line[weight.end() :])) if weight else (1.0, parse(line))
-
-
-def _choice(options: Sequence[tuple[float, Template]]) -> Choice:
-    return Choice(tuple(option for _, option in options), tuple(weight for weight, _ in options))
-
-
-def _tokens(text: str) -> list[str]:
-    """A prompt's texts, wildcards, escaped characters, bars and braces. Unmatched braces are escaped."""
-    tokens, end = [], 0
-    for match in _TOKEN.finditer(text):
-        if match.start() > end:
-            tokens.append(text[end : match.start()])
-        tokens.append(match[0])
-        end = match.end()
-    if end < len(text):
-        tokens.append(text[end:])
-    opened: list[int] = []
-    matched: set[int] = set()
-    for number, each in enumerate(tokens):
-        if each == "{":
-            opened.append(number)
-        elif each == "}" and opened:
-            if len(opened) <= MAX_DEPTH:
-                matched |= {opened[-1], number}
-            opened.pop()
-    return [
-        f"\\{each}" if each in ("{", "}") and number not in matched else each
-        for number, each in enumerate(tokens)
-    ]
-
-
-def _sequence(tokens: Sequence[str], at: int, depth: int) -> tuple[Template, int]:
-    """The template from token `at` on, and the index of the bar or brace that ends it."""
-    parts: list[str | Choice | Wildcard] = []
-    while at < len(tokens):
-        each = tokens[at]
-        if depth and each in ("|", "}"):
-            break
-        if each == "{":
-            found, at = _braces(tokens, at, depth)
-            parts += found
-            continue
-        if each.startswith("__") and len(each) > 4:
-            parts.append(Wildcard(each[2:-2]))
+    def _wildcard(self) -> Wildcard:
+        start = self._at
+        self._at += 2
+        sampler = self._sampler()
+        name: list[Part] = []
+        while True:
+            if text := _WILDCARD_TEXT.match(self._text, self._at):
+                self._at = text.end()
+                name.append(text[0])
+            elif self._text.startswith("{", self._at):
+                name.append(self._braces())
+            elif self._text.startswith("${", self._at):
+                variable = self._variable(_VALUE)
+                assert isinstance(variable, Variable)  # noqa: S101 - assignments are refused there
+                name.append(Variable(variable.name, variable.default or (variable.name,)))
+            else:
+                break
+        variables: tuple[tuple[str, Template], ...] = ()
+        if name and (given := _VARIABLES.match(self._text, self._at)):
+            self._at = given.end()
+            variables = tuple(_given(given[1]))
+        elif name and self._text.startswith("__", self._at):
+            self._at += 2
         else:
-            parts.append(each[1:] if each[0] == "\\" and len(each) == 2 else each)
-        at += 1
-    return _merged(parts), at
+            raise self._error("__ that opens a wildcard and does not end one: write __name__, or \\__", start)
+        return Wildcard(merged(name), sampler, variables)
+
+    def _skip_blanks(self) -> None:
+        match = _BLANKS.match(self._text, self._at)
+        self._at = match.end() if match else self._at
+
+    def _skip_comments(self) -> None:
+        """Skip comments, and the blanks before each."""
+        while True:
+            match = _BLANKS.match(self._text, self._at)
+            start = match.end() if match else self._at
+            if self._text.startswith(("#", "//"), start):
+                end = self._text.find("\n", start)
+                self._at = len(self._text) if end < 0 else end
+            elif self._text.startswith("/*", start) and start + 2 <= self._last_comment:
+                self._at = self._text.index("*/", start + 2) + 2
+            else:
+                return
+
+    def _error(self, what: str, at: int | None = None) -> LineError:
+        at = self._at if at is None else at
+        shown = self._text[at : at + 20]
+        return LineError("prompt", f'"{shown}" at character {at + 1} is {what}.')
 
 
-def _braces(tokens: Sequence[str], at: int, depth: int) -> tuple[list[str | Choice | Wildcard], int]:
-    """The parts from the brace at `at` to the one that closes it, and the index after that."""
-    options: list[Template] = []
-    while tokens[at] != "}" or not options:
-        option, at = _sequence(tokens, at + 1, depth + 1)
-        options.append(option)
-    at += 1
-    if len(options) == 1:
-        return ["{", *options[0], "}"], at
-    least = most = 1
-    separator = ", "
-    if isinstance(head := (options[0] or ("",))[0], str) and (pick := _NUMBER.match(head)):
-        options[0] = _merged([head[pick.end() :], *options[0][1:]])
-        least = int(pick[1] or 0) if pick[2] or pick[1] else 1
-        most = int(pick[3] or len(options)) if pick[2] else least
-        separator = pick[4] if pick[4] is not None else separator
-    weights = []
-    for number, option in enumerate(options):
-        weight = _WEIGHT.match(option[0]) if option and isinstance(option[0], str) else None
-        weights.append(float(weight[1]) if weight else 1.0)
-        if weight:
-            options[number] = _merged([str(option[0])[weight.end() :], *option[1:]])
-    most = min(most, len(options))
-    return [Choice(tuple(options), tuple(weights), min(least, most), most, separator)], at
+def wildcard_in(options: Sequence[Template]) -> Wildcard | None:
+    """The wildcard that is all of the alternatives: of `{2$$__name__}` two of its lines are taken."""
+    part = options[0][0] if len(options) == 1 and len(options[0]) == 1 else None
+    return part if isinstance(part, Wildcard) else None
 
 
-def _merged(parts: Sequence[str | Choice | Wildcard]) -> Template:
+def _given(text: str) -> Iterator[tuple[str, Template]]:
+    """The variables of `__name(v=value,w=value)__`."""
+    for pair in text.split(","):
+        name, _, value = pair.partition("=")
+        yield name.strip(), parse(value.strip())
+
+
+def merged(parts: Sequence[Part]) -> Template:
     """Neighbouring texts made one, empty ones left out."""
-    merged: list[str | Choice | Wildcard] = []
-    for is_text, group in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
-        if not is_text:
-            merged += group
-        elif text := "".join(str(part) for part in group):
-            merged.append(text)
-    return tuple(merged)
+    found: list[Part] = []
+    texts: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if text := "".join(texts):
+            found.append(text)
+        texts = []
+        found.append(part)
+    if text := "".join(texts):
+        found.append(text)
+    return tuple(found)

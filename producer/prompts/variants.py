@@ -9,6 +9,7 @@ a line that was not edited keeps its pictures.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import random
@@ -16,8 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from producer.prompts.dynamic_prompts import Template, Wildcards, all_of, parse, sample
+from producer.prompts import dynamic_prompts_v1
+from producer.prompts.dynamic_prompts import SYNTAX, Scope, is_dynamic, parse
 from producer.prompts.entries import Entry
+from producer.prompts.expansion import all_of, sample
+from producer.prompts.wildcards import Wildcards
 
 #: The seed of those who want any, as AUTOMATIC1111 has it.
 DRAWN = -1
@@ -51,6 +55,8 @@ class Variants:
     wildcards: Wildcards = field(default_factory=lambda: Wildcards(None))
     #: Whether braces and wildcards are left as they are.
     literal: bool = False
+    #: The version of dynamic prompts: that of new runs, or the one that a run was begun with.
+    syntax: int = SYNTAX
 
     def expand(self, entry: Entry, file: int) -> Iterator[Variant]:
         """The jobs of one line of file number `file`, lazily. Raises `LineError` for an unknown wildcard."""
@@ -86,21 +92,36 @@ class Variants:
         if self.literal or not all(isinstance(text, str) for text in texts.values()):
             yield texts
             return
-        templates = {name: parse(text) for name, text in texts.items()}
-        if all(len(each) == 1 and isinstance(each[0], str) for each in templates.values()):
-            yield {name: each[0] for name, each in templates.items()}
+        if not any(is_dynamic(text) for text in texts.values()):
+            yield texts
             return
-        # Both prompts are one template, with a character between them that no prompt may have. So a sample is
-        # one of their pairs.
-        joined: Template = (*templates.get("prompt", ()), "\0", *templates.get("negative_prompt", ()))
-        if self.sample is None:
-            found = all_of(joined, self.wildcards)
-        else:
-            rng = random.Random(_hash(f"sample\0{place}{texts}"))  # noqa: S311 - repeatable on purpose
-            found = sample(joined, self.wildcards, self.sample, rng)
-        for text in found:
+        for text in self._joined_texts(texts, place):
             prompt, _, negative = text.partition("\0")
             yield {"prompt": prompt} | ({"negative_prompt": negative} if "negative_prompt" in texts else {})
+
+    def _joined_texts(self, texts: Mapping[str, str], place: str) -> Iterator[str]:
+        """Both prompts as one text each, with a character between them that no prompt may have.
+
+        They are expanded together, so that a sample is one of their pairs.
+        """
+        prompt, negative = (texts.get(name, "") for name in ("prompt", "negative_prompt"))
+        rng = random.Random(_hash(f"sample\0{place}{texts}"))  # noqa: S311 - repeatable on purpose
+        if self.syntax == 1:
+            yield from dynamic_prompts_v1.texts(prompt, negative, self._wildcards_v1, self.sample, rng)
+            return
+        if any("#" in text.replace("\\#", "") for text in texts.values()):
+            self.wildcards.notice(
+                "The text behind a # in a prompt is a comment and is left out: or write \\#."
+            )
+        joined = (Scope(parse(prompt)), "\0", Scope(parse(negative)))
+        if self.sample is None:
+            yield from all_of(joined, self.wildcards, rng)
+        else:
+            yield from sample(joined, self.wildcards, self.sample, rng)
+
+    @functools.cached_property
+    def _wildcards_v1(self) -> dynamic_prompts_v1.Wildcards:
+        return dynamic_prompts_v1.Wildcards(self.wildcards.folder)
 
 
 def _hash(text: str) -> int:

@@ -1,0 +1,261 @@
+"""A folder of wildcards: the alternatives that `__name__` means, from text, JSON and YAML files.
+
+    colours.txt              __colours__            a line each; lines that begin with # are comments
+    animals/small.txt        __animals/small__      __animals/*__ is all below animals, __**/small__ all small
+    clothes.yaml, .json      __hats/red__           objects of lists, whose keys are the name
+                             __clothes__            where the file is a list itself (JSON, YAML)
+
+As in the package dynamicprompts 0.31: values of all files that match are sorted, each is there once, and a
+name that matches nothing is searched for in all folders. Weights (`2::red`, or `{"text": ..., "weight": 2}`)
+are for JSON and YAML; in a text file they are text.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from producer.prompts.dynamic_prompts import MAX_WEIGHT, Template, parse
+from producer.prompts.entries import LineError
+
+#: The files of a folder that are read.
+ENDINGS = (".txt", ".json", ".yaml")
+#: Bytes in a file of wildcards, at most.
+MAX_FILE = 64 << 20
+#: Names and values that a JSON or YAML file may hold, at most.
+MAX_VALUES = 1_000_000
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)::")
+
+
+class Wildcards:
+    """A folder of wildcards. Each file is read once, when a name needs it."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Without a folder every wildcard is a `LineError`."""
+        self._folder = folder
+        self._index: _Index | None = None
+        self._known: dict[str, tuple[tuple[Template, float], ...]] = {}
+        self._notices: dict[str, bool] = {}
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files are."""
+        return self._folder
+
+    @property
+    def digest(self) -> str:
+        """A hash over all files, 32 hexadecimal digits; it is part of a run's identity."""
+        return self.digest_of(*ENDINGS)
+
+    def digest_of(self, *endings: str) -> str:
+        """A hash over the files with these endings."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in sorted(self._folder.rglob("*")) if self._folder else ():
+            if path.suffix in endings and path.is_file():
+                data = path.read_bytes()
+                digest.update(f"{path.relative_to(self._folder or path)}\0{len(data)}\0".encode() + data)
+        return digest.hexdigest()
+
+    def notice(self, text: str) -> None:
+        """Have `notices` return a sentence, once."""
+        self._notices.setdefault(text, True)
+
+    def notices(self) -> list[str]:
+        """Sentences about files that were read since the last call: what may not be meant so."""
+        if not self._notices:
+            return []
+        new = [text for text, is_new in self._notices.items() if is_new]
+        self._notices.update(dict.fromkeys(new, False))
+        return new
+
+    def values(self, name: str) -> tuple[tuple[Template, float], ...]:
+        """The values that `__name__` means, sorted, with their weights. Raises `LineError`."""
+        if name not in self._known:
+            self._known[name] = self._read(name)
+        return self._known[name]
+
+    def _read(self, name: str) -> tuple[tuple[Template, float], ...]:
+        shown = name if len(name) <= 60 else f"{name[:60]}..."
+        if self._folder is None:
+            raise _error(
+                shown, f"it needs a folder of wildcards: add --wildcards DIR, or write \\__{shown}\\__."
+            )
+        pattern = re.sub(r"[\\/]+", "/", name).strip("/")
+        if ".." in pattern:
+            raise _error(shown, "it leads out of the folder of wildcards.")
+        if self._index is None:
+            self._index = _Index(self._folder)
+        found = self._index.matching(pattern, shown)
+        if not found and not pattern.startswith("**"):
+            found = self._index.matching(f"**/{pattern}", shown)
+        for each in self._index.broken:
+            self.notice(each)
+        weights: dict[str, float] = {}
+        for source in found:
+            for text, weight in source if isinstance(source, list) else self._lines(source, shown):
+                weights[text] = weights.get(text, 0.0) + weight
+        if not weights:
+            broken = "".join(f" {each}" for each in self._index.broken[:1])
+            raise _error(shown, f"there is no {shown}.txt with a line in it in {self._folder}.{broken}")
+        return tuple((_parsed(text, shown), weights[text]) for text in sorted(weights))
+
+    def _lines(self, path: Path, shown: str) -> Iterator[tuple[str, float]]:
+        for each in _LINE_END.split(_text_of(path, shown)):
+            line = each.strip()
+            if line and not line.startswith("#"):
+                if _WEIGHT.match(line):
+                    self.notice(
+                        f'{path}: "{line[:40]}" is text with its number, as in dynamicprompts: weights are '
+                        "for YAML and JSON files."
+                    )
+                yield line, 1.0
+
+
+class _Index:
+    """The names in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        #: A text file, or the values themselves, by their name.
+        self._names: dict[str, Path | list[tuple[str, float]]] = {}
+        #: Names that are links to a place outside.
+        self._outside: list[str] = []
+        #: What is wrong with files that cannot be read.
+        self.broken: list[str] = []
+        root = folder.resolve()
+        for where, folders, files in os.walk(root):
+            for each in list(folders):
+                path = Path(where, each)
+                if each.startswith(".") or path.is_symlink():
+                    folders.remove(each)
+                    if not path.resolve().is_relative_to(root):
+                        self._outside.append(f"{path.relative_to(root).as_posix()}/")
+            folders.sort()
+            for each in sorted(files):
+                self._add(Path(where, each), root)
+
+    def matching(self, pattern: str, shown: str) -> list[Path | list[tuple[str, float]]]:
+        """What the names that match have. Raises `LineError` where one is a link out of the folder."""
+        for each in self._outside:
+            if fnmatch.fnmatchcase(each, pattern) or (each.endswith("/") and pattern.startswith(each)):
+                raise _error(shown, f"{each} is a link that leads out of the folder of wildcards: copy it.")
+        if pattern in self._names:
+            return [self._names[pattern]]
+        return [source for name, source in self._names.items() if fnmatch.fnmatchcase(name, pattern)]
+
+    def _add(self, path: Path, root: Path) -> None:
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if path.suffix not in ENDINGS:
+            return
+        if not path.resolve().is_relative_to(root):
+            self._outside.append(name)
+        elif path.suffix == ".txt":
+            self._names[name] = path
+        else:
+            try:
+                data = _structured(path)
+                prefix = name.rpartition("/")[0]
+                if isinstance(data, list):
+                    values = [(text, 1.0) for text in data if text and isinstance(text, str)]
+                    self._names[name] = values
+                elif isinstance(data, dict):
+                    self._names.update(_named(data, [prefix] if prefix else [], [0]))
+            except LineError as error:
+                self.broken.append(error.reason)
+
+
+def _structured(path: Path) -> Any:
+    text = _text_of(path, path.name)
+    try:
+        return json.loads(text) if path.suffix == ".json" else _yaml(path, text)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise _error(path.name, f"{path} cannot be read: {reason}.") from None
+
+
+def _yaml(path: Path, text: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise _error(path.name, "YAML files need PyYAML: pip install 'smallcat[yaml]'.") from None
+    try:
+        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - a safe loader
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def _named(
+    data: dict[Any, Any], prefix: list[str], seen: list[int]
+) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    """The lists of a JSON or YAML object by their names; what is no list, text or object is left out."""
+    for key, value in data.items():
+        seen[0] += 1
+        # A few lines of YAML may stand for any number of objects.
+        if seen[0] > MAX_VALUES or len(prefix) > 100:
+            raise _error("/".join(prefix)[:60], f"it has more than {MAX_VALUES:,} names, or too deep ones.")
+        if not isinstance(key, str) or not value:
+            continue
+        path = [*prefix, key]
+        if isinstance(value, dict):
+            yield from _named(value, path, seen)
+        elif isinstance(value, str | list):
+            seen[0] += len(value) if isinstance(value, list) else 1
+            yield "/".join(path), [item for each in _list(value) for item in _item(each)]
+
+
+def _list(value: str | list[Any]) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _item(item: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(item, str) and item:
+        weight = item.rpartition("::")
+        if item[0].isdigit() and weight[1] and _is_number(weight[0]):
+            yield from _weighted(weight[2], float(weight[0]))
+        else:
+            yield item, 1.0
+    elif isinstance(item, dict):
+        text, weight_of = item.get("text") or item.get("content"), item.get("weight", 1)
+        if isinstance(text, str) and isinstance(weight_of, int | float):
+            yield from _weighted(text, float(weight_of))
+
+
+def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
+    if text and math.isfinite(weight) and 0 < weight <= MAX_WEIGHT:
+        yield text, weight
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _text_of(path: Path, shown: str) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise _error(shown, f"{path} has more than {MAX_FILE >> 20} MiB, the limit: split it.")
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _error(shown, f"{path} cannot be read: {error}.") from None
+
+
+def _parsed(text: str, shown: str) -> Template:
+    try:
+        return parse(text)
+    except LineError as error:
+        raise _error(shown, f"its line {text[:60]!r} cannot be read. {error.reason}") from None
+
+
+def _error(name: str, reason: str) -> LineError:
+    return LineError("prompt", f"The wildcard {name}: {reason}")
