@@ -3,6 +3,7 @@
 prompts.csv             a prompt file; its manifests, with a grid of seeds, and its rejected line
 interrupted.txt         a prompt file whose run was stopped after 18 of 41 jobs: its journal, and its keys
                         in Redis (bits as hexadecimal digits)
+dynamic.txt             a prompt file with dynamic prompts, and its jobs: line, cursor, id, prompt
 record.json             the record beside a picture
 infotext*.txt           the infotext of that picture, and of one with the defaults
 """
@@ -25,6 +26,7 @@ from producer.client import JobResult
 from producer.gallery.lines import read_lines
 from producer.ingest.journal import Journal
 from producer.ingest.manifest import COLUMNS
+from producer.ingest.plan import Planned, unresolved
 from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options, Outcome
 from tests.drain import Drain
@@ -157,3 +159,27 @@ def test_a_record_and_an_infotext_are_read_as_the_job_they_were() -> None:
 def test_an_infotext_of_defaults_is_written_to_the_same_bytes() -> None:
     text = (STORED / "infotext_of_defaults.txt").read_text()
     assert infotext.write(infotext.read(text)) == text
+
+
+@pytest.mark.parametrize("sample", [None, 3])
+def test_a_run_that_was_begun_keeps_its_dynamic_prompts(sample: int | None, drain: Drain) -> None:
+    stored = json.loads(Path("dynamic.jobs.json").read_text())[f"sample {sample}" if sample else "all"]
+    variants = make_variants({}, 1, None, {}, sample, Path("wildcards"), literal=False)
+    plan = make_plan(["dynamic.txt"], file_format=None, variants=variants)
+    assert plan.digest != stored["digest"]
+    assert plan.as_begun(lambda digest: False) is plan
+    # As Redis has the run: begun by the earlier version, with two jobs that are done.
+    run = stored["digest"][:16]
+    before = stored["jobs"][1][1]
+    drain.client.hset(
+        f"smallcat:run:{run}",
+        mapping={"what": stored["digest"], "fed": 2, "ended": 2, "cursor": before, "ttl": 9_999},
+    )
+    drain.client.setbit(f"smallcat:run:{run}:done", 0, 1)
+    drain.client.setbit(f"smallcat:run:{run}:done", 1, 1)
+    ingest = make_ingest(plan, Options(), QuietDisplay())
+    assert ingest.run.id == run
+    begun = plan.as_begun(lambda digest: digest == stored["digest"])
+    jobs = [each for each in begun.items(unresolved) if isinstance(each, Planned)]
+    found = [[each.line, str(each.cursor), each.templated.id] for each in jobs]
+    assert found == [each[:3] for each in stored["jobs"]]
