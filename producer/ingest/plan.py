@@ -90,7 +90,8 @@ class Plan:
         """The digest by which the first version knew these files, where it read them otherwise; else None."""
         if self.extra or all(each.reading == 1 for each in self.sources):
             return None
-        return self._digest([1] * len(self.sources))
+        first = replace(self, variants=replace(self.variants, syntax=1))
+        return first._digest([1] * len(self.sources))
 
     def _digest(self, readings: Sequence[int]) -> str:
         how = self.variants

@@ -17,6 +17,7 @@ from producer.prompts.dynamic_prompts import (
     Wrap,
     wildcard_in,
 )
+from producer.prompts.entries import LineError
 from producer.prompts.expansion_context import (
     MAX_STEPS,
     Context,
@@ -28,7 +29,6 @@ from producer.prompts.expansion_context import (
     value_of,
     wrapped,
 )
-from producer.prompts.entries import LineError
 
 
 def looped(part: Choice | Wildcard, context: Context) -> Iterator[str]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from producer.prompts.draws import drawn, looped
 from producer.prompts.dynamic_prompts import Choice, Scope, Template, Variable, Wildcard, Wrap, wildcard_in
+from producer.prompts.entries import LineError
 from producer.prompts.expansion_context import (
     Context,
     NoTextError,
@@ -24,7 +25,6 @@ from producer.prompts.expansion_context import (
     value_of,
     wrapped,
 )
-from producer.prompts.entries import LineError
 from producer.prompts.wildcards import Wildcards
 
 #: Texts of one prompt that are remembered, so that each comes once.

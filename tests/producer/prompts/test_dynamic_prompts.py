@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.prompts.dynamic_prompts import MAX_BRACES, MAX_TAKEN, parse
-from producer.prompts.expansion import all_of, sample
 from producer.prompts.entries import LineError
+from producer.prompts.expansion import all_of, sample
 from producer.prompts.wildcards import Wildcards
 
 #: Texts that are compared of each prompt.
