@@ -24,7 +24,7 @@ from producer.ingest.manifest import Rejects, write_manifest
 from producer.ingest.message_templates import MessageTemplate, TemplatedJob
 from producer.ingest.pinned import Pinned
 from producer.ingest.plan import Cursor, Plan, Planned, Rejected
-from producer.ingest.run_state import Ended, Run, Status, began_as
+from producer.ingest.run_state import Ended, Run, Status
 from producer.ingest.types import Counts, Display, Options, Outcome
 from producer.session import Session
 from worker.contract.choices import ImageFormat
@@ -58,21 +58,13 @@ class Ingest:
         display: Display,
         downloads: Downloads | None = None,
     ) -> None:
-        self._options, self._display = options, display
+        self._plan, self._options, self._display = plan, options, display
         self._session, self._downloads = session, downloads
         #: The manifest as it was asked for; the journal's name is made from it.
         self._wanted = options.manifest or plan.sources[0].beside("manifest.jsonl")
         #: Where it goes: see `manifest_path`.
         self._manifest = self._wanted
-
-        def run_name(digest: str) -> str:
-            return options.run or digest[:16]
-
-        ttl_s = session.settings.record_ttl_s
-        with session.queue_errors():
-            self._plan = plan.as_begun(lambda digest: began_as(session.redis, run_name(digest)) == digest)
-        digest = self._plan.digest
-        self.run = Run(session.redis, run_name(digest), digest, ttl_s)
+        self.run = self._run_of(plan.digest)
         self._pinned = Pinned(self.run, session.fleet)
         self._stop = threading.Event()
         self._templates: dict[Route, MessageTemplate] = {}
@@ -92,6 +84,7 @@ class Ingest:
     def __call__(self) -> Outcome:
         """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; a later call resumes it."""
         with self._session.queue_errors():
+            self._go_on_as_begun()
             self._choose_manifest()
             self._tell_of_earlier_run()
             self.run.take()
@@ -118,6 +111,17 @@ class Ingest:
             self._display.notice(
                 f"{self._wanted} is another run's manifest and stays: this run writes {self._manifest}."
             )
+
+    def _run_of(self, digest: str) -> Run:
+        ttl_s = self._session.settings.record_ttl_s
+        return Run(self._session.redis, self._options.run or digest[:16], digest, ttl_s)
+
+    def _go_on_as_begun(self) -> None:
+        """Take the dynamic prompts of the version that the run was begun with."""
+        plan = self._plan.as_begun(lambda digest: self._run_of(digest).noted("what") == digest)
+        if plan is not self._plan:
+            self._plan, self.run = plan, self._run_of(plan.digest)
+            self._pinned = Pinned(self.run, self._session.fleet)
 
     def _tell_of_earlier_run(self) -> None:
         digest = self._plan.earlier_digest

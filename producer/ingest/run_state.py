@@ -321,11 +321,6 @@ class Run:
         return holder
 
 
-def began_as(client: Redis, run_id: str) -> str | None:
-    """The digest that a run was begun with; None where there is no such run."""
-    return cast("str | None", client.hget(run_key(run_id), "what"))
-
-
 def _ended(text: str) -> Ended | None:
     """The outcome that a worker's script wrote; None for what no such script writes."""
     try:

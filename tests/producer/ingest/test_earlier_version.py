@@ -26,7 +26,7 @@ from producer.client import JobResult
 from producer.gallery.lines import read_lines
 from producer.ingest.journal import Journal
 from producer.ingest.manifest import COLUMNS
-from producer.ingest.plan import Planned, unresolved
+from producer.ingest.plan import Plan, Planned, unresolved
 from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options, Outcome
 from tests.drain import Drain
@@ -55,7 +55,12 @@ def drain(valkey: ValkeyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def ran(drain: Drain, file: str, fields: dict[str, Any], grid: dict[str, Any], options: Options) -> Outcome:
     """The run of a file, until it is over."""
     variants = make_variants(fields, 1, None, grid, None, None, literal=False)
-    run = make_ingest(make_plan([file], file_format=None, variants=variants), options, QuietDisplay())
+    return worked(drain, make_plan([file], file_format=None, variants=variants), options)
+
+
+def worked(drain: Drain, plan: Plan, options: Options) -> Outcome:
+    """The run of a plan, until it is over."""
+    run = make_ingest(plan, options, QuietDisplay())
     over = threading.Event()
 
     def work() -> None:
@@ -177,8 +182,11 @@ def test_a_run_that_was_begun_keeps_its_dynamic_prompts(sample: int | None, drai
     )
     drain.client.setbit(f"smallcat:run:{run}:done", 0, 1)
     drain.client.setbit(f"smallcat:run:{run}:done", 1, 1)
-    ingest = make_ingest(plan, Options(), QuietDisplay())
-    assert ingest.run.id == run
+    outcome = worked(drain, plan, Options())
+    assert (outcome.run, outcome.state, outcome.total) == (run, "finished", len(stored["jobs"]))
+    assert sorted(number for number, _ in drain.seen) == list(range(2, len(stored["jobs"])))
+    manifest = lines_of("dynamic.txt.manifest.jsonl")
+    assert [[line["line"], line["prompt"]] for line in manifest] == [[j[0], j[3]] for j in stored["jobs"]]
     begun = plan.as_begun(lambda digest: digest == stored["digest"])
     jobs = [each for each in begun.items(unresolved) if isinstance(each, Planned)]
     found = [[each.line, str(each.cursor), each.templated.id] for each in jobs]
