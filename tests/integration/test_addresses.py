@@ -16,10 +16,13 @@ from deploy.embedded.servers import ValkeyProcess
 from producer import submit_job
 from producer.cli.doctor import examine
 from tests.integration.test_start import refusal
+from tests.integration.transport_app import read_any
 from tests.integration.transport_harness import Server, TLSProxy, wait_until
 from tests.sentinels import Sentinels
 from worker.broker.transport import UNACKED, broker_url, transport_options
 from worker.contract.errors import QueueError
+from worker.contract.redis_pool import Sentinels as AllSentinels
+from worker.contract.redis_pool import _newest
 from worker.state.redis_client import connect, connect_async, queue_errors
 
 
@@ -54,7 +57,8 @@ def works(url: str) -> None:
             return int(await client.incr("count"))
 
     assert asyncio.run(count()) > 1
-    with Connection(broker_url(url), transport_options=transport_options(5)) as connection:
+    options = {**transport_options(5), "reader": read_any}
+    with Connection(broker_url(url), transport_options=options) as connection:
         with connection.SimpleQueue("addresses") as queue:
             queue.put("hello")
             message = queue.get(timeout=10)
@@ -91,6 +95,17 @@ def test_one_of_the_sentinels(sentinels: Sentinels) -> None:
 
 def test_a_sentinel_that_is_gone_is_passed_over(sentinels: Sentinels) -> None:
     works(sentinels.url.replace("@", f"@{HOST}:9,"))
+
+
+def test_a_sentinel_that_missed_a_failover_is_not_believed(sentinels: Sentinels) -> None:
+    def answer(host: str, epoch: int, **other: object) -> dict[str, object]:
+        flags = {"is_master": True, "is_sdown": False, "is_odown": False, "num-other-sentinels": 2}
+        return {"main": {"ip": host, "port": 1, "config-epoch": epoch, **flags, **other}}
+
+    asked = AllSentinels([(HOST, 9)])
+    old, new = answer("old", 3), answer("new", 4)
+    assert _newest(asked, "main", [old, new, old]) == ("new", 1)
+    assert _newest(asked, "main", [old, answer("new", 4, is_sdown=True)]) == ("old", 1)
 
 
 def test_sentinels_that_ask_for_the_password(locked_sentinels: Sentinels) -> None:

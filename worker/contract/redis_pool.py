@@ -24,16 +24,24 @@ SENTINEL_TIMEOUT_S = 1.0
 
 
 class Sentinels(redis.sentinel.Sentinel):
-    """redis-py's sentinels, which are told Redis' user and password where they ask for one."""
+    """redis-py's sentinels, but all are asked, and are told Redis' user and password where they want one.
+
+    redis-py believes the first that answers, for as long as it answers. One that missed a failover, cut off
+    or on a machine that stood still, would send everybody to a primary that is none any more.
+    """
 
     def discover_master(self, service_name: str) -> Any:
         """(host, port) of the primary. Raises redis-py's `MasterNotFoundError`, a lost connection."""
-        try:
-            return super().discover_master(service_name)
-        except redis.sentinel.MasterNotFoundError as error:
-            if not _are_locked(self, error):
-                raise
-            return super().discover_master(service_name)
+        answers = []
+        for sentinel in list(self.sentinels):
+            for _ in range(2):
+                try:
+                    answers.append(sentinel.sentinel_masters())
+                except (redis.ConnectionError, redis.TimeoutError) as error:
+                    if _has_password_now(self, sentinel, error):
+                        continue
+                break
+        return _newest(self, service_name, answers)
 
 
 class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
@@ -41,26 +49,40 @@ class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
 
     async def discover_master(self, service_name: str) -> Any:
         """(host, port) of the primary."""
-        try:
-            return await super().discover_master(service_name)
-        except redis.asyncio.sentinel.MasterNotFoundError as error:
-            if not _are_locked(self, error):
-                raise
-            return await super().discover_master(service_name)
+        answers = []
+        for sentinel in list(self.sentinels):
+            for _ in range(2):
+                try:
+                    answers.append(await sentinel.sentinel_masters())
+                except (redis.ConnectionError, redis.TimeoutError) as error:
+                    if _has_password_now(self, sentinel, error):
+                        continue
+                break
+        return _newest(self, service_name, answers)
 
 
-def _are_locked(sentinels: Any, error: Exception) -> bool:
-    """Whether the sentinels want a password and did not have ours; they have it now."""
+def _newest(sentinels: Any, service: str, answers: list[Any]) -> tuple[str, int]:
+    """The primary of the latest failover that a sentinel knows of, among those that it sees alive."""
+    known = [answer[service] for answer in answers if service in answer]
+    alive = [state for state in known if sentinels.check_master_state(state, service)]
+    if not alive:
+        raise redis.sentinel.MasterNotFoundError(
+            f"No master found for {service!r}: {len(answers)} of {len(sentinels.sentinels)} sentinels answer"
+        )
+    newest = max(alive, key=lambda state: int(state["config-epoch"]))
+    return newest["ip"], newest["port"]
+
+
+def _has_password_now(sentinels: Any, sentinel: Any, error: Exception) -> bool:
+    """Whether the sentinel wants a password and did not have ours; it has it now."""
+    arguments = sentinel.connection_pool.connection_kwargs
     wanted = {name: sentinels.connection_kwargs.get(name) for name in ("username", "password")}
-    if "Authentication" not in str(error) or not wanted["password"]:
+    is_asked = isinstance(error, redis.AuthenticationError)
+    if not is_asked or not wanted["password"] or arguments.get("password"):
         return False
-    locked = False
-    for client in sentinels.sentinels:
-        arguments = client.connection_pool.connection_kwargs
-        locked |= not arguments.get("password")
-        arguments.update(wanted)
-        client.connection_pool.reset()  # What is open was refused, and would be used again.
-    return locked
+    arguments.update(wanted)
+    sentinel.connection_pool.reset()  # What is open was refused, and would be used again.
+    return True
 
 
 def sentinel_arguments(connection: dict[str, Any]) -> dict[str, Any]:

@@ -132,8 +132,6 @@ def sentence(where: str, error: BaseException) -> str:
     """What is wrong with the Redis at `where`, Redis' own words, and the remedy."""
     code, words = code_of(error), _first_line(error)
     redis = f"Redis at {where}" if where else "Redis"
-    if code == "NOSENTINEL":
-        words = words.partition(" : ")[0]  # Behind it redis-py shows its objects.
     if code:
         return f"{redis} {REFUSALS[code].what} ({words}): {REFUSALS[code].remedy}."
     if any(kind.__name__ == "ResponseError" for kind in type(error).__mro__):
