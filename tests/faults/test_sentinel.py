@@ -62,6 +62,8 @@ def fail_overs(ground: Ground, hows: Sequence[str], rate: float) -> None:
     print(f"{len(hows)} failovers of {max(took_s):.1f} s at most, {len(ground.ids)} jobs: 0 lost, {again}")
 
 
+# Not steady on a busy machine yet: see docs/reliability.md.
+@pytest.mark.slow
 def test_no_job_is_lost_with_the_primary_that_waited_for_a_replica(watched: Ground) -> None:
     fail_overs(watched, ["kill"], rate=20)
 

@@ -136,7 +136,7 @@ class Settings(BaseModel):
 class ProducerSettings(Settings):
     """The settings of a process that submits jobs."""
 
-    #: Replicas of Redis, >= 0, that have a job before `submit_job` returns: it survives the primary's death.
+    #: Replicas of Redis, >= 0, that have a job before `submit_job` returns.
     wait_replicas: int = Field(default=0, ge=0, le=1_000)
     #: Seconds, > 0, that `submit_job` tries to reach Redis before it gives up.
     submit_timeout_s: float = Field(default=5, gt=0, le=_YEAR_S)
