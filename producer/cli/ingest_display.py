@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from producer.cli.job_display import can_draw
 from producer.ingest.plan import Rejected
 from producer.ingest.run_state import Ended, Status
 from producer.ingest.types import Counts, Display
@@ -142,7 +143,7 @@ class LiveDisplay(QuietDisplay):
         self._over = threading.Event()
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._live.start()
-        if bucket is not None and console.color_system is not None:
+        if bucket is not None and console.color_system is not None and can_draw(console):
             threading.Thread(target=self._preview, name="preview", daemon=True).start()
 
     def update(self, status: Status, counts: Counts) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 
 from rich.console import Console
@@ -31,10 +33,26 @@ def follow(handle: JobHandle, timeout: float | None) -> JobResult:
         watcher.join(timeout=5)
 
 
+def can_draw(console: Console) -> bool:
+    """Whether a picture can be drawn on this terminal: some pseudo-terminals have no size.
+
+    textual_image logs a traceback where a terminal does not say how large its characters are. A live display
+    would draw the picture once more to show that log, and so log again, without end: its logger is silenced.
+    """
+    quiet = logging.getLogger("textual_image")
+    quiet.addHandler(logging.NullHandler())
+    quiet.propagate = False
+    try:
+        size: tuple[int, int] = os.get_terminal_size(console.file.fileno())
+    except (OSError, ValueError):  # No file of the system's: what is drawn is kept by a test, say.
+        size = console.size
+    return console.is_terminal and min(size) > 0
+
+
 def show_picture(result: JobResult) -> None:
     """Draw the picture in the terminal. Where standard output is no terminal, print one line about it."""
     console = Console()
-    if console.is_terminal and min(console.size) > 0:  # Some pseudo-terminals have no size.
+    if can_draw(console):
         # Queries the terminal at import for what it can draw.
         from textual_image.renderable import Image
 

@@ -132,7 +132,7 @@ class Ingest:
         if sent and not (total and ended >= total) and not self.run.noted("fed"):
             self._display.notice(
                 f"An earlier version began these files as run {earlier.id}, and may have read lines "
-                f"otherwise: this is a run of its own, {self.run.id}. Equal pictures are not rendered again."
+                f"otherwise: this is a run of its own, {self.run.id}. Pictures in the bucket are kept."
             )
 
     def _feed_until_over(self, journal: Journal) -> Outcome:

@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import os
-import re
 import sys
 import tempfile
 import zlib
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
+from producer.prompts.earlier_reading import ReadAlike
 from worker.contract.errors import PromptFileError
 
 #: The formats, as `--format` takes them and as names end.
@@ -49,13 +49,6 @@ _FOREIGN = {
     b"%PDF": "a PDF",
     b"PAR1": "Parquet",
 }
-#: What the first version's reading of a text file and the present one may read otherwise: dashes and
-#: invisible characters (all below U+2000 to U+20FF), UTF-16, and words that mean nothing; and a CR alone.
-_READ_OTHERWISE = re.compile(
-    rb"--|\xe2[\x80-\x83\xb8]|\xef|\xc2\xad|\xcd\x8f|\xe1|\xe3\x85|\xd8\x9c|\0|\r(?!\n)"
-    rb"|(?:^|\n)\s*(?:null|none|nan|<na>)\s*(?:\r?\n|$)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -196,19 +189,22 @@ def _seen(raw: IO[bytes]) -> tuple[int, int]:
 
 def _digest(raw: BinaryIO, form: str) -> tuple[str, int]:
     """The digest of the bytes, and the version of the reading that first reads them as now."""
-    digest = hashlib.blake2b(digest_size=16)
-    reading = 1 if form == "txt" else 2
+    digest, alike = hashlib.blake2b(digest_size=16), ReadAlike(form)
     rest, is_first = b"", True
     while chunk := raw.read(_CHUNK):
         digest.update(chunk)
-        if reading == 1:
+        if alike.is_alike:
             # The last line is looked at with the next piece. What is compressed is not looked at.
             is_packed = is_first and chunk.startswith((_GZIP, _ZSTD))
-            text, _, rest = (rest + chunk).rpartition(b"\n")
-            if is_packed or len(rest) > _CHUNK or _READ_OTHERWISE.search(text + b"\n"):
-                reading = 2
+            lines, end, rest = (rest + chunk).rpartition(b"\n")
+            if is_packed or len(rest) > _CHUNK:
+                alike.is_alike = False
+            else:
+                alike.look(lines + end)
             is_first = False
-    return digest.hexdigest(), 2 if _READ_OTHERWISE.search(rest) else reading
+    if rest:
+        alike.look(rest)
+    return digest.hexdigest(), 1 if alike.is_alike else 2
 
 
 def _limited(name: str, stream: Any, size: int) -> BinaryIO:

@@ -227,13 +227,14 @@ def test_a_file_becomes_pictures_in_a_folder(
     (tmp_path / "p.txt").write_text(
         'A small ../cat\nfail it\n--prompt "a dog" --seed 7 --tiling true\nbad \1\n'
     )
-    code, said, err = finished(
-        command(stack, tmp_path, "p.txt", "--download", "out", "--images", "2", "--json", "--lines")
-    )
-    assert code == 1
+    process = command(stack, tmp_path, "p.txt", "--download", "out", "--images", "2", "--json", "--lines")
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 1
+    # Standard output is events, a line each, and nothing else; the last one is the outcome.
+    *events, said = map(json.loads, out.splitlines())
     assert (said["state"], said["done"], said["failed"], said["rejected"]) == ("finished", 4, 2, 1)
-    assert "--tiling has no meaning here" in err
-    assert any('"event": "failed"' in line for line in err.splitlines())
+    assert '"tiling" has no meaning here' in err
+    assert [each["event"] for each in events].count("failed") == 2
     lines = manifest(tmp_path)
     assert [line["line"] for line in lines] == [1, 1, 2, 2, 3, 3]
     saved = sorted(path.name for path in (tmp_path / "out").iterdir())

@@ -127,6 +127,9 @@ def _entry(name: str, info: FieldInfo) -> FieldEntry:
     if plain not in KINDS:
         known = ", ".join(each.__name__ for each in KINDS)
         raise TypeError(f"The job field {name} has the type {kind}: use one of {known}, or a StrEnum.")
+    if info.default_factory is not None and not declared.is_original:
+        # Left out of ids, messages and records at its default, which a factory does not tell.
+        raise TypeError(f"The job field {name} has a default_factory: give it a plain default.")
     label = declared.label or name.replace("_", " ").capitalize()
     return FieldEntry(
         **{

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from producer import JobHandle, JobResult, Progress
-from producer.cli.job_display import follow, show_picture
+from producer.cli.job_display import can_draw, follow, show_picture
 from tests.worker.engine.fake_runner import SOON_S, job_of
 from worker.contract.errors import NotFiniteError, QueueError
 from worker.contract.record import State
@@ -119,3 +121,16 @@ def test_at_a_terminal_a_picture_is_drawn(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(JobResult, "image", lambda self: picture)
     show_picture(result_of())
     assert len(shown()) > 50
+
+
+def test_a_terminal_without_a_size_is_not_drawn_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("producer.cli.job_display.os.get_terminal_size", lambda descriptor: (0, 0))
+    with open(os.devnull, "w") as file:  # noqa: PTH123 - a file with a descriptor
+        assert not can_draw(Console(file=file, force_terminal=True))
+
+
+def test_what_textual_image_logs_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a live display it would draw the picture again, and so log again, without end."""
+    can_draw(Console(file=io.StringIO(), force_terminal=True))
+    logging.getLogger("textual_image._terminal").warning("No answer.", exc_info=TimeoutError())
+    assert capsys.readouterr().err == ""

@@ -29,7 +29,7 @@ from producer.prompts.sources import source
 from tests.conftest import EmptyBucket
 from worker.contract.errors import CallerError, PermanentStorageError
 from worker.contract.infotext import write
-from worker.contract.job import Job
+from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.record import JobRecord, State, Timings
 from worker.storage.bucket import Bucket
 
@@ -141,9 +141,10 @@ def test_guidance_in_a_part_of_the_steps_is_shown_and_in_the_infotext(manifest: 
     assert "Guidance start: 0.25, Guidance stop: 0.5" in there["parameters"]
     # At their defaults they are left out, and the page says what these are.
     assert not {"guidance_start", "guidance_stop"} & set(plain)
-    assert {each.name: each.default for each in FIELDS if each.default} == {
-        "guidance_start": "0",
-        "guidance_stop": "1",
+    defaults = {each.name: each.default for each in FIELDS if each.default}
+    assert (defaults["guidance_start"], defaults["guidance_stop"]) == ("0", "1")
+    assert set(defaults) == {
+        each.name for each in JOB_FIELDS.values() if each.is_hashed and not each.is_original
     }
 
 

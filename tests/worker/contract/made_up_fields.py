@@ -54,6 +54,9 @@ def headings() -> list[str]:
 
 
 def command_line() -> dict[str, Any]:
+    from producer.client import Progress
+    from worker.contract.record import State
+
     """The help of both commands, and the fields that `submit` makes of the options."""
     import producer.cli.main as main
 
@@ -65,6 +68,9 @@ def command_line() -> dict[str, Any]:
 
     class Handle:
         id = "0"
+
+        def progress(self) -> Progress:
+            return Progress(State.QUEUED, 0, 0, 1, 1)
 
     def submit_job(_: str, **fields: Any) -> Handle:
         given.update(fields)

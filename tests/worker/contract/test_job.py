@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from worker.contract.choices import ImageFormat, Scheduler
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, Job, JobFields
+from worker.contract.job import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, SUBMISSION_FIELDS, Job, JobFields
 from worker.contract.served_model import Defaults, ServedModel
 
 SERVED = ServedModel(
@@ -261,7 +261,7 @@ OTHER_VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("field", Job.model_fields)
 def test_the_id_follows_what_determines_the_picture_and_nothing_else(field: str) -> None:
     other = Job.parse(GOLDEN.model_dump() | {field: OTHER_VALUES[field]})
-    belongs_to_the_submission = field in ("priority", "metadata")
+    belongs_to_the_submission = field in SUBMISSION_FIELDS
     assert (other.id == GOLDEN.id) is belongs_to_the_submission
 
 

@@ -266,3 +266,11 @@ def test_a_field_of_a_type_that_nobody_can_read_is_refused() -> None:
 
 def test_several_lines_over_a_field_are_one_text() -> None:
     assert help_lines(Job)["revision"].endswith("filled in at submission from what the workers announced.")
+
+
+def test_a_later_field_whose_default_is_made_is_refused() -> None:
+    class Odd(BaseModel):
+        boxes: Annotated[dict[str, Any], JobField()] = Field(default_factory=dict)
+
+    with pytest.raises(TypeError, match="boxes has a default_factory: give it a plain default"):
+        table_of(Odd)
