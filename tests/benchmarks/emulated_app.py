@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import worker.jobs.handler as handler
 import worker.tasks as tasks
@@ -22,10 +23,10 @@ from worker.contract.settings import WorkerSettings
 from worker.engine.runner import Picture
 
 
-def encode(picture: Picture, job: Job) -> bytes:
+def encode(picture: Picture, job: Job, **options: Any) -> bytes:
     """Encode as the worker does, after the time that a real picture takes."""
     time.sleep(float(os.environ["EMULATED_ENCODE_MS"]) / 1e3)
-    return _encode(picture, job)
+    return _encode(picture, job, **options)
 
 
 def load_runner(settings: WorkerSettings) -> EmulatedRunner:
