@@ -29,9 +29,21 @@ def check(output: Path | None, image_format: str | None, jobs: int = 1) -> None:
 
 
 def save(result: JobResult, output: Path) -> Path:
-    """Save the picture. Returns its path. Raises `CallerError`, `StorageError`, `OSError`."""
+    """Save the picture. Returns its path. Raises `CallerError`, `StorageError`."""
     check(output, result.job.format)
     path = output if format_of(output) else output / f"{result.id}.{result.job.format}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(result.data())
+    data = result.data()
+    draft = path.with_name(f".{result.id}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.write_bytes(data)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise CallerError(
+            f"The picture of job {result.id} cannot be written to {path}: {error.strerror or error}. "
+            f"It stays in the bucket: smallcat fetch {result.id} --output ANOTHER"
+        ) from None
     return path

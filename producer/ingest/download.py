@@ -17,7 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from worker.contract.errors import PromptFileError, StorageError
+from producer.ingest.writing import writing
+from worker.contract.errors import PromptFileError
 from worker.contract.job import JOB_FIELDS
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class Downloads:
         """Raises `PromptFileError` for a bad template or a folder that cannot be made."""
         default = TEMPLATE if len(sources) == 1 else "{file}-" + TEMPLATE
         self._template = Template(template or default)
-        self._folder, self._storage, self._sources = folder, storage, sources
+        self._folder, self._sources = folder, sources
+        #: Where the pictures are.
+        self.storage = storage
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="download")
         self._pending: deque[tuple[int, Future[Path]]] = deque()
         #: Held while a name is checked and taken.
@@ -96,17 +99,21 @@ class Downloads:
             raise PromptFileError(f"{folder} cannot be made: {error.strerror}.") from None
 
     def resume(self, journal: Journal) -> None:
-        """Fetch what finished in an earlier call and was not saved."""
-        for result in list(journal.without_path()):
-            self.fetch(result["number"], result["line"], result["file"], result["uri"])
-            self.collect(journal)
+        """Fetch what finished in an earlier call and is not in the folder."""
+        for result in list(journal.done()):
+            if result["uri"] and not self._has(result.get("path")):
+                self.fetch(result["number"], result["line"], result["file"], result["uri"])
+                self.collect(journal)
 
     def fetch(self, number: int, line: int, file: int, uri: str) -> None:
         """Begin to fetch the picture of job `number` of the run, from line `line` of file number `file`."""
         self._pending.append((number, self._pool.submit(self._save, number, line, file, uri)))
 
     def collect(self, journal: Journal) -> None:
-        """Write into the journal what was saved; waits while too much is pending. Raises `StorageError`."""
+        """Write into the journal what was saved; waits while too much is pending.
+
+        Raises `StorageError`, `PromptFileError`.
+        """
         while self._pending and (self._pending[0][1].done() or len(self._pending) > _PENDING):
             number, future = self._pending.popleft()
             journal.write_path(number, future.result())
@@ -122,8 +129,12 @@ class Downloads:
         """Stop. Pictures that no thread has begun to fetch are not fetched."""
         self._pool.shutdown(cancel_futures=True)
 
+    def _has(self, path: str | None) -> bool:
+        """Whether a picture lies at the path, and that in this folder."""
+        return path is not None and self._folder in Path(path).parents and Path(path).is_file()
+
     def _save(self, number: int, line: int, file: int, uri: str) -> Path:
-        data = self._storage.get(uri)
+        data = self.storage.get(uri)
         source = self._sources[file].name if file < len(self._sources) else ""
         job = _job_of(data)
         ending = slug(uri.rpartition(".")[2])
@@ -132,16 +143,17 @@ class Downloads:
         values |= {"id": job_id, "slug": slug(job.prompt) if job else job_id}
         values |= {name: getattr(job, name) for name in _JOB_FIELDS} if job else {"seed": 0}
         path = self._folder / self._template.name(values, ending)
-        try:
+        with writing(path, f"The picture of job {job_id}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f".{job_id}-{number}.part")
-            draft.write_bytes(data)
-            with self._lock:
-                if path.exists() and path.read_bytes() != data:
-                    path = path.with_name(f"{path.stem}-{job_id}{path.suffix}")
-                draft.replace(path)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
+            try:
+                draft.write_bytes(data)
+                with self._lock:
+                    if path.exists() and path.read_bytes() != data:
+                        path = path.with_name(f"{path.stem}-{job_id}{path.suffix}")
+                    draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
         return path
 
 

@@ -14,23 +14,24 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from producer.ingest import manifest_path
 from producer.ingest.journal import Journal, journal_path
-from producer.ingest.manifest import Rejects, write_manifest
+from producer.ingest.manifest import write_manifest
 from producer.ingest.message_templates import MessageTemplate, TemplatedJob
 from producer.ingest.pinned import Pinned
 from producer.ingest.plan import Cursor, Plan, Planned, Rejected
-from producer.ingest.run_state import Ended, Run, Status
+from producer.ingest.rejects import OwnFiles, Rejects
+from producer.ingest.results import Results
+from producer.ingest.run_state import Run, Status
 from producer.ingest.types import Counts, Display, Options, Outcome
+from producer.ingest.writing import writing
 from producer.session import Session
-from worker.contract.choices import ImageFormat
-from worker.contract.errors import QueueError, UnknownJobError
+from worker.contract.errors import PromptFileError, QueueError
 from worker.contract.message import Route, RunMark
-from worker.contract.record import JobRecord
 
 if TYPE_CHECKING:
     from producer.ingest.download import Downloads
@@ -41,6 +42,8 @@ WINDOW = 500
 POLL_EVERY_S = 0.1
 #: Seconds with empty queues and without an outcome, until a check for lost messages.
 QUIET_S = 3.0
+#: The run's field that says which files of rejected lines are its own.
+REJECTED_FILES = "rejected files"
 #: Names of files that a run keeps for lists of runs.
 SHOWN_FILES = 10
 #: Times that lost jobs are sent again, at most, before the run fails.
@@ -66,6 +69,7 @@ class Ingest:
         self._manifest = self._wanted
         self.run = self._run_of(plan.digest)
         self._pinned = Pinned(self.run, session.fleet)
+        self._results = Results(self.run, session)
         self._stop = threading.Event()
         self._templates: dict[Route, MessageTemplate] = {}
         self._tag = _tag_of_process()
@@ -92,24 +96,31 @@ class Ingest:
             if self.run.noted("cancelled") is not None:
                 # In this order: a journal without its run is no harm.
                 journal_path(self._wanted, self.run.id).unlink(missing_ok=True)
-                self.run.begin_anew()
+                self.run.begin_anew(keep=(REJECTED_FILES,))
+        has_ended = False
         try:
             with self._session.queue_errors(), Journal(self._wanted, self.run.id) as journal:
-                return self._feed_until_over(journal)
+                outcome = self._feed_until_over(journal)
+            has_ended = outcome.state == "finished"
+            return outcome
+        except PromptFileError:
+            has_ended = True
+            raise
         finally:
             if self._rejects:
                 self._rejects.close()
             if self._downloads:
                 self._downloads.close()
             with self._session.queue_errors():
-                self.run.release()
+                self.run.release(unlist=has_ended)
 
     def _choose_manifest(self) -> None:
         named = self._options.manifest is not None
         self._manifest = manifest_path.choose(self._wanted, self.run.noted("manifest") or "", is_named=named)
         if self._manifest.name != self._wanted.name:
             self._display.notice(
-                f"{self._wanted} is another run's manifest and stays: this run writes {self._manifest}."
+                f"{self._wanted} is there already, and not as this run wrote it: it stays, and this run "
+                f"writes {self._manifest}."
             )
 
     def _run_of(self, digest: str) -> Run:
@@ -122,6 +133,7 @@ class Ingest:
         if plan is not self._plan:
             self._plan, self.run = plan, self._run_of(plan.digest)
             self._pinned = Pinned(self.run, self._session.fleet)
+            self._results = Results(self.run, self._session)
 
     def _tell_of_earlier_run(self) -> None:
         digest = self._plan.earlier_digest
@@ -139,14 +151,24 @@ class Ingest:
         status = self.run.status()
         start = Cursor.read(status.cursor)
         self._rejected = status.rejected
-        self._rejects = Rejects(self._plan.sources, start)
+        own = OwnFiles.read(self.run.noted(REJECTED_FILES), status.rejected)
+        self._rejects = Rejects(
+            self._plan.sources,
+            start,
+            own,
+            lambda files: self.run.note(REJECTED_FILES, files),
+            self._display.notice,
+        )
         if status.is_over and self.run.noted("manifest") == manifest_path.fingerprint(self._manifest):
             if not self._downloads and not self.run.outcomes():
                 return self._outcome("finished", status, journal)
             if self._manifest.suffix.lower() != ".csv":
-                journal.adopt(self._manifest)
+                journal.adopt(self._manifest, [each.name for each in self._plan.sources])
         self._items = self._plan.items(self._pinned.resolve, start, self._display.notice)
         if self._downloads:
+            if status.is_over:
+                jobs = self._plan.items(self._pinned.resolve)
+                self._results.complete(journal, jobs, self._downloads.storage)
             self._downloads.resume(journal)
         self._received_at = time.monotonic()
         while (state := self._turn(journal)) is None:
@@ -271,7 +293,7 @@ class Ingest:
 
     def _receive(self, journal: Journal) -> bool:
         """Write down the outcomes of jobs. Returns whether there were any."""
-        outcomes = [self._placed(each) for each in self.run.outcomes()]
+        outcomes = [self._results.placed(each) for each in self.run.outcomes()]
         journal.write(outcomes)
         self.run.acknowledge()
         for each in outcomes:
@@ -284,13 +306,6 @@ class Ingest:
             self._received_at = time.monotonic()
             self._sent_again = 0
         return bool(outcomes)
-
-    def _placed(self, ended: Ended) -> Ended:
-        """The outcome with the picture's address as it follows from the job's id, whatever Redis says."""
-        bucket, ending = self._session.bucket, (ended.uri or "").rpartition(".")[2]
-        if ended.uri is None or bucket is None or ending not in list(ImageFormat):
-            return ended
-        return ended._replace(uri=bucket.uri(ended.id, ImageFormat(ending)))
 
     def _show(self, status: Status, journal: Journal) -> None:
         if time.monotonic() - self._counted_at > 0.5:
@@ -307,27 +322,15 @@ class Ingest:
     def _finish(self, journal: Journal) -> None:
         jobs = self._plan.items(self._pinned.resolve)
         draft = self._wanted.with_name(f"{self._wanted.stem}.{self.run.id}.draft{self._wanted.suffix}")
-        write_manifest(
-            draft,
-            jobs,
-            self._plan.sources,
-            lambda number, job_id: self._result(journal, number, job_id),
-        )
-        self._manifest = manifest_path.place(draft, self._wanted, self.run.noted("manifest") or "")
+        with writing(draft):
+            write_manifest(
+                draft,
+                jobs,
+                self._plan.sources,
+                lambda number, job_id: self._results.of(journal, number, job_id),
+            )
+            self._manifest = manifest_path.place(draft, self._wanted, self.run.noted("manifest") or "")
         self.run.note("manifest", manifest_path.fingerprint(self._manifest))
-
-    def _result(self, journal: Journal, number: int, job_id: str) -> Mapping[str, Any]:
-        """The outcome of a job: from the journal, else from its record, else from its bits alone."""
-        if (result := journal.result(number)) is not None:
-            return result
-        try:
-            record = self._session.records.get(job_id)
-        except UnknownJobError:
-            bucket = self._session.bucket
-            if bucket is None or (stored := bucket.record(job_id)) is None:
-                return {"state": self.run.state_of(number) or "unknown"}
-            record = JobRecord.model_validate_json(stored)
-        return record.model_dump(mode="json", exclude={"job"})
 
     def _outcome(self, state: str, status: Status, journal: Journal) -> Outcome:
         counts = self._count(journal)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from producer.ingest.manifest import json_line
 from producer.ingest.run_state import Ended
+from producer.ingest.writing import writing
 from worker.contract.errors import PromptFileError
 
 
@@ -42,17 +43,19 @@ class Journal:
 
     def write(self, ended: Iterable[Ended]) -> None:
         """Append jobs that have ended. Returns when the operating system has them."""
-        for each in ended:
-            values = each._asdict()
-            self._note(each.number, values, self._file.tell())
-            self._file.write(json_line(values))
-        self._file.flush()
+        with writing(self.path):
+            for each in ended:
+                values = each._asdict()
+                self._note(each.number, values, self._file.tell())
+                self._file.write(json_line(values))
+            self._file.flush()
 
     def write_path(self, number: int, path: Path) -> None:
         """Append where a job's picture was saved."""
-        self._note_path(number, self._file.tell())
-        self._file.write(json_line({"number": number, "path": str(path)}))
-        self._file.flush()
+        with writing(self.path):
+            self._note_path(number, self._file.tell())
+            self._file.write(json_line({"number": number, "path": str(path)}))
+            self._file.flush()
 
     def result(self, number: int) -> dict[str, Any] | None:
         """What became of job `number`; None where it is not in the journal."""
@@ -63,24 +66,27 @@ class Journal:
             result["path"] = self._at(offset)["path"]
         return result
 
-    def without_path(self) -> Iterator[dict[str, Any]]:
-        """The jobs that are done and whose picture was not saved."""
+    def done(self) -> Iterator[dict[str, Any]]:
+        """The jobs that are done; those whose picture was saved with its `path`."""
         for number in range(len(self._offsets)):
-            if self._offsets[number] >= 0 and _get(self._paths, number) < 0:
-                result = self._at(self._offsets[number])
-                if result["state"] == "done":
-                    yield result
+            if (result := self.result(number)) is not None and result["state"] == "done":
+                yield result
 
-    def adopt(self, manifest: Path) -> None:
-        """Append the results of a finished JSONL manifest, which can so be written again with later ones."""
+    def adopt(self, manifest: Path, files: Sequence[str] = ()) -> None:
+        """Append the results of a finished JSONL manifest, which can so be written again with later ones.
+
+        `files` are the names of the run's files.
+        """
+        numbers = {name: number for number, name in reversed(list(enumerate(files)))}
         with manifest.open("rb") as lines:
             for number, line in enumerate(lines):
                 values = json.loads(line)
                 timings = values.get("timings") or {}
                 kept = {name: values.get(name) for name in Ended._fields if name in values}
+                file = numbers.get(values.get("file"), 0)
                 if self.result(number) is None:
                     self._note(number, values, self._file.tell())
-                    self._file.write(json_line({**kept, "number": number, "file": 0, "timings": timings}))
+                    self._file.write(json_line({**kept, "number": number, "file": file, "timings": timings}))
                 if values.get("path"):
                     self.write_path(number, Path(values["path"]))
         self._file.flush()

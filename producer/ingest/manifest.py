@@ -1,8 +1,8 @@
-"""What a run leaves behind: the manifest, a line a job, and the lines that were rejected.
+"""What a run leaves behind: the manifest, a line a job.
 
     prompts.txt.manifest.jsonl           a line a job in input order, when the run is over; CSV by its ending
     prompts.txt.manifest.jsonl.RUN.part  the journal: a line a job that has ended, in the order of their ends
-    prompts.txt.rejected.jsonl           lines that are no jobs: file, line, field, reason
+    prompts.txt.rejected.jsonl           lines that are no jobs (`producer.ingest.rejects`)
 
 Redis forgets what became of a job only when the journal has it. The manifest is made by reading the files
 again and joining each job with its line of the journal, so that a job takes no more memory than a number.
@@ -14,7 +14,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from producer.ingest.plan import Planned, Rejected
 from producer.prompts.sources import Source
@@ -40,57 +40,6 @@ _COLUMNS = frozenset(COLUMNS)
 _SHAPE = {
     each.name: each.default for each in JOB_FIELDS.values() if each.name not in ("prompt", "seed", "metadata")
 }
-
-
-class Rejects:
-    """The files of rejected lines: one beside each prompt file that has such lines."""
-
-    def __init__(self, sources: Sequence[Source], start: tuple[int, ...]) -> None:
-        """Keep what was rejected before the place `start` of the plan (a `Cursor`), and delete the rest."""
-        self._sources = sources
-        self._files: dict[int, TextIO] = {}
-        for number, source in enumerate(sources):
-            self._keep(number, source, start)
-
-    def path(self, file: int) -> Path:
-        """The path for the rejected lines of file number `file`."""
-        return self._sources[file].beside("rejected.jsonl")
-
-    def write(self, rejected: Rejected) -> None:
-        """Append one. Returns when the operating system has it."""
-        if rejected.file not in self._files:
-            self._files[rejected.file] = self.path(rejected.file).open("a", encoding="utf-8")
-        values = {"file": self._sources[rejected.file].name, "line": rejected.line}
-        values |= {"field": rejected.field, "reason": rejected.reason, "after": str(rejected.cursor)}
-        self._files[rejected.file].write(json_line(values).decode())
-        self._files[rejected.file].flush()
-
-    def paths(self) -> list[Path]:
-        """The files that exist."""
-        return [path for number in range(len(self._sources)) if (path := self.path(number)).exists()]
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
-
-    def _keep(self, number: int, source: Source, start: tuple[int, ...]) -> None:
-        path = self.path(number)
-        if not path.exists():
-            return
-        draft = path.with_name(f"{path.name}.draft")
-        kept = 0
-        with path.open("rb") as lines, draft.open("wb") as file:
-            for line in lines:
-                try:
-                    after = tuple(map(int, json.loads(line)["after"].split(":")))
-                except (ValueError, KeyError):
-                    continue
-                if after <= start:
-                    kept += file.write(line)
-        draft.replace(path)
-        if not kept:
-            path.unlink()
 
 
 def write_manifest(

@@ -37,7 +37,7 @@ def choose(wanted: Path, own: str, *, is_named: bool) -> Path:
             f"{wanted} is there already, and no manifest of this run: name another file with --manifest, "
             "or remove it."
         )
-    return next(path for path in _names(wanted) if not path.exists())
+    return next(path for path in names_from(wanted) if not path.exists())
 
 
 def place(draft: Path, wanted: Path, own: str) -> Path:
@@ -45,7 +45,7 @@ def place(draft: Path, wanted: Path, own: str) -> Path:
     if (earlier := _earlier(wanted, own)) is not None:
         draft.replace(earlier)
         return earlier
-    for path in _names(wanted):
+    for path in names_from(wanted):
         try:
             path.touch(exist_ok=False)
         except FileExistsError:
@@ -64,7 +64,8 @@ def _earlier(wanted: Path, own: str) -> Path | None:
     return wanted.with_name(path.name) if re.fullmatch(name, path.name) else None
 
 
-def _names(wanted: Path) -> Iterator[Path]:
+def names_from(wanted: Path) -> Iterator[Path]:
+    """The names for a file that is wanted as `wanted`: that one, then those with a number, from 2 on."""
     yield wanted
     for number in itertools.count(2):
         yield wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")

@@ -150,15 +150,27 @@ class Run:
             )
         self._lists = [name.removeprefix("list:") for name in fields if name.startswith("list:")]
 
-    def begin_anew(self) -> None:
-        """Forget what became of the run's jobs. What is done lies in the bucket and is not rendered again."""
+    def begin_anew(self, keep: Sequence[str] = ()) -> None:
+        """Forget what became of the run's jobs, but for the fields `keep` that were noted.
+
+        What is done lies in the bucket and is not rendered again.
+        """
+        kept = {name: value for name in keep if (value := self.noted(name)) is not None}
         self._redis.delete(self._key, *(f"{self._key}:{part}" for part in ("done", "failed", "news")))
         self.take()
+        for name, value in kept.items():
+            self.note(name, value)
 
-    def release(self) -> None:
-        """Stop being the feeder: another process may feed the run at once."""
-        if self._redis.get(f"{self._key}:feeder") == self._token:
-            self._redis.delete(f"{self._key}:feeder")
+    def release(self, *, unlist: bool = False) -> None:
+        """Stop being the feeder: another process may feed the run at once.
+
+        With `unlist`, lists of runs leave it out until it is fed again, unless it has jobs or rejected lines.
+        """
+        if self._redis.get(f"{self._key}:feeder") != self._token:
+            return
+        if unlist and not any(int(self.noted(name) or 0) for name in ("fed", "rejected")):
+            self._redis.zrem(RUNS, self.id)
+        self._redis.delete(f"{self._key}:feeder")
 
     def status(self) -> Status:
         """How far the run is. Also renews this feeder's claim on the run.

@@ -443,7 +443,30 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_and_2(
     (tmp_path / "file").touch()
     ran = smallcat("fetch", job.id, "--output", str(tmp_path / "file"))
     assert ran.code == 2
-    assert "file" in ran.err
+    assert f"The picture of job {job.id} cannot be written to {tmp_path / 'file'}" in ran.err
+
+
+def test_of_a_picture_for_which_the_disk_has_no_room_nothing_is_left_and_the_others_are_fetched(
+    smallcat: Shell, client: Redis, environment: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    full, other = job_of(1), job_of(2)
+    for each in (full, other):
+        finish(client, environment, each)
+    real = Path.write_bytes
+
+    def write(path: Path, data: bytes) -> int:
+        if full.id in path.name:
+            real(path, data[:10])
+            raise OSError(28, "No space left on device")
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    ran = smallcat("fetch", full.id, other.id, "--output", str(tmp_path))
+    assert ran.code == 2
+    assert f"The picture of job {full.id} cannot be written" in ran.err
+    assert "No space left on device" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == [f"{other.id}.png"]
 
 
 def test_waiting_for_what_no_worker_serves_shows_it_once_and_without_a_python_warning(

@@ -141,7 +141,9 @@ def test_a_file_makes_the_same_jobs_and_manifest_with_columns_appended(drain: Dr
             ["0.0", "1.0"]
         ] * 2
     rejected = STORED / "prompts.csv.rejected.jsonl"
-    assert Path("prompts.csv.rejected.jsonl").read_bytes() == rejected.read_bytes()
+    # The stored file is another run's, of which Redis knows nothing.
+    assert outcome.rejected_files == (Path("prompts.csv.rejected-2.jsonl"),)
+    assert outcome.rejected_files[0].read_bytes() == rejected.read_bytes()
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
