@@ -184,7 +184,7 @@ class JobHandle:
         if not record.state.is_final:
             now = session()
             with now.queue_errors():
-                workers = len(now.fleet.serving(record.queue))
+                workers = now.fleet.serving(record.queue)
                 if record.state is State.RUNNING:
                     now.records.watch()
                 queued = now.fleet.length(record.queue) if record.state is State.QUEUED else 0

@@ -129,6 +129,8 @@ def _start(sender: Any, **_: Any) -> None:
     # Without this Celery asks the other workers for revoked tasks at each new connection, and waits a second
     # for their answers. A job is cancelled by its record.
     sender.options["without_mingle"] = True
+    # Without this each worker hears the heartbeats of all others, for nothing.
+    sender.options["without_gossip"] = True
     stop_signals.until_ready()
     sender.setup_logging()
     log_lines.shorten()

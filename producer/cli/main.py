@@ -320,7 +320,7 @@ def _note_served(handle: JobHandle, *, waits: bool) -> None:
         return
     now = session()
     with now.queue_errors():
-        served = sorted({worker.served.name for worker in now.fleet.workers()})
+        served = sorted({group.served.name for group in now.fleet.groups()})
     if not waits:
         click.echo(f"note  {note}", err=True)
     if served:

@@ -311,8 +311,8 @@ class Ingest:
         if time.monotonic() - self._counted_at > 0.5:
             self._counted_at = time.monotonic()
             queues = {route.queue for route in self._templates} or set(self.run.queues)
-            workers = {each.name for queue in queues for each in self._session.fleet.serving(queue)}
-            self._counts = replace(self._count(journal), workers=len(workers))
+            workers = self._session.fleet.serving(*queues)
+            self._counts = replace(self._count(journal), workers=workers)
         self._display.update(status, self._counts)
 
     def _count(self, journal: Journal) -> Counts:

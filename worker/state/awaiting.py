@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from worker.contract.errors import UnknownJobError
 from worker.contract.queues import queues_of
 from worker.contract.record import JobRecord
-from worker.state.fleet import WorkerInfo
+from worker.state.fleet import WorkerInfo, groups_in, groups_of
 from worker.state.hashes import is_in_doubt, record_of, says_final, seen_by, unknown
-from worker.state.keys import WORKERS, job_key, submission_key, worker_key
+from worker.state.keys import DIGEST, WORKERS, job_key, submission_key, worker_key
 from worker.state.records import READ_AT_ONCE
 from worker.state.redis_client import RETRY_EVERY_S, connect_async, is_lost
 
@@ -272,10 +272,12 @@ class _Watch:
 
     async def _find_unserved(self) -> None:
         """Mark the waiters whose jobs no live worker takes."""
-        names = sorted(str(name) for name in await self._client.smembers(WORKERS))
-        texts = await self._client.mget([worker_key(name) for name in names]) if names else []
-        workers = [WorkerInfo.model_validate_json(text) for text in texts if text is not None]
-        served = {queue for worker in workers for queue in queues_of(worker.served)}
+        groups = groups_in(await self._client.get(DIGEST))
+        if groups is None:  # As `Fleet.groups`.
+            names = sorted(str(name) for name in await self._client.smembers(WORKERS))
+            texts = await self._client.mget([worker_key(name) for name in names]) if names else []
+            groups = groups_of(WorkerInfo.model_validate_json(text) for text in texts if text is not None)
+        served = {queue for group in groups for queue in queues_of(group.served)}
         for waiters in self._waiters.values():
             for waiter in waiters:
                 is_unserved = waiter.record is not None and waiter.record.queue not in served

@@ -1,6 +1,8 @@
 """Which workers are alive and what they serve; from that, the model revision and the queue of a job.
 
-A worker announces itself every few seconds; its announcement expires when it no longer does.
+A worker announces itself every few seconds; its announcement expires when it no longer does. With it the
+worker keeps a digest up to date: which models are served, and by how many. That is all that a producer needs,
+and it is as small for a thousand workers as for one; `workers` reads all announcements.
 
 A job that names a model gets the revision of the newest live worker that serves it. A job that names none
 gets the fleet's default: the model of the worker that has been up longest. A worker takes only jobs of its
@@ -9,7 +11,9 @@ own model and revision, so a new revision never answers with the old one's pictu
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
@@ -18,7 +22,8 @@ from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.queues import lists_of, queues_of
 from worker.contract.refusals import code_of
 from worker.contract.served_model import ServedModel
-from worker.state.keys import QUEUES, SERVED, WORKERS, worker_key
+from worker.state.keys import BOOK, DIGEST, QUEUES, SERVED, WORKERS, worker_key
+from worker.state.scripts import ANNOUNCE, WITHDRAW
 from worker.state.shared_scripts import load
 
 if TYPE_CHECKING:
@@ -53,12 +58,62 @@ class WorkerInfo(BaseModel):
     paused: str = ""
 
 
+class Group(BaseModel):
+    """The live workers that serve the same."""
+
+    model_config = ConfigDict(frozen=True)
+
+    #: What they serve.
+    served: ServedModel
+    #: How many they are.
+    workers: int
+    #: When the one that has been up longest started, Unix seconds by Redis' clock, and its name.
+    first: tuple[float, str]
+    #: When the newest one started, and its name.
+    last: tuple[float, str]
+
+
+class Digest(BaseModel):
+    """What the live workers serve. Workers write it when it changes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    #: Another one with each change.
+    version: int
+    #: Whether workers of earlier versions are live, which are not in it.
+    mixed: bool
+    groups: tuple[Group, ...]
+
+
+def groups_in(digest: object) -> Sequence[Group] | None:
+    """The groups in the text of the digest; None where all announcements must be read instead."""
+    if not isinstance(digest, str):
+        return None
+    try:
+        read = Digest.model_validate_json(digest)
+    except ValueError:
+        return None
+    return None if read.mixed else read.groups
+
+
+def groups_of(workers: Iterable[WorkerInfo]) -> Sequence[Group]:
+    """The groups of `workers`."""
+    members: dict[ServedModel, list[tuple[float, str]]] = {}
+    for worker in workers:
+        members.setdefault(worker.served, []).append((worker.started_at, worker.name))
+    return [
+        Group(served=served, workers=len(of), first=min(of), last=max(of)) for served, of in members.items()
+    ]
+
+
 class Fleet:
     """The workers of one Redis. Workers announce themselves, producers ask. Thread-safe."""
 
     def __init__(self, client: Redis, ttl_s: int) -> None:
         self._redis = client
         self._ttl_s = ttl_s
+        self._announce = client.register_script(ANNOUNCE)
+        self._withdraw = client.register_script(WITHDRAW)
 
     def now(self) -> float:
         """Unix seconds by Redis' clock."""
@@ -68,35 +123,51 @@ class Fleet:
     def announce(self, worker: WorkerInfo) -> None:
         """Announce `worker` for the next `ANNOUNCE_TTL_S` seconds, and load the producers' scripts."""
         load(self._redis)
-        with self._redis.pipeline() as pipe:
-            pipe.set(
-                worker_key(worker.name), worker.model_dump_json(exclude_defaults=True), ex=ANNOUNCE_TTL_S
-            )
-            pipe.sadd(WORKERS, worker.name)
-            pipe.expire(WORKERS, self._ttl_s)
-            pipe.execute()
-        live = self.workers()
+        served = worker.served.model_dump_json()
+        group = hashlib.sha256(served.encode()).hexdigest()[:16]
+        said = worker.model_dump_json(exclude_defaults=True)
+        keys = [worker_key(worker.name), WORKERS, DIGEST, BOOK]
+        lifetimes = (ANNOUNCE_TTL_S, self._ttl_s)
+        args = [worker.name, said, *map(str, lifetimes), group, served, repr(worker.started_at)]
+        if version := self._announce(keys=keys, args=args):
+            self._note_seen(str(version))
+        self._redis.expire(SERVED, self._ttl_s)
+
+    def _note_seen(self, version: str) -> None:
+        """Write what is served now as last seen, for when its workers are away."""
+        groups = groups_in(self._redis.get(DIGEST))
+        if groups is None:
+            live = self.workers()
+        else:
+            names = {name for group in groups for _, name in (group.first, group.last)}
+            live = self._announced(sorted(names))
         models = {each.served.name for each in live}
         # Models that no live worker serves come after those that are served.
         away = [each for each in self._last_seen() if each.served.name not in models]
         seen = json.dumps(
             [each.model_dump(mode="json", exclude_defaults=True) for each in [*live, *away][:MAX_SEEN]]
         )
-        self._redis.set(SERVED, seen, ex=self._ttl_s)
+        with self._redis.pipeline() as pipe:
+            pipe.set(SERVED, seen, ex=self._ttl_s)
+            pipe.set(f"{BOOK}:seen", version, ex=self._ttl_s)
+            pipe.execute()
 
     def withdraw(self, name: str) -> None:
         """Remove the announcement of a worker that is leaving."""
-        with self._redis.pipeline() as pipe:
-            pipe.delete(worker_key(name))
-            pipe.srem(WORKERS, name)
-            pipe.execute()
+        self._withdraw(keys=[worker_key(name), WORKERS, DIGEST, BOOK], args=[name, ANNOUNCE_TTL_S])
+
+    def groups(self) -> Sequence[Group]:
+        """The live workers by what they serve, from the digest."""
+        groups = groups_in(self._redis.get(DIGEST))
+        # No worker of this version is live, or some of earlier ones are, too.
+        return groups_of(self.workers()) if groups is None else groups
 
     def workers(self) -> list[WorkerInfo]:
         """The live workers, those that have been up longest first."""
-        names = sorted(str(name) for name in self._redis.smembers(WORKERS))
-        if not names:
-            return []
-        texts = self._redis.mget([worker_key(name) for name in names])
+        return self._announced(sorted(str(name) for name in self._redis.smembers(WORKERS)))
+
+    def _announced(self, names: list[str]) -> list[WorkerInfo]:
+        texts = self._redis.mget([worker_key(name) for name in names]) if names else []
         gone = [name for name, text in zip(names, texts, strict=True) if text is None]
         if gone:
             self._forget(gone)
@@ -116,21 +187,16 @@ class Fleet:
 
         A job that names a revision that nobody serves stays as it is, and waits for such a worker.
         """
-        live = self.workers()
-        for workers in (live, self._last_seen()):
-            model = workers[0].served.name if workers and job.model == DEFAULT_MODEL else job.model
-            served = [
-                worker.served
-                for worker in workers
-                if worker.served.name == model and job.revision in ("", worker.served.revision)
-            ]
-            if served:
-                return job.resolved(served[-1])
+        for known in (self.groups, self._groups_last_seen):
+            if (served := _meant_by(job, known())) is not None:
+                return job.resolved(served)
         return job if job.revision else job.opened()
 
-    def serving(self, queue: str) -> list[WorkerInfo]:
-        """The live workers that take jobs from `queue`."""
-        return [worker for worker in self.workers() if queue in queues_of(worker.served)]
+    def serving(self, *queues: str) -> int:
+        """The number of live workers that take jobs from one of `queues`."""
+        return sum(
+            group.workers for group in self.groups() if not set(queues).isdisjoint(queues_of(group.served))
+        )
 
     def waiting(self) -> dict[str, int]:
         """The number of messages that wait in each queue that jobs were sent to lately."""
@@ -147,3 +213,22 @@ class Fleet:
     def _last_seen(self) -> list[WorkerInfo]:
         text = self._redis.get(SERVED)
         return [WorkerInfo.model_validate(each) for each in json.loads(text)] if text else []
+
+    def _groups_last_seen(self) -> Sequence[Group]:
+        """Their order says more than when they started: those that were live last come first."""
+        found = []
+        for number, worker in enumerate(self._last_seen()):
+            place = (float(number), worker.name)
+            found.append(Group(served=worker.served, workers=0, first=place, last=place))
+        return found
+
+
+def _meant_by(job: Job, groups: Sequence[Group]) -> ServedModel | None:
+    """What a job without a revision, or without a model, means; None where no group serves it."""
+    name = job.model
+    if groups and name == DEFAULT_MODEL:
+        name = min(groups, key=lambda group: group.first).served.name
+    fitting = [
+        group for group in groups if group.served.name == name and job.revision in ("", group.served.revision)
+    ]
+    return max(fitting, key=lambda group: group.last).served if fitting else None

@@ -17,6 +17,9 @@
       ...:news               list     how each job ended, until the run's feeder has read it
     smallcat:worker:<name>   string   a worker's announcement as JSON (`worker.state.fleet`)
     smallcat:workers         set      names of the workers that announced themselves
+    smallcat:worker::served  string   the digest of the live workers: which models are served, by how many; no
+                                      worker has that name
+    smallcat:worker-only:fleet:...    the book that the digest is made from (`fleet_book.lua`)
     smallcat:served          string   the last announcements of each model, for when its workers are away
     smallcat:to-workers      channel  to all workers: "cancel <id>" stops a running job; "watch" says that
                                       somebody follows a job's progress, so that it must be written often
@@ -60,8 +63,12 @@ RUNS: Final = "smallcat:runs"
 WORKERS: Final = "smallcat:workers"
 #: The last announcements of each model.
 SERVED: Final = "smallcat:served"
+#: Which models are served, by how many live workers.
+DIGEST: Final = "smallcat:worker::served"
 #: Begins the keys that workers alone write.
 WORKER_ONLY: Final = "smallcat:worker-only:"
+#: Begins the keys of the book that the digest is made from.
+BOOK: Final = f"{WORKER_ONLY}fleet"
 #: Channel to all workers.
 WORKERS_CHANNEL: Final = "smallcat:to-workers"
 

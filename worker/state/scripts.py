@@ -1,4 +1,4 @@
-"""The Lua scripts behind `worker.state.records`. Each file of them says its keys, arguments and result.
+"""The Lua scripts behind `records` and `fleet`. Each file of them says its keys, arguments and result.
 
 A script is done whole or not at all, and reads Redis' clock only.
 """
@@ -20,3 +20,5 @@ CANCEL: Final = script(_HERE / "cancel.lua")
 PROGRESS: Final = script(_HERE / "progress.lua")
 FAILURES: Final = script(_HERE / "failures.lua")
 UNREADABLE: Final = script(_HERE / "unreadable.lua")
+ANNOUNCE: Final = script(_HERE / "announce.lua")
+WITHDRAW: Final = script(_HERE / "withdraw.lua")

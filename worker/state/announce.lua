@@ -1,0 +1,16 @@
+-- Announces a worker, and brings the digest up to date.
+--
+-- KEYS     the worker, the set of names, the digest, the workers' book
+-- ARGV     name, the announcement as JSON, seconds that it lives, seconds that the names and the book live,
+--          group, what it serves as JSON, when it started
+-- Returns  the version of the digest whose models are to be noted as last seen; '' while they are
+-- include fleet_book.lua
+local name, announcement, ttl, keep_s, group, served, started_at = unpack(ARGV)
+redis.call('SET', KEYS[1], announcement, 'EX', ttl)
+redis.call('SADD', KEYS[2], name)
+redis.call('EXPIRE', KEYS[2], keep_s)
+local is_changed = enter(KEYS[4], name, string.format('%.6f', time + ttl), group, served, started_at)
+is_changed = sweep(KEYS[4], KEYS[2]) or is_changed
+local version = publish(KEYS[4], KEYS[3], KEYS[2], ttl, is_changed)
+keep(KEYS[4], group, keep_s)
+return version
