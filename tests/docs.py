@@ -206,7 +206,7 @@ def name_fields() -> str:
 def _type(entry: FieldEntry) -> str:
     if entry.choices:
         return ", ".join(f"`{choice}`" for choice in entry.choices)
-    return {int: "integer", float: "number", str: "text", dict: "JSON object"}[entry.kind]
+    return {int: "integer", float: "number", bool: "boolean", str: "text", dict: "JSON object"}[entry.kind]
 
 
 def _field_default(entry: FieldEntry) -> str:
@@ -218,6 +218,8 @@ def _field_default(entry: FieldEntry) -> str:
         return "the newest served"
     if entry.is_made:
         return "empty" if entry.kind is dict else "drawn"
+    if entry.kind is bool:
+        return f"`{str(entry.default).lower()}`"
     return _default(entry.default) or "empty"
 
 

@@ -223,7 +223,7 @@ def _report(outcome: Outcome, *, as_json: bool, as_event: bool) -> None:
         values["rejected_files"] = [str(path) for path in outcome.rejected_files]
         values["manifest"] = outcome.manifest and str(outcome.manifest)
         if as_event:  # The last of the lines.
-            say(plain_json({"event": outcome.state, **values}, indent=None))
+            say(plain_json({"event": "end", **values}, indent=None))
         else:
             _print_json(values)
         return

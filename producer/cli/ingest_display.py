@@ -6,7 +6,7 @@ import io
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from producer.cli.job_display import can_draw
+from producer.cli.json_output import NobodyReadsError
 from producer.ingest.plan import Rejected
 from producer.ingest.run_state import Ended, Status
 from producer.ingest.types import Counts, Display
@@ -69,7 +70,7 @@ class QuietDisplay(Display):
     def update(self, status: Status, counts: Counts) -> None:
         """Nothing."""
 
-    def ended(self, ended: Ended) -> None:
+    def ended(self, ended: Ended, file: str) -> None:
         """Nothing."""
 
     def rejected(self, rejected: Rejected, file: str) -> None:
@@ -106,26 +107,35 @@ class LineDisplay(QuietDisplay):
         self._throughput.update(status.ended)
         if time.monotonic() - self._printed_at > _LINE_EVERY_S:
             self._printed_at = time.monotonic()
-            self._event("progress", summary(status, counts, self._throughput))
+            self._event("progress", summary(status, counts, self._throughput), {}, _numbers(status, counts))
 
-    def ended(self, ended: Ended) -> None:
+    def ended(self, ended: Ended, file: str) -> None:
         """A line. For a job that is done only with `every_job`."""
         if ended.state == "done" and not self._every_job:
             return
         what = ended.uri if ended.state == "done" else ended.error
-        self._event(ended.state, f"{what}{' (cached)' if ended.cached else ''}", line=ended.line, id=ended.id)
+        text = f"{what}{' (cached)' if ended.cached else ''}"
+        names = ("number", "uri", "cached", "error_type", "error", "timings")
+        more = {name: value for name in names if (value := getattr(ended, name)) is not None}
+        self._event(ended.state, text, {"file": file, "line": ended.line, "id": ended.id}, more)
 
     def rejected(self, rejected: Rejected, file: str) -> None:
         """A line."""
-        self._event("rejected", rejected.reason, file=file, line=rejected.line, field=rejected.field)
+        values = {"file": file, "line": rejected.line, "field": rejected.field}
+        self._event("rejected", rejected.reason, values, {"reason": rejected.reason})
 
-    def _event(self, event: str, text: str, **values: object) -> None:
+    def _event(self, event: str, text: str, values: Mapping[str, object], more: Mapping[str, object]) -> None:
+        """Print an event with its values; those for programs, `more`, in JSON alone."""
         if self._as_json:
-            line = plain_json({"event": event, **values, "text": text}, indent=None)
+            line = plain_json({"event": event, **values, **more, "text": text}, indent=None)
             if self._events is None:
                 self.notice(line)
             else:
-                print(line, file=self._events, flush=True)
+                try:
+                    print(line, file=self._events, flush=True)
+                except BrokenPipeError:
+                    # Not as an error of a connection, which would be taken for Redis'.
+                    raise NobodyReadsError from None
         else:
             where = "  ".join(f"{name} {value}" for name, value in values.items() if value != "")
             self.notice(f"{event:9} {where}{'  ' if where else ''}{text}")
@@ -161,7 +171,7 @@ class LiveDisplay(QuietDisplay):
         parts: list[RenderableType] = [table, text]
         self._live.update(Group(self._picture, *parts) if self._picture is not None else Group(*parts))
 
-    def ended(self, ended: Ended) -> None:
+    def ended(self, ended: Ended, file: str) -> None:
         """Remember the picture for the preview, or print why there is none."""
         if ended.state == "done":
             self._last = ended.uri
@@ -192,6 +202,19 @@ class LiveDisplay(QuietDisplay):
             except Exception:  # noqa: BLE001, S112 - a picture that cannot be shown is not shown
                 continue
             shown, self._picture = uri, Halfcell(image, width=_PREVIEW_WIDTH, height="auto")
+
+
+def _numbers(status: Status, counts: Counts) -> dict[str, int | None]:
+    """What `summary` says, for programs."""
+    names = ("done", "cached", "failed", "cancelled", "workers")
+    return {
+        "sent": status.fed,
+        "total": status.total,
+        "ended": status.ended,
+        "queued": status.queued,
+        "rejected": status.rejected,
+        **{name: getattr(counts, name) for name in names},
+    }
 
 
 def summary(status: Status, counts: Counts, throughput: Throughput) -> str:

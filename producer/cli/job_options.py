@@ -16,19 +16,22 @@ from worker.contract.job_fields import FieldEntry, help_lines
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+#: How help texts call the types of values, and how errors do.
+_TYPES = {int: "integer", float: "float", bool: "boolean"}
+_CALLED = {int: "integer", float: "number", bool: "boolean (true or false)"}
+
+
 class _Value(click.ParamType[Any]):
     """A job field's value, read as in prompt files; None where the words for nothing are given."""
 
     def __init__(self, entry: FieldEntry) -> None:
         self._entry = entry
-        self.name = {int: "integer", float: "float"}.get(entry.kind, "text")
+        self.name = _TYPES.get(entry.kind, "text")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         read = value_of(self._entry, value)
         if self._entry.kind is not str and isinstance(read, str):
-            self.fail(
-                f"{short(value)} is no {'integer' if self._entry.kind is int else 'number'}.", param, ctx
-            )
+            self.fail(f"{short(value)} is no {_CALLED.get(self._entry.kind, 'number')}.", param, ctx)
         return None if read is NOT_GIVEN else read
 
 
@@ -48,7 +51,9 @@ def job_options(command: F, *, taken: Container[str] = (), defaults: Mapping[str
             # An object is given as JSON.
             kind = str if entry.kind is dict else _Value(entry)
             text = _help(entry, (defaults or {}).get(name, entry.default))
-            command = click.option(entry.option, name, type=kind, default=None, help=text)(command)
+            # Without a value, one that says yes or no says yes.
+            flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if entry.kind is bool else {}
+            command = click.option(entry.option, name, type=kind, default=None, help=text, **flag)(command)
     return command
 
 
@@ -68,7 +73,8 @@ def _help(entry: FieldEntry, default: Any) -> str:
     if entry.is_nullable:
         sentences.append("The model's own when not given.")
     elif default not in (None, "") and f"`{default}`" not in line:
-        value = f"{default:g}" if entry.kind is float else default
+        value = f"{default:g}" if entry.kind is float else str(default)
+        value = value.lower() if entry.kind is bool else value
         sentences.append(f"{value} when not given.")
     return " ".join(sentences)
 

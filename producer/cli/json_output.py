@@ -12,6 +12,10 @@ from worker.contract.plain_text import plain, plain_json
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class NobodyReadsError(Exception):
+    """Raised when whoever read standard output has gone, as `head` does after its last line."""
+
+
 def json_option(command: F) -> F:
     """Add the option `--json` to a command."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from producer.cli import local_stack, output_path
 from producer.cli.follow_jobs import cancel, runs, status
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
-from producer.cli.json_output import json_option, print_json
+from producer.cli.json_output import NobodyReadsError, json_option, print_json
 from producer.client import JobHandle, JobResult, submit_job
 from producer.session import session
 from worker.contract.errors import (
@@ -34,6 +35,9 @@ from worker.contract.errors import (
 )
 from worker.contract.plain_text import plain
 from worker.contract.prompt_syntax import only_words, only_words_warning
+
+#: Exit code where nobody reads standard output any more: that of a process that SIGPIPE ends.
+BROKEN_PIPE = 141
 
 
 class _Seconds(click.FloatRange):
@@ -288,6 +292,10 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
+    except (BrokenPipeError, NobodyReadsError):
+        # Nothing more is flushed into it at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
     except (SmallcatError, OSError) as error:
         click.secho(plain(error, keep="\n"), fg="red" if sys.stderr.isatty() else None, err=True)
         if isinstance(error, ServiceError | SettingsError) and (text := local_stack.hint()):

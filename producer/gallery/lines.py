@@ -16,6 +16,7 @@ from worker.contract.choices import ImageFormat
 from worker.contract.csv_cells import plain
 from worker.contract.errors import CallerError
 from worker.contract.job import JOB_FIELDS
+from worker.contract.job_fields import truth_of
 from worker.contract.record import Timings
 
 #: One job: the manifest's fields, or a record's, with the job's own fields beside them. Any may be missing.
@@ -25,6 +26,8 @@ Line = dict[str, Any]
 _JSON = {"grid", *(each.name for each in JOB_FIELDS.values() if each.kind is dict)}
 #: Columns of a CSV manifest that hold numbers.
 _INTEGERS = {each.name for each in JOB_FIELDS.values() if each.kind is int}
+#: Columns of a CSV manifest that say yes or no.
+_TRUTHS = {each.name for each in JOB_FIELDS.values() if each.kind is bool}
 #: Characters of a cell, at most.
 _MAX_CELL = 1 << 24
 #: Characters of a line of a manifest, and digits of a number in it, at most.
@@ -125,7 +128,7 @@ def _value(name: str, text: str) -> Any:
             return _finite(text)
     except (ValueError, RecursionError):
         return text
-    return text
+    return text if name not in _TRUTHS or (truth := truth_of(text)) is None else truth
 
 
 def _bucket_lines(address: str) -> Iterator[Line]:

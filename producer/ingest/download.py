@@ -66,7 +66,9 @@ class Template:
         """The relative path for a job's values. `ending` is the picture's own, such as `png`."""
         texts = {name: values.get(name, "") for name in FIELDS}
         plain = {
-            name: value if isinstance(value, int | float) else _plain(str(value))
+            name: value
+            if type(value) in (int, float)
+            else _plain(str(value).lower() if type(value) is bool else str(value))
             for name, value in texts.items()
         }
         # An empty field may leave a part of the path empty, or make it begin with a slash.

@@ -296,8 +296,9 @@ class Ingest:
         outcomes = [self._results.placed(each) for each in self.run.outcomes()]
         journal.write(outcomes)
         self.run.acknowledge()
+        names = [each.name for each in self._plan.sources]
         for each in outcomes:
-            self._display.ended(each)
+            self._display.ended(each, names[each.file] if each.file < len(names) else "")
             if self._downloads and each.state == "done":
                 self._downloads.fetch(each.number, each.line, each.file, str(each.uri))
         if self._downloads:

@@ -23,8 +23,8 @@ class Display(Protocol):
     def update(self, status: Status, counts: Counts) -> None:
         """How far the run is; called about ten times a second."""
 
-    def ended(self, ended: Ended) -> None:
-        """A job has ended."""
+    def ended(self, ended: Ended, file: str) -> None:
+        """A job of the file of that name has ended."""
 
     def rejected(self, rejected: Rejected, file: str) -> None:
         """A line of the file is rejected."""
@@ -39,7 +39,7 @@ class SilentDisplay(Display):
     def update(self, status: Status, counts: Counts) -> None:
         """Nothing."""
 
-    def ended(self, ended: Ended) -> None:
+    def ended(self, ended: Ended, file: str) -> None:
         """Nothing."""
 
     def rejected(self, rejected: Rejected, file: str) -> None:

@@ -6,6 +6,7 @@ them are values. The command line reads its options' values here too. Whatever t
 - a name is a job field's or one of its aliases, in any case, with or without blanks, dashes and underscores
 - None, NaN, an empty text and the words null, none and nan mean that the field is not given
 - `20.0` and `"20"` are integers; `7,5` is a number where semicolons part the cells
+- `true`, `yes`, `on` and 1 are yes; `false`, `no`, `off` and 0 are no
 - a seed of -1 is one that is to be drawn
 - other names go to the job's metadata, but for a near miss of a field's name, which is refused
 """
@@ -24,7 +25,7 @@ from producer.prompts.entries import LineError
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
-from worker.contract.job_fields import FieldEntry
+from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.scheduler_names import scheduler_of
 
 #: What `meaning_of` gives for a number of pictures, and for a schedule beside a sampler.
@@ -169,6 +170,8 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
     if isinstance(raw, Decimal):
         raw = int(raw) if raw == raw.to_integral_value() and abs(raw) < 10**30 else float(raw)
     if isinstance(raw, int | float):
+        if field.kind is bool and raw in (0, 1):
+            return bool(raw)
         if field.kind is int:
             return int(raw) if isinstance(raw, float) and raw.is_integer() else raw
         if field.kind is str:
@@ -182,6 +185,8 @@ def _of_text(field: FieldEntry, text: str, decimal_comma: bool) -> Any:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise LineError(field.name, f"{field.name} is not a JSON object ({error}).") from None
+    if field.kind is bool:
+        return text if (truth := truth_of(text)) is None else truth
     if field.kind in (int, float):
         plain = text.replace(",", ".", 1) if decimal_comma else text
         if field.kind is int and _INTEGER.fullmatch(plain):

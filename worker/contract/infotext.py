@@ -22,7 +22,7 @@ from PIL import ExifTags
 
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import JOB_FIELDS, Job
-from worker.contract.job_fields import FieldEntry
+from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.metadata.a1111_text import pairs_of, split
 from worker.contract.metadata.reading import Reading, left_out, number
 from worker.contract.scheduler_names import scheduler_of
@@ -163,6 +163,9 @@ def _fields(
         value = _number(entry.kind, key, text)
         # -1 is AUTOMATIC1111's way of asking for a random seed.
         return {} if not is_ours and entry.is_made and value == -1 else {entry.name: value}
+    if entry.kind is bool:
+        # What is neither stays, and the job's own error names it.
+        return {entry.name: text if (truth := truth_of(text)) is None else truth}
     if key == _SAMPLER:
         # Since AUTOMATIC1111's version 1.9 the schedule has a key of its own; Fooocus has another.
         return {entry.name: scheduler_of(text, _schedule(pairs))} if text else {}

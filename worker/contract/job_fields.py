@@ -22,8 +22,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-#: Types that a field can have: a number, a text (choices are texts) or a JSON object.
-KINDS = (int, float, str, dict)
+#: Types that a field can have: a number, yes or no, a text (choices are texts) or a JSON object.
+KINDS = (int, float, bool, str, dict)
+#: What stands for yes and no where a field's value is a text.
+_WORDS = {"true": True, "yes": True, "on": True, "1": True} | {
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
 #: The default order of a key in an infotext: after AUTOMATIC1111's own keys.
 LAST = 100
 
@@ -112,6 +119,11 @@ class FieldEntry(JobField):
         """Its other names in tables of prompts, each once."""
         names = dict.fromkeys((*self.headings, self.a1111_option, self.diffusers))
         return tuple(name for name in names if name and name != self.name)
+
+
+def truth_of(text: str) -> bool | None:
+    """Whether a text says yes or no; None for others."""
+    return _WORDS.get(text.strip().lower()) if len(text) < 20 else None
 
 
 def table_of(model: type[BaseModel]) -> Mapping[str, FieldEntry]:

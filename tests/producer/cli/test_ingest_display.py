@@ -23,8 +23,8 @@ def drawn(display: type[QuietDisplay], **options: bool) -> str:
     file = io.StringIO()
     shown = display(Console(file=file, width=120), **options)  # type: ignore[arg-type]
     shown.update(STATUS, COUNTS)
-    shown.ended(DONE)
-    shown.ended(FAILED)
+    shown.ended(DONE, "p.txt")
+    shown.ended(FAILED, "p.txt")
     shown.rejected(BAD, "p.txt")
     shown.notice("Something.")
     shown.close()
@@ -76,7 +76,7 @@ def test_the_live_display_shows_how_far_it_is_and_what_failed() -> None:
     display = LiveDisplay(console, None)
     display.update(STATUS, COUNTS)
     display._live.refresh()
-    display.ended(FAILED)
+    display.ended(FAILED, "p.txt")
     display.close()
     shown = file.getvalue()
     assert "120 of 1,000" in shown

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 #: A value of each made-up field, as JSON has it.
 VALUES: dict[str, Any] = {"sharpness": 2.5, "palette": "warm", "mood": 'calm, "still"', "team_note": "ours"}
+VALUES |= {"seamless": True}
 #: A job that leaves nothing open.
 WHOLE = {"prompt": "a cat", "seed": 7, "width": 64, "height": 64, "steps": 4, "guidance_scale": 7.5}
 WHOLE |= {"model": "m", "revision": "r"}
@@ -36,8 +37,21 @@ def prompt_files() -> dict[str, Any]:
             table.writerows([row.keys(), row.values()])
     Path("p.jsonl").write_text(json.dumps(row) + "\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), "p.parquet")
-    Path("p.txt").write_text('--prompt "a cat" --sharpen 2.5 --colors "Warm Tones"\n')
+    Path("p.txt").write_text('--prompt "a cat" --sharpen 2.5 --colors "Warm Tones" --seamlessly yes\n')
     found = {}
+    for word in ("TRUE", "false", "1", "0.0", "On", "no", "", "null", "maybe"):
+        Path("w.csv").write_text(f"prompt,seamless\na cat,{word}\n")
+        Path("w.jsonl").write_text(json.dumps({"prompt": "a cat", "seamless": word}) + "\n")
+        Path("w.txt").write_text(f'--prompt "a cat" --seamlessly "{word}"\n')
+        words = [read(source(name)) for name in ("w.csv", "w.jsonl", "w.txt")]
+        found[word] = [next(each).fields.get("seamless") for each in words]  # type: ignore[union-attr]
+    for number, value in enumerate((0, 1.0, 2, False, None)):
+        Path("w.jsonl").write_text(json.dumps({"prompt": "a cat", "seamless": value}) + "\n")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([{"prompt": "a cat", "seamless": value}]), "w.parquet"
+        )
+        words = [read(source(name)) for name in ("w.jsonl", "w.parquet")]
+        found[f"value {number}"] = [next(each).fields.get("seamless") for each in words]  # type: ignore[union-attr]
     for name in ("p.csv", "p.tsv", "p.jsonl", "p.parquet", "p.txt"):
         [entry] = read(source(name))
         assert isinstance(entry, Entry), entry
@@ -78,9 +92,14 @@ def command_line() -> dict[str, Any]:
 
     main.submit_job = submit_job  # type: ignore[assignment]
     CliRunner().invoke(main.cli, ["submit", "a cat", *options], catch_exceptions=False)
+    CliRunner().invoke(main.cli, ["submit", "a cat", "--seamless"], catch_exceptions=False)
+    flag = given.pop("seamless")
+    CliRunner().invoke(main.cli, ["submit", "a cat", *options], catch_exceptions=False)
+    wrong = CliRunner().invoke(main.cli, ["submit", "a cat", "--seamless", "maybe"]).output
     Path("c.txt").write_text("a cat\n")
     checked = CliRunner().invoke(main.cli, ["ingest", "c.txt", *options, "--check", "--json"])
-    return {"help": shown, "submitted": given, "checked": json.loads(checked.stdout)}
+    found = {"help": shown, "submitted": given, "checked": json.loads(checked.stdout)}
+    return found | {"flag": flag, "wrong": wrong}
 
 
 def ids() -> dict[str, Any]:
@@ -88,6 +107,7 @@ def ids() -> dict[str, Any]:
     from worker.contract.job import Job
 
     found = {name: Job.parse(WHOLE | {name: value}).id for name, value in VALUES.items()}
+    found["not seamless"] = Job.parse(WHOLE | {"seamless": False}).id
     return found | {"": Job.parse(WHOLE).id}
 
 

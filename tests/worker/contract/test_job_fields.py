@@ -43,12 +43,15 @@ IN_JOB = """
     mood: Annotated[str, Field(max_length=50, strict=True)] = ""
     #: What the team says of it: up to 50 characters.
     team_note: Annotated[str, Field(max_length=50, strict=True), JobField(is_submission=True)] = ""
+    #: Whether its edges meet.
+    seamless: Annotated[bool, Field(strict=True), JobField(a1111_option="seamlessly")] = False
 """
 IN_KEYWORDS = """
     sharpness: float
     palette: Palette | str
     mood: str
     team_note: str
+    seamless: bool
 """
 CHOICES = """
 from enum import StrEnum
@@ -96,7 +99,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return values
 
 
-HASHED = ("sharpness", "palette", "mood")
+HASHED = ("sharpness", "palette", "mood", "seamless")
 
 
 @pytest.mark.parametrize("file", ["p.csv", "p.tsv", "p.jsonl", "p.parquet"])
@@ -105,12 +108,22 @@ def test_a_new_field_is_read_from_every_format_of_prompt_file(found: dict[str, A
 
 
 def test_a_new_field_is_read_from_a_line_of_automatic1111s_options(found: dict[str, Any]) -> None:
-    named = {"sharpness": 2.5, "palette": "warm"}
+    named = {"sharpness": 2.5, "palette": "warm", "seamless": True}
     assert found["prompt_files"]["p.txt"] == dict.fromkeys(VALUES) | named
 
 
+def test_yes_and_no_are_read_alike_from_every_format(found: dict[str, Any]) -> None:
+    """What is neither stays, and the job's own error names it."""
+    meant = {"TRUE": True, "false": False, "1": True, "On": True, "no": False, "": None, "null": None}
+    for word, value in (meant | {"maybe": "maybe", "0.0": "0.0"}).items():
+        assert found["prompt_files"][word] == [value] * 3, word
+    for number, value in enumerate((False, True, 2, False, None)):
+        read = found["prompt_files"][f"value {number}"]
+        assert json.dumps(read) == json.dumps([value] * 2)
+
+
 def test_a_new_field_has_its_other_headings(found: dict[str, Any]) -> None:
-    assert found["headings"] == ["colors", "crispness", "sharpen", "sharpness_scale"]
+    assert found["headings"] == ["colors", "crispness", "seamlessly", "sharpen", "sharpness_scale"]
 
 
 def test_a_new_field_is_an_option_with_its_line_and_its_limits_as_help(found: dict[str, Any]) -> None:
@@ -118,8 +131,11 @@ def test_a_new_field_is_an_option_with_its_line_and_its_limits_as_help(found: di
         text = " ".join(found["command_line"]["help"][command].split())
         assert "--sharpness FLOAT How sharp the picture is, 0 to 4. 0 when not given." in text
         assert "--palette TEXT Its colours. One of any, warm. any when not given." in text
+        assert "--seamless BOOLEAN Whether its edges meet. false when not given." in text
         assert "--team-note TEXT What the team says of it: up to 50 characters." in text
     assert found["command_line"]["submitted"] == VALUES
+    assert found["command_line"]["flag"] is True
+    assert "'maybe' is no boolean" in found["command_line"]["wrong"]
     assert found["command_line"]["checked"].items() >= VALUES.items()
 
 
@@ -128,16 +144,17 @@ def test_a_new_field_of_the_picture_is_part_of_the_id_unless_it_is_at_its_defaul
 ) -> None:
     ids = found["ids"]
     assert ids[""] == Job.parse(WHOLE).id
-    assert len({ids[name] for name in ("", *HASHED)}) == 4
-    assert ids["team_note"] == ids[""]
+    assert len({ids[name] for name in ("", *HASHED)}) == 5
+    assert ids["team_note"] == ids["not seamless"] == ids[""]
 
 
 def test_a_new_field_goes_through_infotext_and_is_left_out_at_its_default(found: dict[str, Any]) -> None:
     there = found["infotexts"]
     assert "Sharpness: 2.5, Palette: Warm tones, Mood: " in there["text"]
+    assert "Seamless: True" in there["text"]
     assert "ours" not in there["text"]
     assert there["read"] == VALUES | {"team_note": ""}
-    assert not re.search("sharpness|palette|mood", there["plain"], re.IGNORECASE)
+    assert not re.search("sharpness|palette|mood|seamless", there["plain"], re.IGNORECASE)
 
 
 def test_a_new_field_goes_through_a_message_and_the_templates_of_messages(found: dict[str, Any]) -> None:
@@ -161,7 +178,7 @@ def test_a_worker_that_does_not_know_a_new_field_reads_messages_and_records_wher
 
 
 def test_a_new_field_is_appended_to_the_columns_of_a_csv_manifest(found: dict[str, Any]) -> None:
-    assert found["run"]["columns"][-4:] == list(VALUES)
+    assert found["run"]["columns"][-5:] == list(VALUES)
     assert {name: found["run"]["csv"][name] for name in VALUES} == {n: str(v) for n, v in VALUES.items()}
     assert {name: found["run"]["jsonl"][name] for name in VALUES} == VALUES
 
@@ -171,7 +188,7 @@ def test_a_new_field_of_the_picture_is_an_axis_of_grids(found: dict[str, Any]) -
 
 
 def test_a_new_field_can_be_in_the_names_of_downloads(found: dict[str, Any]) -> None:
-    assert found["name_of_download"] == ["2.5_warm_calm-still.png"]
+    assert found["name_of_download"] == ["2.5_warm_calm-still_true.png"]
 
 
 @pytest.mark.parametrize("manifest", ["m.csv", "m.jsonl"])
@@ -183,6 +200,7 @@ def test_a_new_field_is_in_the_gallerys_rows_where_it_is_not_at_its_default(
         "sharpness": "2.5",
         "palette": "warm",
         "mood": VALUES["mood"],
+        "seamless": "true",
     }
     assert given["parameters"] == found["infotexts"]["text"]
     assert not set(VALUES) & set(plain)
@@ -196,6 +214,7 @@ def test_the_gallerys_page_knows_a_new_field(found: dict[str, Any]) -> None:
     assert fields["sharpness"] == {"name": "sharpness", "label": "Sharpness"} | plain
     assert (fields["palette"]["exact"], fields["palette"]["default"]) == (True, "any")
     assert (fields["mood"]["exact"], fields["mood"]["default"]) == (False, "")
+    assert (fields["seamless"]["exact"], fields["seamless"]["default"]) == (True, "false")
 
 
 def test_errors_name_a_new_field_its_limit_and_its_choices(found: dict[str, Any]) -> None:
@@ -207,6 +226,7 @@ def test_errors_name_a_new_field_its_limit_and_its_choices(found: dict[str, Any]
 def test_a_new_field_is_a_keyword_parameter_and_in_the_documents(found: dict[str, Any]) -> None:
     assert found["keywords"] == list(VALUES)
     tables = found["documents"]
+    assert "| `seamless` | boolean | `false` | Whether its edges meet. |" in tables["job-fields"]
     assert "| `sharpness` | number | `0` | How sharp the picture is, 0 to 4. |" in tables["job-fields"]
     names = ["`sharpness`", "`--sharpness`", "`crispness`, `sharpen`, `sharpness_scale`"]
     names += ["`--sharpen`", "`Sharpness`", "`sharpness_scale`"]

@@ -14,6 +14,7 @@ from typing import Any
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
+from worker.contract.job_fields import truth_of
 from worker.contract.metadata.reading import Reading, is_neutral, left_out, number, text
 from worker.contract.scheduler_names import scheduler_of
 
@@ -73,6 +74,8 @@ def _fields(value: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
         kind = JOB_FIELDS[field].kind
         if kind is str:
             fields[field] = text(name, found)
+        elif kind is bool:
+            fields[field] = found if (truth := truth_of(str(found))) is None else truth
         elif str(found).strip() not in ("", "-1"):
             fields[field] = number(int if kind is int else float, name, found)
     return fields
