@@ -179,17 +179,18 @@ class JobHandle:
         ones.
         """
         record = self.record()
-        queued = workers = 0
+        queued = workers = reads = 0
         note = ""
         if not record.state.is_final:
             now = session()
             with now.queue_errors():
-                workers = now.fleet.serving(record.queue)
+                workers = now.fleet.serving(record.queue, version=record.job.version)
+                reads = 0 if workers else now.fleet.version_read(record.queue)
                 if record.state is State.RUNNING:
                     now.records.watch()
                 queued = now.fleet.length(record.queue) if record.state is State.QUEUED else 0
             if not workers:
-                note = _unserved(record)
+                note = _unserved(record, reads)
         return Progress(record.state, record.step, record.steps, queued, workers, note)
 
     def result(self, timeout: float | None = None) -> JobResult:
@@ -204,9 +205,9 @@ class JobHandle:
 
         def idle(record: JobRecord) -> None:
             nonlocal warned
-            if not warned and not now.fleet.serving(record.queue):
+            if not warned and (reads := now.fleet.version_read(record.queue)) < record.job.version:
                 warned = True
-                warnings.warn(_unserved(record), stacklevel=4)
+                warnings.warn(_unserved(record, reads), stacklevel=4)
 
         _check_timeout(timeout)
         try:
@@ -220,8 +221,8 @@ class JobHandle:
     async def aresult(self, timeout: float | None = None) -> JobResult:
         """As `result`, on an event loop: other tasks run meanwhile. Cancelling it leaves the job alone."""
 
-        def unserved(record: JobRecord) -> None:
-            warnings.warn(_unserved(record), stacklevel=5)
+        def unserved(record: JobRecord, reads: int) -> None:
+            warnings.warn(_unserved(record, reads), stacklevel=5)
 
         _check_timeout(timeout)
         now = session()
@@ -245,7 +246,8 @@ class JobHandle:
 
         While others want the same job, this submission alone is cancelled, at once, and the job goes on for
         them; so does a run of a prompt file that sent it. The handle of a job by its id alone cancels it for
-        all. A job that is done, failed or cancelled keeps its state. Raises `UnknownJobError`, `QueueError`.
+        all. A job that is done, failed or cancelled keeps its state. Raises `UnknownJobError`, also for a
+        submission that there never was, and `QueueError`.
         """
         now = session()
         with now.queue_errors():
@@ -359,9 +361,17 @@ def _check_timeout(timeout: float | None) -> None:
         raise ValueError(f"timeout is {timeout}: it must be None or seconds >= 0.")
 
 
-def _unserved(record: JobRecord) -> str:
-    """Why nobody renders the job, and what to do."""
+def _unserved(record: JobRecord, reads: int) -> str:
+    """Why nobody renders the job, and what to do.
+
+    reads: the version of messages up to which live workers of its queue read; 0: there are none.
+    """
     job = record.job
+    if reads:
+        return (
+            f"The job needs a newer worker: its message is of version {job.version}, and the live workers "
+            f"read up to version {reads}. It waits until one of them is upgraded."
+        )
     if job.is_open:
         return f'No worker serves the model "{job.model}": start one with `celery -A worker worker`.'
     return (

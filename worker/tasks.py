@@ -35,7 +35,7 @@ from worker.contract.errors import (
     SmallcatError,
     first_line,
 )
-from worker.contract.job import DEFAULT_PRIORITY
+from worker.contract.job import DEFAULT_PRIORITY, FORMAT_VERSION
 from worker.contract.message import TASK, URGENT
 from worker.contract.plain_text import plain
 from worker.contract.queues import queues_of
@@ -265,6 +265,7 @@ def _worker_info(name: str, runner: ModelRunner, started_at: float) -> WorkerInf
         device=chosen["device"],
         attention=chosen["attention"],
         max_rows=runner.max_rows,
+        reads=FORMAT_VERSION,
         versions={"python": platform.python_version(), **versions(VERSIONS)},
     )
 

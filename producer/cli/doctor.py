@@ -7,13 +7,15 @@ import secrets
 import urllib.parse
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from producer.session import Session, session
 from worker.contract.errors import PermanentStorageError, SmallcatError, StorageError
 from worker.contract.queues import queues_of
 from worker.contract.settings import hidden
+from worker.state.fleet import WorkerInfo, groups_of, version_read
+from worker.state.parked import parked
 
 if TYPE_CHECKING:
     from worker.storage.bucket import Bucket
@@ -127,9 +129,20 @@ def _link(link: str) -> Finding:
     return Finding("bucket", True, "presigned links open")
 
 
+def _parked(found: Mapping[tuple[str, int], int], live: Sequence[WorkerInfo]) -> Iterator[Finding]:
+    """Whether a live worker reads the messages that older ones have put aside."""
+    for (queue, version), count in found.items():
+        text = f"{count} messages of version {version} wait for {queue}"
+        if (reads := version_read(groups_of(live), queue)) >= version:
+            yield Finding("queues", True, f"{text}; a live worker reads them")
+        else:
+            of = f"the live workers read up to version {reads}" if reads else "no live worker serves it"
+            yield Finding("queues", False, f"{text}, and {of}: upgrade one, which then takes them")
+
+
 def _workers(now: Session) -> Iterator[Finding]:
     with now.queue_errors():
-        live, waiting = now.fleet.workers(), now.fleet.waiting()
+        live, waiting, waiting_for_newer = now.fleet.workers(), now.fleet.waiting(), parked(now.redis)
     served = {queue for worker in live for queue in queues_of(worker.served)}
     if not live:
         yield Finding("workers", False, "none is alive: start one with `celery -A worker worker`")
@@ -149,6 +162,7 @@ def _workers(now: Session) -> Iterator[Finding]:
         if len(found) > 1:
             shown = "; ".join(f"{version} on {', '.join(names)}" for version, names in found.items())
             yield Finding("workers", False, f"run different versions of {package}: {shown}")
+    yield from _parked(waiting_for_newer, live)
     for queue, count in waiting.items():
         if count and queue not in served:
             text = f"{count} jobs wait in {queue}, which no live worker serves: start one that does"

@@ -115,9 +115,11 @@ def unreadable() -> list[dict[str, Any]]:
 
 def parked() -> list[dict[str, Any]]:
     """How many messages wait for a worker of a newer version, as JSON. Raises `QueueError`."""
+    from worker.state.parked import parked as read
+
     now = session()
     with now.queue_errors():
-        found = now.failures.parked()
+        found = read(now.redis)
     return [
         {"queue": queue, "version": version, "messages": count} for (queue, version), count in found.items()
     ]
@@ -131,6 +133,11 @@ def unreadable_lines() -> Iterator[str]:
         start = ascii(each["message"][:_SHOWN])[1:-1]
         yield f"{when}  {ascii(each['queue'])[1:-1]}  {ascii(each['reason'])[1:-1]} ({each['size']:,} bytes)"
         yield f"  {start}{'...' if each['size'] > _SHOWN else ''}"
+    yield from parked_lines()
+
+
+def parked_lines() -> Iterator[str]:
+    """What `parked` returns, for a terminal."""
     for each in parked():
         queue = ascii(each["queue"])[1:-1]
         yield f"{queue}  {each['messages']:,} messages of version {each['version']} wait for a newer worker"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,13 +17,41 @@ from worker.contract.errors import CallerError, UnknownJobError
 if TYPE_CHECKING:
     from producer.ingest.runs import RunInfo
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 #: Characters of a prompt in a list.
 _SHOWN = 60
+
+
+def submission_option(command: F) -> F:
+    """Add the option `--submission` to a command that has `job_ids`."""
+    text = "Of one job: the submission of that name, as `smallcat submit --json` prints it."
+    return click.option("--submission", default="", help=text)(command)
+
+
+def handles_of(job_ids: Sequence[str], submission: str) -> list[JobHandle]:
+    """The handles of jobs, or of one submission of one job.
+
+    Raises `CallerError` for a submission of several jobs, `UnknownJobError` where nothing is known of it.
+    """
+    if not submission:
+        return [JobHandle(job_id) for job_id in job_ids]
+    if len(job_ids) != 1:
+        raise CallerError(f"--submission {submission} is of one job: give one id, not {len(job_ids)}.")
+    now = session()
+    with now.queue_errors():
+        own, _ = now.records.submission(job_ids[0], submission)
+    if not own:
+        raise UnknownJobError(
+            f"There is no submission {submission} of job {job_ids[0]}: that is wrong, or it expired."
+        )
+    return [JobHandle(job_ids[0], submission)]
 
 
 @click.command()
 @click.argument("job_ids", nargs=-1)
 @click.option("--run", help="The run of that name instead: see `smallcat runs`.")
+@submission_option
 @click.option(
     "--limit",
     type=click.IntRange(1, 1_000),
@@ -30,13 +59,13 @@ _SHOWN = 60
     help="Without ids: that many of the latest jobs, 20 when not given.",
 )
 @json_option
-def status(job_ids: tuple[str, ...], run: str | None, limit: int, as_json: bool) -> None:
+def status(job_ids: tuple[str, ...], run: str | None, submission: str, limit: int, as_json: bool) -> None:
     """Show the state of jobs or of a run; without ids the latest jobs, but for those of runs."""
     if run is not None:
-        _refuse_ids(job_ids)
+        _refuse_ids((*job_ids, *filter(None, [submission])))
         _show_runs([_run(run)], as_json=as_json, alone=True)
-    elif job_ids:
-        _status(job_ids, as_json=as_json)
+    elif job_ids or submission:
+        _status(handles_of(job_ids, submission), as_json=as_json)
     else:
         _latest(limit, as_json=as_json)
 
@@ -44,22 +73,26 @@ def status(job_ids: tuple[str, ...], run: str | None, limit: int, as_json: bool)
 @click.command()
 @click.argument("job_ids", nargs=-1)
 @click.option("--run", help="All jobs of the run of that name: see `smallcat runs`.")
+@submission_option
 @json_option
-def cancel(job_ids: tuple[str, ...], run: str | None, as_json: bool) -> None:
-    """Cancel jobs, or a run: queued jobs at once, running ones at their next step."""
+def cancel(job_ids: tuple[str, ...], run: str | None, submission: str, as_json: bool) -> None:
+    """Cancel jobs for all that want them, or a run: queued jobs at once, running ones at their next step.
+
+    With --submission, that one alone gives the job up; it goes on while others want it.
+    """
     if run is not None:
-        _refuse_ids(job_ids)
+        _refuse_ids((*job_ids, *filter(None, [submission])))
         _cancel_run(run, as_json=as_json)
         return
     if not job_ids:
         raise CallerError("Which jobs? Give their ids, or --run and the name of a run.")
     states: dict[str, str] = {}
     unknown: list[UnknownJobError] = []
-    for job_id in job_ids:
+    for handle in handles_of(job_ids, submission):
         try:
-            states[job_id] = JobHandle(job_id).cancel()
+            states[handle.id] = handle.cancel()
         except UnknownJobError as error:
-            states[job_id] = "unknown"
+            states[handle.id] = "unknown"
             unknown.append(error)
     if as_json:
         print_json(states)
@@ -81,19 +114,18 @@ def runs(as_json: bool) -> None:
     _show_runs(found, as_json=as_json)
 
 
-def _status(job_ids: tuple[str, ...], *, as_json: bool) -> None:
+def _status(handles: Sequence[JobHandle], *, as_json: bool) -> None:
     """Show each job. All are shown, whichever of them is unknown."""
     shown: list[dict[str, Any]] = []
     unknown: list[UnknownJobError] = []
-    for job_id in job_ids:
-        handle = JobHandle(job_id)
+    for handle in handles:
         try:
             record, progress = handle.record(), handle.progress()
         except UnknownJobError as error:
             unknown.append(error)
-            shown.append({"id": job_id, "state": "unknown", "error": str(error)})
+            shown.append({"id": handle.id, "state": "unknown", "error": str(error)})
             if not as_json:
-                say(f"{job_id}  unknown")
+                say(f"{handle.id}  unknown")
             continue
         shown.append(
             record.model_dump(mode="json")
@@ -115,7 +147,7 @@ def _status(job_ids: tuple[str, ...], *, as_json: bool) -> None:
             if warning:
                 say(f"note       {warning}")
     if as_json:
-        print_json(shown if len(job_ids) > 1 else shown[0])
+        print_json(shown if len(handles) > 1 else shown[0])
     _raise_last(unknown)
 
 
@@ -211,8 +243,8 @@ def _short(prompt: str) -> str:
     return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
 
 
-def _refuse_ids(job_ids: tuple[str, ...]) -> None:
-    if job_ids:
+def _refuse_ids(named: Sequence[str]) -> None:
+    if named:
         raise CallerError("Give ids or --run, not both.")
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from producer.cli import local_stack, output_path
-from producer.cli.follow_jobs import cancel, runs, status
+from producer.cli.follow_jobs import cancel, handles_of, runs, status, submission_option
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
 from producer.cli.json_output import NobodyReadsError, json_option, print_json
@@ -98,11 +98,11 @@ def submit(
     waits = bool(wait or show or output)
     _note_served(handle, waits=waits)
     if not waits:
-        print_json({"id": handle.id}) if as_json else click.echo(handle.id)
+        print_json(_names(handle)) if as_json else click.echo(handle.id)
         return
     report = _report(_follow(handle, timeout), save_in=output, show=show, as_json=as_json)
     if as_json:
-        print_json(report)
+        print_json(report | _names(handle))
 
 
 cli.add_command(status)
@@ -117,14 +117,22 @@ cli.add_command(runs)
 )
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @click.option("--show", is_flag=True, help="Show the pictures in the terminal.")
+@submission_option
 @json_option
-def fetch(job_ids: tuple[str, ...], output: Path, timeout: float | None, show: bool, as_json: bool) -> None:
+def fetch(
+    job_ids: tuple[str, ...],
+    output: Path,
+    timeout: float | None,
+    show: bool,
+    submission: str,
+    as_json: bool,
+) -> None:
     """Wait for jobs to be done, and save their pictures."""
     output_path.check(output, None, len(job_ids))
     reports, errors = [], []
-    for job_id in job_ids:
+    for handle in handles_of(job_ids, submission):
         try:
-            result = _follow(JobHandle(job_id), timeout)
+            result = _follow(handle, timeout)
             reports.append(_report(result, save_in=output, show=show, as_json=as_json))
         except (JobError, CallerError, TimeoutError) as error:  # Of one job: the others are fetched.
             errors.append(error)
@@ -214,7 +222,7 @@ def failed_list(
     job_ids: tuple[str, ...], error_type: str | None, run: str | None, of_messages: bool, as_json: bool
 ) -> None:
     """List failed jobs, the latest first."""
-    from producer.cli.failed import find, line, parked, select, unreadable, unreadable_lines
+    from producer.cli.failed import find, line, parked, parked_lines, select, unreadable, unreadable_lines
 
     if of_messages:
         if job_ids or error_type or run:
@@ -231,6 +239,8 @@ def failed_list(
         return
     for failure in find(job_ids, error_type=error_type, run=run):
         click.echo(plain(line(failure)))
+    for each in parked_lines() if not (job_ids or error_type or run) else ():
+        click.echo(f"note  Not failed: {plain(each)}: upgrade one", err=True)
 
 
 @failed.command("show")
@@ -318,6 +328,11 @@ def _exit_code(error: Exception) -> int:
             return 1
 
 
+def _names(handle: JobHandle) -> dict[str, str]:
+    """What other commands know the submission by."""
+    return {"id": handle.id, "submission": handle.submission}
+
+
 def _note_served(handle: JobHandle, *, waits: bool) -> None:
     """Say at once that no worker serves the job, and what the live workers serve.
 
@@ -347,7 +362,9 @@ def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
             warnings.simplefilter("ignore", UserWarning)
             return follow(handle, timeout)
     except KeyboardInterrupt:
-        click.echo(f"\nThe job goes on. Fetch it later: smallcat fetch {handle.id}", err=True)
+        given_up = f"; or give it up: smallcat cancel {handle.id} --submission {handle.submission}"
+        text = f"The job goes on. Fetch it later: smallcat fetch {handle.id}"
+        click.echo(f"\n{text}{given_up if handle.submission else ''}", err=True)
         raise
 
 

@@ -79,6 +79,7 @@ class Ingest:
         self._rejects: Rejects | None = None
         self._received_at = self._counted_at = 0.0
         self._sent_again = 0
+        self._told_of_parked = False
         self._counts = Counts()
 
     def stop(self) -> None:
@@ -196,7 +197,7 @@ class Ingest:
             self._send_window(status, room)
             progressed = True
         if not progressed:
-            if status.queued == 0 and status.ended < status.fed:
+            if status.queued == status.parked and status.ended < status.fed:
                 self._send_lost_again(status)
             time.sleep(POLL_EVERY_S)
         return None
@@ -262,6 +263,11 @@ class Ingest:
         if time.monotonic() - self._received_at < QUIET_S:
             return
         self._received_at = time.monotonic()
+        if status.parked and not self._told_of_parked:
+            self._told_of_parked = True
+            self._display.notice(
+                f"{status.parked:,} messages wait for a newer worker, which alone reads them: upgrade one."
+            )
         lost = self.run.lost(status.fed)
         if not lost:
             return

@@ -21,7 +21,7 @@ from typing import Any
 
 from worker.celery import app
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import MAX_METADATA, MAX_PROMPT, MAX_SEED, Job, hashed
+from worker.contract.job import MAX_METADATA, MAX_PROMPT, MAX_SEED, Job, hashed, version_needed
 from worker.contract.job_checks import VISIBLE
 from worker.contract.message import Route, args_repr, payload_text, route_of, task_call
 from worker.contract.queues import list_of
@@ -44,6 +44,8 @@ class TemplatedJob:
     seed: int
     #: Where its message waits.
     route: Route
+    #: Version of messages that it needs.
+    version: int
     #: The other fields that determine the picture: for the manifest.
     shape: Mapping[str, Any]
     metadata: Any
@@ -58,6 +60,7 @@ class _Shape:
     #: Of the job as JSON; the gaps are prompt, seed and metadata.
     job: tuple[str, str, str, str]
     route: Route
+    version: int
     fields: Mapping[str, Any]
 
 
@@ -91,15 +94,15 @@ class JobTemplates:
         job_id = hashlib.sha256(f"{before}{prompt_text}{between}{seed_text}{after}".encode()).hexdigest()[:32]
         first, second, third, last = shape.job
         job = f"{first}{prompt_text}{second}{seed_text}{third}{metadata_text}{last}"
-        return TemplatedJob(job_id, job, prompt, seed, shape.route, shape.fields, metadata)
+        return TemplatedJob(job_id, job, prompt, seed, shape.route, shape.version, shape.fields, metadata)
 
     def _parse(self, fields: Mapping[str, Any]) -> TemplatedJob:
         """The same without a template, by the job itself."""
         job = self._resolve(Job.parse(dict(fields)))
         values = job.model_dump(mode="json")
-        text = json.dumps(values)
+        text, version = json.dumps(values), version_needed(values)
         prompt, seed, metadata = (values.pop(name) for name in ("prompt", "seed", "metadata"))
-        return TemplatedJob(job.id, text, prompt, seed, route_of(job), values, metadata)
+        return TemplatedJob(job.id, text, prompt, seed, route_of(job), version, values, metadata)
 
     def _shape(self, fields: Mapping[str, Any]) -> _Shape:
         """The shape of these fields. Raises `InvalidJobError`; `TypeError` where they cannot be a key."""
@@ -149,7 +152,7 @@ class MessageTemplate:
     def fill(self, templated: TemplatedJob, mark: str, task_id: str, tag: str) -> str:
         """The message of one job, with its run mark and its delivery tag, as it stands in the list."""
         before, after = self._body
-        body = f"{before}{payload_text(templated.id, templated.job, mark)}{after}"
+        body = f"{before}{payload_text(templated.version, templated.id, templated.job, mark)}{after}"
         values = {
             "id": f'"{task_id}"',
             "body": f'"{base64.b64encode(body.encode()).decode()}"',
@@ -191,4 +194,6 @@ def _shape_of(job: Job) -> _Shape:
     second, rest = rest.split(ends[1])
     third, last = rest.split(ends[2])
     fields = {name: value for name, value in values.items() if name not in ("prompt", "seed", "metadata")}
-    return _Shape((before, between, after), (first, second, third, last), route_of(job), fields)
+    # What the gaps are filled with is of the first version, or goes through `Job`.
+    version = version_needed(fields)
+    return _Shape((before, between, after), (first, second, third, last), route_of(job), version, fields)

@@ -16,7 +16,7 @@ from producer.prompts.sources import Source
 from producer.prompts.variants import Variants
 from producer.prompts.wildcards import ENDINGS
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import FORMAT_VERSION, Job
+from worker.contract.job import ID_VERSION, Job
 from worker.contract.prompt_syntax import only_words, only_words_warning
 
 #: A change to which jobs a plan has, or to their order, is a new number.
@@ -101,7 +101,7 @@ class Plan:
             (each.format, each.digest, *([reading] if reading > 1 else []))
             for each, reading in zip(self.sources, readings, strict=True)
         ]
-        values = [PLAN_VERSION, FORMAT_VERSION, files]
+        values = [PLAN_VERSION, ID_VERSION, files]
         values += [defaults, how.images, how.seed_start, dict(how.grid), how.sample, how.literal, wildcards]
         values += ["extra"] if self.extra else []
         values += ["syntax", how.syntax] if how.syntax > 1 and not how.literal else []

@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 from worker.broker.transport import OLD_UNACKED, UNACKED
 from worker.contract.errors import PromptFileError
 from worker.contract.message import TASK, run_mark_in
-from worker.contract.queues import queue_of_list
+from worker.contract.queues import list_of_parked, queue_of_list
 from worker.contract.refusals import code_of
 from worker.state import run_scripts
 from worker.state.hashes import JOB_ID, says_final
 from worker.state.keys import QUEUES, RUNS, job_key, run_key
+from worker.state.parked import parked_lists
 from worker.state.shared_scripts import SharedScript
 
 if TYPE_CHECKING:
@@ -82,12 +83,14 @@ class Status:
     total: int | None
     #: Lines rejected so far.
     rejected: int
-    #: Messages in the lists that the run uses, those of others included.
+    #: Messages in the lists that the run uses, also those of others and those that wait for newer workers.
     queued: int
     #: Where feeding continues, as `Cursor` writes it.
     cursor: str
     #: Whether it was cancelled: nothing more is sent.
     is_cancelled: bool = False
+    #: Those of `queued` that wait for newer workers.
+    parked: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -186,14 +189,16 @@ class Run:
             (fed, ended, total, rejected, cursor, cancelled), *lengths = pipe.execute()
         if fed is None:
             raise PromptFileError(f"The run {self.id} has expired meanwhile: start it again.")
+        parked = sum(self._parked().values())
         return Status(
             int(fed),
             int(ended or 0),
             None if total is None else int(total),
             int(rejected or 0),
-            sum(lengths),
+            sum(lengths) + parked,
             cursor or "",
             cancelled is not None,
+            parked,
         )
 
     def feed(
@@ -257,17 +262,14 @@ class Run:
     def lost(self, fed: int) -> set[int]:
         """Jobs that were fed, have not ended, and whose message is neither queued nor held by a worker.
 
-        To be called when the lists are empty. A job whose second message was dropped because its first is
-        in flight (`Claim.TAKEN`) is among them: `are_in_flight` tells it from a lost one.
+        One that waits for a newer worker is queued. To be called when the other lists are empty. A job whose
+        second message was dropped because its first is in flight (`Claim.TAKEN`) is among them:
+        `are_in_flight` tells it from a lost one.
         """
-        held: set[int] = set()
-        with self._redis.pipeline(transaction=False) as pipe:
-            for name in self._lists:
-                pipe.lrange(name, 0, -1)
-            for texts in pipe.execute():
-                held |= self._indexes(json.loads(text) for text in texts)
-        for text in self._held():
-            held |= self._indexes([json.loads(text)[0]])
+        held = self._indexes_in(self._lists) | self._indexes_held()
+        if parked := self._parked():
+            # From held to parked and back: what is not seen here was seen before, or is afterwards.
+            held |= self._indexes_in(parked) | self._indexes_held()
         # Read last: a message that was acknowledged meanwhile has set its bit before.
         return {index for index in self._unfinished(fed) if index not in held}
 
@@ -301,6 +303,23 @@ class Run:
         """The numbers of this run's jobs that the messages carry."""
         marks = (run_mark_in(message) for message in messages)
         return {mark.number for mark in marks if mark is not None and mark.run == self.id}
+
+    def _indexes_in(self, lists: Iterable[str]) -> set[int]:
+        found: set[int] = set()
+        with self._redis.pipeline(transaction=False) as pipe:
+            for name in lists:
+                pipe.lrange(name, 0, -1)
+            for texts in pipe.execute():
+                found |= self._indexes(json.loads(text) for text in texts)
+        return found
+
+    def _indexes_held(self) -> set[int]:
+        return self._indexes(json.loads(text)[0] for text in self._held())
+
+    def _parked(self) -> dict[str, int]:
+        """The lists where this run's messages wait for newer workers, and how many messages each has."""
+        found = parked_lists(self._redis)
+        return {name: count for name, count in found.items() if list_of_parked(name) in self._lists}
 
     def _held(self) -> list[str]:
         """What workers hold, those of earlier versions included."""

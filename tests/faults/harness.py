@@ -68,11 +68,15 @@ class FaultWorker(WorkerProcess):
     check_every_s = 0.02
     #: The Celery app that it runs.
     app = "tests.faults.app"
+    #: The release whose code it runs.
+    tree = ROOT
 
     def _argv(self) -> list[str]:
         argv = super()._argv()
         argv[argv.index("-A") + 1] = self.app
-        return argv
+        at = argv.index("celery") + 1
+        # Celery puts its working folder before all others.
+        return argv if self.tree == ROOT else [*argv[:at], "--workdir", str(self.tree), *argv[at:]]
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,13 @@ class Ground:
         ready: bool = True,
         rows: int = 4,
         settings: Mapping[str, str] | None = None,
+        tree: Path = ROOT,
         **faults: object,
     ) -> FaultWorker:
-        """One more worker. `faults` become `FAULTS_*` of `tests.faults.app`."""
+        """One more worker. `faults` become `FAULTS_*` of `tests.faults.app`; `tree` is another release."""
         environment = {
             **self.stack.environment,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(tree),
             "SMALLCAT_LEASE_S": str(LEASE_S),
             "SMALLCAT_DRAIN_S": "2",
             "SMALLCAT_MAX_ATTEMPTS": "3",
@@ -177,9 +182,11 @@ class Ground:
             "FAULTS_ROWS": str(rows),
             "FAULTS_FOLDER": str(self.images.parent),
             **{f"FAULTS_{name.upper()}": str(value) for name, value in faults.items()},
+            **({} if tree == ROOT else {"PYTHONSAFEPATH": "1"}),
             **(settings or {}),
         }
         worker = FaultWorker(self.stack.home, f"worker{len(self.workers) + 1}", environment)
+        worker.tree = tree
         self.workers.append(worker)
         self.stack.workers.append(worker)
         if ready:
@@ -202,9 +209,14 @@ class Ground:
         self.ids += ids
         return ids
 
-    def feeding(self, rate: float, verbs: Callable[[int], str] = lambda number: "") -> Feeder:
+    def feeding(
+        self,
+        rate: float,
+        verbs: Callable[[int], str] = lambda number: "",
+        submit: Callable[[Job], str] = lambda job: submit_job(job).id,
+    ) -> Feeder:
         """Submit `rate` jobs a second for as long as the with block lasts."""
-        return Feeder(self, rate, verbs)
+        return Feeder(self, rate, verbs, submit)
 
     @contextlib.contextmanager
     def holding(self) -> Iterable[str]:  # type: ignore[misc]
@@ -279,10 +291,13 @@ class Feeder:
 
     BACKLOG = 300
 
-    def __init__(self, ground: Ground, rate: float, verbs: Callable[[int], str]) -> None:
+    def __init__(
+        self, ground: Ground, rate: float, verbs: Callable[[int], str], submit: Callable[[Job], str]
+    ) -> None:
         self._ground = ground
         self._rate = rate
         self._verbs = verbs
+        self._submit = submit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
         #: Ids that were accepted.
@@ -298,7 +313,7 @@ class Feeder:
                 job = self._ground.job(self._verbs(number))
                 while True:
                     try:
-                        self.ids.append(submit_job(job).id)
+                        self.ids.append(self._submit(job))
                         break
                     except QueueError:
                         self.refused += 1

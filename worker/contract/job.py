@@ -40,8 +40,12 @@ from worker.contract.job_fields import FieldEntry, JobField, table_of
 from worker.contract.scheduler_names import spelled_as_scheduler
 from worker.contract.served_model import Defaults, ServedModel
 
-#: Version of the message and of what is hashed into the id. A change to either takes a new number.
+#: Version of messages that this code reads, and writes at most: see `version_needed`. Every change of what a
+#: job may be (a field, a choice, a wider limit) takes a new number, and says so by `JobField.since`.
 FORMAT_VERSION = 1
+#: Version of what is hashed into the id, which a new field does not change: at its default it is left out.
+#: Another number here gives every job another id, and so orphans all stored pictures.
+ID_VERSION = 1
 #: Characters in a prompt, at most.
 MAX_PROMPT = 2_000
 #: Pixels a side: least, most, and what both must be a multiple of (the VAE's and UNet's factor).
@@ -291,6 +295,11 @@ class Job(BaseModel):
         return self.revision.startswith(OPEN_REVISION)
 
     @property
+    def version(self) -> int:
+        """The version of messages that it needs: see `version_needed`."""
+        return version_needed(self.model_dump(mode="json"))
+
+    @property
     def id(self) -> str:
         """32 hexadecimal digits: SHA-256 over all that determines the picture, cut to 128 bits."""
         return hashlib.sha256(hashed(self.model_dump(mode="json")).encode()).hexdigest()[:32]
@@ -329,6 +338,22 @@ _LATER = {each.name: each.default for each in JOB_FIELDS.values() if each.is_has
 #: Fields that messages and records do not have at their default: older workers refuse fields they do not
 #: know.
 _UNSENT = {each.name: each.default for each in JOB_FIELDS.values() if not each.is_original}
+_LATER_VERSIONS = {each.name: each for each in JOB_FIELDS.values() if each.since != 1}
+
+
+def version_needed(fields: Mapping[str, Any]) -> int:
+    """The version of messages from which on a job with these fields, as JSON has them, is read.
+
+    Its message says this version, so that older workers take all jobs that they can read, and no others.
+    """
+    versions = [1]
+    for name, entry in _LATER_VERSIONS.items():
+        value = fields.get(name, entry.default)
+        if callable(entry.since):
+            versions.append(entry.since(value))
+        elif value != entry.default:
+            versions.append(entry.since)
+    return max(versions)
 
 
 def hashed(fields: Mapping[str, Any]) -> str:
@@ -337,4 +362,4 @@ def hashed(fields: Mapping[str, Any]) -> str:
     for name, default in _LATER.items():
         if picture.get(name) == default:
             picture.pop(name, None)
-    return json.dumps([FORMAT_VERSION, picture], sort_keys=True, separators=(",", ":"))
+    return json.dumps([ID_VERSION, picture], sort_keys=True, separators=(",", ":"))

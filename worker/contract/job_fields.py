@@ -12,7 +12,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType, NoneType, UnionType
@@ -71,6 +71,9 @@ class JobField:
     is_filled_by_fleet: bool = False
     #: Whether the first version had it: always part of the id, and in its old place in CSV manifests.
     is_original: bool = False
+    #: Version of messages that first had it: see `worker.contract.job.FORMAT_VERSION`. Where only some of its
+    #: values came later (a choice, a wider limit), a function of the value that says its version.
+    since: int | Callable[[Any], int] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ A message is one call of the Celery task `TASK`, whose only argument is the **pa
 
     {"version": 1, "id": "<job id>", "job": {<the job's fields>}, "run": "<run mark>"}
 
-`run` is left out where the job belongs to no run of a prompt file. `payload_of` makes the payload of a job,
+`version` is the first that can say this job: workers of that version and later ones read it. `run` is left
+out where the job belongs to no run of a prompt file. `payload_of` makes the payload of a job,
 `payload_text` writes it faster for producers that send jobs by the thousand, `task_call` puts it into a call.
 """
 
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker.contract.errors import InvalidJobError, NewerMessageError
-from worker.contract.job import DEFAULT_PRIORITY, FORMAT_VERSION, MAX_PRIORITY, Job
+from worker.contract.job import DEFAULT_PRIORITY, FORMAT_VERSION, MAX_PRIORITY, Job, version_needed
 from worker.contract.queues import queue_of
 
 #: Name of the one Celery task.
@@ -86,7 +87,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    #: `FORMAT_VERSION` of the producer.
+    #: What a worker must read: see `worker.contract.job.version_needed`.
     version: int
     #: The job's id, as the producer computed it.
     id: str
@@ -128,12 +129,13 @@ def newer(version: int) -> NewerMessageError:
 
 def payload_of(job: Job, run: str = "") -> dict[str, object]:
     """The payload for `job`, and for its run mark `run` where it has one: nothing but JSON."""
-    return _payload(job.id, job.model_dump(mode="json"), run)
+    fields = job.model_dump(mode="json")
+    return _payload(version_needed(fields), job.id, fields, run)
 
 
-def _payload(job_id: str, job: object, run: str) -> dict[str, object]:
+def _payload(version: object, job_id: str, job: object, run: str) -> dict[str, object]:
     """The shape of all payloads."""
-    payload = {"version": FORMAT_VERSION, "id": job_id, "job": job}
+    payload = {"version": version, "id": job_id, "job": job}
     return payload | {"run": run} if run else payload
 
 
@@ -146,17 +148,19 @@ def _around(text: str, *gaps: str) -> list[str]:
     return [*parts, text]
 
 
-_BEFORE_ID, _BEFORE_JOB, _BEFORE_RUN, _AFTER = _around(
-    json.dumps(_payload("@id@", "@job@", "@run@")), "@id@", "@job@", "@run@"
-)
+_GAPS = ("@version@", "@id@", "@job@", "@run@")
+_BEFORE_VERSION, _BEFORE_ID, _BEFORE_JOB, _BEFORE_RUN, _AFTER = _around(json.dumps(_payload(*_GAPS)), *_GAPS)
 
 
-def payload_text(job_id: str, job: str, run: str) -> str:
+def payload_text(version: int, job_id: str, job: str, run: str) -> str:
     """The payload as JSON, for `job` as JSON and a run mark, both known to need no escaping.
+
+    `version` is what the job needs (`worker.contract.job.version_needed`).
 
     For producers that send jobs by the thousand: no object is made.
     """
-    return f'{_BEFORE_ID}"{job_id}"{_BEFORE_JOB}{job}{_BEFORE_RUN}"{run}"{_AFTER}'
+    before = f"{_BEFORE_VERSION}{version}{_BEFORE_ID}"
+    return f'{before}"{job_id}"{_BEFORE_JOB}{job}{_BEFORE_RUN}"{run}"{_AFTER}'
 
 
 def message_id_in(raw: bytes) -> str:

@@ -46,6 +46,17 @@ def parked_list_of(queue: str, priority: int, version: int) -> str:
     return f"{queue}{SEPARATOR}{priority}{SEPARATOR}v{version}"
 
 
+def list_of_parked(name: str) -> str:
+    """The Redis list where the messages of the parked list `name` were found."""
+    return name.rpartition(SEPARATOR)[0].removesuffix(f"{SEPARATOR}0")
+
+
+def version_of_parked(name: str) -> int:
+    """The version of the messages in the parked list `name`; 0 where it is none."""
+    found = re.fullmatch(f".+{SEPARATOR}[0-9]{SEPARATOR}v([0-9]{{1,3}})", name, re.DOTALL)
+    return int(found[1]) if found else 0
+
+
 def queue_of_list(name: str) -> str:
     """The queue that the Redis list `name` belongs to."""
     return name.partition(SEPARATOR)[0]

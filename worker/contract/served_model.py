@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 class Defaults(BaseModel):
     """What a model uses where a job leaves a field open. A worker announces them with its model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A worker of a newer version may announce more.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     #: Pixels.
     width: int
@@ -23,7 +24,8 @@ class Defaults(BaseModel):
 class ServedModel(BaseModel):
     """A model as a worker announces it. Jobs are routed to it by its name and revision."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A worker of a newer version may announce more.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     #: The name in jobs: `SMALLCAT_MODEL` as given where it is a hub id, else the folder's or file's name.
     name: str

@@ -2,7 +2,7 @@
 --
 -- KEYS     the worker, the set of names, the digest, the workers' book
 -- ARGV     name, the announcement as JSON, seconds that it lives, seconds that the names and the book live,
---          group, what it serves as JSON, when it started
+--          group, what it serves and reads as members of a JSON object, when it started
 -- Returns  the version of the digest whose models are to be noted as last seen; '' while they are
 -- include fleet_book.lua
 local name, announcement, ttl, keep_s, group, served, started_at = unpack(ARGV)

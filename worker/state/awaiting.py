@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from worker.contract.errors import UnknownJobError
-from worker.contract.queues import queues_of
 from worker.contract.record import JobRecord
-from worker.state.fleet import WorkerInfo, groups_in, groups_of
+from worker.state.fleet import WorkerInfo, groups_in, groups_of, version_read
 from worker.state.hashes import is_in_doubt, record_of, says_final, seen_by, unknown
 from worker.state.keys import DIGEST, WORKERS, job_key, submission_key, worker_key
 from worker.state.records import READ_AT_ONCE
@@ -43,14 +42,15 @@ class Awaiting:
         self,
         job_id: str,
         timeout_s: float | None,
-        unserved: Callable[[JobRecord], None] = lambda _: None,
+        unserved: Callable[[JobRecord, int], None] = lambda *_: None,
         submission: str = "",
     ) -> JobRecord:
         """Wait until the job's state is final and return its record, as `Records.wait`.
 
-        `unserved` is called once with the record, within about 5 seconds, while no live worker serves the
-        job's queue. Tries for `retry_s` seconds to reach a Redis that is away. Raises `TimeoutError` after
-        `timeout_s` seconds (None: never), `UnknownJobError`, redis-py's errors.
+        `unserved` is called once, within about 5 seconds, while no live worker takes the job: with the
+        record, and the version of messages up to which live workers of its queue read; 0: there are none.
+        Tries for `retry_s` seconds to reach a Redis that is away. Raises `TimeoutError` after `timeout_s`
+        seconds (None: never), `UnknownJobError`, redis-py's errors.
         """
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
@@ -100,12 +100,15 @@ class _Waiter:
     read: asyncio.Event = field(default_factory=asyncio.Event)
     #: The job's final record, or why there is none.
     final: asyncio.Future[JobRecord] = field(default_factory=_future)
-    #: Done when no live worker serves the job's queue.
-    unserved: asyncio.Future[None] = field(default_factory=_future)
+    #: Done when no live worker takes the job, with the version that those of its queue read.
+    unserved: asyncio.Future[int] = field(default_factory=_future)
 
 
 async def _outcome(
-    waiter: _Waiter, timeout_s: float | None, deadline: float | None, unserved: Callable[[JobRecord], None]
+    waiter: _Waiter,
+    timeout_s: float | None,
+    deadline: float | None,
+    unserved: Callable[[JobRecord, int], None],
 ) -> JobRecord:
     """The waiter's final record. A job that is done is returned although `deadline` has passed."""
     loop = asyncio.get_running_loop()
@@ -118,7 +121,7 @@ async def _outcome(
             state = waiter.record.state if waiter.record else "unknown"
             raise TimeoutError(f"Job {waiter.job_id} is still {state} after {timeout_s:g} s.")
         if waiter.unserved in done and waiter.record is not None:
-            unserved(waiter.record)
+            unserved(waiter.record, waiter.unserved.result())
     return waiter.final.result()
 
 
@@ -277,9 +280,9 @@ class _Watch:
             names = sorted(str(name) for name in await self._client.smembers(WORKERS))
             texts = await self._client.mget([worker_key(name) for name in names]) if names else []
             groups = groups_of(WorkerInfo.model_validate_json(text) for text in texts if text is not None)
-        served = {queue for group in groups for queue in queues_of(group.served)}
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                is_unserved = waiter.record is not None and waiter.record.queue not in served
-                if is_unserved and not waiter.unserved.done():
-                    waiter.unserved.set_result(None)
+        for waiter in (each for waiters in self._waiters.values() for each in waiters):
+            if waiter.record is None or waiter.unserved.done():
+                continue
+            reads = version_read(groups, waiter.record.queue)
+            if reads < waiter.record.job.version:
+                waiter.unserved.set_result(reads)

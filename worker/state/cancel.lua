@@ -3,7 +3,8 @@
 --
 -- KEYS     the record, the submission
 -- ARGV     job id, the workers' channel, submission; '' for the job and all its submissions
--- Returns  the state of the submission, or of the job, after that; nothing where there is no record
+-- Returns  the state of the submission, or of the job, after that; '' where nothing is known of the submission;
+--          nothing where there is no record
 --
 -- The submission that goes last stays with a job that is running: it ends as the job ends.
 -- include go_on.lua
@@ -21,7 +22,7 @@ elseif not mine then
   local text = redis.pcall('GET', KEYS[2])
   -- It has ended: others' jobs are not its own.
   local outcome = string.sub(type(text) == 'string' and text or '', 1, 1)
-  return outcome == '-' and 'cancelled' or outcome == '=' and 'done' or state
+  return outcome == '-' and 'cancelled' or outcome == '=' and 'done' or outcome == '+' and state or ''
 elseif (state == 'queued' or state == 'running') and not cancel
     and (count(subs) > 1 or wanted_by_runs(runs or '')) then
   note(KEYS[1], submission, '-')

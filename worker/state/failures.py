@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from worker.contract.message import RUN_MARK
-from worker.contract.queues import PARKED, SEPARATOR, UNDECODABLE
+from worker.contract.queues import UNDECODABLE
 from worker.contract.record import State
 from worker.state.keys import FAILED, job_key
 from worker.state.scripts import FAILURES
@@ -97,17 +97,6 @@ class Failures:
         """The messages from which no worker could read a job, the latest first."""
         entries: Any = self._redis.execute_command("LRANGE", UNDECODABLE, 0, -1, NEVER_DECODE=True)  # type: ignore[no-untyped-call]
         return [Unreadable.parse(entry) for entry in entries]
-
-    def parked(self) -> dict[tuple[str, int], int]:
-        """How many messages wait for a worker of a newer version, by queue and version."""
-        found: dict[tuple[str, int], int] = {}
-        for name in sorted(self._redis.smembers(PARKED)):
-            queue, _, version = str(name).split(SEPARATOR)
-            count = int(self._redis.llen(str(name)))
-            if count:
-                key = queue, int(version[1:])
-                found[key] = found.get(key, 0) + count
-        return found
 
     def drop(self, job_ids: Sequence[str]) -> int:
         """Forget these jobs. Returns how many of them were failed jobs; others stay as they are."""

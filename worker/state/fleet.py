@@ -56,10 +56,12 @@ class WorkerInfo(BaseModel):
     versions: dict[str, str]
     #: Why it takes no jobs at present; empty while it does.
     paused: str = ""
+    #: Version of messages up to which it reads jobs (`worker.contract.job.FORMAT_VERSION`).
+    reads: int = 1
 
 
 class Group(BaseModel):
-    """The live workers that serve the same."""
+    """The live workers that serve the same and read the same messages."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,6 +73,8 @@ class Group(BaseModel):
     first: tuple[float, str]
     #: When the newest one started, and its name.
     last: tuple[float, str]
+    #: As `WorkerInfo.reads`.
+    reads: int = 1
 
 
 class Digest(BaseModel):
@@ -98,12 +102,18 @@ def groups_in(digest: object) -> Sequence[Group] | None:
 
 def groups_of(workers: Iterable[WorkerInfo]) -> Sequence[Group]:
     """The groups of `workers`."""
-    members: dict[ServedModel, list[tuple[float, str]]] = {}
+    members: dict[tuple[ServedModel, int], list[tuple[float, str]]] = {}
     for worker in workers:
-        members.setdefault(worker.served, []).append((worker.started_at, worker.name))
+        members.setdefault((worker.served, worker.reads), []).append((worker.started_at, worker.name))
     return [
-        Group(served=served, workers=len(of), first=min(of), last=max(of)) for served, of in members.items()
+        Group(served=served, workers=len(of), first=min(of), last=max(of), reads=reads)
+        for (served, reads), of in members.items()
     ]
+
+
+def version_read(groups: Iterable[Group], queue: str) -> int:
+    """The version of messages up to which one of `groups` takes jobs from `queue`; 0 where none does."""
+    return max((group.reads for group in groups if queue in queues_of(group.served)), default=0)
 
 
 class Fleet:
@@ -123,7 +133,9 @@ class Fleet:
     def announce(self, worker: WorkerInfo) -> None:
         """Announce `worker` for the next `ANNOUNCE_TTL_S` seconds, and load the producers' scripts."""
         load(self._redis)
-        served = worker.served.model_dump_json()
+        served = f'"served":{worker.served.model_dump_json()}'
+        if worker.reads > 1:
+            served += f',"reads":{worker.reads}'
         group = hashlib.sha256(served.encode()).hexdigest()[:16]
         said = worker.model_dump_json(exclude_defaults=True)
         keys = [worker_key(worker.name), WORKERS, DIGEST, BOOK]
@@ -192,11 +204,17 @@ class Fleet:
                 return job.resolved(served)
         return job if job.revision else job.opened()
 
-    def serving(self, *queues: str) -> int:
-        """The number of live workers that take jobs from one of `queues`."""
+    def serving(self, *queues: str, version: int = 1) -> int:
+        """The number of live workers that take messages of `version` from one of `queues`."""
         return sum(
-            group.workers for group in self.groups() if not set(queues).isdisjoint(queues_of(group.served))
+            group.workers
+            for group in self.groups()
+            if group.reads >= version and not set(queues).isdisjoint(queues_of(group.served))
         )
+
+    def version_read(self, queue: str) -> int:
+        """The version of messages up to which a live worker takes jobs from `queue`; 0 where none does."""
+        return version_read(self.groups(), queue)
 
     def waiting(self) -> dict[str, int]:
         """The number of messages that wait in each queue that jobs were sent to lately."""

@@ -4,7 +4,7 @@
 -- book     its keys, all of which begin so:
 --            :until    zset  names of workers, by when their announcements expire
 --            :group    hash  name -> group: the workers that serve the same
---            :served   hash  group -> what it serves, as JSON
+--            :served   hash  group -> what it serves and reads, as members of a JSON object
 --            :version  string, changed with each change of the digest; :seen the one that was last noted
 --            :of:<group>  zset  names of a group, by when they started
 -- digest   the key of the digest: JSON, see `worker.state.fleet.Digest`
@@ -76,7 +76,7 @@ local function publish(book, digest, names, ttl, is_changed)
     local served = redis.call('HGETALL', book .. ':served')
     for i = 1, #served, 2 do
       local key = book .. ':of:' .. served[i]
-      groups[#groups + 1] = '{"served":' .. served[i + 1] .. ',"workers":' .. redis.call('ZCARD', key)
+      groups[#groups + 1] = '{' .. served[i + 1] .. ',"workers":' .. redis.call('ZCARD', key)
         .. ',"first":' .. member(key, 0) .. ',"last":' .. member(key, -1) .. '}'
     end
     local version = redis.call('INCR', book .. ':version')

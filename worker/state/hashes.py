@@ -11,9 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from worker.contract.errors import UnknownJobError
 from worker.contract.job import Job
 from worker.contract.message import RUN_MARK
+from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
 
 #: What a job's id looks like.
@@ -25,8 +28,12 @@ _NOT_READ: Final = {"id", "runs", "tries"}
 _FINAL: Final = frozenset(state.value for state in State if state.is_final)
 
 
-def unknown(job_id: str) -> UnknownJobError:
-    """The error for a job without a record."""
+def unknown(job_id: str, submission: str = "") -> UnknownJobError:
+    """The error for a job without a record; or for a submission of it of which nothing is known."""
+    if submission:
+        return UnknownJobError(
+            f"There is no submission {submission} of job {job_id}: that is wrong, or it expired."
+        )
     return UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
 
 
@@ -45,6 +52,11 @@ def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
         values["tries"] = sorted(tries, key=lambda each: int(each["attempt"]))
         record = JobRecord.model_validate(values | {"id": job_id})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if names := _fields_to_come(error):
+            raise UnknownJobError(
+                f"The record of job {job_id} is of a newer version of smallcat, whose jobs have {names}: "
+                "upgrade this one."
+            ) from None
         raise UnknownJobError(
             f"The record of job {job_id} cannot be read ({type(error).__name__}): submit the job again."
         ) from None
@@ -52,6 +64,16 @@ def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
     if record.state is not State.DONE and record.job.id != job_id:
         raise UnknownJobError(f"The record of job {job_id} is another job's: submit the job again.")
     return record
+
+
+def _fields_to_come(error: Exception) -> str:
+    """The job fields that this version does not know, where that alone is wrong with a record."""
+    if not isinstance(error, ValidationError):
+        return ""
+    findings = error.errors(include_url=False, include_input=False)
+    if any(each["type"] != "extra_forbidden" or each["loc"][0] != "job" for each in findings):
+        return ""
+    return ", ".join(plain(str(each["loc"][-1]))[:40] for each in findings[:5])
 
 
 def readable(job_id: str, fields: object) -> JobRecord | None:

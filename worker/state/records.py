@@ -237,6 +237,8 @@ class Records:
         state = self._cancel(keys=keys, args=[job_id, WORKERS_CHANNEL, submission])
         if state is None:
             raise unknown(job_id)
+        if state == "":
+            raise unknown(job_id, submission)
         return State(state)
 
     def watch(self) -> None:

@@ -24,7 +24,7 @@ from producer.cli.main import cli, main
 from tests.worker.contract.test_job import OTHER_VALUES
 from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
-from worker.contract.errors import NotFiniteError, StorageError, UnknownModelError
+from worker.contract.errors import NotFiniteError, StorageError, UnknownJobError, UnknownModelError
 from worker.contract.job import Job
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
@@ -142,7 +142,8 @@ def test_submitting_prints_the_id(smallcat: Shell, client: Redis) -> None:
     assert ran.code == 0
     assert ran.out == f"{JobHandle(ran.out.strip()).record().id}\n"
     again = smallcat("submit", "a small cat", "--seed", "3", "--json")
-    assert again.document == {"id": ran.out.strip()}
+    assert again.document["id"] == ran.out.strip()
+    assert JobHandle(again.document["id"], again.document["submission"]).record()
 
 
 def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
@@ -182,6 +183,9 @@ def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
         (["paint", "x"], "paint"),
         (["cancel"], "Give their ids, or --run"),
         (["cancel", "x", "--run", "y"], "not both"),
+        (["cancel", "--run", "y", "--submission", "z"], "not both"),
+        (["cancel", "--submission", "z"], "Give their ids"),
+        (["status", "--submission", "z"], "give one id, not 0"),
         (["status", "--run", "nosuch"], "There is no run nosuch"),
         (["fetch"], "JOB_IDS"),
         ([], "Usage"),
@@ -260,6 +264,54 @@ def test_cancelling_several_jobs(smallcat: Shell, client: Redis) -> None:
     assert ran.code == 0
     assert ran.out.splitlines() == [f"{queued}  cancelled", f"{running}  cancelling"]
     assert smallcat("cancel", queued, running, "--json").document == {queued: "cancelled", running: "running"}
+
+
+def test_a_submission_is_given_up_alone_and_the_job_goes_on_for_the_others(
+    smallcat: Shell, client: Redis, environment: dict[str, str], tmp_path: Path
+) -> None:
+    mine = smallcat("submit", "x", "--seed", "1", "--metadata", '{"of": "me"}', "--json").document
+    others = smallcat("submit", "x", "--seed", "1", "--metadata", '{"of": "others"}', "--json").document
+    assert mine["id"] == others["id"]
+    assert mine.keys() == {"id", "submission"}
+    job_id, of_mine = mine["id"], ("--submission", mine["submission"])
+    of_others = ("--submission", others["submission"])
+    records = claim(client, JobHandle(job_id).record().job)
+    assert smallcat("cancel", job_id, *of_mine).out == f"{job_id}  cancelled\n"
+    assert smallcat("status", job_id, *of_mine).out.splitlines()[0] == f"{job_id}  cancelled"
+    assert smallcat("status", job_id, *of_others, "--json").document["job"]["metadata"] == {"of": "others"}
+    assert records.progress({job_id: (1, 4)}, 30) == []
+    finish(client, environment, JobHandle(job_id).record().job)
+    ran = smallcat("fetch", job_id, *of_mine, "--output", str(tmp_path))
+    assert (ran.code, "was cancelled" in ran.err) == (1, True)
+    assert smallcat("fetch", job_id, *of_others, "--output", str(tmp_path)).code == 0
+    # What is done stays done, and a submission that was given up stays so.
+    assert smallcat("cancel", job_id, *of_others, "--json").document == {job_id: "done"}
+    assert smallcat("cancel", job_id, *of_mine, "--json").document == {job_id: "cancelled"}
+
+
+def test_the_last_submission_that_is_given_up_stops_the_job(smallcat: Shell, client: Redis) -> None:
+    named = [smallcat("submit", "x", "--seed", "1", "--json").document for _ in range(2)]
+    job_id = named[0]["id"]
+    records = claim(client, JobHandle(job_id).record().job)
+    said = [smallcat("cancel", job_id, "--submission", each["submission"]).out.split()[1] for each in named]
+    assert said == ["cancelled", "cancelling"]
+    assert records.progress({job_id: (1, 4)}, 30) == [job_id]
+
+
+@pytest.mark.parametrize("command", ["status", "cancel", "fetch"])
+def test_a_submission_that_there_never_was_is_told_and_cancels_nothing(
+    smallcat: Shell, client: Redis, command: str
+) -> None:
+    job_id = smallcat("submit", "x", "--seed", "1").out.strip()
+    ran = smallcat(command, job_id, "--submission", "nosuch")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == f"There is no submission nosuch of job {job_id}: that is wrong, or it expired.\n"
+    assert JobHandle(job_id).state() is State.QUEUED
+    with pytest.raises(UnknownJobError, match="There is no submission nosuch of job"):
+        JobHandle(job_id, "nosuch").cancel()
+    ran = smallcat(command, job_id, job_id, "--submission", "nosuch")
+    assert (ran.code, "is of one job: give one id, not 2." in ran.err) == (2, True)
+    assert JobHandle(job_id).state() is State.QUEUED
 
 
 def test_submitting_says_at_once_that_no_worker_serves_the_model_and_what_is_served(

@@ -26,7 +26,8 @@ from producer.ingest.types import Options, Outcome
 from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
 from worker.contract.errors import PromptFileError, QueueError
-from worker.contract.queues import lists_of, queues_of
+from worker.contract.message import payload_in
+from worker.contract.queues import PARKED, lists_of, parked_list_of, queues_of
 from worker.contract.record import State
 
 QUEUE = queues_of(SERVED)[0]
@@ -211,6 +212,56 @@ def test_jobs_that_vanish_again_and_again_are_given_up(drain: Drain) -> None:
     finally:
         over.set()
         thread.join()
+
+
+def test_messages_that_wait_for_a_newer_worker_are_neither_lost_nor_room_for_more(
+    drain: Drain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As older workers park those of the next version; one of another job is gone, and is sent again."""
+    run = ingest("".join(f"cat {n}\n" for n in range(30)), max_queued=10)
+    thread = threading.Thread(target=run)
+    thread.start()
+    while waiting(drain) < 10:
+        pass
+    [name] = [name for name in lists_of(QUEUE) if drain.client.llen(name)]
+    where = parked_list_of(QUEUE, 6, 2)
+    drain.client.sadd(PARKED, where, parked_list_of("smallcat.another", 6, 2), "no such list")
+    drain.client.lpush(parked_list_of("smallcat.another", 6, 2), "another's")
+    for _ in range(9):
+        drain.client.lmove(name, where)
+    [gone] = drain.client.lrange(name, 0, -1)  # type: ignore[misc]
+    drain.client.delete(name)
+    while waiting(drain) < 1:
+        pass
+    [again] = drain.client.lrange(name, 0, -1)  # type: ignore[misc]
+    assert payload_in(json.loads(again))["job"] == payload_in(json.loads(gone))["job"]
+    thread.join(timeout=0.5)  # Many times the quiet time.
+    assert (waiting(drain), drain.client.llen(where)) == (1, 9)
+    while drain.client.lmove(where, name):
+        pass
+    while thread.is_alive():
+        drain.all()
+    assert len({line["id"] for line in manifest() if line["state"] == "done"}) == 30
+    told = capsys.readouterr().err
+    assert told.count("wait for a newer worker") == 1
+    assert "9 messages wait for a newer worker, which alone reads them: upgrade one." in told
+    assert "1 jobs are gone from the queue and are sent again." in told
+
+
+def test_a_user_who_may_not_read_what_is_parked_feeds_all_the_same(
+    drain: Drain, valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ACL of an earlier version does not name that key."""
+    drain.client.acl_setuser(
+        "earlier", enabled=True, passwords="+pw", keys=["*"], channels=["*"], categories=["+@all"], reset=True
+    )
+    drain.client.execute_command("ACL", "SETUSER", "earlier", "-smembers", "(~smallcat:work* +smembers)")
+    drain.client.sadd(PARKED, parked_list_of(QUEUE, 6, 2))
+    monkeypatch.setenv("REDIS_URL", f"redis://earlier:pw@127.0.0.1:{valkey.port}/0")
+    try:
+        assert drained(ingest("a cat\n"), drain).done == 1
+    finally:
+        drain.client.acl_deluser("earlier")
 
 
 def test_equal_lines_are_one_picture_and_two_lines_of_the_manifest(drain: Drain) -> None:

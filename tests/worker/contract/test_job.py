@@ -235,7 +235,7 @@ def test_without_a_seed_one_is_drawn_and_recorded() -> None:
 
 
 def test_the_hash_never_changes_by_accident() -> None:
-    """A changed id orphans every stored picture: raise FORMAT_VERSION on purpose, then change this."""
+    """A changed id orphans every stored picture: raise ID_VERSION on purpose, then change this."""
     assert GOLDEN.id == "5658caa6a817ae958cf25d94c7a29fb6"
 
 

@@ -19,7 +19,6 @@ from worker.celery import app, connection
 from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError, NewerMessageError
 from worker.contract.job import (
-    FORMAT_VERSION,
     MAX_METADATA,
     MAX_MODEL,
     MAX_PROMPT,
@@ -144,9 +143,9 @@ def test_the_payload_as_text_is_the_payload(prompt: str, run: str) -> None:
         return
     if run:
         text = json.dumps(job.model_dump(mode="json"))
-        assert payload_text(job.id, text, run) == json.dumps(payload_of(job, run))
+        assert payload_text(job.version, job.id, text, run) == json.dumps(payload_of(job, run))
     assert Message.parse(json.loads(json.dumps(payload_of(job, run)))) == Message(
-        version=FORMAT_VERSION, id=job.id, job=job, run=run
+        version=job.version, id=job.id, job=job, run=run
     )
 
 

@@ -19,7 +19,8 @@ from worker.contract.job import Job
 from worker.contract.message import task_call_of
 from worker.contract.queues import lists_of, queue_of, queues_of
 from worker.contract.served_model import Defaults, ServedModel
-from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo
+from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo, groups_of, version_read
+from worker.state.keys import worker_key
 from worker.state.records import Records
 from worker.state.redis_client import connect
 
@@ -234,3 +235,30 @@ def test_lists_are_named_as_kombu_names_them_and_messages_in_them_are_counted(
     assert body["properties"]["priority"] == 0
     Records(client, TTL_S).submitted(jobs[9], queue)
     assert fleet.waiting() == {queue: 10}
+
+
+def test_an_announcement_says_which_messages_the_worker_reads_and_may_say_more_than_this_version_knows(
+    fleet: Fleet, client: Redis
+) -> None:
+    older = worker("a", "m", started_at=1.0)
+    newer = worker("b", "m", started_at=2.0).model_copy(update={"reads": 3})
+    queue = queues_of(older.served)[0]
+    assert version_read([], queue) == 0
+    fleet.announce(older)
+    # As before there was a second version.
+    assert "reads" not in json.loads(str(client.get(worker_key("a"))))
+    assert fleet.version_read(queue) == 1
+    fleet.announce(newer)
+    assert fleet.version_read(queue) == 3
+    said = json.loads(str(client.get(worker_key("b"))))
+    said |= {"to_come": 1, "served": said["served"] | {"to_come": 2}}
+    said["served"]["defaults"]["to_come"] = 3
+    client.set(worker_key("b"), json.dumps(said))
+    assert fleet.workers() == [older, newer]
+    # The digest has the same.
+    assert fleet.serving(queue) == 2
+    assert [fleet.serving(queue, version=version) for version in (1, 3, 4)] == [2, 1, 0]
+    assert [group.reads for group in fleet.groups()] == [1, 3]
+    assert sorted(groups_of(fleet.workers()), key=lambda group: group.reads) == list(fleet.groups())
+    fleet.withdraw("b")
+    assert fleet.version_read(queue) == 1

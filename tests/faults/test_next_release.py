@@ -1,0 +1,101 @@
+"""Messages of the next release: they wait for a worker that reads them, are not lost, and hold up nobody.
+
+tests/faults/releases.py makes that release. tests/faults/test_upgrade.py has both under load and kills.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from producer import JobHandle
+from producer.cli.doctor import examine
+from producer.cli.failed import parked
+from producer.cli.main import cli
+from tests.faults import oracle
+from tests.faults.harness import Ground, wait_until
+from tests.faults.releases import NEXT_VERSION, TINT, OtherProducer, next_release
+from tests.faults.runner import SERVED
+from worker.contract.errors import UnknownJobError
+from worker.contract.job import FORMAT_VERSION
+from worker.contract.queues import queues_of
+from worker.state.parked import parked_lists
+
+QUEUE = queues_of(SERVED)[0]
+
+
+@pytest.fixture(scope="module")
+def after(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree of the next release."""
+    return next_release(tmp_path_factory.mktemp("next"))
+
+
+def grey(ground: Ground, job_id: str) -> tuple[int, int]:
+    """What the picture of a job is, and what it should be."""
+    from PIL import Image
+
+    stem = ground.images / job_id[:2] / job_id
+    job = json.loads(stem.with_suffix(".json").read_bytes())["job"]
+    with Image.open(stem.with_suffix(".png")) as picture:
+        low, high = picture.convert("L").getextrema()
+    assert low == high
+    return int(str(low)), (job["seed"] + TINT * job.get("tint", 0)) % 251
+
+
+def waiting(ground: Ground) -> int:
+    """Messages that wait for a newer worker."""
+    with ground.redis as client:
+        return sum(parked_lists(client).values())
+
+
+def test_a_job_of_the_next_release_waits_for_a_worker_of_it(
+    ground: Ground, after: Path, tmp_path: Path
+) -> None:
+    """An older worker takes what it can read, whoever sent it; both say what the rest waits for."""
+    table = tmp_path / "cats.csv"
+    table.write_text("prompt,seed,tint\na cat,1,2\na dog,2,\na cow,3,1\n")
+    first = ground.worker()
+    with OtherProducer(ground, after) as producer:
+        plain = producer(ground.job())
+        tinted = [producer(ground.job(), tint=number % 2 + 1) for number in range(3)]
+        ground.journal.wait_for("put", [plain])
+        wait_until("parked", lambda: waiting(ground) == 3)
+        assert parked() == [{"queue": QUEUE, "version": NEXT_VERSION, "messages": 3}]
+        findings = [each for each in examine() if each.what == "queues"]
+        assert [each.ok for each in findings] == [False]
+        assert findings[0].text == (
+            f"3 messages of version {NEXT_VERSION} wait for {QUEUE}, and the live workers read up to version "
+            f"{FORMAT_VERSION}: upgrade one, which then takes them"
+        )
+        with pytest.raises(
+            UnknownJobError, match=r"is of a newer version of smallcat, whose jobs have tint: up"
+        ):
+            JobHandle(tinted[0]).record()
+        shown = producer.command("status", tinted[0]).stdout
+        assert "queued" in shown
+        assert f"message is of version {NEXT_VERSION}, and the live workers read up to version 1. It" in shown
+        listed = CliRunner().invoke(cli, ["failed", "list"])
+        assert f"note  Not failed: {QUEUE}  3 messages of version {NEXT_VERSION} wait" in listed.stderr
+        # A run: what waits is neither lost nor in anybody's way.
+        run = producer.command("ingest", str(table), "--detach", "--run", "cats")
+        assert run.returncode == 0, run.stderr
+        wait_until("parked, too", lambda: waiting(ground) == 5)
+        newer = ground.worker(tree=after)
+        ground.journal.wait_for("put", tinted)
+        fed = producer.command("ingest", str(table), "--run", "cats")
+        assert fed.returncode == 0, fed.stderr
+        assert "sent again" not in fed.stderr
+    assert waiting(ground) == 0
+    oracle.settled(ground)
+    rows = [json.loads(line) for line in (tmp_path / "cats.csv.manifest.jsonl").read_text().splitlines()]
+    assert [(row["tint"], row["state"]) for row in rows] == [(2, "done"), (0, "done"), (1, "done")]
+    by = {event.job: event.pid for event in ground.journal.events() if event.what == "put"}
+    assert by[plain] == first.pid
+    for job_id in (*tinted, rows[0]["id"], rows[2]["id"]):
+        assert by[job_id] == newer.pid
+        got, wanted = grey(ground, job_id)
+        assert got == wanted
+    assert max(ground.journal.count("put").values()) == 1
