@@ -1,11 +1,11 @@
-"""The embedded stack: `python -m deploy.local` runs Valkey, an S3 server and a worker on free ports.
+"""The embedded stack: `python -m deploy.local` runs Valkey, an S3 server, a worker and the HTTP API.
 
     python -m deploy.local                  until Ctrl-C; prints the environment to use it
     python -m deploy.local -- CMD ARG...    runs CMD inside a stack of its own, and returns its exit code
 
-Real servers from Python wheels: no root, no Docker. Everything that was started is stopped, however this
-ends: at the end of CMD, by Ctrl-C (once: gracefully, twice: at once), SIGTERM or SIGHUP, when a part fails,
-and also when this process itself is killed. For development, demos and tests, not for production.
+Real servers from Python wheels, on free ports: no root, no Docker. Everything that was started is stopped,
+however this ends: at the end of CMD, by Ctrl-C (once: gracefully, twice: at once), SIGTERM or SIGHUP, when a
+part fails, and also when this process itself is killed. For development, demos and tests, not for production.
 
 Exit codes: CMD's own; 128 + N when signal N ended it; 3 when a part could not be started or ended by itself;
 2 for a wrong option.
@@ -204,6 +204,8 @@ class _Session:
             if self._stack.home.kept:
                 file = shlex.quote(os.path.relpath(self._stack.home.path / ENV_FILE))
                 self._print_note(f"In another terminal: source {file}")
+            if self._stack.http is not None:
+                self._print_note(f"The HTTP API is at {self._stack.http.url}, its key in SMALLCAT_HTTP_KEY.")
             self._print_note("The stack is up; Ctrl-C stops it.")
             while (part := self._events.get()) is None:
                 pass
@@ -276,6 +278,7 @@ def _print_logs(stack: Stack, console: Console, ended: threading.Event) -> None:
     help="Workers to start. Each takes a GPU of its own where there are GPUs.",
 )
 @click.option("--no-worker", is_flag=True, help="Start queue and bucket only.")
+@click.option("--no-http", is_flag=True, help="Start no HTTP API.")
 @click.option(
     "--data",
     type=click.Path(file_okay=False, path_type=Path),
@@ -287,15 +290,21 @@ def _print_logs(stack: Stack, console: Console, ended: threading.Event) -> None:
 @click.option("--hold", is_flag=True, help="After CMD, stay up until Enter is pressed; only at a terminal.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD ARG...]")
 def main(
-    workers: int, no_worker: bool, data: Path | None, logs: bool, hold: bool, command: tuple[str, ...]
+    workers: int,
+    no_worker: bool,
+    no_http: bool,
+    data: Path | None,
+    logs: bool,
+    hold: bool,
+    command: tuple[str, ...],
 ) -> None:
-    """Run Valkey, an S3 server and a worker on free ports, and CMD inside them.
+    """Run Valkey, an S3 server, a worker and the HTTP API on free ports, and CMD inside them.
 
     Without CMD, print the environment to use them, and stay until Ctrl-C.
     """
     console = Console(stderr=True)
     try:
-        stack = Stack(0 if no_worker else workers, data)
+        stack = Stack(0 if no_worker else workers, data, http=not (no_worker or no_http))
     except (StackError, OSError) as error:
         print_error(console, str(error))
         sys.exit(STACK_FAILED)

@@ -34,7 +34,7 @@ from worker.contract.choices import SAMPLERS, Scheduler
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, help_lines
 from worker.contract.record import Attempt, State, Timings
-from worker.contract.settings import ProducerSettings, Settings, WorkerSettings
+from worker.contract.settings import ProducerSettings, ServerSettings, Settings, WorkerSettings
 from worker.jobs import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -143,10 +143,15 @@ def settings() -> str:
     """Every environment variable that is read."""
 
     def rows() -> Iterator[tuple[str, ...]]:
-        for kind, reader in ((Settings, "both"), (WorkerSettings, "worker"), (ProducerSettings, "producer")):
+        for kind, reader in (
+            (Settings, "all"),
+            (WorkerSettings, "worker"),
+            (ProducerSettings, "producer"),
+            (ServerSettings, "HTTP API"),
+        ):
             texts = documented(kind)
             for name, field in kind.model_fields.items():
-                if kind is Settings or name not in Settings.model_fields:
+                if name in kind.__annotations__:
                     yield f"`{kind.variable(name)}`", reader, _default(field.default), texts[name]
 
     return _table("Variable, Read by, Default, Meaning", rows())

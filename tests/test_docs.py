@@ -184,7 +184,9 @@ def _check_call(command: click.Command, words: list[str], line: str) -> None:
 @documents
 def test_options_that_stand_alone_are_those_of_some_command(document: Path) -> None:
     known = {"--help", "--prompt", "--concurrency", "--loglevel"}
-    commands = [*cli.commands.values(), *cli.commands["failed"].commands.values(), local, bench]  # type: ignore[attr-defined]
+    commands = [*cli.commands.values(), local, bench]
+    for name in ("failed", "keys"):
+        commands += cli.commands[name].commands.values()  # type: ignore[attr-defined]
     known |= {name for command in commands for each in command.params for name in each.opts}
     a1111 = (ROOT / "producer" / "prompts" / "a1111_options.py").read_text("utf-8")
     known |= {f"--{entry.a1111_option}" for entry in JOB_FIELDS.values()}

@@ -1,4 +1,4 @@
-"""The parts of an embedded stack: Valkey, an S3 server and workers. Real servers, not mocks.
+"""The parts of an embedded stack: Valkey, an S3 server, workers and the HTTP API. Real servers, not mocks.
 
 Ports, passwords and data survive a restart, so that the fault tests can kill a part and start it again while
 clients use it. Only the loopback address is used. The user's own Redis, AWS and rclone configuration is not
@@ -18,7 +18,7 @@ import socket
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,6 +183,48 @@ class S3Process(_Server):
             return False
         finally:
             connection.close()
+
+
+class HttpProcess(_Server):
+    """The HTTP API: `smallcat serve`. `environment` gives the whole of its environment when it starts."""
+
+    #: It imports more than the servers do, beside a worker that loads its model.
+    start_timeout_s = 60.0
+
+    def __init__(self, home: Home, environment: Callable[[], Mapping[str, str]], name: str = "http") -> None:
+        super().__init__(home, name)
+        self.key = self._kept["key"]
+        self._variables = environment
+
+    def _secrets(self) -> dict[str, str]:
+        return {"key": f"smallcat-{secrets.token_urlsafe(32)}"}
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return f"http://{HOST}:{self.port}"
+
+    def register_key(self, redis_url: str) -> None:
+        """Let the key in: it may do everything."""
+        from producer.http.key_store import SCOPES, KeyStore, digest_of
+        from worker.state.redis_client import connect
+
+        with connect(redis_url, retry_s=1) as client:
+            store = KeyStore(client)
+            if store.find(digest_of(self.key)) is None:
+                if any(each.name == "local" for each in store.list()):
+                    store.revoke("local")
+                store.keep(self.key, "local", SCOPES)
+
+    def _argv(self) -> list[str]:
+        return [sys.executable, "-m", "producer", "serve", "--host", HOST, "--port", str(self.port)]
+
+    def _environment(self) -> dict[str, str]:
+        return {"PYTHONUNBUFFERED": "1", **self._variables()}
+
+    def _is_ready(self) -> bool:
+        """Whether it logged that it listens, so that the port is its own."""
+        return f"listens on {self.url}" in self.output()
 
 
 class WorkerProcess(Process):

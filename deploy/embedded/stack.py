@@ -1,4 +1,4 @@
-"""Valkey, an S3 server and workers together: one object to start, use and stop them.
+"""Valkey, an S3 server, workers and the HTTP API together: one object to start, use and stop them.
 
 with Stack(workers=2) as stack:
     subprocess.run([...], env=stack.environment)
@@ -15,7 +15,7 @@ from typing import Self
 
 from deploy.embedded.home import HOST, Home
 from deploy.embedded.process import Process
-from deploy.embedded.servers import S3Process, ValkeyProcess, WorkerProcess
+from deploy.embedded.servers import HttpProcess, S3Process, ValkeyProcess, WorkerProcess
 
 #: The bucket that every stack has.
 BUCKET = "smallcat"
@@ -40,12 +40,18 @@ def clean_environment() -> dict[str, str]:
 class Stack:
     """A queue, a bucket and `workers` workers, started and stopped together.
 
+    `http` starts the HTTP API as well, with a key that may do everything.
     `data` is a folder that keeps queue and pictures between runs; None: both are removed with the stack.
     `base` is the environment to which the workers' variables are added; None: `clean_environment()`.
     """
 
     def __init__(
-        self, workers: int = 1, data: Path | None = None, base: Mapping[str, str] | None = None
+        self,
+        workers: int = 1,
+        data: Path | None = None,
+        base: Mapping[str, str] | None = None,
+        *,
+        http: bool = False,
     ) -> None:
         """Raises `StackError` when another stack is running in `data`."""
         self._base = dict(clean_environment() if base is None else base)
@@ -53,6 +59,8 @@ class Stack:
         self.valkey = ValkeyProcess(self.home)
         self.s3 = S3Process(self.home)
         self.s3.create_bucket(BUCKET)
+        #: The HTTP API; None where it is not wanted.
+        self.http = HttpProcess(self.home, lambda: {**self._base, **self._servers}) if http else None
         #: The workers that `start` and `new_worker` have made.
         self.workers: list[WorkerProcess] = []
         self._workers_wanted = workers
@@ -62,11 +70,17 @@ class Stack:
     @property
     def parts(self) -> list[Process]:
         """All parts, in the order in which they start."""
-        return [self.valkey, self.s3, *self.workers]
+        return [self.valkey, self.s3, *([self.http] if self.http else []), *self.workers]
 
     @property
     def variables(self) -> dict[str, str]:
         """The environment variables that a client needs to use the stack. Valid once it is started."""
+        api = {"SMALLCAT_HTTP_URL": self.http.url, "SMALLCAT_HTTP_KEY": self.http.key} if self.http else {}
+        return {**self._servers, **api}
+
+    @property
+    def _servers(self) -> dict[str, str]:
+        """The variables that name the queue and the bucket."""
         return {"REDIS_URL": self.valkey.url, **self.s3.environment(BUCKET)}
 
     @property
@@ -85,6 +99,12 @@ class Stack:
             on_ready(server)
         for worker in [self.new_worker() for _ in range(self._workers_wanted)]:
             worker.launch()
+        if self.http is not None:
+            # While the workers load their model.
+            self.http.on_loss = self.on_loss
+            self.http.register_key(self.valkey.url)
+            self.http.start()
+            on_ready(self.http)
         for worker in self.workers:
             worker.wait_ready()
             on_ready(worker)
@@ -97,7 +117,8 @@ class Stack:
             # By default OpenMP's threads spin while they wait for each other. On two idle cores that saves
             # 0.2 s a picture; where other processes need the cores, as here, it costs many seconds.
             "OMP_WAIT_POLICY": "PASSIVE",
-            **self.environment,
+            **self._base,
+            **self._servers,
             **(settings or {}),
         }
         worker = WorkerProcess(self.home, f"worker{len(self.workers) + 1}", environment)
@@ -112,10 +133,12 @@ class Stack:
         """
         if not self.home.kept:
             self.kill_now()
-        for worker in self.workers:
-            worker.ask_to_end()
+        for part in (*self.workers, *([self.http] if self.http else [])):
+            part.ask_to_end()
         for worker in self.workers:
             worker.stop()
+        if self.http is not None:
+            self.http.stop()
         for server in (self.valkey, self.s3):
             server.stop()
         self.home.close()

@@ -1,4 +1,4 @@
-"""`python -m producer` and `smallcat`: submit, ingest, status, cancel, runs, fetch, gallery, failed, doctor.
+"""`python -m producer` and `smallcat`: jobs, runs of prompt files, the HTTP API and its keys.
 
 Exit codes: 0, 1 (a job failed), 2 (usage), 3 (a service is out of reach). Results go to standard output, and
 everything else to standard error. With `--json` every command prints one JSON document on standard output.
@@ -22,6 +22,7 @@ from producer.cli.follow_jobs import cancel, handles_of, runs, status, submissio
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
 from producer.cli.json_output import NobodyReadsError, json_option, print_json
+from producer.cli.serve import keys, serve
 from producer.client import JobHandle, JobResult, submit_job
 from producer.session import session
 from worker.contract.errors import (
@@ -108,6 +109,8 @@ def submit(
 cli.add_command(status)
 cli.add_command(cancel)
 cli.add_command(runs)
+cli.add_command(serve)
+cli.add_command(keys)
 
 
 @cli.command()

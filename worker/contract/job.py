@@ -27,6 +27,9 @@ from worker.contract.choices import SAMPLERS, ImageFormat, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
 from worker.contract.job_checks import (
+    ONE_LINE,
+    PRINTABLE,
+    VISIBLE,
     divisible_by,
     drawn,
     not_blank,
@@ -73,7 +76,7 @@ OPEN_REVISION = "open-"
 
 
 #: Limits that several fields share.
-_SIZE = Field(ge=MIN_SIZE, le=MAX_SIZE, strict=True)
+_SIZE = Field(ge=MIN_SIZE, le=MAX_SIZE, strict=True, json_schema_extra={"multipleOf": SIZE_STEP})
 _SHARE = Field(ge=0, le=1, strict=True, allow_inf_nan=False)
 
 
@@ -93,7 +96,12 @@ class Job(BaseModel):
     #: What to draw: 1 to 2,000 characters. Beyond the text encoder's window it is cut, as diffusers does.
     prompt: Annotated[
         str,
-        Field(min_length=1, max_length=MAX_PROMPT, strict=True),
+        Field(
+            min_length=1,
+            max_length=MAX_PROMPT,
+            strict=True,
+            json_schema_extra={"pattern": PRINTABLE, "allOf": [{"pattern": VISIBLE.pattern}]},
+        ),
         AfterValidator(printable),
         AfterValidator(not_blank),
         JobField(
@@ -108,7 +116,7 @@ class Job(BaseModel):
     #: What to keep out of the picture: up to 2,000 characters. Needs guidance above 1.
     negative_prompt: Annotated[
         str,
-        Field(max_length=MAX_PROMPT, strict=True),
+        Field(max_length=MAX_PROMPT, strict=True, json_schema_extra={"pattern": PRINTABLE}),
         AfterValidator(printable),
         JobField(
             a1111_option="negative_prompt",
@@ -212,7 +220,7 @@ class Job(BaseModel):
     #: The model's name, up to 200 characters; `default` is the fleet's.
     model: Annotated[
         str,
-        Field(min_length=1, max_length=MAX_MODEL, strict=True),
+        Field(min_length=1, max_length=MAX_MODEL, strict=True, json_schema_extra={"pattern": ONE_LINE}),
         AfterValidator(one_line),
         JobField(
             infotext_order=8,
@@ -226,7 +234,7 @@ class Job(BaseModel):
     #: announced.
     revision: Annotated[
         str,
-        Field(max_length=MAX_REVISION, strict=True),
+        Field(max_length=MAX_REVISION, strict=True, json_schema_extra={"pattern": ONE_LINE}),
         AfterValidator(one_line),
         JobField(
             infotext="Model hash",

@@ -15,6 +15,10 @@ from typing import Any
 
 from worker.contract.explain import short
 
+#: What `printable` and `one_line` take, as a JSON schema's pattern.
+PRINTABLE = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"
+ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
+
 
 def printable(value: str) -> str:
     """Refuse characters that no prompt means: control characters but tab and newline, lone surrogates."""

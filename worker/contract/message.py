@@ -159,8 +159,8 @@ def payload_text(version: int, job_id: str, job: str, run: str) -> str:
 
     For producers that send jobs by the thousand: no object is made.
     """
-    before = f"{_BEFORE_VERSION}{version}{_BEFORE_ID}"
-    return f'{before}"{job_id}"{_BEFORE_JOB}{job}{_BEFORE_RUN}"{run}"{_AFTER}'
+    mark = f'{_BEFORE_RUN}"{run}"' if run else ""
+    return f'{_BEFORE_VERSION}{version}{_BEFORE_ID}"{job_id}"{_BEFORE_JOB}{job}{mark}{_AFTER}'
 
 
 def message_id_in(raw: bytes) -> str:

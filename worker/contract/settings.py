@@ -1,6 +1,6 @@
-"""The settings of a worker and of a producer: one frozen class for each, read from the environment.
+"""The settings of a worker, a producer and the HTTP API: a frozen class for each, read from the environment.
 
-`worker_settings()` and `producer_settings()` are the only readers of the environment. An unknown
+`worker_settings()`, `producer_settings()` and `server_settings()` are its only readers. An unknown
 `SMALLCAT_*` name is an error that names the nearest one; so is a value outside its limits.
 Credentials, endpoint and region of the bucket are boto3's own `AWS_*` variables and are not read here.
 """
@@ -8,6 +8,7 @@ Credentials, endpoint and region of the bucket are boto3's own `AWS_*` variables
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,16 @@ def _header(value: str) -> str:
     if not (value.isascii() and value.isprintable()) or len(value) > 1_000:
         raise ValueError("must be printable ASCII of at most 1,000 characters")
     return value.strip()
+
+
+def _networks(value: str) -> str:
+    """Addresses and networks, separated by commas."""
+    for part in filter(None, map(str.strip, value.split(","))):
+        try:
+            ipaddress.ip_network(part)
+        except ValueError:
+            raise ValueError(f"must be addresses or networks, and {part!r} is neither") from None
+    return value
 
 
 class Settings(BaseModel):
@@ -129,7 +140,7 @@ class Settings(BaseModel):
             finding = error.errors(include_url=False)[0]
             field = str(finding["loc"][0])
             rule = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-            shown = "***" if field == "redis_url" else repr(finding["input"])
+            shown = "***" if field in ("redis_url", "http_key") else repr(finding["input"])
             raise SettingsError(f"{cls.variable(field)} has the value {shown}. It {_must(rule)}.") from None
 
 
@@ -140,6 +151,31 @@ class ProducerSettings(Settings):
     wait_replicas: int = Field(default=0, ge=0, le=1_000)
     #: Seconds, > 0, that `submit_job` tries to reach Redis before it gives up.
     submit_timeout_s: float = Field(default=5, gt=0, le=_YEAR_S)
+
+
+class ServerSettings(ProducerSettings):
+    """The settings of `smallcat serve`, whose options override them."""
+
+    #: Address that the HTTP API listens on. Others than loopback are for a proxy that speaks TLS.
+    http_host: str = "127.0.0.1"
+    #: Port of the HTTP API, 1 to 65535.
+    http_port: int = Field(default=8_000, ge=1, le=65_535)
+    #: Addresses or networks of proxies whose X-Forwarded headers are believed, separated by commas.
+    http_trusted_proxies: Annotated[str, AfterValidator(_networks)] = ""
+    #: Megabytes, 1 to 1000, of a request with jobs.
+    http_max_body_mb: int = Field(default=16, ge=1, le=1_000)
+    #: Megabytes, 1 to 100000, of an uploaded prompt file.
+    http_max_upload_mb: int = Field(default=512, ge=1, le=100_000)
+    #: Connections at once, >= 1; more are answered by 503.
+    http_max_connections: int = Field(default=4_000, ge=1)
+    #: Folder for uploaded prompt files and their manifests. Not set: the system's own for temporary files.
+    http_data_dir: str = ""
+    #: Whether prompts may stand in the server's log.
+    http_log_prompts: bool = False
+    #: Address of the HTTP API, for its clients: the embedded stack sets it.
+    http_url: str = ""
+    #: Key of the HTTP API, for its clients: the embedded stack sets it.
+    http_key: str = Field(default="", repr=False)
 
 
 class WorkerSettings(Settings):
@@ -213,9 +249,14 @@ def producer_settings(environment: Mapping[str, str] | None = None) -> ProducerS
     return ProducerSettings.from_environment(os.environ if environment is None else environment)
 
 
+def server_settings(environment: Mapping[str, str] | None = None) -> ServerSettings:
+    """The settings of the HTTP API from the environment. Raises `SettingsError`."""
+    return ServerSettings.from_environment(os.environ if environment is None else environment)
+
+
 def variables() -> dict[str, type[Settings]]:
     """Every variable that is read, and the class that reads it."""
-    sides: tuple[type[Settings], ...] = (WorkerSettings, ProducerSettings, Settings)
+    sides: tuple[type[Settings], ...] = (WorkerSettings, ServerSettings, ProducerSettings, Settings)
     return {side.variable(field): side for side in sides for field in side.model_fields}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
@@ -116,6 +117,23 @@ def version_read(groups: Iterable[Group], queue: str) -> int:
     return max((group.reads for group in groups if queue in queues_of(group.served)), default=0)
 
 
+@dataclass(frozen=True)
+class FleetSnapshot:
+    """What the workers serve at one moment."""
+
+    #: The groups of live workers.
+    live: Sequence[Group]
+    #: What was served last, those that were live last first.
+    last_seen: Sequence[Group]
+
+    def resolve(self, job: Job) -> Job:
+        """As `Fleet.resolve`, at that moment."""
+        for groups in (self.live, self.last_seen):
+            if (served := _meant_by(job, groups)) is not None:
+                return job.resolved(served)
+        return job if job.revision else job.opened()
+
+
 class Fleet:
     """The workers of one Redis. Workers announce themselves, producers ask. Thread-safe."""
 
@@ -203,6 +221,10 @@ class Fleet:
             if (served := _meant_by(job, known())) is not None:
                 return job.resolved(served)
         return job if job.revision else job.opened()
+
+    def snapshot(self) -> FleetSnapshot:
+        """What is served now, for who resolves many jobs."""
+        return FleetSnapshot(self.groups(), self._groups_last_seen())
 
     def serving(self, *queues: str, version: int = 1) -> int:
         """The number of live workers that take messages of `version` from one of `queues`."""

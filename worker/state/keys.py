@@ -21,6 +21,10 @@
                                       worker has that name
     smallcat:worker-only:fleet:...    the book that the digest is made from (`fleet_book.lua`)
     smallcat:served          string   the last announcements of each model, for when its workers are away
+    smallcat:http:keys       hash     the keys of the HTTP API by their hash (`producer.http.key_store`)
+      ...:used               hash     when each was last used
+    smallcat:http:once:...   string   what was answered to a request with an Idempotency-Key
+    smallcat:http:model:...  string   the model that a caller of AUTOMATIC1111's API has chosen
     smallcat:to-workers      channel  to all workers: "cancel <id>" stops a running job; "watch" says that
                                       somebody follows a job's progress, so that it must be written often
 
@@ -65,6 +69,12 @@ WORKERS: Final = "smallcat:workers"
 SERVED: Final = "smallcat:served"
 #: Which models are served, by how many live workers.
 DIGEST: Final = "smallcat:worker::served"
+#: The keys of the HTTP API, and when each was last used.
+HTTP_KEYS: Final = "smallcat:http:keys"
+HTTP_KEYS_USED: Final = "smallcat:http:keys:used"
+#: Begins the keys of answers to requests with an Idempotency-Key, and of callers' models.
+HTTP_ONCE: Final = "smallcat:http:once:"
+HTTP_MODEL: Final = "smallcat:http:model:"
 #: Begins the keys that workers alone write.
 WORKER_ONLY: Final = "smallcat:worker-only:"
 #: Begins the keys of the book that the digest is made from.

@@ -86,6 +86,20 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_START_TIMEOUT_S": ("0", 0.0, [("-1", "greater than or equal to 0"), ("inf", "less than")]),
     "SMALLCAT_DRAIN_S": ("0", 0.0, [("-1", "greater than or equal to 0"), ("inf", "less than")]),
     "SMALLCAT_UPLOAD_TIMEOUT_S": ("9", 9.0, [("0", "greater than 0"), ("inf", "less than")]),
+    "SMALLCAT_HTTP_HOST": ("0.0.0.0", "0.0.0.0", []),  # noqa: S104 - it only is a value here
+    "SMALLCAT_HTTP_PORT": ("65535", 65_535, [("0", "greater than or equal to 1"), ("65536", "less")]),
+    "SMALLCAT_HTTP_TRUSTED_PROXIES": (
+        "10.0.0.0/8, ::1",
+        "10.0.0.0/8, ::1",
+        [("proxy", "'proxy' is neither"), ("*", "must be addresses or networks")],
+    ),
+    "SMALLCAT_HTTP_MAX_BODY_MB": ("1", 1, [("0", "greater than or equal to 1"), ("1001", "less")]),
+    "SMALLCAT_HTTP_MAX_UPLOAD_MB": ("9", 9, [("0", "greater than or equal to 1"), ("100001", "less")]),
+    "SMALLCAT_HTTP_MAX_CONNECTIONS": ("9", 9, [("0", "greater than or equal to 1")]),
+    "SMALLCAT_HTTP_DATA_DIR": ("/data", "/data", []),
+    "SMALLCAT_HTTP_LOG_PROMPTS": ("1", True, [("perhaps", "valid boolean")]),
+    "SMALLCAT_HTTP_URL": ("http://127.0.0.1:8000", "http://127.0.0.1:8000", []),
+    "SMALLCAT_HTTP_KEY": ("k", "k", []),
     "SMALLCAT_METRICS_PORT": ("65535", 65_535, [("0", "greater than or equal to 1"), ("65536", "less")]),
 }
 

@@ -1,0 +1,86 @@
+"""The commands `serve` and `keys`: the HTTP API, and who may call it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import click
+
+from producer.cli.json_output import json_option, print_json, say
+from producer.http.key_store import DEFAULT_SCOPES, SCOPES, KeyStore
+from producer.session import session
+from worker.contract.errors import CallerError
+from worker.contract.settings import ServerSettings, server_settings
+
+
+@click.command()
+@click.option("--host", help="Address to listen on; 127.0.0.1 when not given.")
+@click.option("--port", type=click.IntRange(1, 65_535), help="Port to listen on; 8000 when not given.")
+@click.option("--no-auth", is_flag=True, help="Ask for no key. Only on a loopback address.")
+@click.option("--access-log", is_flag=True, help="Log each request: its path, never its body.")
+def serve(host: str | None, port: int | None, no_auth: bool, access_log: bool) -> None:
+    """Serve the HTTP API until Ctrl-C."""
+    try:
+        from producer.http import server
+    except ModuleNotFoundError as error:
+        raise CallerError(f'{error.name} is not installed: pip install "smallcat[http]".') from None
+    given = {"http_host": host, "http_port": port}
+    values = server_settings().model_dump() | {name: value for name, value in given.items() if value}
+    server.serve(ServerSettings(**values), is_open=no_auth, access_log=access_log)
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke keys of the HTTP API."""
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(SCOPES),
+    help="What the key may do; several times for several. submit and read when not given.",
+)
+@json_option
+def keys_add(name: str, scopes: tuple[str, ...], as_json: bool) -> None:
+    """Make a key and print it: this once, for only its hash is kept."""
+    now = session()
+    with now.queue_errors():
+        key = KeyStore(now.redis).add(name, scopes or DEFAULT_SCOPES)
+    print_json({"name": name, "key": key}) if as_json else click.echo(key)
+
+
+@keys.command("list")
+@json_option
+def keys_list(as_json: bool) -> None:
+    """List the keys by name, with their scopes and their last use."""
+    now = session()
+    with now.queue_errors():
+        found = KeyStore(now.redis).list()
+    if as_json:
+        print_json([dataclasses.asdict(each) for each in found])
+        return
+    for each in found:
+        say(
+            f"{each.name:20}  {','.join(each.scopes):20}  made {_time(each.created)}  used {_time(each.used)}"
+        )
+
+
+@keys.command("revoke")
+@click.argument("name")
+@json_option
+def keys_revoke(name: str, as_json: bool) -> None:
+    """Revoke a key. Servers refuse it within seconds."""
+    now = session()
+    with now.queue_errors():
+        KeyStore(now.redis).revoke(name)
+    done: dict[str, Any] = {"revoked": name}
+    print_json(done) if as_json else say(f"{name} is revoked")
+
+
+def _time(seconds: int | None) -> str:
+    return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

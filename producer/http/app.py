@@ -1,0 +1,140 @@
+"""The app: all routes, one way to answer errors, and the OpenAPI document."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from producer.http import events, jobs, problems, schema
+from producer.http.auth import Authentication, Shared
+from producer.http.backend import Backend
+from producer.http.problems import InvalidJobsError, RefusedError
+from worker.contract.errors import SmallcatError
+from worker.contract.explain import short
+from worker.contract.settings import ServerSettings
+
+_DESCRIPTION = """\
+Prompts in, pictures in S3 out. A job is submitted, queued in Redis and rendered by a worker.
+
+Keys are made with `smallcat keys add NAME` and sent as `Authorization: Bearer KEY`.
+"""
+
+health = APIRouter(tags=["health"])
+
+
+@health.get("/healthz", summary="Whether the server runs")
+async def is_alive() -> dict[str, str]:
+    """Always `ok`; asks nothing of Redis."""
+    return {"status": "ok"}
+
+
+@health.get(
+    "/readyz",
+    summary="Whether the server can take jobs",
+    responses={503: {"description": "Redis is away, or the server is about to end."}},
+)
+async def is_ready(backend: Shared) -> dict[str, str]:
+    """`ok` while Redis answers and the server is not about to end."""
+    if backend.draining.is_set():
+        raise RefusedError(503, "The server is about to end: use another one.", headers={"Retry-After": "1"})
+    await backend.run(backend.session.redis.ping)
+    return {"status": "ok"}
+
+
+def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
+    """The app. `is_open`: everybody may do everything, without a key."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        backend = Backend(settings)
+        app.state.backend = backend
+        app.state.authentication = Authentication(backend, is_open=is_open)
+        yield
+        await backend.close()
+
+    app = FastAPI(
+        title="smallcat",
+        version=version("smallcat"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        # The pages load scripts of other hosts. The document is at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    for router in (jobs.router, events.router, health):
+        app.include_router(router)
+    for kind in (
+        SmallcatError,
+        RefusedError,
+        InvalidJobsError,
+        RequestValidationError,
+        HTTPException,
+        Exception,
+    ):
+        app.add_exception_handler(kind, _answer)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    """The answer to a request that failed."""
+    return problems.answer(_as_ours(request, error))
+
+
+def _as_ours(request: Request, error: Exception) -> Exception:
+    """FastAPI's and Starlette's errors as `RefusedError`."""
+    if isinstance(error, RequestValidationError):
+        return RefusedError(422, " ".join(map(_sentence, error.errors())))
+    if isinstance(error, HTTPException):
+        allowed = (error.headers or {}).get("Allow", "another")
+        detail = {
+            404: f"There is no {short(request.url.path)}: /openapi.json has all paths.",
+            405: f"{request.method} is not for this path: use {allowed}.",
+        }
+        return RefusedError(
+            error.status_code, detail.get(error.status_code, str(error.detail)), headers=error.headers
+        )
+    return error
+
+
+def _sentence(finding: Any) -> str:
+    """A finding about a parameter."""
+    *where, name = map(str, finding["loc"])
+    limit = str(finding["msg"]).removeprefix("Input should be ")
+    kind = " ".join(where).replace("query", "parameter")
+    return f"The {kind} {name} is {short(finding.get('input'))}: it must be {limit}."
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, made once."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        components = document.setdefault("components", {}).setdefault("schemas", {})
+        components |= schema.schemas()
+        for path in document["paths"].values():
+            for operation in path.values():
+                _put_right(operation)
+        for name in ("HTTPValidationError", "ValidationError"):
+            components.pop(name, None)
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _put_right(operation: dict[str, Any]) -> None:
+    """FastAPI's own description of a 422 is of another form than our answers."""
+    found = operation["responses"].get("422", {}).get("content", {})
+    if "application/json" in found:
+        found.pop("application/json")
+        found[problems.MEDIA_TYPE] = {"schema": schema.reference("Problem")}

@@ -1,0 +1,77 @@
+"""What all requests of one server process share: Redis, the buckets, the sender of jobs, and threads.
+
+redis-py and boto3 block, so what calls them runs in one of a bounded number of threads. Submissions go
+another way (`sending`), and so do streams of events (`worker.state.following`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar, cast
+
+from starlette.requests import Request
+
+from producer.http.key_store import KeyStore
+from producer.http.limits import Limits
+from producer.http.problems import RETRY_S, RefusedError
+from producer.http.sending import Sender
+from producer.session import session
+from worker.contract.settings import ServerSettings
+from worker.state.following import Following
+
+T = TypeVar("T")
+
+#: Threads for what blocks, and calls that may wait for one.
+THREADS, MAX_WAITING = 32, 1_000
+#: Seconds that a request waits for a Redis that is away before it is answered by 503.
+REDIS_RETRY_S: Final = 2.0
+
+
+class Backend:
+    """The shared parts of one server process. Made on its event loop; `close` ends all."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.session = session(min(REDIS_RETRY_S, settings.submit_timeout_s))
+        self.keys = KeyStore(self.session.redis)
+        self.sender = Sender(self.session)
+        self.limits = Limits()
+        self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)
+        #: Set when the server is to end: streams close, and nothing new is begun.
+        self.draining = asyncio.Event()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="http")
+        self._waiting = 0
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call what blocks in a thread. Raises its errors, `QueueError` for redis-py's, `RefusedError`."""
+
+        def call() -> T:
+            with self.session.queue_errors():
+                return function(*arguments)
+
+        if self._waiting >= MAX_WAITING:
+            raise RefusedError(
+                503,
+                f"{MAX_WAITING:,} requests wait for Redis or the bucket: try again later.",
+                code="Overloaded",
+                headers={"Retry-After": str(RETRY_S)},
+            )
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        finally:
+            self._waiting -= 1
+
+    async def close(self) -> None:
+        """End all parts. What was sent is in Redis."""
+        self.draining.set()
+        await self.following.close()
+        await asyncio.to_thread(self.sender.close)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def backend_of(request: Request) -> Backend:
+    """The backend of a request's server."""
+    return cast(Backend, request.app.state.backend)

@@ -1,0 +1,131 @@
+"""A job's events as server-sent events: its place in the queue, its steps, and how it ended.
+
+    event: queued     data: {"id": ..., "state": "queued", "ahead": 12}
+    event: running    data: {"id": ..., "state": "running", "step": 7, "steps": 20}
+    event: done       data: the job, as GET /v1/jobs/{id} has it; the stream ends. Likewise failed, cancelled
+
+`ahead` is how many messages workers may fetch before the job's own, at most. An event is the state at that
+moment: whoever reads slowly gets fewer of them. A client that comes back with Last-Event-ID gets what is new;
+one that has seen the end gets 204, at which browsers stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Header
+from starlette.responses import Response, StreamingResponse
+
+from producer.client import JobHandle, JobResult
+from producer.http import schema
+from producer.http.auth import Reader, Shared
+from producer.http.backend import Backend
+from producer.http.caller import Caller
+from producer.http.jobs import Mine, own_handle, view
+from worker.contract.errors import SmallcatError
+from worker.state.following import Follower, Seen
+
+router = APIRouter(tags=["jobs"])
+
+#: Seconds of silence after which a comment is sent: proxies close what is silent, and a client that is gone
+#: is noticed.
+BEAT_S: Final = 15.0
+#: Milliseconds after which a client comes back when the stream was cut off.
+_RETRY_MS: Final = 2_000
+_HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+@router.get(
+    "/v1/jobs/{job_id}/events",
+    summary="Follow a job",
+    responses={
+        **schema.answers(200, {"type": "string"}, 404, 422, media="text/event-stream"),
+        204: {"description": "Last-Event-ID is the last event there is."},
+    },
+)
+async def job_events(
+    job_id: str,
+    caller: Reader,
+    backend: Shared,
+    submission: Mine = "",
+    last_event_id: Annotated[str, Header(max_length=100)] = "",
+) -> Response:
+    """Server-sent events until the job has ended."""
+    handle = await backend.run(own_handle, backend, caller, job_id, submission)
+    record = await backend.run(handle.record)
+    if record.state.is_final and last_event_id == str(record.state):
+        return Response(status_code=204)
+    stream = _events(backend, caller, handle, record, last_event_id)
+    return StreamingResponse(stream, media_type="text/event-stream", headers=_HEADERS)
+
+
+async def _events(
+    backend: Backend, caller: Caller, handle: JobHandle, record: JobResult, last: str
+) -> AsyncIterator[str]:
+    """The events as text. Ends with the job, when Redis is lost, and when the server ends."""
+    yield f"retry: {_RETRY_MS}\n\n"
+    if record.state.is_final:
+        yield _last_event(record, handle.submission, caller)
+        return
+    priority = record.job.priority
+    with backend.following.follow(handle.id, handle.submission, priority) as follower:
+        while not backend.draining.is_set():
+            if not await _changed(backend, follower):
+                yield ": still here\n\n"
+                continue
+            seen = follower.seen
+            if seen is None or follower.error is not None:
+                return
+            if seen.is_wanted and seen.state in ("queued", "running"):
+                name, event = _event(handle.id, seen)
+                if name != last:
+                    last = name
+                    yield event
+                continue
+            try:
+                record = await backend.run(handle.record)
+            except SmallcatError:
+                return  # The client comes back, and is told why.
+            if record.state.is_final:
+                yield _last_event(record, handle.submission, caller)
+                return
+
+
+async def _changed(backend: Backend, follower: Follower) -> bool:
+    """Wait for something new, or the server's end; False after `BEAT_S` seconds of nothing."""
+    waits = [
+        asyncio.ensure_future(follower.changed.wait()),
+        asyncio.ensure_future(backend.draining.wait()),
+    ]
+    try:
+        done, _ = await asyncio.wait(waits, timeout=BEAT_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waits:
+            each.cancel()
+            with suppress(asyncio.CancelledError):
+                await each
+    follower.changed.clear()
+    return bool(done)
+
+
+def _event(job_id: str, seen: Seen) -> tuple[str, str]:
+    """The id of an event, and the event."""
+    values: dict[str, Any] = {"id": job_id, "state": seen.state}
+    if seen.state == "queued":
+        values["ahead"], name = seen.ahead, f"queued-{seen.ahead}"
+    else:
+        values |= {"step": seen.step, "steps": seen.steps}
+        name = f"running-{seen.step}"
+    return name, _text(name, seen.state, values)
+
+
+def _last_event(record: JobResult, submission: str, caller: Caller) -> str:
+    return _text(str(record.state), str(record.state), view(record, submission, caller))
+
+
+def _text(name: str, event: str, values: Any) -> str:
+    return f"id: {name}\nevent: {event}\ndata: {json.dumps(values)}\n\n"

@@ -1,0 +1,288 @@
+"""Our own API for jobs: submit, look at, give up, and fetch the picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Header, Query
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from producer.client import JobHandle, JobResult
+from producer.http import schema
+from producer.http.auth import Reader, Shared, Submitter
+from producer.http.backend import Backend
+from producer.http.caller import Caller
+from producer.http.idempotency import Once
+from producer.http.problems import RETRY_S, RefusedError, status_of
+from producer.http.reading import read_json
+from producer.http.submitting import check, send
+from worker.contract.choices import ImageFormat
+from worker.contract.errors import UnknownJobError
+from worker.contract.record import State
+from worker.state.hashes import JOB_ID, unknown
+from worker.state.submissions import Submissions
+
+router = APIRouter(tags=["jobs"])
+
+#: Seconds that a request for a picture may wait for it, at most.
+MAX_WAIT_S: Final = 600
+#: The media types of pictures.
+MEDIA: Final = {each: f"image/{each}" for each in ImageFormat}
+Mine = Annotated[
+    str, Query(pattern=f"^({schema.SUBMISSION})?$", description="The submission; not given: any of yours.")
+]
+_BODY: Final = schema.json_body(
+    {
+        "oneOf": [
+            schema.reference("Job"),
+            {"type": "array", "items": schema.reference("Job"), "minItems": 1, "maxItems": schema.MAX_JOBS},
+        ]
+    },
+    {
+        "one": {"summary": "One job", "value": schema.EXAMPLE},
+        "several": {"summary": "Several", "value": [schema.EXAMPLE, {"prompt": "a rocket"}]},
+    },
+)
+
+
+def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An answer of JSON."""
+    return Response(json.dumps(value), status, headers, "application/json")
+
+
+def links(job_id: str, submission: str) -> dict[str, str]:
+    """The paths of a submission."""
+    mine = f"?submission={submission}" if submission else ""
+    path = f"/v1/jobs/{job_id}"
+    return {"self": path + mine, "events": f"{path}/events{mine}", "image": f"{path}/image{mine}"}
+
+
+@router.post(
+    "/v1/jobs",
+    status_code=202,
+    summary="Submit one job, or up to 1,000",
+    openapi_extra=_BODY,
+    responses=schema.answers(
+        202,
+        {"anyOf": [schema.reference("Submitted"), schema.reference("SubmittedList")]},
+        400,
+        409,
+        413,
+        415,
+        422,
+    ),
+)
+async def submit_jobs(
+    request: Request,
+    caller: Submitter,
+    backend: Shared,
+    idempotency_key: Annotated[
+        str | None, Header(description="1 to 255 characters: a request that is sent again is done once.")
+    ] = None,
+) -> Response:
+    """Enqueue jobs and return at once. Of a list with a wrong job nothing is sent: `errors` names each."""
+    body = await read_json(request)
+    once = None if idempotency_key is None else Once.of(caller, idempotency_key, await request.body())
+    if once is None:
+        return _accepted(await _submit(backend, caller, body, None))
+    redis = backend.session.redis
+    answer = await backend.run(once.begin, redis)
+    if answer is None:
+        try:
+            answer = await _submit(backend, caller, body, once)
+        except BaseException as error:
+            # What was refused at the door was not begun; what was cut off goes on with the same key.
+            is_refused = isinstance(error, Exception) and status_of(error) < 500
+            await backend.run(once.forget if is_refused else once.give_up, redis)
+            raise
+        await backend.run(once.finish, redis, answer)
+    return _accepted(answer)
+
+
+async def _submit(backend: Backend, caller: Caller, body: Any, once: Once | None) -> Any:
+    """What is answered: for each job its id, its submission and its seed; a list for a list."""
+    is_list = isinstance(body, list)
+    items: Sequence[Any] = body if is_list else [body]
+    if not 1 <= len(items) <= schema.MAX_JOBS:
+        raise RefusedError(
+            422, f"The list has {len(items):,} jobs: send 1 to {schema.MAX_JOBS:,}, or a file to /v1/runs."
+        )
+    numbers = range(len(items))
+    seeds = [once.seed(number) for number in numbers] if once else None
+    jobs = await check(backend, items, seeds, is_list=is_list)
+    handles = await send(
+        backend, caller, jobs, [once.submission(number) for number in numbers] if once else None
+    )
+    found = [[handle.id, handle.submission, job.seed] for handle, job in zip(handles, jobs, strict=True)]
+    return found if is_list else found[0]
+
+
+def _accepted(answer: Any) -> Response:
+    if isinstance(answer[0], list):
+        return as_json({"jobs": [_submitted(*each) for each in answer]}, 202)
+    made = _submitted(*answer)
+    return as_json(made, 202, {"Location": made["links"]["self"]})
+
+
+def _submitted(job_id: str, submission: str, seed: int) -> dict[str, Any]:
+    made = {"id": job_id, "submission": submission, "state": "queued", "seed": seed}
+    return {**made, "links": links(job_id, submission)}
+
+
+@router.get(
+    "/v1/jobs",
+    summary="The latest jobs",
+    responses=schema.answers(
+        200,
+        {
+            "type": "object",
+            "required": ["jobs"],
+            "properties": {"jobs": {"type": "array", "items": schema.reference("JobView")}},
+        },
+        422,
+    ),
+)
+async def latest_jobs(
+    caller: Reader, backend: Shared, limit: Annotated[int, Query(ge=1, le=1_000)] = 20
+) -> Response:
+    """The jobs that were submitted last, the latest first, but for those of prompt files."""
+    records = await backend.run(backend.session.records.latest, limit)
+    return as_json({"jobs": [view(JobResult.of(record), "", caller) for record in records]})
+
+
+@router.get(
+    "/v1/jobs/{job_id}",
+    summary="Look at a job",
+    responses=schema.answers(200, schema.reference("JobView"), 404, 422),
+)
+async def get_job(job_id: str, caller: Reader, backend: Shared, submission: Mine = "") -> Response:
+    """The job's record, with what is your submission's own."""
+
+    def look() -> dict[str, Any]:
+        handle = own_handle(backend, caller, job_id, submission)
+        record = handle.record()
+        note = "" if record.state.is_final else handle.progress().note
+        return view(record, handle.submission, caller) | {"note": note}
+
+    return as_json(await backend.run(look))
+
+
+@router.delete(
+    "/v1/jobs/{job_id}",
+    summary="Give a job up",
+    responses=schema.answers(200, schema.reference("JobState"), 404, 422),
+)
+async def give_up(job_id: str, caller: Submitter, backend: Shared, submission: Mine = "") -> Response:
+    """Give up your submission, or all of yours. Others who want the job get it still.
+
+    A running job stops at its next step, when nobody wants it any more. The scope `admin` cancels the job of
+    others for all.
+    """
+
+    def cancel() -> State:
+        if submission:
+            return own_handle(backend, caller, job_id, submission).cancel()
+        mine = own_submissions(backend, caller, job_id)
+        if not mine and not caller.may("admin"):
+            state = JobHandle(job_id).record().state
+            if state.is_final:
+                return state
+            raise RefusedError(
+                403,
+                f"No submission of job {job_id} is yours: name it with ?submission=, or use an admin's key.",
+            )
+        return [JobHandle(job_id, each).cancel() for each in mine or [""]][-1]
+
+    require_id(job_id)
+    return as_json({"id": job_id, "state": str(await backend.run(cancel))})
+
+
+@router.get(
+    "/v1/jobs/{job_id}/image",
+    summary="Fetch the picture",
+    status_code=307,
+    responses={
+        **schema.answers(307, None, 404, 409, 422),
+        200: {
+            "description": "The picture's file, with redirect=false.",
+            "content": {
+                media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA.values()
+            },
+        },
+    },
+)
+async def get_image(
+    job_id: str,
+    caller: Reader,
+    backend: Shared,
+    submission: Mine = "",
+    redirect: Annotated[bool, Query(description="To a link to the bucket; false: the file itself.")] = True,
+    wait: Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the picture.")] = 0,
+    expires_s: Annotated[int, Query(ge=1, le=604_800, description="Seconds that the link is valid.")] = 3_600,
+) -> Response:
+    """The picture, as a redirect to a presigned link or as it is. 409 while it is not there."""
+    handle = await backend.run(own_handle, backend, caller, job_id, submission)
+    result = await _picture(backend, handle, wait)
+    if redirect:
+        return RedirectResponse(await backend.run(result.url, expires_s), 307, {"Cache-Control": "no-store"})
+    name = f"{job_id}.{result.job.format}"
+    return Response(
+        await backend.run(result.data),
+        headers={"Content-Disposition": f'inline; filename="{name}"', "X-Content-Type-Options": "nosniff"},
+        media_type=MEDIA[result.job.format],
+    )
+
+
+async def _picture(backend: Backend, handle: JobHandle, wait_s: float) -> JobResult:
+    """The job's result. Raises the job's error; `RefusedError` (409) where it is not done within `wait_s`."""
+    record = await backend.run(handle.record)
+    if not record.state.is_final and wait_s:
+        try:
+            return await handle.aresult(wait_s)
+        except TimeoutError:
+            record = await backend.run(handle.record)
+    if not record.state.is_final:
+        raise RefusedError(
+            409,
+            f"Job {handle.id} is {record.state}: it has no picture yet. Add ?wait=SECONDS, or follow it.",
+            code="NotDone",
+            headers={"Retry-After": str(RETRY_S)},
+        )
+    record.raise_for_state()
+    return record
+
+
+def require_id(job_id: str) -> None:
+    """Raise `UnknownJobError` for what is no job's id."""
+    if not JOB_ID.fullmatch(job_id):
+        raise UnknownJobError("There is no such job: an id has 32 hexadecimal digits in lower case.")
+
+
+def own_submissions(backend: Backend, caller: Caller, job_id: str) -> list[str]:
+    """The submissions of a job that are `caller`'s and that were not given up."""
+    found = Submissions(backend.session.redis, 1).of(job_id)
+    return sorted(each for each in found if each.startswith(caller.mark))
+
+
+def own_handle(backend: Backend, caller: Caller, job_id: str, submission: str = "") -> JobHandle:
+    """The handle of a caller's own submission, or of the job where none is known.
+
+    Raises `UnknownJobError` for a submission that is somebody else's.
+    """
+    require_id(job_id)
+    if submission and not submission.startswith(caller.mark) and not caller.may("admin"):
+        raise unknown(job_id)
+    if not submission:
+        submission = next(iter(own_submissions(backend, caller, job_id)), "")
+    return JobHandle(job_id, submission)
+
+
+def view(record: JobResult, submission: str, caller: Caller) -> dict[str, Any]:
+    """What a caller sees of a job: without the metadata of others' submissions."""
+    values = record.model_dump(mode="json", exclude={"runs"})
+    if not submission and not caller.may("admin"):
+        values["job"]["metadata"] = {}
+    return {**values, "submission": submission, "links": links(record.id, submission)}

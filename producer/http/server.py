@@ -1,0 +1,148 @@
+"""The server process: uvicorn with limits on the heads of requests, that drains when it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Any, Final
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from producer.http.app import make_app
+from producer.http.guard import Guard
+from worker.contract.errors import CallerError
+from worker.contract.settings import ServerSettings
+
+logger = logging.getLogger("smallcat.http")
+
+#: Seconds in which the head of a request must arrive, and bytes that it may have.
+HEAD_S, MAX_HEAD = 15.0, 64 * 1024
+#: Seconds that a connection stays open between two requests.
+KEEP_ALIVE_S: Final = 30
+#: Seconds that requests have to end when the server is told to.
+DRAIN_S: Final = 30
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's own, which waits for the rest of a head without end."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _in_head = True
+    _size = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head and self._timer is None:
+            self._arm()
+        self._size += len(data)
+        super().data_received(data)
+        if self._in_head and self._size > MAX_HEAD and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._disarm()
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        self._in_head, self._size = True, 0
+        super().on_response_complete()
+
+    def _arm(self) -> None:
+        self._timer = self.loop.call_later(HEAD_S, self._end)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's own, which tells the app before it waits for its requests to end."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if (backend := getattr(self._app.state, "backend", None)) is not None:
+            backend.draining.set()
+        # Not uvicorn's own, which ends by the signal: a server that has drained has ended well.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            logger.info("The HTTP API listens on %s.", url_of(self.config.host, self.config.port))
+
+
+def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was begun. Raises `CallerError`."""
+    if is_open and not _is_loopback(settings.http_host):
+        raise CallerError(
+            f"--no-auth on {settings.http_host} would let everybody in: listen on 127.0.0.1, or make a key "
+            "with `smallcat keys add NAME`."
+        )
+    logging.basicConfig(stream=sys.stderr, format="[%(asctime)s: %(levelname)s] %(message)s")
+    for name in ("smallcat", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    app = make_app(settings, is_open=is_open)
+    guard = Guard(
+        app,
+        max_body=settings.http_max_body_mb * 1_000_000,
+        max_upload=settings.http_max_upload_mb * 1_000_000,
+        is_open=is_open,
+        logs_values=settings.http_log_prompts,
+    )
+    options: dict[str, Any] = {
+        "proxy_headers": bool(settings.http_trusted_proxies),
+        "forwarded_allow_ips": settings.http_trusted_proxies or None,
+    }
+    config = uvicorn.Config(
+        guard,
+        host=settings.http_host,
+        port=settings.http_port,
+        http=_Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=access_log,
+        server_header=False,
+        limit_concurrency=settings.http_max_connections,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=DRAIN_S,
+        **options,
+    )
+    _Server(config, app).run()
+
+
+def url_of(host: str, port: int) -> str:
+    """The address of a server."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,69 @@
+"""From the fields of jobs to jobs in the queue: what all ways of submitting over HTTP have in common."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from producer.client import JobHandle
+from producer.http.problems import InvalidJobsError
+from producer.http.sending import Ready
+from producer.ingest.message_templates import TemplatedJob
+from worker.contract.errors import InvalidJobError
+from worker.contract.explain import short
+
+if TYPE_CHECKING:
+    from producer.http.backend import Backend
+    from producer.http.caller import Caller
+
+#: Bits of a seed that is drawn, as `Job` draws it.
+SEED_BITS: Final = 32
+
+
+def new_submission(caller: Caller) -> str:
+    """An id for a submission of `caller`: its first digits tell whose it is."""
+    return caller.mark + secrets.token_hex(8)
+
+
+async def check(
+    backend: Backend, items: Sequence[Any], seeds: Sequence[int] | None = None, *, is_list: bool = True
+) -> list[TemplatedJob]:
+    """The jobs of these fields, resolved. `seeds` are those of jobs that give none; None: drawn.
+
+    Raises `InvalidJobsError` that names all that are wrong, or the `InvalidJobError` of a job alone;
+    `QueueError`.
+    """
+    templates = await backend.sender.templates()
+    jobs: list[TemplatedJob] = []
+    errors: list[tuple[int, str]] = []
+    for number, item in enumerate(items):
+        try:
+            if not isinstance(item, Mapping):
+                raise InvalidJobError(
+                    f"A job is {short(item)}: it must be an object such as {{'prompt': ...}}."
+                )
+            fields = dict(item)
+            if "seed" not in fields or (type(fields["seed"]) is int and fields["seed"] == -1):
+                fields["seed"] = seeds[number] if seeds else secrets.randbits(SEED_BITS)
+            jobs.append(templates.fill(fields))
+        except InvalidJobError as error:
+            if not is_list:
+                raise
+            errors.append((number, str(error)))
+    if errors:
+        raise InvalidJobsError(errors, len(items))
+    return jobs
+
+
+async def send(
+    backend: Backend,
+    caller: Caller,
+    jobs: Sequence[TemplatedJob],
+    submissions: Sequence[str] | None = None,
+) -> list[JobHandle]:
+    """Send jobs for `caller`. Raises `RefusedError` where limits forbid it, `QueueError`."""
+    await backend.limits.admit(caller, jobs)
+    ids = submissions or [new_submission(caller) for _ in jobs]
+    await backend.sender.send([Ready(*each) for each in zip(jobs, ids, strict=True)])
+    return [JobHandle(job.id, submission) for job, submission in zip(jobs, ids, strict=True)]

@@ -1,0 +1,107 @@
+"""Many submissions of jobs in one round trip to Redis: their records, and their messages in the queues.
+
+`Records.submitted` and Celery's own producer do the same for one job. Each message is sent behind the record
+of its job, so that whoever follows the job finds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+
+from worker.contract.errors import QueueError
+from worker.contract.refusals import code_of
+from worker.state import scripts
+from worker.state.keys import FAILED, LATEST, QUEUES, job_key, submission_key
+from worker.state.shared_scripts import LOADED_WITHIN_S, RETRY_S, load
+
+if TYPE_CHECKING:
+    from redis.client import Redis
+
+_DIGEST: Final = hashlib.sha1(scripts.SUBMIT.encode(), usedforsecurity=False).hexdigest()
+
+
+class Submission(NamedTuple):
+    """One submission of a job, ready to be sent."""
+
+    #: The job's id.
+    job_id: str
+    #: The job as JSON.
+    job: str
+    #: The name of its queue.
+    queue: str
+    #: The submission's own id.
+    submission: str
+    #: What is the submission's own, as JSON.
+    own: str
+    #: The id of its message.
+    message_id: str
+    #: The Redis list that the message goes to, and the message.
+    list: str
+    message: str
+
+
+class Submissions:
+    """Sends submissions to one Redis. Thread-safe."""
+
+    def __init__(self, client: Redis, ttl_s: int) -> None:
+        self._redis = client
+        self._ttl_s = ttl_s
+
+    def send(
+        self, submissions: Sequence[Submission], replicas: int = 0, wait_s: float = 0.0
+    ) -> tuple[list[Exception | None], int]:
+        """Send all in one round trip. Returns what each was refused with, and the replicas that have them.
+
+        With `replicas`, waits up to `wait_s` seconds until so many have all of it. What was not refused is in
+        Redis. Raises redis-py's errors where the connection is lost: then any of them may have been sent.
+        """
+        deadline_s = time.monotonic() + LOADED_WITHIN_S
+        while True:
+            results, have_it = self._send(submissions, replicas, wait_s)
+            if not any(type(each).__name__ == "NoScriptError" for each in results[::2]):
+                break
+            self._load(deadline_s)
+        refused = [
+            next((each for each in pair if isinstance(each, Exception)), None)
+            for pair in zip(results[::2], results[1::2], strict=True)
+        ]
+        return refused, have_it
+
+    def of(self, job_id: str) -> list[str]:
+        """The ids of a job's submissions that were not given up since it was last queued."""
+        names = cast("list[str]", self._redis.hkeys(job_key(job_id)))
+        return [name.removeprefix("sub:") for name in names if name.startswith("sub:") and name != "sub:"]
+
+    def _send(self, submissions: Sequence[Submission], replicas: int, wait_s: float) -> tuple[list[Any], int]:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for each in submissions:
+                record, own = job_key(each.job_id), submission_key(each.job_id, each.submission)
+                keys = (record, QUEUES, FAILED, own, LATEST)
+                about = (each.job, each.queue, self._ttl_s, each.job_id, each.submission, each.own)
+                pipe.evalsha(_DIGEST, len(keys), *keys, *about, each.message_id)
+                pipe.lpush(each.list, each.message)
+            if replicas:
+                pipe.wait(replicas, max(1, int(1_000 * wait_s)))
+            results: list[Any] = pipe.execute(raise_on_error=False)
+        have_it = results.pop() if replicas else 0
+        if isinstance(have_it, Exception):
+            raise have_it
+        return results, int(have_it)
+
+    def _load(self, deadline_s: float) -> None:
+        """Load the scripts, or wait until a worker has."""
+        try:
+            load(self._redis)
+        except Exception as error:
+            if code_of(error) != "NOPERM":
+                raise
+            if time.monotonic() > deadline_s:
+                raise QueueError(
+                    "Redis does not have the scripts of this version of smallcat, and this user may not load "
+                    "them: start a worker of this version, which does, or give this user the right to SCRIPT "
+                    "LOAD."
+                ) from error
+            time.sleep(RETRY_S)
