@@ -21,6 +21,8 @@ from worker.contract.record import JobRecord, State
 if TYPE_CHECKING:
     from PIL import Image
 
+    from worker.contract.queues import Takers
+
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -179,18 +181,17 @@ class JobHandle:
         ones.
         """
         record = self.record()
-        queued = workers = reads = 0
+        queued = workers = 0
         note = ""
         if not record.state.is_final:
             now = session()
             with now.queue_errors():
-                workers = now.fleet.serving(record.queue, version=record.job.version)
-                reads = 0 if workers else now.fleet.version_read(record.queue)
+                takers = now.fleet.takers(record.queue, record.job.version)
                 if record.state is State.RUNNING:
                     now.records.watch()
                 queued = now.fleet.length(record.queue) if record.state is State.QUEUED else 0
-            if not workers:
-                note = _unserved(record, reads)
+            workers = takers.workers
+            note = "" if workers else _unserved(record, takers)
         return Progress(record.state, record.step, record.steps, queued, workers, note)
 
     def result(self, timeout: float | None = None) -> JobResult:
@@ -205,9 +206,9 @@ class JobHandle:
 
         def idle(record: JobRecord) -> None:
             nonlocal warned
-            if not warned and (reads := now.fleet.version_read(record.queue)) < record.job.version:
+            if not warned and not (takers := now.fleet.takers(record.queue, record.job.version)).workers:
                 warned = True
-                warnings.warn(_unserved(record, reads), stacklevel=4)
+                warnings.warn(_unserved(record, takers), stacklevel=4)
 
         _check_timeout(timeout)
         try:
@@ -221,8 +222,8 @@ class JobHandle:
     async def aresult(self, timeout: float | None = None) -> JobResult:
         """As `result`, on an event loop: other tasks run meanwhile. Cancelling it leaves the job alone."""
 
-        def unserved(record: JobRecord, reads: int) -> None:
-            warnings.warn(_unserved(record, reads), stacklevel=5)
+        def unserved(record: JobRecord, takers: Takers) -> None:
+            warnings.warn(_unserved(record, takers), stacklevel=5)
 
         _check_timeout(timeout)
         now = session()
@@ -361,12 +362,13 @@ def _check_timeout(timeout: float | None) -> None:
         raise ValueError(f"timeout is {timeout}: it must be None or seconds >= 0.")
 
 
-def _unserved(record: JobRecord, reads: int) -> str:
-    """Why nobody renders the job, and what to do.
-
-    reads: the version of messages up to which live workers of its queue read; 0: there are none.
-    """
-    job = record.job
+def _unserved(record: JobRecord, takers: Takers) -> str:
+    """Why nobody renders the job, and what to do; `takers`: who takes from its queue."""
+    job, paused, reads = record.job, takers.paused, takers.reads
+    if paused:
+        which = "The worker that serves" if paused == 1 else f"The {paused} workers that serve"
+        take = "takes" if paused == 1 else "take"
+        return f'{which} the model "{job.model}" {take} no jobs at present: `smallcat doctor` says why.'
     if reads:
         return (
             f"The job needs a newer worker: its message is of version {job.version}, and the live workers "

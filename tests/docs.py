@@ -255,7 +255,9 @@ def metric_names() -> str:
 
     def rows() -> Iterator[tuple[str, ...]]:
         for name, value in vars(metrics).items():
-            if isinstance(value, prometheus_client.Counter | prometheus_client.Histogram):
+            if isinstance(
+                value, prometheus_client.Counter | prometheus_client.Gauge | prometheus_client.Histogram
+            ):
                 metric = next(iter(value.describe()))
                 suffix = "_total" if metric.type == "counter" else ""
                 labels = ", ".join(f"`{label}`" for label in value._labelnames)

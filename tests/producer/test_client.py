@@ -27,7 +27,7 @@ from redis import Redis
 from deploy.embedded.servers import ValkeyProcess
 from deploy.embedded.stack import Stack
 from producer import JobHandle, JobResult, job_from_image, submit_job
-from producer.session import ShortLookUp
+from producer.session import ShortLookUp, session
 from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
 from worker.contract.errors import (
@@ -41,6 +41,7 @@ from worker.contract.errors import (
 from worker.contract.job import MAX_SEED, Job
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State, Timings
+from worker.contract.served_model import ServedModel
 from worker.jobs.image_file import encode
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.keys import job_key
@@ -468,13 +469,38 @@ def test_progress_has_steps_and_messages_ahead(fleet: Fleet, records: Records, s
     assert handle.progress().fraction == 1
 
 
+def test_a_worker_that_pauses_does_not_count_as_serving(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.state.records.RECHECK_S", 0.01)
+    monkeypatch.setattr("worker.state.awaiting.RECHECK_S", 0.01)
+    fleet = session().fleet
+    for name in ("a", "b"):
+        fleet.announce(
+            WorkerInfo(
+                name=name, served=ServedModel(name="a/model", revision="r", defaults=SERVED.defaults),
+                started_at=1.0, device="", attention="", max_rows=1, versions={}, paused="keys expired",
+            )
+        )  # fmt: skip
+    handle = submit_job("a small cat", model="a/model")
+    assert handle.record().job.revision == "r"
+    expected = 'The 2 workers that serve the model "a/model" take no jobs at present: `smallcat doctor`'
+    assert (handle.progress().note.startswith(expected), handle.progress().workers) == (True, 0)
+    with pytest.warns(UserWarning, match=expected), pytest.raises(TimeoutError):
+        handle.result(0.2)
+    with pytest.warns(UserWarning, match=expected), pytest.raises(TimeoutError):
+        asyncio.run(handle.aresult(0.2))
+    fleet.announce(fleet.workers()[0].model_copy(update={"paused": ""}))
+    assert (handle.progress().note, handle.progress().workers) == ("", 1)
+
+
 def test_a_job_that_nobody_serves_says_so_everywhere(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.state.records.RECHECK_S", 0.01)
     handle = submit_job("a small cat", model="a/model")
     expected = 'No worker serves the model "a/model"'
-    assert handle.progress().note.startswith(expected)
+    assert (handle.progress().note.startswith(expected), handle.progress().workers) == (True, 0)
     with pytest.warns(UserWarning, match=expected) as caught, pytest.raises(TimeoutError):
         handle.result(0.2)
     assert len(caught) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import NamedTuple
 
 from worker.contract.job import DEFAULT_MODEL, MAX_PRIORITY, Job
 from worker.contract.served_model import ServedModel
@@ -19,6 +20,17 @@ SEPARATOR = "\x06\x16"
 UNDECODABLE = "smallcat:undecodable"
 #: The set of the lists where messages of newer versions wait for a worker that reads them.
 PARKED = "smallcat:parked"
+
+
+class Takers(NamedTuple):
+    """Who takes messages of one version from one queue."""
+
+    #: Live workers that do.
+    workers: int
+    #: Live workers that would, and take no jobs at present.
+    paused: int
+    #: The version of messages up to which live workers of the queue read; 0: there are none.
+    reads: int
 
 
 def queue_of(job: Job) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from worker.contract.errors import BucketRefusedError, PermanentStorageError, StorageError
+from worker.jobs import metrics
 from worker.jobs.retry_policy import Backoff
 
 logger = logging.getLogger("smallcat.jobs")
@@ -81,6 +82,7 @@ class BucketAccess:
 
     def _close(self, error: PermanentStorageError, size: int) -> None:
         self._reason = str(error)
+        metrics.PAUSED.set(1)
         logger.error(
             "Jobs go back to the queue, and no others are taken, until the bucket lets them in. %s", error
         )
@@ -100,6 +102,7 @@ class BucketAccess:
             except Exception:
                 logger.exception("The bucket cannot be tried; it is tried again")
                 continue
+            metrics.PAUSED.set(0)
             self._reason = ""
             logger.warning("The bucket takes objects again, and so this worker jobs.")
             return

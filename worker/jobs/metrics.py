@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import REGISTRY, Counter, Histogram, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 #: Jobs by how they ended: rendered, cached, failed, retried, cancelled, given_back, taken.
 JOBS = Counter("smallcat_jobs", "Jobs by how they ended on this worker", ["outcome"])
+#: 1 while the worker takes no jobs, because the bucket refuses it; else 0.
+PAUSED = Gauge("smallcat_paused", "Whether the worker takes no jobs, because the bucket refuses it")
 #: Seconds that a job waited in its queue.
 QUEUED = Histogram(
     "smallcat_queued_seconds",

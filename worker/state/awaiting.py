@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from worker.contract.errors import UnknownJobError
+from worker.contract.queues import Takers
 from worker.contract.record import JobRecord
-from worker.state.fleet import WorkerInfo, groups_in, groups_of, version_read
+from worker.state.fleet import WorkerInfo, groups_in, groups_of, takers
 from worker.state.hashes import is_in_doubt, record_of, says_final, seen_by, unknown
 from worker.state.keys import DIGEST, WORKERS, job_key, submission_key, worker_key
 from worker.state.records import READ_AT_ONCE
@@ -42,13 +43,13 @@ class Awaiting:
         self,
         job_id: str,
         timeout_s: float | None,
-        unserved: Callable[[JobRecord, int], None] = lambda *_: None,
+        unserved: Callable[[JobRecord, Takers], None] = lambda *_: None,
         submission: str = "",
     ) -> JobRecord:
         """Wait until the job's state is final and return its record, as `Records.wait`.
 
         `unserved` is called once, within about 5 seconds, while no live worker takes the job: with the
-        record, and the version of messages up to which live workers of its queue read; 0: there are none.
+        record, and who takes from its queue.
         Tries for `retry_s` seconds to reach a Redis that is away. Raises `TimeoutError` after `timeout_s`
         seconds (None: never), `UnknownJobError`, redis-py's errors.
         """
@@ -100,15 +101,15 @@ class _Waiter:
     read: asyncio.Event = field(default_factory=asyncio.Event)
     #: The job's final record, or why there is none.
     final: asyncio.Future[JobRecord] = field(default_factory=_future)
-    #: Done when no live worker takes the job, with the version that those of its queue read.
-    unserved: asyncio.Future[int] = field(default_factory=_future)
+    #: Done when no live worker takes the job, with who takes from its queue.
+    unserved: asyncio.Future[Takers] = field(default_factory=_future)
 
 
 async def _outcome(
     waiter: _Waiter,
     timeout_s: float | None,
     deadline: float | None,
-    unserved: Callable[[JobRecord, int], None],
+    unserved: Callable[[JobRecord, Takers], None],
 ) -> JobRecord:
     """The waiter's final record. A job that is done is returned although `deadline` has passed."""
     loop = asyncio.get_running_loop()
@@ -283,6 +284,6 @@ class _Watch:
         for waiter in (each for waiters in self._waiters.values() for each in waiters):
             if waiter.record is None or waiter.unserved.done():
                 continue
-            reads = version_read(groups, waiter.record.queue)
-            if reads < waiter.record.job.version:
-                waiter.unserved.set_result(reads)
+            found = takers(groups, waiter.record.queue, waiter.record.job.version)
+            if not found.workers:
+                waiter.unserved.set_result(found)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from worker.contract.job import DEFAULT_MODEL, Job
-from worker.contract.queues import lists_of, queues_of
+from worker.contract.queues import Takers, lists_of, queues_of
 from worker.contract.refusals import code_of
 from worker.contract.served_model import ServedModel
 from worker.state.keys import BOOK, DIGEST, QUEUES, SERVED, WORKERS, worker_key
@@ -62,7 +62,7 @@ class WorkerInfo(BaseModel):
 
 
 class Group(BaseModel):
-    """The live workers that serve the same and read the same messages."""
+    """The live workers that serve and read the same. Those that pause are a group of their own."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,6 +76,8 @@ class Group(BaseModel):
     last: tuple[float, str]
     #: As `WorkerInfo.reads`.
     reads: int = 1
+    #: Whether they take no jobs at present.
+    paused: bool = False
 
 
 class Digest(BaseModel):
@@ -103,13 +105,25 @@ def groups_in(digest: object) -> Sequence[Group] | None:
 
 def groups_of(workers: Iterable[WorkerInfo]) -> Sequence[Group]:
     """The groups of `workers`."""
-    members: dict[tuple[ServedModel, int], list[tuple[float, str]]] = {}
+    members: dict[tuple[ServedModel, int, bool], list[tuple[float, str]]] = {}
     for worker in workers:
-        members.setdefault((worker.served, worker.reads), []).append((worker.started_at, worker.name))
+        kind = (worker.served, worker.reads, bool(worker.paused))
+        members.setdefault(kind, []).append((worker.started_at, worker.name))
     return [
-        Group(served=served, workers=len(of), first=min(of), last=max(of), reads=reads)
-        for (served, reads), of in members.items()
+        Group(served=served, workers=len(of), first=min(of), last=max(of), reads=reads, paused=paused)
+        for (served, reads, paused), of in members.items()
     ]
+
+
+def takers(groups: Iterable[Group], queue: str, version: int) -> Takers:
+    """Who of `groups` takes messages of `version` from `queue`."""
+    fitting = [group for group in groups if queue in queues_of(group.served)]
+    reading = [group for group in fitting if group.reads >= version]
+    return Takers(
+        workers=sum(group.workers for group in reading if not group.paused),
+        paused=sum(group.workers for group in reading if group.paused),
+        reads=max((group.reads for group in fitting), default=0),
+    )
 
 
 def version_read(groups: Iterable[Group], queue: str) -> int:
@@ -154,6 +168,8 @@ class Fleet:
         served = f'"served":{worker.served.model_dump_json()}'
         if worker.reads > 1:
             served += f',"reads":{worker.reads}'
+        if worker.paused:
+            served += ',"paused":true'
         group = hashlib.sha256(served.encode()).hexdigest()[:16]
         said = worker.model_dump_json(exclude_defaults=True)
         keys = [worker_key(worker.name), WORKERS, DIGEST, BOOK]
@@ -231,8 +247,14 @@ class Fleet:
         return sum(
             group.workers
             for group in self.groups()
-            if group.reads >= version and not set(queues).isdisjoint(queues_of(group.served))
+            if group.reads >= version
+            and not group.paused
+            and not set(queues).isdisjoint(queues_of(group.served))
         )
+
+    def takers(self, queue: str, version: int = 1) -> Takers:
+        """Who takes messages of `version` from `queue`."""
+        return takers(self.groups(), queue, version)
 
     def version_read(self, queue: str) -> int:
         """The version of messages up to which a live worker takes jobs from `queue`; 0 where none does."""

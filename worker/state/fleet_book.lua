@@ -4,7 +4,7 @@
 -- book     its keys, all of which begin so:
 --            :until    zset  names of workers, by when their announcements expire
 --            :group    hash  name -> group: the workers that serve the same
---            :served   hash  group -> what it serves and reads, as members of a JSON object
+--            :served   hash  group -> what it serves and reads, and whether it pauses, as members of a JSON object
 --            :version  string, changed with each change of the digest; :seen the one that was last noted
 --            :of:<group>  zset  names of a group, by when they started
 -- digest   the key of the digest: JSON, see `worker.state.fleet.Digest`

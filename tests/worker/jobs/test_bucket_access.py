@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from prometheus_client import REGISTRY
 
 from worker.contract.errors import BucketRefusedError, PermanentStorageError, StorageError
 from worker.jobs.bucket_access import BucketAccess
@@ -99,9 +100,11 @@ def test_access_opens_when_a_test_object_is_taken(
     with pytest.raises(BucketRefusedError):
         access.judge(10)
     wait_for_probe(probe, 2)
+    assert REGISTRY.get_sample_value("smallcat_paused") == 1
     probe.error = None
     wait_until_open(access)
     assert access.reason == ""
+    assert REGISTRY.get_sample_value("smallcat_paused") == 0
     assert [record.levelno for record in caplog.records] == [logging.ERROR, logging.WARNING]
     # And closes again, if it comes to that.
     probe.error = PermanentStorageError("denied again")

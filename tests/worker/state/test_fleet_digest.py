@@ -73,6 +73,7 @@ def test_the_digest_follows_whoever_comes_changes_and_goes(fleet: Fleet) -> None
         lambda: fleet.withdraw("a"),
         lambda: fleet.withdraw("nobody"),
         lambda: fleet.announce(worker("c", "n", "r1", 5.0)),
+        lambda: fleet.announce(worker("c", "n", "r1", 5.0).model_copy(update={"paused": "x"})),
         lambda: fleet.withdraw("b"),
         lambda: fleet.withdraw("c"),
         lambda: fleet.withdraw('"/\\ é'),
@@ -110,9 +111,21 @@ def test_the_digest_changes_only_with_what_is_served_and_by_how_many(fleet: Flee
     fleet.announce(worker("b", "m"))
     before = client.get(DIGEST)
     paused = worker("a", "m").model_copy(update={"paused": "the bucket refuses"})
-    for info in (worker("b", "m"), paused, worker("a", "m")):
+    for info in (worker("b", "m"), worker("a", "m")):
         fleet.announce(info)
         assert client.get(DIGEST) == before
+    # One that pauses is one less that takes jobs.
+    fleet.announce(paused)
+    assert client.get(DIGEST) != before
+    assert same(fleet)
+    assert (fleet.serving("smallcat.m@r1"), fleet.takers("smallcat.m@r1").paused) == (1, 1)
+    again = paused.model_copy(update={"paused": "for another reason"})
+    now = client.get(DIGEST)
+    fleet.announce(again)
+    assert client.get(DIGEST) == now
+    fleet.announce(worker("a", "m"))
+    assert (fleet.serving("smallcat.m@r1"), fleet.takers("smallcat.m@r1").paused) == (2, 0)
+    before = client.get(DIGEST)
     fleet.withdraw("b")
     assert client.get(DIGEST) != before
 
