@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from producer.cli.job_options import JOB_OPTIONS, given_fields, job_options
+from producer.cli.job_options import JOB_OPTIONS, fields_as_given, given_fields, job_options
 from producer.cli.json_output import say
 from producer.ingest.types import FILE_PRIORITY
 from producer.prompts.fields import meaning_of
@@ -24,6 +24,7 @@ from worker.contract.plain_text import plain_json
 if TYPE_CHECKING:
     from producer.cli.ingest_display import QuietDisplay
     from producer.ingest.feeder import Ingest
+    from producer.ingest.plan import Plan
     from producer.ingest.types import Outcome
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -120,33 +121,18 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
 
     Raises what `producer.ingest.submit_file.submit_file` does.
     """
-    from producer.ingest.check import refuse_bad_lines
-    from producer.ingest.submit_file import grid_of, make_ingest, make_plan, make_variants, wildcards_folder
+    from producer.ingest.submit_file import make_ingest
     from producer.ingest.types import Options
     from worker.contract.errors import ServiceError
 
-    names = [each for each in files if not _is_axis(each)]
-    axes = [each for each in files if _is_axis(each)]
-    untaken = {name: options[name] for name, each in JOB_OPTIONS.items() if each.option not in _TAKEN}
-    file_format, fields = _formats(options["formats"], given_fields(untaken))
-    folder = wildcards_folder(options["wildcards"], names)
-    variants = make_variants(
-        fields,
-        options["images"],
-        options["seed_start"],
-        grid_of([*options["grid"], *axes]),
-        options["sample"],
-        folder,
-        literal=options["literal"],
-    )
-    plan = make_plan(names, file_format=file_format, variants=variants, extra=options["extra"])
+    plan = plan_of(files, options)
     if options["check"]:
         from producer.cli.ingest_check import print_check
 
         return print_check(plan, as_json=as_json)
-    if options["strict"]:
-        refuse_bad_lines(plan, lambda text: say(text, err=True))
-    run_options = Options(options["manifest"], options["run"], options["max_queued"], options["detach"])
+    run_options = Options(
+        options["manifest"], options["run"], options["max_queued"], options["detach"], options["strict"]
+    )
     display = _display(options, as_json=as_json)
     try:
         ingest = make_ingest(plan, run_options, display, options["download"], options["name"])
@@ -164,16 +150,44 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
     return 0 if outcome.is_clean else 1
 
 
+def plan_of(files: Sequence[str], options: Mapping[str, Any]) -> Plan:
+    """The plan that the command's arguments and options mean. Raises `PromptFileError`, `InvalidJobError`."""
+    from producer.ingest.submit_file import (
+        first_variants,
+        grid_of,
+        make_plan,
+        make_variants,
+        wildcards_folder,
+    )
+
+    names = [each for each in files if not _is_axis(each)]
+    grid = [*options["grid"], *(each for each in files if _is_axis(each))]
+    untaken = {name: options[name] for name, each in JOB_OPTIONS.items() if each.option not in _TAKEN}
+    file_format, formats = _formats(options["formats"])
+    variants = make_variants(
+        given_fields(untaken) | formats,
+        options["images"],
+        options["seed_start"],
+        grid_of(grid),
+        options["sample"],
+        wildcards_folder(options["wildcards"], names),
+        literal=options["literal"],
+    )
+    plan = make_plan(names, file_format=file_format, variants=variants, extra=options["extra"])
+    first = first_variants(variants, fields_as_given(untaken) | formats, grid)
+    return dataclasses.replace(plan, first_variants=first)
+
+
 def _is_axis(word: str) -> bool:
     """Whether an argument is one more axis of `--grid`: it names a job field, and no file."""
     axis, equals, _ = word.partition("=")
     return bool(equals) and meaning_of(axis) in JOB_FIELDS and not Path(word).exists()
 
 
-def _formats(formats: Sequence[str], fields: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The files' format and the job fields: each `--format` is that of the files or that of the pictures."""
+def _formats(formats: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """The files' format, and the pictures' as a job field: each `--format` is one or the other."""
     file_format = None
-    fields = dict(fields)
+    fields = {}
     for each in formats:
         if each.lower() in FORMATS:
             file_format = each.lower()

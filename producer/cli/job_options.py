@@ -22,15 +22,17 @@ _CALLED = {int: "integer", float: "number", bool: "boolean (true or false)"}
 
 
 class _Value(click.ParamType[Any]):
-    """A job field's value, read as in prompt files; None where the words for nothing are given."""
+    """A job field's value: a number as it is read in prompt files, a text as it was given."""
 
     def __init__(self, entry: FieldEntry) -> None:
         self._entry = entry
         self.name = _TYPES.get(entry.kind, "text")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self._entry.kind is str:
+            return value
         read = value_of(self._entry, value)
-        if self._entry.kind is not str and isinstance(read, str):
+        if isinstance(read, str):
             self.fail(f"{short(value)} is no {_CALLED.get(self._entry.kind, 'number')}.", param, ctx)
         return None if read is NOT_GIVEN else read
 
@@ -80,7 +82,19 @@ def _help(entry: FieldEntry, default: Any) -> str:
 
 
 def given_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The job fields that were given among `options`. Raises `click.BadParameter` for what is not JSON."""
+    """The job fields that were given among `options`, read as in prompt files.
+
+    Raises `click.BadParameter` for what is not JSON.
+    """
+    given = {
+        name: value_of(JOB_OPTIONS[name], value) if JOB_OPTIONS[name].kind is str else value
+        for name, value in fields_as_given(options).items()
+    }
+    return {name: value for name, value in given.items() if value is not NOT_GIVEN}
+
+
+def fields_as_given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with texts as they were given: so the first version took them."""
     given = {name: options[name] for name in JOB_OPTIONS if options.get(name) is not None}
     for name, text in given.items():
         if JOB_OPTIONS[name].kind is dict:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from producer.ingest import manifest_path
+from producer.ingest.check import refuse_bad_lines
 from producer.ingest.journal import Journal, journal_path
 from producer.ingest.manifest import write_manifest
 from producer.ingest.message_templates import MessageTemplate, TemplatedJob
@@ -90,8 +91,9 @@ class Ingest:
         """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; a later call resumes it."""
         with self._session.queue_errors():
             self._go_on_as_begun()
+            if self._options.strict:
+                refuse_bad_lines(self._plan, self._display.notice)
             self._choose_manifest()
-            self._tell_of_earlier_run()
             self.run.take()
             self.run.note("files", json.dumps([each.name for each in self._plan.sources[:SHOWN_FILES]]))
             if self.run.noted("cancelled") is not None:
@@ -129,24 +131,27 @@ class Ingest:
         return Run(self._session.redis, self._options.run or digest[:16], digest, ttl_s)
 
     def _go_on_as_begun(self) -> None:
-        """Take the dynamic prompts of the version that the run was begun with."""
-        plan = self._plan.as_begun(lambda digest: self._run_of(digest).noted("what") == digest)
+        """Take the plan of the version that the run was begun with."""
+        plan = self._plan.as_begun(self._is_begun)
         if plan is not self._plan:
             self._plan, self.run = plan, self._run_of(plan.digest)
             self._pinned = Pinned(self.run, self._session.fleet)
             self._results = Results(self.run, self._session)
-
-    def _tell_of_earlier_run(self) -> None:
-        digest = self._plan.earlier_digest
-        if digest is None or self._options.run is not None:
-            return
-        earlier = Run(self._session.redis, digest[:16], digest, 0)
-        sent, total, ended = (int(earlier.noted(name) or 0) for name in ("fed", "total", "ended"))
-        if sent and not (total and ended >= total) and not self.run.noted("fed"):
             self._display.notice(
-                f"An earlier version began these files as run {earlier.id}, and may have read lines "
-                f"otherwise: this is a run of its own, {self.run.id}. Pictures in the bucket are kept."
+                f"An earlier version began the run {self.run.id}: its files are read as they were then. "
+                "With another --run they are read anew; pictures in the bucket are kept."
             )
+
+    def _is_begun(self, digest: str) -> bool:
+        """Whether a run of the plan with that digest has sent something and was not cancelled.
+
+        A name that the user gave stands for its plan in any case.
+        """
+        run = self._run_of(digest)
+        if run.noted("what") != digest:
+            return False
+        is_named = self._options.run is not None
+        return is_named or (run.noted("cursor") is not None and run.noted("cancelled") is None)
 
     def _feed_until_over(self, journal: Journal) -> Outcome:
         status = self.run.status()

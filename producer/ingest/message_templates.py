@@ -65,14 +65,17 @@ class _Shape:
 
 
 class JobTemplates:
-    """Makes jobs of job fields. `resolve` fills in the model and its revision, as `Fleet.resolve` does."""
+    """Makes jobs of job fields."""
 
-    def __init__(self, resolve: Callable[[Job], Job]) -> None:
-        self._resolve = resolve
+    def __init__(
+        self, resolve: Callable[[Job], Job], job_of: Callable[[dict[str, Any]], Job] = Job.parse
+    ) -> None:
+        """`resolve` fills in the model and its revision, as `Fleet.resolve` does; `job_of` checks fields."""
+        self._resolve, self._job_of = resolve, job_of
         self._shapes: dict[tuple[object, ...], _Shape] = {}
 
     def fill(self, fields: Mapping[str, Any]) -> TemplatedJob:
-        """The job of these fields. Raises `InvalidJobError` as `Job.parse` does."""
+        """The job of these fields. Raises `InvalidJobError` as `job_of` does."""
         prompt, seed, metadata = fields.get("prompt"), fields.get("seed"), fields.get("metadata", {})
         if (
             type(prompt) is not str
@@ -98,7 +101,7 @@ class JobTemplates:
 
     def _parse(self, fields: Mapping[str, Any]) -> TemplatedJob:
         """The same without a template, by the job itself."""
-        job = self._resolve(Job.parse(dict(fields)))
+        job = self._resolve(self._job_of(dict(fields)))
         values = job.model_dump(mode="json")
         text, version = json.dumps(values), version_needed(values)
         prompt, seed, metadata = (values.pop(name) for name in ("prompt", "seed", "metadata"))
@@ -114,7 +117,7 @@ class JobTemplates:
         if (known := self._shapes.get(key)) is not None:
             return known
         rest = {name: value for name, value in fields.items() if name != "metadata"}
-        job = self._resolve(Job.parse(rest | {"prompt": "x", "seed": 0}))
+        job = self._resolve(self._job_of(rest | {"prompt": "x", "seed": 0}))
         if len(self._shapes) >= MAX_SHAPES:
             self._shapes.clear()
         self._shapes[key] = made = _shape_of(job)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from producer.ingest.message_templates import JobTemplates, TemplatedJob
+from producer.prompts import fields_v1, reader_v1
 from producer.prompts.entries import BadEntry, Entry, LineError
-from producer.prompts.reader import read
+from producer.prompts.reader import READING, read
 from producer.prompts.sources import Source
 from producer.prompts.variants import Variants
 from producer.prompts.wildcards import ENDINGS
@@ -22,6 +23,9 @@ from worker.contract.prompt_syntax import only_words, only_words_warning
 #: A change to which jobs a plan has, or to their order, is a new number.
 PLAN_VERSION = 1
 
+#: The versions of reading files and of dynamic prompts that earlier versions had together, the first one's
+#: before others.
+_EARLIER = ((1, 1), (2, 1), (1, 2))
 #: The files of wildcards that earlier versions of dynamic prompts had.
 _ENDINGS = {1: (".txt",)}
 _FIELD = re.compile(r'There is no job field "?([^":]+)|(\w+)')
@@ -78,29 +82,19 @@ class Plan:
     variants: Variants = field(default_factory=Variants)
     #: Whether names that are nearly a job field's go to metadata.
     extra: bool = False
+    #: The version of reading files: that of new runs, or the one that a run was begun with.
+    reading: int = READING
+    #: The variants that the first version made of the same options; None: `variants`.
+    first_variants: Variants | None = None
 
     @property
     def digest(self) -> str:
         """A hash over all that determines the jobs: 32 hexadecimal digits. The priority is left out."""
-        # A file that both readings read alike keeps the first one's digest, and so its runs.
-        return self._digest([each.reading for each in self.sources])
-
-    @property
-    def earlier_digest(self) -> str | None:
-        """The digest by which the first version knew these files, where it read them otherwise; else None."""
-        if self.extra or all(each.reading == 1 for each in self.sources):
-            return None
-        first = replace(self, variants=replace(self.variants, syntax=1))
-        return first._digest([1] * len(self.sources))
-
-    def _digest(self, readings: Sequence[int]) -> str:
         how = self.variants
         defaults = {name: value for name, value in how.defaults.items() if name != "priority"}
         wildcards = "" if how.literal else how.wildcards.digest_of(*_ENDINGS.get(how.syntax, ENDINGS))
-        files = [
-            (each.format, each.digest, *([reading] if reading > 1 else []))
-            for each, reading in zip(self.sources, readings, strict=True)
-        ]
+        reading = [self.reading] if self.reading > 1 else []
+        files = [(each.format, each.digest, *reading) for each in self.sources]
         values = [PLAN_VERSION, ID_VERSION, files]
         values += [defaults, how.images, how.seed_start, dict(how.grid), how.sample, how.literal, wildcards]
         values += ["extra"] if self.extra else []
@@ -108,12 +102,17 @@ class Plan:
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def as_begun(self, is_begun: Callable[[str], bool]) -> Plan:
-        """This plan, or the one of an earlier version of dynamic prompts if a run was begun with it.
+        """This plan, or that of an earlier version for the same files and options if a run was begun with it.
 
         `is_begun` says whether there is a run of a plan with that digest. The run goes on as it began.
         """
-        for syntax in range(1, self.variants.syntax):
-            earlier = replace(self, variants=replace(self.variants, syntax=syntax))
+        if is_begun(self.digest):
+            return self
+        for reading, syntax in _EARLIER:
+            variants = replace(self.variants, syntax=syntax)
+            if reading == syntax == 1:
+                variants = replace(self.first_variants or variants, syntax=1, draws_seeds=False)
+            earlier = replace(self, reading=reading, variants=variants)
             if is_begun(earlier.digest):
                 return earlier
         return self
@@ -131,7 +130,7 @@ class Plan:
         `warn` is called with one sentence for each name and, unless `warn_of_words` is False, for each syntax
         in a prompt that has no meaning here.
         """
-        templates = JobTemplates(resolve)
+        templates = JobTemplates(resolve, fields_v1.job_of if self.reading == 1 else Job.parse)
         words = _Words(warn) if warn and warn_of_words else None
         for file in range(start.file, len(self.sources)):
             skip = start.entry if file == start.file else 0
@@ -169,6 +168,8 @@ class Plan:
                         warn(sentence)
 
     def _read(self, file: int, skip: int, warn: Callable[[str], None] | None) -> Iterator[Entry | BadEntry]:
+        if self.reading == 1:
+            return reader_v1.read(self.sources[file], skip)
         return read(self.sources[file], skip, warn or (lambda _: None), extra=self.extra)
 
 

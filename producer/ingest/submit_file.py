@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from producer.ingest.check import refuse_bad_lines
 from producer.ingest.download import Downloads
 from producer.ingest.feeder import Ingest
 from producer.ingest.plan import Plan
 from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Options, Outcome, SilentDisplay
+from producer.prompts import fields_v1
 from producer.prompts.fields import NOT_GIVEN, meaning_of, value_of
 from producer.prompts.sources import FORMATS, source
 from producer.prompts.variants import Variants
@@ -78,12 +79,9 @@ def submit_file(
         ),
         extra=extra,
     )
-    display = SilentDisplay()
-    if strict:
-        refuse_bad_lines(plan, display.notice)
-    options = Options(None if manifest is None else Path(manifest), run, max_queued, detach)
+    options = Options(None if manifest is None else Path(manifest), run, max_queued, detach, strict)
     folder = None if download is None else Path(download)
-    return make_ingest(plan, options, display, folder, name)()
+    return make_ingest(plan, options, SilentDisplay(), folder, name)()
 
 
 def make_plan(
@@ -135,6 +133,12 @@ def make_variants(
         Wildcards(wildcards),
         literal,
     )
+
+
+def first_variants(variants: Variants, fields: Mapping[str, Any], grid: Sequence[str]) -> Variants:
+    """The variants that the first version made of options: `fields` as given, and the words of the `grid`."""
+    defaults = {"priority": FILE_PRIORITY, **fields}
+    return replace(variants, defaults=defaults, grid=fields_v1.grid_of(grid))
 
 
 def make_ingest(

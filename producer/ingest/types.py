@@ -109,3 +109,5 @@ class Options:
     max_queued: int = MAX_QUEUED
     #: Queue everything and return.
     detach: bool = False
+    #: Send nothing if any line is wrong.
+    strict: bool = False

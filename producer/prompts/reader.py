@@ -36,7 +36,10 @@ from producer.prompts.sources import Source
 from worker.contract.csv_cells import plain
 from worker.contract.errors import PromptFileError
 
-__all__ = ["BadEntry", "Entry", "LineError", "read"]
+__all__ = ["READING", "BadEntry", "Entry", "LineError", "read"]
+
+#: The version of this reading. One that reads a line otherwise takes a new number: runs go on as they began.
+READING = 2
 
 #: Makes a line's entry of its number and text or values. Raises `LineError`.
 Parse: TypeAlias = Callable[[int, Any], Entry]

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
-from producer.prompts.earlier_reading import ReadAlike
 from worker.contract.errors import PromptFileError
 
 #: The formats, as `--format` takes them and as names end.
@@ -63,23 +62,22 @@ class Source:
     digest: str
     #: The file, where it is a local one; None for standard input and s3://.
     path: Path | None
-    #: Version of the first reading that reads the file as the present one does: 1 or 2.
-    reading: int = 2
     _spool: BinaryIO | None = field(default=None, repr=False, compare=False)
     _seen: tuple[int, int] = (0, 0)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[BinaryIO]:
+    def open(self, *, is_limited: bool = True) -> Iterator[BinaryIO]:
         """The decompressed bytes, from the beginning. Parquet files come as they are, and can be sought in.
 
-        Raises `PromptFileError` for a file that is gone, has changed, or is no valid gzip or zstd, also while
-        it is read.
+        With `is_limited`, files that begin as no text does and those that become far more than their size are
+        refused. Raises `PromptFileError` for these, and for a file that is gone, has changed, or is no valid
+        gzip or zstd, also while it is read.
         """
         with self._raw() as raw:
             try:
                 head = raw.read(6)
                 raw.seek(0)
-                yield self._decompressed(raw, head)
+                yield self._decompressed(raw, head, is_limited=is_limited)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise PromptFileError(f"{self.name} is damaged ({error}): compress it again.") from None
 
@@ -104,16 +102,18 @@ class Source:
         except OSError as error:
             raise PromptFileError(f"{self.name} cannot be read: {error.strerror or error}.") from None
 
-    def _decompressed(self, raw: BinaryIO, head: bytes) -> BinaryIO:
+    def _decompressed(self, raw: BinaryIO, head: bytes, *, is_limited: bool) -> BinaryIO:
         if self.format == "parquet":
             return raw
-        size = os.fstat(raw.fileno()).st_size
+        stream = None
         if head.startswith(_GZIP):
-            return _limited(self.name, cast(Any, gzip.GzipFile(fileobj=raw)), size)
-        if head.startswith(_ZSTD):
-            return _limited(self.name, _zstd(raw), size)
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+        elif head.startswith(_ZSTD):
+            stream = _zstd(raw)
+        if stream is not None:
+            return _limited(self.name, stream, os.fstat(raw.fileno()).st_size) if is_limited else stream
         for mark, what in _FOREIGN.items():
-            if head.startswith(mark):
+            if is_limited and head.startswith(mark):
                 remedy = (
                     "add --format parquet" if what == "Parquet" else "unpack it, or save it as CSV or text"
                 )
@@ -134,10 +134,10 @@ def source(name: str, form: str | None = None) -> Source:
     path = Path(name)
     try:
         with path.open("rb") as raw:
-            seen, (digest, reading) = _seen(raw), _digest(raw, form)
+            seen, digest = _seen(raw), _digest(raw)
     except OSError as error:
         raise PromptFileError(f"{name} cannot be read: {error.strerror or error}.") from None
-    return Source(name, form, digest, path, reading, None, seen)
+    return Source(name, form, digest, path, None, seen)
 
 
 def _format_of(name: str) -> str:
@@ -163,12 +163,12 @@ def _format_of(name: str) -> str:
 
 def _spooled(name: str, form: str, stream: IO[bytes]) -> Source:
     spool = tempfile.TemporaryFile(prefix="smallcat-")  # noqa: SIM115 - lives as long as the source
+    digest = hashlib.blake2b(digest_size=16)
     while chunk := stream.read(_CHUNK):
+        digest.update(chunk)
         spool.write(chunk)
     spool.flush()
-    spool.seek(0)
-    digest, reading = _digest(cast(BinaryIO, spool), form)
-    return Source(name, form, digest, None, reading, cast(BinaryIO, spool))
+    return Source(name, form, digest.hexdigest(), None, cast(BinaryIO, spool))
 
 
 def _from_bucket(name: str, form: str) -> Source:
@@ -187,24 +187,11 @@ def _seen(raw: IO[bytes]) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _digest(raw: BinaryIO, form: str) -> tuple[str, int]:
-    """The digest of the bytes, and the version of the reading that first reads them as now."""
-    digest, alike = hashlib.blake2b(digest_size=16), ReadAlike(form)
-    rest, is_first = b"", True
+def _digest(raw: BinaryIO) -> str:
+    digest = hashlib.blake2b(digest_size=16)
     while chunk := raw.read(_CHUNK):
         digest.update(chunk)
-        if alike.is_alike:
-            # The last line is looked at with the next piece. What is compressed is not looked at.
-            is_packed = is_first and chunk.startswith((_GZIP, _ZSTD))
-            lines, end, rest = (rest + chunk).rpartition(b"\n")
-            if is_packed or len(rest) > _CHUNK:
-                alike.is_alike = False
-            else:
-                alike.look(lines + end)
-            is_first = False
-    if rest:
-        alike.look(rest)
-    return digest.hexdigest(), 1 if alike.is_alike else 2
+    return digest.hexdigest()
 
 
 def _limited(name: str, stream: Any, size: int) -> BinaryIO:

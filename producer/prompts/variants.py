@@ -57,6 +57,8 @@ class Variants:
     literal: bool = False
     #: The version of dynamic prompts: that of new runs, or the one that a run was begun with.
     syntax: int = SYNTAX
+    #: Whether a seed of -1 is one that is to be drawn; the first version took it for a number.
+    draws_seeds: bool = True
 
     def expand(self, entry: Entry, file: int) -> Iterator[Variant]:
         """The jobs of one line of file number `file`, lazily. Raises `LineError` for an unknown wildcard."""
@@ -82,10 +84,11 @@ class Variants:
     def _seed(self, fields: Mapping[str, Any], texts: Mapping[str, Any], image: int, place: str) -> Any:
         start = fields.get("seed", self.seed_start)
         # Drawn from the line, so that a run that is resumed draws it again.
-        if start is None or start == DRAWN:
+        if start is None or (start == DRAWN and self.draws_seeds):
             return _hash(f"seed\0{place}{image}\0{texts.get('prompt', '')}")
-        # What is no number stays, and the job's own error names it.
-        return start + image if type(start) is int else start
+        # What is no seed stays, and the job's own error names it.
+        is_seed = type(start) is int and (start >= 0 or not self.draws_seeds)
+        return start + image if is_seed else start
 
     def _texts(self, fields: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
         texts = {name: fields[name] for name in ("prompt", "negative_prompt") if name in fields}

@@ -27,6 +27,7 @@ from worker.contract.choices import SAMPLERS, ImageFormat, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
 from worker.contract.job_checks import (
+    NEW,
     ONE_LINE,
     PRINTABLE,
     VISIBLE,
@@ -270,13 +271,13 @@ class Job(BaseModel):
         return values
 
     @classmethod
-    def parse(cls, fields: dict[str, Any]) -> Self:
-        """The job that `fields` describe.
+    def parse(cls, fields: dict[str, Any], *, is_new: bool = True) -> Self:
+        """The job that `fields` describe. Without `is_new` it may be one that the first version took alone.
 
         Raises `InvalidJobError` with one sentence for each field that is unknown or outside its limits.
         """
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate(fields, context=NEW if is_new else None)
         except ValidationError as error:
             raise InvalidJobError(explain(error, JOB_FIELDS)) from None
 

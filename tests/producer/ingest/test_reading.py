@@ -8,17 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from deploy.embedded.servers import ValkeyProcess
-from producer.cli.ingest_display import QuietDisplay
 from producer.cli.main import cli
 from producer.ingest.plan import Plan, Planned, unresolved
-from producer.ingest.submit_file import make_ingest, make_plan, make_variants
-from producer.ingest.types import Options
-from producer.prompts.sources import source
-from tests.drain import Drain
-from tests.fast_worker import SERVED, announce
-from worker.contract.queues import queues_of
-from worker.state.keys import run_key
+from producer.ingest.submit_file import make_plan, make_variants
 
 
 @pytest.fixture(autouse=True)
@@ -83,63 +75,10 @@ def test_a_line_that_wants_any_seed_does_not_get_the_runs_own() -> None:
     assert (drawn != 5, given) == (True, 5)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "is_alike"),
-    [
-        ("p.txt", "a cat\n\xe9t\xe9, \u732b\n# x\n", True),
-        ("p.txt", "a cat\r\na dog\r\n", True),
-        ("p.txt", "a cat --steps 3\n", False),
-        ("p.txt", "a cat \u2014steps 3\n", False),
-        ("p.txt", "a cat\ra dog\n", False),
-        ("p.txt", "a cat\n None \n", False),
-        ("p.txt", "x" * (1 << 20) + "\n\u200b\n", False),
-        ("p.csv", "prompt\na cat\n", True),
-        ("p.csv", "prompt;seed;guidance_scale\r\na cat;7;7.5\r\na dog;;5", True),
-        ("p.tsv", "seed\tprompt\n1\ta small red cat\n", True),
-        ("p.jsonl", '{"prompt": "a cat", "seed": 7, "guidance_scale": 7.5}\n"a dog"\n', True),
-        ("p.csv", 'prompt\na 5" cat\n', False),
-        ("p.csv", "prompt,seed\na cat,-1\n", False),
-        ("p.csv", "prompt,seed\na cat,none\n", False),
-        ("p.csv", "prompt,seed\na cat\n", False),
-        ("p.csv", "prompt,artist\na cat,me\n", False),
-        ("p.csv", "prompt,scheduler\na cat,euler\n", False),
-        ("p.csv", "prompt\n\na cat\n", False),
-        ("p.csv", "prompt;seed\na cat, red;7,5\n", False),
-        ("p.csv", "\ufeffprompt\na cat\n", False),
-        ("p.jsonl", '{"prompt": "a cat", "seed": "7"}\n', False),
-        ("p.jsonl", '{"prompt": "a cat", "steps": null}\n', False),
-        ("p.jsonl", "{}x\n", False),
-    ],
-)
-def test_a_file_that_may_be_read_otherwise_than_by_the_first_version_is_another_run(
-    name: str, text: str, is_alike: bool
-) -> None:
-    Path(name).write_text(text, newline="")
-    plan = Plan([source(name)])
-    assert (plan.earlier_digest is None) == is_alike
-    assert plan.digest != plan.earlier_digest
-
-
-def test_a_run_that_the_first_version_began_and_read_otherwise_is_told_of(
-    valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REDIS_URL", valkey.url)
-    announce(valkey.url)
-    Path("p.txt").write_text("a (red:1.3) cat --steps 3\n")
-    variants = make_variants({}, 1, None, {}, None, None, literal=False)
-    plan = make_plan(["p.txt"], file_format=None, variants=variants)
-    drain = Drain(valkey.url, queues_of(SERVED)[0])
-    earlier = str(plan.earlier_digest)[:16]
-    drain.client.hset(run_key(earlier), mapping={"fed": 1, "cursor": "0:1:0", "ended": 0})
-    said: list[str] = []
-
-    class Told(QuietDisplay):
-        def notice(self, text: str) -> None:
-            said.append(text)
-
-    outcome = make_ingest(plan, Options(detach=True), Told())()
-    assert (outcome.sent, outcome.run != earlier) == (1, True)
-    assert earlier in said[0]
-    assert "(x:1.3) in the prompt" in said[1]
-    assert drain.client.hgetall(run_key(earlier)) == {"fed": "1", "cursor": "0:1:0", "ended": "0"}
-    drain.client.close()
+@pytest.mark.parametrize("seed", [-2, -3])
+def test_a_seed_that_is_none_is_refused_whatever_picture_it_is_for(seed: int) -> None:
+    """Its third picture would have the seed 0 or -1, which is one that is drawn."""
+    Path("p.csv").write_text(f"prompt,seed\na cat,{seed}\n")
+    code, said, errors = checked("p.csv", "--images", "4")
+    assert (code, said) == (1, ["0 jobs, 1 bad lines; nothing was sent"])
+    assert f"seed is {seed}: it must be greater than or equal to 0" in errors
