@@ -13,14 +13,18 @@ import subprocess
 import sys
 import tarfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from PIL import Image
 
+from tests.faults.app_names import MARKS
 from tests.faults.harness import ROOT, Ground
 from worker.contract.errors import QueueError
 from worker.contract.job import FORMAT_VERSION, Job
+from worker.state.parked import parked_lists
 
 #: Version of messages that jobs with a tint need.
 NEXT_VERSION = FORMAT_VERSION + 1
@@ -77,6 +81,30 @@ def next_release(folder: Path) -> Path:
 def _changed(text: str, old: str, new: str) -> str:
     assert text.count(old) == 1, f"{text.count(old)} of {old!r}"
     return text.replace(old, new)
+
+
+def waiting(ground: Ground) -> int:
+    """Messages that wait for a newer worker."""
+    with ground.redis as client:
+        return sum(parked_lists(client).values())
+
+
+def account_with_tints(ground: Ground, ids: Iterable[str]) -> list[str]:
+    """Check jobs as `oracle.account` does, also those that this release cannot read; the ids of these."""
+    with ground.redis as client:
+        marks = client.hgetall(MARKS)
+    tinted = []
+    for job_id in ids:
+        folder = ground.images / job_id[:2]
+        assert sorted(path.name for path in folder.glob(f"{job_id}*")) == [f"{job_id}.json", f"{job_id}.png"]
+        assert marks[job_id] == "1"
+        job = json.loads((folder / f"{job_id}.json").read_bytes())["job"]
+        wanted = (job["seed"] + TINT * job.get("tint", 0)) % 251
+        with Image.open(folder / f"{job_id}.png") as picture:
+            assert picture.convert("L").getextrema() == (wanted, wanted)
+        if "tint" in job:
+            tinted.append(job_id)
+    return tinted
 
 
 class OtherProducer:

@@ -17,12 +17,11 @@ from producer.cli.failed import parked
 from producer.cli.main import cli
 from tests.faults import oracle
 from tests.faults.harness import Ground, wait_until
-from tests.faults.releases import NEXT_VERSION, TINT, OtherProducer, next_release
+from tests.faults.releases import NEXT_VERSION, OtherProducer, account_with_tints, next_release, waiting
 from tests.faults.runner import SERVED
 from worker.contract.errors import UnknownJobError
 from worker.contract.job import FORMAT_VERSION
 from worker.contract.queues import queues_of
-from worker.state.parked import parked_lists
 
 QUEUE = queues_of(SERVED)[0]
 
@@ -31,24 +30,6 @@ QUEUE = queues_of(SERVED)[0]
 def after(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tree of the next release."""
     return next_release(tmp_path_factory.mktemp("next"))
-
-
-def grey(ground: Ground, job_id: str) -> tuple[int, int]:
-    """What the picture of a job is, and what it should be."""
-    from PIL import Image
-
-    stem = ground.images / job_id[:2] / job_id
-    job = json.loads(stem.with_suffix(".json").read_bytes())["job"]
-    with Image.open(stem.with_suffix(".png")) as picture:
-        low, high = picture.convert("L").getextrema()
-    assert low == high
-    return int(str(low)), (job["seed"] + TINT * job.get("tint", 0)) % 251
-
-
-def waiting(ground: Ground) -> int:
-    """Messages that wait for a newer worker."""
-    with ground.redis as client:
-        return sum(parked_lists(client).values())
 
 
 def test_a_job_of_the_next_release_waits_for_a_worker_of_it(
@@ -94,8 +75,7 @@ def test_a_job_of_the_next_release_waits_for_a_worker_of_it(
     assert [(row["tint"], row["state"]) for row in rows] == [(2, "done"), (0, "done"), (1, "done")]
     by = {event.job: event.pid for event in ground.journal.events() if event.what == "put"}
     assert by[plain] == first.pid
-    for job_id in (*tinted, rows[0]["id"], rows[2]["id"]):
-        assert by[job_id] == newer.pid
-        got, wanted = grey(ground, job_id)
-        assert got == wanted
+    ids = [*tinted, *(row["id"] for row in rows)]
+    assert account_with_tints(ground, ids) == [*tinted, rows[0]["id"], rows[2]["id"]]
+    assert {by[job_id] for job_id in ids if job_id != rows[1]["id"]} == {newer.pid}
     assert max(ground.journal.count("put").values()) == 1

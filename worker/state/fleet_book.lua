@@ -71,7 +71,8 @@ local function publish(book, digest, names, ttl, is_changed)
   local mixed = is_mixed(book, names)
   local was_mixed = redis.call('EXISTS', book .. ':mixed') == 1
   if is_changed or mixed ~= was_mixed or redis.call('EXPIRE', digest, ttl) == 0 then
-    if mixed then redis.call('SET', book .. ':mixed', 1) else redis.call('DEL', book .. ':mixed') end
+    -- With an expiry: the last worker of this version that leaves announces nothing that would renew one.
+    if mixed then redis.call('SET', book .. ':mixed', 1, 'EX', ttl) else redis.call('DEL', book .. ':mixed') end
     local groups = {}
     local served = redis.call('HGETALL', book .. ':served')
     for i = 1, #served, 2 do

@@ -196,3 +196,13 @@ def test_a_digest_that_cannot_be_read_is_not_used(fleet: Fleet, client: Redis, t
     fleet.announce(worker("a", "m"))
     client.set(DIGEST, text)
     assert fleet.resolve(job()).model == "m"
+
+
+def test_nothing_of_the_book_stays_when_the_last_worker_of_this_version_leaves_earlier_ones(
+    fleet: Fleet, client: Redis
+) -> None:
+    fleet.announce(worker("new", "m"))
+    announce_as_before(client, worker("old", "m"))
+    fleet.withdraw("new")
+    keys = [str(key) for key in client.keys(f"{BOOK}*")]
+    assert [key for key in keys if client.ttl(key) == -1] == []
