@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import re
 import secrets
@@ -298,7 +299,8 @@ def _send(now: Session, job: Job) -> JobHandle:
     """Enqueue `job`, trying again while Redis is out of reach. Raises `QueueError`."""
     from kombu.pools import producers
 
-    from worker.celery import app, connection
+    from worker.celery import connection, message_of
+    from worker.contract.found_message import fingerprint
     from worker.contract.message import task_call_of
     from worker.contract.queues import queue_of
     from worker.contract.refusals import too_few_replicas
@@ -316,12 +318,14 @@ def _send(now: Session, job: Job) -> JobHandle:
             # All of it again after a failure: a replica that became the primary may have none of it.
             if not (is_sent and _is_taken(now, job.id)):
                 # Another one for each try: should both have arrived, the second finds the job taken.
-                message = f"{job.id}-{secrets.token_hex(4)}"
-                with now.queue_errors(), now.one_retry(deadline - time.monotonic()):
-                    now.records.submitted(job, queue_of(job), submission, message)
-                is_sent = True
+                message_id, queue = f"{job.id}-{secrets.token_hex(4)}", queue_of(job)
                 with now.queue_errors(), pool.acquire(block=True) as producer:
-                    app.send_task(**task_call_of(job), task_id=message, producer=producer)
+                    message = message_of(task_call_of(job), message_id, producer)
+                    noted = fingerprint(json.dumps(message))
+                    with now.one_retry(deadline - time.monotonic()):
+                        now.records.submitted(job, queue, submission, message_id, noted)
+                    is_sent = True
+                    producer.channel.put(queue, message)
             if replicas:
                 # Once: a connection that is made anew may lead to another primary.
                 with now.queue_errors(), now.one_retry(0):

@@ -19,7 +19,7 @@ from worker.contract.message import Message, RunMark, payload_in
 from worker.contract.queues import lists_of
 from worker.contract.record import JobRecord, State
 from worker.state import scripts as scripts
-from worker.state.keys import FAILED, job_key
+from worker.state.keys import FAILED, attempts_key, job_key
 from worker.state.records import Claim, Records
 
 AT_ONCE = 500
@@ -97,10 +97,11 @@ def main(queues: list[str]) -> None:
                     record = job_key(payload["id"])
                     job = json.dumps(payload["job"])
                     run = payload["run"]
-                    pipe.evalsha(claim, 1, record, task_id, "drain", 30, 3, 600, job, queues[0], task_id, run)
-                    pipe.evalsha(
-                        finish, 2, record, FAILED, "done", 600, "", payload["id"], "uri", "s3://nowhere/x.png"
-                    )
+                    keys = (record, attempts_key(payload["id"]))
+                    claims = (task_id, "drain", 30, 3, 600, job, queues[0], task_id, run, "yes")
+                    pipe.evalsha(claim, 2, *keys, *claims)
+                    ends = ("done", 600, "", payload["id"], "uri", "s3://nowhere/x.png")
+                    pipe.evalsha(finish, 3, record, FAILED, keys[1], *ends)
                     pipe.delete(record)
                     journal.write(f"{RunMark.parse(run).number} {payload['id']}\n")
                 pipe.execute()

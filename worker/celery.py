@@ -7,6 +7,7 @@ Imports nothing but Celery, the settings and the transport: Celery reports an im
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from celery import Celery
 from kombu.connection import Connection
@@ -58,4 +59,20 @@ def connection(redis_url: str, wait_replicas: int = 0, wait_s: float = 0.0) -> C
     """
     options = {"wait_replicas": wait_replicas, "wait_s": wait_s} if wait_replicas else {}
     made: Connection = app.connection_for_write(url=broker_url(redis_url), transport_options=options)
+    return made
+
+
+def message_of(call: dict[str, Any], message_id: str, producer: Any) -> dict[str, Any]:
+    """The message that Celery makes of a call (`worker.contract.message.task_call`). Nothing is sent.
+
+    `producer` is kombu's, on a channel of `connection`, whose `put` sends such a message.
+    """
+    channel, caught = producer.channel, []
+    channel._put = lambda queue, message, **_: caught.append(message)
+    try:
+        app.send_task(**call, task_id=message_id, producer=producer)
+    finally:
+        del channel._put
+    [message] = caught
+    made: dict[str, Any] = message
     return made

@@ -67,6 +67,9 @@ STORAGE_CONNECTIONS = 640
 EX_SOFTWARE = 70
 #: Seconds until a message that failed for an unknown reason is fetched again.
 UNKNOWN_DELAY_S = 1.0
+#: A message may come back so often, beyond SMALLCAT_MAX_ATTEMPTS, because its worker died: also those that a
+#: worker has not begun come back.
+MORE_RETURNS = 10
 #: Seconds between two tries to reach Redis or the bucket at the start.
 START_RETRY_S = 0.5
 #: Packages whose versions a worker announces.
@@ -99,22 +102,23 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
     `SystemExit` or a `MemoryError` would leak the pool's slot for good.
     """
     request = task.request
+    tag, counts = request.properties["delivery_tag"], False
     try:
         delay_s = _here().handler.handle(
-            payload, request.id, redelivered=bool(request.delivery_info.get("redelivered"))
+            payload, f"{request.id}/{tag}", redelivered=bool(request.delivery_info.get("redelivered"))
         )
     except InvalidJobError as error:
         logger.error("Message %s is set aside: %s", ascii(request.id), plain(error))
-        set_aside_held(request.properties["delivery_tag"], str(error), request.id)
+        set_aside_held(tag, str(error))
         delay_s = None
     except (MachineError, RedisError) as error:
         logger.info("Message %s goes back to its queue: %s", request.id, plain(first_line(error)))
         delay_s = 0.0 if isinstance(error, MachineError) else UNKNOWN_DELAY_S
     except BaseException as error:
         logger.critical("The message goes back to the queue: %r", error, exc_info=True)
-        delay_s = UNKNOWN_DELAY_S
+        delay_s, counts = UNKNOWN_DELAY_S, True
     if delay_s is not None:
-        postpone(request.properties["delivery_tag"], delay_s)
+        postpone(tag, delay_s, counts=counts)
         raise Reject("the message goes back to its queue", requeue=True)
 
 
@@ -146,7 +150,8 @@ def _start(sender: Any, **_: Any) -> None:
         raise SystemExit(EX_SOFTWARE) from error
     stop_signals.set_hurry(_hurry)
     records = Records(connect(_process.settings.redis_url, retry_s=1), _process.settings.record_ttl_s)
-    transport.set_on_unreadable(records.unreadable)
+    transport.set_on_unreadable(records.set_aside)
+    transport.set_max_returns(_process.settings.max_attempts + MORE_RETURNS)
     transport.set_liveness(lambda: _here().engine.is_alive())
     transport.set_pause(lambda: bool(_here().handler.access.reason))
     served, max_rows = _process.handler.served, _process.engine.max_rows

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from producer.cli.job_display import can_draw
 from producer.cli.json_output import NobodyReadsError
+from producer.ingest.ended import Ended
 from producer.ingest.plan import Rejected
-from producer.ingest.run_state import Ended, Status
+from producer.ingest.run_state import Status
 from producer.ingest.types import Counts, Display
 from worker.contract.plain_text import plain, plain_json
 

@@ -298,7 +298,7 @@ class Ingest:
             )
         self._display.notice(f"{len(missing)} jobs are gone from the queue and are sent again.")
         at, again = self.run.now(), f"-{_tag_of_process()[:8]}"
-        self.run.send_again([self._message(job, number, at, again) for number, job in missing])
+        self.run.send_again({number: self._message(job, number, at, again) for number, job in missing})
 
     # Receiving.
 

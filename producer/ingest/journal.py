@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from producer.ingest.ended import Ended
 from producer.ingest.manifest import json_line
-from producer.ingest.run_state import Ended
 from producer.ingest.writing import writing
 from worker.contract.errors import PromptFileError
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
-from worker.celery import app
+from worker.celery import message_of
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import MAX_METADATA, MAX_PROMPT, MAX_SEED, Job, hashed, version_needed
 from worker.contract.job_checks import VISIBLE
@@ -131,13 +131,7 @@ class MessageTemplate:
         """`producer` is kombu's, on a connected channel."""
         gaps = {name: _gap() for name in ("id", "payload", "shown", "tag")}
         call = task_call(gaps["payload"], gaps["shown"], route)
-        channel, caught = producer.channel, []
-        channel._put = lambda queue, message, **_: caught.append(message)
-        try:
-            app.send_task(**call, task_id=gaps["id"], producer=producer)
-        finally:
-            del channel._put
-        [message] = caught
+        message = message_of(call, gaps["id"], producer)
         #: The Redis list that the messages go to.
         self.list = list_of(*route)
         body = base64.b64decode(message["body"]).decode()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from producer.ingest.ended import Ended
 from producer.ingest.journal import Journal
 from producer.ingest.plan import Planned, Rejected
-from producer.ingest.run_state import Ended, Run
+from producer.ingest.run_state import Run
 from producer.session import Session
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import UnknownJobError

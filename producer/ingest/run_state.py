@@ -20,17 +20,18 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, cast
 
+from producer.ingest.ended import Ended
 from worker.broker.transport import OLD_UNACKED, UNACKED
 from worker.contract.errors import PromptFileError
+from worker.contract.found_message import digest_of
 from worker.contract.message import TASK, run_mark_in
 from worker.contract.queues import list_of_parked, queue_of_list
 from worker.contract.refusals import code_of
 from worker.state import run_scripts
-from worker.state.hashes import JOB_ID, says_final
 from worker.state.keys import QUEUES, RUNS, job_key, run_key
 from worker.state.parked import parked_lists
 from worker.state.shared_scripts import SharedScript
@@ -50,25 +51,10 @@ OUTCOMES_AT_ONCE: Final = 2_000
 _PROCESS: Final = secrets.token_hex(8)
 
 
+#: What the keys of a run end in that know what became of its jobs.
+PARTS: Final = ("done", "failed", "news", "prints")
 #: What `feed.lua` returns where the run was cancelled.
 CANCELLED: Final = -2
-
-
-class Ended(NamedTuple):
-    """The outcome of a job, as the workers' scripts write it (`worker.state.scripts`)."""
-
-    #: The job's number in the run, from 0, which is the position of its bit.
-    number: int
-    file: int
-    line: int
-    id: str
-    state: str
-    uri: str | None
-    timings: dict[str, float | None]
-    error_type: str | None
-    error: str | None
-    cached: bool
-    attempts: int
 
 
 @dataclass(frozen=True)
@@ -159,7 +145,7 @@ class Run:
         What is done lies in the bucket and is not rendered again.
         """
         kept = {name: value for name in keep if (value := self.noted(name)) is not None}
-        self._redis.delete(self._key, *(f"{self._key}:{part}" for part in ("done", "failed", "news")))
+        self._redis.delete(self._key, *(f"{self._key}:{part}" for part in PARTS))
         self.take()
         for name, value in kept.items():
             self.note(name, value)
@@ -213,28 +199,38 @@ class Run:
         lists = sorted({name for name, _ in messages} | set(self._lists))
         numbers = {name: number for number, name in enumerate(lists, 1)}
         queues = sorted({queue_of_list(name) for name in lists})
-        args: list[str | int] = [self._token, secrets.token_hex(8), before, before + len(messages), cursor]
-        args += ["" if total is None else total, rejected, self._ttl_s, len(queues), *queues]
+        args: list[str | int | bytes] = [
+            self._token,
+            secrets.token_hex(8),
+            before,
+            before + len(messages),
+            cursor,
+        ]
+        prints = b"".join(_print(message) for _, message in messages)
+        args += ["" if total is None else total, rejected, self._ttl_s, prints, len(queues), *queues]
         args += [item for name, message in messages for item in (numbers[name], message)]
-        keys = [self._key, f"{self._key}:feeder", QUEUES, *lists]
+        keys = [self._key, f"{self._key}:feeder", QUEUES, f"{self._key}:prints", *lists]
         if (answer := self._feed(keys=keys, args=args)) == CANCELLED:
             return
         if answer != 1:
             raise PromptFileError("Another process has fed this run meanwhile: start again to follow it.")
         self._lists = lists
 
-    def send_again(self, messages: Iterable[tuple[str, str]]) -> None:
-        """Send new messages of jobs that were fed and whose messages are lost."""
+    def send_again(self, messages: Mapping[int, tuple[str, str]]) -> None:
+        """Send new messages, by the jobs' numbers, of jobs that were fed and whose messages are lost."""
+        prints = f"{self._key}:prints"
         with self._redis.pipeline() as pipe:
-            for name, message in messages:
+            for number, (name, message) in messages.items():
+                pipe.hset(prints, f"={number}", _print(message))
                 pipe.lpush(name, message)
+            pipe.expire(prints, self._ttl_s)
             pipe.execute()
 
     def outcomes(self) -> list[Ended]:
         """The outcomes that are not yet acknowledged, oldest first; up to `OUTCOMES_AT_ONCE`."""
         found = self._redis.lrange(f"{self._key}:news", 0, OUTCOMES_AT_ONCE - 1)
         self._outcomes = cast("list[str]", found)
-        return [ended for text in self._outcomes if (ended := _ended(text)) is not None]
+        return [ended for text in self._outcomes if (ended := Ended.parse(text)) is not None]
 
     def acknowledge(self) -> None:
         """Remove from Redis what `outcomes` returned last: it is written down."""
@@ -352,21 +348,9 @@ class Run:
         return holder
 
 
-def _ended(text: str) -> Ended | None:
-    """The outcome that a worker's script wrote; None for what no such script writes."""
-    try:
-        number, file, line, job_id, state, uri, timings, error_type, error, cached, attempts = json.loads(
-            text
-        )
-        numbers = int(number), int(file), int(line)
-        attempts, timings = int(attempts or 0), dict(json.loads(timings)) if timings else {}
-    except (ValueError, TypeError, RecursionError):
-        return None
-    if not JOB_ID.fullmatch(str(job_id)) or not says_final(state):
-        return None
-    texts = (str(each) if each else None for each in (uri, error_type, error))
-    uri, error_type, error = texts
-    return Ended(*numbers, job_id, state, uri, timings, error_type, error, cached == "true", attempts)
+def _print(message: str) -> bytes:
+    """The first bytes of a message's fingerprint."""
+    return bytes.fromhex(digest_of(message)[:16])
 
 
 def feeder_of(token: str) -> str:

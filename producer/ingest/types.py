@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from producer.ingest.ended import Ended
     from producer.ingest.plan import Rejected
-    from producer.ingest.run_state import Ended, Status
+    from producer.ingest.run_state import Status
 
 #: Default of the messages that may wait in a run's queues.
 MAX_QUEUED = 10_000

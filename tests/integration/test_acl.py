@@ -18,12 +18,15 @@ from deploy.embedded.servers import valkey_server
 from deploy.embedded.stack import Stack
 from producer import submit_job
 from producer.cli import failed
-from tests.faults.harness import ROOT, Ground, wait_until
+from tests.faults.harness import ROOT, Ground, slots, wait_until
 from tests.faults.test_security import envelope
 from worker.contract.errors import JobCancelledError, QueueError, RenderError
+from worker.contract.found_message import fingerprint
+from worker.contract.job import Job
 from worker.contract.message import payload_of
-from worker.contract.queues import queue_of
+from worker.contract.queues import lists_of, queue_of
 from worker.contract.record import State
+from worker.state.failures import Failures
 from worker.state.records import Records
 from worker.state.shared_scripts import SharedScript, load
 
@@ -283,6 +286,62 @@ def test_records_that_a_producer_forges_are_not_believed(ground: Ground, url: st
     assert result.uri.startswith(f"s3://{ground.stack.environment['S3_BUCKET']}/")
     ground.journal.wait_for("put", [forged.id, broken.id])
     assert ground.workers[0].running
+
+
+def copies(client: redis.Redis, job: Job) -> list[bytes]:
+    """The message of a job that waits, as any producer can read it; and the same with a chain in it."""
+    found = [raw for name in lists_of(queue_of(job)) for raw in client.lrange(name, 0, -1)]
+    [raw] = [each for each in found if job.id.encode() in each]
+    forged = json.loads(raw)
+    forged["headers"] |= {"chain": "x"}
+    return [raw, json.dumps(forged).encode()]
+
+
+@pytest.mark.parametrize("order", ["forged first", "honest first"])
+def test_copies_of_a_message_fail_no_job(ground: Ground, url: str, order: str) -> None:
+    """Forged ones, with the honest one's id and delivery tag, are set aside; true ones are no attempts.
+
+    Between fetch and claim: tests/worker/state/test_set_aside.py, for to Redis that is before the claim.
+    """
+    with redis.Redis.from_url(url) as client, ground.holding() as second:
+        with ground.holding() as first:
+            # Every slot of the worker is taken: the job waits.
+            ground.journal.wait_for("start", [submit_job(ground.job(first)).id for _ in range(slots(4))])
+            job = ground.job(second)
+            handle = submit_job(job)
+            true, forged = copies(client, job)
+            if order == "forged first":  # The first of these lists is the most urgent.
+                client.lpush(lists_of(queue_of(job))[0], forged, *[true] * 5)
+            states = client.pubsub(ignore_subscribe_messages=True)
+            states.subscribe(f"smallcat:job:{job.id}")
+        ground.journal.wait_for("start", [job.id])
+        client.lpush(lists_of(queue_of(job))[0], forged, *[true] * 5)
+        wait_until("all are fetched", lambda: ground.queued() == 0)
+        aside = {fingerprint(forged)}
+        wait_until(
+            "set aside",
+            lambda: aside <= {fingerprint(each.message) for each in Failures(client).unreadable()},
+        )
+        assert handle.record().attempts == 1
+    assert handle.result(timeout=30).state is State.DONE
+    said = iter(lambda: states.get_message(timeout=0.5), None)
+    assert {each["data"] for each in said} <= {b"running", b"done"}
+    assert ground.workers[0].running
+
+
+@pytest.mark.parametrize("state", ["failed", "done"])
+def test_a_forged_end_keeps_no_job_from_being_rendered(ground: Ground, url: str, state: str) -> None:
+    """The record says so before a worker has the job. The bucket has its picture all the same."""
+    with redis.Redis.from_url(url) as client:
+        with ground.holding() as hold:
+            ground.journal.wait_for("start", [submit_job(ground.job(hold)).id for _ in range(slots(4))])
+            job = ground.job()
+            handle = submit_job(job)
+            forged = {"state": state, "error": "x", "error_type": "RenderError", "uri": "s3://elsewhere/x"}
+            client.hset(f"smallcat:job:{job.id}", mapping=forged | {"claim": "x", "claim_until": "9e9"})
+        ground.journal.wait_for("put", [job.id])
+    wait_until("done", lambda: handle.record().uri is not None and handle.state() is State.DONE)
+    assert handle.result(timeout=30).image().size
 
 
 def test_a_worker_that_is_gone_is_not_forgotten_by_producers_and_disturbs_none(

@@ -27,7 +27,7 @@ from kombu import Connection, Consumer, Queue
 
 from tests.integration.transport_app import read_any
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
-from worker.broker import channel, lease, transport
+from worker.broker import channel, lease, sending, transport
 from worker.broker.channel import MAX_READ
 from worker.broker.lease import postpone
 from worker.broker.moves import KEPT_BYTES
@@ -237,16 +237,32 @@ def test_a_message_under_the_tag_of_one_that_is_held_takes_not_its_place(client:
     first = message("first")
     again = {**message("again"), "properties": first["properties"]}
     client.lpush("q", json.dumps(first), json.dumps(again))
-    tags = [client.eval(FETCH, 4, *FETCH_ONE)[2] for _ in range(2)]  # type: ignore[index]
-    assert tags[1] is None
+    found = [client.eval(FETCH, 4, *FETCH_ONE) for _ in range(2)]
+    tags = [tag.decode() for _, _, tag in found]  # type: ignore[misc]
+    assert tags[0] == first["properties"]["delivery_tag"]
     assert json.loads(client.hget(UNACKED, tags[0]))[0] == first  # type: ignore[arg-type]
-    [aside] = client.lrange(FETCH_ONE[2], 0, -1)
-    assert b"delivery tag is that of a message that a worker holds" in aside
-    # Once that one is acknowledged, its tag is free.
+    # It is held beside it, under a tag that it keeps when it comes back.
+    assert tags[1].startswith(f"{tags[0]}#")
+    again["properties"] = again["properties"] | {"delivery_tag": tags[1]}
+    assert json.loads(found[1][1]) == json.loads(client.hget(UNACKED, tags[1]))[0] == again  # type: ignore
+    # Once the first one is acknowledged, its tag is free.
     client.hdel(UNACKED, tags[0])
     client.zrem(UNACKED_INDEX, tags[0])
-    client.lpush("q", json.dumps(again))
-    assert client.eval(FETCH, 4, *FETCH_ONE)[2] == tags[0]  # type: ignore[index]
+    client.lpush("q", json.dumps(first))
+    assert client.eval(FETCH, 4, *FETCH_ONE)[2].decode() == tags[0]  # type: ignore[index]
+
+
+def test_a_message_whose_repeated_tag_is_written_otherwise_is_set_aside(client: redis.Redis) -> None:
+    """In no message of ours: it cannot be given another tag."""
+    first = message("first")
+    tag = first["properties"]["delivery_tag"]
+    escaped = json.dumps(first).replace(tag, f"\\u{ord(tag[0]):04x}{tag[1:]}")
+    client.lpush("q", json.dumps(first), escaped)
+    tags = [client.eval(FETCH, 4, *FETCH_ONE)[2] for _ in range(2)]  # type: ignore[index]
+    assert tags == [tag.encode(), None]
+    [aside] = client.lrange(UNDECODABLE, 0, -1)
+    assert b"a worker holds a message of its delivery tag" in aside
+    assert client.zcard(UNACKED_INDEX) == client.hlen(UNACKED) == 1
 
 
 @pytest.mark.parametrize("broken", [UNACKED, UNACKED_INDEX])
@@ -456,7 +472,7 @@ def test_the_list_of_what_was_set_aside_is_bounded(
 ) -> None:
     """Both ways into it: the fetch's own, and that of a message that was registered."""
     monkeypatch.setattr(channel, "UNDECODABLE_MAX", 5)
-    monkeypatch.setattr(lease, "UNDECODABLE_MAX", 5)
+    monkeypatch.setattr(sending, "UNDECODABLE_MAX", 5)
     for number in range(20):
         client.lpush("q", f"no json {number}", json.dumps(message(body_encoding="rot13")))
     client.lpush("q", json.dumps(message("good")))

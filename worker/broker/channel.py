@@ -47,7 +47,6 @@ from worker.broker.transport import (
 )
 from worker.contract.errors import NewerMessageError
 from worker.contract.job import FORMAT_VERSION
-from worker.contract.message import message_id_in
 from worker.contract.queues import PARKED, UNDECODABLE, list_of, parked_list_of
 from worker.contract.refusals import refusal_log
 
@@ -332,7 +331,7 @@ class Channel(ReplicatedPuts, OwnNames):
                 self.lease.park(tag.decode(), error.version)
             log_parked(self.layout, error)
         except Exception as error:  # noqa: BLE001 -- whatever is wrong is wrong with the message
-            self._set_aside(queue, tag, error, message_id_in(raw))
+            self._set_aside(queue, tag, error)
         return None
 
     def _receive_message(self, queue: str, raw: bytes, tag: bytes | None) -> None:
@@ -349,16 +348,16 @@ class Channel(ReplicatedPuts, OwnNames):
         except MALFORMED as error:
             if no_ack:
                 raise
-            self._set_aside(queue, tag, error, message_id_in(raw))
+            self._set_aside(queue, tag, error)
         except BaseException:
             # It never reached the pool.
             if tag:
-                self.lease.requeue(tag.decode(), first=True)
+                self.lease.requeue(tag.decode(), first=True, counts=True)
             raise
 
-    def _set_aside(self, queue: str, tag: bytes | None, error: Exception, message_id: str = "") -> None:
+    def _set_aside(self, queue: str, tag: bytes | None, error: Exception) -> None:
         if tag:
-            self.lease.set_aside(tag.decode(), str(error) or type(error).__name__, message_id)
+            self.lease.set_aside(tag.decode(), str(error) or type(error).__name__)
         log_set_aside(queue, self.layout, error)
 
 

@@ -26,8 +26,15 @@ for i = 4, #KEYS do
     if read and type(tag) == 'string' and string.find(tag, '^[!-~]+$') then
       done = redis.pcall('ZADD', KEYS[2], 'NX', now(), tag)
       if done == 0 then
-        -- Under that tag another message is held: this one would take its place.
-        done, reason = false, 'its delivery tag is that of a message that a worker holds'
+        -- Under that tag another message is held, whose place this one would take: it gets a tag of its own.
+        local at, to = string.find(raw, '"' .. tag .. '"', 1, true)
+        tag = tag .. '#' .. now()
+        done = at and redis.pcall('ZADD', KEYS[2], 'NX', now(), tag)
+        if done == 1 then
+          raw = string.sub(raw, 1, at) .. tag .. string.sub(raw, to)
+        elseif not done or done == 0 then
+          done, reason = false, 'a worker holds a message of its delivery tag'
+        end
       end
     end
     if not done then

@@ -30,9 +30,20 @@ from redis.exceptions import RedisError
 
 from worker.broker.adoption import Adoption
 from worker.broker.layout import Layout
-from worker.broker.moves import LAST, NEXT, Move, Parked, SetAside, given_back, parked, restored, set_aside
-from worker.broker.scripts import EXPIRED, MOVE, POSTPONE, RENEW, SET_ASIDE
-from worker.broker.transport import UNDECODABLE_MAX, UNDECODABLE_TTL_S, alive, unreadable
+from worker.broker.moves import (
+    LAST,
+    NEXT,
+    Unsent,
+    Wait,
+    given_back,
+    parked,
+    restored,
+    set_aside,
+    waiting,
+)
+from worker.broker.scripts import EXPIRED, RENEW
+from worker.broker.sending import send_move, send_wait, tell
+from worker.broker.transport import alive, max_returns
 from worker.contract.refusals import code_of, refusal_log
 
 logger = logging.getLogger("smallcat.transport")
@@ -40,16 +51,6 @@ logger = logging.getLogger("smallcat.transport")
 #: Seconds for which a closing channel, and an ending process, wait until Redis has answered.
 FLUSH_S: Final = 5.0
 
-
-@dataclass(frozen=True)
-class Wait:
-    """A message that comes back after a while."""
-
-    delay_s: float
-
-
-#: What is to be done with a message that is no longer held: None is an acknowledgement.
-Unsent = Move | SetAside | Parked | Wait | None
 
 #: Seconds until a command that Redis did not answer is sent again.
 RETRY_S: Final = 0.25
@@ -66,6 +67,8 @@ class Held:
     queue: str
     #: Seconds until it may be fetched again, once it is given back by `requeue`.
     delay_s: float = 0.0
+    #: Whether that counts: see `postpone`.
+    counts: bool = False
 
 
 class Lease:
@@ -135,28 +138,31 @@ class Lease:
             if self._held.pop(tag, None) is not None or tag not in self._unsent:
                 self._enqueue({tag: None})
 
-    def postpone(self, tag: str, delay_s: float) -> None:
+    def postpone(self, tag: str, delay_s: float, *, counts: bool) -> None:
         """Let the message wait for `delay_s` seconds, once it is given back by `requeue`."""
         with self._changed:
             if (held := self._held.get(tag)) is not None:
-                self._held[tag] = replace(held, delay_s=delay_s)
+                self._held[tag] = replace(held, delay_s=delay_s, counts=counts)
 
-    def requeue(self, tag: str, *, first: bool) -> None:
-        """Give the message back: `first` to be fetched next, else after all others of its priority."""
+    def requeue(self, tag: str, *, first: bool, counts: bool = False) -> None:
+        """Give the message back: `first` to be fetched next, else after all others of its priority.
+
+        `counts`: nobody chose so. A message that comes back too often like this is set aside.
+        """
         with self._changed:
             held = self._held.get(tag)
             if held is not None and held.raw is not None and held.delay_s > 0:
                 del self._held[tag]
-                self._enqueue({tag: Wait(held.delay_s)})
+                self._enqueue({tag: waiting(held.raw, held.queue, held.delay_s, counts=held.counts)})
                 return
-            self._give_back([tag], NEXT if first else LAST)
+            self._give_back([tag], NEXT if first else LAST, counts=counts)
 
-    def set_aside(self, tag: str, reason: str, message_id: str = "") -> None:
+    def set_aside(self, tag: str, reason: str) -> None:
         """Move a message that this worker cannot read to where a person sees it."""
         with self._changed:
             held = self._held.pop(tag, None)
             if held is not None and held.raw is not None:
-                self._enqueue({tag: set_aside(held.raw, reason, held.queue, message_id)})
+                self._enqueue({tag: set_aside(held.raw, reason, held.queue)})
 
     def park(self, tag: str, version: int) -> None:
         """Move a message of a newer version to where workers that read it look."""
@@ -170,7 +176,7 @@ class Lease:
         with self._changed:
             for tag, held in self._held.items():
                 if held.owner is owner:
-                    self._held[tag] = Held(None, held.raw, held.queue)
+                    self._held[tag] = replace(held, owner=None)
 
     def give_back(self, owner: object | None) -> int:
         """The owner closes: return its messages and all orphans to their queues. Returns how many."""
@@ -196,11 +202,13 @@ class Lease:
         self.give_back(None)
         self.flush(timeout_s)
 
-    def _give_back(self, tags: Iterable[str], push: str) -> None:
+    def _give_back(self, tags: Iterable[str], push: str, *, counts: bool = False) -> None:
+        limit = max_returns()
         for tag in tags:
             held = self._held.pop(tag, None)
             if held is not None and held.raw is not None:
-                self._enqueue({tag: given_back(self._layout, held.raw, held.queue, push)})
+                move = given_back(self._layout, held.raw, held.queue, push, counts=counts, limit=limit)
+                self._enqueue({tag: move})
 
     def _enqueue(self, unsent: Mapping[str, Unsent]) -> None:
         self._unsent.update(unsent)
@@ -257,18 +265,16 @@ class Lease:
             return
         done = [tag for tag, move in unsent.items() if move is None]
         for move in unsent.values():
-            if isinstance(move, SetAside):
-                # First: a message is not gone while its job's record says that it is queued.
-                unreadable(move.id, move.reason)
+            tell(move)
         pipeline = client.pipeline(transaction=True)
         if done:
             pipeline.zrem(self._layout.index, *done)
             pipeline.hdel(self._layout.unacked, *done)
         for tag, move in unsent.items():
             if isinstance(move, Wait):
-                pipeline.eval(POSTPONE, 1, self._layout.index, tag, str(move.delay_s - self._timeout_s))
+                send_wait(pipeline, self._layout, tag, move, self._timeout_s)
             elif move is not None:
-                _queue_move(pipeline, self._layout, tag, "", move)
+                send_move(pipeline, self._layout, tag, "", move)
         pipeline.execute()
         with self._changed:
             for tag, move in unsent.items():
@@ -306,11 +312,12 @@ class Lease:
         with self._changed:
             mine = {tag.encode() for tag in (*self._held, *self._unsent)}
         pipeline = client.pipeline(transaction=False)
-        for tag, score, entry in due:
-            if tag not in mine:
-                _queue_move(pipeline, layout, tag, score, restored(layout, entry))
-        for tag, score, entry in adoptable:
-            _queue_move(pipeline, old, tag, score, restored(layout, entry))
+        for where, found in ((layout, due), (old, adoptable)):
+            for tag, score, entry in found:
+                if where is old or tag not in mine:
+                    move = restored(layout, entry, max_returns())
+                    tell(move)
+                    send_move(pipeline, where, tag, score, move)
         results = pipeline.execute(raise_on_error=False)
         errors = [result for result in results if isinstance(result, Exception)]
         if count := sum(result for result in results if not isinstance(result, Exception)):
@@ -327,22 +334,6 @@ class Lease:
         return recent and now >= self._sweep_not_before
 
 
-def _queue_move(
-    pipeline: Any, layout: Layout, tag: str | bytes, score: str | bytes, move: Move | SetAside | Parked
-) -> None:
-    held = (layout.index, layout.unacked)
-    match move:
-        case Move():
-            keys = [*held, *move.keys]
-            pipeline.eval(MOVE, len(keys), *keys, tag, score, move.push, move.message)
-        case SetAside():
-            limits = (UNDECODABLE_TTL_S, UNDECODABLE_MAX)
-            pipeline.eval(SET_ASIDE, 3, *held, layout.undecodable, tag, score, move.entry, *limits)
-        case Parked():
-            pipeline.sadd(layout.parked, move.key)
-            pipeline.eval(MOVE, 3, *held, move.key, tag, score, LAST, move.message)
-
-
 _leases: dict[tuple[object, ...], Lease] = {}
 _leases_lock = threading.Lock()
 
@@ -356,8 +347,10 @@ def lease_of_process(broker: tuple[object, ...], new: Callable[[], Lease]) -> Le
         return _leases[broker]
 
 
-def postpone(delivery_tag: str, delay_s: float) -> None:
+def postpone(delivery_tag: str, delay_s: float, *, counts: bool = False) -> None:
     """Let a message that this process holds wait for `delay_s` seconds, once its task is rejected.
+
+    `counts`: nobody chose that it comes back, as after a worker's death. There is a limit to that.
 
     Celery's Reject alone would deliver it again at once, in a loop. While it waits it stays registered as
     held, so that nothing is lost whoever is killed, and any worker fetches it afterwards. The tag of a
@@ -365,14 +358,14 @@ def postpone(delivery_tag: str, delay_s: float) -> None:
     """
     with _leases_lock:
         for lease in _leases.values():
-            lease.postpone(delivery_tag, delay_s)
+            lease.postpone(delivery_tag, delay_s, counts=counts)
 
 
-def set_aside_held(delivery_tag: str, reason: str, message_id: str) -> None:
+def set_aside_held(delivery_tag: str, reason: str) -> None:
     """Set a message aside that this process holds: its job cannot be read. Celery may acknowledge it then."""
     with _leases_lock:
         for lease in _leases.values():
-            lease.set_aside(delivery_tag, reason, message_id)
+            lease.set_aside(delivery_tag, reason)
 
 
 def _forget_leases() -> None:

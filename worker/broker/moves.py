@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 from worker.broker.layout import Layout
 from worker.contract.job import MAX_PRIORITY
+from worker.contract.message import RETURNS, WAITS
 from worker.contract.queues import parked_list_of
 
 logger = logging.getLogger("smallcat.transport")
@@ -43,8 +45,10 @@ class SetAside:
     entry: bytes
     #: Why, in words.
     reason: str
-    #: The id that it says it has; empty: none that can be read.
-    id: str = ""
+    #: The message as it was found.
+    raw: bytes = b""
+    #: Whether it can be read, and came back too often without an outcome.
+    is_poison: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,30 @@ class Parked:
     message: bytes
 
 
-def given_back(layout: Layout, raw: bytes | str, queue: str, push: str) -> Move | SetAside:
-    """The move of the message `raw` back into `queue`, which it was fetched from."""
+@dataclass(frozen=True)
+class Wait:
+    """A held message comes back after a while: as one whose lease ran out."""
+
+    delay_s: float
+    #: What is registered of it meanwhile; empty: what was before, so that its coming back counts.
+    entry: str
+
+
+#: What is to be done with a message that is no longer held: None is an acknowledgement.
+Unsent = Move | SetAside | Parked | Wait | None
+
+
+def given_back(
+    layout: Layout, raw: bytes | str, queue: str, push: str, *, counts: bool = False, limit: int = 0
+) -> Move | SetAside:
+    """The move of the message `raw` back into `queue`, which it was fetched from.
+
+    `counts`: nobody chose that it comes back. Then it is set aside after `limit` times.
+    """
     try:
         payload = json.loads(raw)
+        if counts and (poison := _counted(payload, limit)):
+            return set_aside(raw, poison, queue, is_poison=True)
         message = _redelivered(payload)
         return Move([layout.list_of(queue, payload["properties"].get("priority"))], message, push)
     except Exception:
@@ -66,8 +90,8 @@ def given_back(layout: Layout, raw: bytes | str, queue: str, push: str) -> Move 
         return set_aside(raw, "it is not JSON with a priority", queue)
 
 
-def set_aside(raw: bytes | str, reason: str, queue: str = "", message_id: str = "") -> SetAside:
-    """The move of a message that no worker can read to where a person sees it."""
+def set_aside(raw: bytes | str, reason: str, queue: str = "", *, is_poison: bool = False) -> SetAside:
+    """The move of a message that no worker can read, or should, to where a person sees it."""
     found = raw.encode(errors="replace") if isinstance(raw, str) else raw
     head = {
         "at": round(time.time(), 3),
@@ -76,7 +100,7 @@ def set_aside(raw: bytes | str, reason: str, queue: str = "", message_id: str = 
         "bytes": len(found),
     }
     entry = json.dumps(head).encode() + b"\n" + found[:KEPT_BYTES]
-    return SetAside(entry, reason, message_id)
+    return SetAside(entry, reason, found, is_poison)
 
 
 def parked(layout: Layout, raw: bytes, queue: str, version: int) -> Parked:
@@ -88,8 +112,20 @@ def parked(layout: Layout, raw: bytes, queue: str, version: int) -> Parked:
     return Parked(layout.prefix + parked_list_of(queue, priority, version), raw)
 
 
-def restored(layout: Layout, entry: bytes | None) -> Move | SetAside:
-    """The move of a message whose lease ran out, by its entry in the hash of held messages."""
+def waiting(raw: bytes, queue: str, delay_s: float, *, counts: bool) -> Wait:
+    """Let the message `raw` of `queue` wait. Whoever restores it then counts that, or not."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        payload = json.loads(raw)
+        payload["headers"][WAITS] = True
+        return Wait(delay_s, "" if counts else json.dumps([payload, "", queue]))
+    return Wait(delay_s, "")
+
+
+def restored(layout: Layout, entry: bytes | None, limit: int) -> Move | SetAside:
+    """The move of a message whose lease ran out, by its entry in the hash of held messages.
+
+    Unless it was waiting, it is set aside after `limit` times.
+    """
     if entry is None:
         # Only the index still has the message.
         return Move([], b"", NEXT)
@@ -98,10 +134,29 @@ def restored(layout: Layout, entry: bytes | None) -> Move | SetAside:
         if exchange:
             raise ValueError(f"its exchange is {exchange!r}, and this transport keeps none")
         key = layout.list_of(queue, payload["properties"].get("priority"))
+        if poison := _counted(payload, limit):
+            return set_aside(json.dumps(payload), poison, queue, is_poison=True)
         return Move([key], _redelivered(payload), NEXT)
     except Exception:
         logger.exception("A message that was held cannot be read and is set aside")
         return set_aside(entry, "it was held and cannot be read")
+
+
+def _counted(payload: Any, limit: int) -> str:
+    """Count in the message that it comes back, unless it was waiting. Returns why it must not, or nothing.
+
+    The number stands in the message itself, which nobody can change while it is in a list or held: no other
+    message can raise or lower it.
+    """
+    headers = payload.get("headers")
+    if not isinstance(headers, dict) or headers.pop(WAITS, None) is True:
+        return ""
+    said = headers.get(RETURNS)
+    returns = 1 + (said if type(said) is int and said > 0 else 0)
+    headers[RETURNS] = returns
+    if returns <= limit:
+        return ""
+    return f"it was fetched {returns} times, and each time its worker died or failed before it had the job"
 
 
 def _redelivered(payload: Any) -> str:

@@ -22,6 +22,10 @@ class ReplicatedPuts(stock.Channel):
     wait_s = 0.0
     from_transport_options: Any = (*stock.Channel.from_transport_options, "wait_replicas", "wait_s")
 
+    def put(self, queue: str, message: Any) -> None:
+        """Send a message that was made before."""
+        self._put(queue, message)
+
     def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
         """Push, and wait over the same connection: another may lead to another primary."""
         if not self.wait_replicas or kwargs.get("_publish_batch") is not None:

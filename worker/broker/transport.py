@@ -55,7 +55,8 @@ LEASE_S: Final = 30.0
 _is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- until `set_liveness` is called
 _reserve: tuple[int, int] | None = None
 _is_paused: Callable[[], bool] = lambda: False  # noqa: E731 -- until `set_pause` is called
-_on_unreadable: Callable[[str, str], object] = lambda _id, _reason: None  # noqa: E731 -- until it is set
+_on_unreadable: Callable[[bytes, str, bool], object] = lambda *_: None  # noqa: E731 -- until it is set
+_max_returns = 13
 
 
 def broker_url(redis_url: str) -> str:
@@ -127,18 +128,30 @@ def set_pause(is_paused: Callable[[], bool]) -> None:
     _is_paused = is_paused
 
 
-def set_on_unreadable(on_unreadable: Callable[[str, str], object]) -> None:
-    """Set what is done about a message before it is set aside: given its id and why it cannot be read.
+def set_on_unreadable(on_unreadable: Callable[[bytes, str, bool], object]) -> None:
+    """Set what is done about a message before it is set aside.
 
-    A thread of the transport calls it, again after an error of Redis that it raises.
+    It is given the message, why it is set aside, and whether that is because it came back too often. A thread
+    of the transport calls it, again after an error of Redis that it raises.
     """
     global _on_unreadable
     _on_unreadable = on_unreadable
 
 
-def unreadable(message_id: str, reason: str) -> None:
+def unreadable(raw: bytes, reason: str, is_poison: bool) -> None:
     """Do what `set_on_unreadable` says."""
-    _on_unreadable(message_id, reason)
+    _on_unreadable(raw, reason, is_poison)
+
+
+def set_max_returns(times: int) -> None:
+    """Set how often, >= 1, a message comes back whose worker died, or failed, before it claimed the job."""
+    global _max_returns
+    _max_returns = times
+
+
+def max_returns() -> int:
+    """What `set_max_returns` says."""
+    return _max_returns
 
 
 def paused() -> bool:

@@ -44,6 +44,13 @@ NUMBER_PROPERTIES = ("delivery_mode",)
 #: How the names of headers and properties begin that are ours to come: workers that do not know them ignore
 #: them. All others must be null or empty, so that no feature of Celery's can be used by sending it.
 OURS = "smallcat-"
+#: Headers that workers set on a message that comes back to its queue. How often it came back without an
+#: outcome that a worker chose: the worker died before it had the job, or failed in a way that nobody foresaw.
+RETURNS = "smallcat-returns"
+#: True while a worker lets the message wait: that it comes back is no death.
+WAITS = "smallcat-waits"
+#: In a delivery tag, what follows was added by a worker: another message of the same tag was held.
+AGAIN = "#"
 #: Bytes of a message, at most: twice those of the largest job within its limits, which
 #: tests/worker/contract/test_message.py computes.
 MAX_MESSAGE = 175_000
@@ -161,15 +168,6 @@ def payload_text(version: int, job_id: str, job: str, run: str) -> str:
     """
     mark = f'{_BEFORE_RUN}"{run}"' if run else ""
     return f'{_BEFORE_VERSION}{version}{_BEFORE_ID}"{job_id}"{_BEFORE_JOB}{job}{mark}{_AFTER}'
-
-
-def message_id_in(raw: bytes) -> str:
-    """The id of a message as it lies in a Redis list, however malformed it is; empty where it has none."""
-    try:
-        found = json.loads(raw)["headers"]["id"]
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError):
-        return ""
-    return found if isinstance(found, str) else ""
 
 
 def payload_in(message: object) -> Any:

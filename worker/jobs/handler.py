@@ -32,6 +32,7 @@ from worker.contract.errors import (
     InvalidJobError,
     RenderError,
     SmallcatError,
+    StorageError,
     UnknownModelError,
 )
 from worker.contract.job import DEFAULT_MODEL, Job
@@ -141,6 +142,7 @@ class JobHandler:
             max_attempts=self._policy.max_attempts,
             queue=queue_of(message.job),
             run=message.run,
+            is_stored=lambda: self._is_stored(message),
         )
         if claim in (Claim.TAKEN, Claim.FINAL):
             metrics.JOBS.labels("taken").inc()
@@ -154,6 +156,13 @@ class JobHandler:
             except SmallcatError as error:
                 return self._after_failure(message.id, message_id, attempt, error)
         return None
+
+    def _is_stored(self, message: Message) -> bool:
+        """Whether the bucket has the picture of a job whose record says so; True where nobody can tell."""
+        try:
+            return self._bucket.find(message.id, message.job.format) is not None
+        except StorageError:
+            return True
 
     def _complete(self, message: Message, attempt: int, queued_s: float) -> None:
         """Put the job's picture into the bucket, unless it is there, and mark the job done.

@@ -1,30 +1,37 @@
 -- Gives a job to the worker that holds its message, or says why not.
 --
 -- KEYS     the record, the job's attempts
--- ARGV     message id, worker, seconds that the claim lasts, attempts at most, seconds until the record
---          expires, job as JSON, queue, delivery, the message's run mark or ''
--- Returns  {verdict, attempt, seconds queued}; the verdict is one of `worker.state.records.Claim`
+-- ARGV     message, worker, seconds that the claim lasts, attempts at most, seconds until the record expires, job
+--          as JSON, queue, delivery, the message's run mark or '', whether the bucket has the picture: 'yes',
+--          'no', or '' while nobody has looked
+-- Returns  {verdict, attempt, seconds queued}; the verdict is one of `worker.state.records.Claim`, or 'done'
+--          where the record says so and somebody must look
 --
--- The claim belongs to a message, not to a worker: the same message delivered again takes it over at once.
--- The same delivery asking again, because the answer was lost with a connection, is one attempt.
+-- A message is its id, '/', and the tag under which a worker holds it: two copies of a message are held under
+-- two tags. The claim belongs to a message, not to a worker: the same message delivered again takes it over at
+-- once. The same delivery asking again, because the answer was lost with a connection, is one attempt.
 -- An attempt counts as a death until it is known how it ended.
--- The record says the attempts, too, for those who read it and for earlier workers, who count there. Producers
--- can write it: what it alone says leaves one attempt.
+-- Producers can write the record. So a claim counts that the job's attempts have, too; a failure that is noted
+-- there; and a picture that is in the bucket. The record says the claim and the attempts for those who read it,
+-- and for earlier workers, who look there. Attempts that it alone says leave one.
 -- include go_on.lua
 -- include heal.lua
 -- include outcome.lua
 -- include mark_runs.lua
 -- include cancelled_run.lua
 -- include ../contract/clock.lua
-local message, worker, lease, max_attempts, ttl, job, queue, delivery, run = unpack(ARGV)
+local message, worker, lease, max_attempts, ttl, job, queue, delivery, run, is_stored = unpack(ARGV)
+local message_id = string.match(message, '^[^/]*')
 local time = tonumber(now())
-if drop_if_run_is_cancelled(KEYS[1], message, run) then
+if drop_if_run_is_cancelled(KEYS[1], message_id, run) then
   redis.call('DEL', KEYS[2])
   return {'final', 0, 0}
 end
-local state, cancel, holder, until_s, tried, died, submitted_at, runs, cancelled_at =
+local state, cancel, named, named_until, tried, died, submitted_at, runs, cancelled_at =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'claim', 'claim_until', 'attempts', 'deaths', 'submitted_at',
             'runs', 'cancelled_at'))
+local holder, until_s, own_tried, own_died, open, failed =
+  unpack(on(KEYS[2], 'HMGET', 'claim', 'claim_until', 'attempts', 'deaths', 'open:' .. message, 'failed'))
 runs = runs or ''
 local fields = {}
 local function set(...)
@@ -37,8 +44,15 @@ if joins then
     -- Others gave the job up, before they knew of this run, or before it was begun. It starts anew.
     note_all(KEYS[1], '-')
     redis.call('DEL', KEYS[1])
-    state, cancel, holder, tried, died, submitted_at = false, false, false, false, false, false
+    state, cancel, named, tried, died, submitted_at = false, false, false, false, false, false
   end
+end
+if state == 'done' and is_stored == '' then return {'done', 0, 0} end
+if (state == 'done' and is_stored == 'no') or (state == 'failed' and not failed) then
+  -- Forged; or no worker could read another message of the job, and this one can be read.
+  redis.call('HDEL', KEYS[1], 'uri', 'cached', 'error', 'error_type')
+  set('job', job, 'queue', queue)
+  state = 'queued'
 end
 if state == 'done' or state == 'failed' or state == 'cancelled' then
   if state == 'cancelled' then redis.call('DEL', KEYS[2]) end
@@ -58,7 +72,16 @@ if cancel then
   mark_runs(runs)
   return {'final', 0, 0}
 end
-if holder and holder ~= message and (tonumber(until_s or 0) or 0) > time then
+-- Whether another message holds the job. An earlier worker's claim is in the record alone, its attempt is not.
+local function is_taken()
+  if not named or holder == message then return false end
+  if holder and named == string.match(holder, '^[^/]*') and (tonumber(until_s or 0) or 0) > time then
+    return true
+  end
+  return named ~= message_id and (tonumber(named_until or 0) or 0) > time
+    and redis.call('HEXISTS', KEYS[2], 'open:' .. named) == 1
+end
+if is_taken() then
   if joins then redis.call('HSET', KEYS[1], unpack(fields)) end
   return {'taken', 0, 0}
 end
@@ -68,8 +91,8 @@ if not state then
   set('job', job, 'queue', queue, 'submitted_at', submitted_at)
   if run ~= '' then set('bulk', 1) end
 end
-set('claim', message, 'claim_until', time + lease)
-local own_tried, own_died, open = unpack(on(KEYS[2], 'HMGET', 'attempts', 'deaths', 'open:' .. message))
+set('claim', message_id, 'claim_until', time + lease)
+local own = {'claim', message, 'claim_until', time + lease}
 local most = tonumber(max_attempts)
 local attempts = math.max(count(own_tried), math.min(count(tried), most - 1))
 local verdict = 'render'
@@ -81,13 +104,17 @@ if open ~= delivery then
   else
     attempts = attempts + 1
     local deaths = math.max(count(own_died), math.min(count(died), most - 1)) + 1
-    redis.call('HSET', KEYS[2], 'attempts', attempts, 'deaths', deaths, 'open:' .. message, delivery)
-    redis.call('EXPIRE', KEYS[2], ttl)
+    for _, item in ipairs({'attempts', attempts, 'deaths', deaths, 'open:' .. message, delivery}) do
+      own[#own + 1] = item
+    end
     set('state', 'running', 'worker', worker, 'step', 0, 'attempts', attempts, 'deaths', deaths,
         'try:' .. attempts, cjson.encode({attempt = attempts, worker = worker, at = time}))
     redis.call('PUBLISH', KEYS[1], 'running')
   end
 end
+if failed then redis.call('HDEL', KEYS[2], 'failed') end
+redis.call('HSET', KEYS[2], unpack(own))
+redis.call('EXPIRE', KEYS[2], ttl)
 redis.call('HSET', KEYS[1], unpack(fields))
 redis.call('EXPIRE', KEYS[1], ttl)
 return {verdict, attempts, tostring(time - (tonumber(submitted_at or time) or time))}

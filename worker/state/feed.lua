@@ -1,23 +1,32 @@
 -- Sends a window of messages and moves the run's cursor: both or neither.
 --
--- KEYS     the run, its feeder, the set of queues, then the lists that the run uses
+-- KEYS     the run, its feeder, the set of queues, the fingerprints of its messages, then the lists that the
+--          run uses
 -- ARGV     the feeder's token, the window's own token, jobs fed before and after it, the cursor after it,
 --          the number of jobs in all or '' while it is not known, lines rejected so far, seconds that the
---          run's keys live, the number of queues, the queues, then number of the list, from 1, and message
---          in turn
+--          run's keys live, the first eight bytes of each message's fingerprint, the number of queues, the
+--          queues, then number of the list, from 1, and message in turn
 -- Returns  1: done, now or by an earlier try whose answer was lost; 0: somebody else has fed the run;
 --          -1: somebody else is its feeder; -2: the run was cancelled
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return -1 end
 if redis.call('HGET', KEYS[1], 'window') == ARGV[2] then return 1 end
 if redis.call('HGET', KEYS[1], 'fed') ~= ARGV[3] then return 0 end
 if redis.call('HGET', KEYS[1], 'cancelled') then return -2 end
-local first = 10 + ARGV[9]
-for i = first, #ARGV, 2 do redis.call('LPUSH', KEYS[3 + ARGV[i]], ARGV[i + 1]) end
+local first = 11 + ARGV[10]
+for i = first, #ARGV, 2 do redis.call('LPUSH', KEYS[4 + ARGV[i]], ARGV[i + 1]) end
+-- A field holds those of 512 jobs.
+local prints, number = ARGV[9], tonumber(ARGV[3])
+while prints ~= '' do
+  local block, offset = math.floor(number / 512), number % 512
+  local before = offset > 0 and redis.call('HGET', KEYS[4], block) or ''
+  before = string.sub(before .. string.rep('\0', offset * 8), 1, offset * 8)
+  redis.call('HSET', KEYS[4], block, before .. string.sub(prints, 1, (512 - offset) * 8))
+  prints, number = string.sub(prints, (512 - offset) * 8 + 1), number + 512 - offset
+end
 redis.call('HSET', KEYS[1], 'window', ARGV[2], 'fed', ARGV[4], 'cursor', ARGV[5], 'rejected', ARGV[7])
 if ARGV[6] ~= '' then redis.call('HSET', KEYS[1], 'total', ARGV[6]) end
-for i = 4, #KEYS do redis.call('HSET', KEYS[1], 'list:' .. KEYS[i], 1) end
-for i = 10, first - 1 do redis.call('SADD', KEYS[3], ARGV[i]) end
-for _, name in ipairs({KEYS[1], KEYS[1] .. ':done', KEYS[1] .. ':failed', KEYS[1] .. ':news', KEYS[3]}) do
-  redis.call('EXPIRE', name, ARGV[8])
-end
+for i = 5, #KEYS do redis.call('HSET', KEYS[1], 'list:' .. KEYS[i], 1) end
+for i = 11, first - 1 do redis.call('SADD', KEYS[3], ARGV[i]) end
+for _, part in ipairs({'', ':done', ':failed', ':news'}) do redis.call('EXPIRE', KEYS[1] .. part, ARGV[8]) end
+for i = 3, 4 do redis.call('EXPIRE', KEYS[i], ARGV[8]) end
 return 1

@@ -1,7 +1,7 @@
 -- Writes a job's final state, once.
 --
 -- KEYS     the record, the failed jobs, the job's attempts
--- ARGV     state, seconds until the record expires, message id, job id, then field and value in turn
+-- ARGV     state, seconds until the record expires, message (`claim.lua`), job id, then field and value in turn
 -- Returns  1 when it was written, 0 when it was not, -1 when the job was to be cancelled and somebody wants it
 --
 -- A picture is done whoever made it, unless the job was cancelled: that was said already. A failure counts only
@@ -14,10 +14,10 @@
 -- run of a million jobs must not leave a million records here.
 local BULK_TTL_S = 60
 local final, ttl, message, id = unpack(ARGV, 1, 4)
-local state, holder, cancel, runs, bulk =
+local state, named, cancel, runs, bulk =
   unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk'))
 if state == 'done' or state == final or state == 'cancelled' then return 0 end
-if final ~= 'done' and holder ~= message then
+if final ~= 'done' and (named ~= string.match(message, '^[^/]*') or on(KEYS[3], 'HGET', 'claim') ~= message) then
   -- The job was submitted anew meanwhile: this attempt is none of the new one's.
   if redis.call('HDEL', KEYS[3], 'open:' .. message) == 1 then
     redis.call('HINCRBY', KEYS[3], 'attempts', -1)
@@ -34,6 +34,9 @@ redis.call('EXPIRE', KEYS[1], final == 'done' and bulk and math.min(ttl, BULK_TT
 if final == 'failed' then
   on(KEYS[2], 'ZADD', redis.call('TIME')[1], id)
   redis.call('EXPIRE', KEYS[2], ttl)
+  -- Producers can write the record; that it says so is believed while this is here (`claim.lua`).
+  redis.call('HSET', KEYS[3], 'failed', 1)
+  redis.call('EXPIRE', KEYS[3], ttl)
 else
   on(KEYS[2], 'ZREM', id)
 end

@@ -1,19 +1,20 @@
 -- Undoes a claim: the job is queued again.
 --
 -- KEYS     the record, the job's attempts
--- ARGV     message id, how the attempt failed as JSON (`worker.contract.record.Attempt`); '' where it was not
---          the job's fault and does not count
+-- ARGV     message (`claim.lua`), how the attempt failed as JSON (`worker.contract.record.Attempt`); '' where it
+--          was not the job's fault and does not count
 -- Returns  1 when it was undone, 0 when the message does not hold the claim
 -- include go_on.lua
 -- include heal.lua
 local message, failure = unpack(ARGV)
-local holder, attempt = unpack(on(KEYS[1], 'HMGET', 'claim', 'attempts'))
+local named, attempt = unpack(on(KEYS[1], 'HMGET', 'claim', 'attempts'))
+local holds = on(KEYS[2], 'HGET', 'claim') == message and named == string.match(message, '^[^/]*')
 local is_open = on(KEYS[2], 'HDEL', 'open:' .. message) == 1
 if is_open then
   redis.call('HINCRBY', KEYS[2], 'deaths', -1)
-  if failure == '' or holder ~= message then redis.call('HINCRBY', KEYS[2], 'attempts', -1) end
+  if failure == '' or not holds then redis.call('HINCRBY', KEYS[2], 'attempts', -1) end
 end
-if holder ~= message then return 0 end
+if not holds then return 0 end
 if is_open then
   if failure == '' then
     redis.call('HDEL', KEYS[1], 'try:' .. attempt)
@@ -23,6 +24,7 @@ if is_open then
   end
   redis.call('HSET', KEYS[1], 'deaths', redis.call('HGET', KEYS[2], 'deaths'))
 end
+redis.call('HDEL', KEYS[2], 'claim', 'claim_until')
 redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery')
 redis.call('HSET', KEYS[1], 'state', 'queued', 'step', 0)
 redis.call('PUBLISH', KEYS[1], 'queued')

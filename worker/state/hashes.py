@@ -126,7 +126,7 @@ def own_fields(text: str) -> dict[str, Any]:
 
 def says_final(event: object) -> bool:
     """Whether an event of a job's channel says that it has ended, or that a submission was given up."""
-    return event in _FINAL
+    return isinstance(event, str) and event in _FINAL
 
 
 def count(text: str | None) -> int:

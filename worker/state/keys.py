@@ -14,6 +14,8 @@
     smallcat:runs            zset     names of the 1,000 runs that were begun or resumed last, by time
     smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
       ...:done, ...:failed   bitmaps  a bit for each job of the run, set by the script that ends the job
+      ...:prints             hash     the first eight bytes of the fingerprint of each message of the run: of
+                                      512 in a field, and "=<number>" of those that were sent again
       ...:news               list     how each job ended, until the run's feeder has read it
     smallcat:worker:<name>   string   a worker's announcement as JSON (`worker.state.fleet`)
     smallcat:workers         set      names of the workers that announced themselves
@@ -32,23 +34,29 @@ Keys expire some time after their last change. Those of messages are the transpo
 
 Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
 
-    message              the id of the job's only message; empty where it has several
-    claim, claim_until   the message that a worker works on, and until when the claim lasts, in Unix seconds
+    message              for workers of earlier versions: the id of the job's only message; empty where it
+                         has several
+    claim, claim_until   the message that a worker works on, and until when the claim lasts, in Unix seconds;
+                         a claim counts that the attempts have, too
     delivery             an earlier version's: the delivery of that message which was counted as an attempt
     deaths               attempts that have not ended; while none runs, those that ended with a worker's death
     try:<attempt>        an attempt, as the JSON of `worker.contract.record.Attempt`
     cancel               1 while a running job is asked to stop
     cancelled_at         when the job was cancelled for all that wanted it, in Unix seconds
-    sub:<submission>     1 for each submission since the job was last queued that was not given up
+    sub:<submission>     for each submission since the job was last queued that was not given up: the
+                         fingerprint of its message; 1 where an earlier version sent it; "-" once that
+                         message was set aside
     subs                 how many they are, one that an earlier version made included
     runs                 marks of the runs that the job belongs to, separated by spaces
     bulk                 1 when only runs have sent the job: its record is short-lived once the job is done
 
 Fields of a job's attempts. Those of the record that have the same names are for readers, and for workers of
-earlier versions, who count there:
+earlier versions, who look there. A message is here its id, "/", and the tag under which it is held:
 
     attempts, deaths     as in the record
+    claim, claim_until   likewise
     open:<message>       the delivery of that message which was counted, until it is known how it ended
+    failed               1 once the job has failed: a record that says so without it is not believed
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
 --
 -- KEYS[1]  the job's record, in its final state
 -- runs     run marks (`worker.contract.message.RunMark`), separated by spaces
-local function mark_runs(runs)
+-- ended    how the job ended, where its record does not say it: the fields below
+local function mark_runs(runs, ended)
   if runs == '' then return end
-  local r = redis.call('HMGET', KEYS[1], 'state', 'uri', 'timings', 'error_type', 'error', 'cached',
-                       'attempts')
+  local r = ended or redis.call('HMGET', KEYS[1], 'state', 'uri', 'timings', 'error_type', 'error', 'cached',
+                                'attempts')
   local job_id = string.sub(KEYS[1], 1 + string.len('smallcat:job:'))
   local function mark(run, number, file, line)
     local key = 'smallcat:run:' .. run

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from worker.contract.errors import InvalidJobError, SmallcatError
+from worker.contract.errors import InvalidJobError, PoisonJobError, SmallcatError
+from worker.contract.found_message import FoundMessage, fingerprint
 from worker.contract.job import SUBMISSION_FIELDS, Job
+from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, JobRecord, State
 from worker.state import scripts as scripts
 from worker.state.hashes import (
@@ -77,25 +79,40 @@ class Records:
         self._unreadable = client.register_script(scripts.UNREADABLE)
         self._progress = client.register_script(scripts.PROGRESS)
 
-    def submitted(self, job: Job, queue: str, submission: str = "", message: str = "") -> None:
+    def submitted(
+        self, job: Job, queue: str, submission: str = "", message: str = "", noted: str = "1"
+    ) -> None:
         """Write the record of a job that is sent to `queue` as `message`, and what is the submission's own.
 
-        A record of a job that is queued or running stays as it is, unless it was cancelled.
+        `noted` is the message's fingerprint; "1": unknown, as with earlier versions. A record of a job that
+        is queued or running stays as it is, unless it was cancelled.
         """
         own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
         self._submit(
             keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission), LATEST],
-            args=[job.model_dump_json(), queue, self._ttl_s, job.id, submission, own, message],
+            args=[job.model_dump_json(), queue, self._ttl_s, job.id, submission, own, message, noted],
         )
 
-    def unreadable(self, message: str, reason: str) -> bool:
-        """Fail the job that was submitted as `message`, which no worker can read. False: it has others."""
-        job_id = message[:32]
-        if not re.fullmatch(r"[0-9a-f]{32}-.+", message):
+    def set_aside(self, raw: bytes, reason: str, is_poison: bool = False) -> bool:
+        """Fail the job that was sent as the message `raw`, which is set aside for `reason`. False: none was.
+
+        `is_poison`: it can be read, but came back too often.
+        """
+        found = FoundMessage.read(raw)
+        job_id = found.id[:32]
+        if not re.fullmatch(r"[0-9a-f]{32}-.+", found.id):
             return False
-        text = f"No worker could read the job's message, because {reason}. Submit it again."
-        args: list[str | int] = [message, job_id, self._ttl_s, InvalidJobError.__name__, text]
-        return bool(self._unreadable(keys=[job_key(job_id), FAILED], args=args))
+        error: SmallcatError
+        if is_poison:
+            error = PoisonJobError(f"The job's message is set aside: {reason}. See the workers' logs.")
+        else:
+            error = InvalidJobError(
+                f"No worker could read the job's message, because {reason}. Submit it again."
+            )
+        args: list[str | int] = [f"{found.id}/{found.tag}", fingerprint(raw), job_id, self._ttl_s]
+        args += [type(error).__name__, str(error), found.run]
+        args += [found.job.model_dump_json(), queue_of(found.job)] if found.job else ["", ""]
+        return bool(self._unreadable(keys=[job_key(job_id), FAILED, attempts_key(job_id)], args=args))
 
     def replicated(self, job_id: str, replicas: int, timeout_s: float) -> int:
         """How many replicas have the job, and all that was written before; waits until they are `replicas`.
@@ -167,18 +184,25 @@ class Records:
         max_attempts: int,
         queue: str,
         run: str = "",
+        is_stored: Callable[[], bool] = lambda: True,
     ) -> tuple[Claim, int, float]:
         """Claim the job for `message`, or say why not. Returns the verdict, the attempt, seconds queued.
+
+        `message` is the message's id, and, after "/", the tag under which this worker holds it.
+        `is_stored` is asked whether the bucket has the picture where the record says that the job is done.
 
         Each claim with the verdict `RENDER` counts as an attempt, also one that ends with the death of the
         process. `run` is the message's run mark: that run is told how the job ended, whichever of its
         messages was worked on.
         """
         text, delivery = job.model_dump_json(), secrets.token_hex(8)
-        verdict, attempt, queued = self._claim(
-            keys=[job_key(job.id), attempts_key(job.id)],
-            args=[message, worker, lease_s, max_attempts, self._ttl_s, text, queue, delivery, run],
-        )
+        keys = [job_key(job.id), attempts_key(job.id)]
+        args: list[str | int | float] = [message, worker, lease_s, max_attempts, self._ttl_s]
+        args += [text, queue, delivery, run]
+        verdict, attempt, queued = self._claim(keys=keys, args=[*args, ""])
+        if verdict == State.DONE:
+            looked = "yes" if is_stored() else "no"
+            verdict, attempt, queued = self._claim(keys=keys, args=[*args, looked])
         return Claim(verdict), int(attempt), max(0.0, float(queued))
 
     def progress(self, steps: Mapping[str, tuple[int, int]], lease_s: float) -> list[str]:
@@ -187,7 +211,8 @@ class Records:
         if not ids:
             return []
         args = [lease_s, *(number for job_id in ids for number in steps[job_id])]
-        cancelled = self._progress(keys=[job_key(job_id) for job_id in ids], args=args)
+        keys = [key for job_id in ids for key in (job_key(job_id), attempts_key(job_id))]
+        cancelled = self._progress(keys=keys, args=args)
         return [ids[index - 1] for index in cancelled]
 
     def done(self, record: JobRecord) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from worker.contract.errors import QueueError
+from worker.contract.found_message import digest_of
 from worker.contract.refusals import code_of
 from worker.state import scripts
 from worker.state.keys import FAILED, LATEST, QUEUES, job_key, submission_key
@@ -81,7 +82,7 @@ class Submissions:
                 record, own = job_key(each.job_id), submission_key(each.job_id, each.submission)
                 keys = (record, QUEUES, FAILED, own, LATEST)
                 about = (each.job, each.queue, self._ttl_s, each.job_id, each.submission, each.own)
-                pipe.evalsha(_DIGEST, len(keys), *keys, *about, each.message_id)
+                pipe.evalsha(_DIGEST, len(keys), *keys, *about, each.message_id, digest_of(each.message))
                 pipe.lpush(each.list, each.message)
             if replicas:
                 pipe.wait(replicas, max(1, int(1_000 * wait_s)))

@@ -3,14 +3,14 @@
 --
 -- KEYS     the record, the queues, the failed jobs, the submission, the latest jobs
 -- ARGV     job as JSON, queue, seconds until the record expires, job id, submission or '', what is its own
---          as JSON, the id of its message
+--          as JSON, the id of its message, its fingerprint
 --
 -- Its first write may take memory: a full Redis refuses the script before it has done anything.
 -- Sent twice, because its answer was lost, it counts the submission once.
 -- include heal.lua
 -- include outcome.lua
 -- include ../contract/clock.lua
-local job, queue, ttl, id, submission, own, message = unpack(ARGV)
+local job, queue, ttl, id, submission, own, message, print = unpack(ARGV)
 local field = 'sub:' .. submission
 on(KEYS[2], 'SADD', queue)
 redis.call('EXPIRE', KEYS[2], ttl)
@@ -21,7 +21,7 @@ if state ~= 'queued' and state ~= 'running' or cancel then
   if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end
   redis.call('DEL', KEYS[1])
   redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', now(), 'subs', 1,
-             'message', message, field, 1, unpack(runs and {'runs', runs} or {}))
+             'message', message, field, print, unpack(runs and {'runs', runs} or {}))
 else
   -- With a second message, none is the job's only one.
   if known ~= message then redis.call('HSET', KEYS[1], 'message', '') end
@@ -29,8 +29,10 @@ else
     -- Whoever submitted a job by an earlier version is not counted: one such submission is assumed, unless only
     -- runs have sent the job.
     local others = subs and count(subs) or bulk and 0 or 1
-    redis.call('HSET', KEYS[1], field, 1, 'subs', others + 1)
+    redis.call('HSET', KEYS[1], field, print, 'subs', others + 1)
     if bulk then redis.call('HDEL', KEYS[1], 'bulk') end
+  elseif mine ~= print then
+    redis.call('HSET', KEYS[1], field, print)
   end
 end
 redis.call('EXPIRE', KEYS[1], ttl)

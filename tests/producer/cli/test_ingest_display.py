@@ -8,8 +8,9 @@ from rich.console import Console
 
 from producer.cli import ingest_display
 from producer.cli.ingest_display import LineDisplay, LiveDisplay, QuietDisplay, Throughput, summary
+from producer.ingest.ended import Ended
 from producer.ingest.plan import Cursor, Rejected
-from producer.ingest.run_state import Ended, Status
+from producer.ingest.run_state import Status
 from producer.ingest.types import Counts
 
 STATUS = Status(fed=500, ended=120, total=1_000, rejected=2, queued=380, cursor="0:500:0")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.ingest.download import FIELDS, Downloads, Template, slug
+from producer.ingest.ended import Ended
 from producer.ingest.journal import Journal
-from producer.ingest.run_state import Ended
 from producer.prompts.sources import Source
 from worker.contract import infotext
 from worker.contract.choices import ImageFormat

@@ -21,11 +21,13 @@ from producer.ingest.check import refuse_bad_lines
 from producer.ingest.feeder import Ingest
 from producer.ingest.journal import Journal
 from producer.ingest.run_state import Run
+from producer.ingest.runs import find_run
 from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options, Outcome
 from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
 from worker.contract.errors import PromptFileError, QueueError
+from worker.contract.found_message import digest_of, fingerprint
 from worker.contract.message import payload_in
 from worker.contract.queues import PARKED, lists_of, parked_list_of, queues_of
 from worker.contract.record import State
@@ -305,6 +307,40 @@ def test_what_failed_and_is_done_later_is_done_in_the_manifest(drain: Drain) -> 
     outcome = drained(ingest(), drain)
     assert (outcome.done, outcome.failed) == (1, 0)
     assert manifest()[0]["state"] == "done"
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_job_whose_message_is_set_aside_has_failed(drain: Drain, detach: bool) -> None:
+    """The feeder, whoever asks for the run, and the manifest hear of it; of a forged message they do not."""
+    run = ingest("a cat\na dog\na bird\n", detach=detach)
+    thread = threading.Thread(target=run)
+    thread.start()
+    while waiting(drain) < 3:
+        pass
+    [name] = [each for each in lists_of(QUEUE) if drain.client.llen(each)]
+    raw = str(drain.client.rpop(name))
+    forged = json.loads(raw)
+    forged["headers"]["id"] = forged["headers"]["id"].replace("-0", "-1")
+    assert not drain.records.set_aside(json.dumps(forged).encode(), "it is forged")
+    assert drain.records.set_aside(raw.encode(), "it is odd")
+    drain.all()
+    thread.join(timeout=20)
+    info = find_run(drain.client, run.run.id)
+    assert (info.state, info.done, info.failed) == ("finished", 2, 1)
+    if detach:
+        ingest()()
+    first, *others = manifest()
+    assert (first["state"], first["error_type"]) == ("failed", "InvalidJobError")
+    assert "it is odd" in first["error"]
+    assert [line["state"] for line in others] == ["done", "done"]
+
+
+def test_the_fingerprint_of_a_message_of_a_run_is_that_of_its_text(drain: Drain) -> None:
+    """So that a feeder need not read what it has just written."""
+    ingest('a cat\na \U0001f408 \u00e9 "dog"\n', detach=True)()
+    for name in lists_of(QUEUE):
+        for text in drain.client.lrange(name, 0, -1):
+            assert fingerprint(str(text)) == digest_of(str(text))
 
 
 def test_a_cancelled_job_ends(drain: Drain) -> None:
