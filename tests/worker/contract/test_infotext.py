@@ -13,6 +13,7 @@ from worker.contract.choices import SAMPLERS, ImageFormat, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.infotext import read, write
 from worker.contract.job import MAX_SEED, Job
+from worker.contract.job_checks import VISIBLE
 
 
 def resolved(**fields: Any) -> Job:
@@ -76,7 +77,7 @@ NAME = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_s
 @example(prompt="a\nNegative prompt: b", negative="", model="m", revision="r", job=resolved())
 @example(prompt="a", negative="\nSteps: 1, Seed: 2", model='a, "b": c', revision=" r ", job=resolved())
 @given(
-    prompt=TEXT.filter(str.strip),
+    prompt=TEXT.filter(VISIBLE.search),
     negative=TEXT,
     model=NAME,
     revision=NAME,

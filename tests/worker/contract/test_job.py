@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from worker.contract.choices import ImageFormat, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, SUBMISSION_FIELDS, Job, JobFields
+from worker.contract.job_checks import VISIBLE
 from worker.contract.served_model import Defaults, ServedModel
 
 SERVED = ServedModel(
@@ -357,7 +358,7 @@ def test_the_keyword_parameters_are_the_fields_of_a_job_with_their_types() -> No
 
 
 VALID = st.fixed_dictionaries(
-    {"prompt": st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1).filter(str.strip)},
+    {"prompt": st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1).filter(VISIBLE.search)},
     optional={
         "negative_prompt": st.text(st.characters(exclude_categories=["Cc", "Cs"])),
         "seed": st.integers(0, MAX_SEED),
