@@ -133,7 +133,7 @@ def _start(sender: Any, **_: Any) -> None:
     # Without this Celery asks the other workers for revoked tasks at each new connection, and waits a second
     # for their answers. A job is cancelled by its record.
     sender.options["without_mingle"] = True
-    # Without this each worker hears the heartbeats of all others, for nothing.
+    # Without this each worker receives the heartbeats of all others, and uses none.
     sender.options["without_gossip"] = True
     stop_signals.until_ready()
     sender.setup_logging()

@@ -108,7 +108,7 @@ def _bucket(now: Session) -> Iterator[Finding]:
 
 def _can_read(bucket: Bucket) -> bool:
     try:
-        # What is missing is told from what is refused only where there is the right to read.
+        # S3 says that an object is missing only to those who may list or read; others get a refusal.
         bucket.record(f"doctor-{secrets.token_hex(8)}")
     except StorageError:
         return False

@@ -1,4 +1,4 @@
-"""A stack that `make local` runs on this machine, for those who have not told their shell of it."""
+"""A stack that `make local` runs on this machine, for shells in which its variables are not set."""
 
 from __future__ import annotations
 

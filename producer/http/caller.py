@@ -30,5 +30,5 @@ class Caller:
         return scope in self.scopes or "admin" in self.scopes
 
 
-#: Everybody, where the server was told to ask for no key.
+#: Everybody, where the server asks for no key.
 ANYBODY: Final = Caller("anybody", frozenset(SCOPES))

@@ -89,7 +89,7 @@ async def _events(
             try:
                 record = await backend.run(handle.record)
             except SmallcatError:
-                return  # The client comes back, and is told why.
+                return  # The client connects again, and then gets the error.
             if record.state.is_final:
                 yield _last_event(record, handle.submission, caller)
                 return

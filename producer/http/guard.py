@@ -1,4 +1,4 @@
-"""Around the app: no request takes more than its share, and no fault tells what was in it.
+"""Around the app: no request takes more than its share, and no error shows what was in it.
 
 A body is counted while it arrives, and must arrive in time; whoever does not read the answer is cut off.
 Heads of requests are `server`'s, which sees them.

@@ -1,4 +1,4 @@
-"""The keys of the HTTP API, in Redis: their hashes, never themselves.
+"""The keys of the HTTP API, in Redis: hashes alone, never the keys.
 
     smallcat:http:keys        hash   SHA-256 of a key -> its name, scopes, tenant and time as JSON
     smallcat:http:keys:used   hash   a key's name -> when it was last used, in Unix seconds

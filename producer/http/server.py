@@ -1,4 +1,4 @@
-"""The server process: uvicorn with limits on the heads of requests, that drains when it is told to end."""
+"""The server process: uvicorn with limits on the heads of requests, that drains on SIGTERM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("smallcat.http")
 HEAD_S, MAX_HEAD = 15.0, 64 * 1024
 #: Seconds that a connection stays open between two requests.
 KEEP_ALIVE_S: Final = 30
-#: Seconds that requests have to end when the server is told to.
+#: Seconds that requests have to end after SIGTERM.
 DRAIN_S: Final = 30
 
 

@@ -1,4 +1,4 @@
-"""The runs of one Redis, for those who look after them: list them, show one, cancel one.
+"""The runs of one Redis, for operators: list them, show one, cancel one.
 
 A run of a million jobs is one line: its counts are read from its own keys, never from its jobs.
 """

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file, a few at a time, however much its few bytes claim to hold."""
+"""Rows of a Parquet file, a few at a time, so that a small file of many values does not fill the memory."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields
         submit()
     begun_s = time.perf_counter()
     finished: list[float] = []
-    # All jobs take the same steps, so they end in groups, and the pattern repeats after as many jobs as are
-    # in flight: whole periods are counted.
+    # All jobs take the same steps, so they end in groups, periodically: one period has as many jobs as are in
+    # flight, and whole periods are counted.
     while time.perf_counter() - begun_s < seconds or len(finished) % in_flight:
         finished.append(done.get(timeout=600))
         submit()

@@ -26,7 +26,7 @@ from worker.device.model_runner import ModelRunner
 from worker.engine.engine import Engine
 from worker.engine.ticket import Rendered
 
-#: The card of the bundled model names it as weak with guidance: pictures of speckles compare badly.
+#: With guidance the bundled model draws noise by it (worker/demo/README.md), whose PSNR says nothing.
 WITHOUT_GUIDANCE = (Scheduler.PNDM,)
 
 

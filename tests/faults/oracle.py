@@ -1,4 +1,4 @@
-"""Accounts for every id: exactly one object, one done mark; nothing held, no slot lost, no key left over."""
+"""Checks the jobs after a test: an object and a done mark each, none held, no slot lost, no key left over."""
 
 from __future__ import annotations
 

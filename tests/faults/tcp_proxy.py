@@ -10,7 +10,7 @@ import time
 from typing import Literal
 
 #: cut: all connections are reset, new ones work. delay: every packet waits for DELAY_S. half_close: the
-#: server sees the end of each connection, the client hears nothing. lose: what the client sends is done; the
+#: server sees the end of each connection, the client receives nothing. lose: the request is done; the
 #: answer is lost, with its connection. well: nothing is wrong.
 Mode = Literal["well", "cut", "delay", "half_close", "lose"]
 MODES: tuple[Mode, ...] = ("cut", "delay", "half_close", "lose")
@@ -84,7 +84,7 @@ class TCPProxy:
                     break
                 sink.sendall(data)
         if self._mode == "half_close" and is_answer:
-            return  # The client is not told.
+            return  # The client's connection stays open.
         for each in (source, sink):
             _reset(each)
         with self._lock:

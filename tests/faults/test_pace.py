@@ -76,7 +76,7 @@ def test_the_engine_is_busy_at_least_95_percent(ground: Ground) -> None:
     assert busy(ground, 400, step_s=0.04) >= 0.95
 
 
-def test_flower_hears_of_every_job(ground: Ground) -> None:
+def test_flower_receives_the_events_of_every_job(ground: Ground) -> None:
     """Events go in batches; none is missing, also after a connection was lost. Received as Flower does."""
     ground.worker()
     received: set[str] = set()

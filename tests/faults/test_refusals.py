@@ -188,7 +188,7 @@ SHORT = ("NOREPLICAS", "NOPERM", "maxclients")
 def test_a_redis_that_refuses_costs_no_attempt_and_one_line(
     ground: Ground, refusal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For longer than a lease, under a worker with jobs on board and jobs that wait."""
+    """For longer than a lease, under a worker with jobs in flight and jobs that wait."""
     monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "1")
     provoke, words = REFUSALS[refusal]
     worker = ground.worker(settings={"SMALLCAT_MAX_ATTEMPTS": "1"})

@@ -44,7 +44,7 @@ def _to_be_logged(record: logging.LogRecord) -> bool:
 
 
 def _is_no_outage(record: logging.LogRecord) -> bool:
-    """Whether a record of the consumer is about something else than Redis; what is, is told to the log."""
+    """Whether a record of the consumer is about something else than Redis; others are logged as refusals."""
     arguments = record.args if isinstance(record.args, tuple) else ()
     for argument in arguments:
         if isinstance(argument, Exception) and _is_of_the_connection(argument):

@@ -114,7 +114,7 @@ def read_fields(text: str) -> Reading:
     prompt, negative, pairs = parts or (text, "", {})
     if _STEPS.search(prompt) or _STEPS.search(negative):
         raise InvalidJobError(
-            "The infotext has its parameters where the prompt should end, and they cannot be told apart: "
+            "The infotext has its parameters where the prompt should end, and it is unclear which is which: "
             'put them on a last line that begins with "Steps: ".'
         )
     resources = set(_RESOURCE.findall(pairs.pop("Civitai resources", ""))) - {"checkpoint", "Checkpoint"}

@@ -24,7 +24,7 @@ SENTINEL_TIMEOUT_S = 1.0
 
 
 class Sentinels(redis.sentinel.Sentinel):
-    """redis-py's sentinels, but all are asked, and are told Redis' user and password where they want one.
+    """redis-py's sentinels, but all are asked. Where they want a password, they get Redis' user and password.
 
     redis-py believes the first that answers, for as long as it answers. One that missed a failover, cut off
     or on a machine that stood still, would send everybody to a primary that is none any more.

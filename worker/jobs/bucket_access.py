@@ -1,4 +1,4 @@
-"""Whether the bucket takes this worker's objects: a refusal of one object is told from a refusal of all.
+"""Whether the bucket takes this worker's objects: a refusal of one object is not one of all.
 
     open ──an object is refused, and a test object, too──► closed ──a test object is taken──► open
 

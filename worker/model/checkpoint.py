@@ -1,7 +1,7 @@
 """What a single .safetensors file is: its family, its parts, and how they are to be read. No torch here.
 
-A checkpoint has the layout of Stable Diffusion's first release, in which UNet, VAE and text encoders are told
-apart by prefixes. Tools write several prefixes for the same part; all of them are read here.
+A checkpoint has the layout of Stable Diffusion's first release, in which UNet, VAE and text encoders have
+prefixes of their own. Tools write several prefixes for the same part; all of them are read here.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _ITS_OWN = "set SMALLCAT_MODEL to the checkpoint that it is for. {} are not serv
 
 
 class Rule(NamedTuple):
-    """How a kind of file is told, and what is said about it."""
+    """How a kind of file is recognised, and what the error says about it."""
 
     #: A name of a tensor that only this kind has.
     name: re.Pattern[str]

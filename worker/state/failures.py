@@ -1,4 +1,4 @@
-"""The jobs that failed for good, for those who look after them: in bulk, for there may be many thousands.
+"""The jobs that failed for good, for operators: read in bulk, because there may be many thousands.
 
 smallcat:failed          zset    ids of the jobs that failed for good, by time; see `worker.state.keys`
 

@@ -98,7 +98,7 @@ class Following:
                 try:
                     await self._read(client)
                     read_s = loop.time()
-                except Exception as error:  # noqa: BLE001 - the followers are told of any
+                except Exception as error:  # noqa: BLE001 - each follower gets it
                     if loop.time() - read_s > self._retry_s:
                         self._end(error)
                         return

@@ -1,7 +1,7 @@
 """A job's record as Redis holds it, in a hash, and as Python has it.
 
 Producers write these hashes, so what is in them is not believed: the id is that of the key, the job must be
-the one of that id, and what cannot be read is an unknown job, of which others hear nothing.
+the one of that id, and what cannot be read counts as an unknown job and does not disturb others.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ class Records:
         `is_stored` is asked whether the bucket has the picture where the record says that the job is done.
 
         Each claim with the verdict `RENDER` counts as an attempt, also one that ends with the death of the
-        process. `run` is the message's run mark: that run is told how the job ended, whichever of its
+        process. `run` is the message's run mark: that run gets the job's outcome, whichever of its
         messages was worked on.
         """
         text, delivery = job.model_dump_json(), secrets.token_hex(8)

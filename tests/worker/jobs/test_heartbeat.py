@@ -63,16 +63,16 @@ class Beating:
             self.records.claim(job, "m1", worker="w1", lease_s=1, max_attempts=3, queue="q")
             self.jobs[job.id] = (1, 4)
 
-    def hears(self) -> None:
-        """Wait until it listens."""
+    def wait_until_subscribed(self) -> None:
+        """Wait until the heartbeat has subscribed to cancellations."""
         until_true(lambda: self.client.pubsub_numsub(WORKERS_CHANNEL)[0][1] > 0)
 
 
 def until_true(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread brings about soon."""
+    """Wait for what another thread does soon."""
     until = time.monotonic() + SOON_S
     while not condition():
-        assert time.monotonic() < until, "it did not come about"
+        assert time.monotonic() < until, "it did not happen"
         threading.Event().wait(0.01)
 
 
@@ -123,7 +123,7 @@ def test_claims_are_extended(beating: Beating) -> None:
 
 def test_progress_is_written_while_somebody_looks(beating: Beating) -> None:
     beating.heartbeat.start()
-    beating.hears()
+    beating.wait_until_subscribed()
     beating.run(JOB, OTHER)
     beating.jobs.update({JOB.id: (2, 4), OTHER.id: (3, 4)})
     beating.records.watch()
@@ -135,7 +135,7 @@ def test_progress_is_written_while_somebody_looks(beating: Beating) -> None:
 
 def test_a_cancellation_is_passed_on_at_once_for_that_job_only(beating: Beating) -> None:
     beating.heartbeat.start()
-    beating.hears()
+    beating.wait_until_subscribed()
     beating.run(JOB, OTHER)
     beating.records.cancel(JOB.id)
     assert beating.cancelled.get(timeout=SOON_S) == JOB.id
@@ -153,7 +153,7 @@ def test_a_cancellation_that_was_published_before_anyone_subscribed_is_found_at_
 
 def test_a_job_that_was_submitted_again_since_is_not_cancelled(beating: Beating) -> None:
     beating.heartbeat.start()
-    beating.hears()
+    beating.wait_until_subscribed()
     beating.run(JOB, OTHER)
     # The word of a cancellation that arrives late, and one of a job that runs elsewhere.
     beating.client.publish(WORKERS_CHANNEL, f"cancel {JOB.id}")
@@ -166,7 +166,7 @@ def test_a_job_that_was_submitted_again_since_is_not_cancelled(beating: Beating)
 @pytest.mark.parametrize("word", ["", "cancel", "nonsense", "cancel  ", "watch out"])
 def test_words_it_does_not_know_do_not_stop_it(beating: Beating, word: str) -> None:
     beating.heartbeat.start()
-    beating.hears()
+    beating.wait_until_subscribed()
     beating.run(JOB)
     beating.client.publish(WORKERS_CHANNEL, word)
     beating.records.cancel(JOB.id)
@@ -175,7 +175,7 @@ def test_words_it_does_not_know_do_not_stop_it(beating: Beating, word: str) -> N
 
 def test_it_survives_the_loss_of_its_connections(beating: Beating, valkey: ValkeyProcess) -> None:
     beating.heartbeat.start()
-    beating.hears()
+    beating.wait_until_subscribed()
     beating.run(JOB)
     with connect(valkey.url, retry_s=2) as other:
         other.client_kill_filter(_type="pubsub", skipme=True)

@@ -61,7 +61,7 @@ def test_the_key_v_pred_decides(tmp_path: Path, family: Family) -> None:
 
 
 def test_zero_snr_counts_with_v_alone(tmp_path: Path) -> None:
-    """As in ComfyUI. Noise cannot be told from a picture that has no signal: DDIM would divide by zero."""
+    """As in ComfyUI. A picture without signal does not determine its noise: DDIM would divide by zero."""
     one = found(tmp_path / "cat.safetensors", marks("ztsnr"))
     assert str(one) == "epsilon"
     assert one.reason.endswith("its zero terminal SNR counts with v_prediction alone")

@@ -328,7 +328,7 @@ def test_a_job_submitted_again_while_its_cancellation_is_on_its_way_is_not_cance
     claim(records, "m1")
     records.cancel(JOB.id)
     records.submitted(JOB, QUEUE)
-    # The worker hears of the cancellation only now.
+    # The worker learns of the cancellation only now.
     assert not records.failed(JOB.id, "m1", JobCancelledError("The job was cancelled."))
     assert records.get(JOB.id).state is State.QUEUED
     assert claim(records, "m2") == (Claim.RENDER, 1)

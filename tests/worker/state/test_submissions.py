@@ -199,8 +199,8 @@ def test_a_cancelled_submission_stays_cancelled_when_another_one_follows(
     assert (records.get(JOB.id, "a").state, records.get(JOB.id, "b").state) == (State.CANCELLED, State.DONE)
 
 
-def test_a_worker_that_stopped_a_job_that_is_wanted_again_hears_so(records: Records) -> None:
-    """Two messages of one worker share a render: the second may hear of the first one's cancellation."""
+def test_a_worker_that_stopped_a_job_that_is_wanted_again_gives_it_back(records: Records) -> None:
+    """Two messages of one worker share a render: the second may get the cancellation of the first."""
     submit(records, "a")
     claim(records, "m1")
     records.cancel(JOB.id, "a")
@@ -217,7 +217,7 @@ def test_a_picture_that_comes_after_cancelled_was_said_changes_nothing(records: 
     assert records.cancel(JOB.id, "a") is State.RUNNING
     submit(records, "b")
     assert records.cancel(JOB.id, "b") is State.CANCELLED
-    # The first render goes on until its worker hears that it should not.
+    # The first render goes on until its worker gets the cancellation.
     assert records.progress({JOB.id: (1, 4)}, lease_s=30) == [JOB.id]
     assert not done(records)
     assert records.get(JOB.id, "b").state is State.CANCELLED

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's infotext taken apart, as many tools write it and as it looks after its travels.
+"""AUTOMATIC1111's infotext taken apart, as many tools write it, and as other programs change it.
 
     a small cat
     Negative prompt: blurry

@@ -1,4 +1,4 @@
-"""The texts of an Exif block and of an XMP packet, where tools put what they know of a picture.
+"""The texts of an Exif block and of an XMP packet, where tools put a picture's parameters.
 
 Exif is CIPA DC-008, in TIFF 6.0; XMP is ISO 16684-1. Only the tags that tools use are read, each once.
 """
