@@ -26,7 +26,7 @@ FOLDERS = {
     "producer.cli": "producer.gallery producer.http",
     # The HTTP API is one more way to what the command line has, for callers who may hold no Redis password.
     "producer.cli producer.http": "producer.client producer.ingest",
-    "producer.cli producer.ingest": "producer.prompts",
+    "producer.cli producer.http producer.ingest": "producer.prompts",
     "producer.cli producer.client producer.gallery producer.http producer.ingest producer.prompts": (
         "producer.session"
     ),

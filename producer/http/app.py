@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from producer.http import events, jobs, problems, schema
+from producer.http import a1111, events, jobs, openai, problems, schema
 from producer.http.auth import Authentication, Shared
 from producer.http.backend import Backend
 from producer.http.problems import InvalidJobsError, RefusedError
@@ -71,7 +71,7 @@ def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    for router in (jobs.router, events.router, health):
+    for router in (jobs.router, events.router, openai.router, a1111.router, health):
         app.include_router(router)
     for kind in (
         SmallcatError,
@@ -88,7 +88,10 @@ def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
 
 async def _answer(request: Request, error: Exception) -> Response:
     """The answer to a request that failed."""
-    return problems.answer(_as_ours(request, error))
+    ours, path = _as_ours(request, error), request.url.path
+    if path.startswith(a1111.PATH):
+        return a1111.answer(ours)
+    return openai.answer(ours) if path.startswith(openai.PATHS) else problems.answer(ours)
 
 
 def _as_ours(request: Request, error: Exception) -> Exception:

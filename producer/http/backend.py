@@ -17,6 +17,7 @@ from producer.http.key_store import KeyStore
 from producer.http.limits import Limits
 from producer.http.problems import RETRY_S, RefusedError
 from producer.http.sending import Sender
+from producer.http.waiting import Waiting
 from producer.session import session
 from worker.contract.settings import ServerSettings
 from worker.state.following import Following
@@ -38,6 +39,7 @@ class Backend:
         self.keys = KeyStore(self.session.redis)
         self.sender = Sender(self.session)
         self.limits = Limits()
+        self.waiting = Waiting()
         self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)
         #: Set when the server is to end: streams close, and nothing new is begun.
         self.draining = asyncio.Event()

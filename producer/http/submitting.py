@@ -56,6 +56,16 @@ async def check(
     return jobs
 
 
+def numbered(fields: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """`count` jobs of the same fields with seeds that follow each other, as AUTOMATIC1111 has them."""
+    first = fields.get("seed", -1)
+    if type(first) is int and first == -1:
+        first = secrets.randbits(SEED_BITS)
+    if type(first) is not int:
+        return [dict(fields)]  # The job's own check says what is wrong.
+    return [{**fields, "seed": first + number} for number in range(count)]
+
+
 async def send(
     backend: Backend,
     caller: Caller,

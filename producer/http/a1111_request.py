@@ -1,0 +1,200 @@
+"""What a request of AUTOMATIC1111's `txt2img` means: job fields, or a refusal by name.
+
+Source: AUTOMATIC1111 1.10 (modules/api/models.py, modules/processing.py). A name that it does not know
+changes nothing there, and nothing here. A name that it knows, with a value that changes the picture there and
+cannot here, is refused: nobody gets another picture in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from producer.http.problems import RefusedError
+from producer.prompts.entries import LineError
+from producer.prompts.fields import NOT_GIVEN, value_of
+from worker.contract.errors import InvalidJobError
+from worker.contract.explain import short
+from worker.contract.job import JOB_FIELDS
+from worker.contract.prompt_syntax import only_words
+from worker.contract.scheduler_names import scheduler_of
+
+#: Pictures of one request, at most.
+MAX_IMAGES: Final = 100
+#: AUTOMATIC1111's names of job fields.
+_NAMES: Final = {
+    field.a1111_option: field.name
+    for field in JOB_FIELDS.values()
+    if field.a1111_option and field.name not in ("scheduler", "model")
+}
+
+
+def _is_off(value: Any) -> bool:
+    return value in (None, False, 0, "", "0", "None", "none")
+
+
+def _is_empty(value: Any) -> bool:
+    return not value
+
+
+def _is_one(value: Any) -> bool:
+    return value in (None, 0, 1, "1", "0", "")
+
+
+def _is_automatic(value: Any) -> bool:
+    return value in (None, "", "Automatic", "None", "automatic", "none", "Use same VAE")
+
+
+def _is_negative(value: Any) -> bool:
+    return value in (None, "") or (isinstance(value, int | float) and value <= 0)
+
+
+#: Names that may have harmless values only: how these are told, and what to say of others.
+_HARMLESS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "enable_hr": (_is_off, "hires fix is not offered: ask for the size in width and height"),
+    "styles": (_is_empty, "styles are not offered: write the style's text into the prompt"),
+    "script_name": (_is_off, "scripts are not offered: leave it out"),
+    "restore_faces": (_is_off, "restoring faces is not offered: switch it off"),
+    "tiling": (_is_off, "tiling is not offered: switch it off"),
+    "subseed_strength": (_is_off, "variation seeds are not offered: set it to 0"),
+    "seed_resize_from_w": (_is_negative, "resizing from a seed is not offered: leave it out"),
+    "seed_resize_from_h": (_is_negative, "resizing from a seed is not offered: leave it out"),
+    "refiner_checkpoint": (_is_automatic, "refiners are not offered: leave it out"),
+    "s_churn": (_is_off, "it is not offered: set it to 0"),
+    "s_min_uncond": (_is_off, "it is not offered: set it to 0"),
+    "s_noise": (_is_one, "it is not offered: set it to 1"),
+    "clip_skip": (_is_one, "skipping layers of CLIP is not offered: set it to 1"),
+    "init_images": (_is_empty, "image to image is not offered: leave it out"),
+    "mask": (_is_empty, "inpainting is not offered: leave it out"),
+    "infotext": (_is_empty, "it is not offered: send its parameters by their names"),
+}
+#: Likewise in `override_settings`, and among the options that may be set.
+HARMLESS_SETTINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "CLIP_stop_at_last_layers": (_is_one, "skipping layers of CLIP is not offered: set it to 1"),
+    "sd_vae": (_is_automatic, "the model's own VAE is used: set it to Automatic"),
+    "forge_additional_modules": (_is_empty, "modules of Forge are not offered: leave it out"),
+    "forge_preset": (lambda _: True, ""),
+    "eta_noise_seed_delta": (_is_off, "it is not offered: set it to 0"),
+    "token_merging_ratio": (_is_off, "merging tokens is not offered: set it to 0"),
+    "randn_source": (lambda value: value in (None, "CPU"), "noise is made on the CPU: set it to CPU"),
+    "samples_format": (lambda value: value in ("png", "jpg", "jpeg", "webp", None), "use png, jpg or webp"),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for."""
+
+    #: Job fields, without a model.
+    fields: dict[str, Any]
+    #: The model as the client names it; None: the one that is chosen.
+    model: str | None
+    #: Pictures of a batch, and batches.
+    batch_size: int
+    n_iter: int
+    #: Whether the answer is to have the pictures.
+    send_images: bool
+
+
+def read_request(body: Any) -> Asked:
+    """What a request asks for. Raises `InvalidJobError`, and `RefusedError` for what is not offered."""
+    if not isinstance(body, dict):
+        raise InvalidJobError(f"The body is {short(body)}: it must be an object such as {{'prompt': ...}}.")
+    _refuse_others(body, _HARMLESS, "")
+    _refuse_scripts(body.get("alwayson_scripts"))
+    settings = body.get("override_settings") or {}
+    if not isinstance(settings, dict):
+        raise InvalidJobError(f"override_settings is {short(settings)}: it must be an object.")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    model = settings.pop("sd_model_checkpoint", None)
+    for name in settings:
+        if name not in HARMLESS_SETTINGS:
+            raise RefusedError(
+                422, f"override_settings has {short(name)}, which is not offered: leave it out."
+            )
+    _refuse_others(settings, HARMLESS_SETTINGS, "override_settings: ")
+    fields = _job_fields(body)
+    if "samples_format" in settings:
+        fields.setdefault("format", settings["samples_format"])
+    scheduler = _scheduler(body)
+    _refuse_eta(body.get("eta"), scheduler)
+    if words := only_words(fields.get("prompt"), fields.get("negative_prompt")):
+        raise RefusedError(
+            422, f"The prompt has {', '.join(words)}, which is not offered: it would only be drawn as words."
+        )
+    batch_size, n_iter = (_count(body, name) for name in ("batch_size", "n_iter"))
+    if batch_size * n_iter > MAX_IMAGES:
+        raise InvalidJobError(
+            f"batch_size times n_iter is {batch_size * n_iter:,}: it must be 1 to {MAX_IMAGES} pictures."
+        )
+    return Asked(
+        fields | {"scheduler": str(scheduler)},
+        None if model in (None, "") else str(model),
+        batch_size,
+        n_iter,
+        body.get("send_images", True) is not False,
+    )
+
+
+def _job_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The job fields by AUTOMATIC1111's names and by our own; values may be texts, as its API takes them."""
+    own = {name: name for name in JOB_FIELDS if name not in ("scheduler", "model")}
+    found: dict[str, Any] = {}
+    for name, field in (own | _NAMES).items():
+        if name not in body:
+            continue
+        try:
+            value = value_of(JOB_FIELDS[field], body[name])
+        except LineError as error:
+            raise InvalidJobError(error.reason) from None
+        if value is not NOT_GIVEN:
+            found[field] = value
+    return found
+
+
+def _scheduler(body: Mapping[str, Any]) -> Any:
+    sampler = body.get("sampler_name") or body.get("sampler_index")
+    schedule = body.get("scheduler")
+    for name, value in (("sampler_name", sampler), ("scheduler", schedule)):
+        if value is not None and not isinstance(value, str):
+            raise InvalidJobError(f"{name} is {short(value)}: it must be a text such as Euler a.")
+    return scheduler_of(sampler, schedule)
+
+
+def _refuse_eta(eta: Any, scheduler: Any) -> None:
+    """DDIM here has no noise of its own, and ancestral samplers have all of it."""
+    needed = {"ddim": 0, "euler_ancestral": 1}.get(str(scheduler))
+    if needed is not None and eta not in (None, "", needed):
+        raise RefusedError(
+            422,
+            f"eta is {short(eta)}, which is not offered with {scheduler}: set it to {needed}.",
+        )
+
+
+def _refuse_others(
+    values: Mapping[str, Any], harmless: Mapping[str, tuple[Callable[[Any], bool], str]], where: str
+) -> None:
+    for name, (is_harmless, remedy) in harmless.items():
+        if name in values and not is_harmless(values[name]):
+            raise RefusedError(422, f"{where}{name} is {short(values[name])}, and {remedy}.")
+
+
+def _refuse_scripts(scripts: Any) -> None:
+    """Extensions that are sent without arguments, or switched off, do nothing."""
+    for name, script in scripts.items() if isinstance(scripts, dict) else ():
+        arguments = script.get("args") if isinstance(script, dict) else script
+        is_off = not arguments or (isinstance(arguments, list) and arguments[0] is False)
+        if not is_off:
+            raise RefusedError(
+                422, f"alwayson_scripts has {short(name)}, and scripts are not offered: leave it out."
+            )
+
+
+def _count(body: Mapping[str, Any], name: str) -> int:
+    value = value_of(JOB_FIELDS["steps"], body.get(name, 1))
+    if value is NOT_GIVEN:
+        return 1
+    if type(value) is not int or value < 1:
+        raise InvalidJobError(f"{name} is {short(value)}: it must be at least 1.")
+    return value

@@ -1,0 +1,35 @@
+"""The models that live workers serve, as callers are told of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.state.fleet import Fleet
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is served."""
+
+    #: The name that jobs ask for.
+    name: str
+    #: The revision that a job gets which names none.
+    revision: str
+    #: Live workers that serve it, at any revision.
+    workers: int
+    #: Unix seconds when the first of them started.
+    since: float
+
+
+def served_models(fleet: Fleet) -> list[Model]:
+    """The models, the fleet's default first."""
+    groups = sorted(fleet.groups(), key=lambda group: group.first)
+    found: dict[str, Model] = {}
+    for name in dict.fromkeys(group.served.name for group in groups):
+        members = [group for group in groups if group.served.name == name]
+        newest = max(members, key=lambda group: group.last)
+        workers = sum(group.workers for group in members)
+        found[name] = Model(name, newest.served.revision, workers, members[0].first[0])
+    return list(found.values())

@@ -1,0 +1,258 @@
+"""AUTOMATIC1111's API: with webuiapi 0.9.17, and with requests as Open WebUI and SillyTavern send them.
+
+Open WebUI at its commit 02530d5 (`backend/open_webui/routers/images.py`) and SillyTavern 1.13, commit 02903fd
+(`src/endpoints/stable-diffusion.js` and its extension): their requests are written down here.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import webuiapi
+from PIL import Image
+
+from deploy.embedded.stack import Stack
+from producer import job_from_image
+from tests.producer.http.conftest import Api, fast_worker
+from worker.contract.infotext import read
+
+REVISION = "f" * 10
+
+
+@pytest.fixture
+def client(api: Api) -> webuiapi.WebUIApi:
+    made = webuiapi.WebUIApi(baseurl=f"{api.url}/sdapi/v1")
+    made.set_auth("anybody", api.key)
+    return made
+
+
+def txt2img(api: Api, **fields: Any) -> Any:
+    return api.call("POST", "/sdapi/v1/txt2img", {"prompt": "a cat", **fields})
+
+
+# webuiapi
+
+
+def test_webuiapi_gets_pictures(client: webuiapi.WebUIApi) -> None:
+    result = client.txt2img(
+        prompt="a cat", negative_prompt="dogs", seed=7, steps=4, width=64, height=64, batch_size=2, n_iter=2
+    )
+    assert [image.getpixel((0, 0))[0] for image in result.images] == [7, 8, 9, 10]
+    info = result.info
+    assert info["all_seeds"] == [7, 8, 9, 10]
+    assert (info["seed"], info["sampler_name"], info["steps"]) == (7, "Euler a", 4)
+    assert (info["width"], info["height"], info["cfg_scale"]) == (64, 64, 7.0)
+    assert info["index_of_first_image"] == 0
+    job = read(info["infotexts"][1])
+    assert (job.prompt, job.negative_prompt, job.seed, job.scheduler) == (
+        "a cat",
+        "dogs",
+        8,
+        "euler_ancestral",
+    )
+    assert result.parameters["batch_size"] == 2
+
+
+def test_webuiapi_finds_its_way(client: webuiapi.WebUIApi) -> None:
+    assert client.util_get_model_names() == [f"fast [{REVISION}]"]
+    assert {"Euler a", "DPM++ 2M", "DDIM"} <= set(client.util_get_sampler_names())
+    assert "karras" in client.util_get_scheduler_names()
+    assert client.util_get_current_model() == f"fast [{REVISION}]"
+    client.util_set_model("fast")
+    client.util_wait_for_ready(check_interval=0.01)
+    assert client.get_progress()["progress"] == 0.0
+    assert client.get_upscalers() == client.get_loras() == client.get_prompt_styles() == []
+    assert client.get_scripts() == {"txt2img": [], "img2img": []}
+    client.refresh_checkpoints()
+    client.interrupt()
+
+
+def test_a_random_seed_is_told(client: webuiapi.WebUIApi) -> None:
+    result = client.txt2img(prompt="a cat", seed=-1, width=64, height=64)
+    assert result.info["seed"] >= 0
+    assert result.image.getpixel((0, 0))[0] == result.info["seed"] % 256
+
+
+def test_the_file_has_the_infotext(api: Api) -> None:
+    answer = txt2img(api, seed=3, sampler_name="DPM++ 2M", scheduler="Karras").json
+    job = job_from_image(base64.b64decode(answer["images"][0]))
+    assert (job.seed, job.scheduler) == (3, "dpmpp_2m_karras")
+    assert json.loads(answer["info"])["infotexts"][0].startswith("a cat\nSteps: ")
+
+
+# Open WebUI
+
+
+def test_open_webui_draws(api: Api) -> None:
+    auth = {"authorization": "Basic " + base64.b64encode(f"user:{api.key}".encode()).decode()}
+    verify = api.call("GET", "/sdapi/v1/options", headers=auth, key="")
+    assert verify.status == 200
+    models = api.call("GET", "/sdapi/v1/sd-models", headers=auth, key="").json
+    assert [(each["title"], each["model_name"]) for each in models] == [(f"fast [{REVISION}]", "fast")]
+    # It sends all options back, with another model.
+    options = verify.json | {"sd_model_checkpoint": models[0]["title"]}
+    assert api.call("POST", "/sdapi/v1/options", options, headers=auth, key="").status == 200
+    answer = api.call(
+        "POST",
+        "/sdapi/v1/txt2img",
+        {"prompt": "a cat", "batch_size": 1, "width": 512, "height": 512, "steps": 50, "negative_prompt": ""},
+        headers=auth,
+        key="",
+    )
+    assert Image.open(io.BytesIO(base64.b64decode(answer.json["images"][0]))).format == "PNG"
+    assert json.loads(answer.json["info"])["steps"] == 50
+
+
+# SillyTavern
+
+
+def silly_tavern(api: Api) -> dict[str, Any]:
+    """Its request for a picture: what its extension makes, with the server's address and password."""
+    return {
+        "url": api.url,
+        "auth": f"user:{api.key}",
+        "prompt": "best quality, absurdres, aesthetic, a cat",
+        "negative_prompt": "lowres, bad anatomy",
+        "sampler_name": "DDIM",
+        "scheduler": "Automatic",
+        "steps": 20,
+        "cfg_scale": 7,
+        "width": 512,
+        "height": 512,
+        "restore_faces": False,
+        "enable_hr": False,
+        "hr_upscaler": "Latent",
+        "hr_scale": 1.0,
+        "hr_additional_modules": [],
+        "denoising_strength": 0.7,
+        "hr_second_pass_steps": 0,
+        "seed": -1,
+        "override_settings": {
+            "CLIP_stop_at_last_layers": 1,
+            "sd_vae": "Automatic",
+            "forge_additional_modules": [],
+        },
+        "override_settings_restore_afterwards": True,
+        "clip_skip": 1,
+        "save_images": True,
+        "send_images": True,
+        "do_not_save_grid": False,
+        "do_not_save_samples": False,
+    }
+
+
+def test_silly_tavern_draws(api: Api) -> None:
+    headers = {"Authorization": "Basic " + base64.b64encode(f"user:{api.key}".encode()).decode()}
+    for path in ("options", "upscalers", "latent-upscale-modes", "sd-vae", "samplers", "schedulers"):
+        assert api.call("GET", f"/sdapi/v1/{path}", headers=headers).status == 200
+    assert api.call("GET", "/sdapi/v1/sd-modules", headers=headers).status == 404  # As where no Forge is.
+    title = api.call("GET", "/sdapi/v1/sd-models", headers=headers).json[0]["title"]
+    chosen = {"sd_model_checkpoint": title}
+    assert api.call("POST", "/sdapi/v1/options", chosen, headers=headers).status == 200
+    state = api.call("GET", "/sdapi/v1/progress", headers=headers).json
+    assert (state["progress"], state["state"]["job_count"]) == (0.0, 0)
+    answer = api.call("POST", "/sdapi/v1/txt2img", silly_tavern(api), headers=headers)
+    assert answer.status == 200, answer.body
+    assert len(answer.json["images"]) == 1
+
+
+# What is not offered
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"enable_hr": True}, "enable_hr is True, and hires fix is not offered"),
+        ({"styles": ["anime"]}, "styles is ['anime'], and styles are not offered"),
+        ({"script_name": "X/Y/Z plot"}, "script_name is 'X/Y/Z plot', and scripts are not offered"),
+        (
+            {"alwayson_scripts": {"ControlNet": {"args": [{"model": "x"}]}}},
+            "has 'ControlNet'",
+        ),
+        ({"restore_faces": True}, "restoring faces is not offered"),
+        ({"tiling": True}, "tiling is not offered"),
+        ({"subseed_strength": 0.5}, "variation seeds are not offered"),
+        ({"refiner_checkpoint": "xl-refiner"}, "refiners are not offered"),
+        ({"init_images": ["x"]}, "image to image is not offered"),
+        ({"clip_skip": 2}, "skipping layers of CLIP is not offered"),
+        (
+            {"override_settings": {"CLIP_stop_at_last_layers": 2}},
+            "override_settings: CLIP_stop",
+        ),
+        ({"override_settings": {"sd_vae": "x.vae.pt"}}, "the model's own VAE is used"),
+        ({"override_settings": {"sd_hypernetwork": "x"}}, "override_settings has 'sd_hypernetwork'"),
+        ({"override_settings": {"sd_model_checkpoint": "sdxl"}}, "No worker serves the model 'sdxl'"),
+        ({"sampler_name": "DPM++ SDE"}, "scheduler is 'DPM++ SDE'"),
+        ({"sampler_name": "Euler", "scheduler": "Beta"}, "with the schedule 'Beta', which is not offered"),
+        ({"sampler_name": "DDIM", "eta": 1.0}, "eta is 1.0, which is not offered with ddim"),
+        ({"prompt": "a <lora:cats:1> cat"}, "The prompt has <lora:...>, which is not offered"),
+        ({"steps": 1_000}, "steps is 1000"),
+        ({"width": 500}, "width is 500, which is no multiple of 8"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1."),
+        ({"batch_size": 50, "n_iter": 50}, "it must be 1 to 100 pictures"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"override_settings": 7}, "override_settings is 7: it must be an object."),
+    ],
+)
+def test_what_would_be_another_picture_is_refused_by_name(api: Api, given: dict[str, Any], part: str) -> None:
+    answer = txt2img(api, **given)
+    assert answer.status == 422, answer.body
+    assert part in answer.json["detail"]
+
+
+@pytest.mark.parametrize("path", ["img2img", "extra-single-image", "interrogate", "png-info"])
+def test_what_is_no_text_to_image_is_not_offered(api: Api, path: str) -> None:
+    answer = api.call("POST", f"/sdapi/v1/{path}", {"init_images": []})
+    assert (answer.status, answer.json["detail"]) == (501, f"{path} is not offered: only text to image is.")
+
+
+def test_an_option_can_only_be_set_to_what_it_is(api: Api) -> None:
+    assert api.call("POST", "/sdapi/v1/options", {"CLIP_stop_at_last_layers": 1}).status == 200
+    answer = api.call("POST", "/sdapi/v1/options", {"CLIP_stop_at_last_layers": 2})
+    assert (answer.status, answer.json["error"]) == (422, "UnprocessableEntity")
+    assert api.call("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "nothing"}).status == 422
+
+
+def test_values_may_be_texts_as_its_api_takes_them(api: Api) -> None:
+    info = json.loads(txt2img(api, steps="4", seed="9", cfg_scale="2.5", width="64").json["info"])
+    assert (info["steps"], info["seed"], info["cfg_scale"], info["width"]) == (4, 9, 2.5, 64)
+
+
+def test_without_pictures_only_the_info_is_answered(api: Api) -> None:
+    answer = txt2img(api, send_images=False).json
+    assert answer["images"] == []
+    assert len(json.loads(answer["info"])["all_seeds"]) == 1
+
+
+@pytest.fixture
+def slow() -> Iterator[Api]:
+    """A server of its own, beside a worker that takes half a second a picture."""
+    with Stack(workers=0, http=True) as stack:
+        worker = fast_worker(stack, seconds=0.5)
+        try:
+            assert stack.http is not None
+            yield Api(stack, stack.http.url, stack.http.key)
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+def test_an_interrupted_request_gets_what_is_done(slow: Api) -> None:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(txt2img(slow, prompt="slow", n_iter=40)))
+    thread.start()
+    while (state := slow.call("GET", "/sdapi/v1/progress").json["state"])["job_no"] == 0:
+        time.sleep(0.02)
+    assert state["job_count"] == 40
+    assert slow.call("POST", "/sdapi/v1/interrupt", {}).status == 200
+    thread.join(30)
+    assert found[0].status == 200
+    assert 0 < len(found[0].json["images"]) < 40
+    assert slow.call("GET", "/sdapi/v1/progress").json["state"]["job_count"] == 0
