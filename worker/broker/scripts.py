@@ -1,11 +1,13 @@
 """The Lua scripts that move messages. Each file of them says its keys, arguments and result.
 
-A script is done whole or not at all, whoever is killed, and reads Redis' clock only. The text is sent with
-every call (EVAL): a Redis that was restarted has forgotten the scripts that it was given before.
+A script is done whole or not at all, whoever is killed, and reads Redis' clock only. A Redis that was
+restarted has forgotten the scripts that it was given before: so the text is sent with every call (EVAL), but
+for `FETCH`, which is called for every job, and is sent again where it is missing.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +16,8 @@ from worker.contract.lua import script
 _HERE = Path(__file__).parent
 
 FETCH: Final = script(_HERE / "fetch.lua")
+FETCH_DIGEST: Final = hashlib.sha1(FETCH.encode(), usedforsecurity=False).hexdigest()
+LEAVE: Final = script(_HERE / "leave.lua")
 RENEW: Final = script(_HERE / "renew.lua")
 EXPIRED: Final = script(_HERE / "expired.lua")
 ADOPTABLE: Final = script(_HERE / "adoptable.lua")

@@ -1,0 +1,225 @@
+"""How a channel fetches: the state of the consuming connection.
+
+kombu pops a message and then registers it: a worker that is killed in between has lost it. Here one script
+does both. When all lists are empty, the connection waits until Redis reports that one of them changed (CLIENT
+TRACKING, which pops nothing and watches any number of lists), or until another worker calls it, then fetches
+again; `worker.broker.waiting` has who watches and who is called. All of it goes over kombu's own polled
+connection, in the place of its BRPOP, so that the event loop never waits for Redis:
+
+    IDLE --fetch--> FETCHING --message, or empty and in line--> IDLE
+                       |
+                     empty and watching --exists?--> CHECKING --> IDLE
+"""
+
+# mypy: disallow-untyped-calls=False
+# kombu says that it is typed, but most of its functions are not.
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty
+from time import monotonic
+from typing import Any, Final
+
+import redis.exceptions
+from kombu.transport import redis as stock
+
+from worker.broker.job_message import UNREGISTERED
+from worker.broker.layout import Layout, json_name
+from worker.broker.moves import KEPT_BYTES
+from worker.broker.poller import CHECK_AGAIN_S
+from worker.broker.scripts import FETCH, FETCH_DIGEST, LEAVE
+from worker.broker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE_MAX, UNDECODABLE_TTL_S
+from worker.broker.waiting import PLACE_MS, Room, Waiting
+from worker.contract.job import FORMAT_VERSION
+from worker.contract.queues import PARKED, UNDECODABLE, list_of, parked_list_of
+from worker.contract.refusals import refusal_log
+
+logger = logging.getLogger("smallcat.transport")
+
+#: Bytes of a message that is read at all, whatever its version: room for what later versions send.
+MAX_READ: Final = 1_000_000
+
+
+class Stage(enum.Enum):
+    """Which command of the consuming connection is on its way."""
+
+    IDLE = enum.auto()
+    FETCHING = enum.auto()
+    CHECKING = enum.auto()
+    LEAVING = enum.auto()
+
+
+class Fetching(stock.Channel):
+    """kombu's channel with an atomic fetch in the place of BRPOP."""
+
+    _in_poll: Any = None
+    _brpop_sent_at: Any = None
+    _stage = Stage.IDLE
+    #: Monotonic seconds until which nothing is fetched: Redis refused.
+    _not_before_s = 0.0
+    _waiting: Waiting | None = None
+    _room = Room("")
+    #: The lists of the fetch that is on its way, each with its queue, and its keys and arguments.
+    _lists: Sequence[tuple[str, str]] = ()
+    _fetch: tuple[Any, ...] = ()
+    #: How messages of a queue are received: whether without acknowledgements, and the callback.
+    _receivers: dict[str, tuple[bool, Callable[[Any], Any]]]
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The keys of this channel's messages."""
+        prefix = self.global_keyprefix
+        return Layout(
+            unacked=prefix + UNACKED,
+            index=prefix + UNACKED_INDEX,
+            undecodable=prefix + UNDECODABLE,
+            parked=prefix + PARKED,
+            prefix=prefix,
+            priority_steps=tuple(self.priority_steps),
+        )
+
+    def _open_steps(self) -> Sequence[int]:
+        """The priorities that may be fetched now."""
+        raise NotImplementedError
+
+    def _receive_message(self, queue: str, raw: bytes, tag: bytes | None) -> None:
+        """Deliver what was fetched."""
+        raise NotImplementedError
+
+    def track(self) -> None:
+        """Ask Redis to report on this new connection when a list that was found empty changes."""
+        waiting = self._waiting = Waiting(self.layout)
+        self._stage = Stage.IDLE
+        connection = self.client.connection
+        connection._parser.set_invalidation_push_handler(waiting.hear)
+        connection._parser.set_pubsub_push_handler(waiting.hear)
+        try:
+            connection.send_command("CLIENT", "TRACKING", "ON", "NOLOOP", check_health=False)
+            connection.read_response()
+            # The answer is a notice. Where it is refused, nobody calls this connection.
+            connection.send_command("SUBSCRIBE", waiting.who, check_health=False)
+        except redis.exceptions.ResponseError as error:
+            logger.warning("Redis refuses CLIENT TRACKING (%s): idle workers fetch once a second", error)
+
+    def fetch_if_due(self) -> None:
+        """Send the next fetch, unless a command is on its way or all lists are known to be empty."""
+        if self._stage is Stage.IDLE and self._waiting is not None:
+            empty_until_s = self._waiting.room(self._active_queues, self._open_steps()).empty_until_s
+            if monotonic() >= max(self._not_before_s, empty_until_s):
+                self._brpop_start()
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues or self._waiting is None:
+            return
+        steps = self._open_steps()
+        # Priority before queue: the most urgent message of all queues is next.
+        self._lists = [each for step in steps for queue in queues for each in self._at(queue, step)]
+        self._room = self._waiting.room(queues, steps)
+        # Stays set: kombu drops a connection that is readable without it.
+        self._in_poll = self.client.connection
+        self._fetch = self._fetch_command(self._lists, self._room)
+        self._send(Stage.FETCHING, "EVALSHA", FETCH_DIGEST, *self._fetch)
+
+    def _leave_rooms(self) -> None:
+        """The queues change: let others watch. Nobody waits for the answer."""
+        rooms = self._waiting.leave() if self._waiting is not None else []
+        if rooms and self._stage is Stage.IDLE and self._in_poll:
+            keys, places = [room.key for room in rooms], [room.place for room in rooms]
+            with suppress(*self.connection_errors):
+                self._send(Stage.LEAVING, "EVAL", LEAVE, len(keys), *keys, self._who, *places)
+
+    @property
+    def _who(self) -> str:
+        return self._waiting.who if self._waiting is not None else ""
+
+    def _fetch_command(
+        self, lists: list[tuple[str, str]], room: Room | None = None, no_ack: bool = False
+    ) -> tuple[Any, ...]:
+        """Keys and arguments of `FETCH`; without a room it does not wait."""
+        keys = [self.layout.unacked, self.layout.index, self.layout.undecodable, room.key if room else ""]
+        keys += [key for _, key in lists]
+        unacknowledged = {queue for queue, (no_ack_queue, _) in self._receivers.items() if no_ack_queue}
+        names = ["" if no_ack or queue in unacknowledged else json_name(queue) for queue, _ in lists]
+        limits = (MAX_READ, UNDECODABLE_TTL_S, UNDECODABLE_MAX, KEPT_BYTES, UNREGISTERED)
+        place = (self._who, room.place) if room else ("", "")
+        return (len(keys), *keys, *limits, *place, PLACE_MS, *names)
+
+    def _at(self, queue: str, priority: int) -> list[tuple[str, str]]:
+        """Where messages of a priority wait: first those that older workers put aside for this version."""
+        names = [parked_list_of(queue, priority, version) for version in range(2, FORMAT_VERSION + 1)]
+        return [(queue, f"{self.global_keyprefix}{name}") for name in (*names, list_of(queue, priority))]
+
+    def _plain_client(self) -> Any:
+        """A client that leaves keys alone: here they are complete."""
+        return redis.Redis(connection_pool=self.pool)
+
+    def _send(self, stage: Stage, *command: Any) -> None:
+        self._stage = stage
+        self._brpop_sent_at = monotonic()
+        # A health check would wait for its answer. kombu's own drops the connection when this answer is late.
+        self.client.connection.send_command(*command, check_health=False)
+
+    def _rest(self, seconds: float = 0.0) -> None:
+        """No command is on its way; the lists are taken for empty for so long."""
+        self._stage = Stage.IDLE
+        self._brpop_sent_at = None
+        self._room.empty_until_s = monotonic() + seconds if seconds else 0.0
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Read all that has arrived. Raises `Empty` when there was no message in it."""
+        connection = self.client.connection
+        delivered = False
+        try:
+            while True:
+                try:
+                    reply = connection.read_response(disable_decoding=True, push_request=True)
+                except redis.exceptions.ReadOnlyError as error:
+                    # The primary has become a replica: the next connection finds the new primary.
+                    refusal_log.refused("fetch", error)
+                    raise redis.exceptions.ConnectionError(str(error)) from error
+                except redis.exceptions.NoScriptError:
+                    self._send(Stage.FETCHING, "EVAL", FETCH, *self._fetch)
+                except redis.exceptions.ResponseError as error:
+                    refusal_log.refused("fetch", error)
+                    self._rest(CHECK_AGAIN_S)
+                    self._not_before_s = self._room.empty_until_s
+                else:
+                    delivered |= self._advance(reply)
+                # Data that the parser has read ahead does not make the socket readable again.
+                if connection._sock is None or not connection.can_read(timeout=0):
+                    break
+        except redis.exceptions.ConnectionError:
+            connection.disconnect()
+            raise
+        if not delivered:
+            raise Empty
+        return True
+
+    def _advance(self, reply: Any) -> bool:
+        """Go to the next stage after a reply. Returns whether it was a message."""
+        if reply is None:
+            return False  # A notice of Redis: `Waiting` has heard it.
+        stage, room = self._stage, self._room
+        if stage is Stage.FETCHING:
+            refusal_log.answered("fetch")
+            if len(reply) == 3:
+                room.place = ""
+                self._rest()
+                index, raw, tag = reply
+                queue = self._lists[index][0]
+                self._queue_cycle.rotate(queue)
+                self._receive_message(queue, raw, tag)
+                return True
+            room.place = reply[0].decode()
+            self._rest(CHECK_AGAIN_S)
+            if room.watches:
+                self._send(Stage.CHECKING, "EXISTS", *(key for _, key in self._lists))
+        else:
+            self._rest(CHECK_AGAIN_S if stage is Stage.CHECKING and not reply else 0)
+        return False

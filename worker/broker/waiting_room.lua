@@ -1,0 +1,40 @@
+-- Who waits for messages in the same lists: a room. Two watch the lists, by CLIENT TRACKING, so that they hear
+-- of a message whoever pushes it, and of whichever of them dies the other one is left. The others stand in line.
+-- A watcher that gets a message leaves, and the first in line is called, to look and to watch in its place.
+-- So a push wakes two, however many wait; and many messages at once wake one after the other.
+--
+-- room     its key, with which these begin:
+--            :1, :2   string  the watchers' channels; they expire, in case a watcher is killed
+--            :line    zset    the channels of those in line, by since when
+-- who      a channel that the connection of the one who waits is subscribed to
+-- place    '1', '2' or 'line'; 'called': it stood in line, and was called; '': it does not wait
+local function leave(room, who, place)
+  if place == 'line' then
+    redis.call('ZREM', room .. ':line', who)
+  elseif place == '1' or place == '2' then
+    redis.call('DEL', room .. ':' .. place)
+  end
+end
+
+-- Calls the first in line whose connection is alive.
+local function call_next(room)
+  repeat
+    local who = redis.call('ZPOPMIN', room .. ':line')[1]
+  until not who or redis.call('PUBLISH', who, room) > 0
+end
+
+-- Returns  the place
+local function wait(room, who, place, place_ms, time)
+  if (place == '1' or place == '2') and redis.call('PEXPIRE', room .. ':' .. place, place_ms) == 1 then
+    return place
+  end
+  for _, free in ipairs({'1', '2'}) do
+    if redis.call('SET', room .. ':' .. free, who, 'NX', 'PX', place_ms) then
+      leave(room, who, place == 'line' and place or '')
+      return free
+    end
+  end
+  redis.call('ZADD', room .. ':line', 'NX', time, who)
+  redis.call('PEXPIRE', room .. ':line', 4 * place_ms)
+  return 'line'
+end
