@@ -27,7 +27,7 @@ from kombu import Connection, Consumer, Queue
 
 from tests.integration.transport_app import read_any
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
-from worker.broker import fetching, sending, transport
+from worker.broker import fetching, lease, sending, transport
 from worker.broker.fetching import MAX_READ
 from worker.broker.lease import postpone
 from worker.broker.moves import KEPT_BYTES
