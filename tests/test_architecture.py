@@ -49,7 +49,7 @@ DOORS = {
     "celery": "worker.celery worker.tasks worker.broker.event_batches worker.broker.stop_signals",
     "redis": (
         "worker.contract.redis_pool worker.state.redis_client "
-        "worker.broker.addresses worker.broker.channel worker.broker.lease"
+        "worker.broker.addresses worker.broker.channel worker.broker.fetching worker.broker.lease"
     ),
     "fastapi starlette uvicorn": "producer.http",
     "kombu": (
