@@ -12,6 +12,7 @@ are for JSON and YAML; in a text file they are text.
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import hashlib
 import json
@@ -24,6 +25,7 @@ from typing import Any
 
 from producer.prompts.dynamic_prompts import MAX_WEIGHT, Template, parse
 from producer.prompts.entries import LineError
+from worker.contract.explain import short
 
 #: The files of a folder that are read.
 ENDINGS = (".txt", ".json", ".yaml")
@@ -31,7 +33,10 @@ ENDINGS = (".txt", ".json", ".yaml")
 MAX_FILE = 64 << 20
 #: Names and values that a JSON or YAML file may hold, at most.
 MAX_VALUES = 1_000_000
+#: Lists and objects in one another in a YAML file, at most.
+MAX_LEVELS = 100
 
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)::")
 
@@ -94,15 +99,15 @@ class Wildcards:
             raise _error(shown, "it leads out of the folder of wildcards.")
         if self._index is None:
             self._index = _Index(self._folder)
-        found = self._index.matching(pattern, shown)
-        if not found and not pattern.startswith("**"):
-            found = self._index.matching(f"**/{pattern}", shown)
-        for each in self._index.broken:
-            self.notice(each)
         weights: dict[str, float] = {}
-        for source in found:
-            for text, weight in source if isinstance(source, list) else self._lines(source, shown):
-                weights[text] = weights.get(text, 0.0) + weight
+        # A name that has no values is searched for in all folders.
+        for each in (pattern, f"**/{pattern}"):
+            if not weights and (each == pattern or not pattern.startswith("**")):
+                for source in self._index.matching(each, shown):
+                    for text, weight in source if isinstance(source, list) else self._lines(source, shown):
+                        weights[text] = weights.get(text, 0.0) + weight
+        for said in (*self._index.broken, *self._index.left_out):
+            self.notice(said)
         if not weights:
             broken = "".join(f" {each}" for each in self._index.broken[:1])
             raise _error(shown, f"there is no {shown}.txt with a line in it in {self._folder}.{broken}")
@@ -130,6 +135,8 @@ class _Index:
         self._outside: list[str] = []
         #: What is wrong with files that cannot be read.
         self.broken: list[str] = []
+        #: What of files that can be read is no value.
+        self.left_out: list[str] = []
         root = folder.resolve()
         for where, folders, files in os.walk(root):
             for each in list(folders):
@@ -146,7 +153,9 @@ class _Index:
         """What the names that match have. Raises `LineError` where one is a link out of the folder."""
         for each in self._outside:
             if fnmatch.fnmatchcase(each, pattern) or (each.endswith("/") and pattern.startswith(each)):
-                raise _error(shown, f"{each} is a link that leads out of the folder of wildcards: copy it.")
+                raise _error(
+                    shown, f"{each} is a link that leads out of the folder of wildcards, or nowhere: copy it."
+                )
         if pattern in self._names:
             return [self._names[pattern]]
         return [source for name, source in self._names.items() if fnmatch.fnmatchcase(name, pattern)]
@@ -163,11 +172,19 @@ class _Index:
             try:
                 data = _structured(path)
                 prefix = name.rpartition("/")[0]
+                odd: list[object] = []
                 if isinstance(data, list):
-                    values = [(text, 1.0) for text in data if text and isinstance(text, str)]
-                    self._names[name] = values
+                    odd += [text for text in data if text is not None and not isinstance(text, str)]
+                    self._names[name] = [(text, 1.0) for text in data if text and isinstance(text, str)]
                 elif isinstance(data, dict):
-                    self._names.update(_named(data, [prefix] if prefix else [], [0]))
+                    self._names.update(_named(data, [prefix] if prefix else [], [0], odd))
+                if odd:
+                    shown = ", ".join(short(each) for each in odd[:3])
+                    more = f" and {len(odd) - 3:,} more" if len(odd) > 3 else ""
+                    self.left_out.append(
+                        f"{path}: {shown}{more} are no texts, or have no weight above 0, and are left out: "
+                        "put quotes around texts."
+                    )
             except LineError as error:
                 self.broken.append(error.reason)
 
@@ -186,16 +203,55 @@ def _yaml(path: Path, text: str) -> Any:
         import yaml
     except ImportError:
         raise _error(path.name, "YAML files need PyYAML: pip install 'smallcat[yaml]'.") from None
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - a safe loader
+        _refuse_bomb(yaml.parse(text, loader))
+        return yaml.load(text, loader)  # noqa: S506 - a safe loader
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
 
 
+def _refuse_bomb(events: Iterator[Any]) -> None:
+    """Raise `ValueError` where a YAML file becomes too much: a few lines may stand for any number of values.
+
+    Its events come one by one; loading it takes a level of the stack for each of its own.
+    """
+    #: Values and levels of each anchor's collection, once it is closed.
+    known: dict[str, tuple[int, int]] = {}
+    #: The anchor, values and levels of each open collection; the first is the file.
+    is_open: list[tuple[str | None, int, int]] = [(None, 0, 0)]
+    for event in events:
+        kind = type(event).__name__
+        if kind in ("SequenceStartEvent", "MappingStartEvent"):
+            is_open.append((event.anchor, 0, 0))
+            if len(is_open) > MAX_LEVELS:
+                raise ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
+            continue
+        if kind in ("SequenceEndEvent", "MappingEndEvent"):
+            anchor, values, levels = is_open.pop()
+            levels += 1
+        elif kind == "AliasEvent":
+            if event.anchor not in known:
+                raise ValueError(f"{event.anchor} is in itself, or not there")
+            anchor, (values, levels) = None, known[event.anchor]
+        elif kind == "ScalarEvent":
+            anchor, values, levels = event.anchor, 1, 0
+        else:
+            continue
+        if anchor is not None:
+            known[anchor] = values, levels
+        around, sum_of, deepest = is_open[-1]
+        is_open[-1] = around, sum_of + values + 1, max(deepest, levels)
+        if is_open[-1][1] > MAX_VALUES:
+            raise ValueError(f"it stands for more than {MAX_VALUES:,} values")
+        if len(is_open) + max(deepest, levels) > MAX_LEVELS:
+            raise ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
+
+
 def _named(
-    data: dict[Any, Any], prefix: list[str], seen: list[int]
+    data: dict[Any, Any], prefix: list[str], seen: list[int], odd: list[object]
 ) -> Iterator[tuple[str, list[tuple[str, float]]]]:
-    """The lists of a JSON or YAML object by their names; what is no list, text or object is left out."""
+    """The lists of a JSON or YAML object by their names; what is no list, text or object goes to `odd`."""
     for key, value in data.items():
         seen[0] += 1
         # A few lines of YAML may stand for any number of objects.
@@ -205,47 +261,49 @@ def _named(
             continue
         path = [*prefix, key]
         if isinstance(value, dict):
-            yield from _named(value, path, seen)
+            yield from _named(value, path, seen, odd)
         elif isinstance(value, str | list):
             seen[0] += len(value) if isinstance(value, list) else 1
-            yield "/".join(path), [item for each in _list(value) for item in _item(each)]
+            yield "/".join(path), [item for each in _list(value) for item in _item(each, odd)]
+        else:
+            odd.append(value)
 
 
 def _list(value: str | list[Any]) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _item(item: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(item, str) and item:
-        weight = item.rpartition("::")
-        if item[0].isdigit() and weight[1] and _is_number(weight[0]):
-            yield from _weighted(weight[2], float(weight[0]))
-        else:
-            yield item, 1.0
+def _item(item: Any, odd: list[object]) -> Iterator[tuple[str, float]]:
+    text, weight = item, 1.0
+    if isinstance(item, str):
+        before, mark, behind = item.rpartition("::")
+        if item[:1].isdigit() and mark and not math.isnan(number := _number(before)):
+            text, weight = behind, number
     elif isinstance(item, dict):
-        text, weight_of = item.get("text") or item.get("content"), item.get("weight", 1)
-        if isinstance(text, str) and isinstance(weight_of, int | float):
-            yield from _weighted(text, float(weight_of))
+        text, weight = item.get("text") or item.get("content"), _number(item.get("weight", 1))
+    if isinstance(text, str) and 0 < weight <= MAX_WEIGHT:
+        if text:
+            yield text, weight
+    elif item is not None:
+        odd.append(item)
 
 
-def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
-    if text and math.isfinite(weight) and 0 < weight <= MAX_WEIGHT:
-        yield text, weight
-
-
-def _is_number(text: str) -> bool:
+def _number(value: object) -> float:
+    """A number, also where it is a text; NaN for what is none."""
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _text_of(path: Path, shown: str) -> str:
     try:
+        if not path.is_file():
+            raise _error(shown, f"{path} is no file.")
         if path.stat().st_size > MAX_FILE:
             raise _error(shown, f"{path} has more than {MAX_FILE >> 20} MiB, the limit: split it.")
-        return path.read_text("utf-8-sig")
+        data = path.read_bytes()
+        return data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise _error(shown, f"{path} cannot be read: {error}.") from None
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import random
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -190,6 +191,70 @@ def test_what_is_drawn_once_stands_for_all_that_can_be_drawn(prompt: str, folder
     # `~` draws: ours are some of what it may draw.
     found = set(ours(prompt, folder))
     assert found <= drawn if "~" in prompt else found == drawn
+
+
+class TooLongError(BaseException):
+    """Raised when the oracle takes too long."""
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise `TooLongError` in what is inside after that time."""
+
+    def stop(*_: object) -> None:
+        raise TooLongError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def templates() -> st.SearchStrategy[str]:
+    texts = st.sampled_from(["a", "b", " c", "d ", "(x:1.3)", "_", "1", "e, f", "-"])
+    names = st.sampled_from(["__ab__", "__animals/*__", "__nested__", "${v:d}", "${v}", "__hats__"])
+
+    def braces(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        taken = st.sampled_from(["", "", "", "2$$", "1-2$$ and $$", "-2$$", "1-$$; $$", "0-1$$", "3$$|$$"])
+        weight = st.sampled_from(["", "", "2::", "0.5::", " "])
+        option = st.builds(lambda a, b: a + b, weight, inner)
+        options = st.lists(option, min_size=1, max_size=4)
+        choice = st.builds(lambda how, each: "{" + how + "|".join(each) + "}", taken, options)
+        wrap = st.builds(lambda a, b: f"%{{{a}...{a}$${b}}}", texts, inner)
+        sequence = st.lists(choice | texts | names | wrap, min_size=1, max_size=3).map("".join)
+        return choice | sequence
+
+    return st.recursive(texts | names, braces, max_leaves=10)
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompt=templates(), value=st.sampled_from(["{p|q}", "r", "__ab__"]))
+def test_made_up_prompts_stand_for_what_they_stand_for_in_dynamicprompts(
+    prompt: str, value: str, folder: Path
+) -> None:
+    prompt = f"${{v={value}}}{prompt}"
+    try:
+        with within(2):
+            expected = combinatorial(prompt, folder, 400)
+    except TooLongError:
+        # The oracle goes round for ever, as for ___ab__ within braces: ours ends.
+        with contextlib.suppress(LineError):
+            ours(prompt, folder, 400)
+        return
+    except Exception:  # noqa: BLE001 - the oracle has no error of its own
+        with pytest.raises(LineError):
+            ours(prompt, folder, 400)
+        return
+    if not expected:
+        # It stands for nothing, or, `{2$$__x__|__x__}` of its syntax guide, for pairs that differ.
+        with contextlib.suppress(LineError):
+            ours(prompt, folder, 5)
+        return
+    if len(set(expected)) < 300 and len(found := ours(prompt, folder, 500)) < 400:
+        assert found == expected or set(expected) < set(found)
 
 
 @pytest.mark.parametrize(("prompt", "part"), REFUSED.items())
