@@ -220,7 +220,11 @@ class HttpProcess(_Server):
         return [sys.executable, "-m", "producer", "serve", "--host", HOST, "--port", str(self.port)]
 
     def _environment(self) -> dict[str, str]:
-        return {"PYTHONUNBUFFERED": "1", **self._variables()}
+        return {
+            "PYTHONUNBUFFERED": "1",
+            "SMALLCAT_HTTP_DATA_DIR": str(self.folder / "runs"),
+            **self._variables(),
+        }
 
     def _is_ready(self) -> bool:
         """Whether it logged that it listens, so that the port is its own."""

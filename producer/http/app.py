@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from producer.http import a1111, events, jobs, openai, problems, schema
+from producer.http import a1111, events, fleet, jobs, openai, problems, runs, schema
 from producer.http.auth import Authentication, Shared
 from producer.http.backend import Backend
 from producer.http.problems import InvalidJobsError, RefusedError
@@ -58,6 +59,7 @@ def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
         backend = Backend(settings)
         app.state.backend = backend
         app.state.authentication = Authentication(backend, is_open=is_open)
+        await asyncio.to_thread(backend.runs.resume)
         yield
         await backend.close()
 
@@ -71,7 +73,10 @@ def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    for router in (jobs.router, events.router, openai.router, a1111.router, health):
+    for router in (
+        *(jobs.router, events.router, runs.router, fleet.router),
+        *(openai.router, a1111.router, health),
+    ):
         app.include_router(router)
     for kind in (
         SmallcatError,

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from producer.http.key_store import KeyStore
 from producer.http.limits import Limits
 from producer.http.problems import RETRY_S, RefusedError
+from producer.http.run_store import RunStore
 from producer.http.sending import Sender
 from producer.http.waiting import Waiting
 from producer.session import session
@@ -40,6 +41,7 @@ class Backend:
         self.sender = Sender(self.session)
         self.limits = Limits()
         self.waiting = Waiting()
+        self.runs = RunStore(settings.http_data_dir, settings.record_ttl_s)
         self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)
         #: Set when the server is to end: streams close, and nothing new is begun.
         self.draining = asyncio.Event()
@@ -69,6 +71,7 @@ class Backend:
     async def close(self) -> None:
         """End all parts. What was sent is in Redis."""
         self.draining.set()
+        self.runs.close()
         await self.following.close()
         await asyncio.to_thread(self.sender.close)
         self._threads.shutdown(wait=False, cancel_futures=True)

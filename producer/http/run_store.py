@@ -1,0 +1,257 @@
+"""The runs that one server feeds: each is a folder with the uploaded file and how it is to be read.
+
+    DATA/RUN/run.json         the file's name and the options, for a server that goes on with the run
+    DATA/RUN/prompts.csv      the file as it was uploaded
+    DATA/RUN/manifest.jsonl   what became of each job, when the run is over; and the other files of a run
+    DATA/RUN/error.txt        why it cannot go on
+    DATA/RUN/lock             held by the process that feeds it
+
+A thread feeds each run. A server that was killed goes on with its runs when it starts again: what is left to
+do is in Redis, as for `smallcat ingest`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from producer.ingest.check import refuse_bad_lines
+from producer.ingest.feeder import Ingest
+from producer.ingest.plan import Plan, Planned, unresolved
+from producer.ingest.submit_file import grid_of, make_ingest, make_variants
+from producer.ingest.types import Options, SilentDisplay
+from producer.prompts.sources import source
+from worker.contract.errors import PromptFileError, ServiceError, SettingsError, SmallcatError
+
+logger = logging.getLogger("smallcat.http")
+
+#: Seconds until a run is gone on with that Redis or the bucket has stopped.
+_AGAIN_S: Final = 5.0
+#: Runs that are fed at once, and runs that are fed or wait.
+AT_ONCE, MAX_RUNS = 16, 500
+#: Lines that are looked at before a file is taken.
+_LOOKED_AT: Final = 1_000
+#: Notices of a run that are kept.
+_MAX_NOTICES: Final = 100
+
+
+@dataclass(frozen=True)
+class Upload:
+    """How an uploaded file is to be read: what `smallcat ingest` has as options."""
+
+    #: The file's name, as manifests have it.
+    name: str
+    #: Its format; empty: by its name.
+    format: str = ""
+    images: int = 1
+    seed_start: int | None = None
+    grid: tuple[str, ...] = ()
+    sample: int | None = None
+    literal: bool = False
+    extra: bool = False
+    strict: bool = False
+    #: `jsonl` or `csv`.
+    manifest: str = "jsonl"
+    #: Job fields of lines that do not set them.
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Display(SilentDisplay):
+    """Keeps notices."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+
+    def notice(self, text: str) -> None:
+        """Keep it."""
+        if len(self.notices) < _MAX_NOTICES:
+            self.notices.append(text)
+
+
+class RunStore:
+    """The folder of a server's runs. Thread-safe."""
+
+    def __init__(self, folder: str, ttl_s: float) -> None:
+        """Raises `SettingsError` where others could write there."""
+        own = Path(tempfile.gettempdir()) / f"smallcat-http-{os.getuid()}"
+        self._folder = Path(folder) if folder else own
+        self._ttl_s = ttl_s
+        self._feeding: dict[str, tuple[Ingest, _Display]] = {}
+        self._ending = threading.Event()
+        self._slots = threading.Semaphore(AT_ONCE)
+        self._begun: set[str] = set()
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._folder.stat().st_uid != os.getuid():
+            raise SettingsError(f"{self._folder} is somebody else's: set SMALLCAT_HTTP_DATA_DIR.")
+
+    def resume(self) -> None:
+        """Go on with the runs that an earlier process began; delete those that have expired."""
+        for folder in self._folder.iterdir():
+            if time.time() - folder.stat().st_mtime > self._ttl_s or not (folder / "run.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            elif not self._is_over(folder):
+                self._start(folder.name)
+
+    def close(self) -> None:
+        """Feed no more. The next process goes on."""
+        self._ending.set()
+
+    def new_folder(self) -> Path:
+        """A folder for one upload. Its name begins with a dot."""
+        return Path(tempfile.mkdtemp(prefix=".", dir=self._folder))
+
+    def take(self, folder: Path, file: Path, upload: Upload, mark: str) -> str:
+        """Take an uploaded file that lies in `folder`, and feed its run. Returns the run's name.
+
+        The name begins with `mark`, which tells whose it is; the rest follows from the file and the options,
+        so that a file that is sent again is the same run. Raises `PromptFileError`, `InvalidJobError`.
+        """
+        try:
+            plan = _plan_of(file, upload)
+            _look(plan)
+            if upload.strict:
+                refuse_bad_lines(plan, lambda _: None)
+        except PromptFileError as error:
+            raise PromptFileError(_told(error, file, upload)) from None
+        run = f"{mark}{plan.digest[:24]}"
+        kept = self._folder / run
+        (folder / "run.json").write_text(json.dumps({**dataclasses.asdict(upload), "file": file.name}))
+        try:
+            folder.rename(kept)
+        except OSError:  # It is there already.
+            shutil.rmtree(folder, ignore_errors=True)
+        if not self._is_over(kept):
+            self._start(run)
+        return run
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many runs are fed or wait that no further one is taken."""
+        return len(self._begun) >= MAX_RUNS
+
+    def knows(self, run: str) -> bool:
+        """Whether the run is this server's."""
+        return (self._folder / run / "run.json").exists()
+
+    def names(self, mark: str) -> list[str]:
+        """The runs whose names begin so."""
+        return sorted(each.name for each in self._folder.iterdir() if each.name.startswith(mark))
+
+    def error(self, run: str) -> str:
+        """Why the run cannot go on; empty where nothing is wrong."""
+        with contextlib.suppress(OSError):
+            return (self._folder / run / "error.txt").read_text(encoding="utf-8")
+        return ""
+
+    def notices(self, run: str) -> list[str]:
+        """What the run has told since this process feeds it."""
+        fed = self._feeding.get(run)
+        return list(fed[1].notices) if fed else []
+
+    def manifest(self, run: str) -> Path | None:
+        """The manifest; None until it is written."""
+        for path in (self._folder / run).glob("manifest.*"):
+            if path.suffix in (".jsonl", ".csv"):
+                return path
+        return None
+
+    def rejected(self, run: str) -> Path | None:
+        """The file of rejected lines; None where there is none."""
+        return next(iter((self._folder / run).glob("*.rejected.jsonl")), None)
+
+    def _is_over(self, folder: Path) -> bool:
+        return self.manifest(folder.name) is not None or (folder / "error.txt").exists()
+
+    def _start(self, run: str) -> None:
+        if run not in self._begun:
+            self._begun.add(run)
+            threading.Thread(target=self._feed, args=[run], name=f"run {run}", daemon=True).start()
+
+    def _feed(self, run: str) -> None:
+        folder = self._folder / run
+        with _locked(folder) as is_mine:
+            if not is_mine:
+                self._begun.discard(run)
+                return
+            while not self._ending.is_set():
+                try:
+                    with self._slots:
+                        self._feed_once(run, folder)
+                    break
+                except ServiceError as error:
+                    logger.warning("The run %s waits: %s", run, error)
+                    self._ending.wait(_AGAIN_S)
+                except (SmallcatError, OSError) as error:
+                    text = str(error).replace(f"{folder}{os.sep}", "")
+                    (folder / "error.txt").write_text(text, encoding="utf-8")
+                    break
+            self._feeding.pop(run, None)
+        self._begun.discard(run)
+
+    def _feed_once(self, run: str, folder: Path) -> None:
+        values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        file = folder / values.pop("file")
+        upload = Upload(**{**values, "grid": tuple(values["grid"])})
+        display = _Display()
+        options = Options(manifest=folder / f"manifest.{upload.manifest}", run=run)
+        ingest = make_ingest(_plan_of(file, upload), options, display)
+        self._feeding[run] = ingest, display
+        ingest()
+
+
+def _plan_of(file: Path, upload: Upload) -> Plan:
+    variants = make_variants(
+        dict(upload.fields),
+        upload.images,
+        upload.seed_start,
+        grid_of(upload.grid),
+        upload.sample,
+        None,
+        literal=upload.literal,
+    )
+    found = source(str(file), upload.format or None)
+    return Plan([dataclasses.replace(found, name=upload.name)], variants, upload.extra)
+
+
+def _told(error: Exception, file: Path, upload: Upload) -> str:
+    """What an error says, by the client's name of the file, and with parameters in the place of options."""
+    text = str(error).replace(str(file), upload.name).replace(f"{file.parent}{os.sep}", "")
+    return text.replace("--format ", "format=")
+
+
+def _look(plan: Plan) -> None:
+    """Read the first lines. Raises `PromptFileError` where the file cannot be read, or has no job at all."""
+    rejected: list[str] = []
+    for each in plan.items(unresolved):
+        if isinstance(each, Planned) or len(rejected) >= _LOOKED_AT:
+            return
+        rejected.append(f"line {each.line}: {each.reason}")
+    first = f" {rejected[0]}" if rejected else ""
+    raise PromptFileError(f"{plan.sources[0].name} has no line that is a job.{first}")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process is the one that feeds the run, within the context."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(lock)

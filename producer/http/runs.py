@@ -1,0 +1,272 @@
+"""Our own API for runs of prompt files: upload a file, and follow what becomes of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import APIRouter, Query
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+
+from producer.http import schema
+from producer.http.auth import Reader, Shared, Submitter
+from producer.http.backend import Backend
+from producer.http.caller import Caller
+from producer.http.jobs import as_json
+from producer.http.problems import RefusedError
+from producer.http.run_store import Upload
+from producer.ingest.runs import RunInfo, cancel_run, find_run
+from producer.prompts.entries import LineError
+from producer.prompts.fields import NOT_GIVEN, near_miss, value_of
+from producer.prompts.sources import FORMATS
+from worker.contract.errors import InvalidJobError, PromptFileError, UnknownJobError
+from worker.contract.explain import short
+from worker.contract.job import JOB_FIELDS
+from worker.contract.message import RUN_NAME
+
+router = APIRouter(tags=["runs"])
+
+_RUN: Final = {
+    "type": "object",
+    "title": "Run",
+    "required": ["run", "state", "sent", "done", "failed", "rejected", "links"],
+    "properties": {
+        "run": {"type": "string", "pattern": f"^{RUN_NAME}$"},
+        "state": {"enum": ["waiting", "feeding", "stopped", "finished", "cancelled", "failed"]},
+        "created": {"type": ["integer", "null"]},
+        "files": {"type": "array", "items": {"type": "string"}},
+        **{name: {"type": "integer"} for name in ("sent", "done", "failed", "rejected")},
+        "total": {"type": ["integer", "null"]},
+        "error": {"type": "string", "description": "Why it cannot go on."},
+        "notices": {"type": "array", "items": {"type": "string"}},
+        "links": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+}
+#: The parameters that are no job fields.
+_OWN: Final = (
+    *("name", "format", "images", "seed_start", "grid", "sample", "literal", "extra", "strict", "manifest"),
+)
+_BODY: Final = {
+    "requestBody": {
+        "required": True,
+        "description": "The file as it is: txt, csv, tsv, jsonl or parquet; plain, gzip or zstd.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post(
+    "/v1/runs",
+    status_code=202,
+    summary="Upload a prompt file",
+    openapi_extra=_BODY,
+    responses=schema.answers(202, _RUN, 400, 413, 422),
+)
+async def upload_file(
+    request: Request,
+    caller: Submitter,
+    backend: Shared,
+    name: Annotated[str, Query(description="The file's name; its ending tells the format.")] = "prompts.txt",
+    format: Annotated[str, Query(description="One of txt, csv, tsv, jsonl, parquet.")] = "",  # noqa: A002
+    images: Annotated[int, Query(ge=1, le=1_000_000, description="Seeds for each prompt.")] = 1,
+    seed_start: Annotated[int | None, Query(ge=0)] = None,
+    grid: Annotated[list[str] | None, Query(description="Axes such as steps=20,30; several times.")] = None,
+    sample: Annotated[int | None, Query(ge=1, le=1_000_000, description="Variants of a line.")] = None,
+    literal: bool = False,
+    extra: bool = False,
+    strict: bool = False,
+    manifest: Literal["jsonl", "csv"] = "jsonl",
+) -> Response:
+    """Render each line of a file once. The same file with the same parameters is the same run.
+
+    Job fields are parameters, too, for lines that do not set them.
+    """
+    upload = Upload(
+        *(_file_name(name), _format(format), images, seed_start, tuple(grid or ()), sample, literal, extra),
+        strict,
+        manifest,
+        _job_fields(request),
+    )
+    if backend.runs.is_full:
+        raise RefusedError(
+            503,
+            "So many runs wait that no further one is taken: try again later.",
+            code="Overloaded",
+            headers={"Retry-After": "60"},
+        )
+    folder = await run_in_threadpool(backend.runs.new_folder)
+    try:
+        file = folder / f"prompts{''.join(PurePosixPath(upload.name).suffixes[-2:])[:20]}"
+        await _receive(request, file)
+        run = await run_in_threadpool(backend.runs.take, folder, file, upload, caller.mark)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    found = await backend.run(_look, backend, run)
+    return as_json(found, 202, {"Location": found["links"]["self"]})
+
+
+@router.get(
+    "/v1/runs",
+    summary="Your runs",
+    responses=schema.answers(
+        200,
+        {"type": "object", "required": ["runs"], "properties": {"runs": {"type": "array", "items": _RUN}}},
+    ),
+)
+async def list_runs(caller: Reader, backend: Shared) -> Response:
+    """The runs that this key has sent to this server."""
+
+    def look() -> list[dict[str, Any]]:
+        return [_look(backend, run) for run in backend.runs.names(caller.mark)]
+
+    return as_json({"runs": await backend.run(look)})
+
+
+@router.get("/v1/runs/{run}", summary="Look at a run", responses=schema.answers(200, _RUN, 404))
+async def get_run(run: str, caller: Reader, backend: Shared) -> Response:
+    """Its state and counts, with links to its manifest and its rejected lines."""
+    _require_own(run, caller)
+    return as_json(await backend.run(_look, backend, run))
+
+
+@router.delete("/v1/runs/{run}", summary="Cancel a run", responses=schema.answers(200, _RUN, 404))
+async def delete_run(run: str, caller: Submitter, backend: Shared) -> Response:
+    """Send no more of it, and drop what waits. Jobs that others want as well go on."""
+    _require_own(run, caller)
+    await backend.run(cancel_run, backend.session.redis, backend.session.records, run)
+    return as_json(await backend.run(_look, backend, run))
+
+
+@router.get(
+    "/v1/runs/{run}/manifest",
+    summary="What became of each job",
+    responses=schema.answers(200, {"type": "string"}, 404, 409, media="application/x-ndjson"),
+)
+async def get_manifest(run: str, caller: Reader, backend: Shared) -> Response:
+    """A line a job in the order of the file, as `smallcat ingest` writes it. 409 until the run is over."""
+    _require_own(run, caller)
+    if (path := backend.runs.manifest(run)) is None:
+        found = await backend.run(_look, backend, run)
+        raise RefusedError(
+            409,
+            f"The run {run} is {found['state']}: its manifest is written when all its jobs have ended.",
+            code="NotDone",
+            headers={"Retry-After": "10"},
+        )
+    return _file(path)
+
+
+@router.get(
+    "/v1/runs/{run}/rejected",
+    summary="The lines that are no jobs",
+    responses=schema.answers(200, {"type": "string"}, 404, media="application/x-ndjson"),
+)
+async def get_rejected(run: str, caller: Reader, backend: Shared) -> Response:
+    """A line each, with its number, the field and the reason."""
+    _require_own(run, caller)
+    if (path := backend.runs.rejected(run)) is None:
+        await backend.run(_look, backend, run)
+        return Response("", media_type="application/x-ndjson")
+    return _file(path)
+
+
+def _file(path: Path) -> Response:
+    kind = "text/csv; charset=utf-8" if path.suffix == ".csv" else "application/x-ndjson"
+    return FileResponse(path, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
+
+
+def _look(backend: Backend, run: str) -> dict[str, Any]:
+    """What is known of a run, in Redis and by this server. Raises `UnknownJobError`."""
+    path, store = f"/v1/runs/{run}", backend.runs
+    links = {"self": path, "manifest": f"{path}/manifest", "rejected": f"{path}/rejected"}
+    try:
+        info = find_run(backend.session.redis, run)
+    except UnknownJobError:
+        if not store.knows(run):
+            raise _unknown(run) from None
+        info = RunInfo(run, "waiting", 0, (), 0, None, 0, 0, 0, None, None)
+    error = store.error(run)
+    state = info.state
+    if error:
+        state = "failed"
+    elif state == "finished" and store.knows(run) and store.manifest(run) is None:
+        state = "feeding"  # The manifest is being written.
+    return {
+        "run": run,
+        "state": state,
+        "created": info.created or None,
+        "files": list(info.files),
+        "sent": info.sent,
+        "total": info.total,
+        "done": info.done,
+        "failed": info.failed,
+        "rejected": info.rejected,
+        "error": error,
+        "notices": store.notices(run),
+        "links": links,
+    }
+
+
+def _unknown(run: str) -> UnknownJobError:
+    return UnknownJobError(f"There is no run {short(run)} of yours: `GET /v1/runs` has all.")
+
+
+def _require_own(run: str, caller: Caller) -> None:
+    """Raise `UnknownJobError` for a run that is somebody else's."""
+    is_own = run.startswith(caller.mark) or caller.may("admin")
+    if not re.fullmatch(RUN_NAME, run) or not is_own:
+        raise _unknown(run)
+
+
+async def _receive(request: Request, file: Path) -> None:
+    """Write the body to a file, as it comes."""
+    size = 0
+    with file.open("wb") as target:
+        try:
+            async for piece in request.stream():
+                size += len(piece)
+                if piece:
+                    await run_in_threadpool(target.write, piece)
+        except ClientDisconnect:
+            raise RefusedError(499, "The client has hung up.", code="HungUp") from None
+    if not size:
+        raise PromptFileError("The file is empty: send its bytes as the body.")
+
+
+def _file_name(name: str) -> str:
+    """The last part of a file's name. Raises `PromptFileError` for what is none."""
+    last = name.replace("\\", "/").rpartition("/")[2]
+    if not last.strip(". ") or len(last) > 200 or not last.isprintable():
+        raise PromptFileError(f"name is {short(name)}: use a file's name such as prompts.csv.")
+    return last
+
+
+def _format(form: str) -> str:
+    if form and form not in FORMATS:
+        raise PromptFileError(f"format is {short(form)}: use one of {', '.join(FORMATS)}.")
+    return form
+
+
+def _job_fields(request: Request) -> dict[str, Any]:
+    """The job fields among the parameters. Raises `InvalidJobError` for a name that is none."""
+    found: dict[str, Any] = {}
+    for name, text in request.query_params.multi_items():
+        if name in _OWN:
+            continue
+        if name not in JOB_FIELDS or name == "prompt":
+            hint = f"did you mean {near}?" if (near := near_miss(name)) else "/openapi.json has all."
+            raise InvalidJobError(f"There is no parameter {short(name)}: {hint}")
+        if name in found:
+            raise InvalidJobError(f"{name} is given twice: keep one.")
+        try:
+            value = value_of(JOB_FIELDS[name], text)
+        except LineError as error:
+            raise InvalidJobError(error.reason) from None
+        if value is not NOT_GIVEN:
+            found[name] = value
+    return found
