@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from producer import *  # noqa: F403
 
+    #: The version of the package.
+    __version__: str
+
 
 def name_conflict() -> str | None:
     """Why `producer` or `worker` is not smallcat's own, and the remedy; None where both are."""
@@ -52,9 +55,21 @@ def _imported(name: str) -> object:
 
     if name == "__all__":
         return producer.__all__
+    if name == "__version__":
+        return _version()
     if name not in producer.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(producer, name)
+
+
+def _version() -> str:
+    """The version of the installed package; "unknown" in a checkout that is not installed."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("smallcat")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 if not TYPE_CHECKING:  # A type checker would take every name for one that there is.
@@ -64,7 +79,7 @@ if not TYPE_CHECKING:  # A type checker would take every name for one that there
 def __dir__() -> list[str]:
     import producer
 
-    return sorted({*globals(), *producer.__all__})
+    return sorted({*globals(), *producer.__all__, "__version__"})
 
 
 if __name__ == "__main__":

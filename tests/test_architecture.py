@@ -232,6 +232,7 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
         "job_fields",
         "scheduler_names",
         "served_model",
+        "spelling",
     ]
     assert ours == {
         "worker.celery",

@@ -208,3 +208,10 @@ async def main() -> None:
     patterns = ["stpes", "seed", "submit_job", "timout", "result", "stpes", "submit_jbo"]
     assert len(wrong) == len(patterns), wrong
     assert all(pattern in line for pattern, line in zip(patterns, wrong, strict=True)), wrong
+
+
+def test_its_version_is_that_of_the_package(run: Run) -> None:
+    import importlib.metadata
+
+    done = run("-c", "import smallcat; print(smallcat.__version__, '__version__' in dir(smallcat))")
+    assert done.stdout.split() == [importlib.metadata.version("smallcat"), "True"], done.stderr

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from producer.client import JobHandle, JobResult, submit_job
 from producer.session import session
+from worker.contract import errors
 from worker.contract.errors import CallerError, PoisonJobError, UnknownJobError
 from worker.contract.message import RunMark
 from worker.contract.record import State
@@ -25,11 +27,14 @@ def find(
     """The jobs that failed for good, the latest first; those of `job_ids` in their order.
 
     Of these, only those that failed with the error class named `error_type`, and those that belong to the
-    prompt file's run `run`. Raises `UnknownJobError` for an id that is no failed job's, `QueueError`.
+    prompt file's run `run`. Raises `UnknownJobError` for an id that is no failed job's, `CallerError` for an
+    error class that there is not, `QueueError`.
     """
     now = session()
     with now.queue_errors():
         failures = now.failures.list()
+    if error_type is not None:
+        _refuse_unknown_class(error_type, {failure.error_type for failure in failures})
     if job_ids:
         by_id = {failure.id: failure for failure in failures}
         for job_id in job_ids:
@@ -42,6 +47,16 @@ def find(
         if (error_type is None or failure.error_type == error_type)
         and (run is None or any(RunMark.parse(mark).run == run for mark in failure.runs))
     ]
+
+
+def _refuse_unknown_class(name: str, found: Iterable[str]) -> None:
+    """Raise `CallerError` for a class of errors that there is not, and with which no job failed."""
+    kinds = {each.__name__ for each in vars(errors).values() if isinstance(each, type)}
+    if name in kinds or name in found:
+        return
+    near = difflib.get_close_matches(name, [*kinds, *found], 1)
+    hint = f"did you mean {near[0]}?" if near else "docs/errors.md lists them."
+    raise CallerError(f"There is no error class {name[:60]!r}: {hint}")
 
 
 def select(

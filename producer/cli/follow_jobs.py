@@ -58,16 +58,19 @@ def handles_of(job_ids: Sequence[str], submission: str) -> list[JobHandle]:
     default=20,
     help="Without ids: that many of the latest jobs, 20 when not given.",
 )
+@click.option("--urls", is_flag=True, help="Links to the pictures, in lists too. JSON has them anyway.")
 @json_option
-def status(job_ids: tuple[str, ...], run: str | None, submission: str, limit: int, as_json: bool) -> None:
+def status(
+    job_ids: tuple[str, ...], run: str | None, submission: str, limit: int, urls: bool, as_json: bool
+) -> None:
     """Show the state of jobs or of a run; without ids the latest jobs, but for those of runs."""
     if run is not None:
         _refuse_ids((*job_ids, *filter(None, [submission])))
         _show_runs([_run(run)], as_json=as_json, alone=True)
     elif job_ids or submission:
-        _status(handles_of(job_ids, submission), as_json=as_json)
+        _status(handles_of(job_ids, submission), urls=urls, as_json=as_json)
     else:
-        _latest(limit, as_json=as_json)
+        _latest(limit, urls=urls, as_json=as_json)
 
 
 @click.command()
@@ -114,8 +117,8 @@ def runs(as_json: bool) -> None:
     _show_runs(found, as_json=as_json)
 
 
-def _status(handles: Sequence[JobHandle], *, as_json: bool) -> None:
-    """Show each job. All are shown, whichever of them is unknown."""
+def _status(handles: Sequence[JobHandle], *, urls: bool, as_json: bool) -> None:
+    """Show each job, with `urls` its link. All are shown, whichever of them is unknown."""
     shown: list[dict[str, Any]] = []
     unknown: list[UnknownJobError] = []
     for handle in handles:
@@ -141,7 +144,7 @@ def _status(handles: Sequence[JobHandle], *, as_json: bool) -> None:
         for name in ("worker", "uri", "error"):
             if value := getattr(record, name):
                 say(f"{name:10} {value}")
-        for url in _link(record).values():
+        for url in _link(record).values() if urls else ():
             say(f"url        {url}")
         for warning in (*record.warnings, progress.note):
             if warning:
@@ -151,7 +154,7 @@ def _status(handles: Sequence[JobHandle], *, as_json: bool) -> None:
     _raise_last(unknown)
 
 
-def _latest(limit: int, *, as_json: bool) -> None:
+def _latest(limit: int, *, urls: bool, as_json: bool) -> None:
     now = session()
     with now.queue_errors():
         records = [JobResult.of(record) for record in now.records.latest(limit)]
@@ -161,7 +164,7 @@ def _latest(limit: int, *, as_json: bool) -> None:
     for record in records:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.submitted_at))
         say(f"{record.id}  {record.state:9}  {at}  seed {record.seed}  {_short(record.job.prompt)}")
-        for url in _link(record).values():
+        for url in _link(record).values() if urls else ():
             say(f"    {url}")
     if not records:
         say("No job was submitted lately; for prompt files see: smallcat runs", err=True)

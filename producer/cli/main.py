@@ -240,8 +240,13 @@ def failed_list(
         records = select(job_ids, error_type=error_type, run=run)
         print_json([record.model_dump(mode="json") for record in records])
         return
-    for failure in find(job_ids, error_type=error_type, run=run):
+    failures = find(job_ids, error_type=error_type, run=run)
+    for failure in failures:
         click.echo(plain(line(failure)))
+    if not failures:
+        chosen = f" with {error_type}" if error_type else ""
+        chosen += f" in the run {run}" if run else ""
+        click.echo(f"No job failed for good{plain(chosen)}.", err=True)
     for each in parked_lines() if not (job_ids or error_type or run) else ():
         click.echo(f"note  Not failed: {plain(each)}: upgrade one", err=True)
 

@@ -28,6 +28,8 @@ _JSON = {"grid", *(each.name for each in JOB_FIELDS.values() if each.kind is dic
 _INTEGERS = {each.name for each in JOB_FIELDS.values() if each.kind is int}
 #: Columns of a CSV manifest that say yes or no.
 _TRUTHS = {each.name for each in JOB_FIELDS.values() if each.kind is bool}
+#: Of these every line of a manifest or of a run's journal has one.
+_SURE = frozenset(("id", "uri", "state", "number", "run"))
 #: Characters of a cell, at most.
 _MAX_CELL = 1 << 24
 #: Characters of a line of a manifest, and digits of a number in it, at most.
@@ -60,12 +62,30 @@ def _manifest_lines(path: Path, warn: Callable[[str], None]) -> Iterator[Line]:
     bad: list[int] = []
     try:
         with _open(path) as file:
-            yield from _csv_lines(file) if name.endswith(".csv") else _json_lines(file, bad)
+            count = 0
+            for line in _csv_lines(file) if name.endswith(".csv") else _json_lines(file, bad):
+                if line and not line.keys() & _SURE:
+                    raise _no_manifest(path)
+                count += 1
+                yield line
+        if bad and not count:
+            raise _no_manifest(path)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise CallerError(f"The manifest {path} cannot be read ({error}).") from error
     if bad:
         first = f"line {bad[0]}" if len(bad) == 1 else f"{len(bad):,} lines, the first is line {bad[0]}"
         warn(f"Not readable in the manifest and left out: {first}.")
+
+
+def _no_manifest(path: Path) -> CallerError:
+    """The error for a file of something else: most often it is the prompt file."""
+    written = path.with_name(f"{path.name}.manifest.jsonl")
+    remedy = (
+        f"name {written}" if written.exists() else f"run `smallcat ingest {path}`, and name what it writes"
+    )
+    return CallerError(
+        f"{path} is no manifest, for its lines have no job's id. If it is a prompt file, {remedy}."
+    )
 
 
 def _open(path: Path) -> TextIO:

@@ -27,6 +27,7 @@ from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.scheduler_names import scheduler_of
+from worker.contract.spelling import distance
 
 #: What `meaning_of` gives for a number of pictures, and for a schedule beside a sampler.
 COUNT: Final = "a number of pictures"
@@ -124,27 +125,11 @@ def _near_miss(name: str) -> str | None:
     if not plain or plain in _PLAIN_MEANINGLESS:
         return None
     found = [
-        (distance, spelled)
+        (near, spelled)
         for spelling, spelled in _SPELLINGS.items()
-        if spelling[0] == plain[0] and (distance := _distance(plain, spelling)) <= 1 + (len(spelling) >= 8)
+        if spelling[0] == plain[0] and (near := distance(plain, spelling)) <= 1 + (len(spelling) >= 8)
     ]
     return min(found)[1] if found else None
-
-
-def _distance(one: str, other: str) -> int:
-    """Letters to insert, delete, replace or exchange with a neighbour, 0 to 3 (optimal string alignment)."""
-    if abs(len(one) - len(other)) > 2:
-        return 3
-    before: list[int] = []
-    row = list(range(len(other) + 1))
-    for at, letter in enumerate(one, 1):
-        before, above, row = row, before, [at]
-        for column, each in enumerate(other, 1):
-            cost = min(before[column] + 1, row[-1] + 1, before[column - 1] + (letter != each))
-            if at > 1 and column > 1 and letter == other[column - 2] and one[at - 2] == each:
-                cost = min(cost, above[column - 2] + 1)
-            row.append(cost)
-    return min(row[-1], 3)
 
 
 def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any:

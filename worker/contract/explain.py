@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from worker.contract.job_fields import FieldEntry
 
 
+#: Characters of a name that are compared with others.
+_LONGEST = 100
+
+
 def explain(error: ValidationError, table: Mapping[str, FieldEntry]) -> str:
     """One sentence for each finding, in one line. `table` has the fields there are."""
     sentences = []
@@ -20,8 +24,8 @@ def explain(error: ValidationError, table: Mapping[str, FieldEntry]) -> str:
         value = finding.get("input")
         match finding["type"]:
             case "extra_forbidden":
-                near = difflib.get_close_matches(field, table, 1)
-                hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(table)}."
+                near = _near(field, table)
+                hint = f'did you mean "{near}"?' if near else f"known are {', '.join(table)}."
                 shown = f'"{field}"' if field.isprintable() and len(field) <= 60 else short(field)
                 sentences.append(f"There is no job field {shown}: {hint}")
             case "missing":
@@ -41,6 +45,24 @@ def explain(error: ValidationError, table: Mapping[str, FieldEntry]) -> str:
                 limit = str(finding["msg"]).removeprefix("Input should be ")
                 sentences.append(f"{short(field)[1:-1]} is {short(value)}: it must be {limit}.")
     return " ".join(sentences)
+
+
+def _near(name: str, table: Mapping[str, FieldEntry]) -> str | None:
+    """The field that another program calls `name`, or whose name is like it."""
+    fields = {each: each for each in table}
+    names = {other: each.name for each in table.values() for other in each.all_headings} | fields
+    plain = {_plain(each): field for each, field in names.items()}
+    if (field := plain.get(_plain(name[:_LONGEST]))) is not None:
+        return field
+    for known in (fields, names):
+        if near := difflib.get_close_matches(name[:_LONGEST], known, 1):
+            return known[near[0]]
+    return None
+
+
+def _plain(name: str) -> str:
+    """A name without what does not count in it."""
+    return name.casefold().replace("_", "").replace("-", "").replace(" ", "")
 
 
 def short(value: object) -> str:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
+from worker.contract.spelling import distance
 
 #: How each sampler is written. Case, blanks, dashes and underscores do not count; "++" is "pp"; a leading
 #: "k_" or "sample_" (k-diffusion's) may stand before each.
@@ -84,6 +85,10 @@ _FIXED_OPTIONS = {
 }
 #: `Class(option=value, ...)`, or the same without brackets.
 _WITH_OPTIONS = re.compile(r"(\w+Scheduler)\s*[(, ]\s*(\w+\s*=[^()]*)\)?\s*", re.IGNORECASE)
+#: Samplers that are not offered and whose names are one letter from one that is.
+_OTHERS = frozenset(("ddpm", "dpmpp2s", "dpmpp3m", "dpm2m", "ipndm", "lms"))
+#: Characters of a name, at least, that may be misspelt.
+_SHORTEST_NEAR = 4
 #: A name is no longer than this; more is no name, and is not looked at.
 _LONGEST = 500
 
@@ -165,13 +170,23 @@ def _read_sampler(text: str) -> tuple[Scheduler, str | None]:
             raise ValueError(
                 f"is {short(text)}, which is a schedule: name the sampler too, such as DPM++ 2M Karras"
             )
-    raise ValueError(f"is {short(text)}: use one of {', '.join(Scheduler)}")
+    near = _near(_plain(name)) if len(name) <= _LONGEST else None
+    hint = f'did you mean "{near}"? Use' if near else "use"
+    raise ValueError(f"is {short(text)}: {hint} one of {', '.join(Scheduler)}")
 
 
 def _known(name: str) -> Scheduler | None:
     plain = _plain(name)
     names = (plain, plain.removeprefix("k"), plain.removeprefix("sample"))
     return next((_SAMPLERS[each] for each in names if each in _SAMPLERS), None)
+
+
+def _near(plain: str) -> Scheduler | None:
+    """The sampler whose name is one letter away; None for what is another sampler's name."""
+    spellings = {plain, plain.removeprefix("k"), plain.removeprefix("sample")}
+    if spellings & _OTHERS or len(plain) < _SHORTEST_NEAR:
+        return None
+    return next((each for name, each in _SAMPLERS.items() if distance(plain, name) == 1), None)
 
 
 def _read_options(base: Scheduler, text: str) -> str | None:

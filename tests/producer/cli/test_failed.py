@@ -43,6 +43,10 @@ def fail(prompt: str, error: SmallcatError, run: str = "") -> str:
     return handle.id
 
 
+class SomebodysError(Exception):
+    """Of no module of ours."""
+
+
 def run(*words: str) -> str:
     done = CliRunner().invoke(cli, ["failed", *words], catch_exceptions=False)
     assert done.exit_code == 0
@@ -55,6 +59,27 @@ def test_failed_jobs_are_listed_the_latest_first_and_by_error() -> None:
     assert [record.id for record in failed.select(error_type="RenderError")] == [first]
     assert "RenderError: bad kernel" in run("list", "--error", "RenderError")
     assert json.loads(run("list", second, "--json"))[0]["error_type"] == "JobTooLargeError"
+
+
+def test_a_list_without_jobs_says_so_and_an_unknown_class_is_refused() -> None:
+    def said(*words: str) -> tuple[int, str, str]:
+        done = CliRunner().invoke(cli, ["failed", *words])
+        error = "" if isinstance(done.exception, SystemExit) else str(done.exception or "")
+        return done.exit_code, done.stdout, done.stderr + error
+
+    assert said("list") == (0, "", "No job failed for good.\n")
+    assert json.loads(run("list", "--json")) == []
+    assert said("list", "--error", "RenderError")[2] == "No job failed for good with RenderError.\n"
+    assert said("list", "--run", "abc")[2] == "No job failed for good in the run abc.\n"
+    for command in (["list"], ["list", "--json"], ["retry"], ["drop"]):
+        code, out, error = said(*command, "--error", "RendrError")
+        assert (code, out, error) == (
+            1,
+            "",
+            "There is no error class 'RendrError': did you mean RenderError?",
+        )
+    fail("one", SomebodysError("x"))
+    assert "SomebodysError: x" in run("list", "--error", "SomebodysError")
 
 
 def test_a_failed_job_shows_each_attempt_with_its_worker() -> None:

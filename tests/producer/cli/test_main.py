@@ -402,6 +402,12 @@ def test_status_without_ids_lists_the_latest_jobs_with_prompt_seed_time_and_link
     assert [each["id"] for each in listed] == [ids[0], ids[3], ids[2], ids[1]]
     assert listed[1]["url"].startswith(environment["AWS_ENDPOINT_URL_S3"])
     lines = smallcat("status", "--limit", "2").out.splitlines()
+    assert [line.split()[0] for line in lines] == ids[:1] + ids[3:]
+    assert max(map(len, lines)) < 160
+    assert "http" not in smallcat("status", ids[0], ids[3]).out
+    assert smallcat("status", ids[0], ids[3], "--urls").out.count("\nurl        http") == 1
+    assert "\nurl        http" not in smallcat("status", ids[3]).out
+    lines = smallcat("status", "--limit", "2", "--urls").out.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ids[:1] + ids[3:]
     assert lines[1].endswith("seed 3  cat 3")
     assert ids[3] in lines[2]

@@ -317,12 +317,23 @@ def test_a_csv_manifest_holds_no_formulas_and_is_read_as_it_was(tmp_path: Path) 
     assert [entry.fields["prompt"] for entry in again if isinstance(entry, Entry)] == prompts
 
 
+def test_a_prompt_file_beside_its_manifest_is_refused_by_the_name_of_it(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt\na cat\n")
+    (tmp_path / "p.csv.manifest.jsonl").touch()
+    with pytest.raises(CallerError, match=r"If it is a prompt file, name .*p\.csv\.manifest\.jsonl\."):
+        write_gallery(str(tmp_path / "p.csv"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
         ("absent.jsonl", None, "There is no manifest"),
         ("not.jsonl.gz", b"plain", "cannot be read"),
         ("latin.jsonl", b'{"prompt": "caf\xe9"}\n', "cannot be read"),
+        ("prompts.csv", b"prompt,seed\na cat,7\n", "prompts.csv is no manifest, .* run `smallcat ingest "),
+        ("prompts.jsonl", b'{"prompt": "a cat"}\n', "prompts.jsonl is no manifest"),
+        ("prompts.txt", b"a cat\n", "prompts.txt is no manifest"),
+        ("texts.jsonl", b'"a cat"\n', "texts.jsonl is no manifest"),
     ],
 )
 def test_a_manifest_that_cannot_be_read_is_one_sentence(

@@ -157,7 +157,13 @@ def test_jpg_is_jpeg() -> None:
 
 
 @pytest.mark.parametrize(
-    ("misspelt", "meant"), [("promt", "prompt"), ("negativ_prompt", "negative_prompt"), ("step", "steps")]
+    ("misspelt", "meant"),
+    [
+        *(("promt", "prompt"), ("negativ_prompt", "negative_prompt"), ("step", "steps")),
+        *(("num_inference_steps", "steps"), ("numInferenceSteps", "steps"), ("cfg", "guidance_scale")),
+        *(("cfg_scale", "guidance_scale"), ("sampler", "scheduler"), ("sampler_name", "scheduler")),
+        *(("num_inference_step", "steps"), ("w", "width"), ("CFG Scale", "guidance_scale")),
+    ],
 )
 def test_an_unknown_field_names_the_near_miss(misspelt: str, meant: str) -> None:
     assert refusal(**{misspelt: 1}) == f'There is no job field "{misspelt}": did you mean "{meant}"?'

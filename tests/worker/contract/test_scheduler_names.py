@@ -102,6 +102,24 @@ def test_a_sampler_that_is_not_offered_is_refused_with_what_is(sampler: str) -> 
     assert sampler in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        *(("eulr", "euler"), ("euelr", "euler"), ("Eulr a", "euler_ancestral"), ("ddmi", "ddim")),
+        *(("dpmp_2m", "dpmpp_2m"), ("unpic", "unipc"), ("defualt", "default")),
+    ],
+)
+def test_a_misspelt_sampler_names_the_one_that_is_near(misspelt: str, meant: str) -> None:
+    with pytest.raises(InvalidJobError, match=f'did you mean "{meant}"\\? Use one of default, ddim'):
+        scheduler_of(misspelt)
+
+
+@pytest.mark.parametrize("other", ["ddpm", "DPM++ 2S", "DPM++ 3M", "ipndm", "lms", "k_lms", "sample_lms"])
+def test_another_sampler_is_no_misspelling(other: str) -> None:
+    with pytest.raises(InvalidJobError, match="use one of default, ddim"):
+        scheduler_of(other)
+
+
 def test_every_schedule_goes_with_every_sampler_or_is_refused_by_name() -> None:
     """The kind: none is dropped, in either of the two places where it can stand."""
     own = {"": None, "automatic": None}
