@@ -24,7 +24,7 @@ from typing import Any, Final
 from producer.prompts.entries import LineError
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.job import JOB_FIELDS
+from worker.contract.job import JOB_FIELDS, MAX_METADATA_DEPTH
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.scheduler_names import scheduler_of
 from worker.contract.spelling import distance
@@ -152,6 +152,8 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
         return NOT_GIVEN
     if isinstance(raw, bool):
         return raw
+    if isinstance(raw, dict) and not _is_json(raw):
+        return _json_of(raw)
     if isinstance(raw, Decimal):
         raw = int(raw) if raw == raw.to_integral_value() and abs(raw) < 10**30 else float(raw)
     if isinstance(raw, int | float):
@@ -263,7 +265,7 @@ class FieldReader:
             return NOT_GIVEN
         if isinstance(raw, str) and not raw.strip():
             return NOT_GIVEN
-        return raw if self._is_json or isinstance(raw, str) or _is_json(raw) else str(raw)
+        return raw if self._is_json or isinstance(raw, str) or _is_json(raw) else _json_of(raw)
 
     def _meet(self, line: int, name: str) -> None:
         """Look at a name outside the job fields for the first time."""
@@ -328,6 +330,22 @@ def _scheduler(choice: dict[str, Any]) -> Any:
         return str(scheduler_of(sampler, schedule))
     except InvalidJobError as error:
         raise LineError("scheduler", str(error)) from None
+
+
+def _json_of(value: Any, level: int = 0) -> Any:
+    """A value as JSON has it: what JSON does not know is a text, and NaN is no value."""
+    if isinstance(value, dict) and level < MAX_METADATA_DEPTH:
+        return {str(key): _json_of(each, level + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple) and level < MAX_METADATA_DEPTH:
+        return [_json_of(each, level + 1) for each in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value.hex()
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value if _is_json(value) else str(value)
 
 
 def _is_json(value: object) -> bool:

@@ -70,7 +70,7 @@ class ParquetTable:
             yield from (LineError("", reason) for _ in range(batch.num_rows))
             return
         for start in range(0, batch.num_rows, step):
-            columns = [column.slice(start, step).to_pylist() for column in batch.columns]
+            columns = [_values(column.slice(start, step)) for column in batch.columns]
             yield from zip(*columns, strict=True)
 
     def _refuse_bomb(self, size: int) -> None:
@@ -85,6 +85,43 @@ class ParquetTable:
             raise PromptFileError(
                 f"{self._name} has {size:,} bytes and {data.num_rows:,} rows: split it into smaller files."
             )
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; a map is an object, and times are cut to microseconds, which Python has."""
+    import pyarrow
+
+    if (cut := _in_microseconds(column.type)) is not column.type:
+        column = column.cast(cut, safe=False)
+    try:
+        return list(column.to_pylist(maps_as_pydicts="lossy"))
+    except (ValueError, OverflowError):
+        # A date that Python does not have, such as one of the year 10,000.
+        return list(column.cast(pyarrow.string()).to_pylist())
+
+
+def _in_microseconds(kind: Any) -> Any:
+    """The type with microseconds in the place of nanoseconds, as pandas and Spark write; else itself."""
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_time64(kind) and kind.unit == "ns":
+        return pa.time64("us")
+    if pa.types.is_duration(kind) and kind.unit == "ns":
+        return pa.duration("us")
+    if pa.types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        new = [each.with_type(_in_microseconds(each.type)) for each in fields]
+        return kind if new == fields else pa.struct(new)
+    if pa.types.is_map(kind):
+        pair = (_in_microseconds(kind.key_type), _in_microseconds(kind.item_type))
+        return kind if pair == (kind.key_type, kind.item_type) else pa.map_(*pair)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = _in_microseconds(kind.value_type)
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return kind if inner == kind.value_type else make(inner)
+    return kind
 
 
 def _largest(column: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
 import math
@@ -195,3 +196,62 @@ def test_a_near_miss_is_a_letter_or_two_from_a_fields_name_and_no_other_word() -
     assert {name: near_miss(name) for name in near} == near
     for word in ("weight", "id", "customer", "tag", "test", "need", "file", "line", "", "x" * 10_000_000):
         assert near_miss(word) is None
+
+
+# Values that Parquet has and text formats have not.
+
+
+def parquet_entry(tmp_path: Path, column: Any, name: str = "extra") -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a cat"], name: column}), tmp_path / "p.parquet")
+    [entry] = read(source(str(tmp_path / "p.parquet")))
+    return entry
+
+
+def test_nested_columns_of_parquet_are_what_json_lines_have(tmp_path: Path) -> None:
+    """Lists, structs and maps; what JSON does not know is a text in them, too, and NaN is no value."""
+    import pyarrow as pa
+
+    when = datetime.datetime(2024, 1, 2, 3, 4, 5)  # noqa: DTZ001 - such a column has no zone
+    nanoseconds = pa.timestamp("ns")
+    columns: dict[str, tuple[Any, Any]] = {
+        "list": (pa.array([["a", None]]), ["a", None]),
+        "struct": (pa.array([{"a": 1, "b": {"c": [True]}}]), {"a": 1, "b": {"c": [True]}}),
+        "map": (pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())), {"k": 1}),
+        "time in a struct": (pa.array([{"t": when}]), {"t": "2024-01-02 03:04:05"}),
+        "nanoseconds": (pa.array([1_700_000_000_123_456_789], nanoseconds), "2023-11-14 22:13:20.123456"),
+        "nested nanoseconds": (pa.array([[when]], pa.list_(nanoseconds)), ["2024-01-02 03:04:05"]),
+        "year 10,000": (pa.array([10**15], pa.timestamp("s")), None),
+        "bytes": (pa.array([b"abc"]), "abc"),
+        "other bytes": (pa.array([[b"\xff\x00"]]), ["ff00"]),
+        "numbers": (pa.array([[1.5, math.nan]]), [1.5, None]),
+        "decimals": (pa.array([[Decimal("1.50")]]), ["1.50"]),
+    }
+    for name, (column, expected) in columns.items():
+        entry = parquet_entry(tmp_path, column)
+        assert isinstance(entry, Entry), name
+        found = entry.fields["metadata"]["extra"]
+        assert found == (found if expected is None else expected), name
+        fields = {**entry.fields, "seed": 1}
+        assert JobTemplates(unresolved).fill(fields).metadata == {"extra": found}, name
+        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "extra": found}) + "\n")
+        [same] = read(source(str(tmp_path / "p.jsonl")))
+        assert isinstance(same, Entry)
+        assert same.fields == entry.fields, name
+
+
+def test_a_nested_value_of_a_job_field_is_refused_by_name_in_parquet_as_in_json_lines(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    mapping = pa.map_(pa.string(), pa.string())
+    entry = parquet_entry(tmp_path, pa.array([[("shop", "x")]], mapping), "metadata")
+    assert entry.fields["metadata"] == {"shop": "x"}
+    for name, value in (("steps", [5]), ("negative_prompt", ["x"]), ("seed", {"a": 1}), ("metadata", ["x"])):
+        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", name: value}) + "\n")
+        [of_json] = read(source(str(tmp_path / "p.jsonl")))
+        for each in (of_json, parquet_entry(tmp_path, pa.array([value]), name)):
+            assert isinstance(each, Entry)
+            with pytest.raises(InvalidJobError, match=rf"{name} is "):
+                Job.parse(each.fields)

@@ -17,7 +17,7 @@ from worker.contract.job import Job
 from worker.contract.metadata.comfyui import is_graph, read_graph
 from worker.contract.metadata.image_texts import Text, texts_of
 from worker.contract.metadata.json_tools import read_dream, read_json
-from worker.contract.metadata.reading import Reading
+from worker.contract.metadata.reading import MAX_LEFT_OUT, Reading
 
 #: The order in which texts are tried. Others come last.
 _ORDER = (
@@ -29,6 +29,8 @@ _ORDER = (
     "prompt",
     "Dream",
 )
+#: The name in metadata of what else made a picture, and characters of each entry, at most.
+LEFT_OUT, _LONGEST = "left_out", 100
 #: What stands before JSON in Exif's tags: ComfyUI's "prompt:{...}".
 _LABEL = re.compile(r"[A-Za-z ]{1,20}: ?(?=\{)")
 #: A line of parameters, also one that cannot be read.
@@ -40,7 +42,8 @@ def job_from_image(data: bytes) -> Job:
 
     `data` is a PNG, JPEG or WebP file of smallcat, AUTOMATIC1111, Forge, Civitai, Fooocus, SwarmUI, InvokeAI
     or ComfyUI. Another tool's noise and model are its own: the job has its parameters. What else made the
-    picture, such as a LoRA, is named in a `UserWarning`. Raises `InvalidJobError` where there is nothing to
+    picture, such as a LoRA, is named in a `UserWarning`, and in the job's metadata under `left_out`, which
+    goes with it into its record. Raises `InvalidJobError` where there is nothing to
     read, or it cannot be read, or it is no text to image.
     """
     texts = texts_of(data)
@@ -50,6 +53,9 @@ def job_from_image(data: bytes) -> Job:
             job = Job.parse(reading.fields)
             if reading.warning:
                 warnings.warn(reading.warning, UserWarning, stacklevel=2)
+                # The warning is gone with this process; metadata goes with the job into its record.
+                noted = {LEFT_OUT: [each[:_LONGEST] for each in reading.left_out[:MAX_LEFT_OUT]]}
+                job = job.model_copy(update={"metadata": noted})
             return job
     if not texts:
         raise InvalidJobError("The picture holds no infotext: it was not made by smallcat, or was edited.")

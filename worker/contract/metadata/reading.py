@@ -10,8 +10,9 @@ from typing import Any
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 
-#: Names that are listed in one warning, at most.
+#: Names that are listed in one warning, at most; and in a job's metadata, which has a limit of its own.
 _SHOWN = 12
+MAX_LEFT_OUT = 30
 #: Values that leave a picture as it is.
 _NEUTRAL = ("", "none", "false", "null", "automatic", "[]", "{}", "0", "0.0", "off", "disabled")
 #: How such values begin in Fooocus: "None : 1.0" for a LoRA, "Default (model)" for the VAE.
@@ -30,10 +31,15 @@ class Reading:
     is_ours: bool = False
 
     @property
+    def left_out(self) -> list[str]:
+        """What else made the picture, each once; nothing where smallcat wrote it."""
+        return [] if self.is_ours else [*dict.fromkeys((*self.left, *_syntax(self.fields)))]
+
+    @property
     def warning(self) -> str:
         """The sentence that names what is left out; empty where the fields say all."""
-        left = [*dict.fromkeys((*self.left, *_syntax(self.fields)))]
-        if self.is_ours or not left:
+        left = self.left_out
+        if not left:
             return ""
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         return (

@@ -702,3 +702,21 @@ def test_other_formats_are_read_as_pillow_reads_them() -> None:
     file = io.BytesIO()
     Image.new("P", (8, 8)).save(file, "GIF", comment=A1111.encode())
     assert matches(read(file.getvalue()))
+
+
+def test_what_a_job_cannot_say_goes_with_it_in_its_metadata() -> None:
+    """A warning is gone with the process that read the picture; metadata is in the record."""
+    infotext = (
+        "a cat <lora:x:1>\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, "
+        "Clip skip: 2, Hires upscale: 2, Note: " + "y" * 9_000
+    )
+    with pytest.warns(UserWarning, match="Clip skip: 2"):
+        job = job_from_image(png({"parameters": infotext}))
+    left = job.metadata["left_out"]
+    assert {"Clip skip: 2", "Hires upscale: 2", "extra networks such as <lora:x:1>"} <= set(left)
+    assert Job.parse(job.model_dump()) == job
+    plain = infotext.partition(" <lora")[0] + infotext[infotext.index("\n") : infotext.index(", Clip")]
+    assert job_from_image(png({"parameters": plain})).metadata == {}
+    many = ", ".join(f"Key {number}: {'z' * 200}" for number in range(500))
+    with pytest.warns(UserWarning, match="and 4"):
+        assert len(job_from_image(png({"parameters": f"{plain}, {many}"})).metadata["left_out"]) == 30
