@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from producer.session import Session, session, short_look_up
 from worker.contract.errors import QueueError, UnknownJobError
 from worker.contract.job import SUBMISSION_FIELDS, Job, JobFields
+from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class JobHandle:
             nonlocal warned
             if not warned and not (takers := now.fleet.takers(record.queue, record.job.version)).workers:
                 warned = True
-                warnings.warn(_unserved(record, takers), stacklevel=4)
+                warnings.warn(plain(_unserved(record, takers)), stacklevel=4)
 
         _check_timeout(timeout)
         try:
@@ -224,7 +225,7 @@ class JobHandle:
         """As `result`, on an event loop: other tasks run meanwhile. Cancelling it leaves the job alone."""
 
         def unserved(record: JobRecord, takers: Takers) -> None:
-            warnings.warn(_unserved(record, takers), stacklevel=5)
+            warnings.warn(plain(_unserved(record, takers)), stacklevel=5)
 
         _check_timeout(timeout)
         now = session()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from producer.cli.json_output import moment
 from producer.client import JobHandle, JobResult, submit_job
 from producer.session import session
 from worker.contract import errors
@@ -97,24 +97,22 @@ def require_choice(job_ids: Sequence[str], filters: Sequence[object], everything
 
 def line(failure: Failure) -> str:
     """A failed job in one line."""
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(failure.at))
-    return f"{failure.id}  {when}  {failure.error_type}: {failure.error}"
+    return f"{failure.id}  {moment(failure.at)}  {failure.error_type}: {failure.error}"
 
 
 def lines(record: JobResult) -> list[str]:
     """A failed job in full: its parameters and each of its attempts."""
     job = record.job
     at = record.tries[-1].at if record.tries else record.submitted_at
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
     shown = [
-        f"{record.id}  {when}  {record.error_type}: {record.error}",
+        f"{record.id}  {moment(at)}  {record.error_type}: {record.error}",
         f"prompt     {job.prompt!r}",
         f"size       {job.width}x{job.height}, {job.steps} steps, seed {job.seed}, {job.scheduler}",
         f"model      {job.model} at {job.revision}",
         *(f"run        {RunMark.parse(mark).run}" for mark in record.runs),
     ]
     for each in record.tries:
-        when = time.strftime("%H:%M:%S", time.localtime(each.at))
+        when = moment(each.at, "%H:%M:%S")
         ended = f"{each.error_type}: {each.error}" if each.error_type else "its worker died or fell silent"
         shown.append(f"attempt {each.attempt}  {when} on {each.worker}: {ended}")
     return shown
@@ -143,8 +141,7 @@ def parked() -> list[dict[str, Any]]:
 def unreadable_lines() -> Iterator[str]:
     """What `unreadable` and `parked` return, for a terminal: what others wrote is escaped."""
     for each in unreadable():
-        at = each["at"]
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if at else "unknown time"
+        when = moment(each["at"])
         start = ascii(each["message"][:_SHOWN])[1:-1]
         yield f"{when}  {ascii(each['queue'])[1:-1]}  {ascii(each['reason'])[1:-1]} ({each['size']:,} bytes)"
         yield f"  {start}{'...' if each['size'] > _SHOWN else ''}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from producer.cli.json_output import json_option, print_json, say
+from producer.cli.json_output import json_option, moment, print_json, say
 from producer.client import JobHandle, JobResult
 from producer.session import session
 from worker.contract.errors import CallerError, UnknownJobError
@@ -162,7 +162,7 @@ def _latest(limit: int, *, urls: bool, as_json: bool) -> None:
         print_json([record.model_dump(mode="json") | _link(record) for record in records])
         return
     for record in records:
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.submitted_at))
+        at = moment(record.submitted_at)
         say(f"{record.id}  {record.state:9}  {at}  seed {record.seed}  {_short(record.job.prompt)}")
         for url in _link(record).values() if urls else ():
             say(f"    {url}")

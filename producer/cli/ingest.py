@@ -197,12 +197,11 @@ def _formats(formats: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _display(options: Mapping[str, Any], *, as_json: bool) -> QuietDisplay:
-    from rich.console import Console
-
     from producer.cli.ingest_display import LineDisplay, LiveDisplay, QuietDisplay
+    from producer.cli.plain_console import PlainConsole
     from producer.session import session
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if options["quiet"]:
         return QuietDisplay(console)
     if options["lines"] or not console.is_terminal:

@@ -30,7 +30,8 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
             say(plain_json(given_of(plan, job) | warnings, indent=None))
         elif shown[job.file] < _SHOWN:
             shown[job.file] += 1
-            say(_shown(plan, job))
+            for line in _shown(plan, job):
+                say(line)
 
     def found(rejected: Rejected) -> None:
         values = rejected_of(plan, rejected)
@@ -51,7 +52,7 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
     return 1 if findings.bad else 0
 
 
-def _shown(plan: Plan, job: Planned) -> str:
+def _shown(plan: Plan, job: Planned) -> tuple[str, str]:
     """A job as people read it: its place, its prompt, and a line for its other fields."""
     values = given_of(plan, job)
     place = f"{values.pop('file')}, line {values.pop('line')}: {_short(values.pop('prompt'))}"
@@ -59,7 +60,7 @@ def _shown(plan: Plan, job: Planned) -> str:
     parts = [f"{name} {_short(value)}" for name, value in values.items()]
     if metadata:
         parts.append(f"metadata {_short(json.dumps(metadata, ensure_ascii=False))}")
-    return f"{place}\n    {', '.join(parts)}"
+    return place, f"    {', '.join(parts)}"
 
 
 def _short(value: object) -> str:

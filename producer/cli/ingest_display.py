@@ -17,6 +17,7 @@ from rich.text import Text
 
 from producer.cli.job_display import can_draw
 from producer.cli.json_output import NobodyReadsError
+from producer.cli.plain_console import PlainConsole
 from producer.ingest.ended import Ended
 from producer.ingest.plan import Rejected
 from producer.ingest.run_state import Status
@@ -66,7 +67,7 @@ class QuietDisplay(Display):
     """Prints notices alone, on standard error."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or PlainConsole(stderr=True)
 
     def update(self, status: Status, counts: Counts) -> None:
         """Nothing."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from producer.cli.plain_console import PlainConsole
 from producer.client import JobHandle, JobResult
 from worker.contract.plain_text import plain
 
@@ -22,7 +23,7 @@ def follow(handle: JobHandle, timeout: float | None) -> JobResult:
 
     On a terminal a bar shows its steps. Elsewhere each change of state is a line on standard error.
     """
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     over = threading.Event()
     watcher = threading.Thread(target=_watch, name="progress", args=(handle, console, over), daemon=True)
     watcher.start()

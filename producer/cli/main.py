@@ -21,7 +21,7 @@ from producer.cli import local_stack, output_path
 from producer.cli.follow_jobs import cancel, handles_of, runs, status, submission_option
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
-from producer.cli.json_output import NobodyReadsError, json_option, print_json
+from producer.cli.json_output import NobodyReadsError, json_option, print_json, say, say_error
 from producer.cli.serve import keys, serve
 from producer.client import JobHandle, JobResult, submit_job
 from producer.session import session
@@ -34,7 +34,6 @@ from worker.contract.errors import (
     SmallcatError,
     UnknownModelError,
 )
-from worker.contract.plain_text import plain
 from worker.contract.prompt_syntax import only_words, only_words_warning
 
 #: Exit code where nobody reads standard output any more: that of a process that SIGPIPE ends.
@@ -95,11 +94,11 @@ def submit(
         output_path.check(output, "jpeg" if given["format"] == "jpg" else given["format"])
     handle = submit_job(prompt, **given)
     if words := only_words(prompt, given.get("negative_prompt")):
-        click.echo(f"note  {only_words_warning(words)}", err=True)
+        say(f"note  {only_words_warning(words)}", err=True)
     waits = bool(wait or show or output)
     _note_served(handle, waits=waits)
     if not waits:
-        print_json(_names(handle)) if as_json else click.echo(handle.id)
+        print_json(_names(handle)) if as_json else say(handle.id)
         return
     report = _report(_follow(handle, timeout), save_in=output, show=show, as_json=as_json)
     if as_json:
@@ -142,7 +141,7 @@ def fetch(
     if as_json:
         print_json(reports)
     for each in errors[:-1]:
-        click.echo(plain(each, keep="\n"), err=True)
+        say_error(each)
     if errors:
         raise errors[-1]
 
@@ -168,10 +167,10 @@ def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> 
         print_json(dataclasses.asdict(page) | {"path": str(page.path)})
         return
     for notice in page.notices:
-        click.echo(f"note  {plain(notice)}", err=True)
+        say(f"note  {notice}", err=True)
     failed = f", {page.failed:,} failed" if page.failed else ""
-    click.echo(f"page  {page.path.resolve()}")
-    click.echo(f"      {page.pictures:,} pictures{failed}, {page.size / 1e6:.1f} MB")
+    say(f"page  {page.path.resolve()}")
+    say(f"      {page.pictures:,} pictures{failed}, {page.size / 1e6:.1f} MB")
 
 
 @cli.command(context_settings={"token_normalize_func": option_of})
@@ -192,8 +191,8 @@ def doctor(as_json: bool) -> None:
     for finding in examine():
         findings.append(finding)
         if not as_json:
-            mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
-            click.echo(f"{mark}  {finding.what:10} {plain(finding.text)}")
+            mark, colour = ("ok  ", "green") if finding.ok else ("FAIL", "red")
+            say(f"  {finding.what:10} {finding.text}", mark=mark, colour=colour)
     if as_json:
         print_json([finding._asdict() for finding in findings])
     if not all(finding.ok for finding in findings):
@@ -234,7 +233,7 @@ def failed_list(
             print_json({"unreadable": unreadable(), "parked": parked()})
             return
         for each in unreadable_lines():
-            click.echo(plain(each))
+            say(each)
         return
     if as_json:
         records = select(job_ids, error_type=error_type, run=run)
@@ -242,13 +241,13 @@ def failed_list(
         return
     failures = find(job_ids, error_type=error_type, run=run)
     for failure in failures:
-        click.echo(plain(line(failure)))
+        say(line(failure))
     if not failures:
         chosen = f" with {error_type}" if error_type else ""
         chosen += f" in the run {run}" if run else ""
-        click.echo(f"No job failed for good{plain(chosen)}.", err=True)
+        say(f"No job failed for good{chosen}.", err=True)
     for each in parked_lines() if not (job_ids or error_type or run) else ():
-        click.echo(f"note  Not failed: {plain(each)}: upgrade one", err=True)
+        say(f"note  Not failed: {each}: upgrade one", err=True)
 
 
 @failed.command("show")
@@ -263,7 +262,8 @@ def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
         print_json([record.model_dump(mode="json") for record in records])
         return
     for record in records:
-        click.echo("\n".join(map(plain, lines(record))))
+        for each in lines(record):
+            say(each)
 
 
 @failed.command("retry")
@@ -280,7 +280,7 @@ def failed_retry(
     if as_json:
         print_json([handle.id for handle in handles])
         return
-    click.echo(f"{len(handles)} submitted again")
+    say(f"{len(handles)} submitted again")
 
 
 @failed.command("drop")
@@ -297,7 +297,7 @@ def failed_drop(
     if as_json:
         print_json({"dropped": count})
         return
-    click.echo(f"{count} forgotten")
+    say(f"{count} forgotten")
 
 
 def main() -> NoReturn:
@@ -308,16 +308,16 @@ def main() -> NoReturn:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
+        say("Interrupted.", err=True)
         sys.exit(130)
     except (BrokenPipeError, NobodyReadsError):
         # Nothing more is flushed into it at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except (SmallcatError, OSError) as error:
-        click.secho(plain(error, keep="\n"), fg="red" if sys.stderr.isatty() else None, err=True)
+        say_error(error)
         if isinstance(error, ServiceError | SettingsError) and (text := local_stack.hint()):
-            click.echo(text, err=True)
+            say(text, err=True)
         sys.exit(_exit_code(error))
     sys.exit(0)
 
@@ -353,11 +353,11 @@ def _note_served(handle: JobHandle, *, waits: bool) -> None:
     with now.queue_errors():
         served = sorted({group.served.name for group in now.fleet.groups()})
     if not waits:
-        click.echo(f"note  {note}", err=True)
+        say(f"note  {note}", err=True)
     if served:
-        click.echo(f"note  The live workers serve {', '.join(served)}.", err=True)
+        say(f"note  The live workers serve {', '.join(served)}.", err=True)
     elif text := local_stack.hint():
-        click.echo(f"note  {text}", err=True)
+        say(f"note  {text}", err=True)
 
 
 def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
@@ -372,7 +372,8 @@ def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
     except KeyboardInterrupt:
         given_up = f"; or give it up: smallcat cancel {handle.id} --submission {handle.submission}"
         text = f"The job goes on. Fetch it later: smallcat fetch {handle.id}"
-        click.echo(f"\n{text}{given_up if handle.submission else ''}", err=True)
+        say(err=True)
+        say(f"{text}{given_up if handle.submission else ''}", err=True)
         raise
 
 
@@ -386,10 +387,10 @@ def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: boo
 
         show_picture(result)
     for warning in result.warnings:
-        click.echo(f"note  {plain(warning)}", err=True)
-    click.echo(f"id    {result.id}")
-    click.echo(f"uri   {plain(result.uri)}")
-    click.echo(f"url   {plain(result.url())}")
+        say(f"note  {warning}", err=True)
+    say(f"id    {result.id}")
+    say(f"uri   {result.uri}")
+    say(f"url   {result.url()}")
     if path:
-        click.echo(f"file  {path.resolve()}")
+        say(f"file  {path.resolve()}")
     return {}

@@ -51,7 +51,7 @@ def keys_add(name: str, scopes: tuple[str, ...], as_json: bool) -> None:
     now = session()
     with now.queue_errors():
         key = KeyStore(now.redis).add(name, scopes or DEFAULT_SCOPES)
-    print_json({"name": name, "key": key}) if as_json else click.echo(key)
+    print_json({"name": name, "key": key}) if as_json else say(key)
 
 
 @keys.command("list")

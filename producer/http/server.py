@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from producer.http.app import make_app
 from producer.http.guard import Guard
 from worker.contract.errors import CallerError
+from worker.contract.plain_log import escape_logs
 from worker.contract.settings import ServerSettings
 
 logger = logging.getLogger("smallcat.http")
@@ -104,6 +105,7 @@ def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) 
             "with `smallcat keys add NAME`."
         )
     logging.basicConfig(stream=sys.stderr, format="[%(asctime)s: %(levelname)s] %(message)s")
+    escape_logs()
     for name in ("smallcat", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.INFO)
     app = make_app(settings, is_open=is_open)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple, Self
 
-from worker.state.hashes import JOB_ID, says_final
+from worker.state.hashes import JOB_ID, says_final, shown
 
 
 class Ended(NamedTuple):
@@ -37,6 +37,6 @@ class Ended(NamedTuple):
             return None
         if not JOB_ID.fullmatch(str(job_id)) or not says_final(state):
             return None
-        texts = (str(each) if each else None for each in (uri, error_type, error))
+        texts = (shown(str(each)) if each else None for each in (uri, error_type, error))
         uri, error_type, error = texts
         return cls(*numbers, job_id, state, uri, timings, error_type, error, cached == "true", attempts)

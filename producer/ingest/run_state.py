@@ -361,15 +361,15 @@ def feeder_of(token: str) -> str:
 
 def _is_dead(token: str) -> bool:
     """Whether the feeder of that token ran on this machine and has ended."""
-    host, pid, process, _ = token.split(":")
-    if host != socket.gethostname():
-        return False
-    if int(pid) == os.getpid():
-        return process != _PROCESS
     try:
+        host, pid, process, _ = token.split(":")
+        if host != socket.gethostname():
+            return False
+        if int(pid) == os.getpid():
+            return process != _PROCESS
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except (PermissionError, ValueError, OverflowError):  # The latter: it is no feeder's.
         return False
     return False

@@ -5,6 +5,7 @@ A run of a million jobs is one line: its counts are read from its own keys, neve
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -105,28 +106,36 @@ def _read(redis: Redis, names: list[str]) -> dict[str, RunInfo]:
             pipe.bitcount(f"{key}:done")
             pipe.bitcount(f"{key}:failed")
             pipe.get(f"{key}:feeder")
-        answers = pipe.execute()
+        answers = pipe.execute(raise_on_error=False)
     found = {}
     for number, name in enumerate(names):
-        fields, done, failed, feeder = answers[4 * number : 4 * number + 4]
-        created, files, fed, ended, total, rejected, cancelled, manifest = fields
-        if fed is None:
-            continue
-        is_over = total is not None and int(ended or 0) >= int(total)
-        found[name] = RunInfo(
-            run=name,
-            state=_state(is_over, cancelled is not None, feeder is not None, total is not None),
-            created=int(created or 0),
-            files=tuple(json.loads(files)) if files else (),
-            sent=int(fed),
-            total=None if total is None else int(total),
-            done=int(done),
-            failed=int(failed),
-            rejected=int(rejected or 0),
-            feeder=None if feeder is None else feeder_of(feeder),
-            manifest=manifest.rsplit(" ", 2)[0] if manifest else None,
-        )
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            # What is of another type, or no number, some other program wrote: it is no run.
+            info = _info(name, *answers[4 * number : 4 * number + 4])
+            if info is not None:
+                found[name] = info
     return found
+
+
+def _info(name: str, fields: list[str | None], done: int, failed: int, feeder: str | None) -> RunInfo | None:
+    """A run by what Redis has of it; None where there is none. Raises `ValueError` and the like."""
+    created, files, fed, ended, total, rejected, cancelled, manifest = fields
+    if fed is None:
+        return None
+    is_over = total is not None and int(ended or 0) >= int(total)
+    return RunInfo(
+        run=name,
+        state=_state(is_over, cancelled is not None, feeder is not None, total is not None),
+        created=int(created or 0),
+        files=tuple(map(str, json.loads(files))) if files else (),
+        sent=int(fed),
+        total=None if total is None else int(total),
+        done=int(done),
+        failed=int(failed),
+        rejected=int(rejected or 0),
+        feeder=None if feeder is None else feeder_of(feeder),
+        manifest=manifest.rsplit(" ", 2)[0] if manifest else None,
+    )
 
 
 def _state(is_over: bool, is_cancelled: bool, is_fed: bool, is_sent: bool) -> str:

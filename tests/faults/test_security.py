@@ -6,6 +6,7 @@ import base64
 import bz2
 import json
 import pickle
+import unicodedata
 import uuid
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,32 @@ def test_a_job_whose_only_message_cannot_be_read_fails_with_the_reason(calm: Gro
         assert (record.state, record.error_type) == ("failed", "InvalidJobError")
         assert "No worker could read the job's message, because" in str(record.error)
         client.delete(f"smallcat:job:{job.id}")
+
+
+def test_no_text_of_others_moves_the_log_of_a_worker_or_forges_a_line_of_it(calm: Ground) -> None:
+    hostile = "a\x1b[2J\r\n[2026-11-28 00:00:00: INFO] FORGED\u202e\x9b31m\u2028b"
+    jobs = [calm.job() for _ in range(3)]
+    broken = payload_of(jobs[0]) | {"job": {hostile: hostile}}
+    push(
+        calm,
+        envelope(arguments(broken), id=f"{jobs[0].id}-x"),
+        envelope(arguments(payload_of(jobs[1])), id=f"{jobs[1].id}-x", argsrepr=hostile, lang=hostile),
+        envelope(arguments(payload_of(jobs[1])), id=f"{jobs[1].id}-y", **{hostile: hostile}),
+        envelope(arguments(payload_of(jobs[2])), id=hostile),
+        envelope(arguments(payload_of(jobs[2])), task=hostile),
+    )
+    with calm.redis as client:
+        client.publish("smallcat:to-workers", f"cancel {hostile}")
+        client.hset(f"smallcat:job:{jobs[1].id}", "state", hostile)
+    calm.ids.append(jobs[1].id)
+    calm.submit(1, "raise:Exception@step")
+    wait_until("it has failed", lambda: calm.states(calm.ids).keys() == {"done", "failed"})
+    wait_until("set aside", lambda: len(aside(calm)) >= 4)
+    text = calm.workers[0].output()
+    assert "FORGED" in text
+    assert {each for each in text if unicodedata.category(each) in ("Cc", "Cf", "Zl", "Zp")} <= {"\n"}
+    assert not [line for line in text.splitlines() if line.startswith("[2026-11-28 00:00:00: INFO]")]
+    calm.ids.clear()
 
 
 def resident(ground: Ground) -> int:

@@ -239,7 +239,8 @@ def test_what_a_producer_writes_harms_neither_worker_nor_job(ground: Ground, url
         queue = queue_of(ground.job())
         for text in ("", "{}", "[]", "nonsense", "\x00", '{"properties": {"delivery_tag": 1}}'):
             client.lpush(queue, text)
-        for text in ("", "cancel", f"cancel {running.id}", "cancel x", "shutdown", "watch", "\x00"):
+        told = ("", "cancel", f"cancel {running.id}", "cancel x", "shutdown", "watch", "\x00", b"cancel \xff")
+        for text in told:
             client.publish("smallcat:to-workers", text)
         client.sadd("smallcat:queues", "nonsense", "\x06\x16")
         client.publish(f"smallcat:job:{running.id}", "cancelled")
@@ -276,6 +277,8 @@ def test_records_that_a_producer_forges_are_not_believed(ground: Ground, url: st
             "uri": "s3://elsewhere/x",
             "id": "../../x",
             "claim_until": "x",
+            "error": b"\xff",
+            "runs": b"\xff",
         }
         client.hset(f"smallcat:job:{forged.id}", mapping=fields)
         client.set(f"smallcat:job:{broken.id}", "no hash")

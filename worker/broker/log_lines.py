@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+from worker.contract.plain_log import escape_logs
 from worker.contract.refusals import code_of, refusal_log
 
 #: Celery's loggers whose lines are looked at.
@@ -21,6 +22,7 @@ _WARNINGS = "py.warnings"
 
 def shorten() -> None:
     """Begin, once Celery has set up its logging. Calling it again changes nothing."""
+    escape_logs()
     for name in (_CONSUMER, _CONNECTION, _TRACE, _KOMBU, _WARNINGS):
         logger = logging.getLogger(name)
         if _to_be_logged not in logger.filters:

@@ -23,6 +23,8 @@ from worker.contract.record import JobRecord, State
 JOB_ID: Final = re.compile(r"[0-9a-f]{32}")
 #: Fields of the hash that are plain text; all others are JSON.
 _TEXT: Final = {"state", "uri", "worker", "error_type", "error", "queue"}
+#: Fields for people: of the job's own texts nothing is changed.
+_SHOWN: Final = {"uri", "worker", "error_type", "error", "queue", "warnings"}
 #: Fields that a record has from elsewhere.
 _NOT_READ: Final = {"id", "runs", "tries"}
 _FINAL: Final = frozenset(state.value for state in State if state.is_final)
@@ -37,6 +39,11 @@ def unknown(job_id: str, submission: str = "") -> UnknownJobError:
     return UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
 
 
+def unreadable(job_id: str, why: str) -> UnknownJobError:
+    """The error for a job whose record no version of ours wrote."""
+    return UnknownJobError(f"The record of job {job_id} cannot be read ({why}): submit the job again.")
+
+
 def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
     """The record that a hash of Redis holds. Raises `UnknownJobError` for one that is not this job's."""
     if not JOB_ID.fullmatch(job_id):
@@ -48,6 +55,8 @@ def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
             if name in JobRecord.model_fields and name not in _NOT_READ
         }
         tries = [json.loads(value) for name, value in fields.items() if name.startswith("try:")]
+        for each in (values, *tries):
+            each |= {name: shown(each[name]) for name in _SHOWN & each.keys()}
         values["runs"] = [mark for mark in fields.get("runs", "").split() if re.fullmatch(RUN_MARK, mark)]
         values["tries"] = sorted(tries, key=lambda each: int(each["attempt"]))
         record = JobRecord.model_validate(values | {"id": job_id})
@@ -57,13 +66,18 @@ def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
                 f"The record of job {job_id} is of a newer version of smallcat, whose jobs have {names}: "
                 "upgrade this one."
             ) from None
-        raise UnknownJobError(
-            f"The record of job {job_id} cannot be read ({type(error).__name__}): submit the job again."
-        ) from None
+        raise unreadable(job_id, type(error).__name__) from None
     # A job that is done has the model's defaults filled in, and so another id.
     if record.state is not State.DONE and record.job.id != job_id:
         raise UnknownJobError(f"The record of job {job_id} is another job's: submit the job again.")
     return record
+
+
+def shown(text: Any) -> Any:
+    """A text, or a list of texts, that may be shown as it is; whatever else it is stays."""
+    if isinstance(text, list):
+        return [shown(each) for each in text]
+    return plain(text, keep="\n") if isinstance(text, str) else text
 
 
 def _fields_to_come(error: Exception) -> str:

@@ -31,6 +31,7 @@ from worker.state.hashes import (
     says_final,
     seen_by,
     unknown,
+    unreadable,
 )
 from worker.state.keys import (
     FAILED,
@@ -264,7 +265,10 @@ class Records:
             raise unknown(job_id)
         if state == "":
             raise unknown(job_id, submission)
-        return State(state)
+        try:
+            return State(state)
+        except ValueError:
+            raise unreadable(job_id, "its state") from None
 
     def watch(self) -> None:
         """Ask the workers to write their jobs' progress twice a second, for the next seconds."""

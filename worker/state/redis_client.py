@@ -159,7 +159,9 @@ def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
 
 def _socket(redis_url: str, retry_s: float) -> dict[str, Any]:
     """How long a connection waits for Redis, and what else every client wants."""
-    options = {"decode_responses": True, "socket_timeout": min(10.0, max(1.0, retry_s))}
+    # Anybody may have written what is no UTF-8.
+    text = {"decode_responses": True, "encoding_errors": "replace"}
+    options = {**text, "socket_timeout": min(10.0, max(1.0, retry_s))}
     if RedisURL.parse(redis_url).path:
         return options
     return {**options, "socket_connect_timeout": min(5.0, max(1.0, retry_s)), "socket_keepalive": True}

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from producer import JobHandle, JobResult, Progress
 from producer.cli.job_display import can_draw, follow, show_picture
+from producer.cli.plain_console import PlainConsole
 from tests.worker.engine.fake_runner import SOON_S, job_of
 from worker.contract.errors import NotFiniteError, QueueError
 from worker.contract.record import State
@@ -66,7 +67,11 @@ def on(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     def console(stderr: bool = False) -> Console:
         return Console(file=file, force_terminal=terminal, width=100, color_system=None)
 
+    def plain_console(stderr: bool) -> PlainConsole:
+        return PlainConsole(file=file, force_terminal=terminal, width=100, color_system=None)
+
     monkeypatch.setattr("producer.cli.job_display.Console", console)
+    monkeypatch.setattr("producer.cli.job_display.PlainConsole", plain_console)
     return file.getvalue
 
 
