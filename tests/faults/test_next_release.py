@@ -6,12 +6,13 @@ tests/faults/releases.py makes that release. tests/faults/test_upgrade.py has bo
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from producer import JobHandle
+from producer import JobHandle, submit_job
 from producer.cli.doctor import examine
 from producer.cli.failed import parked
 from producer.cli.main import cli
@@ -19,9 +20,11 @@ from tests.faults import oracle
 from tests.faults.harness import Ground, wait_until
 from tests.faults.releases import NEXT_VERSION, OtherProducer, account_with_tints, next_release, waiting
 from tests.faults.runner import SERVED
+from tests.faults.test_security import arguments, envelope
 from worker.contract.errors import UnknownJobError
 from worker.contract.job import FORMAT_VERSION
-from worker.contract.queues import queues_of
+from worker.contract.message import payload_of, route_of
+from worker.contract.queues import list_of, queues_of
 
 QUEUE = queues_of(SERVED)[0]
 
@@ -79,3 +82,55 @@ def test_a_job_of_the_next_release_waits_for_a_worker_of_it(
     assert account_with_tints(ground, ids) == [*tinted, rows[0]["id"], rows[2]["id"]]
     assert {by[job_id] for job_id in ids if job_id != rows[1]["id"]} == {newer.pid}
     assert max(ground.journal.count("put").values()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_5000_messages_of_a_newer_version_are_looked_at_once_and_hold_up_the_others_for_that_alone(
+    ground: Ground,
+) -> None:
+    """They lie before honest jobs of the same priority. Looked at again and again, 5,000 starved a worker."""
+    number = 5_000
+    worker = ground.worker()
+    sent: dict[str, float] = {}
+
+    def latencies(ids: list[str]) -> list[float]:
+        ground.journal.wait_for("put", ids, 120)
+        done = {event.job: event.at_s for event in ground.journal.events() if event.what == "put"}
+        return sorted(done[job_id] - sent[job_id] for job_id in ids)
+
+    def submit(count: int) -> list[str]:
+        ids = []
+        for _ in range(count):
+            job = ground.job()
+            sent[job.id] = time.monotonic()
+            ids += [submit_job(job).id]
+        ground.ids += ids
+        return ids
+
+    before = latencies(submit(100))
+    with ground.redis as client, client.pipeline() as pipe:
+        for _ in range(number):
+            job = ground.job()
+            body = arguments({**payload_of(job), "version": NEXT_VERSION, "to_come": 1})
+            pipe.lpush(list_of(*route_of(job)), envelope(body, id=f"{job.id}-newer"))
+        began_s = time.monotonic()
+        pipe.execute()
+    during = latencies(submit(100))
+    wait_until("all parked", lambda: waiting(ground) == number, 120)
+    looked_s = time.monotonic() - began_s
+    after = latencies(submit(100))
+    assert worker.running
+    oracle.settle(ground)
+    print(
+        f"{number} newer messages were parked in {looked_s:.1f} s, {number / looked_s:.0f} a second; from "
+        f"submission to picture, ms, median and worst of 100 jobs: before {ms(before)}, behind them "
+        f"{ms(during)}, after {ms(after)}"
+    )
+    # Each is looked at once: the jobs behind them wait for that, and no job afterwards.
+    assert during[-1] < looked_s + 5
+    assert after[50] < 2 * before[50] + 1
+
+
+def ms(seconds: list[float]) -> str:
+    return f"{1000 * seconds[len(seconds) // 2]:.0f} and {1000 * seconds[-1]:.0f}"
