@@ -51,7 +51,7 @@ $(SERVICES): $(READY)
 		else echo "There is no npm: s3rver is left out." >&2; fi
 	@touch $@
 
-storm: setup  ## Kill, freeze and fill up all parts under load, 25 minutes; ONLY=sigkill for some of it
+storm: setup  ## Kill, freeze, upgrade and fill up all parts under load, 30 minutes; ONLY=sigkill for some of it
 	$(BIN)/python -m pytest tests/faults -m slow -k "not soak and ($(ONLY))" -rP
 
 soak: setup  ## Work for an hour and check that nothing grows; MINUTES=10 for less

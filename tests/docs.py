@@ -27,11 +27,12 @@ from producer.cli import main as command_line
 from producer.ingest.download import FIELDS
 from producer.ingest.manifest import COLUMNS
 from producer.ingest.types import Outcome
+from tests.faults.earlier import EARLIER
 from tests.test_architecture import FOLDERS
 from worker.bench.__main__ import main as bench
 from worker.contract import errors
 from worker.contract.choices import SAMPLERS, Scheduler
-from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, help_lines
 from worker.contract.record import Attempt, State, Timings
 from worker.contract.settings import ProducerSettings, ServerSettings, Settings, WorkerSettings
@@ -324,8 +325,21 @@ def api() -> str:
     return "\n".join([*functions, *map(_class, classes)])
 
 
+def upgrades() -> str:
+    """The table of upgrades that `make storm` goes through, there and back."""
+    lines = ["| From | To |", "|---|---|"]
+    lines += [f"| {commit} ({what}) | this version |" for commit, what in EARLIER.items()]
+    next_one = (
+        f"a next release, made by the test: one more job field, in messages of version {FORMAT_VERSION + 1}"
+    )
+    return "\n".join(
+        [*lines, f"| this version, which reads messages up to version {FORMAT_VERSION} | {next_one} |"]
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
+    "upgrades": upgrades,
     "job-fields": job_fields,
     "job-field-names": job_field_names,
     "schedulers": schedulers,

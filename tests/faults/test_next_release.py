@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,13 @@ def test_a_job_of_the_next_release_waits_for_a_worker_of_it(
         listed = CliRunner().invoke(cli, ["failed", "list"])
         assert f"note  Not failed: {QUEUE}  3 messages of version {NEXT_VERSION} wait" in listed.stderr
         # A run: what waits is neither lost nor in anybody's way.
-        run = producer.command("ingest", str(table), "--detach", "--run", "cats")
-        assert run.returncode == 0, run.stderr
-        wait_until("parked, too", lambda: waiting(ground) == 5)
-        newer = ground.worker(tree=after)
-        ground.journal.wait_for("put", tinted)
-        fed = producer.command("ingest", str(table), "--run", "cats")
-        assert fed.returncode == 0, fed.stderr
-        assert "sent again" not in fed.stderr
+        with ThreadPoolExecutor() as pool:
+            run = pool.submit(producer.command, "ingest", str(table))
+            wait_until("parked, too", lambda: waiting(ground) == 5)
+            newer = ground.worker(tree=after)
+            ground.journal.wait_for("put", tinted)
+            assert run.result().returncode == 0, run.result().stderr
+            assert "sent again" not in run.result().stderr
     assert waiting(ground) == 0
     oracle.settled(ground)
     rows = [json.loads(line) for line in (tmp_path / "cats.csv.manifest.jsonl").read_text().splitlines()]

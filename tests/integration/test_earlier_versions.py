@@ -1,6 +1,7 @@
-"""Submissions of this version that workers of earlier ones render: what each caller is told holds there, too.
+"""Jobs of this version beside workers of earlier ones: what holds, and what docs/operations.md says does not.
 
-An earlier worker knows nothing of submissions: it sees one job, and whether it was cancelled.
+An earlier worker knows nothing of submissions: it sees one job, and whether it was cancelled. What each
+caller is told holds there, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tests.faults import oracle
 from tests.faults.earlier import EARLIER
 from tests.faults.harness import FaultWorker, Ground, wait_until
 from tests.faults.releases import earlier_release
+from worker.broker.transport import UNACKED
 
 pytestmark = pytest.mark.services
 SOON_S = 30.0
@@ -141,3 +143,39 @@ def test_submitting_and_giving_up_at_any_moment(ground: Ground, earlier: FaultWo
     for each in lies:
         print(each)
     assert not lies
+
+
+def test_what_the_last_worker_of_this_version_held_when_it_was_killed_waits_for_the_next(
+    ground: Ground, tree: Path
+) -> None:
+    """Workers of earlier versions know nothing of what it held, and go on with what is queued."""
+    newer = ground.worker()
+    with ground.holding() as hold, ground.redis as client:
+        held = ground.submit(3, hold)
+        ground.journal.wait_for("start", held)
+        newer.kill()
+        ground.worker(tree=tree)
+        ground.journal.wait_for("put", ground.submit(5))
+        assert client.hlen(UNACKED) == 3
+        newer.launch()
+        newer.wait_ready()
+        wait_until("taken again", lambda: min(ground.journal.count("start")[each] for each in held) == 2)
+    oracle.settle(ground)
+
+
+def test_a_job_with_a_field_that_the_first_version_does_not_know_is_dropped_there_until_it_is_sent_again(
+    ground: Ground, tree: Path, earlier: FaultWorker
+) -> None:
+    """Its record stays queued, as docs/operations.md says. Later versions render it."""
+    handle = submit_job(ground.job(guidance_start=0.5))
+    plain = ground.submit(1)
+    ground.journal.wait_for("put", plain)
+    if tree.name.startswith("b89d500"):
+        assert handle.result(SOON_S).state is State.DONE
+        return
+    wait_until("dropped", lambda: ground.messages() == 0)
+    assert handle.state() is State.QUEUED
+    earlier.stop()
+    ground.worker()
+    assert submit_job(handle.record().job).result(SOON_S).state is State.DONE
+    assert handle.state() is State.DONE
