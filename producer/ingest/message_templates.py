@@ -170,6 +170,8 @@ def _plain_metadata(metadata: object) -> str | None:
     """Metadata as JSON, where it is so plain that nothing can be wrong with it; else None."""
     if type(metadata) is not dict:
         return None
+    if not metadata:
+        return "{}"
     for name, value in metadata.items():
         if type(name) is not str or type(value) is not str:
             return None

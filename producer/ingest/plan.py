@@ -139,7 +139,7 @@ class Plan:
                 if isinstance(entry, BadEntry):
                     yield Rejected(file, entry.line, entry.field, entry.reason, after)
                     continue
-                done = start.offset if (file, number) == start[:2] else 0
+                done = start.offset if file == start.file and number == start.entry else 0
                 reported: set[tuple[str, str]] = set()
                 offset = 0
                 try:

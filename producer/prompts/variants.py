@@ -15,7 +15,8 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from producer.prompts import dynamic_prompts_v1
 from producer.prompts.dynamic_prompts import SYNTAX, Scope, is_dynamic, parse
@@ -27,14 +28,17 @@ from producer.prompts.wildcards import Wildcards
 DRAWN = -1
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One job of a line, not yet checked."""
 
     #: Job fields, the seed among them.
     fields: dict[str, Any]
     #: Its values of the grid's axes.
     grid: Mapping[str, Any]
+
+
+#: The cells of no grid.
+_ONE_CELL: tuple[Mapping[str, Any], ...] = (MappingProxyType({}),)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Variants:
         merged = {**self.defaults, **entry.fields}
         if "metadata" in self.defaults and isinstance(entry.fields.get("metadata"), dict):
             merged["metadata"] = self.defaults["metadata"] | entry.fields["metadata"]
-        cells = self._cells()
+        cells = self._cells() if self.grid else _ONE_CELL
         place = f"{file}\0{entry.line}\0"
         for texts in self._texts(merged, place):
             for image in range(self.images * entry.images):
@@ -92,10 +96,13 @@ class Variants:
 
     def _texts(self, fields: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
         texts = {name: fields[name] for name in ("prompt", "negative_prompt") if name in fields}
-        if self.literal or not all(isinstance(text, str) for text in texts.values()):
-            yield texts
-            return
-        if not any(is_dynamic(text) for text in texts.values()):
+        are_dynamic = False
+        for text in texts.values():
+            if self.literal or not isinstance(text, str):
+                are_dynamic = False
+                break
+            are_dynamic = are_dynamic or is_dynamic(text)
+        if not are_dynamic:
             yield texts
             return
         for text in self._joined_texts(texts, place):
