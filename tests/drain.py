@@ -98,9 +98,9 @@ def main(queues: list[str]) -> None:
                     job = json.dumps(payload["job"])
                     run = payload["run"]
                     keys = (record, attempts_key(payload["id"]))
-                    claims = (task_id, "drain", 30, 3, 600, job, queues[0], task_id, run, "yes")
+                    claims = (task_id, task_id, "drain", 30, 3, 600, job, queues[0], task_id, run, "yes")
                     pipe.evalsha(claim, 2, *keys, *claims)
-                    ends = ("done", 600, "", payload["id"], "uri", "s3://nowhere/x.png")
+                    ends = ("done", 600, "", "", payload["id"], "uri", "s3://nowhere/x.png")
                     pipe.evalsha(finish, 3, record, FAILED, keys[1], *ends)
                     pipe.delete(record)
                     journal.write(f"{RunMark.parse(run).number} {payload['id']}\n")

@@ -1,15 +1,15 @@
 -- Gives a job to the worker that holds its message, or says why not.
 --
 -- KEYS     the record, the job's attempts
--- ARGV     message, worker, seconds that the claim lasts, attempts at most, seconds until the record expires, job
---          as JSON, queue, delivery, the message's run mark or '', whether the bucket has the picture: 'yes',
---          'no', or '' while nobody has looked
+-- ARGV     message id, holder, worker, seconds that the claim lasts, attempts at most, seconds until the record
+--          expires, job as JSON, queue, delivery, the message's run mark or '', whether the bucket has the
+--          picture: 'yes', 'no', or '' while nobody has looked
 -- Returns  {verdict, attempt, seconds queued}; the verdict is one of `worker.state.records.Claim`, or 'done'
 --          where the record says so and somebody must look
 --
--- A message is its id, '/', and the tag under which a worker holds it: two copies of a message are held under
--- two tags. The claim belongs to a message, not to a worker: the same message delivered again takes it over at
--- once. The same delivery asking again, because the answer was lost with a connection, is one attempt.
+-- The claim belongs to a message, not to a worker: the same message delivered again takes it over at once. The
+-- holder is one of its copies: each is held under a tag of its own. The same delivery asking again, because the
+-- answer was lost with a connection, is one attempt.
 -- An attempt counts as a death until it is known how it ended.
 -- Producers can write the record. So a claim counts that the job's attempts have, too; a failure that is noted
 -- there; and a picture that is in the bucket. The record says the claim and the attempts for those who read it,
@@ -20,10 +20,9 @@
 -- include mark_runs.lua
 -- include cancelled_run.lua
 -- include ../contract/clock.lua
-local message, worker, lease, max_attempts, ttl, job, queue, delivery, run, is_stored = unpack(ARGV)
-local message_id = string.match(message, '^[^/]*')
+local message, me, worker, lease, max_attempts, ttl, job, queue, delivery, run, is_stored = unpack(ARGV)
 local time = tonumber(now())
-if drop_if_run_is_cancelled(KEYS[1], message_id, run) then
+if drop_if_run_is_cancelled(KEYS[1], message, run) then
   redis.call('DEL', KEYS[2])
   return {'final', 0, 0}
 end
@@ -31,7 +30,7 @@ local state, cancel, named, named_until, tried, died, submitted_at, runs, cancel
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'claim', 'claim_until', 'attempts', 'deaths', 'submitted_at',
             'runs', 'cancelled_at'))
 local holder, until_s, own_tried, own_died, open, failed =
-  unpack(on(KEYS[2], 'HMGET', 'claim', 'claim_until', 'attempts', 'deaths', 'open:' .. message, 'failed'))
+  unpack(on(KEYS[2], 'HMGET', 'claim', 'claim_until', 'attempts', 'deaths', 'open:' .. me, 'failed'))
 runs = runs or ''
 local fields = {}
 local function set(...)
@@ -74,11 +73,9 @@ if cancel then
 end
 -- Whether another message holds the job. An earlier worker's claim is in the record alone, its attempt is not.
 local function is_taken()
-  if not named or holder == message then return false end
-  if holder and named == string.match(holder, '^[^/]*') and (tonumber(until_s or 0) or 0) > time then
-    return true
-  end
-  return named ~= message_id and (tonumber(named_until or 0) or 0) > time
+  if not named or holder == me then return false end
+  if holder and (tonumber(until_s or 0) or 0) > time then return true end
+  return named ~= message and (tonumber(named_until or 0) or 0) > time
     and redis.call('HEXISTS', KEYS[2], 'open:' .. named) == 1
 end
 if is_taken() then
@@ -91,20 +88,20 @@ if not state then
   set('job', job, 'queue', queue, 'submitted_at', submitted_at)
   if run ~= '' then set('bulk', 1) end
 end
-set('claim', message_id, 'claim_until', time + lease)
-local own = {'claim', message, 'claim_until', time + lease}
+set('claim', message, 'claim_until', time + lease)
+local own = {'claim', me, 'claim_until', time + lease}
 local most = tonumber(max_attempts)
 local attempts = math.max(count(own_tried), math.min(count(tried), most - 1))
 local verdict = 'render'
 if open ~= delivery then
   if attempts >= most then
     verdict = 'poison'
-    redis.call('HDEL', KEYS[2], 'open:' .. message)
+    redis.call('HDEL', KEYS[2], 'open:' .. me)
     redis.call('HDEL', KEYS[1], 'delivery')
   else
     attempts = attempts + 1
     local deaths = math.max(count(own_died), math.min(count(died), most - 1)) + 1
-    for _, item in ipairs({'attempts', attempts, 'deaths', deaths, 'open:' .. message, delivery}) do
+    for _, item in ipairs({'attempts', attempts, 'deaths', deaths, 'open:' .. me, delivery}) do
       own[#own + 1] = item
     end
     set('state', 'running', 'worker', worker, 'step', 0, 'attempts', attempts, 'deaths', deaths,

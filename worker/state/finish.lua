@@ -1,7 +1,8 @@
 -- Writes a job's final state, once.
 --
 -- KEYS     the record, the failed jobs, the job's attempts
--- ARGV     state, seconds until the record expires, message (`claim.lua`), job id, then field and value in turn
+-- ARGV     state, seconds until the record expires, message id, holder (`claim.lua`), job id, then field and
+--          value in turn
 -- Returns  1 when it was written, 0 when it was not, -1 when the job was to be cancelled and somebody wants it
 --
 -- A picture is done whoever made it, unless the job was cancelled: that was said already. A failure counts only
@@ -13,20 +14,20 @@
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
 -- run of a million jobs must not leave a million records here.
 local BULK_TTL_S = 60
-local final, ttl, message, id = unpack(ARGV, 1, 4)
+local final, ttl, message, me, id = unpack(ARGV, 1, 5)
 local state, named, cancel, runs, bulk =
   unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk'))
 if state == 'done' or state == final or state == 'cancelled' then return 0 end
-if final ~= 'done' and (named ~= string.match(message, '^[^/]*') or on(KEYS[3], 'HGET', 'claim') ~= message) then
+if final ~= 'done' and (named ~= message or on(KEYS[3], 'HGET', 'claim') ~= me) then
   -- The job was submitted anew meanwhile: this attempt is none of the new one's.
-  if redis.call('HDEL', KEYS[3], 'open:' .. message) == 1 then
+  if redis.call('HDEL', KEYS[3], 'open:' .. me) == 1 then
     redis.call('HINCRBY', KEYS[3], 'attempts', -1)
     redis.call('HINCRBY', KEYS[3], 'deaths', -1)
   end
   return 0
 end
 if final == 'cancelled' and not cancel then return -1 end
-redis.call('HSET', KEYS[1], 'state', final, unpack(ARGV, 5))
+redis.call('HSET', KEYS[1], 'state', final, unpack(ARGV, 6))
 redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'deaths', 'cancel',
            unpack(final == 'done' and {'error', 'error_type'} or {}))
 redis.call('DEL', KEYS[3])

@@ -1,15 +1,15 @@
 -- Undoes a claim: the job is queued again.
 --
 -- KEYS     the record, the job's attempts
--- ARGV     message (`claim.lua`), how the attempt failed as JSON (`worker.contract.record.Attempt`); '' where it
---          was not the job's fault and does not count
+-- ARGV     message id, holder (`claim.lua`), how the attempt failed as JSON (`worker.contract.record.Attempt`);
+--          '' where it was not the job's fault and does not count
 -- Returns  1 when it was undone, 0 when the message does not hold the claim
 -- include go_on.lua
 -- include heal.lua
-local message, failure = unpack(ARGV)
+local message, me, failure = unpack(ARGV)
 local named, attempt = unpack(on(KEYS[1], 'HMGET', 'claim', 'attempts'))
-local holds = on(KEYS[2], 'HGET', 'claim') == message and named == string.match(message, '^[^/]*')
-local is_open = on(KEYS[2], 'HDEL', 'open:' .. message) == 1
+local holds = on(KEYS[2], 'HGET', 'claim') == me and named == message
+local is_open = on(KEYS[2], 'HDEL', 'open:' .. me) == 1
 if is_open then
   redis.call('HINCRBY', KEYS[2], 'deaths', -1)
   if failure == '' or not holds then redis.call('HINCRBY', KEYS[2], 'attempts', -1) end

@@ -51,16 +51,18 @@ Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
     bulk                 1 when only runs have sent the job: its record is short-lived once the job is done
 
 Fields of a job's attempts. Those of the record that have the same names are for readers, and for workers of
-earlier versions, who look there. A message is here its id, "/", and the tag under which it is held:
+earlier versions, who look there:
 
     attempts, deaths     as in the record
-    claim, claim_until   likewise
-    open:<message>       the delivery of that message which was counted, until it is known how it ended
+    claim, claim_until   the holder of the job (`holder_of`), and until when its claim lasts, in Unix seconds
+    open:<holder>        the delivery of its message which was counted, until it is known how it ended; of
+                         earlier versions: open:<message>
     failed               1 once the job has failed: a record that says so without it is not believed
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final
 
 #: Names of the queues that jobs were sent to.
@@ -104,6 +106,12 @@ def submission_key(job_id: str, submission: str) -> str:
 def attempts_key(job_id: str) -> str:
     """The key of the attempts at a job. Producers may neither read nor write what begins so."""
     return f"{WORKER_ONLY}job:{job_id}"
+
+
+def holder_of(message: str) -> tuple[str, str]:
+    """A message's id, and which of its copies it is. `message`: its id, "/", the tag that it is held by."""
+    message_id, _, tag = message.partition("/")
+    return message_id, hashlib.sha256(message.encode()).hexdigest()[:20] if tag else message_id
 
 
 def run_key(run: str) -> str:

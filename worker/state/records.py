@@ -39,6 +39,7 @@ from worker.state.keys import (
     QUEUES,
     WORKERS_CHANNEL,
     attempts_key,
+    holder_of,
     job_key,
     submission_key,
 )
@@ -110,7 +111,7 @@ class Records:
             error = InvalidJobError(
                 f"No worker could read the job's message, because {reason}. Submit it again."
             )
-        args: list[str | int] = [f"{found.id}/{found.tag}", fingerprint(raw), job_id, self._ttl_s]
+        args: list[str | int] = [*holder_of(f"{found.id}/{found.tag}"), fingerprint(raw), job_id, self._ttl_s]
         args += [type(error).__name__, str(error), found.run]
         args += [found.job.model_dump_json(), queue_of(found.job)] if found.job else ["", ""]
         return bool(self._unreadable(keys=[job_key(job_id), FAILED, attempts_key(job_id)], args=args))
@@ -198,7 +199,7 @@ class Records:
         """
         text, delivery = job.model_dump_json(), secrets.token_hex(8)
         keys = [job_key(job.id), attempts_key(job.id)]
-        args: list[str | int | float] = [message, worker, lease_s, max_attempts, self._ttl_s]
+        args: list[str | int | float] = [*holder_of(message), worker, lease_s, max_attempts, self._ttl_s]
         args += [text, queue, delivery, run]
         verdict, attempt, queued = self._claim(keys=keys, args=[*args, ""])
         if verdict == State.DONE:
@@ -234,11 +235,11 @@ class Records:
 
     def give_back(self, job_id: str, message: str) -> None:
         """Undo the claim of `message`, and its attempt: the job goes to another worker."""
-        self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=[message, ""])
+        self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=[*holder_of(message), ""])
 
     def retried(self, job_id: str, message: str, attempt: Attempt) -> None:
         """Undo the claim of `message`, whose attempt failed: the job is tried again later."""
-        args = [message, attempt.model_dump_json()]
+        args = [*holder_of(message), attempt.model_dump_json()]
         self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=args)
 
     def attempts_and_deaths(self, job_id: str) -> tuple[int, int]:
@@ -317,7 +318,7 @@ class Records:
 
     def _final(self, job_id: str, state: State, message: str, fields: Mapping[str, str]) -> int:
         pairs = [item for pair in fields.items() for item in pair]
-        args: list[str | int] = [state, self._ttl_s, message, job_id, *pairs]
+        args: list[str | int] = [state, self._ttl_s, *holder_of(message), job_id, *pairs]
         return int(self._finish(keys=[job_key(job_id), FAILED, attempts_key(job_id)], args=args))
 
 

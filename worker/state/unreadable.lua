@@ -2,9 +2,9 @@
 -- the message, once all its other submissions' messages are set aside, too, and the run that sent it.
 --
 -- KEYS     the record, the failed jobs, the job's attempts
--- ARGV     message (`claim.lua`), its fingerprint (`worker.contract.found_message`), job id, seconds that the
---          record stays, class of the error, its text, the message's run mark or '', its job as JSON and its
---          queue, '' where they cannot be read
+-- ARGV     message id, holder (`claim.lua`), fingerprint (`worker.contract.found_message`), job id, seconds that
+--          the record stays, class of the error, its text, the message's run mark or '', its job as JSON and
+--          its queue, '' where they cannot be read
 -- Returns  1 when a job or a run was told
 --
 -- Whoever pushes into queues can send a message under another one's id: so the fingerprint must be one that the
@@ -15,7 +15,7 @@
 -- include mark_runs.lua
 -- include wanted_by_runs.lua
 -- include ../contract/clock.lua
-local message, print, id, ttl, kind, text, mark, job, queue = unpack(ARGV)
+local message, me, print, id, ttl, kind, text, mark, job, queue = unpack(ARGV)
 local state, known, runs, bulk = unpack(on(KEYS[1], 'HMGET', 'state', 'message', 'runs', 'bulk'))
 local holder, until_s = unpack(on(KEYS[3], 'HMGET', 'claim', 'claim_until'))
 -- Whether the run has sent this very message.
@@ -57,14 +57,14 @@ for i = 1, #fields, 2 do
     end
   end
 end
-if not own and (not known or known == '' or known == string.match(message, '^[^/]*')) then
+if not own and (not known or known == '' or known == message) then
   if unnoted then
     left = left - 1
     redis.call('HSET', KEYS[1], unnoted, '-')
   end
   own = unnoted or not (noted or bulk)
 end
-local is_claimed = holder and holder ~= message and (tonumber(until_s or 0) or 0) > tonumber(now())
+local is_claimed = holder and holder ~= me and (tonumber(until_s or 0) or 0) > tonumber(now())
 if not own or left > 0 or is_claimed or wanted_by_runs(runs or '') then return of_run and 1 or 0 end
 redis.call('HSET', KEYS[1], 'state', 'failed', 'error_type', kind, 'error', text)
 redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'cancel')

@@ -25,6 +25,8 @@ from worker.state.failures import Failures
 from worker.state.keys import attempts_key, job_key, run_key
 from worker.state.records import Claim, Records
 from worker.state.redis_client import connect
+from worker.state.shared_scripts import load
+from worker.state.submissions import Submission, Submissions
 
 JOB = job_of(1)
 QUEUE = "smallcat.fake@ffff"
@@ -132,6 +134,17 @@ def test_a_job_of_several_submissions_fails_with_the_last_of_their_messages(reco
         assert state(records) == (State.QUEUED, None)
     assert records.set_aside(raws[1], WHY)
     assert state(records) == (State.FAILED, "InvalidJobError")
+
+
+def test_submissions_that_are_sent_together_note_their_fingerprints_too(
+    records: Records, client: Redis
+) -> None:
+    raw, job = sent().decode(), JOB.model_dump_json()
+    submission = Submission(JOB.id, job, QUEUE, "s0", "{}", f"{JOB.id}-00000000", QUEUE, raw)
+    load(client)
+    assert Submissions(client, 1_000).send([submission])[0] == [None]
+    assert not records.set_aside(FORGED["a chain"](raw.encode()), WHY)
+    assert records.set_aside(client.lpop(QUEUE).encode(), WHY)
 
 
 def test_a_job_that_another_message_has_goes_on(records: Records) -> None:
