@@ -8,13 +8,15 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import redis
 
 from deploy.embedded.servers import ValkeyProcess
-from tests.integration.test_transport import LEASE_S, Party
+from tests.integration.test_transport import LEASE_S, Party, message
 from tests.integration.transport_harness import ROOT, wait_until
 from tests.worker.broker import test_malformed as stored
 from tests.worker.engine.fake_runner import job_of
 from worker.broker import transport
+from worker.broker.transport import UNACKED, UNACKED_INDEX
 from worker.contract.found_message import fingerprint
 from worker.contract.message import payload_of
 from worker.contract.record import State
@@ -54,14 +56,34 @@ def sweeper(valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         party.close()
 
 
+@pytest.mark.parametrize("error", [ValueError("odd"), redis.ResponseError("user_script:9: odd")])
+def test_a_job_that_cannot_be_told_holds_up_no_other_message(
+    valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transport, "_on_unreadable", fails)
+    with connect(valkey.url, retry_s=2) as client:
+        party = Party(valkey.url, "smallcat.q")
+        try:
+            client.lpush("smallcat.q", "{}", json.dumps(message("odd", body_encoding="rot13")))
+            client.lpush("smallcat.q", json.dumps(message("good")))
+            party.drain(1)[0].ack()
+            wait_until("all are settled", lambda: not client.exists(UNACKED, UNACKED_INDEX))
+            assert len(Failures(client).unreadable()) == 2
+        finally:
+            party.close()
+
+
 def test_a_message_whose_fetch_kills_each_worker_is_set_aside_and_its_job_fails(
     valkey: ValkeyProcess, sweeper: Records
 ) -> None:
     job = job_of(1)
-    message = stored.headers(id=f"{job.id}-1")
-    message["body"] = stored.body([payload_of(job)], {}, {})
-    message["properties"]["priority"] = 0
-    raw = json.dumps(message)
+    sent = stored.headers(id=f"{job.id}-1")
+    sent["body"] = stored.body([payload_of(job)], {}, {})
+    sent["properties"]["priority"] = 0
+    raw = json.dumps(sent)
     sweeper.submitted(job, "smallcat.q", "s", f"{job.id}-1", fingerprint(raw))
     with connect(valkey.url, retry_s=2) as client:
         client.lpush("smallcat.q", raw)

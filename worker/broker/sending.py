@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from worker.broker.layout import Layout
 from worker.broker.moves import LAST, Move, Parked, SetAside, Unsent, Wait
 from worker.broker.scripts import MOVE, POSTPONE, SET_ASIDE
 from worker.broker.transport import UNDECODABLE_MAX, UNDECODABLE_TTL_S, unreadable
+from worker.contract.refusals import code_of
+
+logger = logging.getLogger("smallcat.transport")
 
 
 def tell(move: Unsent) -> None:
-    """Before a message is set aside: it is not gone while its job's record says that it is queued."""
-    if isinstance(move, SetAside):
+    """Before a message is set aside: it is not gone while its job's record says that it is queued.
+
+    Raises the error of a Redis that is away or refuses. Any other one is of this message alone: the process'
+    other messages do not wait for it.
+    """
+    if not isinstance(move, SetAside):
+        return
+    try:
         unreadable(move.raw, move.reason, move.is_poison)
+    except Exception as error:
+        if code_of(error) is not None or _is_of_the_connection(error):
+            raise
+        logger.exception("The job of a message that is set aside could not be marked as failed")
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    # By name: Redis' client is not imported here.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return not names.isdisjoint({"ConnectionError", "TimeoutError", "OSError"})
 
 
 def send_move(

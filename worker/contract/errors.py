@@ -85,7 +85,7 @@ class JobTimeoutError(JobError):
 
 
 class PoisonJobError(JobError):
-    """Raised when a job, or its message, was in flight each time a worker died, `SMALLCAT_MAX_ATTEMPTS` times.
+    """Raised when a job or its message was in flight each time a worker died, `SMALLCAT_MAX_ATTEMPTS` times.
 
     Of a message that kills workers before they have its job, so many deaths and ten more.
     """
