@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -104,15 +105,25 @@ def _as_ours(request: Request, error: Exception) -> Exception:
     if isinstance(error, RequestValidationError):
         return RefusedError(422, " ".join(map(_sentence, error.errors())))
     if isinstance(error, HTTPException):
-        allowed = (error.headers or {}).get("Allow", "another")
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(request)
         detail = {
             404: f"There is no {short(request.url.path)}: /openapi.json has all paths.",
-            405: f"{request.method} is not for this path: use {allowed}.",
+            405: f"{request.method} is not for this path: use {headers.get('Allow')}.",
         }
-        return RefusedError(
-            error.status_code, detail.get(error.status_code, str(error.detail)), headers=error.headers
-        )
+        text = detail.get(error.status_code, str(error.detail))
+        return RefusedError(error.status_code, text, headers=headers)
     return error
+
+
+def _allowed(request: Request) -> str:
+    """The methods of a path, of all its routes."""
+    methods: set[str] = set()
+    for pattern, operations in _document(request.app)["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", pattern), request.url.path):
+            methods |= {name.upper() for name in operations}
+    return ", ".join(sorted(methods)) or "GET, POST"
 
 
 def _sentence(finding: Any) -> str:

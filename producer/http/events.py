@@ -42,8 +42,9 @@ _HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 @router.get(
     "/v1/jobs/{job_id}/events",
     summary="Follow a job",
+    response_class=StreamingResponse,
     responses={
-        **schema.answers(200, {"type": "string"}, 404, 422, media="text/event-stream"),
+        **schema.answers(200, {}, 404, 422, media="text/event-stream"),
         204: {"description": "Last-Event-ID is the last event there is."},
     },
 )

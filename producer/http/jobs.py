@@ -80,7 +80,11 @@ async def submit_jobs(
     caller: Submitter,
     backend: Shared,
     idempotency_key: Annotated[
-        str | None, Header(description="1 to 255 characters: a request that is sent again is done once.")
+        str | None,
+        Header(
+            description="A request that is sent again with the same one is done once.",
+            json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": r"^[\x21\x23-\x7e][\x21-\x7e]*$"},
+        ),
     ] = None,
 ) -> Response:
     """Enqueue jobs and return at once. Of a list with a wrong job nothing is sent: `errors` names each."""
@@ -203,6 +207,7 @@ async def give_up(job_id: str, caller: Submitter, backend: Shared, submission: M
 @router.get(
     "/v1/jobs/{job_id}/image",
     summary="Fetch the picture",
+    response_class=RedirectResponse,
     status_code=307,
     responses={
         **schema.answers(307, None, 404, 409, 422),

@@ -74,7 +74,8 @@ async def upload_file(
     format: Annotated[str, Query(description="One of txt, csv, tsv, jsonl, parquet.")] = "",  # noqa: A002
     images: Annotated[int, Query(ge=1, le=1_000_000, description="Seeds for each prompt.")] = 1,
     seed_start: Annotated[int | None, Query(ge=0)] = None,
-    grid: Annotated[list[str] | None, Query(description="Axes such as steps=20,30; several times.")] = None,
+    # Not in the document: which texts are axes cannot be said there.
+    grid: Annotated[list[str] | None, Query(include_in_schema=False)] = None,
     sample: Annotated[int | None, Query(ge=1, le=1_000_000, description="Variants of a line.")] = None,
     literal: bool = False,
     extra: bool = False,

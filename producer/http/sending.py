@@ -3,7 +3,7 @@
     request ─► checked job ─► queue ─► thread: records and messages of all that wait, in one pipeline
 
 Checking and encoding take `producer.ingest.message_templates`, as prompt files do. What the workers serve is
-read again every second.
+read again every second, while requests go on with what was read before.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from worker.state.submissions import Submission, Submissions
 
 #: Jobs that are sent in one round trip, and jobs that may wait for theirs.
 AT_ONCE, MAX_WAITING = 200, 20_000
-#: Seconds for which what the workers serve is believed.
-FRESH_S: Final = 1.0
+#: Seconds after which what the workers serve is read again, and those for which nobody waits for that.
+FRESH_S, STALE_S = 1.0, 2.0
 #: Seconds between two tries.
 _RETRY_EVERY_S: Final = 0.2
 
@@ -78,7 +78,7 @@ class Sender:
         self._waiting = 0
         self._templates: JobTemplates | None = None
         self._fresh_until_s = 0.0
-        self._refreshing: asyncio.Lock | None = None
+        self._refreshing: asyncio.Task[None] | None = None
         self._messages: dict[Route, MessageTemplate] = {}
         self._tag, self._tags = str(uuid.uuid4())[:24], 0
         self._thread = threading.Thread(target=self._run, name="http sender", daemon=True)
@@ -86,14 +86,21 @@ class Sender:
 
     async def templates(self) -> JobTemplates:
         """What checks jobs and resolves them by what the workers serve. Raises `QueueError`."""
-        if self._refreshing is None:
-            self._refreshing = asyncio.Lock()
-        async with self._refreshing:
-            if self._templates is None or time.monotonic() >= self._fresh_until_s:
-                snapshot = await asyncio.to_thread(self._snapshot)
-                self._templates = JobTemplates(snapshot.resolve)
-                self._fresh_until_s = time.monotonic() + FRESH_S
-            return self._templates
+        late_s = time.monotonic() - self._fresh_until_s
+        if late_s >= 0 and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh(), name="smallcat fleet")
+            # Looked at, or asyncio would log that nobody has: whoever waits is told.
+            self._refreshing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if self._templates is None or late_s > STALE_S:
+            assert self._refreshing is not None  # noqa: S101 - it is late
+            await asyncio.shield(self._refreshing)
+        assert self._templates is not None  # noqa: S101 - refreshed just now
+        return self._templates
+
+    async def _refresh(self) -> None:
+        snapshot = await asyncio.to_thread(self._snapshot)
+        self._templates = JobTemplates(snapshot.resolve)
+        self._fresh_until_s = time.monotonic() + FRESH_S
 
     async def send(self, jobs: Sequence[Ready]) -> None:
         """Send jobs; returns when all are in Redis. Raises `QueueError`, `RefusedError`.

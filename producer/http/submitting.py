@@ -12,11 +12,13 @@ from producer.http.sending import Ready
 from producer.ingest.message_templates import TemplatedJob
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
+from worker.contract.job import JOB_FIELDS
 
 if TYPE_CHECKING:
     from producer.http.backend import Backend
     from producer.http.caller import Caller
 
+_INTEGERS: Final = frozenset(field.name for field in JOB_FIELDS.values() if field.kind is int)
 #: Bits of a seed that is drawn, as `Job` draws it.
 SEED_BITS: Final = 32
 
@@ -43,7 +45,7 @@ async def check(
                 raise InvalidJobError(
                     f"A job is {short(item)}: it must be an object such as {{'prompt': ...}}."
                 )
-            fields = dict(item)
+            fields = {name: _whole(name, value) for name, value in item.items()}
             if "seed" not in fields or (type(fields["seed"]) is int and fields["seed"] == -1):
                 fields["seed"] = seeds[number] if seeds else secrets.randbits(SEED_BITS)
             jobs.append(templates.fill(fields))
@@ -54,6 +56,12 @@ async def check(
     if errors:
         raise InvalidJobsError(errors, len(items))
     return jobs
+
+
+def _whole(name: str, value: Any) -> Any:
+    """JSON has one kind of numbers: 20.0 is an integer."""
+    is_whole = type(value) is float and value.is_integer() and abs(value) < 2**63
+    return int(value) if is_whole and name in _INTEGERS else value
 
 
 def numbered(fields: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

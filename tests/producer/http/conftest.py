@@ -90,7 +90,7 @@ class Api:
 
     def wait(self, job: Mapping[str, Any]) -> Any:
         """The job when it has ended."""
-        for _ in range(300):
+        for _ in range(1_000):
             found = self.call("GET", job["links"]["self"]).json
             if found["state"] in ("done", "failed", "cancelled"):
                 return found

@@ -1,0 +1,68 @@
+"""`smallcat keys`: what is printed, and what is kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner, Result
+
+from deploy.embedded.servers import ValkeyProcess
+from producer.cli.main import cli
+from producer.http.key_store import KeyStore, digest_of
+from worker.contract.errors import CallerError
+from worker.state.redis_client import connect
+
+
+@pytest.fixture(autouse=True)
+def redis_url(valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+
+
+def keys(*words: str) -> Result:
+    return CliRunner().invoke(cli, ["keys", *words])
+
+
+def test_a_key_is_made_listed_and_revoked(valkey: ValkeyProcess) -> None:
+    key = keys("add", "website").stdout.strip()
+    assert key.startswith("smallcat-")
+    assert len(key) > 40
+    assert keys("add", "robot", "--scope", "read", "--scope", "admin").exit_code == 0
+    with connect(valkey.url, 1) as client:
+        store = KeyStore(client)
+        found = store.find(digest_of(key))
+        assert found is not None
+        assert (found.name, found.scopes, found.tenant, found.used) == (
+            "website",
+            ("submit", "read"),
+            "",
+            None,
+        )
+        [robot, website] = json.loads(keys("list", "--json").stdout)
+        assert (robot["name"], robot["scopes"], robot["used"]) == ("robot", ["read", "admin"], None)
+        assert website["used"] >= website["created"]
+        assert key not in keys("list").stdout
+        assert "website" in keys("list").stdout
+        assert keys("revoke", "website").stdout == "website is revoked\n"
+        assert store.find(digest_of(key)) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("add", "a b"), "name is 'a b': use up to 64 letters"),
+        (("add", ""), "name is ''"),
+        (("add", "x" * 65), "use up to 64 letters"),
+        (("revoke", "nobody"), "There is no key 'nobody': `smallcat keys list` has all."),
+    ],
+)
+def test_what_cannot_be_done_is_said(words: tuple[str, ...], part: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        CliRunner().invoke(cli, ["keys", *words], catch_exceptions=False)
+    assert part in str(caught.value)
+
+
+def test_a_name_is_one_keys_alone() -> None:
+    keys("add", "twice")
+    with pytest.raises(CallerError, match='There is a key "twice" already'):
+        CliRunner().invoke(cli, ["keys", "add", "twice"], catch_exceptions=False)

@@ -1,0 +1,66 @@
+"""The OpenAPI document, and schemathesis 4 against the server: all of its phases find nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.producer.http.conftest import Api
+from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job_fields import help_lines
+
+CONFIG = Path(__file__).with_name("schemathesis.toml")
+
+
+@pytest.fixture(scope="module")
+def document(api: Api) -> Any:
+    return api.call("GET", "/openapi.json", key="").json
+
+
+def test_the_schema_of_a_job_is_made_from_the_table(document: Any) -> None:
+    schema = document["components"]["schemas"]["Job"]
+    assert list(schema["properties"]) == list(JOB_FIELDS)
+    for name, text in help_lines(Job).items():
+        assert schema["properties"][name]["description"] == text
+    assert schema["additionalProperties"] is False
+    assert schema["required"] == ["prompt"]
+
+
+def test_every_path_says_what_it_answers(document: Any) -> None:
+    texts = json.dumps(document)
+    for reference in set(texts.split('"$ref": "#/components/schemas/')[1:]):
+        assert reference.partition('"')[0] in document["components"]["schemas"]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"], path
+            if path.startswith("/v1/"):
+                assert operation["security"] == [{"HTTPBearer": []}], path
+                for status in ("401", "403", "503"):
+                    content = operation["responses"][status]["content"]
+                    assert list(content) == ["application/problem+json"], path
+    post = document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]
+    assert set(post["examples"]) == {"one", "several"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_schemathesis_finds_nothing(api: Api, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(CONFIG)),
+            *("run", f"{api.url}/openapi.json"),
+            *("--header", f"Authorization: Bearer {api.key}", "--max-examples", "50", "--seed", "1"),
+            "--no-color",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert found.returncode == 0, found.stdout[-8_000:]
