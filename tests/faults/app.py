@@ -47,7 +47,7 @@ from worker.storage.bucket_process import BucketProcess
 assert scripts.FINISH.endswith("return 1\n")
 scripts.FINISH = (
     scripts.FINISH.removesuffix("return 1\n")
-    + f"if ARGV[1] == 'done' then redis.call('HINCRBY', '{MARKS}', ARGV[4], 1) end\nreturn 1\n"
+    + f"if ARGV[1] == 'done' then redis.call('HINCRBY', '{MARKS}', id, 1) end\nreturn 1\n"
 )
 
 if os.environ.get("FAULTS_TRANSPORT") == "stock":

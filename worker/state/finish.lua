@@ -17,6 +17,8 @@ local BULK_TTL_S = 60
 local final, ttl, message, me, id = unpack(ARGV, 1, 5)
 local state, named, cancel, runs, bulk =
   unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk'))
+-- A record that is queued without a claim was written by another submission. Producers can delete the claim.
+named = state == 'running' and message or named
 if state == 'done' or state == final or state == 'cancelled' then return 0 end
 if final ~= 'done' and (named ~= message or on(KEYS[3], 'HGET', 'claim') ~= me) then
   -- The job was submitted anew meanwhile: this attempt is none of the new one's.

@@ -270,7 +270,12 @@ class Fleet:
         with self._redis.pipeline(transaction=False) as pipe:
             for name in lists_of(queue):
                 pipe.llen(name)
-            return sum(pipe.execute())
+            found = pipe.execute(raise_on_error=False)
+        for each in found:
+            # What is no list is no queue, whoever named it.
+            if isinstance(each, Exception) and "WRONGTYPE" not in str(each):
+                raise each
+        return sum(each for each in found if isinstance(each, int))
 
     def _last_seen(self) -> list[WorkerInfo]:
         text = self._redis.get(SERVED)

@@ -7,8 +7,8 @@
 -- include go_on.lua
 -- include heal.lua
 local message, me, failure = unpack(ARGV)
-local named, attempt = unpack(on(KEYS[1], 'HMGET', 'claim', 'attempts'))
-local holds = on(KEYS[2], 'HGET', 'claim') == me and named == message
+local state, named, attempt = unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'attempts'))
+local holds = on(KEYS[2], 'HGET', 'claim') == me and (named == message or state == 'running')
 local is_open = on(KEYS[2], 'HDEL', 'open:' .. me) == 1
 if is_open then
   redis.call('HINCRBY', KEYS[2], 'deaths', -1)
@@ -17,10 +17,10 @@ end
 if not holds then return 0 end
 if is_open then
   if failure == '' then
-    redis.call('HDEL', KEYS[1], 'try:' .. attempt)
+    redis.call('HDEL', KEYS[1], 'try:' .. (attempt or ''))
     redis.call('HSET', KEYS[1], 'attempts', redis.call('HGET', KEYS[2], 'attempts'))
   else
-    redis.call('HSET', KEYS[1], 'try:' .. attempt, failure)
+    redis.call('HSET', KEYS[1], 'try:' .. (attempt or 0), failure)
   end
   redis.call('HSET', KEYS[1], 'deaths', redis.call('HGET', KEYS[2], 'deaths'))
 end

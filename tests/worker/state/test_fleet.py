@@ -219,6 +219,13 @@ def test_a_queue_has_a_short_plain_name(model: str, revision: str) -> None:
     assert " " not in name
 
 
+def test_what_is_no_queue_disturbs_nobody_who_counts(fleet: Fleet, client: Redis) -> None:
+    client.lpush("smallcat.one", "x")
+    client.set("smallcat.text", "x")
+    client.sadd("smallcat:queues", "smallcat.one", "smallcat.text", "", "smallcat:queues")
+    assert fleet.waiting() == {"": 0, "smallcat.one": 1, "smallcat.text": 0, "smallcat:queues": 0}
+
+
 def test_lists_are_named_as_kombu_names_them_and_messages_in_them_are_counted(
     fleet: Fleet, client: Redis, valkey: ValkeyProcess
 ) -> None:

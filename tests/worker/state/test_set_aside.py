@@ -20,7 +20,7 @@ from tests.worker.engine.fake_runner import job_of
 from worker.contract.errors import RenderError
 from worker.contract.found_message import fingerprint
 from worker.contract.message import RETURNS, RunMark, payload_of
-from worker.contract.record import JobRecord, State
+from worker.contract.record import Attempt, JobRecord, State
 from worker.state.failures import Failures
 from worker.state.keys import attempts_key, job_key, run_key
 from worker.state.records import Claim, Records
@@ -380,6 +380,24 @@ def test_a_forged_record_keeps_no_job_from_being_rendered(records: Records, clie
     # earlier worker do.
     if name != "attempts":
         assert claim(records, is_stored=lambda: False) is Claim.RENDER
+
+
+@pytest.mark.parametrize("fields", [("claim",), ("claim", "claim_until", "attempts", "deaths", "delivery")])
+def test_a_record_whose_claim_is_deleted_still_hears_of_its_end(
+    records: Records, client: Redis, fields: tuple[str, ...]
+) -> None:
+    submit(records)
+    message = f"{JOB.id}-00000000/tag-0"
+    for _ in range(2):
+        assert claim(records) is Claim.RENDER
+        client.hdel(job_key(JOB.id), *fields)
+        failure = Attempt(attempt=1, worker="w1", at=1.0, error_type="RenderError", error="x")
+        records.retried(JOB.id, message, failure)
+        assert state(records)[0] is State.QUEUED
+    assert claim(records) is Claim.RENDER
+    client.hdel(job_key(JOB.id), *fields)
+    assert records.failed(JOB.id, message, RenderError("x"))
+    assert state(records) == (State.FAILED, "RenderError")
 
 
 def test_a_job_that_is_done_is_not_rendered_again_while_its_picture_is_there(records: Records) -> None:
