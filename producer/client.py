@@ -191,7 +191,8 @@ class JobHandle:
                 takers = now.fleet.takers(record.queue, record.job.version)
                 if record.state is State.RUNNING:
                     now.records.watch()
-                queued = now.fleet.length(record.queue) if record.state is State.QUEUED else 0
+                if record.state is State.QUEUED:
+                    queued = now.fleet.length(record.queue, record.job.version)
             workers = takers.workers
             note = "" if workers else _unserved(record, takers)
         return Progress(record.state, record.step, record.steps, queued, workers, note)

@@ -36,6 +36,7 @@ def after(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next_release(tmp_path_factory.mktemp("next"))
 
 
+@pytest.mark.timeout(240)
 def test_a_job_of_the_next_release_waits_for_a_worker_of_it(
     ground: Ground, after: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_job_of_the_next_release_waits_for_a_worker_of_it(
             JobHandle(tinted[0]).record()
         shown = producer.command("status", tinted[0]).stdout
         assert "queued" in shown
+        assert "queue      3 waiting, 0 workers" in shown
         assert f"message is of version {NEXT_VERSION}, and the live workers read up to version 1. It" in shown
         listed = CliRunner().invoke(cli, ["failed", "list"])
         assert f"note  Not failed: {QUEUE}  3 messages of version {NEXT_VERSION} wait" in listed.stderr

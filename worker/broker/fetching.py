@@ -36,7 +36,7 @@ from worker.broker.scripts import FETCH, FETCH_DIGEST, LEAVE
 from worker.broker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE_MAX, UNDECODABLE_TTL_S
 from worker.broker.waiting import PLACE_MS, Room, Waiting
 from worker.contract.job import FORMAT_VERSION
-from worker.contract.queues import PARKED, UNDECODABLE, list_of, parked_list_of
+from worker.contract.queues import PARKED, UNDECODABLE, lists_at
 from worker.contract.refusals import refusal_log
 
 logger = logging.getLogger("smallcat.transport")
@@ -152,8 +152,8 @@ class Fetching(stock.Channel):
 
     def _at(self, queue: str, priority: int) -> list[tuple[str, str]]:
         """Where messages of a priority wait: first those that older workers put aside for this version."""
-        names = [parked_list_of(queue, priority, version) for version in range(2, FORMAT_VERSION + 1)]
-        return [(queue, f"{self.global_keyprefix}{name}") for name in (*names, list_of(queue, priority))]
+        names = lists_at(queue, priority, FORMAT_VERSION)
+        return [(queue, f"{self.global_keyprefix}{name}") for name in names]
 
     def _plain_client(self) -> Any:
         """A client that leaves keys alone: here they are complete."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from worker.broker.layout import Layout
+from worker.contract.job import FORMAT_VERSION
 
 #: Beginnings of the keys of rooms, and of the channels of those who wait in them.
 ROOM: Final = "smallcat:worker-only:wait:"
@@ -48,10 +49,11 @@ class Waiting:
         self._rooms: dict[tuple[int, ...], Room] = {}
 
     def room(self, queues: Iterable[str], steps: Sequence[int]) -> Room:
-        """The room of those who fetch these priorities from these queues."""
+        """The room of those who fetch from the same lists: these priorities of these queues."""
         found = self._rooms.get(tuple(steps))
         if found is None:
-            name = repr((sorted(queues), list(steps))).encode()
+            # Workers of other versions look for parked messages in other lists.
+            name = repr((sorted(queues), list(steps), FORMAT_VERSION)).encode()
             key = f"{self._prefix}{ROOM}{hashlib.sha256(name).hexdigest()[:16]}"
             found = self._rooms[tuple(steps)] = Room(key)
         return found

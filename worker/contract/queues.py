@@ -48,9 +48,15 @@ def list_of(queue: str, priority: int) -> str:
     return f"{queue}{SEPARATOR}{priority}" if priority else queue
 
 
-def lists_of(queue: str) -> list[str]:
-    """The Redis lists that hold `queue`, the most urgent first."""
-    return [list_of(queue, priority) for priority in range(MAX_PRIORITY + 1)]
+def lists_of(queue: str, version: int = 1) -> list[str]:
+    """The Redis lists that hold `queue` for workers that read messages up to `version`, most urgent first."""
+    return [name for priority in range(MAX_PRIORITY + 1) for name in lists_at(queue, priority, version)]
+
+
+def lists_at(queue: str, priority: int, version: int) -> list[str]:
+    """The Redis lists of `queue` at one priority; first those that older workers put aside."""
+    aside = [parked_list_of(queue, priority, each) for each in range(2, version + 1)]
+    return [*aside, list_of(queue, priority)]
 
 
 def parked_list_of(queue: str, priority: int, version: int) -> str:

@@ -265,10 +265,13 @@ class Fleet:
         queues = sorted(str(queue) for queue in self._redis.smembers(QUEUES))
         return {queue: self.length(queue) for queue in queues}
 
-    def length(self, queue: str) -> int:
-        """The number of messages that wait in `queue`, of all priorities."""
+    def length(self, queue: str, version: int = 1) -> int:
+        """The number of messages that wait in `queue`, of all priorities.
+
+        Those for newer workers are counted up to `version`, which a worker must read to take them.
+        """
         with self._redis.pipeline(transaction=False) as pipe:
-            for name in lists_of(queue):
+            for name in lists_of(queue, version):
                 pipe.llen(name)
             found = pipe.execute(raise_on_error=False)
         for each in found:
