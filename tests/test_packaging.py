@@ -283,3 +283,16 @@ def test_deployed_workers_have_a_gpu_each_and_are_asked_whether_they_are_ready()
 
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert "inspect ping" in container["readinessProbe"]["exec"]["command"][-1]
+
+
+def test_flower_gets_redis_own_address_wherever_it_is_started() -> None:
+    """The app's broker URL names a transport of ours, by whose scheme Flower 2.2 knows no queues."""
+    places = [ROOT / "deploy" / "Dockerfile", ROOT / "Procfile", *(ROOT / "docs").glob("*.md")]
+    starts = [
+        line
+        for place in places
+        for line in place.read_text().splitlines()
+        if re.search(r"celery .*\bflower\b", line.replace('", "', " "))
+    ]
+    assert len(starts) >= 4
+    assert [line for line in starts if "--broker" not in line] == []

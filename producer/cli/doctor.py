@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from producer.session import Session, session
 from worker.contract.errors import PermanentStorageError, SmallcatError, StorageError
+from worker.contract.job import OPEN_REVISION
+from worker.contract.plain_text import plain
 from worker.contract.queues import queues_of
 from worker.contract.settings import hidden
 from worker.state.fleet import WorkerInfo, groups_of, version_read
 from worker.state.parked import parked
+from worker.state.waiting import waiting_in
 
 if TYPE_CHECKING:
     from worker.storage.bucket import Bucket
@@ -91,6 +94,10 @@ def _replication(info: Mapping[str, object], wanted: int) -> Iterator[Finding]:
 
 
 def _bucket(now: Session) -> Iterator[Finding]:
+    if not now.settings.s3_bucket and not importlib.util.find_spec("torch"):
+        needs = "workers need it, and here --download and jobs whose record expired"
+        yield Finding("bucket", True, f"S3_BUCKET is not set, which is enough to submit and fetch: {needs}")
+        return
     bucket = now.bucket_named(now.settings.s3_bucket)
     links: list[Finding] = []
     try:
@@ -165,10 +172,24 @@ def _workers(now: Session) -> Iterator[Finding]:
     yield from _parked(waiting_for_newer, live)
     for queue, count in waiting.items():
         if count and queue not in served:
-            text = f"{count} jobs wait in {queue}, which no live worker serves: start one that does"
-            yield Finding("queues", False, text)
+            yield _unserved(now, queue, count)
         elif count:
             yield Finding("queues", True, f"{count} jobs wait in {queue}")
+
+
+def _unserved(now: Session, queue: str, count: int) -> Finding:
+    """Whether anybody wants what waits in a queue that no live worker serves."""
+    with now.queue_errors():
+        waiting = waiting_in(now.redis, queue)
+    at = "" if waiting.revision.startswith(OPEN_REVISION) else f" at {plain(waiting.revision)}"
+    of = f"the model {plain(waiting.model)}{at}" if waiting.model else queue
+    if not waiting.wanted and waiting.messages >= count:
+        text = f"{count} messages of jobs that are over wait for {of}: its next worker drops them"
+        return Finding("queues", True, text)
+    left = count - (waiting.messages - waiting.wanted)
+    return Finding(
+        "queues", False, f"{left} jobs wait for {of}, which no live worker serves: start one that does"
+    )
 
 
 def _device() -> Iterator[Finding]:

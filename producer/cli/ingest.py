@@ -121,18 +121,19 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
 
     Raises what `producer.ingest.submit_file.submit_file` does.
     """
-    from producer.ingest.submit_file import make_ingest
+    from producer.ingest.submit_file import check_options, make_ingest
     from producer.ingest.types import Options
     from worker.contract.errors import ServiceError
 
     plan = plan_of(files, options)
-    if options["check"]:
-        from producer.cli.ingest_check import print_check
-
-        return print_check(plan, as_json=as_json)
     run_options = Options(
         options["manifest"], options["run"], options["max_queued"], options["detach"], options["strict"]
     )
+    if options["check"]:
+        from producer.cli.ingest_check import print_check
+
+        check_options(run_options, options["download"], options["name"])
+        return print_check(plan, as_json=as_json)
     display = _display(options, as_json=as_json)
     try:
         ingest = make_ingest(plan, run_options, display, options["download"], options["name"])

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from producer.cli.json_output import say
 from producer.ingest.check import check, given_of, rejected_of
 from worker.contract.plain_text import plain_json
-from worker.contract.prompt_syntax import only_words_warning
 
 if TYPE_CHECKING:
     from producer.ingest.plan import Plan, Planned, Rejected
@@ -24,10 +23,10 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
     """
     shown = [0] * len(plan.sources)
 
-    def read(job: Planned, words: tuple[str, ...]) -> None:
+    def read(job: Planned, warnings: list[str]) -> None:
         if as_json:
-            warnings = {"warnings": [only_words_warning(words)]} if words else {}
-            say(plain_json(given_of(plan, job) | warnings, indent=None))
+            more = {"warnings": warnings} if warnings else {}
+            say(plain_json(given_of(plan, job) | more, indent=None))
         elif shown[job.file] < _SHOWN:
             shown[job.file] += 1
             for line in _shown(plan, job):
@@ -45,9 +44,8 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
     if names:
         more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
         say(f"to metadata: {', '.join(map(_short, names[:_NAMES]))}{more}", err=as_json)
-    for name, (count, file, line) in findings.words.items():
-        where = f"{count:,} jobs, the first in {file}, line {line}"
-        say(f"{only_words_warning([name])} ({where})", err=as_json)
+    for sentence, (count, file, line) in findings.warnings.items():
+        say(f"{sentence} ({count:,} jobs, the first in {file}, line {line})", err=as_json)
     say(f"{findings.jobs:,} jobs, {findings.bad:,} bad lines; nothing was sent", err=as_json)
     return 1 if findings.bad else 0
 

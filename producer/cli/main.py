@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,14 +18,13 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from producer.cli import local_stack, output_path
+from producer.cli import local_stack, output_path, submit_notes
 from producer.cli.follow_jobs import cancel, handles_of, runs, status, submission_option
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
 from producer.cli.json_output import NobodyReadsError, json_option, print_json, say, say_error
 from producer.cli.serve import keys, serve
 from producer.client import JobHandle, JobResult, submit_job
-from producer.session import session
 from worker.contract.errors import (
     CallerError,
     JobCancelledError,
@@ -34,7 +34,6 @@ from worker.contract.errors import (
     SmallcatError,
     UnknownModelError,
 )
-from worker.contract.prompt_syntax import only_words, only_words_warning
 
 #: Exit code where nobody reads standard output any more: that of a process that SIGPIPE ends.
 BROKEN_PIPE = 141
@@ -67,7 +66,7 @@ def cli() -> None:
 
 
 @cli.command(context_settings={"token_normalize_func": option_of})
-@click.argument("prompt")
+@click.argument("words", nargs=-1, required=True, metavar="PROMPT")
 @job_options
 @click.option("--wait", is_flag=True, help="Wait for the picture.")
 @click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
@@ -79,7 +78,7 @@ def cli() -> None:
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @json_option
 def submit(
-    prompt: str,
+    words: tuple[str, ...],
     wait: bool,
     show: bool,
     output: Path | None,
@@ -88,15 +87,19 @@ def submit(
     **fields: Any,
 ) -> None:
     """Enqueue one job."""
+    if len(words) > 1:
+        raise click.UsageError(
+            f"The prompt is one argument: write it in quotes, {shlex.quote(' '.join(words))}."
+        )
+    [prompt] = words
     given = given_fields(fields)
     if (named := output_path.format_of(output)) is not None:
         given.setdefault("format", named)
         output_path.check(output, "jpeg" if given["format"] == "jpg" else given["format"])
     handle = submit_job(prompt, **given)
-    if words := only_words(prompt, given.get("negative_prompt")):
-        say(f"note  {only_words_warning(words)}", err=True)
+    submit_notes.of_prompts(handle, prompt, given.get("negative_prompt"))
     waits = bool(wait or show or output)
-    _note_served(handle, waits=waits)
+    submit_notes.of_workers(handle, waits=waits)
     if not waits:
         print_json(_names(handle)) if as_json else say(handle.id)
         return
@@ -339,25 +342,6 @@ def _exit_code(error: Exception) -> int:
 def _names(handle: JobHandle) -> dict[str, str]:
     """What other commands know the submission by."""
     return {"id": handle.id, "submission": handle.submission}
-
-
-def _note_served(handle: JobHandle, *, waits: bool) -> None:
-    """Say at once that no worker serves the job, and what the live workers serve.
-
-    Where somebody `waits`, the display says the first.
-    """
-    note = handle.progress().note
-    if not note:
-        return
-    now = session()
-    with now.queue_errors():
-        served = sorted({group.served.name for group in now.fleet.groups()})
-    if not waits:
-        say(f"note  {note}", err=True)
-    if served:
-        say(f"note  The live workers serve {', '.join(served)}.", err=True)
-    elif text := local_stack.hint():
-        say(f"note  {text}", err=True)
 
 
 def _follow(handle: JobHandle, timeout: float | None) -> JobResult:

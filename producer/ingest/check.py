@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from producer.ingest.plan import Plan, Planned, Rejected, unresolved
+from producer.ingest.plan import Plan, Planned, Rejected, sentences_of, unresolved
 from producer.ingest.types import FILE_PRIORITY
 from worker.contract.errors import PromptFileError
 from worker.contract.job import JOB_FIELDS
-from worker.contract.prompt_syntax import only_words
 
 #: Bad lines that an error names.
 _NAMED = 10
@@ -28,19 +27,19 @@ class Findings:
     bad: int = 0
     #: For each name that went to metadata: jobs that have it.
     metadata: dict[str, int] = field(default_factory=dict)
-    #: For each syntax that is only drawn as words: jobs that have it, and the first one's file and line.
-    words: dict[str, tuple[int, str, int]] = field(default_factory=dict)
+    #: For each warning: jobs that deserve it, and the first one's file and line.
+    warnings: dict[str, tuple[int, str, int]] = field(default_factory=dict)
 
 
 def check(
     plan: Plan,
     found: Callable[[Rejected], None],
     warn: Callable[[str], None],
-    read: Callable[[Planned, tuple[str, ...]], None] = lambda _job, _words: None,
+    read: Callable[[Planned, list[str]], None] = lambda _job, _warnings: None,
 ) -> Findings:
     """Read all lines without sending any.
 
-    Calls `found` for each bad line, and `read` for each job with what is only drawn as words in its prompts.
+    Calls `found` for each bad line, and `read` for each job with the warnings that its prompts deserve.
     """
     findings = Findings()
     for each in plan.items(unresolved, warn=warn, warn_of_words=False):
@@ -49,14 +48,14 @@ def check(
             found(each)
             continue
         findings.jobs += 1
-        words = only_words(each.templated.prompt, each.templated.shape.get("negative_prompt"))
-        for name in words:
-            number, file, line = findings.words.get(name, (0, plan.sources[each.file].name, each.line))
-            findings.words[name] = number + 1, file, line
+        warnings = sentences_of(each.templated)
+        for sentence in warnings:
+            number, file, line = findings.warnings.get(sentence, (0, plan.sources[each.file].name, each.line))
+            findings.warnings[sentence] = number + 1, file, line
         for name in each.templated.metadata:
             if name in findings.metadata or len(findings.metadata) < _MAX_NAMES:
                 findings.metadata[name] = findings.metadata.get(name, 0) + 1
-        read(each, words)
+        read(each, warnings)
     return findings
 
 

@@ -18,7 +18,12 @@ from producer.prompts.variants import Variants
 from producer.prompts.wildcards import ENDINGS
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import ID_VERSION, Job
-from worker.contract.prompt_syntax import only_words, only_words_warning
+from worker.contract.prompt_syntax import (
+    UNUSED_NEGATIVE,
+    has_unused_negative,
+    only_words,
+    only_words_warning,
+)
 
 #: A change to which jobs a plan has, or to their order, is a new number.
 PLAN_VERSION = 1
@@ -156,7 +161,7 @@ class Plan:
                                 yield Rejected(file, entry.line, *finding, after)
                             continue
                         if words:
-                            words.look(self.sources[file].name, entry.line, variant.fields)
+                            words.look(self.sources[file].name, entry.line, templated)
                         yield Planned(file, entry.line, templated, variant.grid, after)
                 except LineError as error:
                     yield Rejected(file, entry.line, error.field, error.reason, Cursor(file, number + 1))
@@ -174,18 +179,25 @@ class Plan:
 
 
 class _Words:
-    """Warns of what is only drawn as words: once of each kind."""
+    """Warns of what is only drawn as words, and of unused negative prompts: once of each kind."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._warned: set[str] = set()
 
-    def look(self, file: str, line: int, fields: Mapping[str, Any]) -> None:
+    def look(self, file: str, line: int, job: TemplatedJob) -> None:
         """Look at the prompts of a job."""
-        for name in only_words(fields.get("prompt"), fields.get("negative_prompt")):
-            if name not in self._warned:
-                self._warned.add(name)
-                self._warn(f"{file}, line {line}: {only_words_warning([name])}")
+        for sentence in sentences_of(job):
+            if sentence not in self._warned:
+                self._warned.add(sentence)
+                self._warn(f"{file}, line {line}: {sentence}")
+
+
+def sentences_of(job: TemplatedJob) -> list[str]:
+    """What of a job's prompts no picture shows: a sentence for each kind."""
+    names = only_words(job.prompt, job.shape.get("negative_prompt"))
+    unused = [UNUSED_NEGATIVE] if has_unused_negative(job.shape) else []
+    return [only_words_warning([name]) for name in names] + unused
 
 
 def unresolved(job: Job) -> Job:

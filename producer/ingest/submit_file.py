@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from producer.ingest.download import Downloads
+from producer.ingest.download import Downloads, Template
 from producer.ingest.feeder import Ingest
 from producer.ingest.plan import Plan
 from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Options, Outcome, SilentDisplay
+from producer.ingest.writing import writing
 from producer.prompts import fields_v1
 from producer.prompts.fields import NOT_GIVEN, meaning_of, value_of
 from producer.prompts.sources import FORMATS, source
@@ -141,16 +142,29 @@ def first_variants(variants: Variants, fields: Mapping[str, Any], grid: Sequence
     return replace(variants, defaults=defaults, grid=fields_v1.grid_of(grid))
 
 
-def make_ingest(
-    plan: Plan, options: Options, display: Display, download: Path | None = None, name: str | None = None
-) -> Ingest:
-    """A run that is ready to start. Raises `PromptFileError`, `SettingsError`, `StorageError`."""
+def check_options(options: Options, download: Path | None, name: str | None) -> None:
+    """Raise `PromptFileError` for options that no run can have."""
     if options.max_queued < 1:
         raise PromptFileError(f"max_queued is {options.max_queued}: it must be at least 1.")
     if options.run is not None and not (0 < len(options.run) <= 40 and set(options.run) <= _RUN_LETTERS):
         raise PromptFileError(f"run is {options.run!r}: use up to 40 lower-case letters and digits.")
     if name is not None and download is None:
         raise PromptFileError("name is for pictures that are saved: add a folder with download.")
+    if name is not None:
+        Template(name)
+
+
+def make_ingest(
+    plan: Plan, options: Options, display: Display, download: Path | None = None, name: str | None = None
+) -> Ingest:
+    """A run that is ready to start; the folder of its manifest is made where there is none.
+
+    Raises `PromptFileError`, `SettingsError`, `StorageError`.
+    """
+    check_options(options, download, name)
+    if options.manifest is not None:
+        with writing(options.manifest):
+            options.manifest.parent.mkdir(parents=True, exist_ok=True)
     feeder_session = session(FEEDER_RETRY_S)
     downloads = None
     if download is not None:

@@ -210,8 +210,10 @@ def _headings(file: _File, names: Sequence[str]) -> list[str]:
 
     if "prompt" not in meanings:
         near = next((name for name in named if meaning_of(near_miss(name) or "") == "prompt"), None)
-        hint = f'rename "{near}"' if near else "name one of them"
-        refuse(f'has no column of prompts among {shown}: {hint} "prompt".')
+        hint = f'rename "{near[:60]}" to "prompt".' if near else 'rename one of them to "prompt".'
+        if not near:
+            hint += " Where this line is a prompt and no heading, put a line with headings above it."
+        refuse(f"has no column of prompts among {shown}: {hint}")
     for name, meaning in zip(named, meanings, strict=True):
         if meaning is None and not file.extra and (near := near_miss(name)):
             refuse(f"has a column that is misspelt. {misspelt(name, near)}")

@@ -1,11 +1,11 @@
-"""What prompts say to other programs and not here: it is only drawn as words."""
+"""What prompts say and no picture shows: syntax of other programs, which is drawn as words; unused texts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from worker.contract.job import Job
@@ -20,6 +20,11 @@ SYNTAX: Mapping[str, re.Pattern[str]] = MappingProxyType(
         "BREAK": re.compile(r"\bBREAK\b"),
         "AND": re.compile(r"\bAND\b"),
     }
+)
+#: The sentence for a negative prompt that changes no picture.
+UNUSED_NEGATIVE: Final = (
+    "The negative prompt has no effect: it needs guidance_scale above 1, and guidance_start below "
+    "guidance_stop."
 )
 #: Each of them has one of these: most prompts have none.
 _MARK = re.compile(r":\s*[+-]?\.?\d|<[A-Za-z]+:|BREAK|AND")
@@ -46,7 +51,17 @@ def only_words_warning(names: tuple[str, ...] | list[str]) -> str:
     return f"{', '.join(names)} in the prompt: not supported, and only drawn as words."
 
 
+def has_unused_negative(fields: Mapping[str, Any]) -> bool:
+    """Whether job fields have a negative prompt and no guidance. A scale that is open counts as guidance."""
+    scale = fields.get("guidance_scale")
+    if not fields.get("negative_prompt"):
+        return False
+    start, stop = fields.get("guidance_start", 0.0), fields.get("guidance_stop", 1.0)
+    return bool((scale is not None and scale <= 1) or start >= stop)
+
+
 def warnings_of(job: Job) -> tuple[str, ...]:
-    """The warnings that a job's prompts deserve: none, or one."""
+    """The warnings that a job's prompts deserve."""
     names = only_words(job.prompt, job.negative_prompt)
-    return (only_words_warning(names),) if names else ()
+    unused = (UNUSED_NEGATIVE,) if has_unused_negative(vars(job)) else ()
+    return (*((only_words_warning(names),) if names else ()), *unused)

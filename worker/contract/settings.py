@@ -75,7 +75,8 @@ class Settings(BaseModel):
     redis_url: Annotated[str, AfterValidator(_redis_url)] = Field(
         default="redis://localhost:6379/0", repr=False
     )
-    #: Bucket for the pictures. A worker needs it; a producer only to look up jobs whose record expired.
+    #: Bucket for the pictures. A worker needs it. A producer needs it for `--download` and for jobs whose
+    #: record expired; without it the addresses are taken from the records.
     s3_bucket: str = ""
     #: Key prefix in the bucket, for sharing it with other things.
     s3_prefix: Annotated[str, AfterValidator(_prefix)] = ""

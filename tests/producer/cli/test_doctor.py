@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
 from redis import Redis
 
 from producer.cli.doctor import Finding, examine
+from producer.client import submit_job
+from producer.ingest.runs import cancel_run
+from producer.ingest.submit_file import submit_file
 from tests.worker.engine.fake_runner import SERVED, job_of
 from tests.worker.storage.wire import EVERYTHING, Wire
 from worker.contract.errors import SettingsError
@@ -100,10 +104,48 @@ def test_jobs_in_a_queue_that_nobody_serves(client: Redis) -> None:
         Records(client, 1_000).submitted(job, queue_of(job))
         client.lpush(queue_of(job), "message")
     text = the_bad_one("queues")
-    assert text.startswith(f"1 jobs wait in {queue_of(lost)}, which no live worker serves")
+    assert text.startswith(f"1 jobs wait for {queue_of(lost)}, which no live worker serves")
     assert [finding.text for finding in found("queues") if finding.ok] == [
         f"1 jobs wait in {queue_of(served)}"
     ]
+
+
+def test_jobs_of_a_model_that_nobody_serves_are_named_by_it_until_nobody_wants_them(client: Redis) -> None:
+    announce(client, "w1")
+    handles = [submit_job("a cat", seed=seed, model="sdxl") for seed in range(3)]
+    assert the_bad_one("queues").startswith("3 jobs wait for the model sdxl, which no live worker serves")
+    handles[0].cancel()
+    assert the_bad_one("queues").startswith("2 jobs wait for the model sdxl, ")
+    for handle in handles:
+        handle.cancel()
+    [finding] = found("queues")
+    assert (finding.ok, finding.text) == (
+        True,
+        "3 messages of jobs that are over wait for the model sdxl: its next worker drops them",
+    )
+
+
+def test_a_run_that_was_cancelled_leaves_no_complaint(client: Redis, tmp_path: Path) -> None:
+    announce(client, "w1")
+    file = tmp_path / "p.csv"
+    file.write_text("prompt,model,revision\na cat,sdxl,gone\na dog,sdxl,gone\n")
+    outcome = submit_file(file, detach=True)
+    assert the_bad_one("queues").startswith("2 jobs wait for the model sdxl at gone, which no live worker")
+    cancel_run(client, Records(client, 1_000), outcome.run)
+    assert all(finding.ok for finding in found("queues"))
+
+
+def test_a_producer_without_a_bucket_is_well_and_a_worker_is_not(
+    client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("S3_BUCKET")
+    announce(client, "w1")
+    [finding] = found("bucket")
+    assert finding.ok
+    assert finding.text.startswith("S3_BUCKET is not set, which is enough to submit and fetch")
+    monkeypatch.setattr("producer.cli.doctor.importlib.util.find_spec", lambda name: name == "torch")
+    monkeypatch.setattr("producer.cli.doctor._device", lambda: iter(()))
+    assert the_bad_one("bucket") == "S3_BUCKET is not set: name the bucket for the pictures."
 
 
 def test_a_queue_that_was_left_empty_is_no_finding(client: Redis) -> None:
@@ -152,7 +194,6 @@ def test_a_redis_that_is_away_does_not_end_the_examination(
 @pytest.mark.parametrize(
     ("variable", "value", "remedy"),
     [
-        ("S3_BUCKET", "", "S3_BUCKET is not set"),
         ("S3_BUCKET", "no-such-bucket", "create it, or set S3_BUCKET"),
         ("AWS_SECRET_ACCESS_KEY", "wrong" * 8, "AWS_SECRET_ACCESS_KEY"),
     ],

@@ -26,6 +26,7 @@ from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
 from worker.contract.errors import NotFiniteError, StorageError, UnknownJobError, UnknownModelError
 from worker.contract.job import Job
+from worker.contract.prompt_syntax import UNUSED_NEGATIVE
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.jobs.image_file import encode
@@ -168,6 +169,8 @@ def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
     [
         (["submit"], "PROMPT"),
         (["submit", " "], "prompt is blank"),
+        (["submit", "a", "small", "cat"], "write it in quotes, 'a small cat'."),
+        (["submit", "it's", "--seed", "3", "a cat"], "write it in quotes, "),
         (["submit", "x", "--width", "65"], "use 64 or 72"),
         (["submit", "x", "--steps", "many"], "many"),
         (["submit", "x", "--scheduler", "dim"], "use one of default, ddim"),
@@ -390,6 +393,12 @@ def test_status_and_cancel_go_on_past_unknown_ids_and_the_code_says_that_one_was
     ran = smallcat("status", other, known)
     assert ran.out.splitlines()[0] == f"{other}  unknown"
     assert f"{known}  cancelled" in ran.out
+
+
+def test_submit_says_that_a_negative_prompt_is_unused(smallcat: Shell, client: Redis) -> None:
+    assert UNUSED_NEGATIVE in smallcat("submit", "x", "--negative-prompt", "y", "--guidance-scale", "1").err
+    for words in (["--negative-prompt", "y", "--guidance-scale", "2"], ["--guidance-scale", "1"]):
+        assert "negative" not in smallcat("submit", "x", *words).err
 
 
 def test_status_without_ids_lists_the_latest_jobs_with_prompt_seed_time_and_link(

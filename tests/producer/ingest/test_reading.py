@@ -1,4 +1,4 @@
-"""How a run's files are read: what `--check` shows, seeds that are drawn, and runs of an earlier version."""
+"""How a run's files are read: what `--check` shows, refuses and warns of, and seeds that are drawn."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from deploy.embedded.servers import ValkeyProcess
+from producer.cli.ingest_display import QuietDisplay
 from producer.cli.main import cli
 from producer.ingest.plan import Plan, Planned, unresolved
-from producer.ingest.submit_file import make_plan, make_variants
+from producer.ingest.submit_file import make_ingest, make_plan, make_variants
+from producer.ingest.types import Options
+from producer.prompts.variants import Variants
+from worker.contract.errors import PromptFileError
+from worker.contract.prompt_syntax import UNUSED_NEGATIVE
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +88,79 @@ def test_a_seed_that_is_none_is_refused_whatever_picture_it_is_for(seed: int) ->
     code, said, errors = checked("p.csv", "--images", "4")
     assert (code, said) == (1, ["0 jobs, 1 bad lines; nothing was sent"])
     assert f"seed is {seed}: it must be greater than or equal to 0" in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (["--name", "{lin}.png", "--download", "d"], "has the field 'lin'"),
+        (["--name", "../{line}.png", "--download", "d"], "leads out of the folder"),
+        (["--name", "{line}.png"], "add a folder with download"),
+        (["--run", "My Run"], "use up to 40 lower-case letters"),
+        (["--max-queued", "0"], "it must be at least 1"),
+    ],
+)
+def test_check_looks_at_the_options_too(options: list[str], refusal: str) -> None:
+    Path("p.txt").write_text("a cat\n")
+    with pytest.raises(PromptFileError, match=refusal):
+        checked("p.txt", *options)
+
+
+def test_the_manifests_folder_is_made(valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+    Path("p.txt").write_text("a cat\n")
+    plan = make_plan(["p.txt"], file_format=None, variants=variants())
+    make_ingest(plan, Options(Path("out/of/m.csv")), QuietDisplay())
+    assert Path("out/of").is_dir()
+    Path("file").touch()
+    with pytest.raises(
+        PromptFileError, match=r"file/m\.csv cannot be written: (File exists|Not a directory)"
+    ):
+        make_ingest(plan, Options(Path("file/m.csv")), QuietDisplay())
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("promt,seed\na cat,7\n", 'rename "promt" to "prompt".'),
+        (
+            "what,seed\na cat,7\n",
+            'rename one of them to "prompt". Where this line is a prompt and no heading, put',
+        ),
+        ("a cat\na dog\n", "put a line with headings above it."),
+    ],
+)
+def test_a_table_without_prompts_is_refused_with_advice_that_loses_none(text: str, advice: str) -> None:
+    Path("p.csv").write_text(text)
+    with pytest.raises(PromptFileError) as refused:
+        checked("p.csv")
+    assert advice in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_unused"),
+    [
+        ("a cat,blurry,1,,", True),
+        ("a cat,blurry,0.5,,", True),
+        ("a cat,blurry,7,0.5,0.5", True),
+        ("a cat,blurry,7,0,1", False),
+        ("a cat,blurry,,,", False),
+        ("a cat,,1,,", False),
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_warned_of(line: str, is_unused: bool) -> None:
+    heading = "prompt,negative_prompt,guidance_scale,guidance_start,guidance_stop"
+    Path("p.csv").write_text(f"{heading}\n{line}\n{line}\n")
+    _, said, _ = checked("p.csv")
+    expected = f"{UNUSED_NEGATIVE} (2 jobs, the first in p.csv, line 2)"
+    assert (expected in said) == is_unused
+    _, jobs, _ = checked("p.csv", "--json")
+    assert json.loads(jobs[0]).get("warnings") == ([UNUSED_NEGATIVE] if is_unused else None)
+    warned: list[str] = []
+    plan = make_plan(["p.csv"], file_format=None, variants=variants())
+    list(plan.items(unresolved, warn=warned.append))
+    assert warned == ([f"p.csv, line 2: {UNUSED_NEGATIVE}"] if is_unused else [])
+
+
+def variants() -> Variants:
+    return make_variants({}, 1, None, {}, None, None, literal=False)

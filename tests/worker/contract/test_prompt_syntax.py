@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from worker.contract.job import Job
-from worker.contract.prompt_syntax import only_words, warnings_of
+from worker.contract.prompt_syntax import UNUSED_NEGATIVE, only_words, warnings_of
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,9 @@ def test_a_job_gets_one_warning() -> None:
 
 def test_it_takes_linear_time() -> None:
     only_words("(:" * 500_000, "[:1" * 500_000, "<lora:" * 300_000, "(" + ":1" * 500_000)
+
+
+def test_a_record_warns_of_an_unused_negative_prompt() -> None:
+    job = Job(prompt="a cat", negative_prompt="blurry", guidance_scale=1.0)
+    assert warnings_of(job) == (UNUSED_NEGATIVE,)
+    assert warnings_of(job.model_copy(update={"guidance_scale": 1.5})) == ()

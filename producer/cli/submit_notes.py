@@ -1,0 +1,42 @@
+"""What `smallcat submit` says at once of a job: of its prompts, and of who serves it."""
+
+from __future__ import annotations
+
+from producer.cli import local_stack
+from producer.cli.json_output import say
+from producer.client import JobHandle
+from producer.session import session
+from worker.contract.prompt_syntax import (
+    UNUSED_NEGATIVE,
+    has_unused_negative,
+    only_words,
+    only_words_warning,
+)
+
+
+def of_prompts(handle: JobHandle, prompt: str, negative: str | None) -> None:
+    """Say what of the prompts no picture shows. Raises `QueueError`."""
+    if found := only_words(prompt, negative):
+        say(f"note  {only_words_warning(found)}", err=True)
+    # Whether there is guidance may be for the model to say.
+    if negative and has_unused_negative(vars(handle.record().job)):
+        say(f"note  {UNUSED_NEGATIVE}", err=True)
+
+
+def of_workers(handle: JobHandle, *, waits: bool) -> None:
+    """Say at once that no worker serves the job, and what the live workers serve.
+
+    Where somebody `waits`, the display says the first.
+    """
+    note = handle.progress().note
+    if not note:
+        return
+    now = session()
+    with now.queue_errors():
+        served = sorted({group.served.name for group in now.fleet.groups()})
+    if not waits:
+        say(f"note  {note}", err=True)
+    if served:
+        say(f"note  The live workers serve {', '.join(served)}.", err=True)
+    elif text := local_stack.hint():
+        say(f"note  {text}", err=True)
