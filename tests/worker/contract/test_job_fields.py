@@ -70,8 +70,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     heavy = shutil.ignore_patterns("*.safetensors", "__pycache__")
     for package in ("worker", "producer", "deploy"):
         shutil.copytree(ROOT / package, copy / package, ignore=heavy)
-    (copy / "tests").mkdir()
-    for name in ("docs.py", "test_architecture.py"):
+    (copy / "tests" / "faults").mkdir(parents=True)
+    for name in ("docs.py", "test_architecture.py", "faults/earlier.py"):
         shutil.copy(ROOT / "tests" / name, copy / "tests" / name)
     shutil.copy(Path(__file__).with_name("made_up_fields.py"), copy)
     job = copy / "worker" / "contract" / "job.py"
