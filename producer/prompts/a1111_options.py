@@ -15,7 +15,7 @@ import re
 import shlex
 
 from producer.prompts.entries import LineError
-from producer.prompts.fields import is_meaningless, meaning_of, misspelt, near_miss
+from producer.prompts.fields import SIZE, is_meaningless, meaning_of, misspelt, near_miss, sides_of
 from worker.contract.job import JOB_FIELDS
 
 #: Characters of options in a line, at most: several times what a job can hold.
@@ -64,6 +64,11 @@ def options_of(line: str, *, extra: bool = False) -> list[tuple[str, str]]:
             known = ", ".join(each.a1111_option for each in JOB_FIELDS.values() if each.a1111_option)
             raise _bad(
                 f"there is no option --{name[:60]}, known are {known}. "
+                'Where it is text, write --prompt "..." with quotes.'
+            )
+        if prompt and meaning_of(name) == SIZE and sides_of(value) is None:
+            raise _bad(
+                f"--{name} is {value[:60]}, which is no size such as 512x768. "
                 'Where it is text, write --prompt "..." with quotes.'
             )
         pairs.append((name, value))

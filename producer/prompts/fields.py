@@ -17,24 +17,31 @@ import functools
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any, Final
 
 from producer.prompts.entries import LineError
+from producer.prompts.json_values import is_json, json_of
+from producer.prompts.pasted import refuse_parameters
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.job import JOB_FIELDS, MAX_METADATA_DEPTH
+from worker.contract.job import JOB_FIELDS
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.scheduler_names import scheduler_of
 from worker.contract.spelling import distance
 
-#: What `meaning_of` gives for a number of pictures, and for a schedule beside a sampler.
+#: What `meaning_of` gives for a number of pictures, for a schedule beside a sampler, and for both sides.
 COUNT: Final = "a number of pictures"
 SCHEDULE: Final = "a schedule"
+SIZE: Final = "a size"
 #: Names that ask for several pictures: their product is the number of pictures.
 _COUNTS = ("batch_size", "n_iter", "num_images_per_prompt")
 _SCHEDULES = ("schedule_type", "schedule", "noise_schedule")
+#: Names whose values are sizes where they look like one, such as 512x768. Else they mean anything.
+_SIZES = ("size", "image_size", "resolution", "dimensions")
+_SIZE = re.compile(r"\s*(\d{1,5})\s*[xX×*]\s*(\d{1,5})\s*")
 #: Names that mean the sampler alone: beside one of them a `scheduler` is the schedule, as in ComfyUI.
 _SAMPLERS = frozenset(("sampler", "samplername"))
 #: Names of other programs that change a picture there and mean nothing here.
@@ -42,7 +49,8 @@ _MEANINGLESS = (
     *("outpath_samples", "outpath_grids", "prompt_for_display", "styles", "subseed_strength", "subseed"),
     *("seed_resize_from_h", "seed_resize_from_w", "sampler_index", "restore_faces", "tiling", "clip_skip"),
     *("do_not_save_samples", "do_not_save_grid", "denoising_strength", "strength", "init_image", "mask"),
-    *("enable_hr", "hr_scale", "hr_upscaler", "loras", "vae", "eta", "refiner"),
+    *("enable_hr", "hr_scale", "hr_upscaler", "hires", "hires_fix", "loras", "lora", "vae", "eta", "refiner"),
+    *("aspect_ratio", "checkpoint", "ckpt_name", "sd_model_checkpoint", "model_hash", "denoise"),
 )
 #: For each field with choices these by AUTOMATIC1111's names for them, in lower case.
 _CHOICES = {
@@ -71,13 +79,16 @@ NOT_GIVEN: Final = _NotGiven()
 
 def _plain(name: str) -> str:
     """A name without what does not count in it."""
-    return re.sub(r"[\s_-]+", "", name.casefold())
+    # Also without what is not seen, and with wide letters as plain ones: spreadsheets have both.
+    plain = name if name.isascii() else unicodedata.normalize("NFKC", name)
+    return re.sub("[\\s_\u00ad\u200b-\u200f\u2060\ufeff-]+", "", plain.casefold())
 
 
 #: What each name means, without what does not count in it: a job field, `COUNT` or `SCHEDULE`.
 MEANINGS: dict[str, str] = {
     **{_plain(each): COUNT for each in _COUNTS},
     **{_plain(each): SCHEDULE for each in _SCHEDULES},
+    **{_plain(each): SIZE for each in _SIZES},
     **{_plain(each): field.name for field in JOB_FIELDS.values() for each in field.all_headings},
     **{_plain(name): name for name in JOB_FIELDS},
 }
@@ -152,8 +163,8 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
         return NOT_GIVEN
     if isinstance(raw, bool):
         return raw
-    if isinstance(raw, dict) and not _is_json(raw):
-        return _json_of(raw)
+    if isinstance(raw, dict) and not is_json(raw):
+        return json_of(raw)
     if isinstance(raw, Decimal):
         raw = int(raw) if raw == raw.to_integral_value() and abs(raw) < 10**30 else float(raw)
     if isinstance(raw, int | float):
@@ -221,6 +232,11 @@ class FieldReader:
                     metadata[name.strip()] = value
             elif meaning == COUNT:
                 images *= _count(name, raw)
+            elif meaning == SIZE:
+                if sides := sides_of(raw):
+                    _take_sides(name, sides, names, fields)
+                elif (value := self._extra_value(line, name, raw)) is not NOT_GIVEN:
+                    metadata[name.strip()] = value
             elif meaning == SCHEDULE:
                 if (value := value_of(JOB_FIELDS["scheduler"], raw)) is not NOT_GIVEN:
                     choice["schedule"] = value
@@ -234,6 +250,7 @@ class FieldReader:
                     _take_again(JOB_FIELDS[meaning], (names[meaning], name), value, fields, metadata)
                 else:
                     names[meaning], fields[meaning] = name, value
+        refuse_parameters(fields.get("prompt"))
         if choice:
             fields["scheduler"] = _scheduler(choice)
         if metadata:
@@ -265,7 +282,9 @@ class FieldReader:
             return NOT_GIVEN
         if isinstance(raw, str) and not raw.strip():
             return NOT_GIVEN
-        return raw if self._is_json or isinstance(raw, str) or _is_json(raw) else _json_of(raw)
+        if isinstance(raw, dict):
+            self._look_into(line, name, raw)
+        return raw if self._is_json or isinstance(raw, str) or is_json(raw) else json_of(raw)
 
     def _meet(self, line: int, name: str) -> None:
         """Look at a name outside the job fields for the first time."""
@@ -275,6 +294,16 @@ class FieldReader:
         if is_meaningless(name) and name not in self._warned:
             self._warned.add(name)
             self._warn(f'{self._file}, line {line}: "{name}" has no meaning here: it goes to metadata.')
+
+    def _look_into(self, line: int, name: str, value: dict[Any, Any]) -> None:
+        """Warn of job fields in an object that goes to metadata, where they have no effect."""
+        inner = next((key for key in value if isinstance(key, str) and meaning_of(key) in JOB_FIELDS), None)
+        if inner is not None and name not in self._warned:
+            self._warned.add(name)
+            self._warn(
+                f'{self._file}, line {line}: "{name}" goes to metadata, and so "{inner}" in it has no '
+                "effect: write it beside the prompt."
+            )
 
 
 def misspelt(name: str, near: str) -> str:
@@ -310,9 +339,26 @@ def _take_again(
             value, fields[field.name] = fields[field.name], value
         metadata[second.strip()] = value
     elif field.is_prompt or fields[field.name] != value:
-        kept = short(fields[field.name])
-        reason = f'"{first}" is {kept} and "{second}" is {short(value)}: both mean {field.name}, keep one.'
-        raise LineError(field.name, reason)
+        raise _two_values(field, names, fields[field.name], value)
+
+
+def _two_values(field: FieldEntry, names: tuple[str, str], kept: Any, value: Any) -> LineError:
+    first, second = names
+    reason = f'"{first}" is {short(kept)} and "{second}" is {short(value)}: both mean {field.name}, keep one.'
+    return LineError(field.name, reason)
+
+
+def _take_sides(name: str, sides: tuple[int, int], names: dict[str, str], fields: dict[str, Any]) -> None:
+    for side, length in zip(("width", "height"), sides, strict=True):
+        if fields.setdefault(side, length) != length:
+            raise _two_values(JOB_FIELDS[side], (names[side], name), fields[side], length)
+        names.setdefault(side, name)
+
+
+def sides_of(raw: Any) -> tuple[int, int] | None:
+    """Width and height in a value such as `512x768`; None where it looks otherwise."""
+    found = _SIZE.fullmatch(raw) if isinstance(raw, str) and len(raw) < 40 else None
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _scheduler(choice: dict[str, Any]) -> Any:
@@ -330,27 +376,3 @@ def _scheduler(choice: dict[str, Any]) -> Any:
         return str(scheduler_of(sampler, schedule))
     except InvalidJobError as error:
         raise LineError("scheduler", str(error)) from None
-
-
-def _json_of(value: Any, level: int = 0) -> Any:
-    """A value as JSON has it: what JSON does not know is a text, and NaN is no value."""
-    if isinstance(value, dict) and level < MAX_METADATA_DEPTH:
-        return {str(key): _json_of(each, level + 1) for key, each in value.items()}
-    if isinstance(value, list | tuple) and level < MAX_METADATA_DEPTH:
-        return [_json_of(each, level + 1) for each in value]
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value.hex()
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value if _is_json(value) else str(value)
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, TypeAlias
 
 from producer.prompts.a1111_options import has_options, options_of
 from producer.prompts.entries import BadEntry, Entry, LineError, Raw
-from producer.prompts.fields import COUNT, SCHEDULE, FieldReader, meaning_of, misspelt, near_miss
+from producer.prompts.fields import COUNT, SCHEDULE, SIZE, FieldReader, meaning_of, misspelt, near_miss
 from producer.prompts.lines import lines_of, refuse_bad_bytes
 from producer.prompts.parquet import ParquetTable
+from producer.prompts.pasted import refuse_parameters
 from producer.prompts.rows import (
     DELIMITERS,
     cells_of,
@@ -47,6 +49,9 @@ Parse: TypeAlias = Callable[[int, Any], Entry]
 _SHORT = 6
 #: How the columns of a manifest of ours begin, whose cells begin no formula.
 _MANIFEST = ("file", "line", "id", "state", "uri", "path", "seed", "prompt")
+#: How a line of an array over several lines begins or ends, and what to do.
+_OF_ARRAYS = "A file that is one array becomes such lines by: jq -c '.[]' FILE"
+_ARRAY = re.compile(r"^\s*[\[{]\s*$|^\s*\[|,\s*$|^\s*[\]}]\s*$")
 #: Digits of a number in JSON, at most.
 _MAX_DIGITS = 1_000
 
@@ -97,6 +102,7 @@ def _txt(file: _File) -> tuple[Iterator[Raw], Parse]:
     def parse(line: int, text: str) -> Entry:
         refuse_bad_bytes(text)
         if len(text) > _SHORT and not has_options(text):
+            refuse_parameters(text)
             return Entry(line, {"prompt": text})
         return Entry(line, *fields.read(line, options_of(text, extra=file.extra)))
 
@@ -118,11 +124,12 @@ def _jsonl(file: _File) -> tuple[Iterator[Raw], Parse]:
         try:
             value = _DECODE(text)
         except (ValueError, RecursionError) as error:
-            raise LineError("", f"It is not JSON ({error}): write one object a line.") from None
+            hint = f" {_OF_ARRAYS}" if _ARRAY.search(text) else ""
+            raise LineError("", f"It is not JSON ({error}): write one object a line.{hint}") from None
         if isinstance(value, str):
             return Entry(line, *fields.read(line, [("prompt", value)]))
         if not isinstance(value, dict):
-            kind = type(value).__name__
+            kind = {list: "array", bool: "boolean", type(None): "null"}.get(type(value), "number")
             raise LineError("", f"It is a JSON {kind}: write an object of job fields, or a string.")
         return Entry(line, *fields.read(line, value.items()))
 
@@ -219,7 +226,7 @@ def _headings(file: _File, names: Sequence[str]) -> list[str]:
             refuse(f"has a column that is misspelt. {misspelt(name, near)}")
     plain = ["".join(name.casefold().replace("_", " ").replace("-", " ").split()) for name in named]
     for name, meaning in zip(plain, meanings, strict=True):
-        if meaning not in (None, COUNT, SCHEDULE) and plain.count(name) > 1:
+        if meaning not in (None, COUNT, SCHEDULE, SIZE) and plain.count(name) > 1:
             refuse(f"has two columns for {meaning} among {shown}: rename one.")
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -60,11 +61,22 @@ def cells_of(row: str, delimiter: str) -> list[str]:
     """The cells of a row. Raises `LineError`."""
     try:
         lines = [row] if "\n" not in row else io.StringIO(row, newline="")
-        return next(csv.reader(lines, delimiter=delimiter, strict=True))
+        cells = next(csv.reader(lines, delimiter=delimiter, strict=True))
+        return [_plain(cell) for cell in cells] if '="' in row else cells
     except (csv.Error, StopIteration) as error:
         raise LineError(
             "", f"It is not CSV ({error}): put quotes around the cell, double those in it."
         ) from None
+
+
+#: A formula that is a text and nothing else.
+_TEXT_FORMULA = re.compile(r'="((?:[^"]|"")*+)"')
+
+
+def _plain(cell: str) -> str:
+    """The text of a cell such as ="007", which is how a spreadsheet is told that it is one."""
+    found = _TEXT_FORMULA.fullmatch(cell)
+    return found[1].replace('""', '"') if found else cell
 
 
 def delimiter_of(heading: str, usual: str) -> str:

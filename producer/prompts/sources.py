@@ -46,6 +46,11 @@ _FOREIGN = {
     b"Rar!": "a rar archive",
     b"\xd0\xcf\x11\xe0": "an old workbook or document",
     b"%PDF": "a PDF",
+    b"{\\rtf": "rich text (RTF)",
+    b"<!DOCT": "a web page",
+    b"<!doct": "a web page",
+    b"<html": "a web page",
+    b"<?xml": "XML",
     b"PAR1": "Parquet",
 }
 

@@ -196,7 +196,7 @@ class Job(BaseModel):
             infotext_order=3,
             a1111_option="cfg_scale",
             diffusers="guidance_scale",
-            headings=("cfg", "guidance"),
+            headings=("cfg", "guidance", "cfgs"),
             is_original=True,
         ),
     ] = None

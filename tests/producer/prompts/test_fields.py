@@ -70,6 +70,14 @@ CASES: list[tuple[str, Any, Any]] = [
     ("guidence_scale", 7, "guidance_scale"),
     ("captoin", "x", "caption"),
     ("x" * 50_000, "1", "metadata"),
+    # AUTOMATIC1111's log.csv has this heading.
+    ("cfgs", 7.0, {"guidance_scale": 7.0}),
+    ("size", "512x768", {"width": 512, "height": 768}),
+    ("Image Size", " 512 × 768 ", {"width": 512, "height": 768}),
+    ("resolution", "512*768", {"width": 512, "height": 768}),
+    ("size", "XL", {"metadata": {"size": "XL"}}),
+    ("size", "512x777", "height"),
+    ("size", "", {}),
 ]
 
 
@@ -255,3 +263,104 @@ def test_a_nested_value_of_a_job_field_is_refused_by_name_in_parquet_as_in_json_
             assert isinstance(each, Entry)
             with pytest.raises(InvalidJobError, match=rf"{name} is "):
                 Job.parse(each.fields)
+
+
+# What people paste, and what spreadsheets add.
+
+
+def outcomes(path: Path) -> tuple[list[Any], list[str]]:
+    """For each line its fields or the reason that it is bad; and what was warned of."""
+    warned: list[str] = []
+    entries = read(source(str(path)), warn=warned.append)
+    return [each.fields if isinstance(each, Entry) else each.reason for each in entries], warned
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512",
+        "a cat Negative prompt: blurry Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5",
+        "Negative prompt: blurry, dark",
+        "a cat\nNegative prompt: blurry",
+        "a cat\nSteps: 30, CFG scale: 5",
+    ],
+)
+def test_a_picture_s_parameters_are_no_prompt_in_any_format(tmp_path: Path, prompt: str) -> None:
+    for form in FORMATS:
+        if form == "txt" and "\n" in prompt:
+            continue
+        found = outcome(write(tmp_path, form, {"prompt": prompt, "steps": 5}))
+        assert isinstance(found, str), form
+        assert "would be drawn as words" in found, form
+    (tmp_path / "p.txt").write_text(f"a cat\n{prompt}\n")
+    first, *others = outcomes(tmp_path / "p.txt")[0]
+    assert first == {"prompt": "a cat"}
+    assert any("would be drawn as words" in str(each) for each in others)
+
+
+def test_prompts_that_only_speak_of_steps_stay(tmp_path: Path) -> None:
+    texts = [
+        "Steps: an old stone stair, 20 of them",
+        "a sign: next steps: 20",
+        "the negative prompt of a cat",
+    ]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    assert outcomes(tmp_path / "p.txt")[0] == [{"prompt": text} for text in texts]
+
+
+def test_sizes_that_differ_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,w,size\na cat,512,512x768\na dog,640,512x768\n")
+    same, differs = outcomes(tmp_path / "p.csv")[0]
+    assert same == {"prompt": "a cat", "width": 512, "height": 768}
+    assert differs == '"w" is 640 and "size" is 512: both mean width, keep one.'
+    (tmp_path / "p.txt").write_text("a dress \u2014size large\na dress --size 512x512\n")
+    bad, dress = outcomes(tmp_path / "p.txt")[0]
+    assert "no size such as 512x768" in bad
+    assert dress == {"prompt": "a dress", "width": 512, "height": 512}
+
+
+def test_headings_may_have_what_is_not_seen_and_wide_letters(tmp_path: Path) -> None:
+    for heading in ("\u200bprompt\u200b,steps", "\u00a0Prompt\u00a0,\u2060steps", "ｐｒｏｍｐｔ,ｓｔｅｐｓ"):
+        (tmp_path / "p.csv").write_text(f"{heading}\na cat,20\n")
+        assert outcomes(tmp_path / "p.csv")[0] == [{"prompt": "a cat", "steps": 20}]
+
+
+def test_a_text_formula_of_a_spreadsheet_is_its_text(tmp_path: Path) -> None:
+    """The idiom ="007", which keeps a spreadsheet from reading a number."""
+    (tmp_path / "p.csv").write_text('prompt,seed,note\n="a ""small"" cat",="007","=""x"""\n=1+2,5,="a"&"b"\n')
+    first, second = outcomes(tmp_path / "p.csv")[0]
+    assert first == {"prompt": 'a "small" cat', "seed": 7, "metadata": {"note": "x"}}
+    assert second == {"prompt": "=1+2", "seed": 5, "metadata": {"note": '="a"&"b"'}}
+
+
+def test_job_fields_inside_another_object_have_no_effect_and_a_warning_says_so(tmp_path: Path) -> None:
+    lines = [{"prompt": "a cat", "parameters": {"steps": 20}}] * 3 + [{"prompt": "a dog", "shop": {"id": 1}}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found, warned = outcomes(tmp_path / "p.jsonl")
+    assert found[0] == {"prompt": "a cat", "metadata": {"parameters": {"steps": 20}}}
+    [said] = warned
+    assert '"parameters" goes to metadata, and so "steps" in it has no effect' in said
+
+
+@pytest.mark.parametrize("name", ["aspect_ratio", "checkpoint", "ckpt_name", "denoise", "hires_fix", "lora"])
+def test_what_would_change_the_picture_elsewhere_and_means_nothing_here_is_named(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "p.csv").write_text(f"prompt,{name}\na cat,x\n")
+    assert f'"{name}" has no meaning here' in outcomes(tmp_path / "p.csv")[1][0]
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"prompt": "a cat"},\n{"prompt": "a dog"}]', '{"prompt": "a"},\n{"prompt": "b"},']
+)
+def test_an_array_of_json_in_lines_is_told_how_to_become_lines(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.jsonl").write_text(text)
+    assert "jq -c '.[]' FILE" in outcomes(tmp_path / "p.jsonl")[0][0]
+
+
+@pytest.mark.parametrize("start", ["{\\rtf1 a cat}", "<!DOCTYPE html>", "<html>", '<?xml version="1.0"?>'])
+def test_rich_text_and_web_pages_are_no_prompts(tmp_path: Path, start: str) -> None:
+    for name in ("p.txt", "p.csv", "p.jsonl"):
+        (tmp_path / name).write_text(f"{start}\na cat\n")
+        with pytest.raises(PromptFileError, match="save it as CSV or text"):
+            outcomes(tmp_path / name)
