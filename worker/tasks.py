@@ -23,7 +23,7 @@ from kombu.asynchronous import get_event_loop
 
 from worker.broker import log_lines, stop_signals, transport
 from worker.broker.event_batches import EventBatches
-from worker.broker.lease import postpone, set_aside_held
+from worker.broker.leases import acknowledge_by_record, postpone, set_aside_held
 from worker.celery import app
 from worker.contract.errors import (
     EngineStoppedError,
@@ -103,10 +103,14 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
     """
     request = task.request
     tag, counts = request.properties["delivery_tag"], False
+    message = f"{request.id}/{tag}"
     try:
-        delay_s = _here().handler.handle(
-            payload, f"{request.id}/{tag}", redelivered=bool(request.delivery_info.get("redelivered"))
+        handled = _here().handler.handle(
+            payload, message, redelivered=bool(request.delivery_info.get("redelivered"))
         )
+        delay_s = handled.delay_s
+        if delay_s is None and handled.records:
+            acknowledge_by_record(tag, handled.records, message)
     except InvalidJobError as error:
         logger.error("Message %s is set aside: %s", ascii(request.id), plain(error))
         set_aside_held(tag, str(error))

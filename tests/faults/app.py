@@ -37,7 +37,7 @@ from worker.contract.choices import ImageFormat
 from worker.contract.errors import SmallcatError
 from worker.contract.record import JobRecord
 from worker.contract.settings import WorkerSettings, worker_settings
-from worker.jobs.handler import JobHandler
+from worker.jobs.handler import Handled, JobHandler
 from worker.state.records import Records
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
@@ -104,7 +104,7 @@ tasks.load_runner = load_runner  # type: ignore[assignment]
 class JournalingHandler(JobHandler):
     """Journals when a job takes and leaves its slot; dies before the acknowledgement."""
 
-    def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
+    def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> Handled:
         # An id that somebody made up may be any text: a line of the journal has four words.
         known = re.match(r"[0-9a-f]{32}(?=-)", message_id)
         job_id = known.group() if known else "unknown"

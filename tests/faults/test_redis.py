@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import time
 
 import pytest
@@ -46,6 +48,48 @@ def test_a_worker_consumes_again_after_redis_was_restarted(ground: Ground) -> No
 @pytest.mark.timeout(300)
 def test_a_worker_consumes_again_after_each_of_5_restarts(ground: Ground) -> None:
     restarts(ground, 5)
+
+
+def rewinds(ground: Ground, times: int, seed: int) -> None:
+    """Let Redis forget all that was written after some moment, again and again, while jobs are worked on.
+
+    So it is with a replica that becomes the primary, and with a machine that loses its power. The moment is
+    after the jobs were submitted.
+    """
+    chance = random.Random(seed)
+    workers = [ground.worker() for _ in range(2)]
+    forgotten = 0
+    for _ in range(times):
+        left = ground.journal.total("leave")
+        ground.submit(10)
+        ground.submit(4, "sleep:0.5")
+        [log] = (ground.stack.valkey.folder / "appendonlydir").glob("*.incr.aof")
+        submitted = log.stat().st_size
+        ended = chance.randint(0, 12)
+        wait_until("progress", lambda left=left, ended=ended: ground.journal.total("leave") >= left + ended)
+        ground.stack.valkey.kill()
+        size = log.stat().st_size
+        os.truncate(log, chance.randint(submitted, size))
+        forgotten += size - log.stat().st_size
+        ground.stack.valkey.start()
+    found = oracle.settle(ground, timeout_s=90)
+    assert all(worker.running for worker in workers)
+    assert not any("Traceback" in worker.output() for worker in workers)
+    again = sum(worker.output().count("Redis has lost the record") for worker in workers)
+    print(
+        f"{times} times forgotten, {forgotten} bytes, {len(ground.ids)} jobs: 0 lost, "
+        f"{found.renders_over} rendered again, {again} not acknowledged"
+    )
+
+
+def test_no_job_is_lost_with_what_redis_forgets_of_it(ground: Ground) -> None:
+    rewinds(ground, 3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_job_is_lost_with_what_redis_forgets_of_it_40_times(ground: Ground) -> None:
+    rewinds(ground, 40, seed=1)
 
 
 def test_a_full_redis_refuses_jobs_and_its_workers_drain_it(

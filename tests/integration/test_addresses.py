@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from worker.broker.transport import UNACKED, broker_url, transport_options
 from worker.contract.errors import QueueError
 from worker.contract.redis_pool import Sentinels as AllSentinels
 from worker.contract.redis_pool import _newest
-from worker.state.redis_client import connect, connect_async, queue_errors
+from worker.state.redis_client import connect, connect_async, connect_until, queue_errors
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,63 @@ def test_a_sentinel_that_missed_a_failover_is_not_believed(sentinels: Sentinels)
     old, new = answer("old", 3), answer("new", 4)
     assert _newest(asked, "main", [old, new, old]) == ("new", 1)
     assert _newest(asked, "main", [old, answer("new", 4, is_sdown=True)]) == ("old", 1)
+
+
+@pytest.fixture
+def replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, servers: object) -> Iterator[list[Server]]:
+    """Two servers that know nothing of each other; sentinels say that the first of them is the primary."""
+    made = [Server(tmp_path / name) for name in ("first", "second")]
+    primaries = list(made)
+    monkeypatch.setattr(AllSentinels, "discover_master", lambda *_: (HOST, primaries[0].port))
+    yield primaries
+    for server in made:
+        server.stop()
+
+
+@pytest.mark.parametrize("how", ["dies", "becomes a replica"])
+@pytest.mark.parametrize("patience", ["until stopped", "for seconds"])
+def test_a_command_that_is_sent_again_goes_to_the_primary_of_then(
+    replaced: list[Server], how: str, patience: str
+) -> None:
+    """redis-py's own connection goes back to the address that it had."""
+    old, new = replaced
+    url = f"redis+sentinel://{HOST}:9/main/0"
+    client = connect_until(url, threading.Event()) if patience == "until stopped" else connect(url, 20)
+    client.set("count", 5)
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.append(client.incr("count")), daemon=True)
+    if how == "dies":
+        old._process.send_signal(signal.SIGSTOP)
+        thread.start()
+        wait_until("sent", lambda: bool(client.connection_pool._in_use_connections))
+        replaced.remove(old)
+        old.kill()
+    else:
+        old.client().replicaof(HOST, 9)
+        replaced.remove(old)
+        thread.start()
+    thread.join(20)
+    assert answers == [1]
+    assert new.client().get("count") == b"1"
+
+
+def test_a_submission_that_no_replica_confirms_goes_to_the_primary_of_then(
+    replaced: list[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A primary that was cut off, and is demoted later, has no replica and takes writes meanwhile."""
+    old, new = replaced
+    replica = Server(tmp_path / "replica")
+    replica.client().replicaof(HOST, new.port)
+    wait_until("follows", lambda: new.client().info("replication")["connected_slaves"] == 1)
+    monkeypatch.setenv("REDIS_URL", f"redis+sentinel://{HOST}:9/main/0")
+    monkeypatch.setenv("SMALLCAT_WAIT_REPLICAS", "1")
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "5")
+    try:
+        threading.Timer(1.0, lambda: replaced.remove(old)).start()  # While it waits for a replica.
+        assert new.client().exists(f"smallcat:job:{submit_job('a cat', seed=1).id}")
+        assert old.client().exists("smallcat:queues")
+    finally:
+        replica.stop()
 
 
 def test_sentinels_that_ask_for_the_password(locked_sentinels: Sentinels) -> None:

@@ -29,7 +29,7 @@ from tests.integration.transport_app import read_any
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
 from worker.broker import fetching, lease, sending, transport
 from worker.broker.fetching import MAX_READ
-from worker.broker.lease import postpone
+from worker.broker.leases import acknowledge_by_record, postpone
 from worker.broker.moves import KEPT_BYTES
 from worker.broker.scripts import EXPIRED, FETCH, MOVE, RENEW
 from worker.broker.transport import (
@@ -707,6 +707,62 @@ def test_an_acknowledgement_is_sent_until_redis_answers(
     server.start()
     wait_until("the second acknowledged", settled(client))
     assert client.llen("q") == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "holder", "is_over"),
+    [
+        *(({"state": state}, "", True) for state in ("done", "failed", "cancelled")),
+        ({"state": "running", "claim": "another"}, "another/tag", True),
+        ({"state": "running", "claim": "mine"}, "mine/other tag", True),
+        ({"state": "running", "claim": "mine"}, "mine/tag", False),
+        ({"state": "running", "claim": "mine"}, "", False),
+        ({"state": "queued"}, "", False),
+        ({}, "", False),
+        ("a string", "", False),
+    ],
+    ids=str,
+)
+def test_a_message_is_acknowledged_only_if_its_record_says_so_in_the_same_step(
+    client: redis.Redis, party: Callable[..., Party], record: object, holder: str, is_over: bool
+) -> None:
+    """A replica that became the primary may not have what was written just before."""
+    client.lpush("q", json.dumps(message()))
+    consumer = party()
+    [held] = consumer.drain(1)
+    if isinstance(record, dict):
+        if record:
+            client.hset("record", mapping=record)
+    else:
+        client.set("record", str(record))
+    if holder:
+        client.hset("attempts", "claim", holder)
+    acknowledge_by_record(held.delivery_tag, ("record", "attempts"), "mine/tag")
+    held.ack()
+    if not is_over:
+        [again] = consumer.drain(1)
+        assert again.delivery_info.get("redelivered")
+        again.ack()
+    wait_until("settled", settled(client))
+    assert client.llen("q") == 0
+    assert len(consumer.messages) == (1 if is_over else 2)
+
+
+def test_the_record_s_word_counts_where_the_acknowledgement_arrives(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    """A message that is in its queue again, because the fetch was lost, stays there."""
+    raw = json.dumps(message())
+    client.lpush("q", raw)
+    consumer = party()
+    [held] = consumer.drain(1)
+    consumer.channel.basic_qos(0, 1, False)
+    client.delete(UNACKED, UNACKED_INDEX)
+    client.lpush("r", raw)
+    acknowledge_by_record(held.delivery_tag, ("record", "attempts"), "mine/tag")
+    held.ack()
+    assert consumer.channel.lease.flush(5)
+    assert client.lrange("r", 0, -1) == [raw.encode()]
 
 
 def test_a_postponed_message_comes_back_after_its_delay(

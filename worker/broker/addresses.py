@@ -10,14 +10,10 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import (
-    SentinelConnectionPool,
-    SentinelManagedConnection,
-    SentinelManagedSSLConnection,
-)
+from redis.sentinel import SentinelConnectionPool
 
 from worker.broker.channel import Channel, TLSTransport, Transport
-from worker.contract.redis_pool import Sentinels, sentinel_arguments
+from worker.contract.redis_pool import Sentinels, ToPrimary, ToPrimaryTLS, sentinel_arguments
 from worker.contract.redis_url import read_hosts
 
 
@@ -56,8 +52,8 @@ class UnixChannel(_PlaceChannel):
 class SentinelChannel(_PlaceChannel):
     """The place is the sentinels, and their name for the primary and its replicas."""
 
-    connection_class: Any = SentinelManagedConnection
-    connection_class_ssl: Any = SentinelManagedSSLConnection
+    connection_class: Any = ToPrimary
+    connection_class_ssl: Any = ToPrimaryTLS
 
     def _new_pool(self, params: dict[str, Any]) -> Any:
         arguments = {name: value for name, value in params.items() if name not in ("host", "port")}

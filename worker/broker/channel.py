@@ -21,7 +21,8 @@ from kombu.transport import redis as stock
 from worker.broker.bindings import OwnNames
 from worker.broker.fetching import Fetching, Stage
 from worker.broker.job_message import MALFORMED, UNREGISTERED, log_parked, log_set_aside, read_message
-from worker.broker.lease import Held, Lease, lease_of_process
+from worker.broker.lease import Held, Lease
+from worker.broker.leases import lease_of_process
 from worker.broker.poller import Poller
 from worker.broker.qos import QoS
 from worker.broker.replicated import ReplicatedPuts

@@ -16,9 +16,7 @@ before it sweeps, so that all others can renew first.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +31,7 @@ from worker.broker.layout import Layout
 from worker.broker.moves import (
     LAST,
     NEXT,
+    Recorded,
     Unsent,
     Wait,
     given_back,
@@ -42,7 +41,7 @@ from worker.broker.moves import (
     waiting,
 )
 from worker.broker.scripts import EXPIRED, RENEW
-from worker.broker.sending import send_move, send_wait, tell
+from worker.broker.sending import send_move, send_recorded, send_wait, tell
 from worker.broker.transport import alive, max_returns
 from worker.contract.refusals import code_of, refusal_log
 
@@ -51,6 +50,9 @@ logger = logging.getLogger("smallcat.transport")
 #: Seconds for which a closing channel, and an ending process, wait until Redis has answered.
 FLUSH_S: Final = 5.0
 
+
+#: Seconds until a message comes back that is not acknowledged, because its record does not say why it should.
+UNRECORDED_S: Final = 1.0
 
 #: Seconds until a command that Redis did not answer is sent again.
 RETRY_S: Final = 0.25
@@ -69,6 +71,8 @@ class Held:
     delay_s: float = 0.0
     #: Whether that counts: see `postpone`.
     counts: bool = False
+    #: What must be so for its acknowledgement to count, where that is not certain.
+    recorded: Recorded | None = None
 
 
 class Lease:
@@ -132,11 +136,18 @@ class Lease:
     def acknowledge(self, tag: str) -> None:
         """The message is done with: the acknowledgement is sent until Redis answers.
 
-        One that was set aside or parked just before is on its way already.
+        One that this process no longer holds was set aside, parked or given back: another may hold it by now.
         """
         with self._changed:
-            if self._held.pop(tag, None) is not None or tag not in self._unsent:
-                self._enqueue({tag: None})
+            if (held := self._held.pop(tag, None)) is not None:
+                self._enqueue({tag: held.recorded})
+
+    def acknowledge_by_record(self, tag: str, records: tuple[str, str], message: str) -> None:
+        """Let `acknowledge` ask the job's record whether nothing is left to do: see `Recorded`."""
+        with self._changed:
+            held = self._held.get(tag)
+            if held is not None and held.raw is not None:
+                self._held[tag] = replace(held, recorded=Recorded(records, message, held.raw, held.queue))
 
     def postpone(self, tag: str, delay_s: float, *, counts: bool) -> None:
         """Let the message wait for `delay_s` seconds, once it is given back by `requeue`."""
@@ -238,6 +249,8 @@ class Lease:
                 refusal_log.answered("leases")
             except (RedisError, OSError) as error:
                 refusal_log.refused("leases", error)
+                # With Sentinel, whoever refuses may be the primary no longer: the next connection asks.
+                client.connection_pool.disconnect()
                 sleep(RETRY_S)
             except Exception:
                 logger.exception("The lease thread goes on after an error")
@@ -266,6 +279,7 @@ class Lease:
         done = [tag for tag, move in unsent.items() if move is None]
         for move in unsent.values():
             tell(move)
+        recorded = {tag: move for tag, move in unsent.items() if isinstance(move, Recorded)}
         pipeline = client.pipeline(transaction=True)
         if done:
             pipeline.zrem(self._layout.index, *done)
@@ -273,13 +287,22 @@ class Lease:
         for tag, move in unsent.items():
             if isinstance(move, Wait):
                 send_wait(pipeline, self._layout, tag, move, self._timeout_s)
-            elif move is not None:
+            elif move is not None and not isinstance(move, Recorded):
                 send_move(pipeline, self._layout, tag, "", move)
-        pipeline.execute()
+        if recorded:
+            send_recorded(pipeline, self._layout, recorded)
+        results = pipeline.execute()
+        kept = [tag.decode() for tag in results[-1]] if recorded else []
         with self._changed:
             for tag, move in unsent.items():
                 if self._unsent.get(tag) is move:
                     self._unsent.pop(tag, None)
+            for tag in kept:
+                held = recorded[tag]
+                self._unsent[tag] = waiting(held.raw, held.queue, UNRECORDED_S, counts=False)
+                logger.warning(
+                    "Message %s is delivered again: Redis has lost the record of how its job ended", tag
+                )
             self._changed.notify_all()
 
     def _renew(self, client: Redis) -> None:
@@ -334,45 +357,3 @@ class Lease:
         return recent and now >= self._sweep_not_before
 
 
-_leases: dict[tuple[object, ...], Lease] = {}
-_leases_lock = threading.Lock()
-
-
-def lease_of_process(broker: tuple[object, ...], new: Callable[[], Lease]) -> Lease:
-    """The one lease that this process has from a broker; `new` makes it for the first caller."""
-    with _leases_lock:
-        if broker not in _leases:
-            _leases[broker] = new()
-            atexit.register(_leases[broker].end, FLUSH_S)
-        return _leases[broker]
-
-
-def postpone(delivery_tag: str, delay_s: float, *, counts: bool = False) -> None:
-    """Let a message that this process holds wait for `delay_s` seconds, once its task is rejected.
-
-    `counts`: nobody chose that it comes back, as after a worker's death. There is a limit to that.
-
-    Celery's Reject alone would deliver it again at once, in a loop. While it waits it stays registered as
-    held, so that nothing is lost whoever is killed, and any worker fetches it afterwards. The tag of a
-    running task is `task.request.properties["delivery_tag"]`.
-    """
-    with _leases_lock:
-        for lease in _leases.values():
-            lease.postpone(delivery_tag, delay_s, counts=counts)
-
-
-def set_aside_held(delivery_tag: str, reason: str) -> None:
-    """Set a message aside that this process holds: its job cannot be read. Celery may acknowledge it then."""
-    with _leases_lock:
-        for lease in _leases.values():
-            lease.set_aside(delivery_tag, reason)
-
-
-def _forget_leases() -> None:
-    """After a fork: the child has the parent's leases, but not its threads."""
-    for lease in _leases.values():
-        atexit.unregister(lease.end)
-    _leases.clear()
-
-
-os.register_at_fork(after_in_child=_forget_leases)

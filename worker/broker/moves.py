@@ -52,6 +52,19 @@ class SetAside:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """A held message for which nothing is left to do, if its job's record says so: see `acknowledge.lua`."""
+
+    #: Keys of the record, and of the job's attempts.
+    records: tuple[str, str]
+    #: The message as its claim names it: its id, "/", the tag under which it is held.
+    message: str
+    #: The message as it was found, and its queue.
+    raw: bytes
+    queue: str
+
+
+@dataclass(frozen=True)
 class Parked:
     """A held message of a newer version goes, as it is, to where workers that read it look."""
 
@@ -69,7 +82,7 @@ class Wait:
 
 
 #: What is to be done with a message that is no longer held: None is an acknowledgement.
-Unsent = Move | SetAside | Parked | Wait | None
+Unsent = Move | SetAside | Parked | Wait | Recorded | None
 
 
 def given_back(

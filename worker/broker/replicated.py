@@ -37,4 +37,6 @@ class ReplicatedPuts(stock.Channel):
             pipe.wait(self.wait_replicas, max(1, int(1_000 * self.wait_s)))
             have_it = int(pipe.execute()[-1])
         if have_it < self.wait_replicas:
+            # Perhaps it is no primary any more: the next try asks the sentinels.
+            self.pool.disconnect(inuse_connections=False)
             raise QueueError(too_few_replicas(have_it, self.wait_replicas))

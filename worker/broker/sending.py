@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from worker.broker.layout import Layout
-from worker.broker.moves import LAST, Move, Parked, SetAside, Unsent, Wait
-from worker.broker.scripts import MOVE, POSTPONE, SET_ASIDE
+from worker.broker.moves import LAST, Move, Parked, Recorded, SetAside, Unsent, Wait
+from worker.broker.scripts import ACKNOWLEDGE, MOVE, POSTPONE, SET_ASIDE
 from worker.broker.transport import UNDECODABLE_MAX, UNDECODABLE_TTL_S, unreadable
 from worker.contract.refusals import code_of
 
@@ -51,6 +52,13 @@ def send_move(
         case Parked():
             pipeline.sadd(layout.parked, move.key)
             pipeline.eval(MOVE, 3, *held, move.key, tag, score, LAST, move.message)
+
+
+def send_recorded(pipeline: Any, layout: Layout, recorded: Mapping[str, Recorded]) -> None:
+    """Queue the command that acknowledges messages by their jobs' records; its answer are the other tags."""
+    keys = [layout.index, layout.unacked, *(key for each in recorded.values() for key in each.records)]
+    words = [word for tag, each in recorded.items() for word in (tag, each.message)]
+    pipeline.eval(ACKNOWLEDGE, len(keys), *keys, *words)
 
 
 def send_wait(pipeline: Any, layout: Layout, tag: str, wait: Wait, lease_s: float) -> None:

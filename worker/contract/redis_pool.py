@@ -23,6 +23,32 @@ from worker.contract.redis_url import RedisURL
 SENTINEL_TIMEOUT_S = 1.0
 
 
+class _AsksAgain:
+    """A connection of redis-py to the primary that sentinels name, which asks them each time it connects.
+
+    redis-py's own asks when the pool hands it out. Where it is lost under a command that is sent again, it
+    goes back to the address of before: to a primary that is dead, or a replica now, for as long as the
+    command is repeated.
+    """
+
+    _sock: Any
+    connect: Any
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send a command; connect first where the connection was lost."""
+        if not self._sock:
+            self.connect()
+        super().send_packed_command(command, check_health)  # type: ignore[misc]
+
+
+class ToPrimary(_AsksAgain, redis.sentinel.SentinelManagedConnection):
+    """A connection to the primary."""
+
+
+class ToPrimaryTLS(_AsksAgain, redis.sentinel.SentinelManagedSSLConnection):
+    """The same over TLS."""
+
+
 class Sentinels(redis.sentinel.Sentinel):
     """redis-py's sentinels, but all are asked. Where they want a password, they get Redis' user and password.
 
@@ -104,7 +130,8 @@ def pool(redis_url: str, **options: Any) -> redis.ConnectionPool:
         once = Retry(NoBackoff(), 0)
         kwargs = {**sentinel_arguments(arguments), "ssl": url.is_tls, "retry": once}
         sentinels = Sentinels(url.hosts, sentinel_kwargs=kwargs, **arguments)
-        return redis.sentinel.SentinelConnectionPool(url.service, sentinels, ssl=url.is_tls, **arguments)
+        arguments["connection_class"] = ToPrimaryTLS if url.is_tls else ToPrimary
+        return redis.sentinel.SentinelConnectionPool(url.service, sentinels, **arguments)
     if url.scheme == "unix":
         kind: Any = redis.UnixDomainSocketConnection
     else:

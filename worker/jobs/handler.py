@@ -2,8 +2,8 @@
 
     message ─► claim ─► in the bucket already? ─► engine ─► encode ─► put ─► done mark ─► acknowledgement
 
-The message is acknowledged when `handle` returns, so whatever kills the process before that leaves the job
-in Redis for another worker. What happens after a failure:
+The message is acknowledged when `handle` has returned, so whatever kills the process before that leaves the
+job in Redis for another worker. What happens after a failure:
 
     the job's or the caller's fault   decided by `worker.jobs.retry_policy`
     the machine's fault               the message goes back to the queue: `MachineError` leaves `handle`
@@ -22,6 +22,7 @@ import json
 import logging
 import random
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -52,11 +53,23 @@ from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.quarantine import Quarantine
 from worker.jobs.retry_policy import RetryPolicy, Verdict
 from worker.jobs.storage_retry import StorageRetry
+from worker.state.keys import attempts_key, job_key
 from worker.state.records import Claim, Records
 from worker.state.redis_client import RedisError
 from worker.storage.bucket import Bucket
 
 logger = logging.getLogger("smallcat.jobs")
+
+
+@dataclass(frozen=True)
+class Handled:
+    """What is to be done with a message that was handled."""
+
+    #: Keys of the job's record, which says that nothing is left to do, and of its attempts; none where no
+    #: record is left that could.
+    records: tuple[str, str] | None
+    #: Seconds until the message must come back for the job's next attempt; None: it is acknowledged.
+    delay_s: float | None = None
 
 
 class JobHandler:
@@ -105,12 +118,11 @@ class JobHandler:
         self._quarantine.stop()
         self.access.end()
 
-    def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> float | None:
+    def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> Handled:
         """Do the job in `payload`, or record why not.
 
-        Returns None when its message can be acknowledged, or the seconds after which it must come back for
-        the job's next attempt. Raises `MachineError` where the message must go back to the queue, and
-        `InvalidJobError` where nothing can be read in it. `redelivered`: the message was fetched before.
+        Raises `MachineError` where the message must go back to the queue, and `InvalidJobError` where nothing
+        can be read in it. `redelivered`: the message was fetched before.
         """
         try:
             message = Message.parse(payload)
@@ -132,7 +144,7 @@ class JobHandler:
                     self._records.give_back(message.id, message_id)
                 raise
 
-    def _attempt(self, message: Message, message_id: str) -> float | None:
+    def _attempt(self, message: Message, message_id: str) -> Handled:
         """As `handle`, for a message that can be read."""
         claim, attempt, queued_s = self._records.claim(
             message.job,
@@ -144,18 +156,17 @@ class JobHandler:
             run=message.run,
             is_stored=lambda: self._is_stored(message),
         )
-        if claim in (Claim.TAKEN, Claim.FINAL):
+        keys = job_key(message.id), attempts_key(message.id)
+        if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED):
             metrics.JOBS.labels("taken").inc()
-            return None
+            return Handled(None if claim is Claim.DROPPED else keys)
+        delay_s = None
         with self._in_flight.hold(message.id):
             try:
-                if claim is Claim.POISON:
-                    raise self._policy.poison(attempt)
-                metrics.QUEUED.observe(queued_s)
-                self._complete(message, attempt, queued_s)
+                self._complete(message, attempt, queued_s, may_render=claim is Claim.RENDER)
             except SmallcatError as error:
-                return self._after_failure(message.id, message_id, attempt, error)
-        return None
+                delay_s = self._after_failure(message.id, message_id, attempt, error)
+        return Handled(keys, delay_s)
 
     def _is_stored(self, message: Message) -> bool:
         """Whether the bucket has the picture of a job whose record says so; True where nobody can tell."""
@@ -164,15 +175,21 @@ class JobHandler:
         except StorageError:
             return True
 
-    def _complete(self, message: Message, attempt: int, queued_s: float) -> None:
+    def _complete(self, message: Message, attempt: int, queued_s: float, *, may_render: bool) -> None:
         """Put the job's picture into the bucket, unless it is there, and mark the job done.
 
+        `may_render`: whether an attempt is left. A picture that is in the bucket answers the job even so: its
+        worker may have died after it was put there, or Redis may have lost that it was.
         Raises `SmallcatError`.
         """
+        if may_render:
+            metrics.QUEUED.observe(queued_s)
         job = self._resolved(message.job)
         stored = self._retry_storage(message.id, lambda: self._bucket.find(message.id, job.format))
         if stored is not None and self._answer_from(message, job, stored, queued_s):
             return
+        if not may_render:
+            raise self._policy.poison(attempt)
         started_s = time.monotonic()
         rendered: Rendered = self._engine.submit(message.id, job).result()
         rendered_s = time.monotonic()

@@ -24,7 +24,7 @@ local message, me, worker, lease, max_attempts, ttl, job, queue, delivery, run, 
 local time = tonumber(now())
 if drop_if_run_is_cancelled(KEYS[1], message, run) then
   redis.call('DEL', KEYS[2])
-  return {'final', 0, 0}
+  return {'dropped', 0, 0}
 end
 local state, cancel, named, named_until, tried, died, submitted_at, runs, cancelled_at =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'claim', 'claim_until', 'attempts', 'deaths', 'submitted_at',

@@ -37,10 +37,11 @@ from worker.contract.metadata.job_from_image import read_infotext
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.engine.engine import Engine
-from worker.jobs.handler import JobHandler
+from worker.jobs.handler import Handled, JobHandler
 from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.retry_policy import Backoff
 from worker.state.failures import Failures
+from worker.state.keys import attempts_key, job_key
 from worker.state.records import Records
 from worker.state.redis_client import RedisError, connect
 from worker.storage.bucket import Bucket
@@ -97,8 +98,12 @@ class Worker:
         self.records.submitted(job, queue_of(job))
 
     def begin(self, job: Job, message_id: str = "m1", **options: Any) -> Future[float | None]:
-        """Handle a message for `job` on a thread of the pool."""
-        return self._pool.submit(self.handler.handle, payload_of(job), message_id, **options)
+        """Handle a message for `job` on a thread of the pool: seconds until it comes back."""
+
+        def handle() -> float | None:
+            return self.handler.handle(payload_of(job), message_id, **options).delay_s
+
+        return self._pool.submit(handle)
 
     def handle(self, job: Job, message_id: str = "m1", **options: Any) -> float | None:
         return self.begin(job, message_id, **options).result(SOON_S)
@@ -409,6 +414,32 @@ def test_what_an_encoder_raises_is_the_jobs_own_failure(
     record = worker.records.get(JOB.id)
     assert (record.state, record.error_type) == (State.FAILED, RenderError.__name__)
     assert "EXIF data is too long" in (record.error or "")
+
+
+def test_a_picture_in_the_bucket_answers_a_job_whose_attempts_are_used_up(
+    worker: Worker, client: Redis
+) -> None:
+    """Each worker died after it had put the picture, or Redis lost that the job was done."""
+    worker.handle(JOB)
+    client.delete(job_key(JOB.id))
+    worker.submit(JOB)
+    for _ in range(3):
+        worker.records.claim(JOB, "m2", worker="dead", lease_s=30, max_attempts=3, queue="q")
+    assert worker.handle(JOB, "m2", redelivered=True) is None
+    record = worker.records.get(JOB.id)
+    assert (record.state, record.cached, record.error) == (State.DONE, True, None)
+
+
+def test_who_acknowledges_is_told_which_record_says_so(worker: Worker, client: Redis) -> None:
+    payload = payload_of(JOB)
+    records = job_key(JOB.id), attempts_key(JOB.id)
+    assert worker.handler.handle(payload, "m1") == Handled(records)
+    assert worker.handler.handle(payload, "m2") == Handled(records)
+    client.hset("smallcat:run:r", mapping={"fed": 1, "ttl": 60, "cancelled": 1})
+    other = job_of(6)
+    run = payload_of(other) | {"run": "r:0:0:0:1"}
+    assert worker.handler.handle(run, "m3") == Handled(None)
+    assert not client.exists(job_key(other.id))
 
 
 def test_a_job_that_was_in_flight_at_every_death_is_poison(worker: Worker, client: Redis) -> None:
