@@ -40,8 +40,8 @@ local: setup  ## Run a queue, a bucket and one worker until Ctrl-C, to try thing
 test: lint  ## Run all checks: style, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-services: $(SERVICES)  ## Run tests on more S3 and Redis servers
-	$(BIN)/python -m pytest -m services tests/worker/storage tests/worker/jobs tests/integration
+test-services: $(SERVICES)  ## Run tests on more S3 and Redis servers, and with Sentinel
+	$(BIN)/python -m pytest -m services tests/worker/storage tests/worker/jobs tests/integration tests/faults
 
 # s3rver is a program for node, and is left out where there is no npm.
 $(SERVICES): $(READY)

@@ -76,6 +76,8 @@ class Ingest:
         self._tag = _tag_of_process()
         self._tags = 0
         self._items: Iterator[Planned | Rejected] | None = None
+        #: The run's cursor, as this process has moved it.
+        self._cursor = ""
         self._rejected = 0
         self._rejects: Rejects | None = None
         self._received_at = self._counted_at = 0.0
@@ -155,22 +157,12 @@ class Ingest:
 
     def _feed_until_over(self, journal: Journal) -> Outcome:
         status = self.run.status()
-        start = Cursor.read(status.cursor)
-        self._rejected = status.rejected
-        own = OwnFiles.read(self.run.noted(REJECTED_FILES), status.rejected)
-        self._rejects = Rejects(
-            self._plan.sources,
-            start,
-            own,
-            lambda files: self.run.note(REJECTED_FILES, files),
-            self._display.notice,
-        )
+        self._go_to(status)
         if status.is_over and self.run.noted("manifest") == manifest_path.fingerprint(self._manifest):
             if not self._downloads and not self.run.outcomes():
                 return self._outcome("finished", status, journal)
             if self._manifest.suffix.lower() != ".csv":
                 journal.adopt(self._manifest, [each.name for each in self._plan.sources])
-        self._items = self._plan.items(self._pinned.resolve, start, self._display.notice)
         if self._downloads:
             if status.is_over:
                 jobs = self._plan.items(self._pinned.resolve)
@@ -183,6 +175,22 @@ class Ingest:
         if state == "finished":
             self._finish(journal)
         return self._outcome(state, status, journal)
+
+    def _go_to(self, status: Status) -> None:
+        """Read the files from the run's cursor on."""
+        start = Cursor.read(status.cursor)
+        self._cursor, self._rejected = status.cursor, status.rejected
+        if self._rejects:
+            self._rejects.close()
+        own = OwnFiles.read(self.run.noted(REJECTED_FILES), status.rejected)
+        self._rejects = Rejects(
+            self._plan.sources,
+            start,
+            own,
+            lambda files: self.run.note(REJECTED_FILES, files),
+            self._display.notice,
+        )
+        self._items = self._plan.items(self._pinned.resolve, start, self._display.notice)
 
     def _turn(self, journal: Journal) -> str | None:
         """Poll the run once and act on it. Returns how the call ends, or None while it goes on."""
@@ -217,6 +225,9 @@ class Ingest:
     # Sending.
 
     def _send_window(self, status: Status, room: int) -> None:
+        if status.cursor != self._cursor:
+            self._display.notice("Redis has lost the jobs that were sent last: they are sent again.")
+            self._go_to(status)
         assert self._items is not None  # noqa: S101 - made before the first poll
         messages: list[tuple[str, str]] = []
         cursor, total = status.cursor, None
@@ -234,6 +245,7 @@ class Ingest:
             else:
                 messages.append(self._message(each, status.fed + len(messages), at, ""))
         self.run.feed(status.fed, messages, cursor, total, self._rejected)
+        self._cursor = cursor
 
     def _reject(self, rejected: Rejected) -> None:
         assert self._rejects is not None  # noqa: S101 - made before the first poll

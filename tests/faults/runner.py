@@ -3,7 +3,8 @@
 name verb:argument verb:argument ...
 
 sleep:SECONDS   its last step comes so much later
-hold:PATH       its last step comes when PATH exists
+hold:PATH       its last step comes when PATH exists. It keeps its row meanwhile, as any scheduled job does:
+                as many of them as there are rows let no other job take a step
 steps take FAULTS_STEP_S seconds (default 0), whatever their rows
 raise:KIND@WHERE    KIND in prepare, step or decode: Exception, SystemExit, MemoryError, OutOfMemoryError
 nan:            its latents are not finite

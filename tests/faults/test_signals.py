@@ -48,25 +48,36 @@ def ended_in(worker: FaultWorker) -> float:
 @pytest.mark.parametrize("number", [signal.SIGHUP, *map(slow, (signal.SIGTERM, signal.SIGINT))])
 def test_a_signal_lets_jobs_end_and_gives_the_rest_back(ground: Ground, number: signal.Signals) -> None:
     """To the whole group, as a terminal sends it."""
-    worker = ground.worker(settings={"SMALLCAT_DRAIN_S": str(DRAIN_S)})
-    short = ground.submit(2, "sleep:1")
+    worker = ground.worker(rows=8, settings={"SMALLCAT_DRAIN_S": str(DRAIN_S)})
+    short = ground.submit(4, "sleep:1")
     with ground.holding() as hold:
-        held = ground.submit(2, hold)
+        held = ground.submit(4, hold)
         ground.journal.wait_for("start", [*short, *held])
         send(worker, number, group=True)
         took_s = ended_in(worker)
     assert set(ground.journal.count("put")) == set(short)
     assert took_s < DRAIN_S + REST_S
-    assert ground.states(held) == {"queued": 2}
+    assert ground.states(held) == {"queued": 4}
     # A give-back is one line.
     given_back = [line for line in worker.output().splitlines() if "goes back to its queue" in line]
-    assert len(given_back) == 2
+    assert len(given_back) == 4
     for job_id in held:
         assert sum(job_id in line for line in worker.output().splitlines()) == 1
     ground.worker()
     found = oracle.settle(ground)
-    assert found.renders_over == 2
+    assert found.renders_over == 4
     assert ground.redis.hget(f"smallcat:job:{held[0]}", "attempts") == "1"
+
+
+def test_all_that_a_worker_has_in_flight_ends_while_it_drains(ground: Ground) -> None:
+    """Twice as many jobs as rows, which take turns."""
+    worker = ground.worker(rows=4, settings={"SMALLCAT_DRAIN_S": str(DRAIN_S)})
+    ids = ground.submit(8, "sleep:1")
+    ground.journal.wait_for("start", ids)
+    send(worker, signal.SIGTERM)
+    assert ended_in(worker) < DRAIN_S
+    assert set(ground.journal.count("put")) == set(ids)
+    assert ground.states(ids) == {"done": 8}
 
 
 @pytest.mark.parametrize(

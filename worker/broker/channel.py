@@ -39,7 +39,7 @@ class Channel(Fetching, ReplicatedPuts, OwnNames):
     QoS = QoS
     #: How a message is read, as `read_message`.
     reader: Any = staticmethod(read_message)
-    from_transport_options: Any = (*stock.Channel.from_transport_options, "reader")
+    from_transport_options: Any = (*ReplicatedPuts.from_transport_options, "reader")
     visibility_timeout: Any = LEASE_S
     unacked_restore_interval = 2
     unacked_restore_limit: Any = 1000

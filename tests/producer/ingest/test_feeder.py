@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli.ingest_display import QuietDisplay
@@ -184,6 +185,39 @@ def test_killed_at_any_call_and_run_again_is_each_line_once(
     assert [each["line"] for each in rejected] == [n + 1 for n in range(60) if not n % 5]
     assert rejected[0]["field"] == "prompt"
     assert "U+0000" in rejected[0]["reason"]
+
+
+@pytest.mark.parametrize("lost", [1, 2, 4])
+def test_what_redis_forgets_of_a_run_is_sent_again(
+    drain: Drain, valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """As a replica that becomes the primary: messages and cursor are those of some moments ago."""
+    fed = Run.feed
+    kept: dict[bytes, Any] = {}
+    calls: list[int] = []
+
+    def feed(run: Run, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            kept.update({key: raw.dump(key) for key in raw.scan_iter()})
+        fed(run, *args)
+        if len(calls) == 2 + lost:
+            raw.flushdb()
+            for key, text in kept.items():
+                raw.restore(key, 600_000, text)
+        elif len(calls) > 2 + lost or len(calls) < 3:
+            drain.all()
+
+    raw = redis.Redis.from_url(valkey.url)
+    monkeypatch.setattr(Run, "feed", feed)
+    lines = "".join(f"cat {n}\n" if n % 7 else "cat --width 3\n" for n in range(100))
+    outcome = ingest(lines, max_queued=200)
+    monkeypatch.setattr("producer.ingest.feeder.WINDOW", 10)
+    ended = outcome()
+    assert (ended.state, ended.done, ended.rejected) == ("finished", 85, 15)
+    assert sorted({number for number, _ in drain.seen}) == list(range(85))
+    assert [line["prompt"] for line in manifest()] == [f"cat {n}" for n in range(100) if n % 7]
+    assert len(Path("p.txt.rejected.jsonl").read_text().splitlines()) == 15
 
 
 def test_messages_that_are_gone_are_sent_again(drain: Drain) -> None:
