@@ -355,5 +355,3 @@ class Lease:
         now = monotonic()
         recent = self._renewed_at is not None and now - self._renewed_at <= self._timeout_s / 2
         return recent and now >= self._sweep_not_before
-
-
