@@ -340,6 +340,7 @@ def _send(now: Session, job: Job) -> JobHandle:
         except QueueError:
             if time.monotonic() >= deadline:
                 raise
+            now.reconnect()
             time.sleep(0.2)
 
 

@@ -134,6 +134,10 @@ class Session:
 
         return queue_errors(self.settings.redis_url)
 
+    def reconnect(self) -> None:
+        """Close idle connections to Redis: with Sentinel, the next ones go to the primary of then."""
+        self.redis.connection_pool.disconnect(inuse_connections=False)
+
     def one_retry(self, seconds: float | None = None) -> AbstractContextManager[object]:
         """All commands inside together are sent again for at most `seconds`; None: `redis_retry_s`."""
         from worker.state.redis_client import within

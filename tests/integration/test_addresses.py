@@ -148,6 +148,20 @@ def test_a_command_that_is_sent_again_goes_to_the_primary_of_then(
     assert new.client().get("count") == b"1"
 
 
+def _replace_while_it_waits(old: Server, primaries: list[Server]) -> None:
+    """Replace `old` once a client of it waits for replicas, and let that wait end as by its time limit."""
+    client = old.client(decode_responses=True)
+    waits: list[str] = []
+
+    def found() -> bool:
+        waits[:] = [each["id"] for each in client.client_list() if each["cmd"] == "wait"]
+        return bool(waits)
+
+    wait_until("a client waits", found)
+    primaries.remove(old)
+    client.client_unblock(int(waits[0]))
+
+
 def test_a_submission_that_no_replica_confirms_goes_to_the_primary_of_then(
     replaced: list[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,9 +172,9 @@ def test_a_submission_that_no_replica_confirms_goes_to_the_primary_of_then(
     wait_until("follows", lambda: new.client().info("replication")["connected_slaves"] == 1)
     monkeypatch.setenv("REDIS_URL", f"redis+sentinel://{HOST}:9/main/0")
     monkeypatch.setenv("SMALLCAT_WAIT_REPLICAS", "1")
-    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "5")
+    monkeypatch.setenv("SMALLCAT_SUBMIT_TIMEOUT_S", "20")
     try:
-        threading.Timer(1.0, lambda: replaced.remove(old)).start()  # While it waits for a replica.
+        threading.Thread(target=lambda: _replace_while_it_waits(old, replaced), daemon=True).start()
         assert new.client().exists(f"smallcat:job:{submit_job('a cat', seed=1).id}")
         assert old.client().exists("smallcat:queues")
     finally:

@@ -121,16 +121,13 @@ class Records:
     def replicated(self, job_id: str, replicas: int, timeout_s: float) -> int:
         """How many replicas have the job, and all that was written before; waits until they are `replicas`.
 
-        0 where the record is gone. Where they are fewer, idle connections are closed: with Sentinel the next
-        ones go to the primary of then. `timeout_s`: seconds, less than the client waits for an answer.
+        0 where the record is gone. `timeout_s`: seconds, less than the client waits for an answer.
         """
         with self._redis.pipeline(transaction=False) as pipe:
             # WAIT is about what its own connection has written: all that is older is replicated before it.
             pipe.expire(job_key(job_id), self._ttl_s)
             pipe.wait(replicas, max(1, int(1_000 * timeout_s)))
             is_there, have_it = pipe.execute()
-        if not is_there or have_it < replicas:
-            self._redis.connection_pool.disconnect(inuse_connections=False)
         return int(have_it) if is_there else 0
 
     def get(self, job_id: str, submission: str = "") -> JobRecord:
