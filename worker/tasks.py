@@ -48,6 +48,7 @@ from worker.jobs import metrics
 from worker.jobs.handler import JobHandler
 from worker.jobs.heartbeat import Heartbeat
 from worker.state.fleet import Fleet, WorkerInfo
+from worker.state.keys import holder_of
 from worker.state.records import Records
 from worker.state.redis_client import RedisError, check, connect, connect_until, may_come, queue_errors
 from worker.storage.bucket import Bucket
@@ -110,7 +111,7 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
         )
         delay_s = handled.delay_s
         if delay_s is None and handled.records:
-            acknowledge_by_record(tag, handled.records, message)
+            acknowledge_by_record(tag, handled.records, holder_of(message))
     except InvalidJobError as error:
         logger.error("Message %s is set aside: %s", ascii(request.id), plain(error))
         set_aside_held(tag, str(error))

@@ -713,9 +713,9 @@ def test_an_acknowledgement_is_sent_until_redis_answers(
     ("record", "holder", "is_over"),
     [
         *(({"state": state}, "", True) for state in ("done", "failed", "cancelled")),
-        ({"state": "running", "claim": "another"}, "another/tag", True),
-        ({"state": "running", "claim": "mine"}, "mine/other tag", True),
-        ({"state": "running", "claim": "mine"}, "mine/tag", False),
+        ({"state": "running", "claim": "another"}, "another copy", True),
+        ({"state": "running", "claim": "mine"}, "another copy", True),
+        ({"state": "running", "claim": "mine"}, "me", False),
         ({"state": "running", "claim": "mine"}, "", False),
         ({"state": "queued"}, "", False),
         ({}, "", False),
@@ -737,7 +737,7 @@ def test_a_message_is_acknowledged_only_if_its_record_says_so_in_the_same_step(
         client.set("record", str(record))
     if holder:
         client.hset("attempts", "claim", holder)
-    acknowledge_by_record(held.delivery_tag, ("record", "attempts"), "mine/tag")
+    acknowledge_by_record(held.delivery_tag, ("record", "attempts"), ("mine", "me"))
     held.ack()
     if not is_over:
         [again] = consumer.drain(1)
@@ -759,7 +759,7 @@ def test_the_record_s_word_counts_where_the_acknowledgement_arrives(
     consumer.channel.basic_qos(0, 1, False)
     client.delete(UNACKED, UNACKED_INDEX)
     client.lpush("r", raw)
-    acknowledge_by_record(held.delivery_tag, ("record", "attempts"), "mine/tag")
+    acknowledge_by_record(held.delivery_tag, ("record", "attempts"), ("mine", "me"))
     held.ack()
     assert consumer.channel.lease.flush(5)
     assert client.lrange("r", 0, -1) == [raw.encode()]

@@ -142,12 +142,12 @@ class Lease:
             if (held := self._held.pop(tag, None)) is not None:
                 self._enqueue({tag: held.recorded})
 
-    def acknowledge_by_record(self, tag: str, records: tuple[str, str], message: str) -> None:
+    def acknowledge_by_record(self, tag: str, records: tuple[str, str], holder: tuple[str, str]) -> None:
         """Let `acknowledge` ask the job's record whether nothing is left to do: see `Recorded`."""
         with self._changed:
             held = self._held.get(tag)
             if held is not None and held.raw is not None:
-                self._held[tag] = replace(held, recorded=Recorded(records, message, held.raw, held.queue))
+                self._held[tag] = replace(held, recorded=Recorded(records, holder, held.raw, held.queue))
 
     def postpone(self, tag: str, delay_s: float, *, counts: bool) -> None:
         """Let the message wait for `delay_s` seconds, once it is given back by `requeue`."""

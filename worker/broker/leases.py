@@ -45,16 +45,16 @@ def set_aside_held(delivery_tag: str, reason: str) -> None:
             lease.set_aside(delivery_tag, reason)
 
 
-def acknowledge_by_record(delivery_tag: str, records: tuple[str, str], message: str) -> None:
+def acknowledge_by_record(delivery_tag: str, records: tuple[str, str], holder: tuple[str, str]) -> None:
     """Let a message that this process holds be acknowledged only if its job's record says that it is over.
 
     `records`, the keys of the job's record and of its attempts, are read in the step that acknowledges. What
     was written there before, on a primary that has died since, may never have reached the replica that is the
-    primary now; the message is delivered again then. `message` is the message as its claim names it.
+    primary now; the message is delivered again then. `holder`: see `Recorded`.
     """
     with _lock:
         for lease in _leases.values():
-            lease.acknowledge_by_record(delivery_tag, records, message)
+            lease.acknowledge_by_record(delivery_tag, records, holder)
 
 
 def _forget() -> None:

@@ -57,8 +57,8 @@ class Recorded:
 
     #: Keys of the record, and of the job's attempts.
     records: tuple[str, str]
-    #: The message as its claim names it: its id, "/", the tag under which it is held.
-    message: str
+    #: The message's id, and who it is as the job's holder.
+    holder: tuple[str, str]
     #: The message as it was found, and its queue.
     raw: bytes
     queue: str

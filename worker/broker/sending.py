@@ -57,7 +57,7 @@ def send_move(
 def send_recorded(pipeline: Any, layout: Layout, recorded: Mapping[str, Recorded]) -> None:
     """Queue the command that acknowledges messages by their jobs' records; its answer are the other tags."""
     keys = [layout.index, layout.unacked, *(key for each in recorded.values() for key in each.records)]
-    words = [word for tag, each in recorded.items() for word in (tag, each.message)]
+    words = [word for tag, each in recorded.items() for word in (tag, *each.holder)]
     pipeline.eval(ACKNOWLEDGE, len(keys), *keys, *words)
 
 
