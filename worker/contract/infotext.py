@@ -21,6 +21,7 @@ from typing import Any
 from PIL import ExifTags
 
 from worker.contract.errors import InvalidJobError
+from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.metadata.a1111_text import pairs_of, split
@@ -70,6 +71,10 @@ _HARMLESS = frozenset(
         ),
     )
 )
+#: Keys of pictures that began with another one, beside the denoising strength.
+_OTHER_START = frozenset(("Mask blur", "Masked area padding", "Inpaint area", "Masked content", "Init image"))
+#: What is left out and is as a job does it.
+_NEUTRAL = frozenset(("Clip skip: 1", "Operations: txt2img"))
 #: The type of each of Civitai's resources.
 _RESOURCE = re.compile(r'"type": ?"(\w{1,30})"')
 #: What is never part of a prompt that was read rightly.
@@ -118,9 +123,30 @@ def read_fields(text: str) -> Reading:
             'put them on a last line that begins with "Steps: ".'
         )
     resources = set(_RESOURCE.findall(pairs.pop("Civitai resources", ""))) - {"checkpoint", "Checkpoint"}
+    _refuse_other_start(pairs)
     left = [f"Civitai resources: {each}" for each in sorted(resources)]
-    left += [each for each in left_out(pairs, _READ, _HARMLESS) if each != "Clip skip: 1"]
+    left += [each for each in left_out(pairs, _READ, _HARMLESS) if each not in _NEUTRAL]
     return Reading(_prompts(prompt, negative) | _job_fields(pairs, is_ours=False), tuple(left))
+
+
+def _refuse_other_start(pairs: Mapping[str, str]) -> None:
+    """Raise `InvalidJobError` where the picture began with another one: image to image, or inpainting.
+
+    AUTOMATIC1111 writes a denoising strength for these, and for hires fix, with keys of its own beside it;
+    SD.Next names the operation.
+    """
+    operations = pairs.get("Operations", "").casefold()
+    start = next((name for name in pairs if name in _OTHER_START), None)
+    if start is None and any(each in operations for each in ("img2img", "inpaint", "outpaint")):
+        start = "Operations"
+    is_second_pass = any(name.startswith(("Hires", "First pass size", "HiRes")) for name in pairs)
+    if start is None and "Denoising strength" in pairs and not is_second_pass:
+        start = "Denoising strength"
+    if start is not None:
+        raise InvalidJobError(
+            f"The infotext has {start}: {short(pairs[start])}, so the picture began with another one: a job "
+            "begins with noise alone."
+        )
 
 
 def _prompts(prompt: str, negative: str) -> dict[str, Any]:

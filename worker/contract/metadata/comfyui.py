@@ -73,7 +73,8 @@ class _Graph:
         }
         self._one_pass(sampler, fields["steps"], is_advanced=is_advanced)
         fields |= self._size(sampler)
-        self.left += [self._class(name) for name in self._reached() if self._class(name) not in _KNOWN | {""}]
+        reached = (self._class(name) for name in self._reached(sampler))
+        self.left += [each for each in reached if each not in _KNOWN | {""}]
         return Reading(fields, tuple(self.left))
 
     def _class(self, name: str) -> str:
@@ -105,10 +106,15 @@ class _Graph:
             left += new
         return found
 
-    def _reached(self) -> list[str]:
-        """The nodes that some saved picture is made from, but those that were read; all without such."""
+    def _reached(self, sampler: str = "") -> list[str]:
+        """The nodes that some saved picture is made from, but those that were read; all without such.
+
+        Also those that the `sampler` takes from: nodes of others save pictures, too.
+        """
         saved = [name for name in self.nodes if self._class(name) in ("SaveImage", "PreviewImage")]
         found = set().union(*map(self._above, saved[:20])) if saved else set(self.nodes)
+        if sampler:
+            found |= self._above(sampler)
         return [name for name in self.nodes if name in found - self.used]
 
     def _sampler(self) -> str:

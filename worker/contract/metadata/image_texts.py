@@ -192,7 +192,8 @@ def _other(data: bytes) -> Iterator[Text]:
         with Image.open(io.BytesIO(data)) as image:
             info = image.info
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise what they like.
-        raise _no_picture(str(error)[:200]) from None
+        # Pillow shows the object that it was given.
+        raise _no_picture(str(error).partition(" <_io")[0][:200]) from None
     if isinstance(block := info.get("exif"), bytes):
         yield from _exif(block)
     if isinstance(packet := info.get("xmp"), bytes):

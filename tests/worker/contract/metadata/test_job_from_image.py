@@ -720,3 +720,66 @@ def test_what_a_job_cannot_say_goes_with_it_in_its_metadata() -> None:
     many = ", ".join(f"Key {number}: {'z' * 200}" for number in range(500))
     with pytest.warns(UserWarning, match="and 4"):
         assert len(job_from_image(png({"parameters": f"{plain}, {many}"})).metadata["left_out"]) == 30
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("Denoising strength: 0.75", "Denoising strength"),
+        ("Denoising strength: 0.75, Mask blur: 4", "Mask blur"),
+        ("Denoising strength: 0.75, Inpaint area: Only masked, Masked area padding: 32", "Inpaint area"),
+        ("Operations: img2img, Denoising strength: 0.3", "Operations"),
+        ("Operations: txt2img; inpaint", "Operations"),
+    ],
+)
+def test_a_picture_that_began_with_another_one_is_no_job(more: str, named: str) -> None:
+    """AUTOMATIC1111 1.10 (processing.py, img2img and inpainting), SD.Next's operations."""
+    text = f"a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512, {more}"
+    with pytest.raises(InvalidJobError, match=f"{named}: .* began with another one"):
+        job_from_image(png({"parameters": text}))
+
+
+@pytest.mark.parametrize(
+    "more", ["Denoising strength: 0.7, Hires upscale: 2", "Denoising strength: 0.7, First pass size: 0x0"]
+)
+def test_hires_fix_has_a_denoising_strength_too_and_is_named(more: str) -> None:
+    text = f"a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512, {more}"
+    with pytest.warns(UserWarning, match="Denoising strength"):
+        assert job_from_image(png({"parameters": text})).steps == 20
+
+
+def test_nodes_that_lead_to_the_sampler_are_named_whatever_node_saves_the_picture() -> None:
+    """As with a custom node that saves, and a PreviewImage of something else."""
+    graph = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x"}},
+        "2": {"class_type": "LoraLoader", "inputs": {"model": ["1", 0], "clip": ["1", 1]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["2", 1]}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 512, "batch_size": 1}},
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                "seed": 5,
+                "steps": 20,
+                "cfg": 7,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "denoise": 1,
+                "model": ["2", 0],
+                "positive": ["3", 0],
+                "negative": ["3", 0],
+                "latent_image": ["4", 0],
+            },
+        },
+        "6": {"class_type": "Image Save", "inputs": {"images": ["5", 0]}},
+        "7": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
+        "8": {"class_type": "LoadImage", "inputs": {"image": "x.png"}},
+    }
+    with pytest.warns(UserWarning, match="LoraLoader"):
+        assert job_from_image(png({"prompt": json.dumps(graph)})).seed == 5
+
+
+@pytest.mark.parametrize("data", [b"hello", b"", b"GIF89a...."])
+def test_what_is_no_picture_is_one_sentence_without_python_in_it(data: bytes) -> None:
+    with pytest.raises(InvalidJobError, match=r"That is no picture that can be read") as error:
+        job_from_image(data)
+    assert "object at" not in str(error.value)
