@@ -1,0 +1,73 @@
+"""The HTTP API with the Redis user of `deploy/redis-http.acl`: it serves, and makes no keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.embedded.stack import Stack
+from tests.producer.http.conftest import Api, fast_worker
+from tests.producer.http.test_events import Stream
+from tests.producer.http.test_runs import finished, upload
+from worker.state.redis_client import RedisError, connect
+from worker.state.shared_scripts import load
+
+DEPLOY = Path(__file__).parents[3] / "deploy"
+PASSWORD = "a-password"
+
+
+def words(line: str) -> list[str]:
+    """The rules of an ACL file's line: a selector in parentheses is one."""
+    found: list[str] = []
+    for word in line.split():
+        if found and found[-1].startswith("(") and not found[-1].endswith(")"):
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
+
+
+@pytest.mark.timeout(150)
+def test_its_own_redis_user_is_enough_and_makes_no_keys(new_stack: Callable[..., Stack]) -> None:
+    stack = new_stack(workers=0, http=True)
+    assert stack.http is not None
+    with connect(stack.valkey.url, 2) as client:
+        load(client)
+        for name in ("redis-http.acl", "redis-producer.acl"):
+            rules = words((DEPLOY / name).read_text().replace("PASSWORD", PASSWORD))
+            client.execute_command("ACL", "SETUSER", *rules[1:])
+    where = f"@127.0.0.1:{stack.valkey.port}/0"
+    url = f"redis://http:{PASSWORD}{where}"
+    stack.http._variables = lambda: {**os.environ, **stack._servers, "REDIS_URL": url}
+    stack.http.restart()
+    api = Api(stack, stack.http.url, stack.http.key)
+    worker = fast_worker(stack)
+    try:
+        job = api.call("POST", "/v1/jobs", {"prompt": "a"}, headers={"Idempotency-Key": "k"}).json
+        assert api.call("POST", "/v1/jobs", {"prompt": "a"}, headers={"Idempotency-Key": "k"}).json == job
+        stream = Stream(api, job["links"]["events"])
+        while (event := stream.next()) is not None and event["event"] != "done":
+            pass
+        assert event is not None
+        assert api.call("GET", job["links"]["image"]).status == 307
+        assert api.call("DELETE", job["links"]["self"]).status == 200
+        assert api.call("GET", "/v1/jobs").status == api.call("GET", "/v1/fleet").status == 200
+        assert finished(api, upload(api, b"a cat\n").json)["done"] == 1
+        assert api.call("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "fast"}).status == 200
+        assert api.call("POST", "/sdapi/v1/txt2img", {"prompt": "a"}).status == 200
+        assert api.call("GET", "/readyz").status == 200
+    finally:
+        worker.kill()
+        worker.wait()
+    for user in ("http", "producer"):
+        with connect(f"redis://{user}:{PASSWORD}{where}", 0) as client:
+            for command in (
+                ("HSET", "smallcat:http:keys", "x", "y"),
+                ("HGETALL", "smallcat:http:keys"),
+                ("DEL", "smallcat:http:keys"),
+            ):
+                with pytest.raises(RedisError, match=r"(?i)permission"):
+                    client.execute_command(*command)
