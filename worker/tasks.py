@@ -64,6 +64,8 @@ T = TypeVar("T")
 
 #: Connections to the bucket that are kept open, at most: a worker of the largest batch has so many slots.
 STORAGE_CONNECTIONS = 640
+#: Connections to Redis that the jobs share, at most: each uses one for a millisecond, a few times.
+REDIS_CONNECTIONS = 2
 #: Exit code of a worker whose engine was lost, from sysexits.h.
 EX_SOFTWARE = 70
 #: Seconds until a message that failed for an unknown reason is fetched again.
@@ -193,7 +195,7 @@ def _assemble(name: str) -> _Process:
     refusal_log.where = hidden(settings.redis_url)
     stop_waiting = threading.Event()
     # A job outlives a Redis that is away, for as long as it takes.
-    client = connect_until(settings.redis_url, stop_waiting)
+    client = connect_until(settings.redis_url, stop_waiting, REDIS_CONNECTIONS)
     bucket = _services(settings)
     runner = _warm_runner(settings)
     engine = Engine(

@@ -52,6 +52,8 @@ class Channel(Fetching, ReplicatedPuts, OwnNames):
         self._receivers: dict[str, tuple[bool, Callable[[Any], Any]]] = {}
         self._lease: Lease | None = None
         super().__init__(*args, **kwargs)
+        # kombu has asked whether Redis is there; only a channel that consumes uses that connection again.
+        self.async_pool.disconnect(inuse_connections=False)
 
     # Consumers.
 
@@ -59,6 +61,7 @@ class Channel(Fetching, ReplicatedPuts, OwnNames):
         """Consume from a queue; messages of one with `no_ack` are gone once fetched, as with kombu."""
         result = super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
         self._leave_rooms()
+        self.pool.disconnect(inuse_connections=False)  # It has declared the queues, and publishes little.
         if queue not in self.active_fanout_queues:
             self._receivers[queue] = (bool(no_ack), callback)
         if not no_ack:

@@ -280,10 +280,11 @@ class Lease:
         for move in unsent.values():
             tell(move)
         recorded = {tag: move for tag, move in unsent.items() if isinstance(move, Recorded)}
-        pipeline = client.pipeline(transaction=True)
+        # Each may be done alone, and twice. An index that outlives its message is swept (`restored`).
+        pipeline = client.pipeline(transaction=False)
         if done:
-            pipeline.zrem(self._layout.index, *done)
             pipeline.hdel(self._layout.unacked, *done)
+            pipeline.zrem(self._layout.index, *done)
         for tag, move in unsent.items():
             if isinstance(move, Wait):
                 send_wait(pipeline, self._layout, tag, move, self._timeout_s)

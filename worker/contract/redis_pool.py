@@ -8,6 +8,7 @@ Imported when a connection is first needed: redis-py takes a while to load.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import redis
@@ -122,20 +123,53 @@ def sentinel_arguments(connection: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def pool(redis_url: str, **options: Any) -> redis.ConnectionPool:
-    """A pool for `redis_url`; nothing is connected yet. `options` are redis-py's."""
+class _Bounded(redis.ConnectionPool):
+    """A pool with so many connections at most: whoever needs one more waits for it."""
+
+    def __init__(self, *args: Any, connections: int, **kwargs: Any) -> None:
+        self._free = threading.Semaphore(connections)
+        super().__init__(*args, **kwargs)
+
+    def get_connection(self, *args: Any, **kwargs: Any) -> Any:
+        """One that is free, or made."""
+        self._free.acquire()
+        try:
+            return super().get_connection(*args, **kwargs)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def release(self, connection: Any) -> None:
+        """Give it back: each once, as redis-py does."""
+        super().release(connection)
+        self._free.release()
+
+
+class _BoundedSentinel(_Bounded, redis.sentinel.SentinelConnectionPool):
+    """The same for a primary that sentinels name."""
+
+
+def pool(redis_url: str, connections: int | None = None, **options: Any) -> redis.ConnectionPool:
+    """A pool for `redis_url`; nothing is connected yet. `options` are redis-py's.
+
+    connections: how many there are at most, >= 1; None: as many as are needed at once.
+    """
     url = RedisURL.parse(redis_url)
     arguments = {**_arguments(url), **options}
+    limit = {"connections": connections} if connections else {}
     if url.is_sentinel:
         once = Retry(NoBackoff(), 0)
         kwargs = {**sentinel_arguments(arguments), "ssl": url.is_tls, "retry": once}
         sentinels = Sentinels(url.hosts, sentinel_kwargs=kwargs, **arguments)
         arguments["connection_class"] = ToPrimaryTLS if url.is_tls else ToPrimary
-        return redis.sentinel.SentinelConnectionPool(url.service, sentinels, **arguments)
+        of_sentinels = _BoundedSentinel if connections else redis.sentinel.SentinelConnectionPool
+        return of_sentinels(url.service, sentinels, **limit, **arguments)
     if url.scheme == "unix":
         kind: Any = redis.UnixDomainSocketConnection
     else:
         kind = redis.SSLConnection if url.is_tls else redis.Connection
+    if connections:
+        return _Bounded(connection_class=kind, connections=connections, **arguments)
     return redis.ConnectionPool(connection_class=kind, **arguments)
 
 

@@ -36,6 +36,8 @@ local fields = {}
 local function set(...)
   for _, item in ipairs({...}) do fields[#fields + 1] = item end
 end
+-- Whether the record's expiry is to be set: it is new, or lives for less than half of its time.
+local expires = not state or time - (tonumber(submitted_at or 0) or 0) > ttl / 2
 local joins = run ~= '' and not string.find(' ' .. runs .. ' ', ' ' .. run .. ' ', 1, true)
 if joins then
   local sent_at = tonumber(string.match(run, ':(%d+)$')) or 0
@@ -44,6 +46,7 @@ if joins then
     note_all(KEYS[1], '-')
     redis.call('DEL', KEYS[1])
     state, cancel, named, tried, died, submitted_at = false, false, false, false, false, false
+    expires = true
   end
 end
 if state == 'done' and is_stored == '' then return {'done', 0, 0} end
@@ -51,7 +54,7 @@ if (state == 'done' and is_stored == 'no') or (state == 'failed' and not failed)
   -- Forged; or no worker could read another message of the job, and this one can be read.
   redis.call('HDEL', KEYS[1], 'uri', 'cached', 'error', 'error_type')
   set('job', job, 'queue', queue)
-  state = 'queued'
+  state, expires = 'queued', true
 end
 if state == 'done' or state == 'failed' or state == 'cancelled' then
   if state == 'cancelled' then redis.call('DEL', KEYS[2]) end
@@ -113,5 +116,5 @@ if failed then redis.call('HDEL', KEYS[2], 'failed') end
 redis.call('HSET', KEYS[2], unpack(own))
 redis.call('EXPIRE', KEYS[2], ttl)
 redis.call('HSET', KEYS[1], unpack(fields))
-redis.call('EXPIRE', KEYS[1], ttl)
+if expires then redis.call('EXPIRE', KEYS[1], ttl) end
 return {verdict, attempts, tostring(time - (tonumber(submitted_at or time) or time))}

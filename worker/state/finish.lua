@@ -8,15 +8,14 @@
 -- A picture is done whoever made it, unless the job was cancelled: that was said already. A failure counts only
 -- from the message that holds the claim, so that a job that was cancelled and submitted again is not cancelled
 -- twice.
--- include go_on.lua
 -- include heal.lua
 -- include mark_runs.lua
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
 -- run of a million jobs must not leave a million records here.
 local BULK_TTL_S = 60
 local final, ttl, message, me, id = unpack(ARGV, 1, 5)
-local state, named, cancel, runs, bulk =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk'))
+local state, named, cancel, runs, bulk, error_type =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type'))
 -- A record that is queued without a claim was written by another submission. Producers can delete the claim.
 named = state == 'running' and message or named
 if state == 'done' or state == final or state == 'cancelled' then return 0 end
@@ -29,10 +28,11 @@ if final ~= 'done' and (named ~= message or on(KEYS[3], 'HGET', 'claim') ~= me) 
   return 0
 end
 if final == 'cancelled' and not cancel then return -1 end
-redis.call('HSET', KEYS[1], 'state', final, unpack(ARGV, 6))
-redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'deaths', 'cancel',
-           unpack(final == 'done' and {'error', 'error_type'} or {}))
+-- A full Redis refuses a script's first write if that may take memory, and none after it: so it deletes first.
 redis.call('DEL', KEYS[3])
+redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'claim_until', '', 'deaths', '', unpack(ARGV, 6))
+if cancel then redis.call('HDEL', KEYS[1], 'cancel') end
+if final == 'done' and error_type then redis.call('HDEL', KEYS[1], 'error', 'error_type') end
 redis.call('EXPIRE', KEYS[1], final == 'done' and bulk and math.min(ttl, BULK_TTL_S) or ttl)
 if final == 'failed' then
   on(KEYS[2], 'ZADD', redis.call('TIME')[1], id)
@@ -40,7 +40,7 @@ if final == 'failed' then
   -- Producers can write the record; that it says so is believed while this is here (`claim.lua`).
   redis.call('HSET', KEYS[3], 'failed', 1)
   redis.call('EXPIRE', KEYS[3], ttl)
-else
+elseif state == 'failed' then
   on(KEYS[2], 'ZREM', id)
 end
 redis.call('PUBLISH', KEYS[1], final)

@@ -23,7 +23,7 @@ from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.queues import Takers, lists_of, queues_of
 from worker.contract.refusals import code_of
 from worker.contract.served_model import ServedModel
-from worker.state.keys import BOOK, DIGEST, QUEUES, SERVED, WORKERS, worker_key
+from worker.state.keys import BOOK, DIGEST, LATEST, QUEUES, SERVED, WORKERS, worker_key
 from worker.state.scripts import ANNOUNCE, WITHDRAW
 from worker.state.shared_scripts import load
 
@@ -177,7 +177,10 @@ class Fleet:
         args = [worker.name, said, *map(str, lifetimes), group, served, repr(worker.started_at)]
         if version := self._announce(keys=keys, args=args):
             self._note_seen(str(version))
-        self._redis.expire(SERVED, self._ttl_s)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for shared in (SERVED, QUEUES, LATEST):
+                pipe.expire(shared, self._ttl_s)
+            pipe.execute()
 
     def _note_seen(self, version: str) -> None:
         """Write what is served now as last seen, for when its workers are away."""

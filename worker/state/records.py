@@ -43,7 +43,7 @@ from worker.state.keys import (
     job_key,
     submission_key,
 )
-from worker.state.shared_scripts import SharedScript
+from worker.state.shared_scripts import NamedLately, SharedScript
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -76,6 +76,7 @@ class Records:
         self._redis = client
         self._ttl_s = ttl_s
         self._submit = SharedScript(client, scripts.SUBMIT)
+        self._named = NamedLately()
         self._claim = client.register_script(scripts.CLAIM)
         self._finish = client.register_script(scripts.FINISH)
         self._give_back = client.register_script(scripts.GIVE_BACK)
@@ -94,8 +95,12 @@ class Records:
         own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
         self._submit(
             keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission), LATEST],
-            args=[job.model_dump_json(), queue, self._ttl_s, job.id, submission, own, message, noted],
+            args=[
+                *(job.model_dump_json(), queue, self._ttl_s, job.id, submission, own, message, noted),
+                self._named.has(queue),
+            ],
         )
+        self._named.note(queue)
 
     def set_aside(self, raw: bytes, reason: str, is_poison: bool = False) -> bool:
         """Fail the job that was sent as the message `raw`, which is set aside for `reason`. False: none was.

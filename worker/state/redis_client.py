@@ -139,15 +139,19 @@ def connect(redis_url: str, retry_s: float) -> redis.Redis:
     return _client(redis_url, retry_s, _RetryForSeconds(retry_s))
 
 
-def connect_until(redis_url: str, stop: threading.Event) -> redis.Redis:
-    """As `connect`, but a command that may succeed later is sent again until it does, or `stop` is set."""
-    return _client(redis_url, math.inf, _RetryUntilStopped(stop))
+def connect_until(redis_url: str, stop: threading.Event, connections: int) -> redis.Redis:
+    """As `connect`, but a command that may succeed later is sent again until it does, or `stop` is set.
+
+    It has so many connections at most: threads take turns.
+    """
+    return _client(redis_url, math.inf, _RetryUntilStopped(stop), connections)
 
 
-def _client(redis_url: str, retry_s: float, retry: Retry) -> redis.Redis:
+def _client(redis_url: str, retry_s: float, retry: Retry, connections: int | None = None) -> redis.Redis:
     return redis.Redis.from_pool(
         pool(
             redis_url,
+            connections,
             **_socket(redis_url, retry_s),
             health_check_interval=10,
             # Each thread that waits for a job needs one; redis-py's default limit is 100.

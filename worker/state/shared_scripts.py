@@ -69,3 +69,21 @@ class SharedScript:
                         "right to SCRIPT LOAD."
                     ) from error
             time.sleep(RETRY_S)
+
+
+class NamedLately:
+    """The queues that this process has put into the set of all queues lately: it need not for each job."""
+
+    EVERY_S: Final = 60.0
+
+    def __init__(self) -> None:
+        self._until_s: dict[str, float] = {}
+
+    def has(self, queue: str) -> int:
+        """1 where it has, else 0."""
+        return int(time.monotonic() < self._until_s.get(queue, 0.0))
+
+    def note(self, queue: str) -> None:
+        """It has now."""
+        if not self.has(queue):
+            self._until_s[queue] = time.monotonic() + self.EVERY_S

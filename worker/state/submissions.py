@@ -16,7 +16,7 @@ from worker.contract.found_message import digest_of
 from worker.contract.refusals import code_of
 from worker.state import scripts
 from worker.state.keys import FAILED, LATEST, QUEUES, job_key, submission_key
-from worker.state.shared_scripts import LOADED_WITHIN_S, RETRY_S, load
+from worker.state.shared_scripts import LOADED_WITHIN_S, RETRY_S, NamedLately, load
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -50,6 +50,7 @@ class Submissions:
     def __init__(self, client: Redis, ttl_s: int) -> None:
         self._redis = client
         self._ttl_s = ttl_s
+        self._named = NamedLately()
 
     def send(
         self, submissions: Sequence[Submission], replicas: int = 0, wait_s: float = 0.0
@@ -82,11 +83,15 @@ class Submissions:
                 record, own = job_key(each.job_id), submission_key(each.job_id, each.submission)
                 keys = (record, QUEUES, FAILED, own, LATEST)
                 about = (each.job, each.queue, self._ttl_s, each.job_id, each.submission, each.own)
-                pipe.evalsha(_DIGEST, len(keys), *keys, *about, each.message_id, digest_of(each.message))
+                noted = (each.message_id, digest_of(each.message), self._named.has(each.queue))
+                pipe.evalsha(_DIGEST, len(keys), *keys, *about, *noted)
                 pipe.lpush(each.list, each.message)
             if replicas:
                 pipe.wait(replicas, max(1, int(1_000 * wait_s)))
             results: list[Any] = pipe.execute(raise_on_error=False)
+        if not any(isinstance(each, Exception) for each in results):
+            for each in submissions:
+                self._named.note(each.queue)
         have_it = results.pop() if replicas else 0
         if isinstance(have_it, Exception):
             raise have_it

@@ -3,24 +3,31 @@
 --
 -- KEYS     the record, the queues, the failed jobs, the submission, the latest jobs
 -- ARGV     job as JSON, queue, seconds until the record expires, job id, submission or '', what is its own
---          as JSON, the id of its message, its fingerprint
+--          as JSON, the id of its message, its fingerprint, 1 where the sender has named the queue lately
 --
 -- Its first write may take memory: a full Redis refuses the script before it has done anything.
 -- Sent twice, because its answer was lost, it counts the submission once.
 -- include heal.lua
 -- include outcome.lua
 -- include ../contract/clock.lua
-local job, queue, ttl, id, submission, own, message, print = unpack(ARGV)
+local job, queue, ttl, id, submission, own, message, print, is_known = unpack(ARGV)
 local field = 'sub:' .. submission
-on(KEYS[2], 'SADD', queue)
-redis.call('EXPIRE', KEYS[2], ttl)
+local is_new_queue = is_known ~= '1' and on(KEYS[2], 'SADD', queue) == 1
+local time = now()
+-- Workers refresh what all jobs share; here it is done for one job of 16, which keeps a busy queue's cost down.
+local refreshes = is_new_queue or tonumber(string.sub(time, -2)) % 16 == 0
 local state, cancel, runs, subs, bulk, mine, known =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message'))
+-- What follows may begin with a write that takes no memory.
+if state and is_known == '1' then on(KEYS[2], 'SADD', queue) end
 if state ~= 'queued' and state ~= 'running' or cancel then
   if state == 'done' then note_all(KEYS[1], '=') end
   if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end
-  redis.call('DEL', KEYS[1])
-  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', now(), 'subs', 1,
+  if state then
+    redis.call('DEL', KEYS[1])
+    on(KEYS[3], 'ZREM', id)
+  end
+  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', time, 'subs', 1,
              'message', message, field, print, unpack(runs and {'runs', runs} or {}))
 else
   -- With a second message, none is the job's only one.
@@ -36,8 +43,10 @@ else
   end
 end
 redis.call('EXPIRE', KEYS[1], ttl)
-on(KEYS[3], 'ZREM', id)
+if refreshes then redis.call('EXPIRE', KEYS[2], ttl) end
 if submission ~= '' then redis.call('SET', KEYS[4], '+' .. own, 'EX', ttl) end
-on(KEYS[5], 'ZADD', now(), id)
-redis.call('ZREMRANGEBYRANK', KEYS[5], 0, -1001)
-redis.call('EXPIRE', KEYS[5], ttl)
+on(KEYS[5], 'ZADD', time, id)
+if refreshes then
+  redis.call('ZREMRANGEBYRANK', KEYS[5], 0, -1001)
+  redis.call('EXPIRE', KEYS[5], ttl)
+end

@@ -138,7 +138,7 @@ def test_a_worker_waits_for_as_long_as_redis_takes_no_writes(
 ) -> None:
     monkeypatch.setattr("worker.state.redis_client.RETRY_EVERY_S", 0.01)
     server = connect(valkey.url, retry_s=1.0)
-    client = connect_until(valkey.url, threading.Event())
+    client = connect_until(valkey.url, threading.Event(), 2)
     refuse: Callable[[], object] = {
         "full": lambda: server.config_set("maxmemory", 1),
         "replica": lambda: server.replicaof("127.0.0.1", "1"),
@@ -175,7 +175,7 @@ def errors_of(server: redis.Redis) -> int:
 
 def test_a_worker_that_stops_waits_for_no_redis(nobody: str) -> None:
     stop = threading.Event()
-    client = connect_until(nobody, stop)
+    client = connect_until(nobody, stop, 2)
     with ThreadPoolExecutor(1) as pool, lasting(RETRY_EVERY_S, 15.0):
         ping = pool.submit(sentence, nobody, client.ping)
         with pytest.raises(TimeoutError):
@@ -216,3 +216,20 @@ def test_every_error_of_redis_py_is_a_queue_error(valkey: ValkeyProcess) -> None
         Exception.__init__(error, "reported")
         with pytest.raises(QueueError), queue_errors(valkey.url):
             raise error
+
+
+def test_threads_share_as_many_connections_as_there_may_be(valkey: ValkeyProcess) -> None:
+    with connect_until(valkey.url, threading.Event(), 2) as client, ThreadPoolExecutor(16) as threads:
+        before = client.info("stats")["total_connections_received"]
+        assert list(threads.map(client.echo, map(str, range(500)))) == [str(each) for each in range(500)]
+        assert client.info("stats")["total_connections_received"] <= before + 2
+        assert len(client.connection_pool._available_connections) <= 2
+
+
+def test_a_connection_that_cannot_be_made_is_not_counted(nobody: str) -> None:
+    stop = threading.Event()
+    stop.set()
+    client = connect_until(nobody, stop, 1)
+    for _ in range(3):
+        with pytest.raises(redis.ConnectionError):
+            client.ping()
