@@ -187,3 +187,15 @@ def test_places_expire_and_nothing_stays(idle: Callable[..., Idle], client: redi
     keys = client.keys(ROOM + "*")
     assert keys
     assert all(0 < client.pttl(key) <= 10_000 for key in keys)  # type: ignore[union-attr]
+
+
+def test_one_that_consumes_again_waits_again(client: redis.Redis, party: Callable[..., Party]) -> None:
+    """As Celery's worker does when it has asked its neighbours, or is told to add a queue."""
+    consumer = party()
+    wait_until("it waits", lambda: consumer.tick() or sum(places(client)) == 1)  # type: ignore[func-returns-value]
+    consumer.consumer.cancel()
+    consumer.consumer.consume()
+    put(client)
+    began = time.monotonic()
+    consumer.drain(1)
+    assert time.monotonic() - began < SOON_S

@@ -72,10 +72,10 @@ class Channel(Fetching, ReplicatedPuts, OwnNames):
     def _basic_cancel(self, consumer_tag: str) -> Any:
         self._receivers.pop(self._tag_to_queue.get(consumer_tag, ""), None)
         result = super()._basic_cancel(consumer_tag)
-        if self._stage is Stage.FETCHING and self._in_poll and not self.active_queues:
+        if self._in_poll and not self.active_queues:
             # Nothing reads this connection any more; a message on its way would wait until its lease ends.
             with suppress(*self.connection_errors):
-                while self._stage is Stage.FETCHING:
+                while self._stage is not Stage.IDLE:
                     with suppress(Empty):
                         self._brpop_read()
         self._leave_rooms()
