@@ -319,6 +319,8 @@ def test_no_text_of_others_moves_the_log_of_a_worker_or_forges_a_line_of_it(calm
     hostile = "a\x1b[2J\r\n[2026-11-28 00:00:00: INFO] FORGED\u202e\x9b31m\u2028b"
     jobs = [calm.job() for _ in range(3)]
     broken = payload_of(jobs[0]) | {"job": {hostile: hostile}}
+    with calm.redis as client:
+        client.hset(f"smallcat:job:{jobs[1].id}", "state", hostile)
     push(
         calm,
         envelope(arguments(broken), id=f"{jobs[0].id}-x"),
@@ -329,7 +331,6 @@ def test_no_text_of_others_moves_the_log_of_a_worker_or_forges_a_line_of_it(calm
     )
     with calm.redis as client:
         client.publish("smallcat:to-workers", f"cancel {hostile}")
-        client.hset(f"smallcat:job:{jobs[1].id}", "state", hostile)
     calm.ids.append(jobs[1].id)
     calm.submit(1, "raise:Exception@step")
     wait_until("it has failed", lambda: calm.states(calm.ids).keys() == {"done", "failed"})

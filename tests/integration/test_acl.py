@@ -320,11 +320,12 @@ def test_copies_of_a_message_fail_no_job(ground: Ground, url: str, order: str) -
         ground.journal.wait_for("start", [job.id])
         client.lpush(lists_of(queue_of(job))[0], forged, *[true] * 5)
         wait_until("all are fetched", lambda: ground.queued() == 0)
-        aside = {fingerprint(forged)}
-        wait_until(
-            "set aside",
-            lambda: aside <= {fingerprint(each.message) for each in Failures(client).unreadable()},
-        )
+        with ground.redis as operator:
+            failures, aside = Failures(operator), {fingerprint(forged)}
+            wait_until(
+                "set aside",
+                lambda: aside <= {fingerprint(each.message) for each in failures.unreadable()},
+            )
         assert handle.record().attempts == 1
     assert handle.result(timeout=30).state is State.DONE
     said = iter(lambda: states.get_message(timeout=0.5), None)
