@@ -8,7 +8,7 @@ however this ends: at the end of CMD, by Ctrl-C (once: gracefully, twice: at onc
 part fails, and also when this process itself is killed. For development, demos and tests, not for production.
 
 Exit codes: CMD's own; 128 + N when signal N ended it; 3 when a part could not be started or ended by itself;
-2 for a wrong option.
+2 for a wrong option, or where somebody's worker.py hides ours.
 """
 
 from __future__ import annotations
@@ -302,6 +302,7 @@ def main(
 
     Without CMD, print the environment to use them, and stay until Ctrl-C.
     """
+    _refuse_strangers()
     console = Console(stderr=True)
     try:
         stack = Stack(0 if no_worker else workers, data, http=not (no_worker or no_http))
@@ -309,6 +310,15 @@ def main(
         print_error(console, str(error))
         sys.exit(STACK_FAILED)
     sys.exit(_supervise(stack, _Session(stack, console, hold=hold), command, console, logs=logs))
+
+
+def _refuse_strangers() -> None:
+    """Exit where another `worker` or `producer` hides smallcat's: the stack's processes would load that."""
+    try:
+        import smallcat  # noqa: F401
+    except ImportError as error:
+        print(f"smallcat: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _supervise(stack: Stack, session: _Session, argv: Sequence[str], console: Console, *, logs: bool) -> int:

@@ -122,6 +122,14 @@ def test_smallcats_module_says_what_hides_it(run: Run, here: Path, name: str) ->
     assert done.stderr == f"smallcat: {sentence(path)}\n"
 
 
+@pytest.mark.parametrize("name", STRANGERS)
+def test_the_local_stack_says_what_hides_it(run: Run, here: Path, name: str) -> None:
+    path = stranger(here, name)
+    done = run("-m", "deploy.local", "--", "true")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"smallcat: {sentence(path)}\n"
+
+
 def test_a_strangers_producer_runs_in_our_place(run: Run, here: Path) -> None:
     """None of our code runs then, so none of it can say so."""
     stranger(here, "producer.py")

@@ -46,14 +46,17 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--images",), {"type": int, "default": 1, "help": "Seeds for each prompt; 1 when not given."}),
     (
         ("--seed-start",),
-        {"type": int, "help": "First seed of each prompt; derived from its line when not given."},
+        {
+            "type": int,
+            "help": "First seed of prompts that have none; derived from the line when not given.",
+        },
     ),
     (
         ("--grid",),
         {
             "multiple": True,
             "metavar": "FIELD=A,B ...",
-            "help": "Cross values: --grid steps=20,30 guidance_scale=5,7",
+            "help": "Cross values, in place of what lines say: --grid steps=20,30 guidance_scale=5,7",
         },
     ),
     (

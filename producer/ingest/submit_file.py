@@ -54,8 +54,9 @@ def submit_file(
     """Render the prompts of `files`, once each, and write their manifest. Returns when all have ended.
 
     Called again after an interruption, it resumes: nothing is rendered twice or left out.
-    `fields` are job fields for lines that do not set them; `images` is the number of seeds for each prompt;
-    `grid` renders each combination of values of job fields; `sample` is how many of a line's variants, by
+    `fields` are job fields for lines that do not set them; `images` is the number of seeds for each prompt,
+    from `seed_start` on where its line has none; `grid` renders each combination of values of job fields, in
+    place of what the lines set; `sample` is how many of a line's variants, by
     `{a|b}` and `__wildcards__`, are drawn, and `literal` leaves both as they are. `download` is a folder for
     the pictures, `name` the template of their names. At most `max_queued` messages wait in the queue; with
     `detach` all are queued, and it returns.
