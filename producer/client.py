@@ -291,7 +291,8 @@ def submit_job(prompt: str | Job, **fields: Unpack[JobFields]) -> JobHandle:
     is safe.
     """
     if isinstance(prompt, Job):
-        job = Job.parse(prompt.model_dump(exclude_unset=False) | fields)
+        syntax = {"prompt_syntax": prompt.prompt_syntax} if prompt.says_syntax else {}
+        job = Job.parse(prompt.model_dump(exclude_unset=False) | syntax | fields)
     else:
         job = Job.parse({"prompt": prompt, **fields})
     return _send(session(), job)

@@ -18,7 +18,7 @@ from celery import Celery
 from worker.celery import app as real
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import Job
+from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import TASK
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import producer_settings
@@ -88,6 +88,7 @@ def announce(redis_url: str, seconds: int = 3_600) -> None:
         attention="none",
         max_rows=1,
         versions={},
+        reads=FORMAT_VERSION,
     )
     fleet.announce(info)
     client.expire("smallcat:worker:fast@test", seconds)

@@ -222,6 +222,7 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
     """Celery reports an import that fails in it as "Module 'worker' has no attribute 'celery'"."""
     ours = {name for name in reached("worker.celery", IMPORTS) if name.startswith(("worker", "producer"))}
     contract = [
+        "a1111_syntax",
         "choices",
         "settings",
         "redis_url",

@@ -7,7 +7,7 @@ picture's size, and there is no UNet. The weights are random and the same each t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -15,11 +15,14 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tests import tiny_models
+from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import Scheduler
+from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
 from worker.device.attention import Layer, shape_of
 from worker.device.family import Lane, Schedulers, Text
+from worker.device.job_text import Row
 from worker.device.text_encoder import cut_warning
 from worker.model.loader import Loaded
 
@@ -132,6 +135,11 @@ class ToyFlow:
         pooled = self.pooled_encoder(ids.to(self._device)).pooler_output
         warnings = cut_warning(self.tokenizer, "prompt", prompt)
         return Text({"text": sequence, "pooled": pooled}, warnings)
+
+    def encode_pieces(
+        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool
+    ) -> Sequence[Row]:
+        raise InvalidJobError("prompt_syntax is a1111, but this model knows plain prompts alone.")
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
         _, height, width = self.lane(job.width or 0, job.height or 0)

@@ -25,6 +25,7 @@ from worker.broker import log_lines, stop_signals, transport
 from worker.broker.event_batches import EventBatches
 from worker.broker.leases import acknowledge_by_record, postpone, set_aside_held
 from worker.celery import app
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import (
     EngineStoppedError,
     InvalidJobError,
@@ -212,7 +213,7 @@ def _assemble(name: str) -> _Process:
         upload_timeout_s=settings.upload_timeout_s,
         mark_as_generated=settings.mark_as_generated,
     )
-    info = _worker_info(name, runner, started_at=Fleet(client, settings.record_ttl_s).now())
+    info = _worker_info(settings, name, runner, started_at=Fleet(client, settings.record_ttl_s).now())
     heartbeat = _heartbeat(settings, info, handler, engine)
     return _Process(settings, engine, handler, heartbeat, stop_waiting)
 
@@ -267,7 +268,7 @@ def _warm_runner(settings: WorkerSettings) -> ModelRunner:
     return runner
 
 
-def _worker_info(name: str, runner: ModelRunner, started_at: float) -> WorkerInfo:
+def _worker_info(settings: WorkerSettings, name: str, runner: ModelRunner, started_at: float) -> WorkerInfo:
     """What the worker announces."""
     chosen = {choice.what: choice.choice for choice in runner.choices}
     return WorkerInfo(
@@ -279,6 +280,7 @@ def _worker_info(name: str, runner: ModelRunner, started_at: float) -> WorkerInf
         max_rows=runner.max_rows,
         reads=FORMAT_VERSION,
         versions={"python": platform.python_version(), **versions(VERSIONS)},
+        prompt_syntax=PromptSyntax(settings.default_prompt_syntax),
     )
 
 

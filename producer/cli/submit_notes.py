@@ -6,6 +6,7 @@ from producer.cli import local_stack
 from producer.cli.json_output import say
 from producer.client import JobHandle
 from producer.session import session
+from worker.contract.choices import PromptSyntax
 from worker.contract.prompt_syntax import (
     UNUSED_NEGATIVE,
     has_unused_negative,
@@ -16,7 +17,8 @@ from worker.contract.prompt_syntax import (
 
 def of_prompts(handle: JobHandle, prompt: str, negative: str | None) -> None:
     """Say what of the prompts no picture shows. Raises `QueueError`."""
-    if found := only_words(prompt, negative):
+    found = only_words(prompt, negative)
+    if found and handle.record().job.prompt_syntax is PromptSyntax.PLAIN:
         say(f"note  {only_words_warning(found)}", err=True)
     # Whether there is guidance may be for the model to say.
     if negative and has_unused_negative(vars(handle.record().job)):

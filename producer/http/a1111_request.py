@@ -14,10 +14,10 @@ from typing import Any, Final
 from producer.http.problems import RefusedError
 from producer.prompts.entries import LineError
 from producer.prompts.fields import NOT_GIVEN, value_of
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
-from worker.contract.prompt_syntax import only_words
 from worker.contract.scheduler_names import scheduler_of
 
 #: Pictures of one request, at most.
@@ -119,10 +119,8 @@ def read_request(body: Any) -> Asked:
         fields.setdefault("format", settings["samples_format"])
     scheduler = _scheduler(body)
     _refuse_eta(body.get("eta"), scheduler)
-    if words := only_words(fields.get("prompt"), fields.get("negative_prompt")):
-        raise RefusedError(
-            422, f"The prompt has {', '.join(words)}, which is not offered: it would only be drawn as words."
-        )
+    # Its clients write its syntax.
+    fields.setdefault("prompt_syntax", PromptSyntax.A1111)
     batch_size, n_iter = (_count(body, name) for name in ("batch_size", "n_iter"))
     if batch_size * n_iter > MAX_IMAGES:
         raise InvalidJobError(

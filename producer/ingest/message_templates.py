@@ -20,8 +20,10 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from worker.celery import message_of
+from worker.contract import a1111_syntax
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import MAX_METADATA, MAX_PROMPT, MAX_SEED, Job, hashed, version_needed
+from worker.contract.job import FIRST_MAX_PROMPT, MAX_METADATA, MAX_SEED, Job, hashed, version_needed
 from worker.contract.job_checks import VISIBLE
 from worker.contract.message import Route, args_repr, payload_text, route_of, task_call
 from worker.contract.queues import list_of
@@ -79,7 +81,7 @@ class JobTemplates:
         prompt, seed, metadata = fields.get("prompt"), fields.get("seed"), fields.get("metadata", {})
         if (
             type(prompt) is not str
-            or not 1 <= len(prompt) <= MAX_PROMPT
+            or not 1 <= len(prompt) <= FIRST_MAX_PROMPT
             or _UNPRINTABLE.search(prompt)
             or not VISIBLE.search(prompt)
             or type(seed) is not int
@@ -91,6 +93,8 @@ class JobTemplates:
             shape = self._shape(fields)
         except (InvalidJobError, TypeError):
             # The job's own error may name more fields; a field that is a list cannot be part of a key.
+            return self._parse(fields)
+        if shape.fields.get("prompt_syntax") == PromptSyntax.A1111 and not _is_readable(prompt, shape.fields):
             return self._parse(fields)
         prompt_text, seed_text = quoted(prompt), str(seed)
         before, between, after = shape.hashed
@@ -159,6 +163,15 @@ class MessageTemplate:
         parts = self._parts.copy()
         parts[1::2] = [values[name] for name in self._gaps]
         return "".join(parts)
+
+
+def _is_readable(prompt: str, fields: Mapping[str, Any]) -> bool:
+    """Whether a prompt can be read in AUTOMATIC1111's syntax, beside these other fields."""
+    try:
+        a1111_syntax.check(prompt, fields["negative_prompt"], fields["steps"])
+    except ValueError:
+        return False
+    return True
 
 
 def _gap() -> str:

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from producer.ingest.run_state import Run
+from worker.contract.choices import PromptSyntax
 from worker.contract.job import OPEN_REVISION, Job
 from worker.contract.served_model import Defaults
 
@@ -27,7 +28,10 @@ class Pinned:
             pin = self._run.note_once(f"model:{json.dumps(name)}", json.dumps(self._resolve(job)))
             self._known[name] = json.loads(pin)
         pinned = self._known[name]
-        filled = {field: value for field, value in pinned.items() if getattr(job, field) in (None, "")}
+        # A run that an earlier version began has no syntax pinned, and stays plain.
+        job = job.in_syntax(PromptSyntax(pinned.get("prompt_syntax", PromptSyntax.PLAIN)))
+        filled = {field: pinned[field] for field in Defaults.model_fields if field in pinned}
+        filled = {field: value for field, value in filled.items() if getattr(job, field) is None}
         return job.model_copy(update={**filled, "model": pinned["model"], "revision": pinned["revision"]})
 
     def _resolve(self, job: Job) -> dict[str, Any]:
@@ -36,4 +40,7 @@ class Pinned:
         revision = OPEN_REVISION + self._run.id if resolved.is_open else resolved.revision
         values = {name: getattr(resolved, name) for name in Defaults.model_fields}
         defaults = {name: value for name, value in values.items() if value is not None}
-        return {**defaults, "model": resolved.model, "revision": revision}
+        syntax = (
+            {} if resolved.prompt_syntax is PromptSyntax.PLAIN else {"prompt_syntax": resolved.prompt_syntax}
+        )
+        return {**defaults, **syntax, "model": resolved.model, "revision": revision}

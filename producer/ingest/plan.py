@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -11,11 +12,13 @@ from typing import Any, NamedTuple
 
 from producer.ingest.message_templates import JobTemplates, TemplatedJob
 from producer.prompts import fields_v1, reader_v1
+from producer.prompts.a1111_options import has_a1111_options
 from producer.prompts.entries import BadEntry, Entry, LineError
 from producer.prompts.reader import READING, read
 from producer.prompts.sources import Source
 from producer.prompts.variants import Variants
 from producer.prompts.wildcards import ENDINGS
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import ID_VERSION, Job
 from worker.contract.prompt_syntax import (
@@ -91,6 +94,8 @@ class Plan:
     reading: int = READING
     #: The variants that the first version made of the same options; None: `variants`.
     first_variants: Variants | None = None
+    #: Whether the prompts of files with AUTOMATIC1111's options are in its syntax: not in earlier versions.
+    knows_a1111: bool = True
 
     @property
     def digest(self) -> str:
@@ -104,6 +109,7 @@ class Plan:
         values += [defaults, how.images, how.seed_start, dict(how.grid), how.sample, how.literal, wildcards]
         values += ["extra"] if self.extra else []
         values += ["syntax", how.syntax] if how.syntax > 1 and not how.literal else []
+        values += ["a1111"] if any(self._in_a1111) else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def as_begun(self, is_begun: Callable[[str], bool]) -> Plan:
@@ -113,14 +119,24 @@ class Plan:
         """
         if is_begun(self.digest):
             return self
+        # Earlier versions knew no syntax of prompts.
+        plain = replace(self, knows_a1111=False) if any(self._in_a1111) else self
+        if plain is not self and is_begun(plain.digest):
+            return plain
         for reading, syntax in _EARLIER:
             variants = replace(self.variants, syntax=syntax)
             if reading == syntax == 1:
                 variants = replace(self.first_variants or variants, syntax=1, draws_seeds=False)
-            earlier = replace(self, reading=reading, variants=variants)
+            earlier = replace(plain, reading=reading, variants=variants)
             if is_begun(earlier.digest):
                 return earlier
         return self
+
+    @functools.cached_property
+    def _in_a1111(self) -> tuple[bool, ...]:
+        """For each file whether its prompts are in AUTOMATIC1111's syntax, unless a line says otherwise."""
+        says = "prompt_syntax" in {*self.variants.defaults, *self.variants.grid}
+        return tuple(self.knows_a1111 and not says and has_a1111_options(each) for each in self.sources)
 
     def items(
         self,
@@ -139,6 +155,7 @@ class Plan:
         words = _Words(warn) if warn and warn_of_words else None
         for file in range(start.file, len(self.sources)):
             skip = start.entry if file == start.file else 0
+            syntax = {"prompt_syntax": PromptSyntax.A1111} if self._in_a1111[file] else {}
             for number, entry in enumerate(self._read(file, skip, warn), skip):
                 after = Cursor(file, number + 1)
                 if isinstance(entry, BadEntry):
@@ -153,7 +170,7 @@ class Plan:
                             continue
                         after = Cursor(file, number, offset)
                         try:
-                            templated = templates.fill(variant.fields)
+                            templated = templates.fill(syntax | variant.fields if syntax else variant.fields)
                         except InvalidJobError as error:
                             finding = (_field(str(error)), str(error))
                             if finding not in reported:
@@ -195,9 +212,16 @@ class _Words:
 
 def sentences_of(job: TemplatedJob) -> list[str]:
     """What of a job's prompts no picture shows: a sentence for each kind."""
-    names = only_words(job.prompt, job.shape.get("negative_prompt"))
+    names = _words_of(job)
     unused = [UNUSED_NEGATIVE] if has_unused_negative(job.shape) else []
     return [only_words_warning([name]) for name in names] + unused
+
+
+def _words_of(job: TemplatedJob) -> tuple[str, ...]:
+    """The syntax in a job's prompts that is only drawn as words."""
+    if job.shape.get("prompt_syntax") == PromptSyntax.A1111:
+        return ()
+    return only_words(job.prompt, job.shape.get("negative_prompt"))
 
 
 def unresolved(job: Job) -> Job:

@@ -11,11 +11,16 @@ dash of the two, it is an option if its name is one, or nearly. Other dashes are
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import shlex
 
 from producer.prompts.entries import LineError
 from producer.prompts.fields import SIZE, is_meaningless, meaning_of, misspelt, near_miss, sides_of
+from producer.prompts.lines import lines_of
+from producer.prompts.sources import Source
+from worker.contract.errors import PromptFileError
 from worker.contract.job import JOB_FIELDS
 
 #: Characters of options in a line, at most: several times what a job can hold.
@@ -34,6 +39,30 @@ _TEXT = "\0"
 def has_options(line: str) -> bool:
     """Whether there may be options in a line."""
     return ("--" in line or not line.isascii()) and _MAYBE.search(line) is not None
+
+
+@functools.lru_cache(64)
+def has_a1111_options(source: Source) -> bool:
+    """Whether a text file has options in any line: AUTOMATIC1111's script takes such files.
+
+    A file that cannot be read has none: reading it says so.
+    """
+    if source.format != "txt":
+        return False
+    with contextlib.suppress(PromptFileError), source.open() as stream:
+        return any(_gives_options(text) for _, text in lines_of(source.name, stream) if isinstance(text, str))
+    return False
+
+
+def _gives_options(line: str) -> bool:
+    return (
+        has_options(line)
+        and not line.lstrip().startswith("#")
+        and any(
+            _is_option(dashes, name) and (meaning_of(name) or is_meaningless(name))
+            for dashes, name in _OPTION.findall(line)
+        )
+    )
 
 
 def options_of(line: str, *, extra: bool = False) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from worker.contract.errors import InvalidJobError, PromptFileError
 from worker.contract.explain import short
-from worker.contract.job import Job
+from worker.contract.job import FIRST_MAX_PROMPT, Job
 
 _INTEGERS = ("seed", "width", "height", "steps", "priority")
 _NUMBERS = ("guidance_scale", "guidance_start", "guidance_stop")
@@ -83,6 +83,10 @@ def job_of(fields: Mapping[str, Any]) -> Job:
     if values.get("seed") == -1 and type(values["seed"]) is int:
         wrong.append("seed is -1: it must be greater than or equal to 0.")
         del values["seed"]
+    for name in ("prompt", "negative_prompt"):
+        if isinstance(text := values.get(name), str) and len(text) > FIRST_MAX_PROMPT:
+            wrong.append(f"{name} is {len(text):,} characters, the limit is {FIRST_MAX_PROMPT:,}.")
+            values[name] = "x"
     for name, choices in _CHOICES.items():
         if isinstance(value := values.get(name), str):
             plain = value.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")

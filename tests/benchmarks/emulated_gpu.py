@@ -14,6 +14,7 @@ from tests.faults.runner import FaultRunner
 from worker.contract.errors import SmallcatError
 from worker.contract.job import Job
 from worker.device.job_state import FiniteCheck, JobState
+from worker.device.job_text import plain_text
 from worker.device.schedule import SLOTS, Schedule
 from worker.device.step import batch_of
 from worker.engine.runner import Picture
@@ -95,7 +96,8 @@ class EmulatedRunner(FaultRunner):
         )
         generator = torch.Generator("cpu").manual_seed(job.seed)
         noise = torch.randn((1, *LATENTS), generator=generator)[0] * schedule.noise_scale
-        return JobState(job, LATENTS, {"text": self._text}, schedule, None, generator, noise, guided=False)
+        text = plain_text({"text": self._text}, (), guided=False)
+        return JobState(job, LATENTS, text, {}, schedule, None, generator, noise)
 
     def step(self, jobs: Sequence[JobState]) -> list[SmallcatError | None]:  # type: ignore[override]
         batch = batch_of([job.next_inputs() for job in jobs])

@@ -124,7 +124,7 @@ class Device:
         """The same for all lanes."""
         return self.rows
 
-    def step_s(self, lane: Hashable, rows: int) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
         """Seconds of a step."""
         return StepCost(self.step_curve, 1, self.rows).seconds(rows, 1)
 

@@ -77,6 +77,7 @@ class FaultState:
     lane: Hashable = "lane"
     step: int = 0
     warnings: tuple[str, ...] = ()
+    text_tokens: int = 0
 
     def waits(self) -> bool:
         """Whether its last step has to wait."""
@@ -118,7 +119,7 @@ class FaultRunner:
         """The same for each lane."""
         return self.max_rows
 
-    def step_s(self, lane: Hashable, rows: int) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
         """The same for any rows."""
         return 1.0
 

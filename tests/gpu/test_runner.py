@@ -168,7 +168,7 @@ def test_memory_is_reported_for_each_batch_size(compiled: ModelRunner) -> None:
     finish(compiled, Job(prompt="a small cat", seed=1, steps=2))
     reported = compiled.memory()
     assert reported["in use"] <= reported["held"]
-    assert reported[f"{batch_size(2)} rows of 2 jobs, 16x16x16"] > 0
+    assert reported[f"{batch_size(2)} rows of 2 jobs with 32 tokens, 16x16x16"] > 0
 
 
 def test_the_kernels_are_kept_on_disk(compiled: ModelRunner, cache: str) -> None:

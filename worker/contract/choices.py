@@ -38,6 +38,15 @@ SAMPLERS: Mapping[str, str] = MappingProxyType(
 )
 
 
+class PromptSyntax(StrEnum):
+    """The syntaxes that a prompt can be read in."""
+
+    #: Words and nothing else, as diffusers reads it: cut after the text encoder's window.
+    PLAIN = "plain"
+    #: AUTOMATIC1111's: weights, BREAK, AND, text by step, any length (`worker.contract.a1111_syntax`).
+    A1111 = "a1111"
+
+
 class ImageFormat(StrEnum):
     """The encodings a picture can be stored in."""
 

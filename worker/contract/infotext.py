@@ -20,6 +20,8 @@ from typing import Any
 
 from PIL import ExifTags
 
+from worker.contract import a1111_syntax
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS, Job
@@ -114,7 +116,9 @@ def read_fields(text: str) -> Reading:
         last = ours.rpartition("\n")[2]
         if last.startswith("Steps: ") and (pairs := pairs_of(last)).get(_VERSION) == _OURS:
             prompt, negative = _texts(ours)
-            return Reading(_prompts(prompt, negative) | _job_fields(pairs, is_ours=True), is_ours=True)
+            # Earlier versions had no other syntax.
+            fields = {"prompt_syntax": PromptSyntax.PLAIN, **_job_fields(pairs, is_ours=True)}
+            return Reading(_prompts(prompt, negative) | fields, is_ours=True)
     parts = split(text)
     prompt, negative, pairs = parts or (text, "", {})
     if _STEPS.search(prompt) or _STEPS.search(negative):
@@ -126,7 +130,15 @@ def read_fields(text: str) -> Reading:
     _refuse_other_start(pairs)
     left = [f"Civitai resources: {each}" for each in sorted(resources)]
     left += [each for each in left_out(pairs, _READ, _HARMLESS) if each not in _NEUTRAL]
-    return Reading(_prompts(prompt, negative) | _job_fields(pairs, is_ours=False), tuple(left))
+    fields = _prompts(prompt, negative) | _job_fields(pairs, is_ours=False)
+    if parts is not None:
+        # Its own syntax, but for the networks, which a job cannot ask for.
+        left += a1111_syntax.networks(prompt)
+        fields |= {
+            "prompt": a1111_syntax.without_networks(prompt),
+            "prompt_syntax": PromptSyntax.A1111,
+        }
+    return Reading(fields, tuple(left))
 
 
 def _refuse_other_start(pairs: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from pydantic import (
     model_serializer,
 )
 
-from worker.contract.choices import SAMPLERS, ImageFormat, Scheduler
+from worker.contract.choices import SAMPLERS, ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
 from worker.contract.job_checks import (
@@ -37,6 +37,8 @@ from worker.contract.job_checks import (
     one_line,
     one_zero,
     printable,
+    readable,
+    since_by_length,
     small_json,
     spelled_as,
 )
@@ -46,12 +48,12 @@ from worker.contract.served_model import Defaults, ServedModel
 
 #: Version of messages that this code reads, and writes at most: see `version_needed`. Every change of what a
 #: job may be (a field, a choice, a wider limit) takes a new number, and says so by `JobField.since`.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: Version of what is hashed into the id, which a new field does not change: at its default it is left out.
 #: Another number here gives every job another id, and so orphans all stored pictures.
 ID_VERSION = 1
-#: Characters in a prompt, at most.
-MAX_PROMPT = 2_000
+#: Characters in a prompt, at most; and in messages of version 1.
+MAX_PROMPT, FIRST_MAX_PROMPT = 8_000, 2_000
 #: Pixels a side: least, most, and what both must be a multiple of (the VAE's and UNet's factor).
 MIN_SIZE, MAX_SIZE, SIZE_STEP = 64, 2_048, 8
 #: Denoising steps, at most.
@@ -94,7 +96,8 @@ class Job(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
 
-    #: What to draw: 1 to 2,000 characters. Beyond the text encoder's window it is cut, as diffusers does.
+    #: What to draw: 1 to 8,000 characters. In the syntax `plain` what is beyond the text encoder's window is
+    #: cut, as diffusers does.
     prompt: Annotated[
         str,
         Field(
@@ -106,6 +109,7 @@ class Job(BaseModel):
         AfterValidator(printable),
         AfterValidator(not_blank),
         JobField(
+            since=since_by_length(FIRST_MAX_PROMPT, 2),
             a1111_option="prompt",
             diffusers="prompt",
             headings=("text", "caption", "prompts", "positive_prompt", "positive"),
@@ -114,12 +118,13 @@ class Job(BaseModel):
             is_original=True,
         ),
     ]
-    #: What to keep out of the picture: up to 2,000 characters. Needs guidance above 1.
+    #: What to keep out of the picture: up to 8,000 characters. Needs guidance above 1.
     negative_prompt: Annotated[
         str,
         Field(max_length=MAX_PROMPT, strict=True, json_schema_extra={"pattern": PRINTABLE}),
         AfterValidator(printable),
         JobField(
+            since=since_by_length(FIRST_MAX_PROMPT, 2),
             a1111_option="negative_prompt",
             diffusers="negative_prompt",
             headings=("negative", "negativeprompt", "neg_prompt"),
@@ -245,6 +250,14 @@ class Job(BaseModel):
             is_original=True,
         ),
     ] = ""
+    #: How both prompts are read: `plain`, or `a1111` with weights, BREAK, AND and text by step. Not given:
+    #: the fleet's default.
+    prompt_syntax: Annotated[
+        PromptSyntax,
+        BeforeValidator(spelled_as(PromptSyntax, {"automatic1111": "a1111"})),
+        AfterValidator(readable),
+        JobField(since=2, infotext_ours_only=True),
+    ] = PromptSyntax.PLAIN
     #: The picture's encoding.
     format: Annotated[
         ImageFormat,
@@ -280,6 +293,17 @@ class Job(BaseModel):
             return cls.model_validate(fields, context=NEW if is_new else None)
         except ValidationError as error:
             raise InvalidJobError(explain(error, JOB_FIELDS)) from None
+
+    def in_syntax(self, default: PromptSyntax) -> Self:
+        """This job in the fleet's default syntax, unless it was given one. Raises `InvalidJobError`."""
+        if self.says_syntax or default is PromptSyntax.PLAIN:
+            return self
+        return self.parse(dict(self) | {"prompt_syntax": default})
+
+    @property
+    def says_syntax(self) -> bool:
+        """Whether the job was given its syntax. One that was not takes the fleet's default."""
+        return "prompt_syntax" in self.model_fields_set
 
     def resolved(self, served: ServedModel) -> Self:
         """This job for `served`: with the model's revision, and its defaults for what was left open."""
@@ -331,6 +355,7 @@ class JobFields(TypedDict, total=False):
     scheduler: Scheduler | str
     model: str
     revision: str
+    prompt_syntax: PromptSyntax | str
     format: ImageFormat | str
     priority: int
     metadata: dict[str, Any]

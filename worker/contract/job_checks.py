@@ -13,6 +13,10 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import ValidationInfo
+
+from worker.contract import a1111_syntax
+from worker.contract.choices import PromptSyntax
 from worker.contract.explain import short
 
 if TYPE_CHECKING:
@@ -54,6 +58,11 @@ def not_blank(value: str, info: ValidationInfo) -> str:
     return value
 
 
+def since_by_length(first: int, version: int) -> Callable[[Any], int]:
+    """The version of messages that a text needs whose limit was `first` characters before `version`."""
+    return lambda value: version if isinstance(value, str) and len(value) > first else 1
+
+
 def drawn(value: object) -> object:
     """A random seed for -1, as AUTOMATIC1111 has it."""
     return secrets.randbits(32) if type(value) is int and value == -1 else value
@@ -74,6 +83,15 @@ def divisible_by(step: int) -> Callable[[int | None], int | None]:
         return value
 
     return check
+
+
+def readable(value: PromptSyntax, info: ValidationInfo) -> PromptSyntax:
+    """Refuse prompts that cannot be read in this syntax, or ask for what is not offered."""
+    prompt, negative = info.data.get("prompt"), info.data.get("negative_prompt")
+    # A prompt that is wrong by itself has its own error.
+    if value is PromptSyntax.A1111 and prompt is not None and negative is not None:
+        a1111_syntax.check(prompt, negative, info.data.get("steps"))
+    return value
 
 
 def spelled_as(choices: type[StrEnum], others: Mapping[str, str]) -> Callable[[object], object]:

@@ -53,7 +53,7 @@ WAITS = "smallcat-waits"
 AGAIN = "#"
 #: Bytes of a message, at most: twice those of the largest job within its limits, which
 #: tests/worker/contract/test_message.py computes.
-MAX_MESSAGE = 175_000
+MAX_MESSAGE = 550_000
 #: Versions are 1 to this number.
 MAX_VERSION = 999
 

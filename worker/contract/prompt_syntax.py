@@ -1,4 +1,4 @@
-"""What prompts say and no picture shows: syntax of other programs, which is drawn as words; unused texts."""
+"""What prompts say and no picture shows: syntax that they are not read in, drawn as words; unused texts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from worker.contract import a1111_syntax
+from worker.contract.choices import PromptSyntax
+
 if TYPE_CHECKING:
     from worker.contract.job import Job
 
-#: AUTOMATIC1111's syntax (modules/prompt_parser.py and extra_networks.py of its version 1.10) that is not
-#: offered: what each is called, and how it is found.
+#: AUTOMATIC1111's syntax (modules/prompt_parser.py and extra_networks.py of its version 1.10), which a plain
+#: prompt does not have: what each is called, and how it is found.
 SYNTAX: Mapping[str, re.Pattern[str]] = MappingProxyType(
     {
         "(x:1.3)": re.compile(r"(?<!\\)\([^()]*:\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\)"),
@@ -26,6 +29,7 @@ UNUSED_NEGATIVE: Final = (
     "The negative prompt has no effect: it needs guidance_scale above 1, and guidance_start below "
     "guidance_stop."
 )
+_NETWORKS = "<lora:...>"
 #: Each of them has one of these: most prompts have none.
 _MARK = re.compile(r":\s*[+-]?\.?\d|<[A-Za-z]+:|BREAK|AND")
 
@@ -48,7 +52,10 @@ def only_words(*prompts: object) -> tuple[str, ...]:
 
 def only_words_warning(names: tuple[str, ...] | list[str]) -> str:
     """The sentence that tells of them."""
-    return f"{', '.join(names)} in the prompt: not supported, and only drawn as words."
+    shown = f"{', '.join(names)} in the prompt: only drawn as words"
+    if set(names) == {_NETWORKS}:
+        return f"{shown}, LoRAs are not offered yet."
+    return f"{shown}, since its syntax is plain. prompt_syntax a1111 reads them."
 
 
 def has_unused_negative(fields: Mapping[str, Any]) -> bool:
@@ -62,6 +69,22 @@ def has_unused_negative(fields: Mapping[str, Any]) -> bool:
 
 def warnings_of(job: Job) -> tuple[str, ...]:
     """The warnings that a job's prompts deserve."""
-    names = only_words(job.prompt, job.negative_prompt)
     unused = (UNUSED_NEGATIVE,) if has_unused_negative(vars(job)) else ()
+    if job.prompt_syntax is PromptSyntax.A1111:
+        return (*_odd_in_a1111(job.prompt, job.negative_prompt), *unused)
+    names = only_words(job.prompt, job.negative_prompt)
     return (*((only_words_warning(names),) if names else ()), *unused)
+
+
+def _odd_in_a1111(prompt: str, negative: str) -> tuple[str, ...]:
+    """The warning of what AUTOMATIC1111 draws as words too, where nobody would expect it."""
+    odd = [name for name in only_words(negative) if name in (_NETWORKS, "AND")]
+    found = [f"{name} in the negative prompt" for name in odd]
+    if "BREAK" in prompt or "BREAK" in negative:
+        texts = [part.text for part in a1111_syntax.parts(prompt)]
+        texts.append(a1111_syntax.without_comments(negative))
+        if any(
+            "BREAK" in (piece.text or "").split() for text in texts for piece in a1111_syntax.pieces(text)
+        ):
+            found.append("BREAK in brackets")
+    return (f"{', '.join(found)}: only drawn as words, as AUTOMATIC1111 draws them.",) if found else ()

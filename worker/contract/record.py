@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from worker.contract.errors import JobCancelledError, named
 from worker.contract.job import Job
@@ -61,6 +61,11 @@ class Attempt(BaseModel):
     error: str | None = None
 
 
+def _with_its_syntax(job: Job) -> Job:
+    """A job of a record has its syntax, also where that is left out: submitted again, it keeps it."""
+    return job.model_copy(update={"prompt_syntax": job.prompt_syntax})
+
+
 class JobRecord(BaseModel):
     """What is known of one job. Frozen: a change makes another record."""
 
@@ -71,7 +76,7 @@ class JobRecord(BaseModel):
     #: Its state.
     state: State
     #: The job as submitted, or, once done, as rendered: with the model's defaults and revision filled in.
-    job: Job
+    job: Annotated[Job, AfterValidator(_with_its_syntax)]
     #: Denoising steps done.
     step: int = 0
     #: Denoising steps in all; 0 until a worker renders the job.

@@ -194,6 +194,8 @@ class WorkerSettings(Settings):
     default_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     #: Guidance for jobs that do not say. Not set: the model's, else 7.5.
     default_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+    #: How prompts of jobs are read that do not say: plain, or a1111.
+    default_prompt_syntax: Literal["plain", "a1111"] = "plain"
     #: Where to run: auto takes a GPU where there is one.
     device: Literal["auto", "cuda", "cpu"] = "auto"
     #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.

@@ -60,10 +60,17 @@ def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     return (weights @ value).transpose(1, 2)
 
 
-def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """torch's scaled_dot_product_attention, which picks its own kernel. See `Kernel`."""
+def sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torch's scaled_dot_product_attention, which picks its kernel. `bias`: (batch, keys), on the logits."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    result = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+    mask = None if bias is None else bias[:, None, None].to(query.dtype)
+    result = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return result.transpose(1, 2)
 
 
@@ -132,6 +139,7 @@ class Processor:
         temb: torch.Tensor | None = None,
         prompted: torch.Tensor | None = None,
         job_of_row: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of `hidden_states`, (batch, tokens, width) or (batch, width, height, width).
 
@@ -139,16 +147,22 @@ class Processor:
         that is served uses one, and another one raises `ValueError`.
 
         `prompted` and `job_of_row` assign rows to jobs: see `worker.device.step.Batch`. A layer that is
-        computed once a job needs both; the others ignore them.
+        computed once a job needs both; the others ignore them. `text_bias`, (batch, keys), is added to the
+        logits of cross attention: see `worker.device.job_text`.
         """
         if attention_mask is not None:
             raise ValueError("This attention takes no mask.")
         if self._once_a_job and prompted is not None:
-            return self._attend(attn, hidden_states[prompted], encoder_hidden_states)[job_of_row]
-        return self._attend(attn, hidden_states, encoder_hidden_states)
+            return self._attend(attn, hidden_states[prompted], encoder_hidden_states, None)[job_of_row]
+        bias = None if encoder_hidden_states is None else text_bias
+        return self._attend(attn, hidden_states, encoder_hidden_states, bias)
 
     def _attend(
-        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         residual, shape = hidden_states, hidden_states.shape
         if hidden_states.ndim == 4:
@@ -159,7 +173,10 @@ class Processor:
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         heads = (query.shape[0], -1, attn.heads, query.shape[-1] // attn.heads)
         query, key, value = query.view(heads), key.view(heads), value.view(heads)
-        if attn.upcast_attention and self._kernel is naive:
+        if bias is not None:
+            # Few batches need one, and the other kernels take none of this shape.
+            result = sdpa(query, key, value, attn.scale, bias)
+        elif attn.upcast_attention and self._kernel is naive:
             # The products of Stable Diffusion 2.1 overflow fp16. The other kernels accumulate in fp32.
             result = naive(query.float(), key.float(), value.float(), attn.scale).to(query.dtype)
         else:

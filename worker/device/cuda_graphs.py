@@ -7,10 +7,10 @@ scheduler to the next latents.
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,15 +147,14 @@ class GraphPool:
 
 
 class StepGraphs:
-    """A graph of the compiled step for each lane and batch size. Used by one thread; another one compiles.
+    """A graph of the compiled step for each lane, kind of batch and batch size (`worker.device.step.Batch`).
 
-    `at_once` batches are replayed side by side, each by a graph of its own on a stream of its own.
+    Used by one thread; another one compiles. `at_once` batches are replayed side by side, each by a graph of
+    its own on a stream of its own.
     """
 
     def __init__(self, forward: Forward, compiler: Compiler, *, at_once: int = 1) -> None:
-        self._lanes: CompiledLanes[_Function] = CompiledLanes(
-            "step", functools.partial(denoise, forward), compiler
-        )
+        self._lanes: CompiledLanes[_Function] = CompiledLanes("step", partial(denoise, forward), compiler)
         self._pools = [GraphPool(compiler) for _ in range(at_once)]
         self._streams = [torch.cuda.Stream() for _ in range(at_once)] if at_once > 1 else []
 
@@ -166,18 +165,17 @@ class StepGraphs:
 
     def compile(self, lane: Lane, batch: Batch) -> bool:
         """Compile `lane` now, for batches like `batch`. Returns whether that worked."""
-        return self._lanes.compile_now(lane_name(lane), lambda: _example(batch))
+        return self._lanes.compile_now(_name(lane, batch), lambda: _example(batch))
 
-    def run(self, lane: Lane, batches: Sequence[Batch]) -> list[Step] | None:
-        """The step of each batch, replayed. None while `lane` is not compiled; this call may begin to.
+    def run(self, lane: Lane, batches: Sequence[Batch]) -> list[Step | None]:
+        """The step of each batch, replayed. None where its kind is not compiled; this call may begin to.
 
         Raises what torch raises, its out-of-memory included, when a new batch size cannot be captured.
         """
-        function = self._lanes.get(lane_name(lane), lambda: _example(batches[0]))
-        if function is None:
-            return None
+        kinds = {_name(lane, batch): batch for batch in batches}
+        functions = {name: self._lanes.get(name, partial(_example, batch)) for name, batch in kinds.items()}
         if not self._streams:
-            return [self._step(function, lane, batch, self._pools[0]) for batch in batches]
+            return [self._step(functions, lane, batch, self._pools[0]) for batch in batches]
         current = torch.cuda.current_stream()
         steps = []
         at_once = len(self._streams)
@@ -186,19 +184,23 @@ class StepGraphs:
             for batch, pool, stream in zip(together, self._pools, self._streams, strict=False):
                 stream.wait_stream(current)
                 with torch.cuda.stream(stream):
-                    steps.append(self._step(function, lane, batch, pool))
+                    steps.append(self._step(functions, lane, batch, pool))
             for stream in self._streams:
                 current.wait_stream(stream)
         return steps
 
-    def _step(self, function: _Function, lane: Lane, batch: Batch, pool: GraphPool) -> Step:
+    def _step(
+        self, functions: Mapping[str, _Function | None], lane: Lane, batch: Batch, pool: GraphPool
+    ) -> Step | None:
+        if (function := functions[_name(lane, batch)]) is None:
+            return None
         jobs, rows = len(batch.states), batch_size(len(batch.job_of_row))
         # Where all jobs are guided there are half as many jobs as rows, and what is computed once for each
         # job costs half as much. Compiled code takes two jobs or more.
         padded_jobs = max(2, rows // 2)
         if jobs > padded_jobs:
             padded_jobs = rows
-        name = f"{rows} rows of {padded_jobs} jobs, {lane_name(lane)}"
+        name = f"{rows} rows of {padded_jobs} jobs with {_name(lane, batch)}"
 
         def make() -> tuple[Captured, Sequence[torch.Tensor]]:
             inputs = batch.zeros(padded_jobs, rows)
@@ -206,6 +208,11 @@ class StepGraphs:
 
         # Clones, because the graph's next replay overwrites its outputs.
         return Step(*(output[:jobs].clone() for output in pool.run(name, make, batch.tensors())))
+
+
+def _name(lane: Lane, batch: Batch) -> str:
+    """What a function is compiled for: all shapes but the numbers of jobs and rows."""
+    return f"{batch.kind}, {lane_name(lane)}"
 
 
 def _example(batch: Batch) -> tuple[Batch, list[torch.Tensor]]:

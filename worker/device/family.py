@@ -11,15 +11,17 @@ one sample in a forward; J is the number of jobs in a batch, R that of rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import Scheduler
 from worker.contract.job import Job
 from worker.device.attention import Layer
+from worker.device.job_text import Row
 
 #: What jobs must have in common to share a step: whole numbers, in every family so far (channels, height,
 #: width) of the latents before packing. Jobs of one lane have latents and conditions of equal shapes.
@@ -104,11 +106,20 @@ class ModelFamily(Protocol):
         One call at a time: tokenizers are not safe to use from several threads.
         """
 
-    def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
-        """What the model takes besides latents, timestep and text: (rows, ...) each, as in `Text.conditions`.
+    def encode_pieces(
+        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool
+    ) -> Sequence[Row]:
+        """Encode the texts, in AUTOMATIC1111's syntax, that one prompt is by step, each `counts` times.
 
-        `job` has all its fields filled in. Names differ from those of the texts. Examples are SDXL's sizes
-        (micro-conditioning), embedded guidance, and the positions of tokens.
+        `is_none`: it is a negative prompt that is empty. One call at a time. Raises `InvalidJobError` where
+        the family knows plain prompts alone.
+        """
+
+    def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
+        """What the model takes besides latents, timestep and text: (rows, ...) each, the same for all rows.
+
+        `job` has all its fields filled in. There may be more rows than two. Names differ from those of the
+        texts. Examples are SDXL's sizes (micro-conditioning), embedded guidance, and the positions of tokens.
         """
 
     def forward(
@@ -123,8 +134,9 @@ class ModelFamily(Protocol):
         """The model's output for R rows of J jobs, each with a timestep of its own: float32, as `latents`.
 
         `latents`: (R, *shape) float32, scaled as the scheduler says. `times`: (R,) float32, timesteps of the
-        scheduler. `conditions`: (R, ...) each, those of `encode` and of `conditions` together.
-        `prompted`: (J,) int64, the row of each job that has its prompt; `job_of_row`: (R,) int64. With these
+        scheduler. `conditions`: (R, ...) each, those of the texts and of `conditions` together, and maybe
+        `worker.device.job_text.TEXT_BIAS`.
+        `prompted`: (J,) int64, a row of each job that has its prompt; `job_of_row`: (R,) int64. With these
         two, layers that depend on no prompt may be computed once for each job.
 
         Traced by torch.compile in one piece, for any R and J from 2 on, and captured in a CUDA graph: no

@@ -12,6 +12,7 @@ from worker.contract.job import Job
 from worker.device.errors import is_out_of_memory
 from worker.device.family import Lane
 from worker.device.host_copy import HostCopy
+from worker.device.job_text import JobText
 from worker.device.schedule import SLOTS, Sampler, Schedule
 from worker.device.step import StepInputs
 
@@ -45,19 +46,18 @@ class JobState:
         self,
         job: Job,
         lane: Lane,
+        text: JobText,
         conditions: Mapping[str, torch.Tensor],
         schedule: Schedule,
         sampler: Sampler | None,
         generator: torch.Generator,
         latents: torch.Tensor,
-        *,
-        guided: bool,
-        warnings: tuple[str, ...] = (),
     ) -> None:
         """All tensors are on the device; those made there may still be at work on the current stream.
 
-        `latents`: float32, of any shape. `conditions`: (2, ...) each if `guided`, else (1, ...). `sampler`:
-        for a schedule without weights. `generator` draws the noise that is left to draw.
+        The job is guided if `text` has a negative prompt. `conditions`: what the model takes beside it,
+        (rows, ...) each, for as many rows as the job may have, all equal. `latents`: float32, of any shape.
+        `sampler`: for a schedule without weights. `generator` draws the noise that is left to draw.
         """
         #: The job, with every field filled in.
         self.job = job
@@ -68,8 +68,8 @@ class JobState:
         #: Steps in all. Some schedulers take more than the job's: PNDM at least one.
         self.steps = len(schedule.timesteps)
         #: One sentence for each thing the caller should know.
-        self.warnings = warnings
-        self._guided = guided
+        self.warnings = text.warnings
+        self._text = text
         self._conditions = conditions
         self._schedule = schedule
         #: For a scheduler that is not linear, the scheduler itself.
@@ -89,10 +89,19 @@ class JobState:
 
     @property
     def rows(self) -> int:
-        """Rows in the next forward of the model: 2 with guidance, else 1."""
-        if not self._guided:
-            return 1
-        return 2 if self.job.guidance_start <= self.step / self.steps < self.job.guidance_stop else 1
+        """Rows in the next forward of the model: one for each prompt, and one more with guidance."""
+        return len(self._text.prompts) + self._is_guided
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the longest text in the next forward."""
+        return self._text.tokens(self.step)
+
+    @property
+    def _is_guided(self) -> bool:
+        if self._text.negative is None:
+            return False
+        return self.job.guidance_start <= self.step / self.steps < self.job.guidance_stop
 
     @property
     def latents(self) -> torch.Tensor:
@@ -108,18 +117,20 @@ class JobState:
         if self._prepared is not None:
             torch.cuda.current_stream().wait_event(self._prepared)
             self._prepared = None
-        weights, rows = self._schedule.weights, self.rows
+        weights, is_guided = self._schedule.weights, self._is_guided
+        texts = self._text.rows(self.step, guided=is_guided)
+        scale = (self.job.guidance_scale or 0.0) if is_guided else 1.0
         return StepInputs(
             state=self._state,
             noise=self._step_noise(),
             # A scheduler that is not linear makes the next state, in `_advance`: the step keeps the old one.
             weights=torch.eye(SLOTS, SLOTS + 2) if weights is None else weights[self.step],
             input_scale=self._input_scale(),
-            guidance=self.job.guidance_scale or 0.0,
+            guidance=[scale * weight for weight in self._text.weights],
+            is_guided=is_guided,
             time=self._schedule.timesteps[self.step],
-            rows=rows,
-            # A guided job's own prompt is its second row.
-            conditions={name: tensor[-rows:] for name, tensor in self._conditions.items()},
+            texts=texts,
+            conditions={name: tensor[: len(texts)] for name, tensor in self._conditions.items()},
         )
 
     def advance(
@@ -150,7 +161,7 @@ class JobState:
         """Let the stream of the steps, which is another one, know when this job's tensors are made."""
         self._prepared = torch.cuda.Event()
         self._prepared.record()
-        for tensor in (self._state, *self._conditions.values()):
+        for tensor in (self._state, *self._conditions.values(), *self._text.tensors()):
             # Its memory is not given to others before the steps that read it are done.
             tensor.record_stream(torch.cuda.default_stream(self._state.device))
 

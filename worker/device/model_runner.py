@@ -98,6 +98,8 @@ class ModelRunner:
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
         self._vae_decoder = VaeDecoder(self._family, self._device, alone=settings.exact, compiler=compiler)
+        #: Tokens of the text encoder's window; 0: not yet known.
+        self._window = 0
         self._cost = StepCost((), self._default_area, settings.max_batch or step_cost.MIN_CAP)
 
     # --- costs ----------------------------------------------------------------------------------------------
@@ -126,9 +128,10 @@ class ModelRunner:
         """The cap in rows of a step of `lane`, >= 1: as many latent pixels as in the measured one."""
         return self._asked_rows or self._cost.cap(self._family.area(cast("Lane", lane)))
 
-    def step_s(self, lane: Hashable, rows: int) -> float:
-        """What a step of `rows` rows of `lane` costs."""
-        return self._cost.seconds(rows, self._family.area(cast("Lane", lane)))
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
+        """What a step of `rows` rows of `lane` costs, whose longest text has so many tokens."""
+        more = max(0.0, text_tokens / self._window - 1) if self._window else 0.0
+        return self._cost.seconds(rows, self._family.area(cast("Lane", lane)), more)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the GPU's memory: now, and the most in a step of each batch size so far; {} on a CPU."""
@@ -157,6 +160,7 @@ class ModelRunner:
                 "SMALLCAT_DTYPE, SMALLCAT_ATTENTION or SMALLCAT_MODEL."
             ) from error
         row = self.prepare(Job(prompt=warm_up.PROMPT, seed=0, guidance_scale=1.0))
+        self._window = row.text_tokens
         curve, measured = warm_up.measure_steps(
             lambda rows: self._seconds([row] * rows), on_gpu=self._on_gpu, max_batch=self._asked_rows
         )
@@ -220,18 +224,10 @@ class ModelRunner:
         noise = self._family.initial_noise(lane, generator) * schedule.noise_scale
         rows = self._family.rows(job.guidance_scale)
         with mapped("encode the prompt"), self._preparing():
-            text = self._texts.encode(job.prompt, job.negative_prompt, guided=rows == 2)
-            return JobState(
-                job,
-                lane,
-                {**text.conditions, **self._family.conditions(job, rows)},
-                schedule,
-                sampler,
-                generator,
-                noise.to(self._device),
-                guided=rows == 2,
-                warnings=text.warnings,
-            )
+            text = self._texts.encode(job, len(schedule.timesteps), guided=rows == 2)
+            conditions = self._family.conditions(job, len(text.prompts) + rows - 1)
+            latents = noise.to(self._device)
+            return JobState(job, lane, text, conditions, schedule, sampler, generator, latents)
 
     @torch.no_grad()
     def step(self, states: Sequence[JobState]) -> list[SmallcatError | None]:
@@ -301,6 +297,8 @@ class ModelRunner:
         """The step of each group, launched."""
         batches = [batch_of([state.next_inputs() for state in group]) for group in groups]
         lane = groups[0][0].lane
-        if self._graphs is not None and (steps := self._graphs.run(lane, batches)) is not None:
-            return steps
-        return [Step(*denoise(self._family.forward, batch)) for batch in batches]
+        replayed = [None] * len(batches) if self._graphs is None else self._graphs.run(lane, batches)
+        return [
+            Step(*denoise(self._family.forward, batch)) if step is None else step
+            for step, batch in zip(replayed, batches, strict=True)
+        ]

@@ -4,7 +4,9 @@
 
 The jobs of a batch differ in everything but their lane (`worker.device.family`): each brings its own text,
 timestep, guidance and the numbers of its own scheduler's step (`worker.device.samplers`). J is the number of
-jobs, R that of rows: a job has two rows with guidance and one without. `*shape` is that of a job's latents.
+jobs, R that of rows: a job has a row for its prompt, one for each prompt that AND composes, and one more with
+guidance. `*shape` is that of a job's latents. P is the most prompts that a job of the batch has, as a power
+of 2.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from worker.device.job_text import TEXT_BIAS, Row, batched
 from worker.device.schedule import SLOTS
 
 
@@ -47,14 +50,22 @@ class StepInputs:
     weights: torch.Tensor
     #: What the latents are multiplied with to be the model's input.
     input_scale: float
-    #: Scale of classifier-free guidance; of no effect where `rows` is 1.
-    guidance: float
+    #: How far each prompt moves the prediction: the scale of guidance times the prompt's own weight. From the
+    #: row without a prompt where `is_guided`, else from that of the first prompt.
+    guidance: Sequence[float]
+    #: Whether the first row is the one without a prompt.
+    is_guided: bool
     #: Timestep of the scheduler.
     time: float
-    #: Rows in the forward: 2 with guidance, the one with the prompt last; else 1.
-    rows: int
+    #: The text of each row, on the device.
+    texts: Sequence[Row]
     #: What the model takes besides, by name: (rows, ...) each, on the device.
     conditions: Mapping[str, torch.Tensor]
+
+    @property
+    def rows(self) -> int:
+        """Rows in the forward."""
+        return len(self.texts)
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,11 @@ class Batch:
     weights: torch.Tensor
     #: (J,): what the latents are multiplied with to be the model's input.
     input_scale: torch.Tensor
-    #: (J,): scale of classifier-free guidance; of no effect where both rows of a job are the same one.
+    #: (J, P): how far each prompt of a job moves the prediction; 0 where it has fewer prompts.
     guidance: torch.Tensor
-    #: (J,) int64: each job's row without its prompt, and with it; the same row without guidance.
+    #: (J,) int64: each job's row without its prompt; without guidance that of its first prompt.
     without: torch.Tensor
+    #: (J, P) int64: the rows of its prompts; where it has fewer, the row before.
     prompted: torch.Tensor
     #: (R,) int64: the job that each row belongs to.
     job_of_row: torch.Tensor
@@ -85,6 +97,14 @@ class Batch:
         """All of them, always in the same order."""
         named = [getattr(self, field.name) for field in dataclasses.fields(self)[:-1]]
         return named + [self.conditions[name] for name in sorted(self.conditions)]
+
+    @property
+    def kind(self) -> str:
+        """What differs in shape between batches of one lane and size, for log and metrics: `77 tokens`."""
+        tokens = max((each.shape[1] for each in self.conditions.values() if each.ndim == 3), default=0)
+        prompts = self.prompted.shape[1]
+        parts = [f"{tokens} tokens", *([f"{prompts} prompts"] if prompts > 1 else [])]
+        return ", ".join([*parts, *(["some hidden"] if TEXT_BIAS in self.conditions else [])])
 
     def zeros(self, jobs: int, rows: int) -> Batch:
         """A batch of `jobs` and `rows` with tensors of these shapes and dtypes, all zeros."""
@@ -120,12 +140,14 @@ def denoise(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
         scaled[batch.job_of_row],
         batch.times,
         batch.conditions,
-        prompted=batch.prompted,
+        prompted=batch.prompted[:, 0],
         job_of_row=batch.job_of_row,
     )
-    # Ho and Salimans (2022), equation 6, in the parametrisation of Saharia et al. (2022).
-    without, prompted = output[batch.without], output[batch.prompted]
-    predictions = without + _for_each(batch.guidance, batch.noise) * (prompted - without)
+    # Ho and Salimans (2022), equation 6, in the parametrisation of Saharia et al. (2022); for several prompts
+    # Liu et al. (2022), equation 11. A job's rows alone are added: what is not finite stays its own.
+    without = output[batch.without]
+    moves = output[batch.prompted] - without[:, None]
+    predictions = without + (_for_each(batch.guidance, moves) * moves).sum(1)
     sources = torch.cat([batch.states, predictions[:, None], batch.noise[:, None]], dim=1)
     states = torch.bmm(batch.weights, sources.flatten(2)).view(batch.states.shape)
     finite = (states.isfinite().flatten(1).all(1)) & (predictions.isfinite().flatten(1).all(1))
@@ -133,38 +155,45 @@ def denoise(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _for_each(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """(J,) values in a shape in which each multiplies its own job's latents, (J, *shape)."""
-    return values.view(-1, *[1] * (latents.ndim - 1))
+    """(J,) or (J, P) values in a shape in which each multiplies its own latents, (J, *shape) or with P."""
+    return values.view(*values.shape, *[1] * (latents.ndim - values.ndim))
 
 
 def batch_of(jobs: Sequence[StepInputs]) -> Batch:
     """The inputs of at least one job, all of one lane, as one batch on their device."""
     device = jobs[0].state.device
     rows = [job.rows for job in jobs]
-    ends = list(itertools.accumulate(rows))
-    first, last = [end - count for end, count in zip(ends, rows, strict=True)], [end - 1 for end in ends]
+    first = [end - count for end, count in zip(itertools.accumulate(rows), rows, strict=True)]
     owners = [index for index, count in enumerate(rows) for _ in range(count)]
+    slots = 1 << (max(len(job.guidance) for job in jobs) - 1).bit_length()
+    prompted, guidance = [], []
+    for job, start in zip(jobs, first, strict=True):
+        unused = [start] * (slots - len(job.guidance))
+        prompted += [*range(start + job.is_guided, start + job.rows), *unused]
+        guidance += [*job.guidance, *[0.0] * len(unused)]
     weights = torch.stack([job.weights for job in jobs])
-    scales, guidance = [job.input_scale for job in jobs], [job.guidance for job in jobs]
+    scales = [job.input_scale for job in jobs]
     times = [jobs[owner].time for owner in owners]
     # Many small values, few transfers.
     numbers = _to_device(torch.cat([weights.flatten(), torch.tensor(scales + guidance + times)]), device)
     all_weights, input_scale, guidance_scale, time_of_row = numbers.split(
-        [weights.numel(), len(jobs), len(jobs), len(owners)]
+        [weights.numel(), len(jobs), len(guidance), len(owners)]
     )
-    indices = _to_device(torch.tensor(first + last + owners), device)
-    without, prompted, job_of_row = indices.split([len(jobs), len(jobs), len(owners)])
+    indices = _to_device(torch.tensor(first + prompted + owners), device)
+    without, prompted_rows, job_of_row = indices.split([len(jobs), len(prompted), len(owners)])
+    texts = batched([row for job in jobs for row in job.texts])
     return Batch(
         states=torch.stack([job.state for job in jobs]),
         noise=_noise_of(jobs, device),
         weights=all_weights.view(len(jobs), SLOTS, SLOTS + 2),
         input_scale=input_scale,
-        guidance=guidance_scale,
+        guidance=guidance_scale.view(len(jobs), slots),
         without=without,
-        prompted=prompted,
+        prompted=prompted_rows.view(len(jobs), slots),
         job_of_row=job_of_row,
         times=time_of_row,
-        conditions={name: torch.cat([job.conditions[name] for job in jobs]) for name in jobs[0].conditions},
+        conditions=texts
+        | {name: torch.cat([job.conditions[name] for job in jobs]) for name in jobs[0].conditions},
     )
 
 

@@ -1,19 +1,27 @@
-"""A cache in front of a model family's text encoders, and the warning about a text that was cut."""
+"""A job's texts, encoded in its syntax, from a cache, with a warning for each thing that is not drawn."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
+from worker.contract import a1111_syntax
+from worker.contract.choices import PromptSyntax
+from worker.contract.job import Job
 from worker.device.family import ModelFamily, Text
+from worker.device.job_text import JobText, Row, Timed, plain_text
 
-#: Texts whose embeddings are kept, at most: some 300 KiB each for SD 1.x in fp16, 700 KiB for SDXL.
-KEPT = 256
+#: Numbers in the texts that are kept, at most: 256 pairs of prompts for SDXL, 180 MB in fp16.
+KEPT = 256 * 2 * 77 * 2_304
 
 #: Tokens in the vocabulary of the bundled model (`worker/demo/training/tokenizer.py`), and in its window.
 BUNDLED_TOKENIZER = (4_096, 32)
+
+T = TypeVar("T", Text, Sequence[Row])
 
 
 class TextEncoder:
@@ -21,22 +29,69 @@ class TextEncoder:
 
     def __init__(self, family: ModelFamily) -> None:
         self._family = family
-        self._known: OrderedDict[tuple[str, str, bool], Text] = OrderedDict()
+        #: What was encoded, and how many numbers it has.
+        self._known: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._kept = 0
         self._lock = threading.Lock()
 
-    def encode(self, prompt: str, negative: str, *, guided: bool) -> Text:
-        """The encoded texts: the same object for the same texts as long as the cache keeps it.
+    def encode(self, job: Job, steps: int, *, guided: bool) -> JobText:
+        """The encoded texts of a job that takes `steps` steps: with a negative prompt if `guided`.
 
-        An empty negative prompt is none. Raises what the text encoder raises.
+        Equal texts are encoded once as long as the cache keeps them. An empty negative prompt is none. Raises
+        what the text encoder raises.
         """
-        key = (prompt, negative if guided else "", guided)
+        negative = job.negative_prompt if guided else ""
         with self._lock:
-            if (text := self._known.get(key)) is None:
-                text = self._known[key] = self._family.encode(prompt, key[1], guided=guided)
-                if len(self._known) > KEPT:
-                    self._known.popitem(last=False)
-            self._known.move_to_end(key)
-            return text
+            if job.prompt_syntax is PromptSyntax.A1111:
+                return self._a1111(job.prompt, negative if guided else None, steps)
+            key = (job.prompt, negative, guided)
+            text = self._once(key, lambda: self._family.encode(job.prompt, negative, guided=guided))
+            return plain_text(text.conditions, text.warnings, guided=guided)
+
+    def _a1111(self, prompt: str, negative: str | None, steps: int) -> JobText:
+        """The texts in AUTOMATIC1111's syntax. `negative`: None for a job without guidance."""
+        parts = a1111_syntax.parts(prompt)
+        without = None
+        if negative is not None:
+            without = self._timed(a1111_syntax.without_comments(negative), steps, is_negative=True)
+        return JobText(
+            [self._timed(part.text, steps, is_negative=False) for part in parts],
+            [part.weight for part in parts],
+            without,
+        )
+
+    def _timed(self, text: str, steps: int, *, is_negative: bool) -> Timed:
+        """A text that may change by step."""
+        schedule = a1111_syntax.schedule(text, steps)
+        texts = [each for _, each in schedule]
+        different = list(dict.fromkeys(texts))
+        pieces = [a1111_syntax.pieces(each) for each in different]
+        counts = [texts.count(each) for each in different]
+        is_none = is_negative and different == [""]
+
+        def encode() -> Sequence[Row]:
+            return self._family.encode_pieces(pieces, counts, is_none=is_none)
+
+        rows = self._once((tuple(texts), is_none), encode)
+        by_text = dict(zip(different, rows, strict=True))
+        return Timed([end for end, _ in schedule], [by_text[each] for each in texts])
+
+    def _once(self, key: Hashable, encode: Callable[[], T]) -> T:
+        """What `encode` gives, from the cache where it is there. The lock is held."""
+        if (known := self._known.get(key)) is None:
+            found = encode()
+            known = self._known[key] = found, _numbers(found)
+            self._kept += known[1]
+            while self._kept > KEPT and len(self._known) > 1:
+                self._kept -= self._known.popitem(last=False)[1][1]
+        self._known.move_to_end(key)
+        result: T = known[0]
+        return result
+
+
+def _numbers(text: Text | Sequence[Row]) -> int:
+    rows = [text.conditions] if isinstance(text, Text) else text
+    return sum(tensor.numel() for tensor in itertools.chain(*(row.values() for row in rows)))
 
 
 def cut_warning(tokenizer: Any, what: str, text: str) -> tuple[str, ...]:

@@ -6,17 +6,20 @@ sibling and `latent_consistency_models/pipeline_latent_consistency_text2img.py`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import diffusers
 import torch
 
+from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import Scheduler
 from worker.contract.job import Job
 from worker.device import unet_patches
 from worker.device.attention import Layer, shape_of
+from worker.device.clip_text import ClipTexts, encoders_of
 from worker.device.family import Lane, Schedulers, Text
+from worker.device.job_text import TEXT_BIAS, Row
 from worker.device.samplers import CLASSES
 from worker.device.text_encoder import cut_warning, unknown_words_warning
 
@@ -37,6 +40,7 @@ class UNetFamily:
         self._pipeline, self._unet = pipeline, pipeline.unet
         self._device, self._dtype = device, dtype
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+        self._clip = ClipTexts(tuple(encoders_of(pipeline)))
         # `attentions` depends on it: choosing a backend replaces the processor of every layer, so what the
         # patches need of a processor must be part of the layer's description.
         self._is_patched = patched
@@ -116,6 +120,17 @@ class UNetFamily:
             warnings += cut_warning(self._pipeline.tokenizer, "negative prompt", negative)
         return Text(dict(zip((TEXT, "text_embeds"), embeddings, strict=False)), warnings)
 
+    def encode_pieces(
+        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool
+    ) -> Sequence[Row]:
+        """As the web UI encodes them, and for SDXL zeros for a negative prompt that is empty."""
+        hidden, pooled = self._clip.encode(texts, counts)
+        named = {TEXT: hidden} if pooled is None else {TEXT: hidden, "text_embeds": pooled}
+        if self._is_xl and is_none:
+            named = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
+        named = {name: tensor.to(self._device, self._dtype) for name, tensor in named.items()}
+        return [{name: tensor[[row]] for name, tensor in named.items()} for row in range(len(texts))]
+
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
         """Embedded guidance as `timestep_cond` (LCM), and sizes as `time_ids` (SDXL)."""
         conditions: dict[str, torch.Tensor] = {}
@@ -145,14 +160,14 @@ class UNetFamily:
         """The UNet's output, (R, channels, height, width) float32."""
         added = dict(conditions)
         text = added.pop(TEXT)
-        timestep_cond = added.pop("timestep_cond", None)
+        timestep_cond, text_bias = added.pop("timestep_cond", None), added.pop(TEXT_BIAS, None)
         output: torch.Tensor = self._unet(
             latents.to(text.dtype),
             times,
             encoder_hidden_states=text,
             timestep_cond=timestep_cond,
             added_cond_kwargs=added or None,
-            cross_attention_kwargs={"prompted": prompted, "job_of_row": job_of_row},
+            cross_attention_kwargs={"prompted": prompted, "job_of_row": job_of_row, "text_bias": text_bias},
             return_dict=False,
         )[0]
         return output.float()

@@ -2,7 +2,8 @@
 
 Terms. A **lane** is a set of jobs that may share a step, since their latents have the same shape. A job in a
 lane is **waiting** or **scheduled**; a scheduled job stays so until it is finished, removed or preempted. The
-**cap** is the most rows that a lane's batch may have; a guided job takes two rows, others take one. A job's
+**cap** is the most rows that a lane's batch may have; a job takes a row for each of its prompts, and one more
+if it is guided. The longest text of a batch is part of its cost: all its rows attend to as much. A job's
 **effective priority** is its priority plus one for every `AGEING_S` seconds since it was added. A job **may
 preempt** another one if its priority is higher and its effective priority is higher by at least one. Since
 all jobs age at the same rate, that never changes for two given jobs.
@@ -10,8 +11,8 @@ all jobs age at the same rate, that never changes for two given jobs.
 Rules.
 1. The waiting job of the highest effective priority is scheduled first; of equal ones, the earliest. So jobs
    of one priority keep their order. No job waits for ever: after some time no new job may preempt it.
-2. No smaller job overtakes that job. If its rows do not fit yet, they stay free until it fits. At most one
-   row of a cap is unused for this reason.
+2. No smaller job overtakes that job. If its rows do not fit yet, they stay free until it fits. So at most as
+   many rows of a cap are unused as that job has, less one.
 3. A waiting job preempts those that it may, the lowest effective priority first, if that makes enough room.
    A preempted job waits again, keeps its effective priority, and loses no step.
 4. Jobs do not slow down one that may preempt them: they take part in its steps only while such a step costs
@@ -29,7 +30,7 @@ Rules.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -49,8 +50,11 @@ class Costs(Protocol):
     def cap(self, lane: Hashable) -> int:
         """The cap of a lane at the start, in rows, >= 1."""
 
-    def step_s(self, lane: Hashable, rows: int) -> float:
-        """The cost of a step of `rows` rows of `lane`, > 0, in seconds or in any other unit."""
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
+        """The cost of a step of `rows` rows of `lane`, > 0, in seconds or in any other unit.
+
+        `text_tokens`: tokens of the longest text in it; all rows attend to as many.
+        """
 
 
 @dataclass
@@ -63,6 +67,8 @@ class _Entry(Generic[T]):
     added_s: float
     #: The order in which jobs were added.
     number: int
+    #: Tokens of its longest text.
+    text_tokens: int = 0
 
     def effective_priority(self, now_s: float) -> float:
         """Priority with ageing."""
@@ -127,10 +133,11 @@ class _Lane(Generic[T]):
         preemptible = [entry for entry in scheduled if any(other.may_preempt(entry) for other in scheduled)]
         chosen = [entry for entry in scheduled if entry not in preemptible]
         rows = sum(entry.rows for entry in chosen)
-        limit = MAX_SLOWDOWN * costs.step_s(name, rows)
+        tokens = _longest_text(chosen)
+        limit = MAX_SLOWDOWN * costs.step_s(name, rows, tokens)
         for entry in sorted(preemptible, key=lambda entry: entry.order(now_s), reverse=True):
-            rows += entry.rows
-            if costs.step_s(name, rows) > limit:
+            rows, tokens = rows + entry.rows, max(tokens, entry.text_tokens)
+            if costs.step_s(name, rows, tokens) > limit:
                 break
             chosen.append(entry)
         return chosen
@@ -145,6 +152,11 @@ class _Lane(Generic[T]):
 
     def _preempt(self, entry: _Entry[T]) -> None:
         self.waiting[entry.item] = self.scheduled.pop(entry.item)
+
+
+def _longest_text(entries: Iterable[_Entry[T]]) -> int:
+    """Tokens of the longest text of these jobs."""
+    return max((entry.text_tokens for entry in entries), default=0)
 
 
 class Batcher(Generic[T]):
@@ -172,20 +184,23 @@ class Batcher(Generic[T]):
         """Whether `item` is in a lane, waiting or scheduled."""
         return item in self._lane_of
 
-    def add(self, item: T, *, lane: Hashable, rows: int, priority: int, now_s: float) -> None:
+    def add(
+        self, item: T, *, lane: Hashable, rows: int, priority: int, now_s: float, text_tokens: int = 0
+    ) -> None:
         """Let `item` wait in `lane`. Raises `ValueError` if it is in a lane already."""
         if item in self._lane_of:
             raise ValueError(f"{item!r} is in lane {self._lane_of[item]!r} already: remove it first.")
         self._added += 1
         if lane not in self._lanes:
             self._lanes[lane] = _Lane(cap=self.cap(lane), pass_=self._pass)
-        self._lanes[lane].waiting[item] = _Entry(item, rows, priority, now_s, self._added)
+        self._lanes[lane].waiting[item] = _Entry(item, rows, priority, now_s, self._added, text_tokens)
         self._lane_of[item] = lane
 
-    def resize(self, item: T, rows: int) -> None:
-        """Let `item` take `rows` rows from the next step on."""
+    def resize(self, item: T, rows: int, text_tokens: int = 0) -> None:
+        """Let `item` take `rows` rows, and have a text of so many tokens, from the next step on."""
         lane = self._lanes[self._lane_of[item]]
-        (lane.scheduled.get(item) or lane.waiting[item]).rows = rows
+        entry = lane.scheduled.get(item) or lane.waiting[item]
+        entry.rows, entry.text_tokens = rows, text_tokens
 
     def remove(self, item: T) -> None:
         """Take `item` out of its lane, finished or not. Its rows are free for the next batch."""
@@ -204,7 +219,7 @@ class Batcher(Generic[T]):
             lane.schedule(now_s)
         name, lowest = min(self._lanes.items(), key=lambda named: named[1].pass_)
         batch = lowest.batch(self._costs, name, now_s)
-        cost = self._costs.step_s(name, sum(entry.rows for entry in batch))
+        cost = self._costs.step_s(name, sum(entry.rows for entry in batch), _longest_text(batch))
         lowest.pass_ += cost / lowest.weight(now_s)
         self._pass += cost / sum(lane.weight(now_s) for lane in self._lanes.values())
         return [entry.item for entry in batch]

@@ -220,6 +220,7 @@ class Engine(Generic[StateT]):
                     ticket,
                     lane=ticket.state.lane,
                     rows=ticket.state.rows,
+                    text_tokens=ticket.state.text_tokens,
                     priority=ticket.job.priority,
                     now_s=self._clock(),
                 )
@@ -272,7 +273,7 @@ class Engine(Generic[StateT]):
             if failure is not None:
                 self._drop(ticket, failure)
             else:
-                self._batcher.resize(ticket, state.rows)
+                self._batcher.resize(ticket, state.rows, state.text_tokens)
 
     def _step_halves(self, batch: Sequence[Ticket[StateT]]) -> None:
         middle = len(batch) // 2

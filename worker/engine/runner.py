@@ -38,7 +38,11 @@ class JobState(Protocol):
 
     @property
     def rows(self) -> int:
-        """Rows in the next forward of the model: 2 with guidance, 1 without."""
+        """Rows in the next forward of the model: one for each prompt, and one more with guidance."""
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the longest text in the next forward; 0 where the model has none."""
 
     @property
     def step(self) -> int:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 MIN_GAIN = 0.03
 #: Batch sizes that are measured, in rows, as far as they fit in memory and gain.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+#: By what share of itself a row costs more for each more window of text that it attends to (measured by
+#: `tests.benchmarks.text_lengths`).
+TEXT_SHARE = 0.02
 #: The cap of a device that gains nothing from larger batches: the two rows of a guided job.
 MIN_CAP = 2
 
@@ -40,12 +43,13 @@ class StepCost:
         """The cap of a step over latents of `area` pixels: rows of the same total area, >= 1."""
         return max(1, min(BATCH_SIZES[-1], self.max_rows * self.area // area))
 
-    def seconds(self, rows: int, area: int) -> float:
+    def seconds(self, rows: int, area: int, more_windows: float = 0.0) -> float:
         """The cost of a step of `rows` rows of `area` pixels, by linear interpolation.
 
+        `more_windows`: by how many of the text encoder's windows the longest text is longer than one.
         In seconds if a curve was measured, otherwise in rows of the default area.
         """
-        work = rows * area / self.area
+        work = rows * area / self.area * (1 + TEXT_SHARE * more_windows)
         if not self.curve:
             return work
         before_rows, before_s = 0, self.curve[0][1]

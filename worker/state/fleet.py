@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from worker.contract.choices import PromptSyntax
 from worker.contract.job import DEFAULT_MODEL, Job
 from worker.contract.queues import Takers, lists_of, queues_of
 from worker.contract.refusals import code_of
@@ -59,6 +60,9 @@ class WorkerInfo(BaseModel):
     paused: str = ""
     #: Version of messages up to which it reads jobs (`worker.contract.job.FORMAT_VERSION`).
     reads: int = 1
+    #: The syntax of jobs that do not say theirs. Not among the model's defaults, where older producers refuse
+    #: names that they do not know.
+    prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
 
 
 class Group(BaseModel):
@@ -78,6 +82,8 @@ class Group(BaseModel):
     reads: int = 1
     #: Whether they take no jobs at present.
     paused: bool = False
+    #: As `WorkerInfo.prompt_syntax`.
+    prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
 
 
 class Digest(BaseModel):
@@ -105,13 +111,21 @@ def groups_in(digest: object) -> Sequence[Group] | None:
 
 def groups_of(workers: Iterable[WorkerInfo]) -> Sequence[Group]:
     """The groups of `workers`."""
-    members: dict[tuple[ServedModel, int, bool], list[tuple[float, str]]] = {}
+    members: dict[tuple[ServedModel, int, bool, PromptSyntax], list[tuple[float, str]]] = {}
     for worker in workers:
-        kind = (worker.served, worker.reads, bool(worker.paused))
+        kind = (worker.served, worker.reads, bool(worker.paused), worker.prompt_syntax)
         members.setdefault(kind, []).append((worker.started_at, worker.name))
     return [
-        Group(served=served, workers=len(of), first=min(of), last=max(of), reads=reads, paused=paused)
-        for (served, reads, paused), of in members.items()
+        Group(
+            served=served,
+            workers=len(of),
+            first=min(of),
+            last=max(of),
+            reads=reads,
+            paused=paused,
+            prompt_syntax=syntax,
+        )
+        for (served, reads, paused, syntax), of in members.items()
     ]
 
 
@@ -143,8 +157,8 @@ class FleetSnapshot:
     def resolve(self, job: Job) -> Job:
         """As `Fleet.resolve`, at that moment."""
         for groups in (self.live, self.last_seen):
-            if (served := _meant_by(job, groups)) is not None:
-                return job.resolved(served)
+            if (group := _meant_by(job, groups)) is not None:
+                return job.in_syntax(group.prompt_syntax).resolved(group.served)
         return job if job.revision else job.opened()
 
 
@@ -170,6 +184,8 @@ class Fleet:
             served += f',"reads":{worker.reads}'
         if worker.paused:
             served += ',"paused":true'
+        if worker.prompt_syntax is not PromptSyntax.PLAIN:
+            served += f',"prompt_syntax":"{worker.prompt_syntax}"'
         group = hashlib.sha256(served.encode()).hexdigest()[:16]
         said = worker.model_dump_json(exclude_defaults=True)
         keys = [worker_key(worker.name), WORKERS, DIGEST, BOOK]
@@ -232,13 +248,13 @@ class Fleet:
             # A producer may not: the next worker that announces itself does.
 
     def resolve(self, job: Job) -> Job:
-        """`job` with the model and revision that it means; open where no worker ever announced the model.
+        """`job` with the model, revision and syntax that it means; open where no worker announced the model.
 
         A job that names a revision that nobody serves stays as it is, and waits for such a worker.
         """
         for known in (self.groups, self._groups_last_seen):
-            if (served := _meant_by(job, known())) is not None:
-                return job.resolved(served)
+            if (group := _meant_by(job, known())) is not None:
+                return job.in_syntax(group.prompt_syntax).resolved(group.served)
         return job if job.revision else job.opened()
 
     def snapshot(self) -> FleetSnapshot:
@@ -292,16 +308,19 @@ class Fleet:
         found = []
         for number, worker in enumerate(self._last_seen()):
             place = (float(number), worker.name)
-            found.append(Group(served=worker.served, workers=0, first=place, last=place))
+            syntax = worker.prompt_syntax
+            found.append(
+                Group(served=worker.served, workers=0, first=place, last=place, prompt_syntax=syntax)
+            )
         return found
 
 
-def _meant_by(job: Job, groups: Sequence[Group]) -> ServedModel | None:
-    """What a job without a revision, or without a model, means; None where no group serves it."""
+def _meant_by(job: Job, groups: Sequence[Group]) -> Group | None:
+    """Whom a job without a revision, or without a model, means; None where no group serves it."""
     name = job.model
     if groups and name == DEFAULT_MODEL:
         name = min(groups, key=lambda group: group.first).served.name
     fitting = [
         group for group in groups if group.served.name == name and job.revision in ("", group.served.revision)
     ]
-    return max(fitting, key=lambda group: group.last).served if fitting else None
+    return max(fitting, key=lambda group: group.last) if fitting else None

@@ -192,7 +192,7 @@ def test_silly_tavern_draws(api: Api) -> None:
         ({"sampler_name": "DPM++ SDE"}, "scheduler is 'DPM++ SDE'"),
         ({"sampler_name": "Euler", "scheduler": "Beta"}, "with the schedule 'Beta', which is not offered"),
         ({"sampler_name": "DDIM", "eta": 1.0}, "eta is 1.0, which is not offered with ddim"),
-        ({"prompt": "a <lora:cats:1> cat"}, "The prompt has <lora:...>, which is not offered"),
+        ({"prompt": "a <lora:cats:1> cat"}, "the prompt asks for <lora:cats:1>: not offered yet"),
         ({"steps": 1_000}, "steps is 1000"),
         ({"width": 500}, "width is 500, which is no multiple of 8"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +17,7 @@ from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options
 from producer.prompts.variants import Variants
 from worker.contract.errors import PromptFileError
-from worker.contract.prompt_syntax import UNUSED_NEGATIVE
+from worker.contract.prompt_syntax import UNUSED_NEGATIVE, only_words_warning
 
 
 @pytest.fixture(autouse=True)
@@ -43,21 +44,24 @@ def test_check_shows_how_the_first_lines_are_read_and_what_means_nothing_here() 
     assert 'metadata {"customer": "ann"}' in said[1]
     assert said[6:] == [
         "to metadata: customer (9 jobs)",
-        "(x:1.3) in the prompt: not supported, and only drawn as words. (9 jobs, the first in p.csv, line 2)",
+        f"{only_words_warning(('(x:1.3)',))} (9 jobs, the first in p.csv, line 2)",
         "9 jobs, 1 bad lines; nothing was sent",
     ]
     assert errors.startswith("p.csv, line 11: steps is 'many'")
 
 
 def test_check_as_json_is_a_line_for_each_job_and_each_bad_line() -> None:
-    lines = ["a cat --seed 3 --steps 9 --cfg_scale 7", "a dog BREAK --seed 4", "a cow --stpes 3"]
+    lines = ["a cat --seed 3 --steps 9 --cfg_scale 7", "a dog BREAK --prompt_syntax plain", "a cow --stpes 3"]
     Path("p.txt").write_text("\n".join(lines))
     code, said, errors = checked("p.txt", "--json", "--images", "2")
     jobs = [json.loads(line) for line in said]
     assert code == 1
     cat = {"file": "p.txt", "line": 1, "prompt": "a cat", "seed": 3, "steps": 9, "guidance_scale": 7.0}
+    cat |= {"prompt_syntax": "a1111"}
     assert jobs[:2] == [cat, cat | {"seed": 4}]
-    assert jobs[2]["warnings"] == ["BREAK in the prompt: not supported, and only drawn as words."]
+    assert jobs[2]["warnings"] == [
+        "BREAK in the prompt: only drawn as words, since its syntax is plain. prompt_syntax a1111 reads them."
+    ]
     assert (jobs[4]["line"], jobs[4]["field"]) == (3, "steps")
     assert 'did you mean "steps"' in jobs[4]["reason"]
     assert errors.splitlines()[-1] == "4 jobs, 1 bad lines; nothing was sent"
@@ -164,3 +168,44 @@ def test_a_negative_prompt_without_guidance_is_warned_of(line: str, is_unused: b
 
 def variants() -> Variants:
     return make_variants({}, 1, None, {}, None, None, literal=False)
+
+
+# The syntax of prompts.
+
+
+def syntaxes(plan: Plan) -> list[str]:
+    jobs = (each.templated for each in plan.items(unresolved) if isinstance(each, Planned))
+    return [json.loads(job.job).get("prompt_syntax", "plain") for job in jobs]
+
+
+def a_plan(text: str, **fields: Any) -> Plan:
+    Path("p.txt").write_text(text)
+    return make_plan(
+        ["p.txt"], file_format=None, variants=make_variants(fields, 1, 0, {}, None, None, literal=False)
+    )
+
+
+def test_a_text_file_with_options_in_any_line_is_in_the_syntax_of_who_has_such_files() -> None:
+    assert syntaxes(a_plan("a (cat:1.3)\na dog --steps 9\n")) == ["a1111", "a1111"]
+    assert syntaxes(a_plan("a (cat:1.3)\na dog -- steps 9\n# --steps 9\n")) == ["plain", "plain"]
+    assert syntaxes(a_plan("a cat --prompt-syntax plain\na dog")) == ["plain", "a1111"]
+    assert syntaxes(a_plan("a cat --steps 9\na dog", prompt_syntax="plain")) == ["plain", "plain"]
+    assert syntaxes(a_plan("a cat\na dog", prompt_syntax="a1111")) == ["a1111", "a1111"]
+
+
+def test_a_run_that_an_earlier_version_began_stays_plain() -> None:
+    plan = a_plan("a cat --steps 9\na dog\n")
+    earlier = plan.as_begun(lambda digest: digest != plan.digest)
+    assert syntaxes(earlier) == ["plain", "plain"]
+    assert plan.as_begun(lambda digest: digest == plan.digest) is plan
+    # Its digest is the one that it had.
+    assert earlier.digest == Plan(plan.sources, plan.variants, knows_a1111=False).digest
+    without = a_plan("a cat\na dog\n")
+    assert without.digest == Plan(without.sources, without.variants, knows_a1111=False).digest
+
+
+def test_a_prompt_that_cannot_be_read_in_its_syntax_is_a_bad_line() -> None:
+    plan = a_plan('a cat --steps 9\na dog <lora:x:1>\n"a <lora:x:1> --prompt-syntax plain"\n')
+    [bad] = [each for each in plan.items(unresolved) if not isinstance(each, Planned)][:1]
+    assert (bad.line, bad.field) == (2, "prompt_syntax")
+    assert "<lora:x:1>" in bad.reason

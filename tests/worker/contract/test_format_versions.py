@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from worker.contract import job as job_module
-from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, Job, version_needed
+from worker.contract.job import FIRST_MAX_PROMPT, FORMAT_VERSION, JOB_FIELDS, Job, version_needed
 from worker.contract.message import MAX_VERSION, Message, payload_of
 
 FORMATS = Path(__file__).with_name("formats")
@@ -96,7 +96,9 @@ def test_fields_say_since_when_they_are_there() -> None:
             assert 1 <= entry.since <= FORMAT_VERSION <= MAX_VERSION
             assert (entry.since == 1) is (entry.is_original or name in UNVERSIONED), name
     # Messages of runs fill in these three without a look at versions (producer/ingest/message_templates.py).
-    assert {JOB_FIELDS[name].since for name in ("prompt", "seed", "metadata")} == {1}
+    # Longer prompts go through `Job`.
+    assert {JOB_FIELDS[name].since for name in ("seed", "metadata")} == {1}
+    assert version_needed({"prompt": "x" * FIRST_MAX_PROMPT}) == 1
 
 
 def test_additions_are_found_whatever_their_kind() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from worker.contract.choices import SAMPLERS, ImageFormat, Scheduler
+from worker.contract.choices import SAMPLERS, ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.infotext import read, write
 from worker.contract.job import MAX_SEED, Job
@@ -134,7 +134,9 @@ Lora hashes: "add_detail: 7c6bad76eb54", Version: v1.6.0"""
 
 def test_a_picture_of_automatic1111_can_be_asked_for_again() -> None:
     job = read(AUTOMATIC1111)
-    assert job.prompt == 'masterpiece, (small cat:1.3), <lora:add_detail:0.8>\non a "red" sofa'
+    assert job.prompt_syntax == "a1111"
+    # The network is none of the job's: the reading's warning names it.
+    assert job.prompt == 'masterpiece, (small cat:1.3), \non a "red" sofa'
     assert job.negative_prompt == "EasyNegative, lowres,\nbad anatomy"
     assert (job.steps, job.scheduler, job.guidance_scale) == (28, Scheduler.DPMPP_2M_KARRAS, 7.0)
     assert (job.seed, job.width, job.height) == (2961093478, 512, 768)
@@ -191,3 +193,16 @@ def test_another_tools_quoting_is_no_obstacle() -> None:
 def test_any_text_is_a_job_or_an_invalid_job(text: str) -> None:
     with contextlib.suppress(InvalidJobError):
         assert isinstance(read(text), Job)
+
+
+def test_an_infotext_says_its_syntax_and_ours_without_it_is_plain() -> None:
+    """Whatever the fleet's default is: the job says it."""
+    made = Job(prompt="a (cat:1.3)", seed=1, width=64, height=64, steps=4, guidance_scale=7.5, revision="r")
+    assert "syntax" not in write(made)
+    assert read(write(made)).says_syntax
+    assert read(write(made)).prompt_syntax == "plain"
+    other = made.model_copy(update={"prompt_syntax": PromptSyntax.A1111})
+    assert "Prompt syntax: a1111" in write(other)
+    assert read(write(other)).id == other.id
+    bare = read("a (cat:1.3)")
+    assert not bare.says_syntax

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.contract.choices import ImageFormat, Scheduler
+from worker.contract.choices import ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, SUBMISSION_FIELDS, Job, JobFields
 from worker.contract.job_checks import VISIBLE
+from worker.contract.record import JobRecord, State
 from worker.contract.served_model import Defaults, ServedModel
 
 SERVED = ServedModel(
@@ -51,11 +52,11 @@ def refusal(**fields: Any) -> str:
     ("field", "value"),
     [
         ("prompt", "x"),
-        ("prompt", "x" * 2_000),
+        ("prompt", "x" * 8_000),
         ("prompt", "line\nline\r\n\ttab"),
         ("prompt", "🐈 кот 猫 قطة"),
         ("negative_prompt", ""),
-        ("negative_prompt", "x" * 2_000),
+        ("negative_prompt", "x" * 8_000),
         ("seed", 0),
         ("seed", MAX_SEED),
         ("width", 64),
@@ -81,13 +82,13 @@ def test_values_at_a_limit_are_taken_as_they_are(field: str, value: Any) -> None
     [
         ("prompt", "", "prompt is empty: say what to draw."),
         ("prompt", " \n\t ", "prompt is blank: say what to draw."),
-        ("prompt", "x" * 2_001, "prompt is 2,001 characters, the limit is 2,000."),
+        ("prompt", "x" * 8_001, "prompt is 8,001 characters, the limit is 8,000."),
         ("prompt", "a\x00b", "prompt holds the control character U+0000: remove it."),
         ("prompt", "a\x1b[31mb", "prompt holds the control character U+001B: remove it."),
         ("prompt", "a\x85b", "prompt holds the control character U+0085: remove it."),
         ("prompt", 5, "prompt is 5: it must be a valid string."),
         ("prompt", None, "prompt is None: it must be a valid string."),
-        ("negative_prompt", "x" * 2_001, "negative_prompt is 2,001 characters, the limit is 2,000."),
+        ("negative_prompt", "x" * 8_001, "negative_prompt is 8,001 characters, the limit is 8,000."),
         ("negative_prompt", "\x07", "negative_prompt holds the control character U+0007: remove it."),
         ("seed", -2, "seed is -2: it must be greater than or equal to 0."),
         ("seed", 2**63, f"seed is {2**63}: it must be less than or equal to {2**63 - 1}."),
@@ -257,6 +258,7 @@ OTHER_VALUES: dict[str, Any] = {
     "guidance_start": 0.25,
     "guidance_stop": 0.75,
     "scheduler": "ddim",
+    "prompt_syntax": "a1111",
     "model": "another/model",
     "revision": "fedcba9876543210",
     "format": "webp",
@@ -280,6 +282,7 @@ def test_the_id_follows_what_determines_the_picture_and_nothing_else(field: str)
         ({"scheduler": "Euler a"}, {"scheduler": "euler_ancestral"}),
         ({"format": "jpg"}, {"format": "jpeg"}),
         ({}, {"negative_prompt": "", "scheduler": "default", "format": "png", "priority": 5, "metadata": {}}),
+        ({}, {"prompt_syntax": "plain"}),
     ],
 )
 def test_equal_pictures_have_equal_ids_however_they_are_written(
@@ -322,7 +325,7 @@ ODD = st.recursive(
     | st.integers(min_value=10**400, max_value=10**420)
     | st.floats()
     | st.text(st.characters(), max_size=20)
-    | st.sampled_from(["", " ", "\x00", "\ud800", "x" * 2_001, "png", "euler", 65, 2**63, -0.0, 1e308]),
+    | st.sampled_from(["", " ", "\x00", "\ud800", "x" * 8_001, "png", "euler", 65, 2**63, -0.0, 1e308]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -375,6 +378,7 @@ VALID = st.fixed_dictionaries(
         "guidance_start": st.floats(0, 1),
         "guidance_stop": st.floats(0, 1),
         "scheduler": st.sampled_from(list(Scheduler)),
+        "prompt_syntax": st.just("plain"),
         "format": st.sampled_from(list(ImageFormat)),
         "priority": st.integers(0, 9),
         "metadata": st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3),
@@ -389,3 +393,13 @@ def test_every_valid_job_is_the_same_job_after_its_way_through_json(fields: dict
     there = Job.model_validate_json(job.model_dump_json())
     assert there == job
     assert there.id == job.id
+
+
+def test_a_record_has_its_syntax_so_that_its_job_keeps_it_when_submitted_again() -> None:
+    job = parsed(prompt="a (cat:1.3)")
+    assert not job.says_syntax
+    record = JobRecord(id=job.id, state=State.DONE, job=job)
+    again = JobRecord.model_validate_json(record.model_dump_json()).job
+    assert again.says_syntax
+    assert again.in_syntax(PromptSyntax.A1111).prompt_syntax is PromptSyntax.PLAIN
+    assert "prompt_syntax" not in record.model_dump_json()

@@ -204,6 +204,7 @@ def test_a_message_may_be_twice_as_large_as_that_of_the_largest_job(valkey: Valk
             "guidance_start": 0.12345678901234567,
             "guidance_stop": 0.12345678901234567,
             "scheduler": max(Scheduler, key=len),
+            "prompt_syntax": "a1111",
             "model": wide * MAX_MODEL,
             "revision": wide * MAX_REVISION,
             "format": "jpeg",

@@ -10,6 +10,7 @@ import torch
 from worker.contract.errors import NotFiniteError
 from worker.contract.job import Job
 from worker.device.job_state import FiniteCheck, JobState
+from worker.device.job_text import plain_text
 from worker.device.schedule import SLOTS, Schedule
 from worker.device.step import batch_of
 
@@ -26,7 +27,8 @@ def a_state(shape: tuple[int, ...], *, guided: bool = True, draws: bool = True, 
     job = Job(prompt="a", seed=seed, steps=STEPS, guidance_scale=3.0, guidance_stop=0.5)
     conditions = {"text": torch.arange(rows * 4.0).view(rows, 4) + 100 * seed}
     latents = torch.randn(shape, generator=generator)
-    return JobState(job, (1, 2, 3), conditions, schedule, None, generator, latents, guided=guided)
+    text = plain_text(conditions, (), guided=guided)
+    return JobState(job, (1, 2, 3), text, {}, schedule, None, generator, latents)
 
 
 def advance(state: JobState, *, finite: bool = True) -> Any:
@@ -39,18 +41,16 @@ def test_inputs_are_those_of_the_present_step_and_the_same_when_asked_again(shap
     state = a_state(shape)
     for step, rows in enumerate((2, 2, 1)):
         inputs, again = state.next_inputs(), state.next_inputs()
-        assert (inputs.time, inputs.input_scale, inputs.guidance) == (
-            30.0 - 10 * step,
-            0.5 ** (step + 1),
-            3.0,
-        )
+        assert (inputs.time, inputs.input_scale) == (30.0 - 10 * step, 0.5 ** (step + 1))
+        # Without guidance the one row moves nothing.
+        assert (inputs.guidance, inputs.is_guided) == ([3.0 if rows == 2 else 1.0], rows == 2)
         assert inputs.rows == state.rows == rows
         assert inputs.noise is not None
         assert again.noise is inputs.noise
         assert inputs.noise.shape == shape
         assert inputs.weights[0, 0] == step * SLOTS * (SLOTS + 2)
         # Where guidance has ended, the row with the prompt is left: the second.
-        assert inputs.conditions["text"][:, 0].tolist() == [0.0, 4.0][-rows:]
+        assert [float(text["text"][0, 0]) for text in inputs.texts] == [0.0, 4.0][-rows:]
         assert advance(state) is None
     assert state.step == state.steps == STEPS
 
@@ -74,7 +74,7 @@ def test_a_batch_is_the_inputs_of_its_jobs_in_order(shape: tuple[int, ...]) -> N
     assert torch.equal(batch.states, torch.stack([each.state for each in inputs]))
     assert torch.equal(batch.weights, torch.stack([each.weights for each in inputs]))
     # Rows 0 and 1 are of the first job, 2 of the second, 3 and 4 of the third.
-    assert (batch.without.tolist(), batch.prompted.tolist()) == ([0, 2, 3], [1, 2, 4])
+    assert (batch.without.tolist(), batch.prompted.tolist()) == ([0, 2, 3], [[1], [2], [4]])
     assert batch.job_of_row.tolist() == [0, 0, 1, 2, 2]
     assert batch.times.tolist() == [30.0, 30.0, 30.0, 20.0, 20.0]
     assert batch.input_scale.tolist() == [0.5, 0.5, 0.25]

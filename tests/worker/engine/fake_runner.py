@@ -35,6 +35,7 @@ class FakeState:
     lane: Hashable
     step: int = 0
     warnings: tuple[str, ...] = ()
+    text_tokens: int = 0
 
 
 @dataclass
@@ -102,7 +103,7 @@ class FakeRunner:
         """The same for each lane."""
         return self.max_rows
 
-    def step_s(self, lane: Hashable, rows: int) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
         """Each row costs one."""
         return float(rows)
 

@@ -15,6 +15,8 @@ from redis import Redis
 
 from deploy.embedded.servers import ValkeyProcess
 from worker.celery import app, connection
+from worker.contract.choices import PromptSyntax
+from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.contract.message import task_call_of
 from worker.contract.queues import lists_of, queue_of, queues_of
@@ -269,3 +271,27 @@ def test_an_announcement_says_which_messages_the_worker_reads_and_may_say_more_t
     assert sorted(groups_of(fleet.workers()), key=lambda group: group.reads) == list(fleet.groups())
     fleet.withdraw("b")
     assert fleet.version_read(queue) == 1
+
+
+# The fleet's default syntax.
+
+
+def test_a_silent_job_takes_the_syntax_that_the_workers_announce(fleet: Fleet, client: Redis) -> None:
+    fleet.announce(worker("a", "m").model_copy(update={"prompt_syntax": PromptSyntax.A1111}))
+    for known in (fleet.resolve, fleet.snapshot().resolve):
+        assert known(job()).prompt_syntax == "a1111"
+        assert known(job(prompt_syntax="plain")).prompt_syntax == "plain"
+        assert known(job()).id == known(job(prompt_syntax="a1111")).id != known(job(prompt_syntax="plain")).id
+    with pytest.raises(InvalidJobError, match="asks for <lora:x:1>"):
+        fleet.resolve(job(prompt="a cat <lora:x:1>"))
+    # What was announced last counts while no worker lives.
+    fleet.withdraw("a")
+    assert fleet.resolve(job()).prompt_syntax == "a1111"
+
+
+def test_a_plain_fleet_announces_no_syntax_and_changes_no_job(fleet: Fleet, client: Redis) -> None:
+    fleet.announce(worker("a", "m"))
+    said = "".join(client.get(key) or "" for key in ("smallcat:worker:a", "smallcat:served"))
+    assert "syntax" not in said
+    assert "prompt_syntax" not in fleet.resolve(job()).model_dump()
+    assert fleet.resolve(job(model="unknown")).prompt_syntax == "plain"

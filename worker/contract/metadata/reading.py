@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 
@@ -97,5 +98,7 @@ _SYNTAX = {
 
 
 def _syntax(fields: Mapping[str, Any]) -> Iterator[str]:
+    if fields.get("prompt_syntax") == PromptSyntax.A1111:
+        return iter(())
     both = f"{fields.get('prompt', '')}\n{fields.get('negative_prompt', '')}"[:8_000]
     return (name for name, pattern in _SYNTAX.items() if pattern.search(both))

@@ -418,8 +418,8 @@ def test_an_infotext_is_read_as_it_looks_after_its_travels(text: str) -> None:
         ),
         ({"parameters": f"a cat\n{PAIRS}, Refiner: xl [1], Refiner switch at: 0.8"}, ["Refiner: xl"]),
         ({"parameters": f'a cat\n{PAIRS}, ControlNet 0: "Module: canny, Weight: 1"'}, ["ControlNet 0"]),
-        ({"parameters": f"a (small:1.3) cat <lora:x:1>\n{PAIRS}"}, ["weights", "<lora:x:1>"]),
-        ({"parameters": f"a cat BREAK a dog\n{PAIRS}"}, ["BREAK"]),
+        ({"parameters": f"a (small:1.3) cat <lora:x:1>\n{PAIRS}"}, ["<lora:x:1>"]),
+        ({"Dream": DREAM.replace("cat", "cat BREAK", 1)}, ["BREAK"]),
         ({"parameters": CIVITAI.replace('"checkpoint"', '"lora"')}, ["Civitai resources: lora"]),
         ({"parameters": SWARM.replace('"aspectratio"', '"variationseed"')}, ["variationseed: Custom"]),
         ({"parameters": FOOOCUS.replace('"[]"', "\"['Fooocus V2']\"")}, ["styles: ['Fooocus V2']"]),
@@ -713,7 +713,7 @@ def test_what_a_job_cannot_say_goes_with_it_in_its_metadata() -> None:
     with pytest.warns(UserWarning, match="Clip skip: 2"):
         job = job_from_image(png({"parameters": infotext}))
     left = job.metadata["left_out"]
-    assert {"Clip skip: 2", "Hires upscale: 2", "extra networks such as <lora:x:1>"} <= set(left)
+    assert {"Clip skip: 2", "Hires upscale: 2", "<lora:x:1>"} <= set(left)
     assert Job.parse(job.model_dump()) == job
     plain = infotext.partition(" <lora")[0] + infotext[infotext.index("\n") : infotext.index(", Clip")]
     assert job_from_image(png({"parameters": plain})).metadata == {}
@@ -783,3 +783,9 @@ def test_what_is_no_picture_is_one_sentence_without_python_in_it(data: bytes) ->
     with pytest.raises(InvalidJobError, match=r"That is no picture that can be read") as error:
         job_from_image(data)
     assert "object at" not in str(error.value)
+
+
+def test_prompts_of_who_writes_infotexts_are_in_his_syntax() -> None:
+    job = job_from_image(png({"parameters": f"a (small:1.3) cat BREAK a dog\n{PAIRS}"}))
+    assert (job.prompt_syntax, job.prompt) == ("a1111", "a (small:1.3) cat BREAK a dog")
+    assert not job_from_image(png({"invokeai_metadata": INVOKE})).says_syntax

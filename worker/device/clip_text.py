@@ -1,0 +1,171 @@
+"""Weighted texts of any length through CLIP's text encoders, as AUTOMATIC1111 takes them.
+
+The web UI's rules (its version 1.10.1, modules/sd_hijack_clip.py, sd_hijack_open_clip.py and sd_emphasis.py)
+with its default settings: emphasis "Original", 20 tokens to go back to a comma, no layer skipped. A text is
+cut into chunks of the encoder's window less its two marks: 75 tokens. Each chunk is encoded by itself, and
+the results are put behind one another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from worker.contract.a1111_syntax import Piece
+
+#: A chunk that ends within so many tokens after a comma ends at the comma.
+COMMA_BACKTRACK = 20
+#: Chunks in one forward of an encoder, at most.
+AT_ONCE = 32
+
+#: A piece of a text: its tokens, or None for a new chunk; and the weight of its tokens.
+Tokens = tuple[Sequence[int] | None, float]
+
+
+@dataclass
+class Chunk:
+    """Tokens and their weights: at most as many as fit between the marks."""
+
+    tokens: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+def chunks_of(pieces: Sequence[Tokens], length: int, comma: int | None) -> list[Chunk]:
+    """The chunks of a text, at least one, of at most `length` tokens. `comma` is the token of a comma."""
+    done: list[Chunk] = []
+    chunk, last_comma = Chunk(), -1
+    for tokens, weight in pieces:
+        if tokens is None:
+            done.append(chunk)
+            chunk, last_comma = Chunk(), -1
+            continue
+        for token in tokens:
+            is_full = len(chunk.tokens) == length
+            if token == comma and not is_full:
+                last_comma = len(chunk.tokens)
+            elif is_full:
+                # What follows a comma that is near goes to the next chunk; but a comma itself follows none.
+                is_near = last_comma >= 0 and length - last_comma <= COMMA_BACKTRACK and token != comma
+                cut = last_comma + 1 if is_near else length
+                done.append(Chunk(chunk.tokens[:cut], chunk.weights[:cut]))
+                chunk, last_comma = Chunk(chunk.tokens[cut:], chunk.weights[cut:]), -1
+            chunk.tokens.append(token)
+            chunk.weights.append(weight)
+    return [*done, chunk] if chunk.tokens or not done else done
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """One of CLIP's text encoders with its tokenizer."""
+
+    tokenizer: Any
+    #: A transformers model, on its device.
+    model: Any
+    #: Whether its last layer and its last norm are left out, as in SDXL.
+    is_penultimate: bool = False
+
+    def chunks(self, pieces: Sequence[Piece]) -> list[Chunk]:
+        """The chunks of a text."""
+        tokens: list[Tokens] = [
+            (None if text is None else self._tokens(text), weight) for text, weight in pieces
+        ]
+        return chunks_of(tokens, self.tokenizer.model_max_length - 2, self._comma)
+
+    @functools.cached_property
+    def _comma(self) -> int | None:
+        comma: int | None = self.tokenizer.get_vocab().get(",</w>")
+        return comma
+
+    def encode(
+        self, texts: Sequence[Sequence[Chunk]], counts: Sequence[int], chunks: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(texts, chunks x window, width) float32; and (texts, width) where the model has a pooled output.
+
+        Texts that are shorter than `chunks` are filled up with empty chunks. The mean that emphasis restores
+        is that of all texts together, each as often as `counts` says.
+        """
+        padded = [[*text, *(Chunk() for _ in range(chunks - len(text)))] for text in texts]
+        ids = torch.tensor([[self._ids(chunk) for chunk in text] for text in padded])
+        outputs = [self._forward(part) for part in ids.flatten(0, 1).split(AT_ONCE)]
+        hidden = torch.cat([output for output, _ in outputs]).unflatten(0, ids.shape[:2])
+        weights = torch.tensor([[self._weights(chunk) for chunk in text] for text in padded])
+        hidden = emphasized(hidden, weights.to(hidden.device), torch.tensor(counts, device=hidden.device))
+        pooled = [output for _, output in outputs if output is not None]
+        of_first = torch.cat(pooled).unflatten(0, ids.shape[:2])[:, 0] if pooled else None
+        return hidden.flatten(1, 2), of_first
+
+    def _tokens(self, text: str) -> list[int]:
+        found = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
+        return list(found.input_ids)
+
+    def _ids(self, chunk: Chunk) -> list[int]:
+        """The chunk between its marks, padded to the window."""
+        window, end = self.tokenizer.model_max_length, self.tokenizer.eos_token_id
+        ids = [self.tokenizer.bos_token_id, *chunk.tokens]
+        ids += [end] * (window - len(ids))
+        # Behind the first end is padding, for which SD 2.x and SDXL's second encoder have a token of its own.
+        after = ids.index(end) + 1
+        return ids[:after] + [self.tokenizer.pad_token_id] * (window - after)
+
+    def _weights(self, chunk: Chunk) -> list[float]:
+        left = self.tokenizer.model_max_length - 1 - len(chunk.weights)
+        return [1.0, *chunk.weights, *[1.0] * left]
+
+    def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = self.model(ids.to(self.model.device), output_hidden_states=self.is_penultimate)
+        hidden = output.hidden_states[-2] if self.is_penultimate else output.last_hidden_state
+        pooled = getattr(output, "text_embeds", None)
+        return hidden.float(), None if pooled is None else pooled.float()
+
+
+def emphasized(hidden: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Each token's vector times its weight, and each chunk's mean, over all texts, as it was before.
+
+    `hidden`: (texts, chunks, window, width) float32. `weights`: (texts, chunks, window). `counts`: (texts,).
+    """
+    weighted = hidden * weights[..., None]
+    share = counts.to(hidden.dtype) / counts.sum()
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return (values.mean((2, 3)) * share[:, None]).sum(0)
+
+    # Without weights the quotient is 1, also where a mean is 0.
+    is_weighted = (weights != 1).any(2).any(0)
+    restored = torch.where(is_weighted, mean(hidden) / mean(weighted), 1.0)
+    return weighted * restored[None, :, None, None]
+
+
+@dataclass(frozen=True)
+class ClipTexts:
+    """All text encoders of a pipeline: their outputs are put side by side."""
+
+    encoders: Sequence[ClipEncoder]
+
+    def encode(
+        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(texts, tokens, width) float32, the same tokens for each; and the pooled output (texts, width).
+
+        `counts`: for how many steps each text is one. See `ClipEncoder.encode`.
+        """
+        chunked = [[encoder.chunks(text) for text in texts] for encoder in self.encoders]
+        chunks = max(len(text) for of_encoder in chunked for text in of_encoder)
+        outputs = [
+            encoder.encode(of_encoder, counts, chunks)
+            for encoder, of_encoder in zip(self.encoders, chunked, strict=True)
+        ]
+        pooled = [output for _, output in outputs if output is not None]
+        return torch.cat([hidden for hidden, _ in outputs], dim=-1), pooled[-1] if pooled else None
+
+
+def encoders_of(pipeline: Any) -> Iterator[ClipEncoder]:
+    """The text encoders of a Stable Diffusion pipeline, one or two."""
+    is_xl = getattr(pipeline, "text_encoder_2", None) is not None
+    if pipeline.text_encoder is not None:
+        yield ClipEncoder(pipeline.tokenizer, pipeline.text_encoder, is_xl)
+    if is_xl:
+        yield ClipEncoder(pipeline.tokenizer_2, pipeline.text_encoder_2, is_xl)
