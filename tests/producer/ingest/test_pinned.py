@@ -1,0 +1,59 @@
+"""What a run pins once: its model, and the syntax of its prompts."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from producer.ingest.pinned import Pinned
+from worker.contract.choices import PromptSyntax
+from worker.contract.job import Job
+from worker.contract.served_model import Defaults, ServedModel
+
+SERVED = ServedModel(
+    name="m", revision="r", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
+)
+
+
+class Notes:
+    """A run's notes, as Redis keeps them."""
+
+    id = "run"
+
+    def __init__(self, notes: dict[str, str]) -> None:
+        self.notes = notes
+
+    def note_once(self, name: str, value: str) -> str:
+        return self.notes.setdefault(name, value)
+
+
+def pinned(notes: dict[str, str], syntax: PromptSyntax) -> Pinned:
+    run: Any = Notes(notes)
+    fleet: Any = SimpleNamespace(resolve=lambda job: job.in_syntax(syntax).resolved(SERVED))
+    return Pinned(run, fleet)
+
+
+@pytest.mark.parametrize("first", PromptSyntax)
+def test_a_run_keeps_the_fleets_syntax_that_it_began_with(first: PromptSyntax) -> None:
+    notes: dict[str, str] = {}
+    job = Job(prompt="a (cat:1.3)", seed=1)
+    assert pinned(notes, first).resolve(job).prompt_syntax is first
+    for later in PromptSyntax:
+        assert pinned(notes, later).resolve(job).prompt_syntax is first
+        for said in PromptSyntax:
+            own = Job(prompt="a", seed=1, prompt_syntax=said)
+            assert pinned(notes, later).resolve(own).prompt_syntax is said
+
+
+def test_a_run_that_an_earlier_version_pinned_stays_plain() -> None:
+    pin = {"width": 64, "height": 64, "steps": 4, "guidance_scale": 7.5, "model": "m", "revision": "r"}
+    notes = {f"model:{json.dumps(('default', ''))}": json.dumps(pin)}
+    resolved = pinned(notes, PromptSyntax.A1111).resolve(Job(prompt="a (cat:1.3)", seed=1))
+    assert (resolved.prompt_syntax, resolved.steps, resolved.model) == ("plain", 4, "m")
+    # And nothing new is pinned where the fleet is plain: earlier versions read it.
+    fresh: dict[str, str] = {}
+    pinned(fresh, PromptSyntax.PLAIN).resolve(Job(prompt="a", seed=1))
+    assert json.loads(next(iter(fresh.values()))) == pin
