@@ -15,6 +15,9 @@ from worker.model.headers import Tensor
 
 #: Prefix of the UNet in every checkpoint.
 UNET = "model.diffusion_model."
+#: The tensor by which a latent consistency model's UNet takes the guidance (Luo et al., 2023): in the
+#: original layout's manner, and as diffusers' script that converts to it leaves its name.
+EMBEDS_GUIDANCE = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
 #: Prefixes of the VAE.
 VAES = ("first_stage_model.", "vae.")
 #: Suffixes that a weight's scale has in a checkpoint whose weights are stored as scaled fp8. ComfyUI's first
@@ -73,6 +76,8 @@ class Checkpoint:
     scales: Mapping[str, str]
     #: Whether it has averaged weights (EMA) besides the UNet's own.
     has_ema: bool
+    #: In how many numbers its UNet takes the guidance: a latent consistency model. 0: it does not.
+    guidance_width: int = 0
 
 
 def identify(tensors: Mapping[str, Tensor], source: str) -> Checkpoint:
@@ -81,9 +86,11 @@ def identify(tensors: Mapping[str, Tensor], source: str) -> Checkpoint:
     refuse_foreign(tensors, source, has_unet=has_unet)
     family, prefixes = _family(tensors, source)
     _refuse_other_inputs(tensors, source)
-    if any(name.startswith(UNET) and name.endswith(".cond_proj.weight") for name in tensors):
+    guidance = next((name for name in EMBEDS_GUIDANCE if f"{UNET}{name}" in tensors), None)
+    if guidance and family is not SD1:
         raise SettingsError(
-            f"The file {source} is a latent consistency model: use its folder in the format of diffusers."
+            f"The file {source} is a latent consistency model of {family.name}: use its folder in the format "
+            "of diffusers."
         )
     if family is SDXL and not any(f"{UNET}middle_block.1.transformer_blocks." in name for name in tensors):
         raise SettingsError(
@@ -92,16 +99,18 @@ def identify(tensors: Mapping[str, Tensor], source: str) -> Checkpoint:
         )
     scales = _scales(tensors, source)
     names = [name for name in tensors if not _is_aside(name)]
-    parts = {
-        "unet": _part(tensors, {name.removeprefix(UNET): name for name in names if name.startswith(UNET)})
-    }
+    of_unet = {name.removeprefix(UNET): name for name in names if name.startswith(UNET)}
+    if guidance:
+        of_unet[EMBEDS_GUIDANCE[0]] = of_unet.pop(guidance)
+    parts = {"unet": _part(tensors, of_unet)}
     for component, prefix in prefixes.items():
         parts[component] = _part(tensors, _text_names(names, prefix))
     if vae := vae_names(names):
         parts["vae"] = _part(tensors, vae)
     _refuse_quantised(tensors, parts, source)
     has_ema = any(name.startswith("model_ema.diffusion_model") for name in tensors)
-    return Checkpoint(family, parts, scales, has_ema)
+    guidance_width = tensors[f"{UNET}{guidance}"].shape[-1] if guidance else 0
+    return Checkpoint(family, parts, scales, has_ema, guidance_width)
 
 
 def identify_vae(tensors: Mapping[str, Tensor], source: str) -> Part:

@@ -104,7 +104,17 @@ _KINDS = (
 
 #: Parts of a model, and what is none: where no UNet in Stable Diffusion's original layout is in the file.
 _PARTS = (
-    _rule([r"^(diffusion_model\.)?input_blocks\.\d+\."], "is a UNet alone", _WHOLE),
+    _rule([r"^(diffusion_model\.|unet\.)?input_blocks\.\d+\."], "is a UNet alone", _WHOLE),
+    _rule(
+        [r"^unet\.(conv_in|down_blocks\.\d+)\."],
+        "has the names of a folder in the format of diffusers, with all components in one file",
+        "set SMALLCAT_MODEL to the folder with model_index.json that it was made from",
+    ),
+    _rule(
+        [r"^(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.(conv\.|weight$|bias$)", r"^taesd_"],
+        "is a tiny VAE for previews (TAESD)",
+        _WHOLE,
+    ),
     _rule(
         [r"^conv_in\.", r"^down_blocks\.\d+\."],
         "is the UNet of a folder in the format of diffusers, without the other components",

@@ -64,6 +64,8 @@ def find(path: Path, source: str, config_dir: str) -> SingleFile:
         notes = [("prediction", predicted, prediction.reason_of_configs(header, predicted))]
     else:
         configs, kind = CONFIGS / family.configs, family.pipeline_class
+        if checkpoint.guidance_width:
+            kind = "LatentConsistencyModelPipeline"
         predicts = prediction.find(path, header, family)
         notes = [("prediction", str(predicts), predicts.reason)]
     if vae_note:

@@ -14,14 +14,20 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_TO_LDM_MAPPING,
+    create_diffusers_clip_model_from_ldm,
+)
 from safetensors import safe_open
 
 from worker.contract.errors import SettingsError, first_line
 from worker.model import index as model_index
-from worker.model.checkpoint import SD2, UNET, Part
+from worker.model.checkpoint import EMBEDS_GUIDANCE, SD2, UNET, Part
 from worker.model.prediction import Prediction
 from worker.model.single_file import SingleFile
+
+# diffusers' table of a UNet's names lacks the one by which a latent consistency model takes the guidance.
+DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"]["time_embedding.cond_proj.weight"] = EMBEDS_GUIDANCE[0]
 
 #: Prefixes of parts that diffusers' converters know.
 _PREFIXES = {"unet": UNET, "vae": "first_stage_model."}
@@ -73,13 +79,16 @@ def _component(single: SingleFile, name: str, part: Part, kind: tuple[str, str],
             )
         else:
             is_base = family is SD2 and single.predicts is not None and single.predicts.kind == "epsilon"
+            changed = {"sample_size": _SD2_BASE_SIZE} if is_base and name == "unet" else {}
+            if own and name == "unet" and (width := single.checkpoint.guidance_width):
+                changed["time_cond_proj_dim"] = width
             module = getattr(diffusers, kind[1]).from_single_file(
                 tensors,
                 config=str(single.configs),
                 subfolder=name,
                 dtype=dtype,
                 local_files_only=True,
-                **({"sample_size": _SD2_BASE_SIZE} if is_base and name == "unet" else {}),
+                **changed,
             )
         _refuse_misfit(name, module, part)
     except Exception as error:
@@ -163,6 +172,9 @@ def _scheduler(single: SingleFile, kind: str, predicts: Prediction) -> Any:
     """
     config = json.loads((single.configs / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     config["prediction_type"] = predicts.kind
+    if single.checkpoint.guidance_width:
+        # As latent consistency models are published; the schedule is that of the model they were made from.
+        return diffusers.LCMScheduler.from_config(config, set_alpha_to_one=True)
     if predicts.zero_snr:
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if predicts.zero_snr and kind == "PNDMScheduler":

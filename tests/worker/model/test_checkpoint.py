@@ -87,6 +87,21 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
         one("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"),
         r"is the UNet of a folder in the format of diffusers.*the folder with model_index\.json",
     ),
+    "UNet with another prefix": (
+        {name.replace("model.diffusion_model.", "unet."): shape for name, shape in SD1.items()},
+        "is a UNet alone",
+    ),
+    "diffusers' names in one file": (
+        one(
+            "unet.conv_in.weight",
+            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+            "vae.decoder.conv_in.weight",
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1.bias",
+        ),
+        "all components in one file: set SMALLCAT_MODEL to the folder",
+    ),
+    "TAESD of diffusers": (one("encoder.layers.0.weight", "decoder.layers.3.conv.0.weight"), "is a tiny VAE"),
+    "TAESD": (one("taesd_encoder.0.weight"), "is a tiny VAE"),
     "averaged weights alone": (
         VAE | CLIP | one("model_ema.diffusion_modelinput_blocks00weight"),
         "nothing but averaged weights",
@@ -131,11 +146,14 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
         {name: shape for name, shape in SDXL.items() if "middle_block" not in name},
         "is a smaller SDXL .*folder in the format of diffusers",
     ),
-    "LCM with diffusers' name": (
-        SD1 | one("model.diffusion_model.time_embedding.cond_proj.weight"),
-        "is a latent consistency model",
+    "LCM of SDXL with diffusers' name": (
+        SDXL | one("model.diffusion_model.time_embedding.cond_proj.weight"),
+        "is a latent consistency model of SDXL.*folder in the format of diffusers",
     ),
-    "LCM": (SD1 | one("model.diffusion_model.time_embed.cond_proj.weight"), "is a latent consistency model"),
+    "LCM of SDXL": (
+        SDXL | one("model.diffusion_model.time_embed.cond_proj.weight"),
+        "is a latent consistency model of SDXL",
+    ),
     # Other uses of the same family.
     "inpainting": (SD1 | inputs(9), "is an inpainting model, which takes a picture and a mask .*9 channels"),
     "SDXL inpainting": (SDXL | inputs(9), "is an inpainting model.*text-to-image version of the model"),

@@ -6,11 +6,12 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, LatentConsistencyModelPipeline
 from safetensors.torch import load_file, save_file
 
 from tests import original_layout, tiny_models
@@ -62,6 +63,29 @@ def same(model: Path, tiny: Tiny) -> None:
             assert all(torch.equal(value, got[key]) for key, value in expected.items()), name
     # A matrix that lies in memory otherwise is multiplied otherwise, by a last bit.
     assert np.allclose(picture(single), picture(folder), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"])
+def test_a_latent_consistency_model(tmp_path: Path, configs: Path, name: str) -> None:
+    """Its UNet takes the guidance as numbers, by a tensor that no other checkpoint has."""
+    folder = tiny_models.tiny_lcm(tmp_path / "lcm")
+    pipeline = LatentConsistencyModelPipeline.from_pretrained(folder, safety_checker=None)
+    tensors = original_layout.checkpoint(pipeline)
+    prefix = "model.diffusion_model."
+    tensors[f"{prefix}{name}"] = tensors.pop(f"{prefix}time_embedding.cond_proj.weight")
+    save_file(tensors, tmp_path / "lcm.safetensors")
+    single, expected = load(tmp_path / "lcm.safetensors"), load(folder)
+    assert type(single.pipeline) is type(expected.pipeline) is LatentConsistencyModelPipeline
+    assert single.served.defaults == expected.served.defaults
+    state = single.pipeline.unet.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in expected.pipeline.unet.state_dict().items())
+
+    def drawn(pipeline: Any) -> Any:
+        generator = torch.Generator("cpu").manual_seed(5)
+        return pipeline("a cat", num_inference_steps=2, height=64, width=64, generator=generator,
+                        output_type="np").images[0]  # fmt: skip
+
+    assert np.allclose(drawn(single.pipeline), drawn(expected.pipeline), atol=1e-5)
 
 
 # --- the layouts of the three families ----------------------------------------------------------------------
