@@ -50,7 +50,7 @@ def _is_negative(value: Any) -> bool:
     return value in (None, "") or (isinstance(value, int | float) and value <= 0)
 
 
-#: Names that may have harmless values only: how these are told, and what to say of others.
+#: Names that may have harmless values only: how these are recognised, and what to say of others.
 _HARMLESS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "enable_hr": (_is_off, "hires fix is not offered: ask for the size in width and height"),
     "styles": (_is_empty, "styles are not offered: write the style's text into the prompt"),

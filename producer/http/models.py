@@ -1,4 +1,4 @@
-"""The models that live workers serve, as callers are told of them."""
+"""The models that live workers serve, as the API shows them."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class RunStore:
         return ""
 
     def notices(self, run: str) -> list[str]:
-        """What the run has told since this process feeds it."""
+        """The run's notices since this process feeds it."""
         fed = self._feeding.get(run)
         return list(fed[1].notices) if fed else []
 

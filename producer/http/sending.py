@@ -89,7 +89,7 @@ class Sender:
         late_s = time.monotonic() - self._fresh_until_s
         if late_s >= 0 and (self._refreshing is None or self._refreshing.done()):
             self._refreshing = asyncio.create_task(self._refresh(), name="smallcat fleet")
-            # Looked at, or asyncio would log that nobody has: whoever waits is told.
+            # Looked at, or asyncio would log that nobody has: whoever waits gets it.
             self._refreshing.add_done_callback(lambda task: task.cancelled() or task.exception())
         if self._templates is None or late_s > STALE_S:
             assert self._refreshing is not None  # noqa: S101 - it is late

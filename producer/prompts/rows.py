@@ -74,7 +74,7 @@ _TEXT_FORMULA = re.compile(r'="((?:[^"]|"")*+)"')
 
 
 def _plain(cell: str) -> str:
-    """The text of a cell such as ="007", which is how a spreadsheet is told that it is one."""
+    """The text of a cell such as ="007", which a spreadsheet takes for a text."""
     found = _TEXT_FORMULA.fullmatch(cell)
     return found[1].replace('""', '"') if found else cell
 

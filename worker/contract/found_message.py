@@ -1,6 +1,6 @@
 """A message as it lies in a Redis list, whatever is wrong with it: what it says, and its fingerprint.
 
-Whoever pushes into queues can write any id into a message. What a message is told by is its fingerprint: who
+Whoever pushes into queues can write any id into a message. A message is recognised by its fingerprint: who
 sends it notes that where workers find it (`worker/state/unreadable.lua`).
 """
 
