@@ -50,9 +50,9 @@ class Client:
             lines += ["Content-Type: application/json", f"Content-Length: {length}"]
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
-    async def submit(self, prompt: str) -> dict[str, Any]:
+    async def submit(self, prompt: str, model: str = "default") -> dict[str, Any]:
         """Submit a job."""
-        body = json.dumps({"prompt": prompt}).encode()
+        body = json.dumps({"prompt": prompt, "model": model}).encode()
         reader, writer = await self.connect()
         writer.write(self.head("POST", "/v1/jobs", len(body)) + body)
         head = await reader.readuntil(b"\r\n\r\n")
@@ -103,10 +103,11 @@ async def measure(url: str, key: str, server: psutil.Process, options: Any) -> d
     await load(client, options["rate"] / 4, 4)  # Warm: connections, templates of messages.
     streams = []
     if options["streams"]:
-        job = await client.submit("followed")
         for start in range(0, options["streams"], 50):
             count = min(50, options["streams"] - start)
-            streams += await asyncio.gather(*(follow(client, job["links"]["events"]) for _ in range(count)))
+            # Of a model that nobody serves: they stay open.
+            jobs = [await client.submit("followed", "nobody-serves-this") for _ in range(count)]
+            streams += await asyncio.gather(*(follow(client, job["links"]["events"]) for job in jobs))
     memory, cpu = server.memory_info().rss, server.cpu_times()
     taken, failed = await load(client, options["rate"], options["seconds"])
     after = server.cpu_times()

@@ -458,3 +458,22 @@ def test_a_worker_s_choices_are_read_from_its_log(new_stack: Callable[..., Stack
     )
 
     assert worker.choices() == ["device: cpu (no GPU)"]
+
+
+def test_a_command_finds_the_http_api(tmp_path: Path) -> None:
+    """Its address and a key are in the environment; with `--data` the file for `source` has them, too."""
+    code = """
+import os, urllib.request
+url, key = os.environ["SMALLCAT_HTTP_URL"], os.environ["SMALLCAT_HTTP_KEY"]
+request = urllib.request.Request(url + "/v1/fleet", headers={"Authorization": "Bearer " + key})
+print(urllib.request.urlopen(request).status, url, key)
+"""
+    command = [sys.executable, "-m", "deploy.local", "--workers", "0", "--data", str(tmp_path), "--"]
+    command += [sys.executable, "-c", code]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, timeout=SOON_S) for _ in range(2)
+    )
+    status, *words = first.stdout.split()
+    assert (status, len(words)) == ("200", 2), first.stderr
+    assert second.stdout == first.stdout  # They outlive a restart.
+    assert all(word in (tmp_path / "env").read_text() for word in words)

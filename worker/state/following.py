@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 EVERY_S, PAUSE = 0.25, 10.0
 #: Seconds between two requests to the workers to write their jobs' steps often.
 ASK_EVERY_S: Final = 2.0
-#: Jobs that are read in one round trip.
-AT_ONCE: Final = 500
+#: Jobs that are read in one round trip: few, because nothing else runs while the answers are parsed.
+AT_ONCE: Final = 50
+#: What is read of a job.
+_FIELDS: Final = ("state", "step", "steps", "queue")
 
 
 @dataclass(frozen=True)
@@ -113,22 +115,29 @@ class Following:
     async def _read(self, client: Redis) -> None:
         """Read all jobs once."""
         now_s = asyncio.get_running_loop().time()
-        followers = list(self._followers)
+        followed: dict[str, list[Follower]] = {}
+        for follower in self._followers:
+            followed.setdefault(follower.job_id, []).append(follower)
+        ids = list(followed)
         lengths: dict[str, list[int]] = {}
         is_running = False
-        for start in range(0, len(followers), AT_ONCE):
-            part = followers[start : start + AT_ONCE]
+        for start in range(0, len(ids), AT_ONCE):
+            part = ids[start : start + AT_ONCE]
+            submissions = [sorted({each.submission for each in followed[job_id]}) for job_id in part]
             async with client.pipeline(transaction=False) as pipe:
-                for each in part:
-                    names = ("state", "step", "steps", "queue", f"sub:{each.submission}")
-                    _ = pipe.hmget(job_key(each.job_id), *names)
+                for job_id, mine in zip(part, submissions, strict=True):
+                    _ = pipe.hmget(job_key(job_id), *_FIELDS, *(f"sub:{each}" for each in mine))
                 found: list[Any] = await pipe.execute(raise_on_error=False)
             queues = {str(values[3]) for values in found if isinstance(values, list) and values[3]}
             await self._measure(client, queues - lengths.keys(), lengths)
-            for each, values in zip(part, found, strict=True):
-                if isinstance(values, list):
-                    _tell(each, values, lengths)
-                    is_running = is_running or values[0] == "running"
+            for job_id, mine, values in zip(part, submissions, found, strict=True):
+                if not isinstance(values, list):
+                    continue
+                wanted = dict(zip(mine, values[len(_FIELDS) :], strict=True))
+                for follower in followed[job_id]:
+                    _tell(follower, values, wanted[follower.submission] is not None, lengths)
+                is_running = is_running or values[0] == "running"
+            await asyncio.sleep(0)  # Others may have waited.
         if is_running and now_s - self._asked_s >= ASK_EVERY_S:
             self._asked_s = now_s
             await client.publish(WORKERS_CHANNEL, "watch")
@@ -143,9 +152,9 @@ class Following:
             lengths[queue] = [each if isinstance(each, int) else 0 for each in found]
 
 
-def _tell(follower: Follower, values: list[Any], lengths: dict[str, list[int]]) -> None:
+def _tell(follower: Follower, values: list[Any], is_wanted: bool, lengths: dict[str, list[int]]) -> None:
     """Give a follower what was read of its job, if it is new."""
-    state, step, steps, queue, mine = values
+    state, step, steps, queue = values[: len(_FIELDS)]
     before = follower.seen
     ahead = 0
     if state == "queued":
@@ -154,7 +163,7 @@ def _tell(follower: Follower, values: list[Any], lengths: dict[str, list[int]]) 
         ahead = max(sum(urgent) - 1, 0)
         if before is not None and before.state == "queued":
             ahead = min(ahead, before.ahead)
-    is_wanted = not follower.submission or mine is not None
+    is_wanted = is_wanted or not follower.submission
     seen = Seen(str(state or ""), _number(step), _number(steps), ahead, is_wanted)
     if seen != before:
         follower.seen = seen
