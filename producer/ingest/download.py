@@ -12,13 +12,13 @@ import string
 import threading
 import unicodedata
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from producer.ingest.writing import writing
-from worker.contract.errors import PromptFileError
+from worker.contract.errors import PromptFileError, UnknownJobError
 from worker.contract.job import JOB_FIELDS
 
 if TYPE_CHECKING:
@@ -83,9 +83,18 @@ class Downloads:
     """Fetches pictures into a folder. Called from one thread; fetches on several."""
 
     def __init__(
-        self, folder: Path, storage: Bucket, sources: Sequence[Source], template: str | None = None
+        self,
+        folder: Path,
+        storage: Bucket,
+        sources: Sequence[Source],
+        template: str | None = None,
+        notice: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Raises `PromptFileError` for a bad template or a folder that cannot be made."""
+        """`notice` gets a sentence for a picture that is gone from the bucket.
+
+        Raises `PromptFileError` for a bad template or a folder that cannot be made.
+        """
+        self._notice = notice
         default = TEMPLATE if len(sources) == 1 else "{file}-" + TEMPLATE
         self._template = Template(template or default)
         self._folder, self._sources = folder, sources
@@ -102,7 +111,7 @@ class Downloads:
 
     def resume(self, journal: Journal) -> None:
         """Fetch what finished in an earlier call and is not in the folder."""
-        for result in list(journal.done()):
+        for result in journal.done():
             if result["uri"] and not self._has(result.get("path")):
                 self.fetch(result["number"], result["line"], result["file"], result["uri"])
                 self.collect(journal)
@@ -118,7 +127,11 @@ class Downloads:
         """
         while self._pending and (self._pending[0][1].done() or len(self._pending) > _PENDING):
             number, future = self._pending.popleft()
-            journal.write_path(number, future.result())
+            try:
+                journal.write_path(number, future.result())
+            except UnknownJobError as error:
+                # Somebody has deleted it: the others are saved.
+                self._notice(f"A picture is gone from the bucket and not saved. {error}")
 
     def flush(self, journal: Journal) -> bool:
         """Wait for all that is pending; True."""

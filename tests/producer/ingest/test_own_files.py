@@ -25,6 +25,7 @@ from producer.prompts.sources import source
 from producer.session import session
 from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import PromptFileError
 from worker.contract.queues import queues_of
 from worker.contract.record import JobRecord, State
@@ -227,6 +228,22 @@ def test_a_picture_that_cannot_be_written_is_one_sentence_with_its_job(
     assert f"The picture of job {job_id}" in str(error.value)
     assert not saved("pictures")
     monkeypatch.undo()
+
+
+def test_a_picture_that_is_gone_from_the_bucket_keeps_none_of_the_others(stored: Drain) -> None:
+    Path("p.txt").write_text("a cat\na dog\na bird\n")
+    drained(ingest(), stored)
+    gone = lines_of("p.txt.manifest.jsonl")[1]["id"]
+    bucket = session().bucket
+    assert bucket is not None
+    bucket.delete(gone, ImageFormat.PNG)
+    heard = Heard()
+    outcome = drained(ingest(download="pictures", display=heard), stored)
+    assert (outcome.state, outcome.done) == ("finished", 3)
+    assert len(saved("pictures")) == 2
+    assert [line["path"] is None for line in lines_of("p.txt.manifest.jsonl")] == [False, True, False]
+    [said] = [each for each in heard.said if "gone from the bucket" in each]
+    assert gone in said
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
