@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from worker.contract.plain_text import plain
+
 if TYPE_CHECKING:
     from producer.ingest.ended import Ended
     from producer.ingest.plan import Rejected
@@ -48,7 +50,7 @@ class SilentDisplay(Display):
 
     def notice(self, text: str) -> None:
         """One line."""
-        print(text, file=sys.stderr)
+        print(plain(text), file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from worker.contract.errors import (
     SettingsError,
     UnknownJobError,
 )
+from worker.contract.found_message import fingerprint
 from worker.contract.job import MAX_SEED, Job
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State, Timings
@@ -120,6 +121,14 @@ def test_a_job_is_sent_as_the_worker_reads_it(fleet: Fleet, client: Redis) -> No
     assert messages(client, job) == [{"version": 1, "id": handle.id, "job": job.model_dump(mode="json")}]
     assert job.id == handle.id
     assert handle.state() is State.QUEUED
+
+
+def test_a_record_notes_the_fingerprint_of_the_message_that_was_sent(fleet: Fleet, client: Redis) -> None:
+    for _ in range(2):  # A job of several submissions has those of all.
+        handle = submit_job('a "cat" \U0001f408', seed=1)
+        [name] = client.scan_iter("smallcat.*")
+        raw = str(client.lindex(name, 0))
+        assert client.hget(f"smallcat:job:{handle.id}", f"sub:{handle.submission}") == fingerprint(raw)
 
 
 def test_equal_jobs_are_one_job(fleet: Fleet) -> None:
