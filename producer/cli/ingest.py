@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from producer.cli.job_options import JOB_OPTIONS, fields_as_given, given_fields, job_options
-from producer.cli.json_output import say
+from producer.cli.json_output import print_json, say
 from producer.ingest.types import FILE_PRIORITY
 from producer.prompts.fields import meaning_of
 from producer.prompts.sources import FORMATS
@@ -242,7 +242,7 @@ def _report(outcome: Outcome, *, as_json: bool, as_event: bool) -> None:
         if as_event:  # The last of the lines.
             say(plain_json({"event": "end", **values}, indent=None))
         else:
-            _print_json(values)
+            print_json(values)
         return
     parts = [f"{outcome.done:,} done"]
     if outcome.cached:
@@ -264,7 +264,3 @@ def _command() -> str:
     """This command line, to run it again."""
     words = [word for word in sys.argv[1:] if word != "--detach"]
     return shlex.join(["smallcat", *words])
-
-
-def _print_json(value: Any) -> None:
-    say(plain_json(value))
