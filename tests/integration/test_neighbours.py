@@ -84,11 +84,11 @@ class Neighbour:
     def command(*words: str) -> list[str]:
         return [sys.executable, "-m", "celery", "-A", "tests.integration.neighbour_app", *words]
 
-    def send(self) -> None:
+    def send(self, tasks: int = TASKS) -> None:
         """Send its tasks, as its own producer does."""
         wait_until(f"{self.name} ready", lambda: " ready." in self.log.read_text(), 60)
         with Celery("producer", broker=self.url) as app:
-            for number in range(TASKS):
+            for number in range(tasks):
                 app.send_task(f"{self.name}.slow", (number, TASK_S), queue=self.name)
 
     def runs(self) -> list[str]:
