@@ -129,7 +129,7 @@ def test_a_command_that_is_sent_again_goes_to_the_primary_of_then(
     """redis-py's own connection goes back to the address that it had."""
     old, new = replaced
     url = f"redis+sentinel://{HOST}:9/main/0"
-    client = connect_until(url, threading.Event()) if patience == "until stopped" else connect(url, 20)
+    client = connect_until(url, threading.Event(), 2) if patience == "until stopped" else connect(url, 20)
     client.set("count", 5)
     answers: list[object] = []
     thread = threading.Thread(target=lambda: answers.append(client.incr("count")), daemon=True)

@@ -13,7 +13,7 @@ local function is_over(record, attempts, message, me)
   local state, named = r[1], r[2]
   if state == 'done' or state == 'failed' or state == 'cancelled' then return true end
   -- The holder is one of the copies that a message may have.
-  return named and (named ~= message or type(holder) == 'string' and holder ~= me)
+  return named and named ~= '' and (named ~= message or type(holder) == 'string' and holder ~= me)
 end
 local kept = {}
 for i = 1, #ARGV / 3 do

@@ -131,13 +131,9 @@ class _Bounded(redis.ConnectionPool):
         super().__init__(*args, **kwargs)
 
     def get_connection(self, *args: Any, **kwargs: Any) -> Any:
-        """One that is free, or made."""
+        """One that is free, or made. redis-py itself gives one back that cannot be connected."""
         self._free.acquire()
-        try:
-            return super().get_connection(*args, **kwargs)
-        except BaseException:
-            self._free.release()
-            raise
+        return super().get_connection(*args, **kwargs)
 
     def release(self, connection: Any) -> None:
         """Give it back: each once, as redis-py does."""

@@ -233,3 +233,4 @@ def test_a_connection_that_cannot_be_made_is_not_counted(nobody: str) -> None:
     for _ in range(3):
         with pytest.raises(redis.ConnectionError):
             client.ping()
+        assert client.connection_pool._free._value == 1
