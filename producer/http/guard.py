@@ -51,8 +51,8 @@ class Guard:
                 return
             await self._app(scope, body, reply)
         except TimeoutError:
+            # uvicorn closes the connection of an answer that is not whole.
             logger.warning("A client did not read its answer within %g s and was cut off.", READ_S)
-            raise
         except Exception as error:  # noqa: BLE001 - what the app did not expect
             self._log(error)
             if not reply.has_begun:

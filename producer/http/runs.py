@@ -92,6 +92,7 @@ async def upload_file(
         manifest,
         _job_fields(request),
     )
+    await backend.limits.admit_run(caller, upload.fields)
     if backend.runs.is_full:
         raise RefusedError(
             503,
