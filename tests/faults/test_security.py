@@ -360,9 +360,11 @@ def test_metadata_is_what_the_caller_said_whatever_kombu_makes_of_it(calm: Groun
 def test_a_message_of_a_newer_version_waits_where_a_worker_that_reads_it_looks(calm: Ground) -> None:
     """However many there are, they are looked at once each, and keep nobody from work."""
     jobs = [calm.job() for _ in range(500)]
-    bodies = [arguments({**payload_of(job), "version": 2, "unknown": "field"}) for job in jobs]
+    bodies = [
+        arguments({**payload_of(job), "version": FORMAT_VERSION + 1, "unknown": "field"}) for job in jobs
+    ]
     made = [envelope(body, id=f"{job.id}-newer") for job, body in zip(jobs, bodies, strict=True)]
-    where = parked_list_of(QUEUE, 0, 2)
+    where = parked_list_of(QUEUE, 0, FORMAT_VERSION + 1)
     with calm.redis as client:
         try:
             push(calm, *made)
@@ -371,7 +373,7 @@ def test_a_message_of_a_newer_version_waits_where_a_worker_that_reads_it_looks(c
             assert client.lrange(where, 0, -1) == made[::-1]
             assert client.smembers(PARKED) == {where}
             assert not client.exists(*(f"smallcat:job:{job.id}" for job in jobs))
-            assert calm.workers[0].output().count("of version 2") == 1
+            assert calm.workers[0].output().count(f"of version {FORMAT_VERSION + 1}") == 1
             assert "update it" in calm.workers[0].output()
         finally:
             client.delete(where, PARKED)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from worker.broker.malformed import check
 from worker.contract.errors import NewerMessageError
+from worker.contract.job import FORMAT_VERSION
 from worker.contract.message import MAX_MESSAGE, OURS
 
 STORED = [
@@ -186,10 +187,10 @@ def test_traces_travel_and_what_is_ours_to_come_is_ignored() -> None:
 
 def test_a_newer_version_is_told_from_a_malformed_message_before_all_else() -> None:
     newer = headers(chain="x") | {"content-type": "application/new"}
-    newer["body"] = body([PAYLOAD | {"version": 2, "x": "x" * MAX_MESSAGE}], {}, {})
+    newer["body"] = body([PAYLOAD | {"version": FORMAT_VERSION + 1, "x": "x" * MAX_MESSAGE}], {}, {})
     with pytest.raises(NewerMessageError) as caught:
         checked(newer)
-    assert caught.value.version == 2
+    assert caught.value.version == FORMAT_VERSION + 1
 
 
 def test_a_payload_is_plain_json() -> None:

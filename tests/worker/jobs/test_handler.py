@@ -31,7 +31,7 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
-from worker.contract.job import Job
+from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import payload_of
 from worker.contract.metadata.job_from_image import read_infotext
 from worker.contract.queues import queue_of
@@ -668,7 +668,8 @@ def test_what_is_no_job_is_refused_and_leaves_nothing(worker: Worker, client: Re
 
 
 def test_a_newer_message_goes_back_untouched(worker: Worker, client: Redis) -> None:
-    newer = {"version": 2, "id": "?", "jobs": []}
-    with pytest.raises(NewerMessageError, match="of version 2, this worker reads up to 1: update it"):
+    newer = {"version": FORMAT_VERSION + 1, "id": "?", "jobs": []}
+    said = f"of version {FORMAT_VERSION + 1}, this worker reads up to {FORMAT_VERSION}: update it"
+    with pytest.raises(NewerMessageError, match=said):
         worker.handler.handle(newer, "m1")
     assert client.dbsize() == 0
