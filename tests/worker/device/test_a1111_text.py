@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,3 +266,17 @@ def test_a_text_is_that_of_its_last_end_afterwards() -> None:
     rows = texts_of(1, 2)
     timed = Timed([3, 10], rows)
     assert [timed.at(step) is rows[0] for step in (0, 3, 4, 10, 11)] == [True, True, False, False, False]
+
+
+@pytest.mark.services
+def test_long_texts_without_weights_are_what_compel_makes_of_them() -> None:
+    """A second witness, compel 2.5, which cuts at 75 tokens and not at commas. Its weights are others."""
+    compel = importlib.import_module("compel")  # Where `make test-services` has installed it.
+    own = model(CLIPTextModel, 1)
+    other = compel.Compel(tokenizer=tokenizer(), text_encoder=own, truncate_long_prompts=False)
+    clip = ClipTexts([ClipEncoder(tokenizer(), own)])
+    for words in (1, 75, 76, 200):
+        text = " ".join(("cat", "dog", "tree")[number % 3] for number in range(words))
+        hidden, _ = clip.encode([a1111_syntax.pieces(text)], [1])
+        assert hidden.shape[1] == 77 * -(-words // 75)
+        assert torch.allclose(hidden, other(text), atol=1e-5)
