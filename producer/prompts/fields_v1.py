@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError, PromptFileError
 from worker.contract.explain import short
 from worker.contract.job import FIRST_MAX_PROMPT, Job
@@ -94,6 +95,8 @@ def job_of(fields: Mapping[str, Any]) -> Job:
             if values[name] not in choices:
                 wrong.append(f"{name} is {short(value)}: use one of {', '.join(choices)}.")
                 del values[name]
+    # Said, so that the fleet's default is not taken.
+    values["prompt_syntax"] = PromptSyntax.PLAIN
     try:
         job = Job.parse(values, is_new=False)
     except InvalidJobError as error:

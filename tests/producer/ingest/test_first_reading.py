@@ -32,6 +32,7 @@ from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
 from tests.producer.ingest import first_version_jobs
 from tests.producer.prompts.random_files import write_files
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError, PromptFileError
 from worker.contract.job import Job
 from worker.contract.queues import queues_of
@@ -300,3 +301,10 @@ def test_a_prompt_of_invisible_characters_is_a_stored_job_and_no_new_one() -> No
     assert Job.model_validate_json(job.model_dump_json()) == job
     with pytest.raises(InvalidJobError, match="prompt is blank"):
         Job.parse({"prompt": "\u200b"})
+
+
+def test_its_jobs_keep_their_ids_where_the_fleets_default_is_another_syntax_of_prompts() -> None:
+    job = fields_v1.job_of({"prompt": "a (cat:1.2)", "seed": 1})
+    assert job.id == Job(prompt="a (cat:1.2)", seed=1).id
+    assert job.in_syntax(PromptSyntax.A1111) == job
+    assert "prompt_syntax" not in job.model_dump_json()
