@@ -171,6 +171,7 @@ class Sender:
                 except QueueError:
                     if time.monotonic() >= deadline_s:
                         raise
+                    self._session.reconnect()
                     time.sleep(_RETRY_EVERY_S)
             for (request, _), error in zip(part, refused, strict=True):
                 if error is not None:

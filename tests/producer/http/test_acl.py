@@ -30,6 +30,11 @@ def words(line: str) -> list[str]:
     return found
 
 
+def test_it_may_do_what_a_producer_may() -> None:
+    producer, http = ((DEPLOY / f"redis-{name}.acl").read_text().strip() for name in ("producer", "http"))
+    assert http.startswith(producer.replace("user producer", "user http"))
+
+
 @pytest.mark.timeout(150)
 def test_its_own_redis_user_is_enough_and_makes_no_keys(new_stack: Callable[..., Stack]) -> None:
     stack = new_stack(workers=0, http=True)
