@@ -6,7 +6,8 @@
 -- Returns  the state of the submission, or of the job, after that; '' where nothing is known of the submission;
 --          nothing where there is no record
 --
--- The submission that goes last stays with a job that is running: it ends as the job ends.
+-- The submission that goes last stays with a job that is running: it ends as the job ends. Those of a queued job
+-- stay cancelled whatever comes: a worker of an earlier version calls a cancelled job done.
 -- include go_on.lua
 -- include heal.lua
 -- include outcome.lua
@@ -33,7 +34,8 @@ elseif (state == 'queued' or state == 'running') and not cancel
 end
 if state == 'queued' then
   state = 'cancelled'
-  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'error_type', 'JobCancelledError',
+  for _, each in ipairs(note_all(KEYS[1], '-')) do redis.call('HDEL', KEYS[1], 'sub:' .. each) end
+  redis.call('HSET', KEYS[1], 'subs', 0, 'state', 'cancelled', 'error_type', 'JobCancelledError',
              'error', 'The job was cancelled.')
   redis.call('PUBLISH', KEYS[1], 'cancelled')
   redis.call('PUBLISH', channel, 'cancel ' .. id)

@@ -10,10 +10,15 @@ local function note(key, submission, outcome)
     redis.call('SET', name, outcome .. string.sub(text, 2), 'KEEPTTL')
   end
 end
--- The same for all submissions that a final or cancelled record still has, before it starts anew for others.
+-- The same for all submissions that a record still has, before it starts anew for others. Returns them.
 local function note_all(key, outcome)
+  local noted = {}
   for _, field in ipairs(redis.call('HKEYS', key)) do
     local submission = string.match(field, '^sub:(%w+)$')
-    if submission then note(key, submission, outcome) end
+    if submission then
+      note(key, submission, outcome)
+      noted[#noted + 1] = submission
+    end
   end
+  return noted
 end

@@ -481,3 +481,22 @@ def test_a_forged_record_is_an_unknown_job(records: Records, client: Redis) -> N
         assert records.read([JOB.id]) == {}
         client.hset(job_key(JOB.id), field, before) if before else client.hdel(job_key(JOB.id), field)
     assert records.get(JOB.id).state is State.QUEUED
+
+
+@pytest.mark.parametrize("by", ["a", ""])
+def test_submissions_of_a_queued_job_that_was_cancelled_stay_so_though_a_worker_calls_it_done(
+    records: Records, client: Redis, by: str
+) -> None:
+    """As one of b89d500 and before does, whose render of an earlier submission was just being stopped."""
+    submit(records, "a")
+    if not by:
+        submit(records, "b")
+    assert records.cancel(JOB.id, by) is State.CANCELLED
+    client.hset(job_key(JOB.id), "state", "done")
+    for submission in ("a", *(() if by else ("b",))):
+        assert records.get(JOB.id, submission).state is State.CANCELLED
+        assert records.cancel(JOB.id, submission) is State.CANCELLED
+    assert records.get(JOB.id).state is State.DONE
+    submit(records, "c")
+    assert records.get(JOB.id, "a").state is State.CANCELLED
+    assert records.get(JOB.id, "c").state is State.QUEUED
