@@ -104,7 +104,7 @@ class Rejects:
                 continue
             if path != wanted:
                 self._notice(
-                    f"{wanted} is there already and has another run's rejected lines: it stays, and this run "
+                    f"{wanted} is there already, and not as this run wrote it: it stays, and this run "
                     f"writes {path}."
                 )
             return file
