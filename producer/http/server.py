@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from producer.http.app import make_app
 from producer.http.guard import Guard
+from producer.http.run_store import RunStore
 from worker.contract.errors import CallerError
 from worker.contract.plain_log import escape_logs
 from worker.contract.settings import ServerSettings
@@ -98,7 +99,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what was begun. Raises `CallerError`."""
+    """Serve until SIGTERM or SIGINT, then finish what was begun.
+
+    Raises `CallerError`, `SettingsError`, `OSError`.
+    """
     if is_open and not _is_loopback(settings.http_host):
         raise CallerError(
             f"--no-auth on {settings.http_host} would let everybody in: listen on 127.0.0.1, or make a key "
@@ -135,7 +139,15 @@ def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) 
         timeout_graceful_shutdown=DRAIN_S,
         **options,
     )
-    _Server(config, app).run()
+    # Here, where an error is a sentence.
+    RunStore(settings.http_data_dir, settings.record_ttl_s)
+    try:
+        _Server(config, app).run()
+    except SystemExit:
+        where = f"{settings.http_host}, port {settings.http_port}"
+        raise CallerError(
+            f"The server cannot listen on {where}; its log says why: name another --host or --port."
+        ) from None
 
 
 def url_of(host: str, port: int) -> str:

@@ -194,6 +194,25 @@ def test_an_open_server_for_everybody_is_refused() -> None:
     assert "--no-auth on 0.0.0.0 would let everybody in" in found.stderr
 
 
+def test_a_server_that_cannot_start_says_why(api: Api, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for options, settings, part in (
+        (["--port", api.url.rpartition(":")[2]], {}, "name another --host or --port"),
+        (["--port", "1"], {"SMALLCAT_HTTP_DATA_DIR": str(tmp_path / "file")}, "File exists"),
+    ):
+        found = subprocess.run(
+            [sys.executable, "-m", "producer", "serve", *options],
+            env={**api.stack.environment, **settings},
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=60,
+        )
+        assert found.returncode == 2
+        assert part in found.stderr
+        assert "Traceback" not in found.stderr
+
+
 @pytest.mark.parametrize(("trusted", "shown"), [("", "127.0.0.1"), ("127.0.0.1", "203.0.113.9")])
 def test_forwarded_headers_are_believed_of_trusted_proxies_alone(
     serve: Callable[..., tuple[subprocess.Popen[str], str]], trusted: str, shown: str
