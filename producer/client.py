@@ -156,17 +156,17 @@ class JobHandle:
         now = session()
         try:
             with now.queue_errors():
-                return self._seen(now.records.get(self.id, self.submission))
+                record = now.records.get(self.id, self.submission)
+                if self._is_missing(record):
+                    record = now.records.get(self.id)
+                return self._seen(record)
         except UnknownJobError:
             # Anything but an id would be a strange key in the bucket.
-            if now.bucket is None or not _ID.fullmatch(self.id):
-                raise
-            if (stored := now.bucket.record(self.id)) is None:
-                raise
-            record = _lasting(self.id, stored)
+            stored = now.lasting(self.id) if _ID.fullmatch(self.id) else None
             # Somebody may have deleted the picture alone.
-            if now.bucket.find(self.id, record.job.format) is None:
+            if stored is None or now.bucket is None or now.bucket.find(self.id, stored.job.format) is None:
                 raise
+            record = stored
         with now.queue_errors():
             if self.submission and now.records.submission(self.id, self.submission)[1]:
                 record = record.given_up()
@@ -216,7 +216,10 @@ class JobHandle:
         _check_timeout(timeout)
         try:
             with now.queue_errors():
-                record = self._seen(now.records.wait(self.id, timeout, idle, self.submission))
+                found = now.records.wait(self.id, timeout, idle, self.submission)
+                if self._is_missing(found):
+                    found = now.records.wait(self.id, timeout, idle)
+                record = self._seen(found)
         except UnknownJobError:
             record = self.record()
         record.raise_for_state()
@@ -233,6 +236,8 @@ class JobHandle:
         try:
             with now.queue_errors():
                 found = await now.awaiting.wait(self.id, timeout, unserved, self.submission)
+                if found.uri is None and await asyncio.to_thread(self._is_missing, found):
+                    found = await now.awaiting.wait(self.id, timeout, unserved)
             # A handle that another process made has to ask Redis for what is its own.
             record = await asyncio.to_thread(self._seen, found) if self._is_to_read else self._seen(found)
         except UnknownJobError:
@@ -254,13 +259,30 @@ class JobHandle:
         submission that there never was, and `QueueError`.
         """
         now = session()
-        with now.queue_errors():
-            return now.records.cancel(self.id, self.submission)
+        try:
+            with now.queue_errors():
+                return now.records.cancel(self.id, self.submission)
+        except UnknownJobError:
+            # Perhaps it was done long ago. A submission that there never was is unknown still.
+            with now.queue_errors():
+                if self.submission and not now.records.submission(self.id, self.submission)[0]:
+                    raise
+            return self.record().state
 
     @property
     def _is_to_read(self) -> bool:
         """Whether Redis has to be asked for what is the submission's own."""
         return bool(self.submission) and self._own is None
+
+    def _is_missing(self, record: JobRecord) -> bool:
+        """Whether the job should be done, by what became of its submission, and has no picture.
+
+        Whoever submits jobs may have deleted its record while it was under way.
+        """
+        if record.state is not State.DONE or record.uri is not None:
+            return False
+        bucket = session().bucket
+        return bucket is not None and bucket.find(self.id, record.job.format) is None
 
     def _seen(self, record: JobRecord) -> JobResult:
         """The job's record with what is the submission's own."""
@@ -350,19 +372,6 @@ def _is_taken(now: Session, job_id: str) -> bool:
     with now.queue_errors(), now.one_retry(0), contextlib.suppress(UnknownJobError):
         return now.records.get(job_id).state in (State.RUNNING, State.DONE)
     return False
-
-
-def _lasting(job_id: str, stored: bytes) -> JobRecord:
-    """The record that lies beside a picture. Raises `UnknownJobError` where it is not this job's."""
-    try:
-        record = JobRecord.model_validate_json(stored)
-    except ValueError:
-        record = None
-    if record is None or record.id != job_id or record.state is not State.DONE:
-        raise UnknownJobError(
-            f"The record of job {job_id} in the bucket cannot be read: submit the job again."
-        )
-    return record
 
 
 def _check_timeout(timeout: float | None) -> None:

@@ -16,8 +16,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from worker.contract.errors import UnknownJobError
+from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
 from worker.contract.plain_text import plain
+from worker.contract.record import JobRecord, State
 from worker.contract.settings import ProducerSettings, producer_settings
 from worker.storage.options import BucketOptions
 
@@ -93,6 +94,68 @@ class Session:
     def bucket(self) -> Bucket | None:
         """The bucket of `S3_BUCKET` and `S3_PREFIX`; None where that is not set."""
         return self.bucket_named(self.settings.s3_bucket) if self.settings.s3_bucket else None
+
+    def lasting(self, job_id: str) -> JobRecord | None:
+        """The record of a job that is done, from the bucket; None where it is not there.
+
+        Raises `StorageError`; `UnknownJobError` where it is not this job's.
+        """
+        bucket = self.bucket
+        if bucket is None:
+            return None
+        try:
+            stored = bucket.record(job_id)
+        except PermanentStorageError as error:
+            raise PermanentStorageError(
+                f"The record of job {job_id} is not in Redis, where that of a finished job stays for an "
+                f"hour, and cannot be read from the bucket: {error}"
+            ) from error
+        if stored is None:
+            return None
+        try:
+            record = JobRecord.model_validate_json(stored)
+        except ValueError:
+            record = None
+        if record is None or record.id != job_id or record.state is not State.DONE:
+            raise UnknownJobError(
+                f"The record of job {job_id} in the bucket cannot be read: submit the job again."
+            )
+        return record
+
+    def latest(self, count: int) -> list[JobRecord]:
+        """The records of up to `count` of the jobs that were submitted last, the latest first.
+
+        Those of finished jobs that Redis has no longer are read from the bucket. Where that cannot be read,
+        they are left out, and a warning says why.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        submitted_at = dict(self.records.latest())
+        ids, found = list(submitted_at), list[JobRecord]()
+        reads = self.bucket is not None
+        while ids and len(found) < count:
+            part, ids = ids[:count], ids[count:]
+            known = self.records.read(part)
+            missing = [job_id for job_id in part if job_id not in known] if reads else []
+            try:
+                with ThreadPoolExecutor(8) as threads:
+                    stored = dict(zip(missing, threads.map(self._stored, missing), strict=True))
+            except StorageError as error:
+                warnings.warn(plain(str(error)), stacklevel=2)
+                stored, reads = {}, False
+            records = [known.get(job_id) or stored.get(job_id) for job_id in part]
+            found += [record for record in records if record is not None]
+        return [
+            record
+            if record.submitted_at
+            else record.model_copy(update={"submitted_at": submitted_at[record.id]})
+            for record in found[:count]
+        ]
+
+    def _stored(self, job_id: str) -> JobRecord | None:
+        with contextlib.suppress(UnknownJobError):
+            return self.lasting(job_id)
+        return None
 
     def bucket_named(self, name: str) -> Bucket:
         """The bucket of that name. Each has one client, whoever asks."""

@@ -157,7 +157,7 @@ def _status(handles: Sequence[JobHandle], *, urls: bool, as_json: bool) -> None:
 def _latest(limit: int, *, urls: bool, as_json: bool) -> None:
     now = session()
     with now.queue_errors():
-        records = [JobResult.of(record) for record in now.records.latest(limit)]
+        records = [JobResult.of(record) for record in now.latest(limit)]
     if as_json:
         print_json([record.model_dump(mode="json") | _link(record) for record in records])
         return

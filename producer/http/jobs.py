@@ -153,7 +153,7 @@ async def latest_jobs(
     caller: Reader, backend: Shared, limit: Annotated[int, Query(ge=1, le=1_000)] = 20
 ) -> Response:
     """The jobs that were submitted last, the latest first, but for those of prompt files."""
-    records = await backend.run(backend.session.records.latest, limit)
+    records = await backend.run(backend.session.latest, limit)
     return as_json({"jobs": [view(JobResult.of(record), "", caller) for record in records]})
 
 

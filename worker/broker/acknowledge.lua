@@ -8,10 +8,11 @@
 -- A record that does not say so was written on a primary that a replica has replaced since, before it was
 -- replicated. Acknowledged on the new primary, the job would be lost.
 local function is_over(record, attempts, message, me)
-  local r, holder = redis.pcall('HMGET', record, 'state', 'claim'), redis.pcall('HGET', attempts, 'claim')
+  local r = redis.pcall('HMGET', record, 'state', 'claim')
   if r.err then return false end
   local state, named = r[1], r[2]
   if state == 'done' or state == 'failed' or state == 'cancelled' then return true end
+  local holder = redis.pcall('HGET', attempts, 'claim')
   -- The holder is one of the copies that a message may have.
   return named and named ~= '' and (named ~= message or type(holder) == 'string' and holder ~= me)
 end

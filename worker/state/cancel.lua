@@ -23,7 +23,8 @@ elseif not mine then
   local text = redis.pcall('GET', KEYS[2])
   -- It has ended: others' jobs are not its own.
   local outcome = string.sub(type(text) == 'string' and text or '', 1, 1)
-  return outcome == '-' and 'cancelled' or outcome == '=' and 'done' or outcome == '+' and state or ''
+  return outcome == '-' and 'cancelled' or outcome == '=' and 'done'
+    or (outcome == '+' or outcome == '~') and state or ''
 elseif (state == 'queued' or state == 'running') and not cancel
     and (count(subs) > 1 or wanted_by_runs(runs or '')) then
   note(KEYS[1], submission, '-')

@@ -13,6 +13,8 @@
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
 -- run of a million jobs must not leave a million records here.
 local BULK_TTL_S = 60
+-- Seconds that the record stays of any other job that is done.
+local DONE_TTL_S = 3600
 local final, ttl, message, me, id = unpack(ARGV, 1, 5)
 local state, named, cancel, runs, bulk, error_type =
   unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type'))
@@ -33,7 +35,7 @@ redis.call('DEL', KEYS[3])
 redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'claim_until', '', 'deaths', '', unpack(ARGV, 6))
 if cancel then redis.call('HDEL', KEYS[1], 'cancel') end
 if final == 'done' and error_type then redis.call('HDEL', KEYS[1], 'error', 'error_type') end
-redis.call('EXPIRE', KEYS[1], final == 'done' and bulk and math.min(ttl, BULK_TTL_S) or ttl)
+redis.call('EXPIRE', KEYS[1], final == 'done' and math.min(ttl, bulk and BULK_TTL_S or DONE_TTL_S) or ttl)
 if final == 'failed' then
   on(KEYS[2], 'ZADD', redis.call('TIME')[1], id)
   redis.call('EXPIRE', KEYS[2], ttl)

@@ -36,7 +36,10 @@ def unknown(job_id: str, submission: str = "") -> UnknownJobError:
         return UnknownJobError(
             f"There is no submission {submission} of job {job_id}: that is wrong, or it expired."
         )
-    return UnknownJobError(f"There is no record of a job {job_id}: its id is wrong or it expired.")
+    return UnknownJobError(
+        f"There is no record of a job {job_id}: its id is wrong or it expired. That of a finished job stays "
+        "in Redis for an hour; then it is read from the bucket, where S3_BUCKET names it."
+    )
 
 
 def unreadable(job_id: str, why: str) -> UnknownJobError:
@@ -120,6 +123,9 @@ def is_in_doubt(fields: Mapping[str, str], submission: str) -> bool:
 def seen_by(text: str | None, record: JobRecord) -> JobRecord:
     """The record as a submission sees it, by the text of its key, whatever became of the job since."""
     outcome = (text or "")[:1]
+    if outcome == "+":
+        # It is not among those of the record: its own one, of a job that was done, has expired.
+        outcome = "="
     if outcome == "-":
         return record.given_up()
     if outcome == "=" and record.state is not State.DONE:

@@ -5,7 +5,7 @@
                                       also when one of several submissions is given up
       ...:<submission>       string   what belongs to a submission alone, as JSON: its metadata and priority;
                                       "+" before it, "-" once it was given up, "=" once it is done and
-                                      the job was submitted again
+                                      the job was submitted again, "~" once it has failed and likewise
     smallcat:worker-only:job:<id>     the attempts at a job, which no producer may write: see below
                              hash
     smallcat:queues          set      names of the queues that jobs were sent to

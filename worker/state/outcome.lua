@@ -2,7 +2,7 @@
 --
 -- key         the job's record
 -- submission  its id
--- outcome     '-' it was given up, '=' it is done
+-- outcome     '-' it was given up, '=' it is done, '~' it has failed, and follows the job that was submitted again
 local function note(key, submission, outcome)
   local name = key .. ':' .. submission
   local text = redis.pcall('GET', name)

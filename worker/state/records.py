@@ -170,18 +170,13 @@ class Records:
                         found[job_id] = record
         return found
 
-    def latest(self, count: int) -> list[JobRecord]:
-        """The records of up to `count` of the jobs that were submitted last, the latest first.
+    def latest(self) -> list[tuple[str, float]]:
+        """The jobs that were submitted last, the latest first, about 1,000 at most: ids, Unix seconds.
 
-        Jobs of runs are not among them, nor those whose record has expired. At most 1,000 are known.
+        Jobs of runs are not among them.
         """
-        ids = [str(job_id) for job_id in self._redis.zrevrange(LATEST, 0, -1)]
-        found: list[JobRecord] = []
-        for start in range(0, len(ids), count):
-            found += self.read(ids[start : start + count]).values()
-            if len(found) >= count:
-                break
-        return found[:count]
+        found: Any = self._redis.zrevrange(LATEST, 0, -1, withscores=True)
+        return [(str(job_id), at) for job_id, at in found]
 
     def claim(
         self,

@@ -22,6 +22,7 @@ local state, cancel, runs, subs, bulk, mine, known =
 if state and is_known == '1' then on(KEYS[2], 'SADD', queue) end
 if state ~= 'queued' and state ~= 'running' or cancel then
   if state == 'done' then note_all(KEYS[1], '=') end
+  if state == 'failed' then note_all(KEYS[1], '~') end
   if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end
   if state then
     redis.call('DEL', KEYS[1])
