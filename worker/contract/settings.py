@@ -103,7 +103,8 @@ class Settings(BaseModel):
     s3_object_lock: Literal["", "GOVERNANCE", "COMPLIANCE"] = ""
     #: Days, 1 to 36500, that each object is retained, with SMALLCAT_S3_OBJECT_LOCK.
     s3_object_lock_days: int | None = Field(default=None, ge=1, le=36_500)
-    #: Seconds, > 0, that a job's record stays in Redis after its last change (default: 7 days).
+    #: Seconds, > 0, that a job's record stays in Redis after its last change (default: 7 days); that of a job
+    #: that is done stays for an hour at most, and is in the bucket.
     record_ttl_s: int = Field(default=604_800, gt=0, le=_YEAR_S)
     #: Seconds, >= 1, until a dead worker's jobs go to another one. The same on every worker of a queue.
     lease_s: float = Field(default=30, ge=1, le=_YEAR_S)

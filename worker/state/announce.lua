@@ -12,5 +12,6 @@ redis.call('EXPIRE', KEYS[2], keep_s)
 local is_changed = enter(KEYS[4], name, string.format('%.6f', time + ttl), group, served, started_at)
 is_changed = sweep(KEYS[4], KEYS[2]) or is_changed
 local version = publish(KEYS[4], KEYS[3], KEYS[2], ttl, is_changed)
-keep(KEYS[4], group, keep_s)
+-- Once a minute: each worker announces itself every few seconds.
+if is_changed or version ~= '' or time % 60 < tonumber(ttl) then keep(KEYS[4], group, keep_s) end
 return version
