@@ -74,6 +74,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_DEVICE": ("cpu", "cpu", [("gpu", "'auto', 'cuda' or 'cpu'")]),
     "SMALLCAT_DTYPE": ("bf16", "bf16", [("fp8", "'auto', 'fp16', 'bf16' or 'fp32'")]),
     "SMALLCAT_ATTENTION": ("sdpa", "sdpa", [("flash", "'auto', 'xformers', 'sdpa' or 'naive'")]),
+    "SMALLCAT_DEFAULT_PROMPT_SYNTAX": ("a1111", "a1111", [("comfyui", "'plain' or 'a1111'")]),
     "USE_MEMORY_EFFICIENT_ATTENTION": ("0", "0", [("yes", "'0' or '1'"), ("2", "'0' or '1'")]),
     "SMALLCAT_COMPILE": ("0", False, [("perhaps", "valid boolean")]),
     "SMALLCAT_EXACT": ("1", True, [("perhaps", "valid boolean")]),
