@@ -63,7 +63,8 @@ def test_a_job_of_the_next_release_waits_for_a_worker_of_it(
         shown = producer.command("status", tinted[0]).stdout
         assert "queued" in shown
         assert "queue      3 waiting, 0 workers" in shown
-        assert f"message is of version {NEXT_VERSION}, and the live workers read up to version 1. It" in shown
+        why = f"of version {NEXT_VERSION}, and the live workers read up to version {FORMAT_VERSION}. "
+        assert why in shown
         listed = CliRunner().invoke(cli, ["failed", "list"])
         assert f"note  Not failed: {QUEUE}  3 messages of version {NEXT_VERSION} wait" in listed.stderr
         # A run: what waits is neither lost nor in anybody's way.

@@ -179,3 +179,16 @@ def test_a_job_with_a_field_that_the_first_version_does_not_know_is_dropped_ther
     ground.worker()
     assert submit_job(handle.record().job).result(SOON_S).state is State.DONE
     assert handle.state() is State.DONE
+
+
+def test_a_job_that_only_this_version_reads_waits_for_a_worker_of_it(
+    ground: Ground, earlier: FaultWorker
+) -> None:
+    """Earlier workers give its message back, again and again; they park none."""
+    handle = submit_job(ground.job(prompt_syntax="a1111"))
+    assert handle.record().job.version == 2
+    ground.journal.wait_for("put", ground.submit(5))
+    assert handle.state() is State.QUEUED
+    assert "the live workers read up to version 1" in handle.progress().note
+    ground.worker()
+    assert handle.result(SOON_S).state is State.DONE
