@@ -76,8 +76,8 @@ class Ingest:
         self._tag = _tag_of_process()
         self._tags = 0
         self._items: Iterator[Planned | Rejected] | None = None
-        #: The run's cursor, as this process has moved it.
-        self._cursor = ""
+        #: The run's cursor, as this process has moved it; None: it has not, and reads it again.
+        self._cursor: str | None = None
         self._rejected = 0
         self._rejects: Rejects | None = None
         self._received_at = self._counted_at = 0.0
@@ -244,8 +244,8 @@ class Ingest:
                 self._reject(each)
             else:
                 messages.append(self._message(each, status.fed + len(messages), at, ""))
-        self.run.feed(status.fed, messages, cursor, total, self._rejected)
-        self._cursor = cursor
+        is_sent = self.run.feed(status.fed, messages, cursor, total, self._rejected)
+        self._cursor = cursor if is_sent else None
 
     def _reject(self, rejected: Rejected) -> None:
         assert self._rejects is not None  # noqa: S101 - made before the first poll

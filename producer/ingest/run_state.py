@@ -189,12 +189,12 @@ class Run:
 
     def feed(
         self, before: int, messages: Sequence[tuple[str, str]], cursor: str, total: int | None, rejected: int
-    ) -> None:
+    ) -> bool:
         """Send `messages`, pairs of list and message, and move the cursor: both or neither.
 
         `before` is the number of jobs fed before. Calling it again after a lost connection sends once.
-        Where the run was cancelled, nothing is sent. Raises `PromptFileError` where another process has fed
-        the run meanwhile.
+        Where the run was cancelled, nothing is sent. False: nothing was sent, because the run is not what
+        `status` said; another process feeds it, or Redis has lost what was written last.
         """
         lists = sorted({name for name, _ in messages} | set(self._lists))
         numbers = {name: number for number, name in enumerate(lists, 1)}
@@ -211,10 +211,10 @@ class Run:
         args += [item for name, message in messages for item in (numbers[name], message)]
         keys = [self._key, f"{self._key}:feeder", QUEUES, f"{self._key}:prints", *lists]
         if (answer := self._feed(keys=keys, args=args)) == CANCELLED:
-            return
-        if answer != 1:
-            raise PromptFileError("Another process has fed this run meanwhile: start again to follow it.")
-        self._lists = lists
+            return True
+        if answer == 1:
+            self._lists = lists
+        return bool(answer == 1)
 
     def send_again(self, messages: Mapping[int, tuple[str, str]]) -> None:
         """Send new messages, by the jobs' numbers, of jobs that were fed and whose messages are lost."""

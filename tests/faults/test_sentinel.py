@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +16,7 @@ import pytest
 from deploy.embedded.stack import Stack
 from producer import submit_job
 from tests.faults import oracle
-from tests.faults.harness import Ground, wait_until
+from tests.faults.harness import ROOT, Ground, wait_until
 from tests.sentinels import Sentinels
 from worker.contract.errors import QueueError
 
@@ -67,6 +70,30 @@ def fail_overs(ground: Ground, hows: Sequence[str], rate: float) -> None:
 def test_no_job_is_lost_with_a_primary_that_waited_for_its_replica(watched: Ground) -> None:
     """It is killed; it stands still and comes back as a primary, until told; it is replaced by order."""
     fail_overs(watched, ["kill", "freeze", "ask"], rate=20)
+
+
+@pytest.mark.services
+@pytest.mark.timeout(300)
+def test_a_run_of_a_prompt_file_goes_on_through_failovers(watched: Ground) -> None:
+    """It waits for no replica: it sends again what Redis has lost."""
+    for _ in range(2):
+        watched.worker(step_s=0.03)
+    lines = watched.folder / "p.txt"
+    lines.write_text("".join(f"cat {number}\n" for number in range(1_500)))
+    environment = {**watched.stack.environment, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "producer", "ingest", str(lines), "--max-queued", "60"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as feeder:
+        for how in ("kill", "ask"):
+            done = watched.journal.total("leave")
+            wait_until("work", lambda done=done: watched.journal.total("leave") > done + 60, 60)
+            group_of(watched).fail_over(how)
+        said, _ = feeder.communicate(timeout=200)
+    assert feeder.returncode == 0, said
+    manifest = lines.with_name("p.txt.manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in manifest] == lines.read_text().splitlines()
+    assert {json.loads(line)["state"] for line in manifest} == {"done"}
 
 
 @pytest.mark.slow

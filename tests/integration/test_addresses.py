@@ -26,6 +26,7 @@ from worker.contract.errors import QueueError
 from worker.contract.redis_pool import Sentinels as AllSentinels
 from worker.contract.redis_pool import _newest
 from worker.state.redis_client import connect, connect_async, connect_until, queue_errors
+from worker.state.shared_scripts import Script
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,20 @@ def test_a_command_that_is_sent_again_goes_to_the_primary_of_then(
         thread.start()
     thread.join(20)
     assert answers == [1]
+    assert new.client().get("count") == b"1"
+
+
+def test_a_script_that_was_loaded_into_another_server_is_loaded_again(
+    replaced: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a primary is replaced, two connections may lead to two servers."""
+    old, new = replaced
+    replaced.remove(old)
+    client = connect(f"redis+sentinel://{HOST}:9/main/0", 5)
+    wherever = iter([old.client().script_load])
+    load = client.script_load
+    monkeypatch.setattr(client, "script_load", lambda text: next(wherever, load)(text))
+    assert Script(client, "return redis.call('INCR', KEYS[1])")(keys=["count"]) == 1
     assert new.client().get("count") == b"1"
 
 

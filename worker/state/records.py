@@ -43,7 +43,7 @@ from worker.state.keys import (
     job_key,
     submission_key,
 )
-from worker.state.shared_scripts import NamedLately, SharedScript
+from worker.state.shared_scripts import NamedLately, Script, SharedScript
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -77,12 +77,12 @@ class Records:
         self._ttl_s = ttl_s
         self._submit = SharedScript(client, scripts.SUBMIT)
         self._named = NamedLately()
-        self._claim = client.register_script(scripts.CLAIM)
-        self._finish = client.register_script(scripts.FINISH)
-        self._give_back = client.register_script(scripts.GIVE_BACK)
+        self._claim = Script(client, scripts.CLAIM)
+        self._finish = Script(client, scripts.FINISH)
+        self._give_back = Script(client, scripts.GIVE_BACK)
         self._cancel = SharedScript(client, scripts.CANCEL)
-        self._unreadable = client.register_script(scripts.UNREADABLE)
-        self._progress = client.register_script(scripts.PROGRESS)
+        self._unreadable = Script(client, scripts.UNREADABLE)
+        self._progress = Script(client, scripts.PROGRESS)
 
     def submitted(
         self, job: Job, queue: str, submission: str = "", message: str = "", noted: str = "1"

@@ -43,13 +43,36 @@ def load(client: Redis) -> None:
             client.script_load(text)
 
 
+class Script:
+    """A script of redis-py, which loads it where it is missing. Called as those are."""
+
+    #: Times that it is tried. While sentinels replace a primary, it may be loaded into one server and run on
+    #: another.
+    TRIES: Final = 5
+
+    def __init__(self, client: Redis, text: str) -> None:
+        self._client, self._script = client, client.register_script(text)
+
+    def __call__(self, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
+        """Run it. Raises redis-py's errors."""
+        for left in reversed(range(self.TRIES)):
+            try:
+                return self._script(keys=keys, args=args)
+            except Exception as error:
+                if type(error).__name__ != "NoScriptError" or not left:
+                    raise
+            # The next connection asks where the primary is.
+            self._client.connection_pool.disconnect(inuse_connections=False)
+        return None
+
+
 class SharedScript:
     """A script of `_TEXTS`. Called as redis-py's own are."""
 
     def __init__(self, client: Redis, text: str) -> None:
         if text not in _TEXTS:
             raise ValueError("workers must load the script for producers: add it to _TEXTS")
-        self._script = client.register_script(text)
+        self._script = Script(client, text)
 
     def __call__(self, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
         """Run it. Raises `QueueError` where no worker of this version loads it in time."""

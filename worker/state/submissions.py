@@ -65,6 +65,8 @@ class Submissions:
             results, have_it = self._send(submissions, replicas, wait_s)
             if not any(type(each).__name__ == "NoScriptError" for each in results[::2]):
                 break
+            # With Sentinel, the next connection asks where the primary is: all of it goes to one server.
+            self._redis.connection_pool.disconnect(inuse_connections=False)
             self._load(deadline_s)
         refused = [
             next((each for each in pair if isinstance(each, Exception)), None)
