@@ -20,7 +20,9 @@ local state, cancel, runs, subs, bulk, mine, known =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message'))
 -- What follows may begin with a write that takes no memory.
 if state and is_known == '1' then on(KEYS[2], 'SADD', queue) end
-if state ~= 'queued' and state ~= 'running' or cancel then
+if state == 'done' and mine and submission ~= '' then
+  -- Sent again because an answer was lost, or no replica confirmed it: this submission is done.
+elseif state ~= 'queued' and state ~= 'running' or cancel then
   if state == 'done' then note_all(KEYS[1], '=') end
   if state == 'failed' then note_all(KEYS[1], '~') end
   if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end

@@ -500,3 +500,14 @@ def test_submissions_of_a_queued_job_that_was_cancelled_stay_so_though_a_worker_
     submit(records, "c")
     assert records.get(JOB.id, "a").state is State.CANCELLED
     assert records.get(JOB.id, "c").state is State.QUEUED
+
+
+def test_a_submission_that_is_sent_again_after_its_job_is_done_stays_done(records: Records) -> None:
+    """As where no replica confirmed it in time; another submission starts the job anew."""
+    records.submitted(JOB, "q", "a", "m1")
+    assert claim(records, "m1") is Claim.RENDER
+    records.done(JobRecord(id=JOB.id, state=State.DONE, job=JOB, uri="s3://b/x.png"))
+    records.submitted(JOB, "q", "a", "m2")
+    assert records.get(JOB.id, "a").state is State.DONE
+    records.submitted(JOB, "q", "b", "m3")
+    assert records.get(JOB.id, "b").state is State.QUEUED
