@@ -14,8 +14,8 @@ from dataclasses import dataclass
 MIN_GAIN = 0.03
 #: Batch sizes that are measured, in rows, as far as they fit in memory and gain.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-#: By what share of itself a row costs more for each more window of text that it attends to (measured by
-#: `tests.benchmarks.text_lengths`).
+#: By what share of itself a row costs more for each more window of text that it attends to. Measured: 0.01 to
+#: 0.016 on an H200 (docs/performance.md, "Long prompts").
 TEXT_SHARE = 0.02
 #: The cap of a device that gains nothing from larger batches: the two rows of a guided job.
 MIN_CAP = 2
