@@ -325,16 +325,16 @@ def _send(now: Session, job: Job) -> JobHandle:
     from kombu.pools import producers
 
     from worker.celery import connection, message_of
-    from worker.contract.found_message import fingerprint
-    from worker.contract.message import task_call_of
-    from worker.contract.queues import queue_of
+    from worker.contract.found_message import digest_of
+    from worker.contract.message import route_of, task_call_of
+    from worker.contract.queues import list_of
     from worker.contract.refusals import too_few_replicas
 
     deadline = time.monotonic() + now.redis_retry_s
     replicas = now.settings.wait_replicas
     # Less than a client waits for an answer.
     wait_s = 0.8 * min(now.redis_retry_s, 10.0)
-    pool = producers[connection(now.settings.redis_url, replicas, wait_s)]
+    pool = producers[connection(now.settings.redis_url)]
     with now.queue_errors(), now.one_retry():
         job = now.fleet.resolve(job)
     submission, is_sent = secrets.token_hex(8), False
@@ -343,18 +343,17 @@ def _send(now: Session, job: Job) -> JobHandle:
             # All of it again after a failure: a replica that became the primary may have none of it.
             if not (is_sent and _is_taken(now, job.id)):
                 # Another one for each try: should both have arrived, the second finds the job taken.
-                message_id, queue = f"{job.id}-{secrets.token_hex(4)}", queue_of(job)
+                message_id, route = f"{job.id}-{secrets.token_hex(4)}", route_of(job)
                 with now.queue_errors(), pool.acquire(block=True) as producer:
-                    message = message_of(task_call_of(job), message_id, producer)
-                    noted = fingerprint(json.dumps(message))
-                    with now.one_retry(deadline - time.monotonic()):
-                        now.records.submitted(job, queue, submission, message_id, noted)
-                    is_sent = True
-                    producer.channel.put(queue, message)
+                    message = json.dumps(message_of(task_call_of(job), message_id, producer))
+                is_sent = True
+                with now.queue_errors(), now.one_retry(deadline - time.monotonic()):
+                    put = (list_of(*route), message)
+                    now.records.submitted(job, route.queue, submission, message_id, digest_of(message), put)
             if replicas:
                 # Once: a connection that is made anew may lead to another primary.
                 with now.queue_errors(), now.one_retry(0):
-                    have_it = now.records.replicated(job.id, replicas, wait_s)
+                    have_it = now.records.replicated(job.id, submission, replicas, wait_s)
                 if have_it < replicas:
                     raise QueueError(too_few_replicas(have_it, replicas))
             handle = JobHandle(job.id, submission)

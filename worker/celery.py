@@ -52,20 +52,16 @@ app.conf.update(
 )
 
 
-def connection(redis_url: str, wait_replicas: int = 0, wait_s: float = 0.0) -> Connection:
-    """A connection of this app to that Redis, not yet open. kombu pools those of equal arguments.
-
-    A message counts as sent once `wait_replicas` replicas confirm it, within `wait_s` seconds.
-    """
-    options = {"wait_replicas": wait_replicas, "wait_s": wait_s} if wait_replicas else {}
-    made: Connection = app.connection_for_write(url=broker_url(redis_url), transport_options=options)
+def connection(redis_url: str) -> Connection:
+    """A connection of this app to that Redis, not yet open. kombu pools those of equal arguments."""
+    made: Connection = app.connection_for_write(url=broker_url(redis_url))
     return made
 
 
 def message_of(call: dict[str, Any], message_id: str, producer: Any) -> dict[str, Any]:
     """The message that Celery makes of a call (`worker.contract.message.task_call`). Nothing is sent.
 
-    `producer` is kombu's, on a channel of `connection`, whose `put` sends such a message.
+    `producer` is kombu's, on a channel of `connection`.
     """
     channel, caught = producer.channel, []
     channel._put = lambda queue, message, **_: caught.append(message)

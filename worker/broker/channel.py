@@ -25,7 +25,6 @@ from worker.broker.lease import Held, Lease
 from worker.broker.leases import lease_of_process
 from worker.broker.poller import Poller
 from worker.broker.qos import QoS
-from worker.broker.replicated import ReplicatedPuts
 from worker.broker.scripts import FETCH
 from worker.broker.transport import LEASE_S, open_steps
 from worker.contract.errors import NewerMessageError
@@ -33,13 +32,13 @@ from worker.contract.errors import NewerMessageError
 logger = logging.getLogger("smallcat.transport")
 
 
-class Channel(Fetching, ReplicatedPuts, OwnNames):
+class Channel(Fetching, OwnNames):
     """kombu's Redis channel; what it fetches is in a queue or registered as held at every instant."""
 
     QoS = QoS
     #: How a message is read, as `read_message`.
     reader: Any = staticmethod(read_message)
-    from_transport_options: Any = (*ReplicatedPuts.from_transport_options, "reader")
+    from_transport_options: Any = (*stock.Channel.from_transport_options, "reader")
     visibility_timeout: Any = LEASE_S
     unacked_restore_interval = 2
     unacked_restore_limit: Any = 1000

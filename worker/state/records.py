@@ -85,19 +85,27 @@ class Records:
         self._progress = Script(client, scripts.PROGRESS)
 
     def submitted(
-        self, job: Job, queue: str, submission: str = "", message: str = "", noted: str = "1"
+        self,
+        job: Job,
+        queue: str,
+        submission: str = "",
+        message: str = "",
+        noted: str = "1",
+        put: tuple[str, str] | None = None,
     ) -> None:
         """Write the record of a job that is sent to `queue` as `message`, and what is the submission's own.
 
-        `noted` is the message's fingerprint; "1": unknown, as with earlier versions. A record of a job that
-        is queued or running stays as it is, unless it was cancelled.
+        `noted` is the message's fingerprint; "1": unknown, as with earlier versions. `put`: the Redis list
+        and the message, which is put there in the same step. A record of a job that is queued or running
+        stays as it is, unless it was cancelled.
         """
         own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
+        put_into, raw = ([put[0]], [put[1]]) if put else ([], [])
         self._submit(
-            keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission), LATEST],
+            keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission), LATEST, *put_into],
             args=[
                 *(job.model_dump_json(), queue, self._ttl_s, job.id, submission, own, message, noted),
-                self._named.has(queue),
+                *(self._named.has(queue), *raw),
             ],
         )
         self._named.note(queue)
@@ -123,14 +131,15 @@ class Records:
         args += [found.job.model_dump_json(), queue_of(found.job)] if found.job else ["", ""]
         return bool(self._unreadable(keys=[job_key(job_id), FAILED, attempts_key(job_id)], args=args))
 
-    def replicated(self, job_id: str, replicas: int, timeout_s: float) -> int:
-        """How many replicas have the job, and all that was written before; waits until they are `replicas`.
+    def replicated(self, job_id: str, submission: str, replicas: int, timeout_s: float) -> int:
+        """How many replicas have the submission, and all that was written before it.
 
-        0 where the record is gone. `timeout_s`: seconds, less than the client waits for an answer.
+        Waits until they are `replicas`, at most `timeout_s` seconds, which is less than the client waits for
+        an answer. 0 where the server does not have the submission.
         """
         with self._redis.pipeline(transaction=False) as pipe:
             # WAIT is about what its own connection has written: all that is older is replicated before it.
-            pipe.expire(job_key(job_id), self._ttl_s)
+            pipe.expire(submission_key(job_id, submission), self._ttl_s)
             pipe.wait(replicas, max(1, int(1_000 * timeout_s)))
             is_there, have_it = pipe.execute()
         return int(have_it) if is_there else 0

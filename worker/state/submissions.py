@@ -1,7 +1,6 @@
-"""Many submissions of jobs in one round trip to Redis: their records, and their messages in the queues.
+"""Many submissions of jobs in one round trip to Redis; `Records.submitted` sends one.
 
-`Records.submitted` and Celery's own producer do the same for one job. Each message is sent behind the record
-of its job, so that whoever follows the job finds it.
+A job's record and its message are written in one step: there is none without the other.
 """
 
 from __future__ import annotations
@@ -63,16 +62,12 @@ class Submissions:
         deadline_s = time.monotonic() + LOADED_WITHIN_S
         while True:
             results, have_it = self._send(submissions, replicas, wait_s)
-            if not any(type(each).__name__ == "NoScriptError" for each in results[::2]):
+            if not any(type(each).__name__ == "NoScriptError" for each in results):
                 break
             # With Sentinel, the next connection asks where the primary is: all of it goes to one server.
             self._redis.connection_pool.disconnect(inuse_connections=False)
             self._load(deadline_s)
-        refused = [
-            next((each for each in pair if isinstance(each, Exception)), None)
-            for pair in zip(results[::2], results[1::2], strict=True)
-        ]
-        return refused, have_it
+        return [each if isinstance(each, Exception) else None for each in results], have_it
 
     def of(self, job_id: str) -> list[str]:
         """The ids of a job's submissions that were not given up since it was last queued."""
@@ -83,11 +78,10 @@ class Submissions:
         with self._redis.pipeline(transaction=False) as pipe:
             for each in submissions:
                 record, own = job_key(each.job_id), submission_key(each.job_id, each.submission)
-                keys = (record, QUEUES, FAILED, own, LATEST)
+                keys = (record, QUEUES, FAILED, own, LATEST, each.list)
                 about = (each.job, each.queue, self._ttl_s, each.job_id, each.submission, each.own)
                 noted = (each.message_id, digest_of(each.message), self._named.has(each.queue))
-                pipe.evalsha(_DIGEST, len(keys), *keys, *about, *noted)
-                pipe.lpush(each.list, each.message)
+                pipe.evalsha(_DIGEST, len(keys), *keys, *about, *noted, each.message)
             if replicas:
                 pipe.wait(replicas, max(1, int(1_000 * wait_s)))
             results: list[Any] = pipe.execute(raise_on_error=False)

@@ -1,16 +1,19 @@
--- Writes the record of a job that is submitted, and the submission. A job that is queued or running stays as
--- it is, unless it was cancelled; any other starts anew, and still belongs to its runs.
+-- Writes the record of a job that is submitted, and the submission, and puts its message into its list. A job
+-- that is queued or running stays as it is, unless it was cancelled; any other starts anew, and still belongs
+-- to its runs.
 --
--- KEYS     the record, the queues, the failed jobs, the submission, the latest jobs
+-- KEYS     the record, the queues, the failed jobs, the submission, the latest jobs, the list; without a list
+--          no message is put
 -- ARGV     job as JSON, queue, seconds until the record expires, job id, submission or '', what is its own
---          as JSON, the id of its message, its fingerprint, 1 where the sender has named the queue lately
+--          as JSON, the id of its message, its fingerprint, 1 where the sender has named the queue lately,
+--          the message
 --
 -- Its first write may take memory: a full Redis refuses the script before it has done anything.
--- Sent twice, because its answer was lost, it counts the submission once.
+-- Sent twice, because its answer was lost, it counts the submission once, and puts the message once.
 -- include heal.lua
 -- include outcome.lua
 -- include ../contract/clock.lua
-local job, queue, ttl, id, submission, own, message, print, is_known = unpack(ARGV)
+local job, queue, ttl, id, submission, own, message, print, is_known, raw = unpack(ARGV)
 local field = 'sub:' .. submission
 local is_new_queue = is_known ~= '1' and on(KEYS[2], 'SADD', queue) == 1
 local time = now()
@@ -20,9 +23,13 @@ local state, cancel, runs, subs, bulk, mine, known =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message'))
 -- What follows may begin with a write that takes no memory.
 if state and is_known == '1' then on(KEYS[2], 'SADD', queue) end
-if state == 'done' and mine and submission ~= '' then
+local is_alive = (state == 'queued' or state == 'running') and not cancel
+local is_done = state == 'done' and mine and submission ~= ''
+-- First of all: where the list cannot take the message, there is no record either.
+if KEYS[6] and not (is_done or is_alive and mine and known == message) then redis.call('LPUSH', KEYS[6], raw) end
+if is_done then
   -- Sent again because an answer was lost, or no replica confirmed it: this submission is done.
-elseif state ~= 'queued' and state ~= 'running' or cancel then
+elseif not is_alive then
   if state == 'done' then note_all(KEYS[1], '=') end
   if state == 'failed' then note_all(KEYS[1], '~') end
   if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from deploy.embedded.servers import ValkeyProcess
 from tests.worker.engine.fake_runner import SOON_S, job_of
@@ -511,3 +511,33 @@ def test_a_submission_that_is_sent_again_after_its_job_is_done_stays_done(record
     assert records.get(JOB.id, "a").state is State.DONE
     records.submitted(JOB, "q", "b", "m3")
     assert records.get(JOB.id, "b").state is State.QUEUED
+
+
+def test_a_submission_whose_answer_was_lost_puts_its_message_once(records: Records, client: Redis) -> None:
+    """The client sends the same command again; a try of its own has another message."""
+    for message in ("m1", "m1", "m2"):
+        records.submitted(JOB, "q", "a", message, "1", ("q", message))
+    assert client.lrange("q", 0, -1) == ["m2", "m1"]
+    assert claim(records, "m1") is Claim.RENDER
+    done(records)
+    records.submitted(JOB, "q", "a", "m1", "1", ("q", "m1"))
+    assert client.llen("q") == 2
+
+
+def test_a_full_redis_takes_neither_record_nor_message(records: Records, client: Redis) -> None:
+    records.submitted(OTHERS, "q", "a", "m1", "1", ("q", "m1"))
+    client.delete(job_key(JOB.id), "q")
+    client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(OutOfMemoryError):
+            records.submitted(JOB, "q", "a", "m2", "1", ("q", "m2"))
+    finally:
+        client.config_set("maxmemory", 0)
+    assert not client.exists(job_key(JOB.id), "q")
+
+
+def test_a_list_that_cannot_take_the_message_leaves_no_record(records: Records, client: Redis) -> None:
+    client.set("q", "no list")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        records.submitted(JOB, "q", "a", "m1", "1", ("q", "m1"))
+    assert not client.exists(job_key(JOB.id))
