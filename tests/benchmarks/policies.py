@@ -56,9 +56,11 @@ class Static(Batcher[Any]):
         #: The jobs of each batch, by id.
         self.batches: list[list[str]] = []
 
-    def add(self, item: Named, *, lane: Hashable, rows: int, priority: int, now_s: float) -> None:
+    def add(
+        self, item: Named, *, lane: Hashable, rows: int, priority: int, now_s: float, text_tokens: int = 0
+    ) -> None:
         """Let `item` wait for a batch."""
-        super().add(item, lane=lane, rows=rows, priority=priority, now_s=now_s)
+        super().add(item, lane=lane, rows=rows, priority=priority, now_s=now_s, text_tokens=text_tokens)
         self._arrivals_s[item], self._rows[item] = now_s, rows
 
     def remove(self, item: Named) -> None:

@@ -109,8 +109,10 @@ def manifest(folder: Path, name: str = "p.txt") -> list[dict[str, Any]]:
 
 
 def fed(client: redis.Redis) -> int:
+    """How many lines of the one run are fed; 0 before it has begun."""
     for name in client.scan_iter("smallcat:run:*", _type="hash"):
-        return int(str(client.hget(name, "fed") or 0))
+        if (lines := client.hget(name, "fed")) is not None:
+            return int(str(lines))
     return 0
 
 

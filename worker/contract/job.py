@@ -77,7 +77,6 @@ DEFAULT_MODEL = "default"
 #: How the revision of a job begins that was submitted before any worker had announced its model.
 OPEN_REVISION = "open-"
 
-
 #: Limits that several fields share.
 _SIZE = Field(ge=MIN_SIZE, le=MAX_SIZE, strict=True, json_schema_extra={"multipleOf": SIZE_STEP})
 _SHARE = Field(ge=0, le=1, strict=True, allow_inf_nan=False)
