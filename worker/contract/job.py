@@ -367,9 +367,7 @@ SUBMISSION_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_s
 _HASHED = frozenset(each.name for each in JOB_FIELDS.values() if each.is_hashed)
 #: Fields that the first version did not have, with their default, at which they are left out of the id.
 _LATER = {each.name: each.default for each in JOB_FIELDS.values() if each.is_hashed and not each.is_original}
-
-#: Fields that messages and records do not have at their default: older workers refuse fields they do not
-#: know.
+#: Fields that are not sent and not recorded at their default: older workers refuse fields they do not know.
 _UNSENT = {each.name: each.default for each in JOB_FIELDS.values() if not each.is_original}
 _LATER_VERSIONS = {each.name: each for each in JOB_FIELDS.values() if each.since != 1}
 
