@@ -23,17 +23,12 @@ FOLDERS = {
     "worker.bench": "worker.device worker.model",
     "worker.celery": "worker.broker",
     "producer": "producer.client producer.cli producer.ingest",
-    "producer.cli": "producer.gallery producer.http",
-    # The HTTP API is one more way to what the command line has, for callers who may hold no Redis password.
-    "producer.cli producer.http": "producer.client producer.ingest",
-    "producer.cli producer.http producer.ingest": "producer.prompts",
-    "producer.cli producer.client producer.gallery producer.http producer.ingest producer.prompts": (
-        "producer.session"
-    ),
+    "producer.cli": "producer.client producer.gallery producer.http producer.ingest producer.prompts",
+    "producer.http producer.client producer.ingest": "worker.celery",
+    "producer.http": "producer.client producer.ingest producer.prompts producer.session worker.state",
+    "producer.ingest": "producer.prompts worker.broker",
+    "producer.cli producer.client producer.gallery producer.ingest producer.prompts": "producer.session",
     "producer.cli producer.ingest producer.session": "worker.state worker.storage",
-    "producer.http": "worker.state",
-    "producer.ingest": "worker.broker",
-    "producer.client producer.http producer.ingest": "worker.celery",
 }
 
 #: What one module does beside that, on a machine that may have no torch: inside a function.
@@ -157,7 +152,7 @@ def test_folders_import_as_drawn_and_no_other_way() -> None:
 def test_the_table_draws_no_arrow_that_is_gone() -> None:
     alive = arrows(OURS)
     assert {(start, end) for start, end in DRAWN if (start, end) not in alive} == set()
-    assert len(FOLDERS) <= 14
+    assert len(FOLDERS) <= 12
 
 
 def test_the_table_leads_one_way() -> None:
