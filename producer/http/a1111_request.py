@@ -103,7 +103,8 @@ def read_request(body: Any) -> Asked:
         raise InvalidJobError(f"The body is {short(body)}: it must be an object such as {{'prompt': ...}}.")
     _refuse_others(body, _HARMLESS, "")
     _refuse_scripts(body.get("alwayson_scripts"))
-    settings = body.get("override_settings") or {}
+    settings = body.get("override_settings")
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise InvalidJobError(f"override_settings is {short(settings)}: it must be an object.")
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -180,7 +181,13 @@ def _refuse_others(
 
 def _refuse_scripts(scripts: Any) -> None:
     """Extensions that are sent without arguments, or switched off, do nothing."""
-    for name, script in scripts.items() if isinstance(scripts, dict) else ():
+    scripts = {} if scripts is None else scripts
+    if not isinstance(scripts, dict):
+        raise InvalidJobError(
+            f"alwayson_scripts is {short(scripts)}: it must be an object, and scripts are not offered: "
+            "leave it out."
+        )
+    for name, script in scripts.items():
         arguments = script.get("args") if isinstance(script, dict) else script
         is_off = not arguments or (isinstance(arguments, list) and arguments[0] is False)
         if not is_off:
@@ -193,6 +200,8 @@ def _count(body: Mapping[str, Any], name: str) -> int:
     value = value_of(JOB_FIELDS["steps"], body.get(name, 1))
     if value is NOT_GIVEN:
         return 1
-    if type(value) is not int or value < 1:
+    if type(value) is not int:
+        raise InvalidJobError(f"{name} is {short(value)}, which is no whole number: use 1 to {MAX_IMAGES}.")
+    if value < 1:
         raise InvalidJobError(f"{name} is {short(value)}: it must be at least 1.")
     return value

@@ -129,9 +129,13 @@ def _allowed(request: Request) -> str:
 def _sentence(finding: Any) -> str:
     """A finding about a parameter."""
     *where, name = map(str, finding["loc"])
-    limit = str(finding["msg"]).removeprefix("Input should be ")
-    kind = " ".join(where).replace("query", "parameter")
-    return f"The {kind} {name} is {short(finding.get('input'))}: it must be {limit}."
+    subject = f"The {' '.join(where).replace('query', 'parameter')} {name}"
+    if finding["type"] == "missing":
+        return f"{subject} is missing: send it."
+    # Pydantic says "Input should be ...", "String should match ..." and the like.
+    said = str(finding["msg"])
+    limit = re.sub(r"^\w+ should ", "it must ", said, count=1)
+    return f"{subject} is {short(finding.get('input'))}: {limit}."
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

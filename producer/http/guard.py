@@ -65,9 +65,9 @@ class Guard:
         if length.isdigit() and int(length) > limit:
             return too_large(limit)
         if self._is_open:
-            host = _host(headers.get(b"host", b"").decode("latin-1"))
+            host = _host(f"//{headers.get(b'host', b'').decode('latin-1')}")
             origin = headers.get(b"origin", b"").decode("latin-1")
-            if host not in _LOOPBACK or (origin and urlsplit(origin).hostname not in _LOOPBACK):
+            if host not in _LOOPBACK or (origin and _host(origin) not in _LOOPBACK):
                 return RefusedError(
                     403,
                     "This server asks for no key, and so answers this machine alone: use http://localhost.",
@@ -135,6 +135,9 @@ class _Answer:
             await self._send(message)
 
 
-def _host(header: str) -> str:
-    """The name in a Host header, without its port."""
-    return (urlsplit(f"//{header}").hostname or "") if header else ""
+def _host(address: str) -> str:
+    """The host of an address, without its port; empty where it has none, or is no address."""
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""

@@ -32,6 +32,8 @@ from worker.contract.errors import (
 MEDIA_TYPE: Final = "application/problem+json"
 #: Seconds after which a client may try again: while a service is away, and while it refuses for good.
 RETRY_S, RETRY_LATE_S = 2, 60
+#: Statuses that are in no standard.
+_PHRASES: Final = {499: "Client Closed Request"}
 #: Begins the type of each problem: an error's class name follows.
 _TYPE: Final = "urn:smallcat:error:"
 
@@ -103,7 +105,15 @@ def name_of(error: Exception) -> str:
         return type(error).__name__
     if isinstance(error, InvalidJobsError):
         return "InvalidJobError"
-    return HTTPStatus(status_of(error)).phrase.replace(" ", "")
+    return phrase_of(status_of(error)).replace(" ", "")
+
+
+def phrase_of(status: int) -> str:
+    """A status in words, also one that Python does not know, such as nginx's 499."""
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return _PHRASES.get(status, "Error")
 
 
 def problem(error: Exception) -> dict[str, Any]:
@@ -111,7 +121,7 @@ def problem(error: Exception) -> dict[str, Any]:
     status = status_of(error)
     found: dict[str, Any] = {
         "type": f"{_TYPE}{name_of(error)}",
-        "title": HTTPStatus(status).phrase,
+        "title": phrase_of(status),
         "status": status,
         "detail": sentence_of(error),
     }

@@ -198,7 +198,13 @@ def test_silly_tavern_draws(api: Api) -> None:
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1."),
         ({"batch_size": 50, "n_iter": 50}, "it must be 1 to 100 pictures"),
         ({"prompt": ""}, "prompt is empty"),
-        ({"override_settings": 7}, "override_settings is 7: it must be an object."),
+        *(({"override_settings": value}, "override_settings is ") for value in (7, [], "", False, 0)),
+        *(({"alwayson_scripts": value}, "alwayson_scripts is ") for value in (7, [], [1], "", False, "x")),
+        *(
+            ({name: value}, f"{name} is {value!r}, which is no whole number: use 1 to 100.")
+            for name in ("n_iter", "batch_size")
+            for value in ("abc", 1.5, [], {})
+        ),
     ],
 )
 def test_what_would_be_another_picture_is_refused_by_name(api: Api, given: dict[str, Any], part: str) -> None:

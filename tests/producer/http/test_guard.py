@@ -40,6 +40,36 @@ async def call(app: Guard, *pieces: bytes, path: str = "/", send: Any = None) ->
     return sent
 
 
+def refused(**headers: str) -> Any:
+    """What a server without keys says to a request with these headers."""
+    app = Guard(read_all, max_body=10, max_upload=100, is_open=True, logs_values=False)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    scope = {"type": "http", "path": "/", "headers": raw, "method": "POST"}
+    asyncio.run(app(scope, receive, keep))
+    return sent[0]["status"], sent[-1]["body"]
+
+
+@pytest.mark.parametrize("text", ["[", "[::1", "]", "[x]", "\xff", "", "a b", "127.0.0.1.example.com", ":80"])
+def test_a_head_that_names_no_host_of_this_machine_is_refused(text: str) -> None:
+    for headers in ({"host": text}, {"host": "localhost", "origin": f"http://{text}"}):
+        status, body = refused(**headers)
+        assert (status, b"use http://localhost" in body) == (403, True), headers
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:80", "[::1]:80", "127.0.0.1"])
+def test_names_of_this_machine_are_taken(host: str) -> None:
+    assert refused(host=host)[0] == 200
+    assert refused(host=host, origin=f"http://{host}")[0] == 200
+
+
 async def read_all(scope: Any, receive: Any, send: Any) -> None:
     """An app that reads the body, and answers by its length."""
     size, more = 0, True
