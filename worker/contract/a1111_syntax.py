@@ -8,8 +8,8 @@ extra_networks.py and prompt_parser.py):
     comments ─► extra networks ─► `parts` by AND ─► each one's `schedule` by step ─► each text's `pieces`
 
 A negative prompt has no extra networks and no parts. Written from the rules; tests/worker/contract/
-test_a1111_syntax.py has expectations from the web UI itself. Time is linear in the text, but for `pieces`,
-where a bracket costs as much as it holds.
+test_a1111_syntax.py has expectations from the web UI itself. Time is linear in the text, but a bracket
+costs as much as it holds: `check` limits how many are open at a time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,22 @@ from typing import NamedTuple, TypeAlias
 
 #: Parts by AND in a prompt, at most: each one is a row of the model's forward.
 MAX_PARTS = 16
-#: Characters of all different texts that a prompt has by step, at most.
+#: Brackets that are open at a time, at most: what is in a bracket is read once more for each one around it.
+MAX_OPEN = 100
+#: The weight of a piece of text and of an AND part, at most, and at least with a minus.
+MAX_WEIGHT = 1_000
+#: Characters of the different texts that a prompt has by step, at most: each counts as much as the longest
+#: one, since an encoder makes them equally long.
 MAX_TEXTS = 64_000
+#: Characters that BREAK counts as in a text that changes by step: a chunk's tokens.
+BREAK_SIZE = 75
 
 _COMMENT = re.compile(r"#[^\n]*")
 _NETWORK = re.compile(r"<(\w+):([^>]+)>")
 _AND = re.compile(r"\bAND\b")
 _PART_WEIGHT = re.compile(r"[-+]?(?:\d+\.?|\d*\.\d+)")
+_BRACKET = re.compile(r"\\.|[()\[\]]", re.DOTALL)
+_CLOSES = {")": "(", "]": "["}
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
@@ -55,21 +64,67 @@ def check(prompt: str, negative: str, steps: int | None) -> None:
         raise ValueError(
             f"is a1111, and AND parts the prompt into {len(composed)}, the limit is {MAX_PARTS}: take fewer"
         )
-    for text in (*(part.text for part in composed), without_comments(negative)):
-        try:
-            pieces(text)
-        except ValueError as error:
+    for part in composed:
+        if not abs(part.weight) <= MAX_WEIGHT:
             raise ValueError(
-                f'is a1111, and the prompt has the weight ":{str(error)[:40]})", which is no number: '
-                r"write one such as (x:1.2), or \( and \) for brackets"
-            ) from None
-    if steps is not None:
-        texts = {text for part in composed for _, text in schedule(part.text, steps)}
-        texts |= {text for _, text in schedule(without_comments(negative), steps)}
-        if (size := sum(map(len, texts))) > max(MAX_TEXTS, len(prompt) + len(negative)):
+                f"is a1111, and a part of the prompt ends with the weight :{part.weight:g}, the limit is "
+                f"{MAX_WEIGHT:,} with either sign: take a smaller number, or end the prompt without one"
+            )
+    texts = [*(part.text for part in composed), without_comments(negative)]
+    if (most := max(map(_most_open, texts))) > MAX_OPEN:
+        raise ValueError(
+            f"is a1111, and the prompt has {most:,} brackets open at a time, the limit is {MAX_OPEN}: close "
+            r"them sooner, or write \( and \[ for brackets"
+        )
+    for text in texts if steps is None else _texts_by_step(texts, steps):
+        _check_weights(text)
+
+
+def _most_open(text: str) -> int:
+    """How many brackets are open at a time, at most; in linear time."""
+    most = 0
+    now = {"(": 0, "[": 0}
+    for match in _BRACKET.finditer(text):
+        word = match[0]
+        if word in now:
+            now[word] += 1
+            most = max(most, sum(now.values()))
+        elif word in _CLOSES:
+            now[_CLOSES[word]] = max(0, now[_CLOSES[word]] - 1)
+    return most
+
+
+def _texts_by_step(texts: Sequence[str], steps: int) -> set[str]:
+    """All texts that these are by step. Raises `ValueError` where they are too much."""
+    found: set[str] = set()
+    size = 0
+    for text in texts:
+        different = {each for _, each in schedule(text, steps)}
+        if len(different) > 1:
+            size += len(different) * max(len(each) + BREAK_SIZE * each.count("BREAK") for each in different)
+        found |= different
+    if size > MAX_TEXTS:
+        raise ValueError(
+            f"is a1111, and the prompt's texts by step have {size:,} characters, each text as long as the "
+            f"longest and BREAK as {BREAK_SIZE}, the limit is {MAX_TEXTS:,}: let it change less often, or "
+            "make it shorter"
+        )
+    return found
+
+
+def _check_weights(text: str) -> None:
+    try:
+        found = pieces(text)
+    except ValueError as error:
+        raise ValueError(
+            f'is a1111, and the prompt has the weight ":{str(error)[:40]})", which is no number: '
+            r"write one such as (x:1.2), or \( and \) for brackets"
+        ) from None
+    for piece in found:
+        if not abs(piece.weight) <= MAX_WEIGHT:
             raise ValueError(
-                f"is a1111, and the prompt's texts by step have {size:,} characters together, the limit is "
-                f"{MAX_TEXTS:,}: let it change less often"
+                f"is a1111, and brackets in the prompt give the weight {piece.weight:g}, the limit is "
+                f"{MAX_WEIGHT:,} with either sign: take a smaller one such as (x:1.2), or fewer brackets"
             )
 
 
@@ -98,7 +153,7 @@ def _part(text: str) -> Part:
     text = text.rstrip()
     before, colon, number = text.rpartition(":")
     if colon and _PART_WEIGHT.fullmatch(number.strip()):
-        return Part(before.rstrip(), float(number))
+        return Part(before.rstrip(), float(number.strip()))
     return Part(text, 1.0)
 
 
@@ -147,7 +202,6 @@ _Node: TypeAlias = str | _Switch | _Turns
 
 _TOKEN = re.compile(r"(?:[^\\\[\]():|]|\\.)+|[\[\]():|]")
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
-_CLOSES = {")": "(", "]": "["}
 
 
 @dataclass

@@ -76,7 +76,7 @@ _HARMLESS = frozenset(
 #: Keys of pictures that began with another one, beside the denoising strength.
 _OTHER_START = frozenset(("Mask blur", "Masked area padding", "Inpaint area", "Masked content", "Init image"))
 #: What is left out and is as a job does it.
-_NEUTRAL = frozenset(("Clip skip: 1", "Operations: txt2img"))
+_NEUTRAL = frozenset(("Clip skip: 1", "Emphasis: Original", "Operations: txt2img"))
 #: The type of each of Civitai's resources.
 _RESOURCE = re.compile(r'"type": ?"(\w{1,30})"')
 #: What is never part of a prompt that was read rightly.

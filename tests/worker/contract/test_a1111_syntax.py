@@ -8,8 +8,10 @@ import time
 import pytest
 
 from worker.contract.a1111_syntax import (
+    MAX_OPEN,
     MAX_PARTS,
     MAX_TEXTS,
+    check,
     networks,
     parts,
     pieces,
@@ -139,8 +141,32 @@ def test_what_is_behind_a_number_sign_is_a_comment() -> None:
         ),
         (
             {"prompt": f"{'x' * 7_000} " + "".join(f"[{n}:{n}]" for n in range(20)), "steps": 30},
-            f"characters together, the limit is {MAX_TEXTS:,}: let it change less often.",
+            f"the limit is {MAX_TEXTS:,}: let it change less often, or make it shorter.",
         ),
+        (
+            # One long text among many short ones: all are made as long.
+            {"prompt": f"[{'b ' * 3_000}|{'|'.join(f'w{n}' for n in range(148))}]", "steps": 150},
+            "the prompt's texts by step have 894,000 characters, each text as long as the longest",
+        ),
+        ({"prompt": "BREAK " * 200 + "[a|b|c|d|e]", "steps": 5}, "and BREAK as 75, the limit is 64,000"),
+        (
+            {"prompt": "[" * 101 + "a" + "]" * 101},
+            "the prompt has 101 brackets open at a time, the limit is 100: close them sooner, or write",
+        ),
+        ({"prompt": "x", "negative_prompt": "(a[" * 51}, "the prompt has 102 brackets open at a time"),
+        (
+            {"prompt": f"a cat AND b :{'9' * 400}"},
+            "the weight :inf, the limit is 1,000 with either sign: take a smaller number, or end the prompt",
+        ),
+        ({"prompt": "a cat :-1001"}, "a part of the prompt ends with the weight :-1001, the limit is 1,000"),
+        (
+            {"prompt": "a (cat:1001)"},
+            "give the weight 1001, the limit is 1,000 with either sign: take a smaller one such as (x:1.2)",
+        ),
+        ({"prompt": "((a:-100):11)"}, "brackets in the prompt give the weight -1100, the limit is 1,000"),
+        # A weight that only some steps have.
+        ({"prompt": "(a:1[.|0000])", "steps": 4}, "brackets in the prompt give the weight 10000"),
+        ({"prompt": "(a:1.[2.|3]3)", "steps": 4}, 'has the weight ":1.2.3)", which is no number'),
     ],
 )
 def test_what_is_not_offered_is_refused_by_name(fields: dict[str, object], sentence: str) -> None:
@@ -148,6 +174,32 @@ def test_what_is_not_offered_is_refused_by_name(fields: dict[str, object], sente
         Job.parse({**fields, "prompt_syntax": "a1111"})
     assert sentence in str(caught.value)
     assert Job.parse(fields).prompt_syntax == "plain"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [
+        ("[" * MAX_OPEN + "a" + "]" * MAX_OPEN, "(a)" * 2_000),
+        ("[a]" * 2_000, "\\(" * 2_000),
+        ("a :1000 AND (b:-1000)", ""),
+        ("x" * 7_990 + "[a|b]", "BREAK " * 1_300),
+    ],
+)
+def test_what_is_at_the_limits_is_taken(prompt: str, negative: str) -> None:
+    assert Job.parse({"prompt": prompt, "negative_prompt": negative, "steps": 8, "prompt_syntax": "a1111"})
+
+
+def test_what_cannot_be_a_job_is_refused_in_a_moment() -> None:
+    for hostile in ("[" * 3_900 + "a" + "]" * 3_900, "(a" * 4_000, "((a)" * 2_000, "[(" * 4_000):
+        started_s = time.process_time()
+        with pytest.raises(ValueError, match="brackets open at a time"):
+            check(hostile, hostile, 150)
+        assert time.process_time() - started_s < 0.1, hostile[:4]
+
+
+def test_the_number_of_a_part_is_read_as_it_is_found() -> None:
+    # str.strip takes this character for white space, float does not.
+    assert parts("a cat :\x1c2") == [("a cat", 2.0)]
 
 
 def test_the_largest_prompts_are_read_in_a_moment() -> None:

@@ -101,7 +101,10 @@ JOB = {
 PAIRS = "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 5, Size: 512x768"
 A1111 = f"a cat, étude\nNegative prompt: blurry\n{PAIRS}"
 NEW_PAIRS = PAIRS.replace("DPM++ 2M Karras", "DPM++ 2M, Schedule type: Karras")
-FORGE = f"a cat, étude\nNegative prompt: blurry\n{NEW_PAIRS}, Model hash: 1, Model: m, Version: f2.0.1v1.10.1"
+FORGE = (
+    f"a cat, étude\nNegative prompt: blurry\n{NEW_PAIRS}, Model hash: 1, Model: m, "
+    "Emphasis: Original, Version: f2.0.1v1.10.1"
+)
 CIVITAI = (
     f"a cat, étude\nNegative prompt: blurry\n{PAIRS}, Clip skip: 1, Created Date: 2025-01-01T10:11:12Z, "
     'Civitai resources: [{"type":"checkpoint","modelVersionId":290640,"modelName":"A, B: C"}], '
