@@ -288,11 +288,13 @@ class JobHandle:
         """The job's record with what is the submission's own."""
         if self._is_to_read:
             self._own, _ = session().records.submission(self.id, self.submission)
-        values: dict[str, object] = {"job": record.job.model_copy(update=self._own or {})}
+        if self.submission:
+            # The record has another submission's own: none of it is shown where this one's has expired.
+            record = record.with_own(self._own or {})
         if record.state is State.DONE and record.uri is None and (bucket := session().bucket) is not None:
             # Done, and the job was submitted again since.
-            values["uri"] = bucket.uri(self.id, record.job.format)
-        return JobResult.of(record.model_copy(update=values))
+            record = record.model_copy(update={"uri": bucket.uri(self.id, record.job.format)})
+        return JobResult.of(record)
 
     def _repr_png_(self) -> bytes | None:
         """The picture in a notebook, once it is done."""

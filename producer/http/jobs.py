@@ -275,19 +275,26 @@ def own_submissions(backend: Backend, caller: Caller, job_id: str) -> list[str]:
 def own_handle(backend: Backend, caller: Caller, job_id: str, submission: str = "") -> JobHandle:
     """The handle of a caller's own submission, or of the job where none is known.
 
-    Raises `UnknownJobError` for a submission that is somebody else's.
+    Raises `UnknownJobError` for a submission that is somebody else's, that has expired, or that there never
+    was.
     """
     require_id(job_id)
     if submission and not submission.startswith(caller.mark) and not caller.may("admin"):
         raise unknown(job_id)
     if not submission:
         submission = next(iter(own_submissions(backend, caller, job_id)), "")
+    elif not (
+        # Its first digits alone make it nobody's own.
+        backend.session.records.submission(job_id, submission)[0]
+        or submission in Submissions(backend.session.redis, 1).of(job_id)
+    ):
+        raise unknown(job_id, submission)
     return JobHandle(job_id, submission)
 
 
 def view(record: JobResult, submission: str, caller: Caller) -> dict[str, Any]:
-    """What a caller sees of a job: without the metadata of others' submissions."""
-    values = record.model_dump(mode="json", exclude={"runs"})
+    """What a caller sees of a job: without the metadata and the priority of others' submissions."""
     if not submission and not caller.may("admin"):
-        values["job"]["metadata"] = {}
+        record = record.with_own({})
+    values = record.model_dump(mode="json", exclude={"runs"})
     return {**values, "submission": submission, "links": links(record.id, submission)}

@@ -554,6 +554,19 @@ def test_a_record_that_expired_is_read_from_the_bucket(
     assert np.array_equal(np.asarray(handle.image(5)), picture_of(job_of(3)).pixels)
 
 
+def test_a_submission_that_is_not_known_shows_nothing_of_others(
+    fleet: Fleet, records: Records, storage: Bucket, client: Redis
+) -> None:
+    handle = submit_job("a small cat", seed=3, metadata={"who": "Jones"}, priority=7)
+    assert JobHandle(handle.id, handle.submission).record().job.metadata == {"who": "Jones"}
+    finish(records, storage, handle.record().job)
+    for _ in range(2):
+        other = JobHandle(handle.id, "0" * 16).record().job
+        assert (other.metadata, other.priority) == ({}, 5)
+        client.flushall()
+    assert handle.record().job.metadata == {"who": "Jones"}
+
+
 def test_a_record_in_the_bucket_without_its_picture_is_no_done_job(
     fleet: Fleet, records: Records, storage: Bucket, client: Redis
 ) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from worker.contract.errors import JobCancelledError, named
-from worker.contract.job import Job
+from worker.contract.job import SUBMISSION_FIELDS, Job
 
 
 class State(StrEnum):
@@ -113,6 +114,12 @@ class JobRecord(BaseModel):
         error = JobCancelledError("The job was cancelled.")
         fields = {"error_type": type(error).__name__, "error": str(error), "uri": None}
         return self.model_copy(update={"state": State.CANCELLED, **fields})
+
+    def with_own(self, own: Mapping[str, Any]) -> Self:
+        """As the submission with these fields of its own sees it: what `own` lacks is at its default."""
+        names = {name: Job.model_fields[name] for name in SUBMISSION_FIELDS}
+        blank = {name: field.get_default(call_default_factory=True) for name, field in names.items()}
+        return self.model_copy(update={"job": self.job.model_copy(update={**blank, **own})})
 
     def raise_for_state(self) -> None:
         """Raise the job's own error if it failed or was cancelled."""

@@ -17,6 +17,7 @@ from deploy.embedded.stack import Stack
 from producer import JobHandle, submit_job
 from tests.producer.http.conftest import NOBODYS, Api
 from worker.contract.job import JOB_FIELDS
+from worker.state.keys import job_key
 from worker.state.redis_client import connect
 
 
@@ -114,6 +115,34 @@ def test_metadata_of_others_is_not_shown(api: Api, environment: None) -> None:
     assert api.call("GET", f"/v1/jobs/{handle.id}", key=key).json["job"]["metadata"] == {}
     assert "Jones" not in api.call("GET", "/v1/jobs?limit=1000", key=key).body.decode()
     assert api.call("GET", f"/v1/jobs/{handle.id}").json["job"]["metadata"] == {"customer": "Jones"}
+
+
+@pytest.mark.parametrize("is_expired", [False, True])
+def test_a_submission_that_begins_as_ones_own_shows_nothing_of_others(
+    api: Api, environment: None, is_expired: bool
+) -> None:
+    fields = {
+        "prompt": f"another secret {is_expired}",
+        "seed": 5,
+        "metadata": {"who": "Jones"},
+        "priority": 7,
+    }
+    job = api.call("POST", "/v1/jobs", fields).json
+    api.wait(job)
+    key = api.new_key(f"curious-{is_expired}")
+    mine = api.call("POST", "/v1/jobs", {"prompt": "a", "model": NOBODYS}, key=key).json
+    made_up = mine["submission"][:8] + "0" * 16
+    if is_expired:
+        with connect(api.stack.valkey.url, 2) as client:
+            client.delete(job_key(job["id"]))
+    for path in ("", "/events", "/image"):
+        answer = api.call("GET", f"/v1/jobs/{job['id']}{path}?submission={made_up}", key=key)
+        assert (answer.status, b"Jones" in answer.body) == (404, False)
+        assert f"no submission {made_up}" in answer.json["detail"]
+    assert api.call("DELETE", f"/v1/jobs/{job['id']}?submission={made_up}", key=key).status == 404
+    for path in ("", "/events"):
+        seen = api.call("GET", f"/v1/jobs/{job['id']}{path}", key=key)
+        assert (seen.status, b"Jones" in seen.body, b'"priority": 7' in seen.body) == (200, False, False)
 
 
 def test_a_list_of_a_thousand_is_sent(api: Api) -> None:
