@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 
 from tests.integration.test_transport import Party, client, message, party, server
-from tests.integration.transport_harness import wait_until
+from tests.integration.transport_harness import Server, wait_until
+from worker.broker.fetching import _warn_of
+from worker.broker.scripts import LEAVE
+from worker.broker.transport import UNACKED
 from worker.broker.waiting import ROOM
 
 __all__ = ["client", "party", "server"]
@@ -199,3 +202,82 @@ def test_one_that_consumes_again_waits_again(client: redis.Redis, party: Callabl
     began = time.monotonic()
     consumer.drain(1)
     assert time.monotonic() - began < SOON_S
+
+
+#: Rights of a user -> what its worker's log says that it lacks: each is less than docs/operations.md has.
+LACKING = {
+    "~* resetchannels +@all": "+subscribe and &smallcat:worker-only:call:*",
+    "~* &* +@all -subscribe": "+subscribe and &smallcat:worker-only:call:*",
+    "~* &* +@all -publish": "",
+    "~* &* +@all -client|tracking": "+client|tracking",
+    "~* &* +@all -exists": "",
+}
+
+
+@pytest.fixture
+def limited(client: redis.Redis, server: Server) -> Iterator[Callable[[str], str]]:
+    """Give a user rights; returns its URL."""
+
+    def new(rights: str) -> str:
+        client.execute_command("ACL", "SETUSER", "limited", "reset", "on", ">secret", *rights.split())
+        return server.url.replace("redis://", "redis://limited:secret@")
+
+    _warn_of.cache_clear()
+    yield new
+    client.execute_command("ACL", "DELUSER", "limited")
+
+
+@pytest.mark.parametrize("rights", LACKING)
+def test_a_refusal_loses_no_message_and_says_which_right_is_missing(
+    limited: Callable[[str], str],
+    client: redis.Redis,
+    party: Callable[..., Party],
+    caplog: pytest.LogCaptureFixture,
+    rights: str,
+) -> None:
+    """Whatever of waiting is refused: a message that was popped is delivered by that fetch, to everybody."""
+    url = limited(rights)
+    put(client)
+    first = party(url=url)
+    began = time.monotonic()
+    first.drain(1)
+    assert time.monotonic() - began < SOON_S
+    parties = [first, *(party(url=url) for _ in range(3))]
+
+    def tick() -> int:
+        for each in parties:
+            each.tick(0.001)
+        return sum(len(each.messages) for each in parties)
+
+    wait_until("all wait", lambda: tick() and sum(places(client)) >= 4)
+    put(client, 8)
+    # Nobody has to call them: each looks once a second by itself.
+    wait_until("all are delivered", lambda: tick() == 9, 5)
+    assert client.hlen(UNACKED) == 9
+    assert not any(message.headers.get("redelivered") for each in parties for message in each.messages)
+    tags = [message.delivery_tag for each in parties for message in each.messages]
+    assert len(set(tags)) == 9
+    said = [record.message for record in caplog.records if record.name == "smallcat.transport"]
+    assert len(said) == bool(LACKING[rights])
+    assert all(LACKING[rights] in text for text in said)
+    # What producers need is not the remedy.
+    assert not any("redis-producer.acl" in text for text in said)
+
+
+def test_a_watcher_whose_place_went_to_another_leaves_it_alone(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    """It hung for longer than its place lasts; then it looks, gets a message, and leaves."""
+    late = party()
+    wait_until("it watches", lambda: late.tick() or places(client) == (1, 0))  # type: ignore[func-returns-value]
+    [place] = client.keys(ROOM + "*")  # type: ignore[misc]
+    client.set(place, "another", px=60_000)
+    room = place.decode().rpartition(":")[0]
+    client.eval(LEAVE, 1, room, late.channel._who, "1")
+    assert client.get(place) == b"another"
+    put(client)
+    late.drain(1)
+    assert client.get(place) == b"another"
+    wait_until("it watches elsewhere", lambda: late.tick() or client.get(f"{room}:2"))  # type: ignore[func-returns-value]
+    assert client.get(place) == b"another"
+    assert client.pttl(place) > 50_000  # type: ignore[operator]

@@ -34,7 +34,7 @@ from worker.broker.moves import KEPT_BYTES
 from worker.broker.poller import CHECK_AGAIN_S
 from worker.broker.scripts import FETCH, FETCH_DIGEST, LEAVE
 from worker.broker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE_MAX, UNDECODABLE_TTL_S
-from worker.broker.waiting import PLACE_MS, Room, Waiting
+from worker.broker.waiting import CALL, PLACE_MS, Room, Waiting
 from worker.contract.job import FORMAT_VERSION
 from worker.contract.queues import PARKED, UNDECODABLE, lists_at
 from worker.contract.refusals import refusal_log
@@ -43,6 +43,18 @@ logger = logging.getLogger("smallcat.transport")
 
 #: Bytes of a message that is read at all, whatever its version: room for what later versions send.
 MAX_READ: Final = 1_000_000
+
+
+@functools.cache
+def _warn_of(command: str, rights: str, error: str) -> None:
+    """Log once in a process, not at each connection, that Redis refuses what idle workers hear by."""
+    logger.warning(
+        "Redis refuses %s (%s): this worker finds some messages up to a second late. "
+        "Give the user of REDIS_URL the rights %s; docs/operations.md has all that a worker needs.",
+        command,
+        error,
+        rights,
+    )
 
 
 class Stage(enum.Enum):
@@ -92,7 +104,11 @@ class Fetching(stock.Channel):
         raise NotImplementedError
 
     def track(self) -> None:
-        """Ask Redis to report on this new connection when a list that was found empty changes."""
+        """Ask Redis to report on this new connection that a list which was empty changes, or a call.
+
+        Both answers are read here. So from now on an answer belongs to the one command that is on its way,
+        and no refusal is taken for that of a fetch, which may have registered a message.
+        """
         waiting = self._waiting = Waiting(self.layout)
         self._stage = Stage.IDLE
         connection = self.client.connection
@@ -101,10 +117,15 @@ class Fetching(stock.Channel):
         try:
             connection.send_command("CLIENT", "TRACKING", "ON", "NOLOOP", check_health=False)
             connection.read_response()
-            # The answer is a notice. Where it is refused, nobody calls this connection.
-            connection.send_command("SUBSCRIBE", waiting.who, check_health=False)
         except redis.exceptions.ResponseError as error:
-            logger.warning("Redis refuses CLIENT TRACKING (%s): idle workers fetch once a second", error)
+            _warn_of("CLIENT TRACKING", "+client|tracking", str(error))
+            return
+        try:
+            connection.send_command("SUBSCRIBE", waiting.who, check_health=False)
+            while not waiting.can_be_called:  # The answer is a notice.
+                connection.read_response(push_request=True)
+        except redis.exceptions.ResponseError as error:
+            _warn_of("SUBSCRIBE", f"+subscribe and &{self.layout.prefix}{CALL}*", str(error))
 
     def fetch_if_due(self) -> None:
         """Send the next fetch, unless a command is on its way or all lists are known to be empty."""

@@ -46,6 +46,8 @@ class Waiting:
         self._prefix = layout.prefix
         #: The channel on which it is called.
         self.who = f"{layout.prefix}{CALL}{uuid.uuid4().hex}"
+        #: Whether Redis has confirmed that it passes on calls.
+        self.can_be_called = False
         self._rooms: dict[tuple[int, ...], Room] = {}
 
     def room(self, queues: Iterable[str], steps: Sequence[int]) -> Room:
@@ -65,8 +67,10 @@ class Waiting:
         return left
 
     def hear(self, notice: Sequence[Any]) -> None:
-        """Take a notice of Redis: a list has changed, or this connection is called."""
+        """Take a notice of Redis: a list has changed, or this connection is called, or can be from now on."""
         kind, *_, said = [each.decode() if isinstance(each, bytes) else each for each in notice]
+        if kind == "subscribe":
+            self.can_be_called = True
         if kind not in ("invalidate", "message"):
             return
         for room in self._rooms.values():

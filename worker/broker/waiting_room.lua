@@ -8,24 +8,33 @@
 --            :line    zset    the channels of those in line, by since when
 -- who      a channel that the connection of the one who waits is subscribed to
 -- place    '1', '2' or 'line'; 'called': it stood in line, and was called; '': it does not wait
+--
+-- `leave` and `call_next` run after a message was popped: an error would lose it, so none of theirs is raised.
+
+-- Whether the place, if it is a watcher's, has not expired and gone to another.
+local function is_own(room, who, place)
+  return (place == '1' or place == '2') and redis.pcall('GET', room .. ':' .. place) == who
+end
+
 local function leave(room, who, place)
   if place == 'line' then
-    redis.call('ZREM', room .. ':line', who)
-  elseif place == '1' or place == '2' then
-    redis.call('DEL', room .. ':' .. place)
+    redis.pcall('ZREM', room .. ':line', who)
+  elseif is_own(room, who, place) then
+    redis.pcall('DEL', room .. ':' .. place)
   end
 end
 
--- Calls the first in line whose connection is alive.
+-- Calls the first in line whose connection is alive. One that may not be called looks by itself in a second.
 local function call_next(room)
   repeat
-    local who = redis.call('ZPOPMIN', room .. ':line')[1]
-  until not who or redis.call('PUBLISH', who, room) > 0
+    local who = redis.pcall('ZPOPMIN', room .. ':line')[1]
+    local heard = who and redis.pcall('PUBLISH', who, room)
+  until heard ~= 0
 end
 
 -- Returns  the place
 local function wait(room, who, place, place_ms, time)
-  if (place == '1' or place == '2') and redis.call('PEXPIRE', room .. ':' .. place, place_ms) == 1 then
+  if is_own(room, who, place) and redis.call('PEXPIRE', room .. ':' .. place, place_ms) == 1 then
     return place
   end
   for _, free in ipairs({'1', '2'}) do

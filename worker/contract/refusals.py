@@ -39,7 +39,8 @@ REFUSALS: Final = {
     "WRONGPASS": Refusal("refuses the password", "check REDIS_URL"),
     "NOPERM": Refusal(
         "does not allow this user what was asked",
-        "give the user of REDIS_URL the rights that deploy/redis-producer.acl lists",
+        "give the user of REDIS_URL the rights of deploy/redis-producer.acl, or a worker's those that "
+        "docs/operations.md lists",
     ),
     "OOM": Refusal("is full", "wait for workers to drain it, or raise its maxmemory"),
     "MISCONF": Refusal(
