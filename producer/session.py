@@ -120,7 +120,8 @@ class Session:
             raise UnknownJobError(
                 f"The record of job {job_id} in the bucket cannot be read: submit the job again."
             )
-        return record
+        # It was written before the last step was reported.
+        return record.model_copy(update={"step": record.steps})
 
     def latest(self, count: int) -> list[JobRecord]:
         """The records of up to `count` of the jobs that were submitted last, the latest first.

@@ -151,7 +151,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
     _report(outcome, as_json=as_json, as_event=options["lines"])
     if outcome.state == "stopped":
         return INTERRUPTED
-    return 0 if outcome.is_clean else 1
+    return 0 if outcome.is_clean and outcome.state != "cancelled" else 1
 
 
 def plan_of(files: Sequence[str], options: Mapping[str, Any]) -> Plan:

@@ -11,7 +11,7 @@ from producer import JobHandle, submit_job
 from producer.session import session
 from tests.producer.test_client import client, environment, finish, fleet, records, storage
 from worker.contract.errors import PermanentStorageError, RenderError, UnknownJobError
-from worker.contract.record import State
+from worker.contract.record import JobRecord, State
 from worker.state.fleet import Fleet
 from worker.state.records import Records
 from worker.storage.bucket import Bucket
@@ -118,3 +118,16 @@ def test_without_rights_to_the_bucket_a_sentence_says_where_the_record_is(
     monkeypatch.setattr(type(session()), "bucket", None)
     with pytest.raises(UnknownJobError, match="where S3_BUCKET names it"):
         handle.state()
+
+
+def test_a_done_job_has_all_its_steps_after_the_hour(
+    fleet: Fleet, records: Records, storage: Bucket, client: Redis
+) -> None:
+    """The record in the bucket is written before the last step is reported."""
+    handle = submit_job("a small cat", seed=3)
+    job = handle.record().job
+    record = JobRecord(id=job.id, state=State.DONE, job=job, uri="s3://b/x.png", step=0, steps=20)
+    storage.put(job.id, job.format, b"picture", record.model_dump_json().encode(), "image/png")
+    expire(client, handle)
+    seen = handle.progress()
+    assert (seen.step, seen.steps, seen.fraction) == (20, 20, 1.0)

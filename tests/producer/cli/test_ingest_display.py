@@ -8,6 +8,7 @@ from rich.console import Console
 
 from producer.cli import ingest_display
 from producer.cli.ingest_display import LineDisplay, LiveDisplay, QuietDisplay, Throughput, summary
+from producer.cli.plain_console import PlainConsole
 from producer.ingest.ended import Ended
 from producer.ingest.plan import Cursor, Rejected
 from producer.ingest.run_state import Status
@@ -83,3 +84,9 @@ def test_the_live_display_shows_how_far_it_is_and_what_failed() -> None:
     assert "120 of 1,000" in shown
     assert "3 workers" in shown
     assert "line 7: failed: It is too [large]." in shown
+
+
+def test_what_looks_like_an_emoji_s_name_is_shown_as_it_is() -> None:
+    file = io.StringIO()
+    QuietDisplay(PlainConsole(file=file, width=120)).notice("the prompt asks for <lora:cat:1>")
+    assert file.getvalue() == "the prompt asks for <lora:cat:1>\n"
