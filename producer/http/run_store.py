@@ -14,26 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from producer.http import run_folder
 from producer.ingest.check import refuse_bad_lines
 from producer.ingest.feeder import Ingest
 from producer.ingest.plan import Plan, Planned, unresolved
 from producer.ingest.submit_file import grid_of, make_ingest, make_variants
 from producer.ingest.types import Options, SilentDisplay
 from producer.prompts.sources import source
-from worker.contract.errors import PromptFileError, ServiceError, SettingsError, SmallcatError
+from worker.contract.errors import PromptFileError, ServiceError, SmallcatError
 
 logger = logging.getLogger("smallcat.http")
 
@@ -84,39 +85,46 @@ class RunStore:
     """The folder of a server's runs. Thread-safe."""
 
     def __init__(self, folder: str, ttl_s: float) -> None:
-        """Raises `SettingsError` where others could write there."""
+        """Raises `SettingsError` where the folder is not ours alone."""
         own = Path(tempfile.gettempdir()) / f"smallcat-http-{os.getuid()}"
         self._folder = Path(folder) if folder else own
         self._ttl_s = ttl_s
         self._feeding: dict[str, tuple[Ingest, _Display]] = {}
         self._ending = threading.Event()
         self._slots = threading.Semaphore(AT_ONCE)
+        #: The runs that have a thread, and those that need one more when it ends.
         self._begun: set[str] = set()
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self._folder.stat().st_uid != os.getuid():
-            raise SettingsError(f"{self._folder} is somebody else's: set SMALLCAT_HTTP_DATA_DIR.")
+        self._again: set[str] = set()
+        self._starting = threading.Lock()
+        run_folder.claim(self._folder)
 
     def resume(self) -> None:
-        """Go on with the runs that an earlier process began; delete those that have expired."""
-        for folder in self._folder.iterdir():
-            if time.time() - folder.stat().st_mtime > self._ttl_s or not (folder / "run.json").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-            elif not self._is_over(folder):
-                self._start(folder.name)
+        """Go on with the runs that an earlier process began; delete those that have expired.
+
+        What another process receives or feeds stays, and so does what is neither an upload nor a run.
+        """
+        run_folder.delete_broken_uploads(self._folder)
+        for folder in filter(run_folder.is_run, self._folder.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # Another process deleted it first.
+                if time.time() - folder.stat().st_mtime > self._ttl_s:
+                    run_folder.delete_unlocked(folder, folder / "lock")
+                elif not self._is_over(folder):
+                    self._start(folder.name)
 
     def close(self) -> None:
         """Feed no more. The next process goes on."""
         self._ending.set()
 
-    def new_folder(self) -> Path:
-        """A folder for one upload. Its name begins with a dot."""
-        return Path(tempfile.mkdtemp(prefix=".", dir=self._folder))
+    def uploading(self) -> AbstractContextManager[Path]:
+        """A folder for one upload, until `take` makes it a run or the context ends."""
+        return run_folder.uploading(self._folder)
 
     def take(self, folder: Path, file: Path, upload: Upload, mark: str) -> str:
         """Take an uploaded file that lies in `folder`, and feed its run. Returns the run's name.
 
         The name begins with `mark`, which tells whose it is; the rest follows from the file and the options,
-        so that a file that is sent again is the same run. Raises `PromptFileError`, `InvalidJobError`.
+        so that a file that is sent again is the same run; one that had failed is fed again. Raises
+        `PromptFileError`, `InvalidJobError`.
         """
         try:
             plan = _plan_of(file, upload)
@@ -127,14 +135,29 @@ class RunStore:
             raise PromptFileError(_told(error, file, upload)) from None
         run = f"{mark}{plan.digest[:24]}"
         kept = self._folder / run
-        (folder / "run.json").write_text(json.dumps({**dataclasses.asdict(upload), "file": file.name}))
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        values = {**dataclasses.asdict(upload), "file": file.name}
+        run_folder.write_whole(folder / "run.json", json.dumps(values))
         try:
             folder.rename(kept)
-        except OSError:  # It is there already.
-            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            if not kept.is_dir():
+                raise
+            if self.error(run) or not self.knows(run):
+                self._begin_again(folder, file, kept)
         if not self._is_over(kept):
             self._start(run)
         return run
+
+    def _begin_again(self, folder: Path, file: Path, kept: Path) -> None:
+        """Put what was uploaded in the place of a run that had failed."""
+        file.replace(kept / file.name)
+        (folder / "run.json").replace(kept / "run.json")
+        with self._starting:
+            if kept.name in self._begun:
+                self._again.add(kept.name)
+            (kept / "error.txt").unlink(missing_ok=True)
 
     @property
     def is_full(self) -> bool:
@@ -175,35 +198,60 @@ class RunStore:
         return self.manifest(folder.name) is not None or (folder / "error.txt").exists()
 
     def _start(self, run: str) -> None:
-        if run not in self._begun:
+        with self._starting:
+            if run in self._begun:
+                return
             self._begun.add(run)
-            threading.Thread(target=self._feed, args=[run], name=f"run {run}", daemon=True).start()
+        threading.Thread(target=self._feed, args=[run], name=f"run {run}", daemon=True).start()
 
     def _feed(self, run: str) -> None:
+        """Feed a run until it is over. While another process feeds it, wait until it ends or is killed."""
         folder = self._folder / run
-        with _locked(folder) as is_mine:
-            if not is_mine:
-                self._begun.discard(run)
-                return
-            while not self._ending.is_set():
-                try:
-                    with self._slots:
-                        self._feed_once(run, folder)
-                    break
-                except ServiceError as error:
-                    logger.warning("The run %s waits: %s", run, error)
+        has_ended = False
+        try:
+            while not (has_ended or self._ending.is_set() or self._is_over(folder)) and self.knows(run):
+                with run_folder.locked(folder / "lock") as is_mine:
+                    has_ended = is_mine and self._try(run, folder)
+                if not has_ended:
                     self._ending.wait(_AGAIN_S)
-                except (SmallcatError, OSError) as error:
-                    text = str(error).replace(f"{folder}{os.sep}", "")
-                    (folder / "error.txt").write_text(text, encoding="utf-8")
-                    break
+        except OSError as error:
+            logger.error("The run %s cannot be gone on with until the server starts again: %s", run, error)
+            return
+        finally:
             self._feeding.pop(run, None)
-        self._begun.discard(run)
+            with self._starting:
+                self._begun.discard(run)
+        if run in self._again:  # It was uploaded again while this thread ended.
+            self._again.discard(run)
+            self._start(run)
+
+    def _try(self, run: str, folder: Path) -> bool:
+        """Feed a run once. Returns whether it has ended, well or with an error that is kept."""
+        try:
+            with self._slots:
+                self._feed_once(run, folder)
+            return True
+        except ServiceError as error:
+            logger.warning("The run %s waits: %s", run, error)
+            return False
+        except (SmallcatError, OSError) as error:
+            text = str(error).replace(f"{folder}{os.sep}", "")
+        except Exception as error:  # noqa: BLE001 - what nobody expected; its text may have prompts
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("The run %s has a fault, %s:\n%s", run, type(error).__name__, frames)
+            text = "The server has a fault; its log says where. Upload the file again to try once more."
+        run_folder.write_whole(folder / "error.txt", text)
+        return True
 
     def _feed_once(self, run: str, folder: Path) -> None:
-        values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        file = folder / values.pop("file")
-        upload = Upload(**{**values, "grid": tuple(values["grid"])})
+        try:
+            values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            file = folder / values.pop("file")
+            upload = Upload(**{**values, "grid": tuple(values["grid"])})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise PromptFileError(
+                "The server's own file of this run, run.json, cannot be read: upload the prompt file again."
+            ) from None
         display = _Display()
         options = Options(manifest=folder / f"manifest.{upload.manifest}", run=run)
         ingest = make_ingest(_plan_of(file, upload), options, display)
@@ -240,18 +288,3 @@ def _look(plan: Plan) -> None:
         rejected.append(f"line {each.line}: {each.reason}")
     first = f" {rejected[0]}" if rejected else ""
     raise PromptFileError(f"{plan.sources[0].name} has no line that is a job.{first}")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether this process is the one that feeds the run, within the context."""
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(lock)

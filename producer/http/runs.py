@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
@@ -100,14 +99,10 @@ async def upload_file(
             code="Overloaded",
             headers={"Retry-After": "60"},
         )
-    folder = await run_in_threadpool(backend.runs.new_folder)
-    try:
+    with backend.runs.uploading() as folder:
         file = folder / f"prompts{''.join(PurePosixPath(upload.name).suffixes[-2:])[:20]}"
         await _receive(request, file)
         run = await run_in_threadpool(backend.runs.take, folder, file, upload, caller.mark)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     found = await backend.run(_look, backend, run)
     return as_json(found, 202, {"Location": found["links"]["self"]})
 

@@ -1,0 +1,222 @@
+"""The folder of runs: what a server deletes in it, and what becomes of runs that fail."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.http import run_folder, run_store
+from producer.http.run_store import RunStore, Upload
+from worker.contract.errors import PromptFileError, SettingsError
+
+DAY_S = 86_400.0
+SECRET = "a very private prompt"
+
+
+@pytest.fixture
+def feeds(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Sets what is done in place of feeding a run to Redis."""
+    monkeypatch.setattr(run_store, "_AGAIN_S", 0.02)
+
+    def feed(function: Any) -> None:
+        monkeypatch.setattr(RunStore, "_feed_once", function)
+
+    feed(lambda self, run, folder: (folder / "manifest.jsonl").write_text("done"))
+    return feed
+
+
+def send(store: RunStore, text: str = "a cat\n") -> str:
+    """Upload a file. Returns its run."""
+    with store.uploading() as folder:
+        file = folder / "prompts.txt"
+        file.write_text(text)
+        return store.take(folder, file, Upload("prompts.txt"), "0" * 8)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    for _ in range(1_000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(each.relative_to(folder)) for each in folder.rglob("*")}
+
+
+# Whose the folder is
+
+
+def test_a_folder_with_files_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    before = tree(tmp_path)
+    with pytest.raises(SettingsError, match="such as 'thesis': set SMALLCAT_HTTP_DATA_DIR"):
+        RunStore(str(tmp_path), DAY_S)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_symbolic_link_is_refused(tmp_path: Path, is_there: bool) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    if is_there:
+        target.mkdir()
+    link.symlink_to(target)
+    with pytest.raises((SettingsError, FileExistsError), match=r"symbolic link|File exists"):
+        RunStore(str(link), DAY_S)
+    assert not is_there or not list(target.iterdir())
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(SettingsError, match="another user's: set SMALLCAT_HTTP_DATA_DIR"):
+        RunStore(str(tmp_path), DAY_S)
+
+
+def test_a_folder_of_an_earlier_version_is_taken(tmp_path: Path) -> None:
+    """It has runs and broken uploads, and no marker; a volume has a folder of its file system's."""
+    (tmp_path / "lost+found").mkdir()
+    for name, file in (("0" * 32, "run.json"), (".a_b1c2d3", "prompts.txt.gz")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    RunStore(str(tmp_path), DAY_S)
+    assert (tmp_path / run_folder.MARKER).is_file()
+
+
+# What is deleted
+
+
+def test_only_uploads_and_runs_are_deleted(tmp_path: Path, feeds: Any) -> None:
+    RunStore(str(tmp_path), DAY_S)
+    stay = ("thesis", ".git", ".abcdefgh", "lost+found", "0" * 31, "g" * 32, "1" * 32)
+    for name in (*stay, ".upload-x", "0" * 32):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / ("0" * 32) / "run.json").write_text("{}")
+    (tmp_path / "thesis" / "run.json").write_text("{}")
+    (tmp_path / ".upload-file").write_text("x")
+    (tmp_path / ".upload-link").symlink_to(tmp_path / "thesis")
+    for each in tmp_path.iterdir():
+        os.utime(each, (0, 0), follow_symlinks=False)
+    RunStore(str(tmp_path), DAY_S).resume()
+    left = {each.name for each in tmp_path.iterdir()}
+    assert left == {*stay, run_folder.MARKER, ".upload-file", ".upload-link"}
+    assert (tmp_path / "thesis" / "file").exists()
+
+
+def test_a_second_server_leaves_what_the_first_receives_and_feeds(tmp_path: Path, feeds: Any) -> None:
+    begun, may_end, counts = threading.Event(), threading.Event(), []
+
+    def feed(self: RunStore, run: str, folder: Path) -> None:
+        counts.append(run)
+        begun.set()
+        may_end.wait(10)
+        (folder / "manifest.jsonl").write_text("done")
+
+    feeds(feed)
+    first, second = RunStore(str(tmp_path), DAY_S), RunStore(str(tmp_path), 0.0)
+    run = send(first)
+    assert begun.wait(10)
+    with first.uploading() as folder:
+        second.resume()
+        assert folder.is_dir()
+        assert first.knows(run)
+    may_end.set()
+    until(lambda: first.manifest(run))
+    until(lambda: not first._begun)
+    assert counts == [run]
+    second.resume()
+    assert {each.name for each in tmp_path.iterdir()} == {run_folder.MARKER}
+
+
+def test_a_run_goes_on_at_the_second_server_when_the_first_has_ended(tmp_path: Path, feeds: Any) -> None:
+    first, second = RunStore(str(tmp_path), DAY_S), RunStore(str(tmp_path), DAY_S)
+    with first.uploading() as folder:
+        file = folder / "prompts.txt"
+        file.write_text("a cat\n")
+        first.close()  # It feeds no more.
+        run = first.take(folder, file, Upload("prompts.txt"), "0" * 8)
+    with run_folder.locked(tmp_path / run / "lock"):
+        second.resume()
+        assert second.manifest(run) is None
+    until(lambda: second.manifest(run))
+
+
+def test_an_upload_that_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path), DAY_S)
+    with store.uploading() as folder:
+        (folder / "prompts.txt").write_text("a cat")
+    assert {each.name for each in tmp_path.iterdir()} == {run_folder.MARKER}
+
+
+# Runs that fail
+
+
+def test_a_run_that_failed_is_begun_again_by_the_same_upload(tmp_path: Path, feeds: Any) -> None:
+    fed = RunStore._feed_once
+
+    def fail(self: RunStore, run: str, folder: Path) -> None:
+        raise PromptFileError(f"{folder}/prompts.txt is away.")
+
+    feeds(fail)
+    store = RunStore(str(tmp_path), DAY_S)
+    run = send(store)
+    until(lambda: store.error(run))
+    assert store.error(run) == "prompts.txt is away."
+    feeds(fed)
+    assert send(store) == run
+    until(lambda: store.manifest(run))
+    assert store.error(run) == ""
+
+
+@pytest.mark.parametrize("text", ["", '{"name": "pro', "[]", "{}", "null", '{"file": "prompts.txt"}', "\x00"])
+def test_a_broken_description_of_a_run_is_an_error_of_that_run(tmp_path: Path, text: str) -> None:
+    run = "0" * 32
+    store = RunStore(str(tmp_path), DAY_S)
+    (tmp_path / run).mkdir()
+    (tmp_path / run / "run.json").write_text(text)
+    store.resume()
+    until(lambda: store.error(run))
+    assert store.error(run).endswith("run.json, cannot be read: upload the prompt file again.")
+    until(lambda: not store._begun)
+
+
+def test_a_fault_ends_the_run_and_is_logged_without_prompts(
+    tmp_path: Path, feeds: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: RunStore, run: str, folder: Path) -> None:
+        raise ZeroDivisionError(SECRET)
+
+    feeds(fail)
+    store = RunStore(str(tmp_path), DAY_S)
+    with caplog.at_level(logging.ERROR, logger="smallcat.http"):
+        run = send(store)
+        until(lambda: store.error(run) and not store._begun)
+    assert "The server has a fault" in store.error(run)
+    assert "in fail" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert SECRET not in caplog.text + store.error(run)
+
+
+def test_a_broken_description_is_replaced_by_the_next_upload(tmp_path: Path, feeds: Any) -> None:
+    fed = RunStore._feed_once
+    store = RunStore(str(tmp_path), DAY_S)
+    run = send(store)
+    until(lambda: store.manifest(run) and not store._begun)
+    (tmp_path / run / "manifest.jsonl").unlink()
+    whole = (tmp_path / run / "run.json").read_text()
+    (tmp_path / run / "run.json").write_text(whole[:20])
+    (tmp_path / run / "error.txt").write_text("It cannot be read.")
+    feeds(fed)
+    assert send(store) == run
+    until(lambda: store.manifest(run))
+    assert (tmp_path / run / "run.json").read_text() == whole
