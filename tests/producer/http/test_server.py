@@ -225,6 +225,26 @@ def test_forwarded_headers_are_believed_of_trusted_proxies_alone(
     assert f" {shown}:" in line
 
 
+def test_hanging_up_during_an_upload_is_no_fault(
+    serve: Callable[..., tuple[subprocess.Popen[str], str]], api: Api, tmp_path: Path
+) -> None:
+    process, url = serve(SMALLCAT_HTTP_DATA_DIR=str(tmp_path))
+    head = (
+        f"POST /v1/runs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.key}\r\nContent-Length: 99\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(head.encode() + b"a cat")
+        while not list(tmp_path.glob(".upload-*/prompts.txt")):
+            time.sleep(0.01)
+    while list(tmp_path.glob(".upload-*")):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.stderr is not None
+    log = process.stderr.read()
+    assert "fault" not in log
+    assert "Traceback" not in log
+
+
 # Privacy
 
 
