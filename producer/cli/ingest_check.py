@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 
 from producer.cli.json_output import say
 from producer.ingest.check import check, given_of, rejected_of
+from producer.session import session
+from worker.contract.errors import ServiceError, SettingsError
+from worker.contract.job import Job
 from worker.contract.plain_text import plain_json
+from worker.contract.prompt_syntax import SYNTAX
 
 if TYPE_CHECKING:
     from producer.ingest.plan import Plan, Planned, Rejected
+    from worker.contract.choices import PromptSyntax
+    from worker.state.fleet import FleetSnapshot
 
 #: Jobs of each file that are shown, and characters of a value and names of a list, at most.
 _SHOWN, _LONGEST, _NAMES = 3, 100, 20
@@ -39,15 +45,58 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
         else:
             say(f"{values['file']}, line {values['line']}: {values['reason']}", err=True)
 
-    findings = check(plan, found, lambda text: say(text, err=True), read)
+    fleet = _FleetsSyntax()
+    findings = check(plan, found, lambda text: say(text, err=True), read, fleet.resolve)
     names = [f"{name} ({count:,} jobs)" for name, count in findings.metadata.items()]
     if names:
         more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
         say(f"to metadata: {', '.join(map(_short, names[:_NAMES]))}{more}", err=as_json)
     for sentence, (count, file, line) in findings.warnings.items():
         say(f"{sentence} ({count:,} jobs, the first in {file}, line {line})", err=as_json)
+    if fleet.is_unknown and any(sentence.startswith(fleet.names) for sentence in findings.warnings):
+        say(
+            "note  Redis does not answer, so the fleet's default syntax of prompts is not known: these were "
+            "checked as plain. To be sure, give --prompt-syntax.",
+            err=True,
+        )
     say(f"{findings.jobs:,} jobs, {findings.bad:,} bad lines; nothing was sent", err=as_json)
     return 1 if findings.bad else 0
+
+
+class _FleetsSyntax:
+    """Gives jobs that do not say their syntax the fleet's default, where Redis answers; else none."""
+
+    #: What the warnings of plain prompts begin with.
+    names = tuple(SYNTAX)
+
+    def __init__(self) -> None:
+        self.is_unknown = False
+        self._known: dict[tuple[str, str], PromptSyntax] = {}
+        self._fleet: FleetSnapshot | None = None
+
+    def resolve(self, job: Job) -> Job:
+        """`job` in its syntax, and else as it is. Raises `InvalidJobError`."""
+        if job.says_syntax or self.is_unknown:
+            return job
+        name = (job.model, job.revision)
+        if name not in self._known:
+            self._fleet = self._fleet or _snapshot()
+            if self._fleet is None:
+                self.is_unknown = True
+                return job
+            plain = Job(prompt="x", seed=0, model=job.model, revision=job.revision)
+            self._known[name] = self._fleet.resolve(plain).prompt_syntax
+        return job.in_syntax(self._known[name])
+
+
+def _snapshot() -> FleetSnapshot | None:
+    """What the fleet serves now; None where Redis does not answer at once."""
+    try:
+        now = session(0)
+        with now.queue_errors():
+            return now.fleet.snapshot()
+    except (ServiceError, SettingsError):
+        return None
 
 
 def _shown(plan: Plan, job: Planned) -> tuple[str, str]:

@@ -34,6 +34,7 @@ from producer.ingest.plan import Plan, Planned, unresolved
 from producer.ingest.submit_file import grid_of, make_ingest, make_variants
 from producer.ingest.types import Options, SilentDisplay
 from producer.prompts.sources import source
+from producer.session import session
 from worker.contract.errors import PromptFileError, ServiceError, SmallcatError
 
 logger = logging.getLogger("smallcat.http")
@@ -124,13 +125,15 @@ class RunStore:
 
         The name begins with `mark`, which tells whose it is; the rest follows from the file and the options,
         so that a file that is sent again is the same run; one that had failed is fed again. Raises
-        `PromptFileError`, `InvalidJobError`.
+        `PromptFileError`, `InvalidJobError`; with `strict` `QueueError`, too.
         """
         try:
             plan = _plan_of(file, upload)
             _look(plan)
             if upload.strict:
-                refuse_bad_lines(plan, lambda _: None)
+                now = session()
+                with now.queue_errors():
+                    refuse_bad_lines(plan, lambda _: None, now.fleet.snapshot().resolve)
         except PromptFileError as error:
             raise PromptFileError(_told(error, file, upload)) from None
         run = f"{mark}{plan.digest[:24]}"

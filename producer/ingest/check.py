@@ -9,7 +9,7 @@ from typing import Any
 from producer.ingest.plan import Plan, Planned, Rejected, sentences_of, unresolved
 from producer.ingest.types import FILE_PRIORITY
 from worker.contract.errors import PromptFileError
-from worker.contract.job import JOB_FIELDS
+from worker.contract.job import JOB_FIELDS, Job
 
 #: Bad lines that an error names.
 _NAMED = 10
@@ -36,13 +36,15 @@ def check(
     found: Callable[[Rejected], None],
     warn: Callable[[str], None],
     read: Callable[[Planned, list[str]], None] = lambda _job, _warnings: None,
+    resolve: Callable[[Job], Job] = unresolved,
 ) -> Findings:
     """Read all lines without sending any.
 
+    `resolve` says in which syntax jobs are, beside what their lines say.
     Calls `found` for each bad line, and `read` for each job with the warnings that its prompts deserve.
     """
     findings = Findings()
-    for each in plan.items(unresolved, warn=warn, warn_of_words=False):
+    for each in plan.items(resolve, warn=warn, warn_of_words=False):
         if isinstance(each, Rejected):
             findings.bad += 1
             found(each)
@@ -78,15 +80,20 @@ def rejected_of(plan: Plan, rejected: Rejected) -> dict[str, Any]:
     return values | {"field": rejected.field, "reason": rejected.reason}
 
 
-def refuse_bad_lines(plan: Plan, warn: Callable[[str], None]) -> None:
-    """Raise `PromptFileError` that names the first bad lines, if there are any."""
+def refuse_bad_lines(
+    plan: Plan, warn: Callable[[str], None], resolve: Callable[[Job], Job] = unresolved
+) -> None:
+    """Raise `PromptFileError` that names the first bad lines, if there are any.
+
+    `resolve` is how the run would resolve its jobs: a line may be wrong in the fleet's syntax alone.
+    """
     bad: list[Rejected] = []
 
     def found(rejected: Rejected) -> None:
         if len(bad) < _NAMED:
             bad.append(rejected)
 
-    number = check(plan, found, warn).bad
+    number = check(plan, found, warn, resolve=resolve).bad
     if number:
         shown = "\n".join(f"{plan.sources[each.file].name}, line {each.line}: {each.reason}" for each in bad)
         raise PromptFileError(f"{number} lines are no jobs, and nothing was sent:\n{shown}")

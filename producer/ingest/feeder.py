@@ -94,7 +94,7 @@ class Ingest:
         with self._session.queue_errors():
             self._go_on_as_begun()
             if self._options.strict:
-                refuse_bad_lines(self._plan, self._display.notice)
+                refuse_bad_lines(self._plan, self._display.notice, self._pinned.foreseen)
             self._choose_manifest()
             self.run.take()
             self.run.note("files", json.dumps([each.name for each in self._plan.sources[:SHOWN_FILES]]))

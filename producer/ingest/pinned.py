@@ -20,6 +20,7 @@ class Pinned:
     def __init__(self, run: Run, fleet: Fleet) -> None:
         self._run, self._fleet = run, fleet
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        self._foreseen: dict[tuple[str, str], dict[str, Any]] = {}
 
     def resolve(self, job: Job) -> Job:
         """`job` for the model that it means in this run, with that model's defaults."""
@@ -27,12 +28,15 @@ class Pinned:
         if name not in self._known:
             pin = self._run.note_once(f"model:{json.dumps(name)}", json.dumps(self._resolve(job)))
             self._known[name] = json.loads(pin)
-        pinned = self._known[name]
-        # A run that an earlier version began has no syntax pinned, and stays plain.
-        job = job.in_syntax(PromptSyntax(pinned.get("prompt_syntax", PromptSyntax.PLAIN)))
-        filled = {field: pinned[field] for field in Defaults.model_fields if field in pinned}
-        filled = {field: value for field, value in filled.items() if getattr(job, field) is None}
-        return job.model_copy(update={**filled, "model": pinned["model"], "revision": pinned["revision"]})
+        return _as_pinned(job, self._known[name])
+
+    def foreseen(self, job: Job) -> Job:
+        """What `resolve` would give now. Pins nothing, for a run that may not begin."""
+        name = (job.model, job.revision)
+        if name not in self._foreseen:
+            pin = self._run.noted(f"model:{json.dumps(name)}")
+            self._foreseen[name] = json.loads(pin) if pin else self._resolve(job)
+        return _as_pinned(job, self._foreseen[name])
 
     def _resolve(self, job: Job) -> dict[str, Any]:
         resolved = self._fleet.resolve(Job(prompt="x", seed=0, model=job.model, revision=job.revision))
@@ -44,3 +48,11 @@ class Pinned:
             {} if resolved.prompt_syntax is PromptSyntax.PLAIN else {"prompt_syntax": resolved.prompt_syntax}
         )
         return {**defaults, **syntax, "model": resolved.model, "revision": revision}
+
+
+def _as_pinned(job: Job, pinned: dict[str, Any]) -> Job:
+    # A run that an earlier version began has no syntax pinned, and stays plain.
+    job = job.in_syntax(PromptSyntax(pinned.get("prompt_syntax", PromptSyntax.PLAIN)))
+    filled = {field: pinned[field] for field in Defaults.model_fields if field in pinned}
+    filled = {field: value for field, value in filled.items() if getattr(job, field) is None}
+    return job.model_copy(update={**filled, "model": pinned["model"], "revision": pinned["revision"]})

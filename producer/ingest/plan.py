@@ -24,6 +24,7 @@ from worker.contract.job import ID_VERSION, Job
 from worker.contract.prompt_syntax import (
     UNUSED_NEGATIVE,
     has_unused_negative,
+    odd_in_a1111,
     only_words,
     only_words_warning,
 )
@@ -165,7 +166,7 @@ class Plan:
                 reported: set[tuple[str, str]] = set()
                 offset = 0
                 try:
-                    for offset, variant in enumerate(self.variants.expand(entry, file), 1):
+                    for offset, variant in enumerate(self.variants.expand(entry, file, **syntax), 1):
                         if offset <= done:
                             continue
                         after = Cursor(file, number, offset)
@@ -212,16 +213,11 @@ class _Words:
 
 def sentences_of(job: TemplatedJob) -> list[str]:
     """What of a job's prompts no picture shows: a sentence for each kind."""
-    names = _words_of(job)
+    negative = job.shape.get("negative_prompt", "")
     unused = [UNUSED_NEGATIVE] if has_unused_negative(job.shape) else []
-    return [only_words_warning([name]) for name in names] + unused
-
-
-def _words_of(job: TemplatedJob) -> tuple[str, ...]:
-    """The syntax in a job's prompts that is only drawn as words."""
     if job.shape.get("prompt_syntax") == PromptSyntax.A1111:
-        return ()
-    return only_words(job.prompt, job.shape.get("negative_prompt"))
+        return [*odd_in_a1111(job.prompt, negative), *unused]
+    return [*(only_words_warning([name]) for name in only_words(job.prompt, negative)), *unused]
 
 
 def unresolved(job: Job) -> Job:

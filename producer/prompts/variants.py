@@ -23,6 +23,7 @@ from producer.prompts.dynamic_prompts import SYNTAX, Scope, is_dynamic, parse
 from producer.prompts.entries import Entry
 from producer.prompts.expansion import all_of, sample
 from producer.prompts.wildcards import Wildcards
+from worker.contract.choices import PromptSyntax
 
 #: The seed of those who want any, as AUTOMATIC1111 has it.
 DRAWN = -1
@@ -64,14 +65,17 @@ class Variants:
     #: Whether a seed of -1 is one that is to be drawn; the first version took it for a number.
     draws_seeds: bool = True
 
-    def expand(self, entry: Entry, file: int) -> Iterator[Variant]:
-        """The jobs of one line of file number `file`, lazily. Raises `LineError` for an unknown wildcard."""
+    def expand(self, entry: Entry, file: int, prompt_syntax: str = "") -> Iterator[Variant]:
+        """The jobs of one line of file number `file`, lazily. Raises `LineError` for an unknown wildcard.
+
+        `prompt_syntax` is that of lines which do not say theirs.
+        """
         merged = {**self.defaults, **entry.fields}
         if "metadata" in self.defaults and isinstance(entry.fields.get("metadata"), dict):
             merged["metadata"] = self.defaults["metadata"] | entry.fields["metadata"]
         cells = self._cells() if self.grid else _ONE_CELL
         place = f"{file}\0{entry.line}\0"
-        for texts in self._texts(merged, place):
+        for texts in self._texts(merged, place, str(merged.get("prompt_syntax", prompt_syntax))):
             for image in range(self.images * entry.images):
                 seed = self._seed(merged, texts, image, place)
                 for number, cell in enumerate(cells):
@@ -94,7 +98,7 @@ class Variants:
         is_seed = type(start) is int and (start >= 0 or not self.draws_seeds)
         return start + image if is_seed else start
 
-    def _texts(self, fields: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
+    def _texts(self, fields: Mapping[str, Any], place: str, prompt_syntax: str) -> Iterator[dict[str, Any]]:
         texts = {name: fields[name] for name in ("prompt", "negative_prompt") if name in fields}
         are_dynamic = False
         for text in texts.values():
@@ -105,11 +109,11 @@ class Variants:
         if not are_dynamic:
             yield texts
             return
-        for text in self._joined_texts(texts, place):
+        for text in self._joined_texts(texts, place, prompt_syntax):
             prompt, _, negative = text.partition("\0")
             yield {"prompt": prompt} | ({"negative_prompt": negative} if "negative_prompt" in texts else {})
 
-    def _joined_texts(self, texts: Mapping[str, str], place: str) -> Iterator[str]:
+    def _joined_texts(self, texts: Mapping[str, str], place: str, prompt_syntax: str) -> Iterator[str]:
         """Both prompts as one text each, with a character between them that no prompt may have.
 
         They are expanded together, so that a sample is one of their pairs.
@@ -120,9 +124,9 @@ class Variants:
             yield from dynamic_prompts_v1.texts(prompt, negative, self._wildcards_v1, self.sample, rng)
             return
         if any("#" in text.replace("\\#", "") for text in texts.values()):
-            self.wildcards.notice(
-                "The text behind a # in a prompt is a comment and is left out: or write \\#."
-            )
+            # In A1111's syntax what \# leaves is a comment again.
+            remedy = "" if prompt_syntax == PromptSyntax.A1111 else ": or write \\#"
+            self.wildcards.notice(f"The text behind a # in a prompt is a comment and is left out{remedy}.")
         joined = (Scope(parse(prompt)), "\0", Scope(parse(negative)))
         if self.sample is None:
             yield from all_of(joined, self.wildcards, rng)

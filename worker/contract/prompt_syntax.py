@@ -29,6 +29,12 @@ UNUSED_NEGATIVE: Final = (
     "The negative prompt has no effect: it needs guidance_scale above 1, and guidance_start below "
     "guidance_stop."
 )
+#: The sentences for comments in AUTOMATIC1111's syntax, which has no mark that makes a # a word.
+COMMENT_IN_A1111: Final = (
+    "The text behind a # in a prompt is a comment in the syntax a1111, to the end of its line, and is left "
+    "out. To draw it, give prompt_syntax plain."
+)
+ONLY_COMMENTS: Final = "The prompt is empty without its comments: the picture is of no prompt."
 _NETWORKS = "<lora:...>"
 #: Each of them has one of these: most prompts have none.
 _MARK = re.compile(r":\s*[+-]?\.?\d|<[A-Za-z]+:|BREAK|AND")
@@ -71,13 +77,18 @@ def warnings_of(job: Job) -> tuple[str, ...]:
     """The warnings that a job's prompts deserve."""
     unused = (UNUSED_NEGATIVE,) if has_unused_negative(vars(job)) else ()
     if job.prompt_syntax is PromptSyntax.A1111:
-        return (*_odd_in_a1111(job.prompt, job.negative_prompt), *unused)
+        return (*odd_in_a1111(job.prompt, job.negative_prompt), *unused)
     names = only_words(job.prompt, job.negative_prompt)
     return (*((only_words_warning(names),) if names else ()), *unused)
 
 
-def _odd_in_a1111(prompt: str, negative: str) -> tuple[str, ...]:
-    """The warning of what AUTOMATIC1111 draws as words too, where nobody would expect it."""
+def odd_in_a1111(prompt: str, negative: str) -> tuple[str, ...]:
+    """The warnings of what AUTOMATIC1111 draws as words, or leaves out, where nobody would expect it."""
+    warnings = []
+    if "#" in prompt or "#" in negative:
+        warnings.append(COMMENT_IN_A1111)
+        if prompt.strip() and not a1111_syntax.without_comments(prompt).strip():
+            warnings.append(ONLY_COMMENTS)
     odd = [name for name in only_words(negative) if name in (_NETWORKS, "AND")]
     found = [f"{name} in the negative prompt" for name in odd]
     if "BREAK" in prompt or "BREAK" in negative:
@@ -87,4 +98,6 @@ def _odd_in_a1111(prompt: str, negative: str) -> tuple[str, ...]:
             "BREAK" in (piece.text or "").split() for text in texts for piece in a1111_syntax.pieces(text)
         ):
             found.append("BREAK in brackets")
-    return (f"{', '.join(found)}: only drawn as words, as AUTOMATIC1111 draws them.",) if found else ()
+    if found:
+        warnings.append(f"{', '.join(found)}: only drawn as words, as AUTOMATIC1111 draws them.")
+    return tuple(warnings)

@@ -29,6 +29,9 @@ class Notes:
     def note_once(self, name: str, value: str) -> str:
         return self.notes.setdefault(name, value)
 
+    def noted(self, name: str) -> str | None:
+        return self.notes.get(name)
+
 
 def pinned(notes: dict[str, str], syntax: PromptSyntax) -> Pinned:
     run: Any = Notes(notes)
@@ -57,3 +60,12 @@ def test_a_run_that_an_earlier_version_pinned_stays_plain() -> None:
     fresh: dict[str, str] = {}
     pinned(fresh, PromptSyntax.PLAIN).resolve(Job(prompt="a", seed=1))
     assert json.loads(next(iter(fresh.values()))) == pin
+
+
+def test_what_is_foreseen_is_what_a_run_would_pin_or_has_pinned() -> None:
+    notes: dict[str, str] = {}
+    job = Job(prompt="a (cat:1.3)", seed=1)
+    foreseen = pinned(notes, PromptSyntax.A1111).foreseen(job)
+    assert not notes
+    assert foreseen == pinned(notes, PromptSyntax.A1111).resolve(job)
+    assert pinned(notes, PromptSyntax.PLAIN).foreseen(job) == foreseen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from click.testing import CliRunner
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli.ingest_display import QuietDisplay
 from producer.cli.main import cli
+from producer.ingest.check import refuse_bad_lines
 from producer.ingest.plan import Plan, Planned, unresolved
 from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options
 from producer.prompts.variants import Variants
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import PromptFileError
-from worker.contract.prompt_syntax import UNUSED_NEGATIVE, only_words_warning
+from worker.contract.job import Job
+from worker.contract.prompt_syntax import COMMENT_IN_A1111, UNUSED_NEGATIVE, only_words_warning
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +213,41 @@ def test_a_prompt_that_cannot_be_read_in_its_syntax_is_a_bad_line() -> None:
     [bad] = [each for each in plan.items(unresolved) if not isinstance(each, Planned)][:1]
     assert (bad.line, bad.field) == (2, "prompt_syntax")
     assert "<lora:x:1>" in bad.reason
+
+
+def test_a_comment_in_a_prompt_of_a1111_is_warned_of_without_a_remedy_that_is_none() -> None:
+    Path("p.txt").write_text("a cat \\#3 --steps 9\n")
+    _, said, _ = checked("p.txt")
+    assert any(line.startswith(COMMENT_IN_A1111) for line in said)
+    Path("p.txt").write_text("a cat #3 --steps 9\n")
+    assert "\\#" not in checked("p.txt")[2]
+    Path("p.txt").write_text("a cat #3 {a|b}\n")
+    assert "or write \\#" in checked("p.txt")[2]
+
+
+def in_a1111(job: Job) -> Job:
+    return job.in_syntax(PromptSyntax.A1111)
+
+
+def test_strict_and_check_read_lines_in_the_fleets_syntax(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = a_plan("a (cat:1.3)\na <lora:foo:1> dog\n")
+    refuse_bad_lines(plan, lambda _: None)
+    with pytest.raises(PromptFileError, match=r"1 lines are no jobs, and nothing was sent:\np.txt, line 2"):
+        refuse_bad_lines(plan, lambda _: None, in_a1111)
+    fleet = SimpleNamespace(resolve=in_a1111)
+    monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: fleet)
+    code, said, errors = checked("p.txt")
+    assert code == 1
+    assert "p.txt, line 2: prompt_syntax is a1111, and the prompt asks for <lora:foo:1>" in errors
+    assert not any("since its syntax is plain" in line for line in said)
+    # Who says the syntax is not asked again.
+    assert checked("p.txt", "--prompt-syntax", "plain")[0] == 0
+
+
+def test_check_says_where_the_fleets_syntax_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: None)
+    Path("p.txt").write_text("a (cat:1.3)\n")
+    assert "the fleet's default syntax of prompts is not known" in checked("p.txt")[2]
+    assert "not known" not in checked("p.txt", "--prompt-syntax", "plain")[2]
+    Path("p.txt").write_text("a cat\n")
+    assert "not known" not in checked("p.txt")[2]

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from worker.contract.job import Job
-from worker.contract.prompt_syntax import UNUSED_NEGATIVE, only_words, warnings_of
+from worker.contract.prompt_syntax import (
+    COMMENT_IN_A1111,
+    ONLY_COMMENTS,
+    UNUSED_NEGATIVE,
+    only_words,
+    warnings_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,3 +46,14 @@ def test_a_record_warns_of_an_unused_negative_prompt() -> None:
     job = Job(prompt="a cat", negative_prompt="blurry", guidance_scale=1.0)
     assert warnings_of(job) == (UNUSED_NEGATIVE,)
     assert warnings_of(job.model_copy(update={"guidance_scale": 1.5})) == ()
+
+
+def test_comments_that_a1111_leaves_out_are_warned_of() -> None:
+    def warned(prompt: str, negative: str = "") -> tuple[str, ...]:
+        fields = {"prompt": prompt, "negative_prompt": negative, "prompt_syntax": "a1111"}
+        return warnings_of(Job.parse(fields))
+
+    assert warned("a cat #3") == warned("a cat", "b # c") == (COMMENT_IN_A1111,)
+    assert warned("#all comment") == (COMMENT_IN_A1111, ONLY_COMMENTS)
+    assert warned("a cat") == ()
+    assert warnings_of(Job(prompt="a cat #3")) == ()
