@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from producer.http import run_folder, run_store
 from producer.http.run_store import RunStore, Upload
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import PromptFileError, SettingsError
 
 DAY_S = 86_400.0
@@ -220,3 +223,24 @@ def test_a_broken_description_is_replaced_by_the_next_upload(tmp_path: Path, fee
     assert send(store) == run
     until(lambda: store.manifest(run))
     assert (tmp_path / run / "run.json").read_text() == whole
+
+
+# Strict
+
+
+def test_a_strict_run_is_looked_at_in_the_fleets_syntax(
+    tmp_path: Path, feeds: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syntax = PromptSyntax.A1111
+    fleet = SimpleNamespace(snapshot=lambda: SimpleNamespace(resolve=lambda job: job.in_syntax(syntax)))
+    stand_in = SimpleNamespace(queue_errors=contextlib.nullcontext, fleet=fleet)
+    monkeypatch.setattr(run_store, "session", lambda: stand_in)
+    store = RunStore(str(tmp_path / "runs"), DAY_S)
+    text = "a (cat:1.3)\na <lora:foo:1> dog\n"
+    with store.uploading() as folder:
+        file = folder / "prompts.txt"
+        file.write_text(text)
+        with pytest.raises(PromptFileError, match=r"nothing was sent:\nprompts\.txt, line 2"):
+            store.take(folder, file, Upload("prompts.txt", strict=True), "0" * 8)
+    assert store.names("0" * 8) == []
+    assert send(store, text) in store.names("0" * 8)
