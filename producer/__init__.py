@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from producer.client import JobHandle, JobResult, Progress, submit_job
+    from producer.client import JobHandle, Progress, submit_job
+    from producer.client.job_result import JobResult
     from producer.ingest.submit_file import submit_file
     from worker.contract.errors import (
         CallerError,
@@ -77,7 +78,7 @@ __all__ = [
 _MODULES = {
     "Job": "worker.contract.job",
     "JobHandle": "producer.client",
-    "JobResult": "producer.client",
+    "JobResult": "producer.client.job_result",
     "Progress": "producer.client",
     "State": "worker.contract.record",
     "job_from_image": "worker.contract.metadata.job_from_image",

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from producer.cli.json_output import moment
-from producer.client import JobHandle, JobResult, submit_job
+from producer.client import JobHandle, submit_job
+from producer.client.job_result import JobResult
 from producer.session import session
 from worker.contract import errors
 from worker.contract.errors import CallerError, PoisonJobError, UnknownJobError

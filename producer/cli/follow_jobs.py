@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from producer.cli.json_output import json_option, moment, print_json, say
-from producer.client import JobHandle, JobResult
+from producer.client import JobHandle
+from producer.client.job_result import JobResult
 from producer.session import session
 from worker.contract.errors import CallerError, UnknownJobError
 

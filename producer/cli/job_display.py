@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from producer.cli.plain_console import PlainConsole
-from producer.client import JobHandle, JobResult
+from producer.client import JobHandle
+from producer.client.job_result import JobResult
 from worker.contract.plain_text import plain
 
 #: Seconds between two polls of a job's progress.

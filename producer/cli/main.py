@@ -24,7 +24,8 @@ from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
 from producer.cli.json_output import NobodyReadsError, json_option, print_json, say, say_error
 from producer.cli.serve import keys, serve
-from producer.client import JobHandle, JobResult, submit_job
+from producer.client import JobHandle, submit_job
+from producer.client.job_result import JobResult
 from worker.contract.errors import (
     CallerError,
     JobCancelledError,

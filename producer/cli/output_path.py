@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from producer.client import JobResult
+from producer.client.job_result import JobResult
 from worker.contract.errors import CallerError
 
 #: Endings of a picture's file, and the format that each of them means.

@@ -17,7 +17,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from producer.client import JobResult
+from producer.client.job_result import JobResult
 from producer.http.a1111_request import HARMLESS_SETTINGS, Asked, read_request
 from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend

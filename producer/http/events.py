@@ -20,7 +20,8 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Header
 from starlette.responses import Response, StreamingResponse
 
-from producer.client import JobHandle, JobResult
+from producer.client import JobHandle
+from producer.client.job_result import JobResult
 from producer.http import schema
 from producer.http.auth import Reader, Shared
 from producer.http.backend import Backend

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Header, Query
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from producer.client import JobHandle, JobResult
+from producer.client import JobHandle
+from producer.client.job_result import JobResult
 from producer.http import schema
 from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend

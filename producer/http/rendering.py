@@ -12,7 +12,8 @@ from typing import Any
 
 from starlette.requests import Request
 
-from producer.client import JobHandle, JobResult
+from producer.client import JobHandle
+from producer.client.job_result import JobResult
 from producer.http.backend import Backend
 from producer.http.caller import Caller
 from producer.http.problems import RETRY_S, RefusedError

@@ -27,9 +27,12 @@ from redis import Redis
 from deploy.embedded.servers import ValkeyProcess
 from deploy.embedded.stack import Stack
 from producer import JobHandle, JobResult, job_from_image, submit_job
+from producer.http.caller import ANYBODY, Caller
+from producer.http.jobs import view
 from producer.session import ShortLookUp, session
 from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import (
     InvalidJobError,
     JobCancelledError,
@@ -39,7 +42,7 @@ from worker.contract.errors import (
     UnknownJobError,
 )
 from worker.contract.found_message import fingerprint
-from worker.contract.job import MAX_SEED, Job
+from worker.contract.job import MAX_SEED, Job, JobFields
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State, Timings
 from worker.contract.served_model import ServedModel
@@ -552,6 +555,26 @@ def test_a_record_that_expired_is_read_from_the_bucket(
     assert handle.result(5).seed == 3
     assert handle.progress().fraction == 1
     assert np.array_equal(np.asarray(handle.image(5)), picture_of(job_of(3)).pixels)
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt_syntax": "plain"}, {"prompt_syntax": "a1111"}])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_job_as_it_is_shown_is_the_same_job_under_any_default_of_the_fleet(
+    fleet: Fleet, records: Records, storage: Bucket, fields: JobFields, is_done: bool
+) -> None:
+    handle = submit_job("a (cat:1.3)", seed=3, **fields)
+    if is_done:
+        finish(records, storage, handle.record().job)
+    result = handle.record()
+    shown = (
+        *(result.job.model_dump(), result.model_dump()["job"], result.model_dump(mode="json")["job"]),
+        *(json.loads(result.model_dump_json())["job"], view(result, handle.submission, ANYBODY)["job"]),
+        view(result, "", Caller("somebody", frozenset({"read"})))["job"],
+    )
+    for default in PromptSyntax:
+        for values in shown:
+            assert Job.parse(values).in_syntax(default).id == handle.id
+        assert result.job.in_syntax(default).id == handle.id
 
 
 def test_a_submission_that_is_not_known_shows_nothing_of_others(

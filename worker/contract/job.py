@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializationInfo,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -275,10 +276,12 @@ class Job(BaseModel):
     ] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
-    def _for_older_readers(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialize(self)
+    def _for_old_readers(self, run: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        values: dict[str, Any] = run(self)
+        # As Python's values it is for people, who may submit it where the fleet's default is another.
+        is_said = info.mode == "python" and self.says_syntax
         for name, default in _UNSENT.items():
-            if values.get(name) == default:
+            if values.get(name) == default and not (is_said and name == "prompt_syntax"):
                 values.pop(name, None)
         return values
 

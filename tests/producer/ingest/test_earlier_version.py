@@ -22,7 +22,7 @@ import pytest
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli.ingest_display import QuietDisplay
-from producer.client import JobResult
+from producer.client.job_result import JobResult
 from producer.gallery.lines import read_lines
 from producer.ingest.journal import Journal
 from producer.ingest.manifest import COLUMNS

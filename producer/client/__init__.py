@@ -14,6 +14,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
+from producer.client.job_result import JobResult
 from producer.session import Session, session, short_look_up
 from worker.contract.errors import QueueError, UnknownJobError
 from worker.contract.job import SUBMISSION_FIELDS, Job, JobFields
@@ -26,78 +27,6 @@ if TYPE_CHECKING:
     from worker.contract.queues import Takers
 
 _ID = re.compile(r"[0-9a-f]{32}")
-
-
-class JobResult(JobRecord):
-    """A finished job: its record, and the way to its picture."""
-
-    @classmethod
-    def of(cls, record: JobRecord) -> JobResult:
-        """The result that `record` describes."""
-        return cls.model_validate(dict(record))
-
-    def __repr__(self) -> str:
-        values: dict[str, object] = {"state": str(self.state), "uri": self.uri, "seed": self.seed}
-        size = f"{self.width}x{self.height}" if self.width and self.height else None
-        values |= {"size": size, "seconds": round(self.seconds, 3)}
-        shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
-        return f"JobResult({self.id!r}, {shown})"
-
-    __str__ = __repr__
-
-    @property
-    def seed(self) -> int:
-        """The seed that was used, given or drawn."""
-        return self.job.seed
-
-    @property
-    def seconds(self) -> float:
-        """Seconds from submission until the picture was in the bucket, or as far as the job came."""
-        stages = (self.timings.queued, self.timings.rendered, self.timings.uploaded)
-        return sum((stage for stage in stages if stage is not None), 0.0)
-
-    @property
-    def width(self) -> int | None:
-        """Pixels."""
-        return self.job.width
-
-    @property
-    def height(self) -> int | None:
-        """Pixels."""
-        return self.job.height
-
-    def url(self, expires_s: int = 3_600) -> str:
-        """A link to the picture that any browser opens for `expires_s` seconds (1 to 604,800)."""
-        uri = self._where()
-        return session().bucket_of(uri).url(uri, expires_s)
-
-    def data(self) -> bytes:
-        """The picture's file as it is in the bucket. Raises `StorageError`, `UnknownJobError`."""
-        uri = self._where()
-        return session().bucket_of(uri).get(uri)
-
-    def image(self) -> Image.Image:
-        """The picture. Raises `StorageError`, `UnknownJobError`."""
-        import io
-
-        from PIL import Image
-
-        image = Image.open(io.BytesIO(self.data()))
-        image.load()
-        return image
-
-    def _where(self) -> str:
-        if self.uri is None:
-            raise UnknownJobError(f"Job {self.id} is {self.state}: it has no picture.")
-        return session().address_of(self.id, self.job.format, self.uri)
-
-    def _repr_png_(self) -> bytes:
-        """The picture in a notebook."""
-        import io
-
-        file = io.BytesIO()
-        self.image().save(file, "PNG")
-        return file.getvalue()
 
 
 @dataclass(frozen=True)
