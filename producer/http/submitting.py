@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from producer.client import JobHandle
 from producer.http.problems import InvalidJobsError
 from producer.http.sending import Ready
-from producer.ingest.message_templates import TemplatedJob
+from producer.ingest.message_templates import JobTemplates, TemplatedJob
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from producer.http.caller import Caller
 
 _INTEGERS: Final = frozenset(field.name for field in JOB_FIELDS.values() if field.kind is int)
+#: Jobs, and characters of theirs, that are checked at once; more of them in a thread.
+_FEW, _SHORT = 16, 2_000
 #: Bits of a seed that is drawn, as `Job` draws it.
 SEED_BITS: Final = 32
 
@@ -37,6 +39,22 @@ async def check(
     `QueueError`.
     """
     templates = await backend.sender.templates()
+    if len(items) <= _FEW and sum(map(_length, items)) <= _SHORT:
+        return _checked(templates, items, seeds, is_list)
+    # Other requests go on meanwhile.
+    return await backend.run(_checked, templates, items, seeds, is_list)
+
+
+def _length(item: Any) -> int:
+    """Characters of the texts of a job's fields."""
+    values = item.values() if isinstance(item, Mapping) else [item]
+    return sum(len(value) for value in values if isinstance(value, str))
+
+
+def _checked(
+    templates: JobTemplates, items: Sequence[Any], seeds: Sequence[int] | None, is_list: bool
+) -> list[TemplatedJob]:
+    """As `check`, by `templates`."""
     jobs: list[TemplatedJob] = []
     errors: list[tuple[int, str]] = []
     for number, item in enumerate(items):
