@@ -309,8 +309,9 @@ class Job(BaseModel):
 
     def resolved(self, served: ServedModel) -> Self:
         """This job for `served`: with the model's revision, and its defaults for what was left open."""
-        unset = [name for name in Defaults.model_fields if getattr(self, name) is None]
-        filled = {name: getattr(served.defaults, name) for name in unset}
+        filled = {n: getattr(served.defaults, n) for n in Defaults.model_fields if getattr(self, n) is None}
+        if "steps" in filled and self.prompt_syntax is PromptSyntax.A1111:
+            self.parse(dict(self) | {"steps": filled["steps"]}, is_new=False)
         return self.model_copy(update={**filled, "model": served.name, "revision": served.revision})
 
     def opened(self) -> Self:

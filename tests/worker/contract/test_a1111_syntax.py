@@ -20,6 +20,7 @@ from worker.contract.a1111_syntax import (
 )
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import MAX_PROMPT, Job
+from worker.contract.served_model import Defaults, ServedModel
 
 
 @pytest.mark.parametrize(
@@ -187,6 +188,19 @@ def test_what_is_not_offered_is_refused_by_name(fields: dict[str, object], sente
 )
 def test_what_is_at_the_limits_is_taken(prompt: str, negative: str) -> None:
     assert Job.parse({"prompt": prompt, "negative_prompt": negative, "steps": 8, "prompt_syntax": "a1111"})
+
+
+def test_the_steps_that_a_model_fills_in_count() -> None:
+    job = Job.parse({"prompt": "x" * 4_000 + "[a|b|c|d|e|f|g|h|i|j|k|l|m|n|o|p|q]", "prompt_syntax": "a1111"})
+    few, many = (
+        ServedModel(
+            name="m", revision="r", defaults=Defaults(width=64, height=64, steps=steps, guidance_scale=1)
+        )
+        for steps in (5, 50)
+    )
+    assert job.resolved(few).steps == 5
+    with pytest.raises(InvalidJobError, match="texts by step have"):
+        job.resolved(many)
 
 
 def test_what_cannot_be_a_job_is_refused_in_a_moment() -> None:
