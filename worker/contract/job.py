@@ -43,7 +43,7 @@ from worker.contract.job_checks import (
     small_json,
     spelled_as,
 )
-from worker.contract.job_fields import FieldEntry, JobField, table_of
+from worker.contract.job_fields import FieldEntry, JobField, table_of, version_that_has
 from worker.contract.scheduler_names import spelled_as_scheduler
 from worker.contract.served_model import Defaults, ServedModel
 
@@ -373,7 +373,6 @@ _HASHED = frozenset(each.name for each in JOB_FIELDS.values() if each.is_hashed)
 _LATER = {each.name: each.default for each in JOB_FIELDS.values() if each.is_hashed and not each.is_original}
 #: Fields that are not sent and not recorded at their default: older workers refuse fields they do not know.
 _UNSENT = {each.name: each.default for each in JOB_FIELDS.values() if not each.is_original}
-_LATER_VERSIONS = {each.name: each for each in JOB_FIELDS.values() if each.since != 1}
 
 
 def version_needed(fields: Mapping[str, Any]) -> int:
@@ -381,14 +380,7 @@ def version_needed(fields: Mapping[str, Any]) -> int:
 
     Its message says this version, so that older workers take all jobs that they can read, and no others.
     """
-    versions = [1]
-    for name, entry in _LATER_VERSIONS.items():
-        value = fields.get(name, entry.default)
-        if callable(entry.since):
-            versions.append(entry.since(value))
-        elif value != entry.default:
-            versions.append(entry.since)
-    return max(versions)
+    return version_that_has(fields, JOB_FIELDS.values())
 
 
 def hashed(fields: Mapping[str, Any]) -> str:

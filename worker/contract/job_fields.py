@@ -12,7 +12,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType, NoneType, UnionType
@@ -189,3 +189,15 @@ def help_lines(model: type[BaseModel]) -> Mapping[str, str]:
                 above -= 1
             found[node.target.id] = " ".join(texts)
     return MappingProxyType(found)
+
+
+def version_that_has(fields: Mapping[str, Any], entries: Iterable[FieldEntry]) -> int:
+    """The first version of messages that has these fields with these values, as JSON has them."""
+    versions = [1]
+    for entry in entries:
+        value = fields.get(entry.name, entry.default)
+        if callable(entry.since):
+            versions.append(entry.since(value))
+        elif value != entry.default:
+            versions.append(entry.since)
+    return max(versions)
