@@ -126,7 +126,7 @@ def test_a_message_says_the_version_that_its_job_needs_and_no_later_one(
             JOB_FIELDS["steps"], since=lambda steps: 3 if steps is not None and steps > 100 else 1
         ),
     }
-    monkeypatch.setattr(job_module, "_LATER_VERSIONS", later)
+    monkeypatch.setattr(job_module, "JOB_FIELDS", {**JOB_FIELDS, **later})
     versions = {
         str(fields): payload_of(Job.parse({"prompt": "x", "seed": 1, **fields}))["version"]
         for fields in ({}, {"steps": 100}, {"guidance_start": 0.5}, {"guidance_start": 0.5, "steps": 101})
