@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import threading
 import time
@@ -232,14 +231,6 @@ class Ground:
         """Messages that wait in the queues of the fake's model."""
         with self.redis as client:
             return sum(int(client.llen(each)) for queue in queues_of(SERVED) for each in lists_of(queue))
-
-    def waiting_jobs(self) -> set[str]:
-        """The ids of the jobs whose messages wait there; one that came back twice counts once."""
-        with self.redis as client:
-            names = [each for queue in queues_of(SERVED) for each in lists_of(queue)]
-            return {
-                json.loads(raw)["headers"]["id"][:32] for name in names for raw in client.lrange(name, 0, -1)
-            }
 
     def unsettled(self) -> int:
         """Messages that Redis takes for held."""

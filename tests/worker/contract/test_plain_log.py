@@ -73,7 +73,7 @@ def test_all_handlers_of_a_worker_and_of_whoever_logs_in_it_are_covered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Celery has a handler for its tasks beside the root's, and other libraries have their own."""
-    loggers = [logging.getLogger(name) for name in ("smallcat.test.logs", "another.library")]
+    loggers = [logging.getLogger(name) for name in ("smallcat.test.logs", "somebody.else")]
     handlers = [logging.StreamHandler(io.StringIO()) for _ in loggers]
     for logger, handler in zip(loggers, handlers, strict=True):
         logger.addHandler(handler)
