@@ -87,15 +87,6 @@ REMEDIES: dict[type[errors.SmallcatError], str] = {
 # Reading the code
 
 
-def documented(kind: type) -> dict[str, str]:
-    """The `#:` lines over the fields of a class, by field; those of its base classes of ours come first."""
-    found: dict[str, str] = {}
-    for each in reversed(kind.__mro__):
-        if each.__module__.split(".")[0] in ("worker", "producer"):
-            found |= help_lines(each)
-    return found
-
-
 def comments(owner: ModuleType | type) -> dict[str, str]:
     """The `#:` line over each plain assignment of a module, or of an enumeration, by name."""
     source = textwrap.dedent(inspect.getsource(owner))
@@ -150,7 +141,7 @@ def settings() -> str:
             (ProducerSettings, "producer"),
             (ServerSettings, "HTTP API"),
         ):
-            texts = documented(kind)
+            texts = help_lines(kind)
             for name, field in kind.model_fields.items():
                 if name in kind.__annotations__:
                     yield f"`{kind.variable(name)}`", reader, _default(field.default), texts[name]
@@ -456,7 +447,7 @@ def _class(kind: type) -> str:
     # What a docstring says to those who change the class is no part of its reference.
     texts = [text for text in (inspect.getdoc(kind) or "").split("\n\n") if not text.startswith("To add ")]
     parts = [f"### {kind.__name__}", "", "\n\n".join(texts), ""]
-    fields = comments(kind) if issubclass(kind, enum.Enum) else documented(kind)
+    fields = comments(kind) if issubclass(kind, enum.Enum) else help_lines(kind)
     rows = [(f"`{name}`", text) for name, text in fields.items() if not name.startswith("_")]
     methods: list[str] = []
     for each in reversed(kind.__mro__):

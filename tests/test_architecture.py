@@ -226,6 +226,7 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
         "job",
         "job_checks",
         "job_fields",
+        "job_parameters",
         "scheduler_names",
         "served_model",
         "spelling",

@@ -24,7 +24,7 @@ FILES = (
 
 #: What a newcomer writes in each file that the recipe names: a place in it, and what comes before that.
 EDITS: dict[str, list[tuple[str, str]]] = {
-    "worker/contract/job.py": [
+    "worker/contract/job_parameters.py": [
         (
             "    #: diffusers' noise scheduler;",
             (

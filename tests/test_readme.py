@@ -8,7 +8,7 @@ import pytest
 
 from tests.docs import DOCUMENTS, ROOT
 from worker.contract.choices import SAMPLERS, Scheduler
-from worker.contract.job import MAX_SIZE, MIN_SIZE, SIZE_STEP
+from worker.contract.job_parameters import MAX_SIZE, MIN_SIZE, SIZE_STEP
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
 #: Words, as `wc -w` counts them, at most.

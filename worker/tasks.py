@@ -36,7 +36,8 @@ from worker.contract.errors import (
     SmallcatError,
     first_line,
 )
-from worker.contract.job import DEFAULT_PRIORITY, FORMAT_VERSION
+from worker.contract.job import FORMAT_VERSION
+from worker.contract.job_parameters import DEFAULT_PRIORITY
 from worker.contract.message import TASK, URGENT
 from worker.contract.plain_text import plain
 from worker.contract.queues import queues_of

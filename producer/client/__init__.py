@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from producer.client.job_result import JobResult
 from producer.session import Session, session, short_look_up
 from worker.contract.errors import QueueError, UnknownJobError
-from worker.contract.job import SUBMISSION_FIELDS, Job, JobFields
+from worker.contract.job import SUBMISSION_FIELDS, Job
+from worker.contract.job_parameters import JobFields
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
 

@@ -32,7 +32,7 @@ from worker.contract.choices import SAMPLERS
 from worker.contract.errors import InvalidJobError, SmallcatError
 from worker.contract.explain import short
 from worker.contract.infotext import write
-from worker.contract.job import DEFAULT_MODEL
+from worker.contract.job_parameters import DEFAULT_MODEL
 from worker.state.keys import HTTP_MODEL
 
 router = APIRouter(prefix="/sdapi/v1", include_in_schema=False)

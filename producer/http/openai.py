@@ -29,7 +29,7 @@ from producer.http.rendering import render
 from producer.http.submitting import check, numbered
 from worker.contract.errors import InvalidJobError, JobError
 from worker.contract.explain import short
-from worker.contract.job import DEFAULT_MODEL
+from worker.contract.job_parameters import DEFAULT_MODEL
 
 router = APIRouter(include_in_schema=False)
 

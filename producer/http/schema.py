@@ -13,8 +13,9 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from producer.http import problems
-from worker.contract.job import JOB_FIELDS, MAX_SEED, Job
+from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_fields import help_lines
+from worker.contract.job_parameters import MAX_SEED
 from worker.contract.record import JobRecord
 from worker.state.fleet import WorkerInfo
 

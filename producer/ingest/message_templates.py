@@ -23,8 +23,9 @@ from worker.celery import message_of
 from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import FIRST_MAX_PROMPT, MAX_METADATA, MAX_SEED, Job, hashed, version_needed
+from worker.contract.job import Job, hashed, version_needed
 from worker.contract.job_checks import VISIBLE
+from worker.contract.job_parameters import FIRST_MAX_PROMPT, MAX_METADATA, MAX_SEED
 from worker.contract.message import Route, args_repr, payload_text, route_of, task_call
 from worker.contract.queues import list_of
 

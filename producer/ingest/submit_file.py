@@ -20,7 +20,8 @@ from producer.prompts.variants import Variants
 from producer.prompts.wildcards import Wildcards
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
-from worker.contract.job import JOB_FIELDS, Job, JobFields
+from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job_parameters import JobFields
 
 #: The folder of wildcards that is used where it exists and none is named.
 WILDCARDS = "wildcards"

@@ -16,7 +16,8 @@ from typing import Any
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError, PromptFileError
 from worker.contract.explain import short
-from worker.contract.job import FIRST_MAX_PROMPT, Job
+from worker.contract.job import Job
+from worker.contract.job_parameters import FIRST_MAX_PROMPT
 
 _INTEGERS = ("seed", "width", "height", "steps", "priority")
 _NUMBERS = ("guidance_scale", "guidance_start", "guidance_stop")

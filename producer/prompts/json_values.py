@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from worker.contract.job import MAX_METADATA_DEPTH
+from worker.contract.job_parameters import MAX_METADATA_DEPTH
 
 
 def json_of(value: Any, level: int = 0) -> Any:

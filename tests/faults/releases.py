@@ -67,11 +67,15 @@ def next_release(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     job = folder / "worker/contract/job.py"
     text = job.read_text()
-    text = _changed(text, f"FORMAT_VERSION = {FORMAT_VERSION}\n", f"FORMAT_VERSION = {NEXT_VERSION}\n")
+    job.write_text(
+        _changed(text, f"FORMAT_VERSION = {FORMAT_VERSION}\n", f"FORMAT_VERSION = {NEXT_VERSION}\n")
+    )
+    parameters = job.with_name("job_parameters.py")
+    text = parameters.read_text()
     text = _changed(
         text, "    #: The caller's own JSON object", f"{_FIELD}    #: The caller's own JSON object"
     )
-    job.write_text(_changed(text, "    priority: int\n", "    priority: int\n    tint: int\n"))
+    parameters.write_text(_changed(text, "    priority: int\n", "    priority: int\n    tint: int\n"))
     runner = folder / "tests/faults/runner.py"
     grey = "return job.seed % 251"
     runner.write_text(_changed(runner.read_text(), grey, f"return (job.seed + {TINT} * job.tint) % 251"))

@@ -42,7 +42,8 @@ from worker.contract.errors import (
     UnknownJobError,
 )
 from worker.contract.found_message import fingerprint
-from worker.contract.job import MAX_SEED, Job, JobFields
+from worker.contract.job import Job
+from worker.contract.job_parameters import MAX_SEED, JobFields
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State, Timings
 from worker.contract.served_model import ServedModel

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import Any, Final, NamedTuple
 
-from worker.contract.job import FORMAT_VERSION, MAX_PRIORITY
+from worker.contract.job import FORMAT_VERSION
+from worker.contract.job_parameters import MAX_PRIORITY
 from worker.contract.message import (
     MAX_MESSAGE,
     NEEDED_HEADERS,

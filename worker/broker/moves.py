@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from worker.broker.layout import Layout
-from worker.contract.job import MAX_PRIORITY
+from worker.contract.job_parameters import MAX_PRIORITY
 from worker.contract.message import RETURNS, WAITS
 from worker.contract.queues import parked_list_of
 

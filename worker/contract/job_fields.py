@@ -1,9 +1,9 @@
 """The table of job fields, from which everything about them is made.
 
-A field of `Job` has its type, its limits, a `#:` line, and a `JobField` with its names elsewhere. `table_of`
+A field of `JobParameters` has its type, its limits, a `#:` line, and a `JobField` with its names elsewhere. `table_of`
 puts these together. Command-line options, headings of prompt files, AUTOMATIC1111's options, infotext,
 manifest columns, names of downloads, gallery rows, the job's id and docs/job-fields.md are made from the
-table, so that a new field is added in `Job` alone.
+table, so that a new field is added in `JobParameters` alone.
 """
 
 from __future__ import annotations
@@ -174,8 +174,17 @@ def _kind(annotation: Any) -> tuple[Any, bool]:
 
 
 @functools.cache
-def help_lines(model: type[BaseModel]) -> Mapping[str, str]:
-    """The `#:` lines over each of a model's own fields, as one text. Reads the model's source."""
+def help_lines(model: type) -> Mapping[str, str]:
+    """The `#:` lines over each field of a class, as one text; those of its bases of our code come first.
+
+    Reads their source.
+    """
+    packages = {model.__module__.partition(".")[0], "worker", "producer"}
+    ours = [base for base in model.__mro__ if base.__module__.partition(".")[0] in packages]
+    return MappingProxyType({name: line for base in reversed(ours) for name, line in _lines_in(base).items()})
+
+
+def _lines_in(model: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(model))
     lines = source.splitlines()
     [definition] = ast.parse(source).body
@@ -188,7 +197,7 @@ def help_lines(model: type[BaseModel]) -> Mapping[str, str]:
                 texts.insert(0, lines[above].strip().removeprefix("#:").strip())
                 above -= 1
             found[node.target.id] = " ".join(texts)
-    return MappingProxyType(found)
+    return found
 
 
 def version_that_has(fields: Mapping[str, Any], entries: Iterable[FieldEntry]) -> int:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker.contract.errors import InvalidJobError, NewerMessageError
-from worker.contract.job import DEFAULT_PRIORITY, FORMAT_VERSION, MAX_PRIORITY, Job, version_needed
+from worker.contract.job import FORMAT_VERSION, Job, version_needed
+from worker.contract.job_parameters import DEFAULT_PRIORITY, MAX_PRIORITY
 from worker.contract.queues import queue_of
 
 #: Name of the one Celery task.

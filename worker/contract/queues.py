@@ -10,7 +10,8 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from worker.contract.job import DEFAULT_MODEL, MAX_PRIORITY, Job
+from worker.contract.job import Job
+from worker.contract.job_parameters import DEFAULT_MODEL, MAX_PRIORITY
 from worker.contract.served_model import ServedModel
 
 #: kombu's separator, of a queue and its priority. No queue's name contains it.

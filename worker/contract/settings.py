@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.contract.errors import SettingsError
-from worker.contract.job import MAX_GUIDANCE, MAX_STEPS
+from worker.contract.job_parameters import MAX_GUIDANCE, MAX_STEPS
 from worker.contract.redis_url import RedisURL
 from worker.contract.redis_url import hidden as hidden
 

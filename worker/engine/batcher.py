@@ -34,7 +34,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from worker.contract.job import MAX_PRIORITY
+from worker.contract.job_parameters import MAX_PRIORITY
 
 #: Seconds of waiting that count as one step of priority.
 AGEING_S = 30.0

@@ -36,7 +36,8 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
-from worker.contract.job import DEFAULT_MODEL, Job
+from worker.contract.job import Job
+from worker.contract.job_parameters import DEFAULT_MODEL
 from worker.contract.message import Message
 from worker.contract.plain_text import plain
 from worker.contract.prompt_syntax import warnings_of

@@ -16,7 +16,7 @@ import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker.contract.errors import SettingsError, first_line
-from worker.contract.job import (
+from worker.contract.job_parameters import (
     DEFAULT_MODEL,
     MAX_GUIDANCE,
     MAX_MODEL,

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from worker.contract.choices import PromptSyntax
-from worker.contract.job import DEFAULT_MODEL, Job
+from worker.contract.job import Job
+from worker.contract.job_parameters import DEFAULT_MODEL
 from worker.contract.queues import Takers, lists_of, queues_of
 from worker.contract.refusals import code_of
 from worker.contract.served_model import ServedModel

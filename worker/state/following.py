@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.contract.job import MAX_PRIORITY
+from worker.contract.job_parameters import MAX_PRIORITY
 from worker.contract.queues import list_of
 from worker.state.keys import WORKERS_CHANNEL, job_key
 from worker.state.redis_client import connect_async

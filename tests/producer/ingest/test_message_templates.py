@@ -15,7 +15,8 @@ from deploy.embedded.servers import ValkeyProcess
 from producer.ingest.message_templates import JobTemplates, MessageTemplate
 from worker.celery import app, connection
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import MAX_SEED, Job
+from worker.contract.job import Job
+from worker.contract.job_parameters import MAX_SEED
 from worker.contract.message import RunMark, route_of, task_call_of
 from worker.contract.queues import queue_of
 from worker.contract.served_model import Defaults, ServedModel

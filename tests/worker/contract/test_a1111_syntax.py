@@ -19,7 +19,8 @@ from worker.contract.a1111_syntax import (
     without_comments,
 )
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import MAX_PROMPT, Job
+from worker.contract.job import Job
+from worker.contract.job_parameters import MAX_PROMPT
 from worker.contract.served_model import Defaults, ServedModel
 
 

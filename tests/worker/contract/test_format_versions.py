@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from worker.contract import job as job_module
-from worker.contract.job import FIRST_MAX_PROMPT, FORMAT_VERSION, JOB_FIELDS, Job, version_needed
+from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, Job, version_needed
+from worker.contract.job_parameters import FIRST_MAX_PROMPT
 from worker.contract.message import MAX_VERSION, Message, payload_of
 
 FORMATS = Path(__file__).with_name("formats")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from worker.contract.choices import SAMPLERS, ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.infotext import read, write
-from worker.contract.job import MAX_SEED, Job
+from worker.contract.job import Job
 from worker.contract.job_checks import VISIBLE
+from worker.contract.job_parameters import MAX_SEED
 
 
 def resolved(**fields: Any) -> Job:

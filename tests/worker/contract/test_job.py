@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from worker.contract.choices import ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, SUBMISSION_FIELDS, Job, JobFields
+from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.job_checks import VISIBLE
+from worker.contract.job_parameters import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, JobFields
 from worker.contract.record import JobRecord, State
 from worker.contract.served_model import Defaults, ServedModel
 

@@ -65,7 +65,7 @@ class Palette(StrEnum):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What made_up_fields.py finds in a copy of the tree where the fields stand in job.py alone."""
+    """What made_up_fields.py finds in a copy of the tree where the fields stand in job_parameters.py alone."""
     copy = tmp_path_factory.mktemp("tree")
     heavy = shutil.ignore_patterns("*.safetensors", "__pycache__")
     for package in ("worker", "producer", "deploy"):
@@ -74,10 +74,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("docs.py", "test_architecture.py", "faults/earlier.py"):
         shutil.copy(ROOT / "tests" / name, copy / "tests" / name)
     shutil.copy(Path(__file__).with_name("made_up_fields.py"), copy)
-    job = copy / "worker" / "contract" / "job.py"
+    job = copy / "worker" / "contract" / "job_parameters.py"
     text = job.read_text()
     for before, added in (
-        ("class Job(BaseModel):", CHOICES),
+        ("class JobParameters(BaseModel):", CHOICES),
         ("    #: 0 to 9: jobs of a higher priority", IN_JOB),
         ("    priority: int\n", IN_KEYWORDS),
     ):

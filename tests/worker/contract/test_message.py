@@ -18,7 +18,8 @@ from worker.broker.malformed import check
 from worker.celery import app, connection
 from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError, NewerMessageError
-from worker.contract.job import (
+from worker.contract.job import Job
+from worker.contract.job_parameters import (
     MAX_METADATA,
     MAX_MODEL,
     MAX_PROMPT,
@@ -26,7 +27,6 @@ from worker.contract.job import (
     MAX_SEED,
     MAX_SIZE,
     MAX_STEPS,
-    Job,
 )
 from worker.contract.message import (
     MAX_MESSAGE,
