@@ -223,12 +223,10 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
         "redis_url",
         "errors",
         "explain",
-        "job",
         "job_checks",
         "job_fields",
         "job_parameters",
         "scheduler_names",
-        "served_model",
         "spelling",
     ]
     assert ours == {

@@ -1,9 +1,9 @@
 """The table of job fields, from which everything about them is made.
 
-A field of `JobParameters` has its type, its limits, a `#:` line, and a `JobField` with its names elsewhere. `table_of`
-puts these together. Command-line options, headings of prompt files, AUTOMATIC1111's options, infotext,
-manifest columns, names of downloads, gallery rows, the job's id and docs/job-fields.md are made from the
-table, so that a new field is added in `JobParameters` alone.
+A field of `JobParameters` has its type, its limits, a `#:` line, and a `JobField` with its names elsewhere.
+`table_of` puts these together. Command-line options, headings of prompt files, AUTOMATIC1111's options,
+infotext, manifest columns, names of downloads, gallery rows, the job's id and docs/job-fields.md are made
+from the table, so that a new field is added in `JobParameters` alone.
 """
 
 from __future__ import annotations

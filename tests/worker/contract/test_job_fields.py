@@ -65,7 +65,7 @@ class Palette(StrEnum):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What made_up_fields.py finds in a copy of the tree where the fields stand in job_parameters.py alone."""
+    """What made_up_fields.py finds in a copy of the tree where they stand in job_parameters.py alone."""
     copy = tmp_path_factory.mktemp("tree")
     heavy = shutil.ignore_patterns("*.safetensors", "__pycache__")
     for package in ("worker", "producer", "deploy"):
