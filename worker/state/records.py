@@ -36,7 +36,6 @@ from worker.state.hashes import (
 from worker.state.keys import (
     FAILED,
     LATEST,
-    QUEUES,
     WORKERS_CHANNEL,
     attempts_key,
     holder_of,
@@ -44,6 +43,7 @@ from worker.state.keys import (
     submission_key,
 )
 from worker.state.shared_scripts import NamedLately, Script, SharedScript
+from worker.state.submissions import Submission
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -100,14 +100,11 @@ class Records:
         stays as it is, unless it was cancelled.
         """
         own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
-        put_into, raw = ([put[0]], [put[1]]) if put else ([], [])
-        self._submit(
-            keys=[job_key(job.id), QUEUES, FAILED, submission_key(job.id, submission), LATEST, *put_into],
-            args=[
-                *(job.model_dump_json(), queue, self._ttl_s, job.id, submission, own, message, noted),
-                *(self._named.has(queue), *raw),
-            ],
+        sent = Submission(
+            job.id, job.model_dump_json(), queue, submission, own, message, *(put or ("", "")), noted
         )
+        keys, words = sent.call(self._ttl_s, self._named.has(queue))
+        self._submit(keys=keys, args=words)
         self._named.note(queue)
 
     def set_aside(self, raw: bytes, reason: str, is_poison: bool = False) -> bool:

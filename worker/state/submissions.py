@@ -1,4 +1,4 @@
-"""Many submissions of jobs in one round trip to Redis; `Records.submitted` sends one.
+"""Submissions of jobs: what is sent of each, and many in one round trip. `Records.submitted` sends one.
 
 A job's record and its message are written in one step: there is none without the other.
 """
@@ -38,9 +38,20 @@ class Submission(NamedTuple):
     own: str
     #: The id of its message.
     message_id: str
-    #: The Redis list that the message goes to, and the message.
-    list: str
-    message: str
+    #: The Redis list that the message goes to, and the message. Without a list no message is put.
+    list: str = ""
+    message: str = ""
+    #: The fingerprint of the message; empty: that of `message`, which was written just now. "1": unknown, as
+    #: with earlier versions.
+    noted: str = ""
+
+    def call(self, ttl_s: int, is_named: int) -> tuple[Sequence[str], Sequence[str | int]]:
+        """Keys and words of `submit.lua`. `is_named`: 1 where the sender named the queue lately, else 0."""
+        record, own = job_key(self.job_id), submission_key(self.job_id, self.submission)
+        keys = [record, QUEUES, FAILED, own, LATEST, *([self.list] if self.list else [])]
+        about = (self.job, self.queue, ttl_s, self.job_id, self.submission, self.own)
+        noted = self.noted or digest_of(self.message)
+        return keys, [*about, self.message_id, noted, is_named, self.message]
 
 
 class Submissions:
@@ -77,11 +88,8 @@ class Submissions:
     def _send(self, submissions: Sequence[Submission], replicas: int, wait_s: float) -> tuple[list[Any], int]:
         with self._redis.pipeline(transaction=False) as pipe:
             for each in submissions:
-                record, own = job_key(each.job_id), submission_key(each.job_id, each.submission)
-                keys = (record, QUEUES, FAILED, own, LATEST, each.list)
-                about = (each.job, each.queue, self._ttl_s, each.job_id, each.submission, each.own)
-                noted = (each.message_id, digest_of(each.message), self._named.has(each.queue))
-                pipe.evalsha(_DIGEST, len(keys), *keys, *about, *noted, each.message)
+                keys, words = each.call(self._ttl_s, self._named.has(each.queue))
+                pipe.evalsha(_DIGEST, len(keys), *keys, *words)
             if replicas:
                 pipe.wait(replicas, max(1, int(1_000 * wait_s)))
             results: list[Any] = pipe.execute(raise_on_error=False)
