@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +24,27 @@ SECRET = "a very private prompt"
 
 
 @pytest.fixture
-def feeds(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Sets what is done in place of feeding a run to Redis."""
+def feeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Sets what is done in place of feeding a run to Redis. At the end all stores have ended."""
     monkeypatch.setattr(run_store, "_AGAIN_S", 0.02)
 
     def feed(function: Any) -> None:
         monkeypatch.setattr(RunStore, "_feed_once", function)
 
     feed(lambda self, run, folder: (folder / "manifest.jsonl").write_text("done"))
-    return feed
+    stores: list[RunStore] = []
+    make = RunStore.__init__
+
+    def remember(store: RunStore, folder: str, ttl_s: float) -> None:
+        stores.append(store)
+        make(store, folder, ttl_s)
+
+    monkeypatch.setattr(RunStore, "__init__", remember)
+    yield feed
+    # A store that goes on would feed its runs to the Redis of a later test.
+    for store in stores:
+        store.close()
+        until(lambda store=store: not store._begun)
 
 
 def send(store: RunStore, text: str = "a cat\n") -> str:
