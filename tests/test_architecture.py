@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Each folder, or module beside folders, and what it imports. Everybody may import `worker.contract`.
 FOLDERS = {
-    "worker.tasks": "worker.jobs worker.device worker.broker worker.celery",
+    "worker.tasks": "worker.jobs worker.device worker.broker worker.celery worker.health",
     "worker.tasks worker.jobs": "worker.engine worker.state worker.storage",
     "worker.device": "worker.engine worker.model",
     "worker.bench": "worker.device worker.model",
@@ -25,7 +25,9 @@ FOLDERS = {
     "producer": "producer.client producer.cli producer.ingest",
     "producer.cli": "producer.client producer.gallery producer.http producer.ingest producer.prompts",
     "producer.http producer.client producer.ingest": "worker.celery",
-    "producer.http": "producer.client producer.ingest producer.prompts producer.session worker.state",
+    "producer.http": (
+        "producer.client producer.ingest producer.prompts producer.session worker.state worker.health"
+    ),
     "producer.ingest": "producer.prompts worker.broker",
     "producer.cli producer.client producer.gallery producer.ingest producer.prompts": "producer.session",
     "producer.cli producer.ingest producer.session": "worker.state worker.storage",

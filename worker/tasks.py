@@ -12,9 +12,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from celery import Task, signals
 from celery.exceptions import Reject
@@ -30,9 +29,6 @@ from worker.contract.errors import (
     EngineStoppedError,
     InvalidJobError,
     MachineError,
-    PermanentStorageError,
-    QueueError,
-    ServiceError,
     SmallcatError,
     first_line,
 )
@@ -46,13 +42,15 @@ from worker.contract.settings import WorkerSettings, hidden, worker_settings
 from worker.contract.versions import versions
 from worker.engine.capacity import JOBS_PER_ROW, jobs_in_flight, uploading_jobs
 from worker.engine.engine import Engine
+from worker.health.report import Health
 from worker.jobs import metrics
 from worker.jobs.handler import JobHandler
 from worker.jobs.heartbeat import Heartbeat
+from worker.jobs.services import not_ready, wait_for
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.keys import holder_of
 from worker.state.records import Records
-from worker.state.redis_client import RedisError, check, connect, connect_until, may_come, queue_errors
+from worker.state.redis_client import RedisError, check, connect, connect_until, queue_errors
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 from worker.storage.options import BucketOptions
@@ -61,8 +59,6 @@ if TYPE_CHECKING:
     from worker.device.model_runner import ModelRunner
 
 logger = logging.getLogger("smallcat.worker")
-
-T = TypeVar("T")
 
 #: Connections to the bucket that are kept open, at most: a worker of the largest batch has so many slots.
 STORAGE_CONNECTIONS = 640
@@ -75,8 +71,6 @@ UNKNOWN_DELAY_S = 1.0
 #: A message may come back so often, beyond SMALLCAT_MAX_ATTEMPTS, because its worker died: also those that a
 #: worker has not begun come back.
 MORE_RETURNS = 10
-#: Seconds between two tries to reach Redis or the bucket at the start.
-START_RETRY_S = 0.5
 #: Packages whose versions a worker announces.
 VERSIONS = ("smallcat", "torch", "diffusers", "transformers", "xformers", "celery", "kombu")
 
@@ -89,6 +83,8 @@ class _Process:
     engine: Engine[Any]
     handler: JobHandler
     heartbeat: Heartbeat
+    bucket: BucketProcess
+    health: Health
     #: Set when no thread should wait for Redis any longer.
     stop_waiting: threading.Event
 
@@ -196,9 +192,13 @@ def _assemble(name: str) -> _Process:
     settings = worker_settings()
     refusal_log.where = hidden(settings.redis_url)
     stop_waiting = threading.Event()
+    health = Health(settings.health_port)
+    health.start()
+    health.doing("The worker waits for Redis and the bucket.")
     # A job outlives a Redis that is away, for as long as it takes.
     client = connect_until(settings.redis_url, stop_waiting, REDIS_CONNECTIONS)
     bucket = _services(settings)
+    health.doing("The worker loads the model, renders one small picture, and compiles.")
     runner = _warm_runner(settings)
     engine = Engine(
         runner, job_timeout_s=settings.job_timeout_s, on_failure=_engine_failed, on_step=metrics.observe_step
@@ -216,7 +216,7 @@ def _assemble(name: str) -> _Process:
     )
     info = _worker_info(settings, name, runner, started_at=Fleet(client, settings.record_ttl_s).now())
     heartbeat = _heartbeat(settings, info, handler, engine)
-    return _Process(settings, engine, handler, heartbeat, stop_waiting)
+    return _Process(settings, engine, handler, heartbeat, bucket, health, stop_waiting)
 
 
 def _services(settings: WorkerSettings) -> BucketProcess:
@@ -227,9 +227,9 @@ def _services(settings: WorkerSettings) -> BucketProcess:
         with queue_errors(settings.redis_url):
             check(settings.redis_url)
 
-    _wait_for(redis, until_s)
+    wait_for(redis, until_s)
     where, options = (settings.s3_bucket, settings.s3_prefix), BucketOptions.of(settings)
-    lacks = _wait_for(Bucket(*where, attempts=2, options=options).check, until_s)
+    lacks = wait_for(Bucket(*where, attempts=2, options=options).check, until_s)
     bucket = BucketProcess(*where, connections=STORAGE_CONNECTIONS, options=options)
     bucket.start()
     _log_choice("queue", hidden(settings.redis_url), "REDIS_URL")
@@ -237,25 +237,6 @@ def _services(settings: WorkerSettings) -> BucketProcess:
     for lack in lacks:
         logger.warning("storage: %s", lack)
     return bucket
-
-
-def _wait_for(ask: Callable[[], T], until_s: float) -> T:
-    """What `ask` returns; it is asked again while its service is out of reach, until `until_s`, monotonic."""
-    is_logged = False
-    while True:
-        try:
-            return ask()
-        except ServiceError as error:
-            lasts = isinstance(error, PermanentStorageError)
-            if isinstance(error, QueueError):
-                lasts = not may_come(error)
-            if lasts or time.monotonic() + START_RETRY_S > until_s:
-                raise
-            if not is_logged:
-                left_s = until_s - time.monotonic()
-                logger.warning("waits for %.0f s (SMALLCAT_START_TIMEOUT_S): %s", left_s, error)
-            is_logged = True
-            time.sleep(START_RETRY_S)
 
 
 def _warm_runner(settings: WorkerSettings) -> ModelRunner:
@@ -311,6 +292,14 @@ def _ready(**_: Any) -> None:
         metrics.serve(process.settings.metrics_port)
     process.engine.start()
     process.heartbeat.start()
+    process.health.started(
+        stuck_s=lambda: process.engine.movement.stuck_s,
+        stuck_as="Jobs are in flight and have not moved for much longer than a step takes.",
+        is_patient=process.engine.movement.is_compiling,
+        not_ready=lambda: not_ready(
+            process.settings.redis_url, process.bucket, lambda: process.handler.access.reason
+        ),
+    )
     served = process.handler.served
     logger.info("ready: takes jobs for %s at revision %s", served.name, served.revision)
 
@@ -321,6 +310,7 @@ def _drain(**_: Any) -> None:
     if _process is None:
         return
     process = _process
+    process.health.stopping()
 
     def drain() -> None:
         # Not in the signal's handler, which may have stopped a line in its middle.

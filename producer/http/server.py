@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 from typing import Any, Final
 
@@ -21,6 +23,7 @@ from producer.http.run_store import RunStore
 from worker.contract.errors import CallerError
 from worker.contract.plain_log import escape_logs
 from worker.contract.settings import ServerSettings
+from worker.health.report import Health
 
 logger = logging.getLogger("smallcat.http")
 
@@ -30,6 +33,8 @@ HEAD_S, MAX_HEAD = 15.0, 64 * 1024
 KEEP_ALIVE_S: Final = 30
 #: Seconds that requests have to end after SIGTERM.
 DRAIN_S: Final = 30
+#: Seconds after which a loop that has not run counts as stuck.
+STUCK_S: Final = 30.0
 
 
 class _Protocol(HttpToolsProtocol):
@@ -81,13 +86,16 @@ class _Protocol(HttpToolsProtocol):
 class _Server(uvicorn.Server):
     """uvicorn's own, which tells the app before it waits for its requests to end."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, health: Health) -> None:
         super().__init__(config)
-        self._app = app
+        self._app, self._health = app, health
+        #: When the loop last ran, monotonic seconds.
+        self._ran_s = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if (backend := getattr(self._app.state, "backend", None)) is not None:
             backend.draining.set()
+        self._health.stopping()
         # Not uvicorn's own, which ends by the signal: a server that has drained has ended well.
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
@@ -96,6 +104,25 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             logger.info("The HTTP API listens on %s.", url_of(self.config.host, self.config.port))
+            self._ran_s = time.monotonic()
+            self._health.started(
+                # The loop does not tick while the last requests end.
+                stuck_s=lambda: math.inf if self.should_exit else self._ran_s + STUCK_S,
+                stuck_as=f"The server's loop has not run for {STUCK_S:.0f} s.",
+                not_ready=self._why_not_ready,
+            )
+
+    async def on_tick(self, counter: int) -> bool:
+        """As uvicorn's, which calls it ten times a second."""
+        self._ran_s = time.monotonic()
+        return await super().on_tick(counter)
+
+    def _why_not_ready(self) -> str:
+        """Why Redis does not let the server work; empty where it does. Blocks while it is away."""
+        session = self._app.state.backend.session
+        with session.queue_errors():
+            session.redis.ping()
+        return ""
 
 
 def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) -> None:
@@ -112,6 +139,8 @@ def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) 
     escape_logs()
     for name in ("smallcat", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.INFO)
+    health = Health(settings.health_port)
+    health.start()
     app = make_app(settings, is_open=is_open)
     guard = Guard(
         app,
@@ -142,7 +171,7 @@ def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) 
     # Here, where an error is a sentence.
     RunStore(settings.http_data_dir, settings.record_ttl_s)
     try:
-        _Server(config, app).run()
+        _Server(config, app, health).run()
     except SystemExit:
         where = f"{settings.http_host}, port {settings.http_port}"
         raise CallerError(

@@ -75,6 +75,7 @@ class EmulatedRunner(FaultRunner):
     """
 
     decodes_beside = True
+    is_compiling = False
 
     def __init__(self, rows: int, steps: int) -> None:
         """`rows`: the most in a step. `steps`: of a job that names none."""

@@ -93,6 +93,7 @@ class FaultRunner:
     served = SERVED
     job_s = 1.0
     decodes_beside = False
+    is_compiling = False
     choices = (Choice("device", "none", "a fake"), Choice("attention", "none", "a fake"))
 
     def __init__(

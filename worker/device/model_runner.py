@@ -18,7 +18,7 @@ import diffusers
 import torch
 
 from worker.contract.choices import Scheduler
-from worker.contract.errors import InvalidJobError, SettingsError, SmallcatError
+from worker.contract.errors import DeviceError, InvalidJobError, SettingsError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
@@ -79,7 +79,7 @@ class ModelRunner:
         self._asked_rows = settings.max_batch
         #: The model as it is announced.
         self.served: ServedModel = loaded.served
-        compiler = self._compiler(settings)
+        compiler = self._kernel_compiler = self._compiler(settings)
         # Before anything else is made of the model: a family may replace some of its modules.
         self._family = family or family_of(loaded, compiled=compiler is not None)
         #: Each choice made at start, with its reason.
@@ -124,6 +124,11 @@ class ModelRunner:
         """Whether `decode` gains beside `step`: on a GPU, not on a CPU, whose cores `step` uses already."""
         return self._on_gpu
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether kernels are compiled or a CUDA graph is captured at this moment."""
+        return self._kernel_compiler is not None and self._kernel_compiler.device_sync_lock.locked()
+
     def cap(self, lane: Hashable) -> int:
         """The cap in rows of a step of `lane`, >= 1: as many latent pixels as in the measured one."""
         return self._asked_rows or self._cost.cap(self._family.area(cast("Lane", lane)))
@@ -154,6 +159,12 @@ class ModelRunner:
             warm_up.run_trial(self, on_gpu=self._on_gpu)
             compile_for = self.compile if self._graphs is not None else None
             compiled = warm_up.compile_default(compile_for, on_gpu=self._on_gpu)
+        except DeviceError as error:
+            device = next(choice.choice for choice in self.choices if choice.what == "device")
+            raise SettingsError(
+                f"The device {device} failed to render one small picture at start ({error}): see what "
+                "nvidia-smi says of it, and name another one by CUDA_VISIBLE_DEVICES."
+            ) from error
         except SmallcatError as error:
             raise SettingsError(
                 f"The model {self.served.name} failed to render at start ({error}): try another "

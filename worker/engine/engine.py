@@ -37,6 +37,7 @@ from worker.contract.errors import (
 from worker.contract.job import Job
 from worker.engine.batcher import Batcher
 from worker.engine.decode_stage import DecodeStage
+from worker.engine.movement import Movement
 from worker.engine.runner import Outcome, Picture, Runner, StateT
 from worker.engine.ticket import Rendered, Ticket, as_job_error, is_machine_fault
 
@@ -66,6 +67,8 @@ class Engine(Generic[StateT]):
         self._on_failure = on_failure
         self._on_step = on_step
         self._clock = clock
+        #: Whether the jobs in flight move.
+        self.movement = Movement(clock, lambda: runner.is_compiling)
         self._batcher: Batcher[Ticket[StateT]] = Batcher(runner)
         #: All jobs in flight by id: from `submit` until resolved.
         self._tickets: dict[str, Ticket[StateT]] = {}
@@ -115,6 +118,7 @@ class Engine(Generic[StateT]):
             if self._stopped:
                 ticket.resolve(EngineStoppedError("The engine has stopped: the job goes back to the queue."))
                 return ticket.future
+            self.movement.joined(is_first=not self._tickets)
             self._tickets[job_id] = ticket
         try:
             self._prepare(ticket)
@@ -243,6 +247,8 @@ class Engine(Generic[StateT]):
         states = [ticket.state for ticket in batch if ticket.state is not None]
         rows = sum(state.rows for state in states)
         started_s = self._clock()
+        tokens = max((state.text_tokens for state in states), default=0)
+        self.movement.expect(self._runner.step_s(states[0].lane, rows, tokens))
         try:
             failures = self._runner.step(states)
         except BaseException as error:
@@ -365,6 +371,7 @@ class Engine(Generic[StateT]):
         with self._changed:
             if self._tickets.get(ticket.job_id) is ticket:
                 del self._tickets[ticket.job_id]
+            self.movement.moved(has_jobs=bool(self._tickets))
             self._changed.notify_all()
         ticket.resolve(outcome)
 
@@ -384,6 +391,7 @@ class Engine(Generic[StateT]):
             self._stopped = True
             tickets = list(self._tickets.values())
             self._tickets.clear()
+            self.movement.moved(has_jobs=False)
             self._prepared.clear()
             self._out_of_memory.clear()
             self._changed.notify_all()

@@ -79,6 +79,10 @@ class Runner(Costs, Protocol[StateT]):
     def decodes_beside(self) -> bool:
         """Whether `decode` may run on another thread while `step` runs, and gains by it."""
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether something compiles or is captured, so that a step may take minutes."""
+
     def prepare(self, job: Job) -> StateT:
         """Encode the text and draw the noise. An error is this job's alone. Called on any thread."""
 

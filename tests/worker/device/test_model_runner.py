@@ -413,6 +413,17 @@ def test_warm_up_refuses_a_model_that_gives_nan(tmp_path: Path) -> None:
         tiny.runner.warm_up()
 
 
+def test_warm_up_names_a_device_that_fails(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU with a hardware fault, or one that this torch has no kernels for."""
+
+    def fail(self: object, states: object) -> None:
+        raise DeviceError("The device failed to denoise: CUDA error: no kernel image is available")
+
+    monkeypatch.setattr(ModelRunner, "step", fail)
+    with pytest.raises(SettingsError, match=r"^The device cpu .* one small picture .* nvidia-smi"):
+        sd1.runner.warm_up()
+
+
 # --- a job fails alone --------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,7 @@ class FakeRunner:
     """A device for tests; each attribute below makes something happen."""
 
     job_s = 1.0
+    is_compiling = False
 
     def __init__(self, max_rows: int = 8, memory_rows: int = 10**6, *, decodes_beside: bool = False) -> None:
         self.max_rows = max_rows
