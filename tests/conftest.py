@@ -15,7 +15,8 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,6 +41,10 @@ _FOREIGN = (
     "SMALLCAT_",
     "USE_MEMORY_EFFICIENT_ATTENTION",
 )
+
+
+#: How the names of threads begin that submit jobs to the Redis that the environment names.
+_SUBMITTING = ("run ", "feeder")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_tests and not _has_gpu():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
+    """Fail a test that leaves a thread behind which submits jobs: it would do so to a later test's Redis."""
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith(_SUBMITTING)]
+    assert not left, f"threads that submit jobs outlive their test: {left}"
 
 
 def _has_gpu() -> bool:

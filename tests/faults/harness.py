@@ -27,6 +27,7 @@ from deploy.embedded.stack import BUCKET, Stack
 from producer import submit_job
 from worker.broker.transport import OLD_UNACKED, OLD_UNACKED_INDEX, UNACKED, UNACKED_INDEX
 from worker.contract.errors import QueueError
+from worker.contract.found_message import FoundMessage
 from worker.contract.job import Job
 from worker.contract.queues import lists_of, queues_of
 from worker.engine.capacity import jobs_in_flight
@@ -231,6 +232,14 @@ class Ground:
         """Messages that wait in the queues of the fake's model."""
         with self.redis as client:
             return sum(int(client.llen(each)) for queue in queues_of(SERVED) for each in lists_of(queue))
+
+    def waiting(self) -> Counter[str]:
+        """How many messages of each job wait there, whoever sent them."""
+        with self.redis as client, client.pipeline(transaction=False) as pipe:
+            for queue in queues_of(SERVED):
+                for each in lists_of(queue):
+                    pipe.lrange(each, 0, -1)
+            return Counter(FoundMessage.read(raw).id[:32] for found in pipe.execute() for raw in found)
 
     def unsettled(self) -> int:
         """Messages that Redis takes for held."""

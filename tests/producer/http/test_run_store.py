@@ -23,6 +23,15 @@ DAY_S = 86_400.0
 SECRET = "a very private prompt"
 
 
+@pytest.fixture(autouse=True)
+def threads_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each run's thread ends before what stands in for Redis is taken away: then it would feed a real one."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("run "):
+            thread.join(10)
+
+
 @pytest.fixture
 def feeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
     """Sets what is done in place of feeding a run to Redis. At the end all stores have ended."""
