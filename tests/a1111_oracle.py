@@ -162,6 +162,8 @@ class Encoder:
     tokenizer: Any
     model: Any
     skips: bool
+    #: The setting "CLIP skip", which the web UI's class for SDXL reads nowhere (sd_hijack_clip.py).
+    clip_skip: int = 1
 
     def __call__(self, texts: list[str], count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(texts, tokens, width), all texts encoded together, chunk by chunk; and the first one's pooled."""
@@ -177,6 +179,8 @@ class Encoder:
                 weights.append([1.0, *(weight for _, weight in chunk)] + [1.0] * (76 - len(chunk)))
             output = self.model(torch.tensor(ids), output_hidden_states=True)
             hidden = output.hidden_states[-2] if self.skips else output.last_hidden_state
+            if self.clip_skip > 1 and not self.skips:
+                hidden = self.model.final_layer_norm(output.hidden_states[-self.clip_skip])
             mean = hidden.mean()
             hidden = hidden * torch.tensor(weights)[..., None]
             outputs.append(hidden * (mean / hidden.mean()))

@@ -128,7 +128,7 @@ class ToyFlow:
     def rows(self, guidance_scale: float) -> int:
         return 2 if guidance_scale > 1 else 1
 
-    def encode(self, prompt: str, negative: str, *, guided: bool) -> Text:
+    def encode(self, prompt: str, negative: str, *, guided: bool, clip_skip: int = 1) -> Text:
         texts = [negative, prompt] if guided else [prompt]
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         sequence = self.sequence_encoder(ids.to(self._device)).last_hidden_state
@@ -137,9 +137,12 @@ class ToyFlow:
         return Text({"text": sequence, "pooled": pooled}, warnings)
 
     def encode_pieces(
-        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool
+        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool, clip_skip: int = 1
     ) -> Sequence[Row]:
         raise InvalidJobError("prompt_syntax is a1111, but this model knows plain prompts alone.")
+
+    def unused_in_a1111(self, clip_skip: int) -> tuple[str, ...]:
+        return ()
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
         _, height, width = self.lane(job.width or 0, job.height or 0)

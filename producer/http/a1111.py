@@ -117,7 +117,7 @@ def _info(asked: Asked, results: Sequence[JobResult]) -> dict[str, Any]:
         "infotexts": [write(job) for job in jobs],
         "styles": [],
         "job_timestamp": datetime.now().strftime("%Y%m%d%H%M%S"),  # noqa: DTZ005 - as it is there
-        "clip_skip": 1,
+        "clip_skip": first.clip_skip if first else 1,
         "is_using_inpainting_conditioning": False,
         "version": "smallcat",
     }

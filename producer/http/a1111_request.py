@@ -64,14 +64,13 @@ _HARMLESS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "s_churn": (_is_off, "it is not offered: set it to 0"),
     "s_min_uncond": (_is_off, "it is not offered: set it to 0"),
     "s_noise": (_is_one, "it is not offered: set it to 1"),
-    "clip_skip": (_is_one, "skipping layers of CLIP is not offered: set it to 1"),
     "init_images": (_is_empty, "image to image is not offered: leave it out"),
     "mask": (_is_empty, "inpainting is not offered: leave it out"),
     "infotext": (_is_empty, "it is not offered: send its parameters by their names"),
 }
 #: Likewise in `override_settings`, and among the options that may be set.
 HARMLESS_SETTINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
-    "CLIP_stop_at_last_layers": (_is_one, "skipping layers of CLIP is not offered: set it to 1"),
+    "CLIP_stop_at_last_layers": (_is_one, "it is set in each request: give it in override_settings there"),
     "sd_vae": (_is_automatic, "the model's own VAE is used: set it to Automatic"),
     "forge_additional_modules": (_is_empty, "modules of Forge are not offered: leave it out"),
     "forge_preset": (lambda _: True, ""),
@@ -109,12 +108,17 @@ def read_request(body: Any) -> Asked:
         raise InvalidJobError(f"override_settings is {short(settings)}: it must be an object.")
     settings = {name: value for name, value in settings.items() if value is not None}
     model = settings.pop("sd_model_checkpoint", None)
+    clip_skip = settings.pop("CLIP_stop_at_last_layers", None)
     for name in settings:
         if name not in HARMLESS_SETTINGS:
             raise RefusedError(
                 422, f"override_settings has {short(name)}, which is not offered: leave it out."
             )
     _refuse_others(settings, HARMLESS_SETTINGS, "override_settings: ")
+    if clip_skip is not None:
+        body = {"clip_skip": clip_skip} | body
+    if body.get("clip_skip") in (0, "0"):  # None is skipped; AUTOMATIC1111 counts from 1.
+        body = body | {"clip_skip": 1}
     fields = _job_fields(body)
     if "samples_format" in settings:
         fields.setdefault("format", settings["samples_format"])

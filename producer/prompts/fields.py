@@ -47,7 +47,7 @@ _SAMPLERS = frozenset(("sampler", "samplername"))
 #: Names of other programs that change a picture there and mean nothing here.
 _MEANINGLESS = (
     *("outpath_samples", "outpath_grids", "prompt_for_display", "styles", "subseed_strength", "subseed"),
-    *("seed_resize_from_h", "seed_resize_from_w", "sampler_index", "restore_faces", "tiling", "clip_skip"),
+    *("seed_resize_from_h", "seed_resize_from_w", "sampler_index", "restore_faces", "tiling"),
     *("do_not_save_samples", "do_not_save_grid", "denoising_strength", "strength", "init_image", "mask"),
     *("enable_hr", "hr_scale", "hr_upscaler", "hires", "hires_fix", "loras", "lora", "vae", "eta", "refiner"),
     *("aspect_ratio", "checkpoint", "ckpt_name", "sd_model_checkpoint", "model_hash", "denoise"),

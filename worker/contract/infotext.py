@@ -76,7 +76,7 @@ _HARMLESS = frozenset(
 #: Keys of pictures that began with another one, beside the denoising strength.
 _OTHER_START = frozenset(("Mask blur", "Masked area padding", "Inpaint area", "Masked content", "Init image"))
 #: What is left out and is as a job does it.
-_NEUTRAL = frozenset(("Clip skip: 1", "Emphasis: Original", "Operations: txt2img"))
+_NEUTRAL = frozenset(("Emphasis: Original", "Operations: txt2img"))
 #: The type of each of Civitai's resources.
 _RESOURCE = re.compile(r'"type": ?"(\w{1,30})"')
 #: What is never part of a prompt that was read rightly.
@@ -200,7 +200,11 @@ def _fields(
     if entry.kind in (int, float):
         value = _number(entry.kind, key, text)
         # -1 is AUTOMATIC1111's way of asking for a random seed.
-        return {} if not is_ours and entry.is_made and value == -1 else {entry.name: value}
+        if not is_ours and entry.is_made and value == -1:
+            return {}
+        if not is_ours and entry.name == "clip_skip":
+            value = max(1, abs(value))  # 0 is none, too; some tools count as ComfyUI does, -1 and down.
+        return {entry.name: value}
     if entry.kind is bool:
         # What is neither stays, and the job's own error names it.
         return {entry.name: text if (truth := truth_of(text)) is None else truth}

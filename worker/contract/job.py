@@ -24,7 +24,7 @@ from worker.contract.served_model import Defaults, ServedModel
 
 #: Version of messages that this code reads, and writes at most: see `version_needed`. Every change of what a
 #: job may be (a field, a choice, a wider limit) takes a new number, and says so by `JobField.since`.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 #: Version of what is hashed into the id, which a new field does not change: at its default it is left out.
 #: Another number here gives every job another id, and so orphans all stored pictures.
 ID_VERSION = 1

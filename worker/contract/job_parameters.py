@@ -38,6 +38,8 @@ MIN_SIZE, MAX_SIZE, SIZE_STEP = 64, 2_048, 8
 MAX_STEPS = 150
 #: Classifier-free guidance, at most (Ho and Salimans, 2022, in diffusers' parametrisation).
 MAX_GUIDANCE = 30.0
+#: Layers of a text encoder, from its end, that can be taken: SD 1.x has so many.
+MAX_CLIP_SKIP = 12
 #: Seeds are 0 to this number, which `torch.Generator.manual_seed` takes without wrapping around.
 MAX_SEED = 2**63 - 1
 #: Bytes of metadata as compact JSON, at most.
@@ -232,6 +234,13 @@ class JobParameters(BaseModel):
         AfterValidator(readable),
         JobField(since=2, infotext_ours_only=True),
     ] = PromptSyntax.PLAIN
+    #: The text encoder's layer that is taken, 1 to 12 from its end: 1 is the last one, 2 the last but one, as
+    #: AUTOMATIC1111 counts. diffusers' argument of that name is one less.
+    clip_skip: Annotated[
+        int,
+        Field(ge=1, le=MAX_CLIP_SKIP, strict=True),
+        JobField(since=3, headings=("clipskip", "clip_stop_at_last_layers")),
+    ] = 1
     #: The picture's encoding.
     format: Annotated[
         ImageFormat,
@@ -268,6 +277,7 @@ class JobFields(TypedDict, total=False):
     model: str
     revision: str
     prompt_syntax: PromptSyntax | str
+    clip_skip: int
     format: ImageFormat | str
     priority: int
     metadata: dict[str, Any]

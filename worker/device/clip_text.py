@@ -1,9 +1,10 @@
-"""Weighted texts of any length through CLIP's text encoders, as AUTOMATIC1111 takes them.
+"""Texts through CLIP's text encoders: plain ones as diffusers takes them, others as AUTOMATIC1111 does.
 
-The web UI's rules (its version 1.10.1, modules/sd_hijack_clip.py, sd_hijack_open_clip.py and sd_emphasis.py)
-with its default settings: emphasis "Original", 20 tokens to go back to a comma, no layer skipped. A text is
-cut into chunks of the encoder's window less its two marks: 75 tokens. Each chunk is encoded by itself, and
-the results are put behind one another.
+A plain text is cut to the encoder's window. Of others the web UI's rules hold (its version 1.10.1,
+modules/sd_hijack_clip.py, sd_hijack_open_clip.py and sd_emphasis.py) with its default settings: emphasis
+"Original", 20 tokens to go back to a comma, layers skipped in SD 1.x and 2.x alone. A text is cut into chunks
+of the encoder's window less its two marks: 75 tokens. Each chunk is encoded by itself, and the results are
+put behind one another.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ AT_ONCE = 32
 
 #: A piece of a text: its tokens, or None for a new chunk; and the weight of its tokens.
 Tokens = tuple[Sequence[int] | None, float]
+#: (..., tokens, width) float32, and the pooled output (..., width), which SDXL's second encoder has.
+Encoded = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass
@@ -80,17 +83,38 @@ class ClipEncoder:
         comma: int | None = self.tokenizer.get_vocab().get(",</w>")
         return comma
 
+    @property
+    def layers(self) -> int:
+        """The model's layers, > 0."""
+        return int(self.model.config.num_hidden_layers)
+
+    def encode_plain(self, text: str, clip_skip: int) -> Encoded:
+        """(1, window, width) float32; and (1, width) where the model has a pooled output.
+
+        `clip_skip`: 1 is none. As diffusers counts, which has one less, SDXL's are skipped from its own, the
+        last but one.
+        """
+        window, end = self.tokenizer.model_max_length, self.tokenizer.eos_token_id
+        ids = [self.tokenizer.bos_token_id, *self._tokens(text)[: window - 2], end]
+        mask = None
+        if getattr(self.model.config, "use_attention_mask", False):
+            mask = torch.tensor([[1] * len(ids) + [0] * (window - len(ids))])
+        ids += [self.tokenizer.pad_token_id] * (window - len(ids))
+        return self._forward(torch.tensor([ids]), clip_skip + self.is_penultimate, mask)
+
     def encode(
-        self, texts: Sequence[Sequence[Chunk]], counts: Sequence[int], chunks: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, texts: Sequence[Sequence[Chunk]], counts: Sequence[int], chunks: int, clip_skip: int = 1
+    ) -> Encoded:
         """(texts, chunks x window, width) float32; and (texts, width) where the model has a pooled output.
 
         Texts that are shorter than `chunks` are filled up with empty chunks. The mean that emphasis restores
-        is that of all texts together, each as often as `counts` says.
+        is that of all texts together, each as often as `counts` says. `clip_skip`: 1 is none; SDXL has its
+        last layer but one in any case.
         """
         padded = [[*text, *(Chunk() for _ in range(chunks - len(text)))] for text in texts]
         ids = torch.tensor([[self._ids(chunk) for chunk in text] for text in padded])
-        outputs = [self._forward(part) for part in ids.flatten(0, 1).split(AT_ONCE)]
+        from_end = 2 if self.is_penultimate else clip_skip
+        outputs = [self._forward(part, from_end) for part in ids.flatten(0, 1).split(AT_ONCE)]
         hidden = torch.cat([output for output, _ in outputs]).unflatten(0, ids.shape[:2])
         weights = torch.tensor([[self._weights(chunk) for chunk in text] for text in padded])
         hidden = emphasized(hidden, weights.to(hidden.device), torch.tensor(counts, device=hidden.device))
@@ -115,11 +139,27 @@ class ClipEncoder:
         left = self.tokenizer.model_max_length - 1 - len(chunk.weights)
         return [1.0, *chunk.weights, *[1.0] * left]
 
-    def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output = self.model(ids.to(self.model.device), output_hidden_states=self.is_penultimate)
-        hidden = output.hidden_states[-2] if self.is_penultimate else output.last_hidden_state
+    def _forward(self, ids: torch.Tensor, from_end: int, mask: torch.Tensor | None = None) -> Encoded:
+        """The output of a layer, counted from the last one, which is 1; and the pooled output.
+
+        SDXL takes a layer's output as it is, the others put it through the model's last norm.
+        """
+        device = self.model.device
+        output = self.model(
+            ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            output_hidden_states=from_end > 1,
+        )
+        hidden = output.hidden_states[-from_end] if from_end > 1 else output.last_hidden_state
+        if from_end > 1 and not self.is_penultimate:
+            hidden = _last_norm(self.model)(hidden)
         pooled = getattr(output, "text_embeds", None)
         return hidden.float(), None if pooled is None else pooled.float()
+
+
+def _last_norm(model: Any) -> Any:
+    """CLIP's last norm. Up to its version 4 transformers has it in a part of its own."""
+    return getattr(model, "text_model", model).final_layer_norm
 
 
 def emphasized(hidden: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -145,21 +185,35 @@ class ClipTexts:
 
     encoders: Sequence[ClipEncoder]
 
-    def encode(
-        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    @property
+    def layers(self) -> int:
+        """Layers of the encoder that has the fewest."""
+        return min(encoder.layers for encoder in self.encoders)
+
+    def encode_plain(self, text: str, clip_skip: int = 1) -> Encoded:
+        """(1, tokens, width) float32; and the pooled output (1, width). See `ClipEncoder.encode_plain`."""
+        return _side_by_side([encoder.encode_plain(text, clip_skip) for encoder in self.encoders])
+
+    def encode(self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], clip_skip: int = 1) -> Encoded:
         """(texts, tokens, width) float32, the same tokens for each; and the pooled output (texts, width).
 
         `counts`: for how many steps each text is one. See `ClipEncoder.encode`.
         """
         chunked = [[encoder.chunks(text) for text in texts] for encoder in self.encoders]
         chunks = max(len(text) for of_encoder in chunked for text in of_encoder)
-        outputs = [
-            encoder.encode(of_encoder, counts, chunks)
-            for encoder, of_encoder in zip(self.encoders, chunked, strict=True)
-        ]
-        pooled = [output for _, output in outputs if output is not None]
-        return torch.cat([hidden for hidden, _ in outputs], dim=-1), pooled[-1] if pooled else None
+        return _side_by_side(
+            [
+                encoder.encode(of_encoder, counts, chunks, clip_skip)
+                for encoder, of_encoder in zip(self.encoders, chunked, strict=True)
+            ]
+        )
+
+
+def _side_by_side(
+    outputs: Sequence[Encoded],
+) -> Encoded:
+    pooled = [output for _, output in outputs if output is not None]
+    return torch.cat([hidden for hidden, _ in outputs], dim=-1), pooled[-1] if pooled else None
 
 
 def encoders_of(pipeline: Any) -> Iterator[ClipEncoder]:

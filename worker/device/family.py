@@ -100,20 +100,25 @@ class ModelFamily(Protocol):
         A model that has guidance embedded takes one row, and the scale among its `conditions`.
         """
 
-    def encode(self, prompt: str, negative: str, *, guided: bool) -> Text:
+    def encode(self, prompt: str, negative: str, *, guided: bool, clip_skip: int = 1) -> Text:
         """Encode a job's texts: two rows if `guided`, else one. An empty `negative` is no negative prompt.
 
-        One call at a time: tokenizers are not safe to use from several threads.
+        `clip_skip`: the layer of the text encoder that is taken, from its end; 1 is the last one. One call at
+        a time: tokenizers are not safe to use from several threads. Raises `InvalidJobError` for a layer that
+        there is not.
         """
 
     def encode_pieces(
-        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool
+        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool, clip_skip: int = 1
     ) -> Sequence[Row]:
         """Encode the texts, in AUTOMATIC1111's syntax, that one prompt is by step, each `counts` times.
 
-        `is_none`: it is a negative prompt that is empty. One call at a time. Raises `InvalidJobError` where
-        the family knows plain prompts alone.
+        `is_none`: it is a negative prompt that is empty. `clip_skip`: as in `encode`. One call at a time.
+        Raises `InvalidJobError` also where the family knows plain prompts alone.
         """
+
+    def unused_in_a1111(self, clip_skip: int) -> tuple[str, ...]:
+        """A sentence for each parameter of a job's texts that the syntax `a1111` has no use for here."""
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
         """What the model takes besides latents, timestep and text: (rows, ...) each, the same for all rows.

@@ -43,24 +43,28 @@ class TextEncoder:
         negative = job.negative_prompt if guided else ""
         with self._lock:
             if job.prompt_syntax is PromptSyntax.A1111:
-                return self._a1111(job.prompt, negative if guided else None, steps)
-            key = (job.prompt, negative, guided)
-            text = self._once(key, lambda: self._family.encode(job.prompt, negative, guided=guided))
+                return self._a1111(job.prompt, negative if guided else None, steps, job.clip_skip)
+            key = (job.prompt, negative, guided, job.clip_skip)
+            text = self._once(
+                key,
+                lambda: self._family.encode(job.prompt, negative, guided=guided, clip_skip=job.clip_skip),
+            )
             return plain_text(text.conditions, text.warnings, guided=guided)
 
-    def _a1111(self, prompt: str, negative: str | None, steps: int) -> JobText:
+    def _a1111(self, prompt: str, negative: str | None, steps: int, clip_skip: int) -> JobText:
         """The texts in AUTOMATIC1111's syntax. `negative`: None for a job without guidance."""
         parts = a1111_syntax.parts(prompt)
         without = None
         if negative is not None:
-            without = self._timed(a1111_syntax.without_comments(negative), steps, is_negative=True)
+            without = self._timed(a1111_syntax.without_comments(negative), steps, clip_skip, is_negative=True)
         return JobText(
-            [self._timed(part.text, steps, is_negative=False) for part in parts],
+            [self._timed(part.text, steps, clip_skip, is_negative=False) for part in parts],
             [part.weight for part in parts],
             without,
+            self._family.unused_in_a1111(clip_skip),
         )
 
-    def _timed(self, text: str, steps: int, *, is_negative: bool) -> Timed:
+    def _timed(self, text: str, steps: int, clip_skip: int, *, is_negative: bool) -> Timed:
         """A text that may change by step."""
         schedule = a1111_syntax.schedule(text, steps)
         texts = [each for _, each in schedule]
@@ -70,9 +74,9 @@ class TextEncoder:
         is_none = is_negative and different == [""]
 
         def encode() -> Sequence[Row]:
-            return self._family.encode_pieces(pieces, counts, is_none=is_none)
+            return self._family.encode_pieces(pieces, counts, is_none=is_none, clip_skip=clip_skip)
 
-        rows = self._once((tuple(texts), is_none), encode)
+        rows = self._once((tuple(texts), is_none, clip_skip), encode)
         by_text = dict(zip(different, rows, strict=True))
         return Timed([end for end, _ in schedule], [by_text[each] for each in texts])
 

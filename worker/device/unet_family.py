@@ -14,10 +14,11 @@ import torch
 
 from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import Scheduler
+from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.device import unet_patches
 from worker.device.attention import Layer, shape_of
-from worker.device.clip_text import ClipTexts, encoders_of
+from worker.device.clip_text import ClipTexts, Encoded, encoders_of
 from worker.device.family import Lane, Schedulers, Text
 from worker.device.job_text import TEXT_BIAS, Row
 from worker.device.samplers import CLASSES
@@ -25,6 +26,11 @@ from worker.device.text_encoder import cut_warning, unknown_words_warning
 
 #: The name of the text embeddings among a row's conditions: (rows, tokens, width).
 TEXT = "encoder_hidden_states"
+#: The warning of a job of SDXL that skips layers as AUTOMATIC1111 does.
+SKIPS_NONE = (
+    "clip_skip {} has no effect on SDXL in the syntax a1111, as in AUTOMATIC1111: its text is that of the "
+    "last layer but one in any case."
+)
 
 
 class UNetFamily:
@@ -96,40 +102,53 @@ class UNetFamily:
         embeds_guidance = self._unet.config.time_cond_proj_dim is not None
         return 2 if guidance_scale > 1 and not embeds_guidance else 1
 
-    def encode(self, prompt: str, negative: str, *, guided: bool) -> Text:
-        """Text embeddings by diffusers' `encode_prompt`, and for SDXL the pooled ones as `text_embeds`.
+    def encode(self, prompt: str, negative: str, *, guided: bool, clip_skip: int = 1) -> Text:
+        """As diffusers' `encode_prompt` encodes them: layers are skipped of the prompt alone.
 
         An SDXL model may take zeros where there is no negative prompt.
         """
-        # (positive, negative), and for SDXL (..., pooled positive, pooled negative).
-        encoded = self._pipeline.encode_prompt(
-            prompt,
-            device=self._device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negative or None,
-        )
-        order = (1, 0) if guided else (0,)
-        embeddings = (
-            torch.cat([encoded[first + row] for row in order]).to(self._dtype)
-            for first in range(0, len(encoded), 2)
-        )
+        self._check_layers(clip_skip)
+        rows = [self._clip.encode_plain(prompt, clip_skip)]
+        if guided and not negative and getattr(self._pipeline.config, "force_zeros_for_empty_prompt", False):
+            rows.insert(0, _zeros_like(rows[0]))
+        elif guided:
+            rows.insert(0, self._clip.encode_plain(negative))
         warnings = cut_warning(self._pipeline.tokenizer, "prompt", prompt)
         warnings += unknown_words_warning(self._pipeline.tokenizer, prompt)
         if guided:
             warnings += cut_warning(self._pipeline.tokenizer, "negative prompt", negative)
-        return Text(dict(zip((TEXT, "text_embeds"), embeddings, strict=False)), warnings)
+        return Text({name: torch.cat(tensors) for name, tensors in self._named(rows).items()}, warnings)
 
     def encode_pieces(
-        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool
+        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool, clip_skip: int = 1
     ) -> Sequence[Row]:
         """As the web UI encodes them, and for SDXL zeros for a negative prompt that is empty."""
-        hidden, pooled = self._clip.encode(texts, counts)
-        named = {TEXT: hidden} if pooled is None else {TEXT: hidden, "text_embeds": pooled}
+        self._check_layers(clip_skip)
+        encoded = self._clip.encode(texts, counts, clip_skip)
         if self._is_xl and is_none:
-            named = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
-        named = {name: tensor.to(self._device, self._dtype) for name, tensor in named.items()}
+            encoded = _zeros_like(encoded)
+        named = {name: tensor for name, [tensor] in self._named([encoded]).items()}
         return [{name: tensor[[row]] for name, tensor in named.items()} for row in range(len(texts))]
+
+    def unused_in_a1111(self, clip_skip: int) -> tuple[str, ...]:
+        """The web UI takes SDXL's last layer but one, whatever CLIP skip says."""
+        return (SKIPS_NONE.format(clip_skip),) if self._is_xl and clip_skip > 1 else ()
+
+    def _named(self, rows: Sequence[Encoded]) -> dict[str, list[torch.Tensor]]:
+        """What the UNet takes of encoded texts, by name, on its device and in its dtype."""
+        found = {TEXT: [hidden for hidden, _ in rows]}
+        if self._is_xl:
+            found["text_embeds"] = [pooled for _, pooled in rows if pooled is not None]
+        return {
+            name: [each.to(self._device, self._dtype) for each in tensors] for name, tensors in found.items()
+        }
+
+    def _check_layers(self, clip_skip: int) -> None:
+        if clip_skip > (layers := self._clip.layers):
+            raise InvalidJobError(
+                f"clip_skip is {clip_skip}, but this model's text encoder has {layers} layers: use 1 to "
+                f"{layers}."
+            )
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
         """Embedded guidance as `timestep_cond` (LCM), and sizes as `time_ids` (SDXL)."""
@@ -223,3 +242,8 @@ class UNetFamily:
             return None
         checked, verdicts = self._pipeline.run_safety_checker(images, self._device, self._dtype)
         return checked, list(verdicts)
+
+
+def _zeros_like(encoded: Encoded) -> Encoded:
+    hidden, pooled = encoded
+    return torch.zeros_like(hidden), None if pooled is None else torch.zeros_like(pooled)

@@ -181,11 +181,8 @@ def test_silly_tavern_draws(api: Api) -> None:
         ({"subseed_strength": 0.5}, "variation seeds are not offered"),
         ({"refiner_checkpoint": "xl-refiner"}, "refiners are not offered"),
         ({"init_images": ["x"]}, "image to image is not offered"),
-        ({"clip_skip": 2}, "skipping layers of CLIP is not offered"),
-        (
-            {"override_settings": {"CLIP_stop_at_last_layers": 2}},
-            "override_settings: CLIP_stop",
-        ),
+        ({"clip_skip": 13}, "clip_skip is 13"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 13}}, "clip_skip is 13"),
         ({"override_settings": {"sd_vae": "x.vae.pt"}}, "the model's own VAE is used"),
         ({"override_settings": {"sd_hypernetwork": "x"}}, "override_settings has 'sd_hypernetwork'"),
         ({"override_settings": {"sd_model_checkpoint": "sdxl"}}, "No worker serves the model 'sdxl'"),
@@ -224,6 +221,15 @@ def test_an_option_can_only_be_set_to_what_it_is(api: Api) -> None:
     answer = api.call("POST", "/sdapi/v1/options", {"CLIP_stop_at_last_layers": 2})
     assert (answer.status, answer.json["error"]) == (422, "UnprocessableEntity")
     assert api.call("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "nothing"}).status == 422
+
+
+@pytest.mark.parametrize("given", [{"clip_skip": 2}, {"override_settings": {"CLIP_stop_at_last_layers": 2}}])
+def test_layers_of_clip_are_skipped_where_a_request_says_so(api: Api, given: dict[str, Any]) -> None:
+    answer = txt2img(api, **given)
+    assert answer.status == 200, answer.body
+    info = json.loads(answer.json["info"])
+    assert info["clip_skip"] == 2
+    assert "Clip skip: 2" in info["infotexts"][0]
 
 
 def test_values_may_be_texts_as_its_api_takes_them(api: Api) -> None:

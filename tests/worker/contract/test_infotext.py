@@ -140,9 +140,14 @@ def test_a_picture_of_automatic1111_can_be_asked_for_again() -> None:
     assert job.prompt == 'masterpiece, (small cat:1.3), \non a "red" sofa'
     assert job.negative_prompt == "EasyNegative, lowres,\nbad anatomy"
     assert (job.steps, job.scheduler, job.guidance_scale) == (28, Scheduler.DPMPP_2M_KARRAS, 7.0)
-    assert (job.seed, job.width, job.height) == (2961093478, 512, 768)
+    assert (job.seed, job.width, job.height, job.clip_skip) == (2961093478, 512, 768, 2)
     # Its model's file name and hash mean nothing to this fleet.
     assert (job.model, job.revision) == ("default", "")
+
+
+@pytest.mark.parametrize(("text", "clip_skip"), [("0", 1), ("1", 1), ("2", 2), ("-2", 2), ("12", 12)])
+def test_other_tools_ways_to_count_layers_mean_the_same(text: str, clip_skip: int) -> None:
+    assert read(f"a cat\nSteps: 20, Seed: 1, Clip skip: {text}").clip_skip == clip_skip
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,7 @@ OTHER_VALUES: dict[str, Any] = {
     "guidance_stop": 0.75,
     "scheduler": "ddim",
     "prompt_syntax": "a1111",
+    "clip_skip": 2,
     "model": "another/model",
     "revision": "fedcba9876543210",
     "format": "webp",

@@ -105,6 +105,8 @@ class Model:
         kind, options = CLASSES.get(job.scheduler, (type(self.own).__name__, {}))
         self.pipeline.scheduler = getattr(diffusers, kind).from_config(self.own.config, **options)
         self.pipeline.scheduler.set_timesteps(job.steps)
+        for encoder in self.encoders:
+            encoder.clip_skip = job.clip_skip
         steps, step = len(self.pipeline.scheduler.timesteps), 0
 
         def forward(sample: Any, time: Any, encoder_hidden_states: Any, **more: Any) -> Any:
@@ -220,6 +222,25 @@ def test_pictures_in_mixed_batches_are_diffusers_own(model: str, request: pytest
     for job in plain:
         # A short prompt without weights is the same in both syntaxes.
         tiny.check(job.model_copy(update={"prompt_syntax": "a1111"}), done[job.seed])
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_jobs_that_skip_layers_are_the_web_uis_beside_others(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    """Of both prompts in SD 1.x. In SDXL it skips none, which a warning says."""
+    tiny: Model = request.getfixturevalue(model)
+    jobs = [
+        job.model_copy(update={"clip_skip": 1 + number % 2})
+        for number, job in enumerate(jobs_of(*TEXTS[1:4], ("a cat", ""), ("a cat", "")))
+    ]
+    done = together(tiny.runner, jobs)
+    for job in jobs:
+        tiny.check(job, done[job.seed])
+        warnings = tiny.runner.prepare(job).warnings
+        assert any("clip_skip 2 has no effect" in each for each in warnings) == (
+            model == "sdxl" and job.clip_skip == 2
+        )
 
 
 def test_exact_mode_gives_the_same_bits_whatever_the_length_of_the_others(sd1: Model) -> None:

@@ -175,7 +175,10 @@ class Family:
         )
         self.calls: list[tuple[list[int], bool]] = []
 
-    def encode_pieces(self, texts: Any, counts: Any, *, is_none: bool) -> Any:
+    def unused_in_a1111(self, clip_skip: int) -> tuple[str, ...]:
+        return ()
+
+    def encode_pieces(self, texts: Any, counts: Any, *, is_none: bool, clip_skip: int) -> Any:
         self.calls.append((list(counts), is_none))
         hidden, _ = self.clip.encode(texts, counts)
         return [{"text": hidden[[row]]} for row in range(len(texts))]

@@ -33,6 +33,7 @@ from worker.contract.settings import WorkerSettings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
 from worker.device.samplers import CLASSES
+from worker.device.unet_family import UNetFamily
 from worker.engine.runner import Picture
 from worker.model import loader
 
@@ -58,6 +59,8 @@ class Model:
         self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.own = self.pipeline.scheduler
+        # diffusers 0.42.1 looks for the last norm where transformers had it before version 5.
+        object.__setattr__(self.pipeline.text_encoder, "text_model", self.pipeline.text_encoder)
 
     def expected(self, job: Job) -> NDArray[np.uint8]:
         """The pixels of diffusers' own call for `job`."""
@@ -66,6 +69,8 @@ class Model:
         arguments: dict[str, Any] = {"negative_prompt": job.negative_prompt or None}
         if isinstance(self.pipeline, diffusers.LatentConsistencyModelPipeline):
             arguments = {}
+        if job.clip_skip > 1:
+            arguments["clip_skip"] = job.clip_skip - 1
         job = job.resolved(self.runner.served)
         return np.asarray(
             self.pipeline(
@@ -197,6 +202,22 @@ def test_negative_prompts(model: str, request: pytest.FixtureRequest) -> None:
     assert len({picture.pixels.tobytes() for picture in pictures if isinstance(picture, Picture)}) > 1
 
 
+@pytest.mark.parametrize("model", ["sd1", "sd2", "sdxl", "lcm"])
+def test_layers_are_skipped_as_diffusers_skips_them(model: str, request: pytest.FixtureRequest) -> None:
+    """Of the prompt alone, whose argument in diffusers is one less; in a batch with jobs that skip none."""
+    tiny: Model = request.getfixturevalue(model)
+    jobs = [
+        a_job(clip_skip=skip, negative_prompt=negative, seed=number)
+        for number, (skip, negative) in enumerate(((2, ""), (1, ""), (2, "dogs"), (1, "dogs")))
+    ]
+    pictures = finish(tiny.runner, *prepared(tiny.runner, *jobs))
+    for job, picture in zip(jobs, pictures, strict=True):
+        tiny.check(job, picture)
+    assert not np.array_equal(tiny.expected(jobs[0]), tiny.expected(a_job(seed=0)))
+    with pytest.raises(InvalidJobError, match="clip_skip is 3, but this model's text encoder has 2 layers"):
+        tiny.runner.prepare(a_job(clip_skip=3))
+
+
 def test_sdxl_latents_with_mean_and_deviation(tmp_path: Path) -> None:
     tiny = Model(tiny_models.tiny_sdxl(tmp_path / "moments", latents_mean=True))
     job = a_job()
@@ -324,11 +345,11 @@ def test_a_prompt_that_just_fits_has_no_warning(sd2: Model) -> None:
 
 def test_text_is_encoded_once(sd1: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    encode = sd1.loaded.pipeline.encode_prompt
+    encode = UNetFamily.encode
     monkeypatch.setattr(
-        sd1.loaded.pipeline,
-        "encode_prompt",
-        lambda *args, **more: calls.append(args[0]) or encode(*args, **more),
+        UNetFamily,
+        "encode",
+        lambda self, *args, **more: calls.append(args[0]) or encode(self, *args, **more),
     )
     prompt = "encoded only once"
     for seed in range(3):

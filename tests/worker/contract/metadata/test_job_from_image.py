@@ -417,7 +417,7 @@ def test_an_infotext_is_read_as_it_looks_after_its_travels(text: str) -> None:
     [
         (
             {"parameters": f'a cat\n{PAIRS}, Hires upscale: 2, Clip skip: 2, VAE: None, Lora hashes: "a: b"'},
-            ["Hires upscale: 2", "Clip skip: 2", "Lora hashes: a: b"],
+            ["Hires upscale: 2", "Lora hashes: a: b"],
         ),
         ({"parameters": f"a cat\n{PAIRS}, Refiner: xl [1], Refiner switch at: 0.8"}, ["Refiner: xl"]),
         ({"parameters": f'a cat\n{PAIRS}, ControlNet 0: "Module: canny, Weight: 1"'}, ["ControlNet 0"]),
@@ -711,14 +711,14 @@ def test_what_a_job_cannot_say_goes_with_it_in_its_metadata() -> None:
     """A warning is gone with the process that read the picture; metadata is in the record."""
     infotext = (
         "a cat <lora:x:1>\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, "
-        "Clip skip: 2, Hires upscale: 2, Note: " + "y" * 9_000
+        "Tiling: True, Hires upscale: 2, Note: " + "y" * 9_000
     )
-    with pytest.warns(UserWarning, match="Clip skip: 2"):
+    with pytest.warns(UserWarning, match="Tiling: True"):
         job = job_from_image(png({"parameters": infotext}))
     left = job.metadata["left_out"]
-    assert {"Clip skip: 2", "Hires upscale: 2", "<lora:x:1>"} <= set(left)
+    assert {"Tiling: True", "Hires upscale: 2", "<lora:x:1>"} <= set(left)
     assert Job.parse(job.model_dump()) == job
-    plain = infotext.partition(" <lora")[0] + infotext[infotext.index("\n") : infotext.index(", Clip")]
+    plain = infotext.partition(" <lora")[0] + infotext[infotext.index("\n") : infotext.index(", Tiling")]
     assert job_from_image(png({"parameters": plain})).metadata == {}
     many = ", ".join(f"Key {number}: {'z' * 200}" for number in range(500))
     with pytest.warns(UserWarning, match="and 4"):
