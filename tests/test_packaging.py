@@ -242,8 +242,10 @@ def test_the_procfile_is_what_honcho_and_foreman_read() -> None:
 
     assert dict(re.fullmatch(r"(\w+): (.+)", line).groups() for line in lines) == {  # type: ignore[union-attr]
         "worker": "celery -A worker worker",
-        # Flower knows Redis by its own URL only, not by our transport's.
-        "flower": 'celery -A worker --broker "${REDIS_URL:-redis://localhost:6379/0}" flower',
+        "api": "smallcat serve",
+        # Flower knows Redis by its own URL only, not by our transport's. It can stop workers: loopback.
+        "flower": 'BROKER_URL="${REDIS_URL:-redis://localhost:6379/0}" celery -A worker flower '
+        "--address=127.0.0.1",
     }
 
 
@@ -287,7 +289,8 @@ def test_deployed_workers_have_a_gpu_each_and_are_asked_whether_they_are_ready()
 
 def test_flower_gets_redis_own_address_wherever_it_is_started() -> None:
     """The app's broker URL names a transport of ours, by whose scheme Flower 2.2 knows no queues."""
-    places = [ROOT / "deploy" / "Dockerfile", ROOT / "Procfile", *(ROOT / "docs").glob("*.md")]
+    units = (ROOT / "deploy" / "systemd").glob("*.service")
+    places = [ROOT / "deploy" / "Dockerfile", ROOT / "Procfile", *units, *(ROOT / "docs").glob("*.md")]
     starts = [
         line
         for place in places
@@ -295,4 +298,5 @@ def test_flower_gets_redis_own_address_wherever_it_is_started() -> None:
         if re.search(r"celery .*\bflower\b", line.replace('", "', " "))
     ]
     assert len(starts) >= 4
-    assert [line for line in starts if "--broker" not in line] == []
+    assert [line for line in starts if "BROKER_URL=" not in line] == []
+    assert [line for line in starts if "--broker" in line] == [], "every user can read a process' arguments"
