@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
+from worker.contract.object_keys import object_key
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
 from worker.contract.settings import ProducerSettings, producer_settings
@@ -95,16 +96,19 @@ class Session:
         """The bucket of `S3_BUCKET` and `S3_PREFIX`; None where that is not set."""
         return self.bucket_named(self.settings.s3_bucket) if self.settings.s3_bucket else None
 
-    def lasting(self, job_id: str) -> JobRecord | None:
+    def lasting(self, job_id: str, tenant: str | None = None) -> JobRecord | None:
         """The record of a job that is done, from the bucket; None where it is not there.
+
+        `tenant`: whose job it is; None: `SMALLCAT_TENANT`'s.
 
         Raises `StorageError`; `UnknownJobError` where it is not this job's.
         """
         bucket = self.bucket
         if bucket is None:
             return None
+        tenant = self.settings.tenant if tenant is None else tenant
         try:
-            stored = bucket.record(job_id)
+            stored = bucket.record(job_id, tenant)
         except PermanentStorageError as error:
             raise PermanentStorageError(
                 f"The record of job {job_id} is not in Redis, where that of a finished job stays for an "
@@ -116,7 +120,8 @@ class Session:
             record = JobRecord.model_validate_json(stored)
         except ValueError:
             record = None
-        if record is None or record.id != job_id or record.state is not State.DONE:
+        is_of = record is not None and (record.id, record.job.tenant) == (job_id, tenant)
+        if record is None or not is_of or record.state is not State.DONE:
             raise UnknownJobError(
                 f"The record of job {job_id} in the bucket cannot be read: submit the job again."
             )
@@ -164,15 +169,15 @@ class Session:
         with _lock:
             return _bucket(name, prefix, BucketOptions.of(self.settings), self._variables)
 
-    def address_of(self, job_id: str, image_format: ImageFormat, said: str) -> str:
-        """The address of a job's picture, which follows from its id, its format, `S3_BUCKET` and `S3_PREFIX`.
+    def address_of(self, job_id: str, image_format: ImageFormat, said: str, tenant: str = "") -> str:
+        """The address of a job's picture, which follows from the job, `S3_BUCKET` and `S3_PREFIX`.
 
         `said` is what its record says, which anybody who submits jobs can write. Where it differs, as in a
         copy of the bucket, a warning says so. Without `S3_BUCKET` it counts, if it ends as this job's address
         does; else raises `UnknownJobError`.
         """
         if self.bucket is not None:
-            if (follows := self.bucket.uri(job_id, image_format)) != said:
+            if (follows := self.bucket.uri(job_id, image_format, tenant)) != said:
                 warnings.warn(
                     f"The record of job {job_id} says {plain(said)}; {follows} is used, as S3_BUCKET and "
                     "S3_PREFIX say: set them as the workers have them.",
@@ -180,7 +185,7 @@ class Session:
                 )
             return follows
         bucket, _, key = said.removeprefix("s3://").partition("/")
-        name = f"images/{job_id[:2]}/{job_id}.{image_format}"
+        name = object_key(job_id, image_format, tenant)
         if not said.startswith("s3://") or not bucket or f"/{key}".removesuffix(f"/{name}") == f"/{key}":
             raise UnknownJobError(
                 f"The record of job {job_id} says {plain(said)}, which is no address of its picture: set "

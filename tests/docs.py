@@ -32,7 +32,7 @@ from tests.test_architecture import FOLDERS
 from worker.bench.__main__ import main as bench
 from worker.contract import errors
 from worker.contract.choices import SAMPLERS, Scheduler
-from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, Job
+from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, help_lines
 from worker.contract.record import Attempt, State, Timings
 from worker.contract.settings import ProducerSettings, ServerSettings, Settings, WorkerSettings
@@ -162,7 +162,7 @@ def job_field_names() -> str:
     """What every field of `Job` is called elsewhere."""
 
     def rows() -> Iterator[tuple[str, ...]]:
-        for name, entry in JOB_FIELDS.items():
+        for name, entry in WRITTEN_FIELDS.items():
             yield (
                 f"`{name}`",
                 f"`{entry.option}`" if name in _SUBMIT_OPTIONS else "",

@@ -20,6 +20,7 @@ from worker.contract.choices import ImageFormat
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import TASK
+from worker.contract.object_keys import object_key
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import producer_settings
 from worker.engine.runner import Picture
@@ -66,14 +67,14 @@ class FastEngine:
 class NoBucket:
     """A bucket that accepts every picture and stores none."""
 
-    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
+    def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
         return None
 
     def put(self, *_: object) -> None:
         return None
 
-    def uri(self, job_id: str, image_format: ImageFormat) -> str:
-        return f"s3://nowhere/images/{job_id[:2]}/{job_id}.{image_format}"
+    def uri(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> str:
+        return f"s3://nowhere/{object_key(job_id, image_format, tenant)}"
 
 
 def announce(redis_url: str, seconds: int = 3_600) -> None:

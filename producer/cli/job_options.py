@@ -10,7 +10,7 @@ import click
 
 from producer.prompts.fields import COUNT, NOT_GIVEN, meaning_of, value_of
 from worker.contract.explain import short
-from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, help_lines
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,7 +39,7 @@ class _Value(click.ParamType[Any]):
 
 #: The fields that are options, by their names. A required field is an argument instead.
 JOB_OPTIONS: Mapping[str, FieldEntry] = {
-    name: entry for name, entry in JOB_FIELDS.items() if not entry.is_required
+    name: entry for name, entry in WRITTEN_FIELDS.items() if not entry.is_required
 }
 
 

@@ -60,14 +60,17 @@ class JobHandle:
     nothing else: each handle has its own metadata and priority, and its `cancel` is its own. `JobHandle(id)`
     is the job for all that want it: it has the metadata and priority of the submission that was rendered, and
     its `cancel` cancels all submissions. `JobHandle(handle.id, handle.submission)` is the submission again.
+    `tenant` is whose job it is, by which its record is found once Redis has it no longer; not given:
+    `SMALLCAT_TENANT`'s.
 
     `await handle` is `await handle.aresult()`.
     """
 
-    def __init__(self, job_id: str, submission: str = "") -> None:
+    def __init__(self, job_id: str, submission: str = "", tenant: str | None = None) -> None:
         self.id = job_id
         #: The submission's own id; empty where this is the job for all that want it.
         self.submission = submission
+        self._tenant = tenant
         #: The fields of the job that are the submission's own; None: not yet read.
         self._own: dict[str, Any] | None = None
 
@@ -92,9 +95,9 @@ class JobHandle:
                 return self._seen(record)
         except UnknownJobError:
             # Anything but an id would be a strange key in the bucket.
-            stored = now.lasting(self.id) if _ID.fullmatch(self.id) else None
+            stored = now.lasting(self.id, self._tenant) if _ID.fullmatch(self.id) else None
             # Somebody may have deleted the picture alone.
-            if stored is None or now.bucket is None or now.bucket.find(self.id, stored.job.format) is None:
+            if stored is None or not _has_picture(stored):
                 raise
             record = stored
         with now.queue_errors():
@@ -211,8 +214,7 @@ class JobHandle:
         """
         if record.state is not State.DONE or record.uri is not None:
             return False
-        bucket = session().bucket
-        return bucket is not None and bucket.find(self.id, record.job.format) is None
+        return session().bucket is not None and not _has_picture(record)
 
     def _seen(self, record: JobRecord) -> JobResult:
         """The job's record with what is the submission's own."""
@@ -223,7 +225,8 @@ class JobHandle:
             record = record.with_own(self._own or {})
         if record.state is State.DONE and record.uri is None and (bucket := session().bucket) is not None:
             # Done, and the job was submitted again since.
-            record = record.model_copy(update={"uri": bucket.uri(self.id, record.job.format)})
+            uri = bucket.uri(self.id, record.job.format, record.job.tenant)
+            record = record.model_copy(update={"uri": uri})
         return JobResult.of(record)
 
     def _repr_png_(self) -> bytes | None:
@@ -236,8 +239,8 @@ def submit_job(prompt: str | Job, **fields: Unpack[JobFields]) -> JobHandle:
     """Enqueue one job and return at once.
 
     `prompt` is a text, with the other fields of `Job` as keywords, or a whole `Job`, whose fields the
-    keywords replace. Every field is checked before anything is sent. Equal jobs have equal ids, and are
-    rendered once; the handle is this submission's own.
+    keywords replace. A job that says no `tenant` is `SMALLCAT_TENANT`'s. Every field is checked before
+    anything is sent. Equal jobs have equal ids, and are rendered once; the handle is this submission's own.
 
     Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
     cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an
@@ -245,11 +248,12 @@ def submit_job(prompt: str | Job, **fields: Unpack[JobFields]) -> JobHandle:
     is safe.
     """
     if isinstance(prompt, Job):
-        syntax = {"prompt_syntax": prompt.prompt_syntax} if prompt.says_syntax else {}
-        job = Job.parse(prompt.model_dump(exclude_unset=False) | syntax | fields)
+        said = {name: getattr(prompt, name) for name in prompt.said}
+        job = Job.parse(prompt.model_dump(exclude_unset=False) | said | fields)
     else:
         job = Job.parse({"prompt": prompt, **fields})
-    return _send(session(), job)
+    now = session()
+    return _send(now, job.of_tenant(now.settings.tenant))
 
 
 def _send(now: Session, job: Job) -> JobHandle:
@@ -288,7 +292,7 @@ def _send(now: Session, job: Job) -> JobHandle:
                     have_it = now.records.replicated(job.id, submission, replicas, wait_s)
                 if have_it < replicas:
                     raise QueueError(too_few_replicas(have_it, replicas))
-            handle = JobHandle(job.id, submission)
+            handle = JobHandle(job.id, submission, job.tenant)
             handle._own = {name: getattr(job, name) for name in SUBMISSION_FIELDS}
             return handle
         except QueueError:
@@ -296,6 +300,12 @@ def _send(now: Session, job: Job) -> JobHandle:
                 raise
             now.reconnect()
             time.sleep(0.2)
+
+
+def _has_picture(record: JobRecord) -> bool:
+    """Whether the bucket has a job's picture and its record. Raises `StorageError`."""
+    bucket, job = session().bucket, record.job
+    return bucket is not None and bucket.find(record.id, job.format, job.tenant) is not None
 
 
 def _is_taken(now: Session, job_id: str) -> bool:

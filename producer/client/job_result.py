@@ -86,7 +86,7 @@ class JobResult(JobRecord):
     def _where(self) -> str:
         if self.uri is None:
             raise UnknownJobError(f"Job {self.id} is {self.state}: it has no picture.")
-        return session().address_of(self.id, self.job.format, self.uri)
+        return session().address_of(self.id, self.job.format, self.uri, self.job.tenant)
 
     def _repr_png_(self) -> bytes:
         """The picture in a notebook."""

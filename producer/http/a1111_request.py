@@ -17,7 +17,7 @@ from producer.prompts.fields import NOT_GIVEN, value_of
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.job import JOB_FIELDS
+from worker.contract.job import WRITTEN_FIELDS
 from worker.contract.scheduler_names import scheduler_of
 
 #: Pictures of one request, at most.
@@ -25,7 +25,7 @@ MAX_IMAGES: Final = 100
 #: AUTOMATIC1111's names of job fields.
 _NAMES: Final = {
     field.a1111_option: field.name
-    for field in JOB_FIELDS.values()
+    for field in WRITTEN_FIELDS.values()
     if field.a1111_option and field.name not in ("scheduler", "model")
 }
 
@@ -142,13 +142,13 @@ def read_request(body: Any) -> Asked:
 
 def _job_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """The job fields by AUTOMATIC1111's names and by our own; values may be texts, as its API takes them."""
-    own = {name: name for name in JOB_FIELDS if name not in ("scheduler", "model")}
+    own = {name: name for name in WRITTEN_FIELDS if name not in ("scheduler", "model")}
     found: dict[str, Any] = {}
     for name, field in (own | _NAMES).items():
         if name not in body:
             continue
         try:
-            value = value_of(JOB_FIELDS[field], body[name])
+            value = value_of(WRITTEN_FIELDS[field], body[name])
         except LineError as error:
             raise InvalidJobError(error.reason) from None
         if value is not NOT_GIVEN:
@@ -201,7 +201,7 @@ def _refuse_scripts(scripts: Any) -> None:
 
 
 def _count(body: Mapping[str, Any], name: str) -> int:
-    value = value_of(JOB_FIELDS["steps"], body.get(name, 1))
+    value = value_of(WRITTEN_FIELDS["steps"], body.get(name, 1))
     if value is NOT_GIVEN:
         return 1
     if type(value) is not int:

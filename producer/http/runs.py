@@ -24,7 +24,7 @@ from producer.prompts.fields import NOT_GIVEN, near_miss, value_of
 from producer.prompts.sources import FORMATS
 from worker.contract.errors import InvalidJobError, PromptFileError, UnknownJobError
 from worker.contract.explain import short
-from worker.contract.job import JOB_FIELDS
+from worker.contract.job import WRITTEN_FIELDS
 from worker.contract.message import RUN_NAME
 
 router = APIRouter(tags=["runs"])
@@ -255,13 +255,13 @@ def _job_fields(request: Request) -> dict[str, Any]:
     for name, text in request.query_params.multi_items():
         if name in _OWN:
             continue
-        if name not in JOB_FIELDS or name == "prompt":
+        if name not in WRITTEN_FIELDS or name == "prompt":
             hint = f"did you mean {near}?" if (near := near_miss(name)) else "/openapi.json has all."
             raise InvalidJobError(f"There is no parameter {short(name)}: {hint}")
         if name in found:
             raise InvalidJobError(f"{name} is given twice: keep one.")
         try:
-            value = value_of(JOB_FIELDS[name], text)
+            value = value_of(WRITTEN_FIELDS[name], text)
         except LineError as error:
             raise InvalidJobError(error.reason) from None
         if value is not NOT_GIVEN:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from producer.http import problems
-from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import help_lines
 from worker.contract.job_parameters import MAX_SEED
 from worker.contract.record import JobRecord
@@ -69,7 +69,8 @@ def schemas() -> Mapping[str, Any]:
     job["description"] = "One prompt with its parameters. What is left out is the model's own default."
     job["examples"] = [EXAMPLE]
     job["properties"]["seed"]["minimum"] = -1
-    for name, field in JOB_FIELDS.items():
+    job["properties"] = {name: job["properties"][name] for name in WRITTEN_FIELDS}
+    for name, field in WRITTEN_FIELDS.items():
         job["properties"][name].setdefault("title", field.label)
     record = _of(JobRecord, "serialization", found)
     record.pop("description", None)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from producer.ingest.writing import writing
 from worker.contract.errors import PromptFileError, UnknownJobError
-from worker.contract.job import JOB_FIELDS
+from worker.contract.job import WRITTEN_FIELDS
 
 if TYPE_CHECKING:
     from producer.ingest.journal import Journal
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: The default template. For several files the file's name goes before it.
 TEMPLATE = "{line:06d}-{seed}-{slug}.png"
-_JOB_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_hashed and not each.is_prompt)
+_JOB_FIELDS = tuple(each.name for each in WRITTEN_FIELDS.values() if each.is_hashed and not each.is_prompt)
 #: What a template can name: the job's place in the run, its id, the words of its prompt, and its fields.
 FIELDS = ("line", "number", "file", "id", "slug", *_JOB_FIELDS)
 #: Pictures that are fetched at once; and that may be unsaved before the run waits for them.

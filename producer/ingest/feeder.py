@@ -70,7 +70,7 @@ class Ingest:
         self._manifest = self._wanted
         self.run = self._run_of(plan.digest)
         self._pinned = Pinned(self.run, session.fleet)
-        self._results = Results(self.run, session)
+        self._results = Results(self.run, session, plan.tenant)
         self._stop = threading.Event()
         self._templates: dict[Route, MessageTemplate] = {}
         self._tag = _tag_of_process()
@@ -138,7 +138,7 @@ class Ingest:
         if plan is not self._plan:
             self._plan, self.run = plan, self._run_of(plan.digest)
             self._pinned = Pinned(self.run, self._session.fleet)
-            self._results = Results(self.run, self._session)
+            self._results = Results(self.run, self._session, plan.tenant)
             self._display.notice(
                 f"An earlier version began the run {self.run.id}: its files are read as they were then. "
                 "With another --run they are read anew; pictures in the bucket are kept."

@@ -23,7 +23,7 @@ from worker.celery import message_of
 from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import Job, hashed, version_needed
+from worker.contract.job import JOB_FIELDS, WRITTEN_FIELDS, Job, hashed, version_needed
 from worker.contract.job_checks import VISIBLE
 from worker.contract.job_parameters import FIRST_MAX_PROMPT, MAX_METADATA, MAX_SEED
 from worker.contract.message import Route, args_repr, payload_text, route_of, task_call
@@ -31,6 +31,8 @@ from worker.contract.queues import list_of
 
 #: Shapes that are kept, at most.
 MAX_SHAPES = 1_000
+#: Fields that follow from who submits.
+_SUBMITTERS = JOB_FIELDS.keys() - WRITTEN_FIELDS.keys()
 #: What `Job` refuses in a text.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -77,8 +79,13 @@ class JobTemplates:
         self._resolve, self._job_of = resolve, job_of
         self._shapes: dict[tuple[object, ...], _Shape] = {}
 
-    def fill(self, fields: Mapping[str, Any]) -> TemplatedJob:
-        """The job of these fields. Raises `InvalidJobError` as `job_of` does."""
+    def fill(self, fields: Mapping[str, Any], tenant: str = "") -> TemplatedJob:
+        """The job of these fields, which `tenant` submits. Raises `InvalidJobError` as `job_of` does.
+
+        Who writes the fields is not asked whose job it is.
+        """
+        if not _SUBMITTERS.isdisjoint(fields):
+            raise InvalidJobError("tenant is not part of a job here: it follows from who submits it.")
         prompt, seed, metadata = fields.get("prompt"), fields.get("seed"), fields.get("metadata", {})
         if (
             type(prompt) is not str
@@ -89,14 +96,14 @@ class JobTemplates:
             or not 0 <= seed <= MAX_SEED
             or (metadata_text := _plain_metadata(metadata)) is None
         ):
-            return self._parse(fields)
+            return self._parse(fields, tenant)
         try:
-            shape = self._shape(fields)
+            shape = self._shape(fields, tenant)
         except (InvalidJobError, TypeError):
             # The job's own error may name more fields; a field that is a list cannot be part of a key.
-            return self._parse(fields)
+            return self._parse(fields, tenant)
         if shape.fields.get("prompt_syntax") == PromptSyntax.A1111 and not _is_readable(prompt, shape.fields):
-            return self._parse(fields)
+            return self._parse(fields, tenant)
         prompt_text, seed_text = quoted(prompt), str(seed)
         before, between, after = shape.hashed
         job_id = hashlib.sha256(f"{before}{prompt_text}{between}{seed_text}{after}".encode()).hexdigest()[:32]
@@ -104,25 +111,25 @@ class JobTemplates:
         job = f"{first}{prompt_text}{second}{seed_text}{third}{metadata_text}{last}"
         return TemplatedJob(job_id, job, prompt, seed, shape.route, shape.version, shape.fields, metadata)
 
-    def _parse(self, fields: Mapping[str, Any]) -> TemplatedJob:
+    def _parse(self, fields: Mapping[str, Any], tenant: str) -> TemplatedJob:
         """The same without a template, by the job itself."""
-        job = self._resolve(self._job_of(dict(fields)))
+        job = self._resolve(self._job_of(dict(fields)).of_tenant(tenant))
         values = job.model_dump(mode="json")
         text, version = json.dumps(values), version_needed(values)
         prompt, seed, metadata = (values.pop(name) for name in ("prompt", "seed", "metadata"))
         return TemplatedJob(job.id, text, prompt, seed, route_of(job), version, values, metadata)
 
-    def _shape(self, fields: Mapping[str, Any]) -> _Shape:
+    def _shape(self, fields: Mapping[str, Any], tenant: str) -> _Shape:
         """The shape of these fields. Raises `InvalidJobError`; `TypeError` where they cannot be a key."""
         key = tuple(
             (name, type(value), value)
-            for name, value in fields.items()
+            for name, value in (*fields.items(), ("tenant", tenant))
             if name not in ("prompt", "seed", "metadata")
         )
         if (known := self._shapes.get(key)) is not None:
             return known
         rest = {name: value for name, value in fields.items() if name != "metadata"}
-        job = self._resolve(self._job_of(rest | {"prompt": "x", "seed": 0}))
+        job = self._resolve(self._job_of(rest | {"prompt": "x", "seed": 0}).of_tenant(tenant))
         if len(self._shapes) >= MAX_SHAPES:
             self._shapes.clear()
         self._shapes[key] = made = _shape_of(job)

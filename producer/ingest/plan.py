@@ -97,6 +97,8 @@ class Plan:
     first_variants: Variants | None = None
     #: Whether the prompts of files with AUTOMATIC1111's options are in its syntax: not in earlier versions.
     knows_a1111: bool = True
+    #: Whose jobs they are; empty: nobody's.
+    tenant: str = ""
 
     @property
     def digest(self) -> str:
@@ -111,6 +113,7 @@ class Plan:
         values += ["extra"] if self.extra else []
         values += ["syntax", how.syntax] if how.syntax > 1 and not how.literal else []
         values += ["a1111"] if any(self._in_a1111) else []
+        values += ["tenant", self.tenant] if self.tenant else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def as_begun(self, is_begun: Callable[[str], bool]) -> Plan:
@@ -171,7 +174,8 @@ class Plan:
                             continue
                         after = Cursor(file, number, offset)
                         try:
-                            templated = templates.fill(syntax | variant.fields if syntax else variant.fields)
+                            fields = syntax | variant.fields if syntax else variant.fields
+                            templated = templates.fill(fields, self.tenant)
                         except InvalidJobError as error:
                             finding = (_field(str(error)), str(error))
                             if finding not in reported:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Results:
     """The results of the jobs of one run."""
 
-    def __init__(self, run: Run, session: Session) -> None:
-        self._run, self._session = run, session
+    def __init__(self, run: Run, session: Session, tenant: str) -> None:
+        self._run, self._session, self._tenant = run, session, tenant
 
     def of(self, journal: Journal, number: int, job_id: str) -> Mapping[str, Any]:
         """What became of the job `number` of the run."""
@@ -32,7 +32,7 @@ class Results:
             record = self._session.records.get(job_id)
         except UnknownJobError:
             bucket = self._session.bucket
-            if bucket is None or (stored := bucket.record(job_id)) is None:
+            if bucket is None or (stored := bucket.record(job_id, self._tenant)) is None:
                 return {"state": self._run.state_of(number) or "unknown"}
             record = JobRecord.model_validate_json(stored)
         return record.model_dump(mode="json", exclude={"job"})
@@ -42,7 +42,7 @@ class Results:
         ending = (ended.uri or "").rpartition(".")[2]
         if ended.uri is None or ending not in list(ImageFormat) or (bucket := self._session.bucket) is None:
             return ended
-        return ended._replace(uri=bucket.uri(ended.id, ImageFormat(ending)))
+        return ended._replace(uri=bucket.uri(ended.id, ImageFormat(ending), self._tenant))
 
     def complete(self, journal: Journal, jobs: Iterable[Planned | Rejected], bucket: Bucket) -> None:
         """Write into the journal of a run that is over what it does not have.
@@ -62,7 +62,7 @@ class Results:
                 job.line,
                 templated.id,
                 found["state"],
-                bucket.uri(templated.id, image_format) if is_done else None,
+                bucket.uri(templated.id, image_format, self._tenant) if is_done else None,
                 found.get("timings") or {},
                 found.get("error_type"),
                 found.get("error"),

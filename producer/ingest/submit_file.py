@@ -22,6 +22,7 @@ from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_parameters import JobFields
+from worker.contract.settings import producer_settings
 
 #: The folder of wildcards that is used where it exists and none is named.
 WILDCARDS = "wildcards"
@@ -55,12 +56,12 @@ def submit_file(
     """Render the prompts of `files`, once each, and write their manifest. Returns when all have ended.
 
     Called again after an interruption, it resumes: nothing is rendered twice or left out.
-    `fields` are job fields for lines that do not set them; `images` is the number of seeds for each prompt,
-    from `seed_start` on where its line has none; `grid` renders each combination of values of job fields, in
-    place of what the lines set; `sample` is how many of a line's variants, by
-    `{a|b}` and `__wildcards__`, are drawn, and `literal` leaves both as they are. `download` is a folder for
-    the pictures, `name` the template of their names. At most `max_queued` messages wait in the queue; with
-    `detach` all are queued, and it returns.
+    `fields` are job fields for lines that do not set them, and `tenant` is whose all of them are; `images`
+    is the number of seeds for each prompt, from `seed_start` on where its line has none; `grid` renders each
+    combination of values of job fields, in place of what the lines set; `sample` is how many of a line's
+    variants, by `{a|b}` and `__wildcards__`, are drawn, and `literal` leaves both as they are. `download` is
+    a folder for the pictures, `name` the template of their names. At most `max_queued` messages wait in the
+    queue; with `detach` all are queued, and it returns.
 
     A name in a file that is nearly a job field's is refused; with `extra` it goes to metadata, as others do.
     Rejected lines are listed in `FILE.rejected.jsonl`; with `strict` a single one stops the run before
@@ -68,6 +69,7 @@ def submit_file(
 
     Raises `PromptFileError`, `InvalidJobError`, `QueueError`, `StorageError`, `SettingsError`.
     """
+    tenant = fields.pop("tenant", None)
     plan = make_plan(
         [str(each) for each in files],
         file_format=file_format,
@@ -81,6 +83,7 @@ def submit_file(
             literal=literal,
         ),
         extra=extra,
+        tenant=tenant,
     )
     options = Options(None if manifest is None else Path(manifest), run, max_queued, detach, strict)
     folder = None if download is None else Path(download)
@@ -88,14 +91,25 @@ def submit_file(
 
 
 def make_plan(
-    files: Sequence[str], *, file_format: str | None, variants: Variants, extra: bool = False
+    files: Sequence[str],
+    *,
+    file_format: str | None,
+    variants: Variants,
+    extra: bool = False,
+    tenant: str | None = None,
 ) -> Plan:
-    """The plan for these files. Raises `PromptFileError` for those that are not there."""
+    """The plan for these files. Raises `PromptFileError` for those that are not there, `InvalidJobError`.
+
+    `tenant`: whose jobs they are; None: `SMALLCAT_TENANT`'s.
+    """
     if not files:
         raise PromptFileError("There is no file: name at least one, or - for standard input.")
     if file_format is not None and file_format not in FORMATS:
         raise PromptFileError(f"There is no file format {file_format!r}: use one of {', '.join(FORMATS)}.")
-    return Plan([source(each, file_format) for each in files], variants, extra)
+    if tenant is None:
+        tenant = producer_settings().tenant
+    Job.parse({"prompt": "x", "tenant": tenant})
+    return Plan([source(each, file_format) for each in files], variants, extra, tenant=tenant)
 
 
 def make_variants(

@@ -27,7 +27,7 @@ from producer.prompts.json_values import is_json, json_of
 from producer.prompts.pasted import refuse_parameters
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.job import JOB_FIELDS
+from worker.contract.job import WRITTEN_FIELDS
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.scheduler_names import scheduler_of
 from worker.contract.spelling import distance
@@ -55,7 +55,7 @@ _MEANINGLESS = (
 #: For each field with choices these by AUTOMATIC1111's names for them, in lower case.
 _CHOICES = {
     field.name: {name.lower(): str(choice) for choice, name in field.a1111_values.items()}
-    for field in JOB_FIELDS.values()
+    for field in WRITTEN_FIELDS.values()
 }
 #: Words that mean that nothing is given.
 _NULLS = frozenset(("null", "none", "nan", "<na>"))
@@ -89,8 +89,8 @@ MEANINGS: dict[str, str] = {
     **{_plain(each): COUNT for each in _COUNTS},
     **{_plain(each): SCHEDULE for each in _SCHEDULES},
     **{_plain(each): SIZE for each in _SIZES},
-    **{_plain(each): field.name for field in JOB_FIELDS.values() for each in field.all_headings},
-    **{_plain(name): name for name in JOB_FIELDS},
+    **{_plain(each): field.name for field in WRITTEN_FIELDS.values() for each in field.all_headings},
+    **{_plain(name): name for name in WRITTEN_FIELDS},
 }
 #: The names that were looked up, and what each means.
 _NEW: Final = "not looked up"
@@ -99,7 +99,7 @@ _PLAIN_MEANINGLESS = frozenset(map(_plain, _MEANINGLESS))
 #: Names that another one may be a misspelling of. Short aliases are near to too many words.
 _SPELLINGS = {
     _plain(name): name
-    for field in JOB_FIELDS.values()
+    for field in WRITTEN_FIELDS.values()
     for name in (*field.all_headings, field.name)
     if len(name) > 4 or name == field.name
 }
@@ -238,7 +238,7 @@ class FieldReader:
                 elif (value := self._extra_value(line, name, raw)) is not NOT_GIVEN:
                     metadata[name.strip()] = value
             elif meaning == SCHEDULE:
-                if (value := value_of(JOB_FIELDS["scheduler"], raw)) is not NOT_GIVEN:
+                if (value := value_of(WRITTEN_FIELDS["scheduler"], raw)) is not NOT_GIVEN:
                     choice["schedule"] = value
             else:
                 value = self._value(meaning, raw)
@@ -247,7 +247,7 @@ class FieldReader:
                 if meaning == "scheduler":
                     _take_choice(choice, name, value)
                 elif meaning in names:
-                    _take_again(JOB_FIELDS[meaning], (names[meaning], name), value, fields, metadata)
+                    _take_again(WRITTEN_FIELDS[meaning], (names[meaning], name), value, fields, metadata)
                 else:
                     names[meaning], fields[meaning] = name, value
         refuse_parameters(fields.get("prompt"))
@@ -262,13 +262,13 @@ class FieldReader:
     def _value(self, name: str, raw: Any) -> Any:
         """The value of a job field, as `value_of` reads it."""
         if type(raw) is not str or len(raw) > _LONGEST_KNOWN or name in ("prompt", "metadata"):
-            return value_of(JOB_FIELDS[name], raw, decimal_comma=self._decimal_comma)
+            return value_of(WRITTEN_FIELDS[name], raw, decimal_comma=self._decimal_comma)
         key = name, raw
         value = self._known.get(key)
         if value is None:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
-            value = value_of(JOB_FIELDS[name], raw, decimal_comma=self._decimal_comma)
+            value = value_of(WRITTEN_FIELDS[name], raw, decimal_comma=self._decimal_comma)
             self._known[key] = value
         return value
 
@@ -297,7 +297,8 @@ class FieldReader:
 
     def _look_into(self, line: int, name: str, value: dict[Any, Any]) -> None:
         """Warn of job fields in an object that goes to metadata, where they have no effect."""
-        inner = next((key for key in value if isinstance(key, str) and meaning_of(key) in JOB_FIELDS), None)
+        names = (key for key in value if isinstance(key, str) and meaning_of(key) in WRITTEN_FIELDS)
+        inner = next(names, None)
         if inner is not None and name not in self._warned:
             self._warned.add(name)
             self._warn(
@@ -312,7 +313,7 @@ def misspelt(name: str, near: str) -> str:
 
 
 def _count(name: str, raw: Any) -> int:
-    value = value_of(JOB_FIELDS["steps"], raw)
+    value = value_of(WRITTEN_FIELDS["steps"], raw)
     if value is NOT_GIVEN:
         return 1
     if type(value) is not int or not 1 <= value <= _MAX_COUNT:
@@ -351,7 +352,7 @@ def _two_values(field: FieldEntry, names: tuple[str, str], kept: Any, value: Any
 def _take_sides(name: str, sides: tuple[int, int], names: dict[str, str], fields: dict[str, Any]) -> None:
     for side, length in zip(("width", "height"), sides, strict=True):
         if fields.setdefault(side, length) != length:
-            raise _two_values(JOB_FIELDS[side], (names[side], name), fields[side], length)
+            raise _two_values(WRITTEN_FIELDS[side], (names[side], name), fields[side], length)
         names.setdefault(side, name)
 
 

@@ -123,12 +123,20 @@ class JournalingHandler(JobHandler):
 class Dying(Bucket):
     """Dies between the two objects of a job, and after both."""
 
-    def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
+    def put(
+        self,
+        job_id: str,
+        image_format: ImageFormat,
+        picture: bytes,
+        record: bytes,
+        mime: str,
+        tenant: str = "",
+    ) -> None:
         prompt = json.loads(record)["job"]["prompt"]
         if verbs_of(prompt).get("die") == "between_puts":
-            self._put(self._key(job_id, image_format), picture, mime)
+            self._put(self._key(job_id, image_format, tenant), picture, mime)
             die("between_puts", prompt, job_id)
-        super().put(job_id, image_format, picture, record, mime)
+        super().put(job_id, image_format, picture, record, mime, tenant)
         note("put", job_id)
         die("after_put", prompt, job_id)
 
@@ -152,8 +160,8 @@ class FolderStorage(Dying):
     def start(self) -> None:
         """Nothing to start."""
 
-    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
-        record = self._path(self._key(job_id, "json"))
+    def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
+        record = self._path(self._key(job_id, "json", tenant))
         return record.read_bytes() if record.exists() else None
 
     def _put(self, key: str, body: bytes, mime: str) -> None:

@@ -100,11 +100,12 @@ def finish(records: Records, storage: Bucket, job: Job) -> JobRecord:
         job=job,
         step=4,
         steps=4,
-        uri=storage.uri(job.id, job.format),
+        uri=storage.uri(job.id, job.format, job.tenant),
         worker="w1",
     )
     picture = encode(picture_of(job), job.format, infotext.write(job))
-    storage.put(job.id, job.format, picture, record.model_dump_json().encode(), "image/png")
+    lasting = record.model_dump_json().encode()
+    storage.put(job.id, job.format, picture, lasting, "image/png", job.tenant)
     records.done(record)
     return record
 

@@ -24,7 +24,7 @@ from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.metadata.a1111_text import pairs_of, split
 from worker.contract.metadata.reading import Reading, left_out, number
@@ -35,7 +35,7 @@ _KEYS: tuple[tuple[str, tuple[FieldEntry, ...]], ...] = tuple(
     (key, tuple(fields))
     for key, fields in itertools.groupby(
         sorted(
-            (each for each in JOB_FIELDS.values() if each.is_hashed and not each.is_prompt),
+            (each for each in WRITTEN_FIELDS.values() if each.is_hashed and not each.is_prompt),
             key=lambda each: each.infotext_order,
         ),
         key=lambda each: each.infotext,
@@ -43,7 +43,8 @@ _KEYS: tuple[tuple[str, tuple[FieldEntry, ...]], ...] = tuple(
 )
 #: For each field with choices these by AUTOMATIC1111's names for them.
 _CHOICES = {
-    each.name: {name: choice for choice, name in each.a1111_values.items()} for each in JOB_FIELDS.values()
+    each.name: {name: choice for choice, name in each.a1111_values.items()}
+    for each in WRITTEN_FIELDS.values()
 }
 
 _NEGATIVE = "Negative prompt: "

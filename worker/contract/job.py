@@ -17,7 +17,7 @@ from pydantic import SerializationInfo, SerializerFunctionWrapHandler, Validatio
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
-from worker.contract.job_checks import NEW
+from worker.contract.job_checks import NEW, tenant_name
 from worker.contract.job_fields import FieldEntry, table_of, version_that_has
 from worker.contract.job_parameters import JobParameters
 from worker.contract.served_model import Defaults, ServedModel
@@ -69,7 +69,21 @@ class Job(JobParameters):
     @property
     def says_syntax(self) -> bool:
         """Whether the job was given its syntax. One that was not takes the fleet's default."""
-        return "prompt_syntax" in self.model_fields_set
+        return "prompt_syntax" in self.said
+
+    @property
+    def said(self) -> frozenset[str]:
+        """Those fields that the job was given whose default depends on where it is submitted."""
+        return frozenset({"prompt_syntax", "tenant"} & self.model_fields_set)
+
+    def of_tenant(self, default: str) -> Self:
+        """This job as one of the tenant `default`, unless it says whose it is. Raises `InvalidJobError`."""
+        if "tenant" in self.said or not default:
+            return self
+        try:
+            return self.model_copy(update={"tenant": tenant_name(default)})
+        except ValueError as error:
+            raise InvalidJobError(f"tenant {error}.") from None
 
     def resolved(self, served: ServedModel) -> Self:
         """This job for `served`: with the model's revision, and its defaults for what was left open."""
@@ -107,6 +121,10 @@ class Job(JobParameters):
 
 #: The table of job fields; `worker.contract.job_fields` says what is made from it.
 JOB_FIELDS: Mapping[str, FieldEntry] = table_of(Job)
+#: Those that whoever writes a job may give.
+WRITTEN_FIELDS: Mapping[str, FieldEntry] = {
+    name: each for name, each in JOB_FIELDS.items() if not each.is_set_by_producer
+}
 #: Fields that belong to the submission, and not to the picture.
 SUBMISSION_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_submission)
 _HASHED = frozenset(each.name for each in JOB_FIELDS.values() if each.is_hashed)

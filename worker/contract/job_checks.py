@@ -29,6 +29,19 @@ PRINTABLE = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"
 ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 
 
+#: Characters of a tenant's name, at most; and what it may be, as a JSON schema's pattern. It is part of keys
+#: in the bucket, and of names in Redis.
+MAX_TENANT = 40
+TENANT = "^[a-z0-9-]*$"
+
+
+def tenant_name(value: str) -> str:
+    """Refuse what is no tenant's name; empty: the job is of no tenant."""
+    if not re.fullmatch(f"[a-z0-9-]{{0,{MAX_TENANT}}}", value):
+        raise ValueError(f"is {short(value)}: use 1 to {MAX_TENANT} lower-case letters, digits and hyphens")
+    return value
+
+
 def printable(value: str) -> str:
     """Refuse characters that no prompt means: control characters but tab and newline, lone surrogates."""
     return one_line(value, allowed="\t\n\r")

@@ -69,6 +69,9 @@ class JobField:
     is_submission: bool = False
     #: Whether the fleet fills it in at submission, from what the workers announced.
     is_filled_by_fleet: bool = False
+    #: Whether whoever submits says it for all jobs, and nobody who writes one: it is no option, no heading of
+    #: prompt files, no option of AUTOMATIC1111's, no key of an infotext, and not in a body of the HTTP API.
+    is_set_by_producer: bool = False
     #: Whether the first version had it: always part of the id, and in its old place in CSV manifests.
     is_original: bool = False
     #: Version of messages that first had it: see `worker.contract.job.FORMAT_VERSION`. Where only some of its
@@ -108,7 +111,7 @@ class FieldEntry(JobField):
     @property
     def is_axis(self) -> bool:
         """Whether a grid can cross its values."""
-        return self.is_hashed and not self.is_required and not self.is_filled_by_fleet
+        return self.is_hashed and not (self.is_required or self.is_filled_by_fleet or self.is_set_by_producer)
 
     @property
     def is_known_when_resolved(self) -> bool:

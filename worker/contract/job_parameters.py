@@ -13,8 +13,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from worker.contract.choices import SAMPLERS, ImageFormat, PromptSyntax, Scheduler
 from worker.contract.job_checks import (
+    MAX_TENANT,
     ONE_LINE,
     PRINTABLE,
+    TENANT,
     VISIBLE,
     divisible_by,
     drawn,
@@ -26,6 +28,7 @@ from worker.contract.job_checks import (
     since_by_length,
     small_json,
     spelled_as,
+    tenant_name,
 )
 from worker.contract.job_fields import JobField
 from worker.contract.scheduler_names import spelled_as_scheduler
@@ -247,6 +250,13 @@ class JobParameters(BaseModel):
         BeforeValidator(spelled_as(ImageFormat, {"jpg": "jpeg"})),
         JobField(infotext_order=10, is_original=True),
     ] = ImageFormat.PNG
+    #: Whose job it is, where several share the workers: 1 to 40 lower-case letters, digits and hyphens.
+    tenant: Annotated[
+        str,
+        Field(max_length=MAX_TENANT, strict=True, json_schema_extra={"pattern": TENANT}),
+        AfterValidator(tenant_name),
+        JobField(since=3, is_set_by_producer=True),
+    ] = ""
     #: 0 to 9: jobs of a higher priority are rendered first.
     priority: Annotated[
         int, Field(ge=0, le=MAX_PRIORITY, strict=True), JobField(is_submission=True, is_original=True)
@@ -279,5 +289,6 @@ class JobFields(TypedDict, total=False):
     prompt_syntax: PromptSyntax | str
     clip_skip: int
     format: ImageFormat | str
+    tenant: str
     priority: int
     metadata: dict[str, Any]

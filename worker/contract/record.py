@@ -62,9 +62,9 @@ class Attempt(BaseModel):
     error: str | None = None
 
 
-def _with_its_syntax(job: Job) -> Job:
-    """A job of a record has its syntax, also where that is left out: submitted again, it keeps it."""
-    return job.model_copy(update={"prompt_syntax": job.prompt_syntax})
+def _as_it_was(job: Job) -> Job:
+    """A job of a record has its syntax and its tenant, also where they are left out: submitted again, too."""
+    return job.model_copy(update={"prompt_syntax": job.prompt_syntax, "tenant": job.tenant})
 
 
 class JobRecord(BaseModel):
@@ -77,7 +77,7 @@ class JobRecord(BaseModel):
     #: Its state.
     state: State
     #: The job as submitted, or, once done, as rendered: with the model's defaults and revision filled in.
-    job: Annotated[Job, AfterValidator(_with_its_syntax)]
+    job: Annotated[Job, AfterValidator(_as_it_was)]
     #: Denoising steps done.
     step: int = 0
     #: Denoising steps in all; 0 until a worker renders the job.

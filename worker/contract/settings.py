@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.contract.errors import SettingsError
+from worker.contract.job_checks import MAX_TENANT, tenant_name
 from worker.contract.job_parameters import MAX_GUIDANCE, MAX_STEPS
 from worker.contract.redis_url import RedisURL
 from worker.contract.redis_url import hidden as hidden
@@ -32,6 +33,13 @@ _OTHER_NAMES = {
 
 #: Seconds that a setting may be, at most: a year. A lock can wait for much longer.
 _YEAR_S = 31_536_000
+
+
+def _tenant(value: str) -> str:
+    try:
+        return tenant_name(value)
+    except ValueError:
+        raise ValueError(f"must be 1 to {MAX_TENANT} lower-case letters, digits and hyphens") from None
 
 
 def _redis_url(value: str) -> str:
@@ -155,6 +163,8 @@ class ProducerSettings(Settings):
     wait_replicas: int = Field(default=0, ge=0, le=1_000)
     #: Seconds, > 0, that `submit_job` tries to reach Redis before it gives up.
     submit_timeout_s: float = Field(default=5, gt=0, le=_YEAR_S)
+    #: Whose jobs it submits, where several share workers: 1 to 40 lower-case letters, digits and hyphens.
+    tenant: Annotated[str, AfterValidator(_tenant)] = ""
 
 
 class ServerSettings(ProducerSettings):

@@ -172,7 +172,7 @@ class JobHandler:
     def _is_stored(self, message: Message) -> bool:
         """Whether the bucket has the picture of a job whose record says so; True where nobody can tell."""
         try:
-            return self._bucket.find(message.id, message.job.format) is not None
+            return self._bucket.find(message.id, message.job.format, message.job.tenant) is not None
         except StorageError:
             return True
 
@@ -186,7 +186,8 @@ class JobHandler:
         if may_render:
             metrics.QUEUED.observe(queued_s)
         job = self._resolved(message.job)
-        stored = self._retry_storage(message.id, lambda: self._bucket.find(message.id, job.format))
+        where = message.id, job.format, job.tenant
+        stored = self._retry_storage(message.id, lambda: self._bucket.find(*where))
         if stored is not None and self._answer_from(message, job, stored, queued_s):
             return
         if not may_render:
@@ -204,7 +205,7 @@ class JobHandler:
             step=steps,
             steps=steps,
             attempts=attempt,
-            uri=self._bucket.uri(message.id, job.format),
+            uri=self._bucket.uri(*where),
             timings=Timings(queued=queued_s, rendered=rendered_s - started_s),
             worker=self._name,
             warnings=(*rendered.warnings, *warnings_of(job)),
@@ -251,7 +252,7 @@ class JobHandler:
                     "job": record.job.submitted_as(message.job),
                     "step": record.steps,
                     # The bucket may be a copy of the one that the picture was put into.
-                    "uri": self._bucket.uri(message.id, record.job.format),
+                    "uri": self._bucket.uri(message.id, record.job.format, job.tenant),
                     "timings": record.timings.model_copy(update={"queued": queued_s}),
                     "cached": True,
                 }
@@ -262,11 +263,13 @@ class JobHandler:
 
     def _put(self, record: JobRecord, picture: bytes) -> None:
         """Put the picture and the lasting record."""
-        image_format = record.job.format
+        image_format, tenant = record.job.format, record.job.tenant
         lasting = record.model_dump_json(exclude={"queue", "submitted_at", "step", "tries", "runs"}).encode()
         mime = CONTENT_TYPES[image_format]
         self._retry_storage(
-            record.id, lambda: self._bucket.put(record.id, image_format, picture, lasting, mime), len(picture)
+            record.id,
+            lambda: self._bucket.put(record.id, image_format, picture, lasting, mime, tenant),
+            len(picture),
         )
 
     def _after_failure(

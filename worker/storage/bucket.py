@@ -2,6 +2,7 @@
 
     PREFIX/images/<id[:2]>/<id>.png     the picture (or .webp, .jpeg), put first
     PREFIX/images/<id[:2]>/<id>.json    the job's lasting record, put last
+    PREFIX/images/tenants/<tenant>/...  both of a job that has a tenant
 
 A job is done when its record is there. When a worker dies between the two, or a full storage refuses one of
 them, there is no record, and the job's next attempt puts both. The picture is larger than the record, so a
@@ -28,6 +29,7 @@ import botocore.exceptions
 
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError, UnknownJobError
+from worker.contract.object_keys import object_key
 from worker.storage.client import is_aws, make_client, region_of
 from worker.storage.options import BucketOptions
 from worker.storage.refusals import DENIED, code_of, storage_errors
@@ -135,26 +137,36 @@ class Bucket:
         """The s3:// address below which all objects are."""
         return f"s3://{self.name}/{self._prefix}"
 
-    def uri(self, job_id: str, image_format: ImageFormat) -> str:
+    def uri(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> str:
         """The address of the job's picture, whether it is there yet or not."""
-        return f"s3://{self.name}/{self._key(job_id, image_format)}"
+        return f"s3://{self.name}/{self._key(job_id, image_format, tenant)}"
 
-    def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
+    def put(
+        self,
+        job_id: str,
+        image_format: ImageFormat,
+        picture: bytes,
+        record: bytes,
+        mime: str,
+        tenant: str = "",
+    ) -> None:
         """Store the picture, then the record; the server checks each by its MD5. Raises `StorageError`."""
-        self._put(self._key(job_id, image_format), picture, mime)
-        self._put(self._key(job_id, "json"), record, "application/json")
+        self._put(self._key(job_id, image_format, tenant), picture, mime)
+        self._put(self._key(job_id, "json", tenant), record, "application/json")
 
-    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
+    def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
         """The stored record of a job whose picture is there, too; else None. Raises `StorageError`."""
-        record = self.record(job_id)
+        record = self.record(job_id, tenant)
         # Somebody may have deleted the picture alone.
-        return record if record is not None and self._is_there(self._key(job_id, image_format)) else None
+        is_there = record is not None and self._is_there(self._key(job_id, image_format, tenant))
+        return record if is_there else None
 
-    def record(self, job_id: str) -> bytes | None:
+    def record(self, job_id: str, tenant: str = "") -> bytes | None:
         """The stored record of a job, or None. Raises `StorageError`."""
+        key = self._key(job_id, "json", tenant)
         with self._errors():
             try:
-                return self._client.get_object(Bucket=self.name, Key=self._key(job_id, "json"))["Body"].read()
+                return self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
             except botocore.exceptions.ClientError as error:
                 if self._says_missing(error):
                     return None
@@ -200,15 +212,15 @@ class Bucket:
                 for stored in page.get("Contents", ()):
                     yield f"s3://{bucket}/{stored['Key']}", stored["LastModified"].timestamp()
 
-    def delete(self, job_id: str, image_format: ImageFormat) -> None:
+    def delete(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> None:
         """Delete a job's picture and record, if they are there. Raises `StorageError`."""
         with self._errors():
             # The record first: a job with a record is done.
-            for key in (self._key(job_id, "json"), self._key(job_id, image_format)):
+            for key in (self._key(job_id, "json", tenant), self._key(job_id, image_format, tenant)):
                 self._client.delete_object(Bucket=self.name, Key=key)
 
-    def _key(self, job_id: str, ending: str) -> str:
-        return f"{self._prefix}images/{job_id[:2]}/{job_id}.{ending}"
+    def _key(self, job_id: str, ending: str, tenant: str = "") -> str:
+        return f"{self._prefix}{object_key(job_id, ending, tenant)}"
 
     def _is_there(self, key: str) -> bool:
         with self._errors():

@@ -63,13 +63,21 @@ class BucketProcess(Bucket):
 
         threading.Thread(target=begin, name="storage", daemon=True).start()
 
-    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
+    def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
         """As `Bucket.find`."""
-        return cast("bytes | None", self._ask("find", job_id, image_format))
+        return cast("bytes | None", self._ask("find", job_id, image_format, tenant))
 
-    def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
+    def put(
+        self,
+        job_id: str,
+        image_format: ImageFormat,
+        picture: bytes,
+        record: bytes,
+        mime: str,
+        tenant: str = "",
+    ) -> None:
         """As `Bucket.put`."""
-        self._ask("put", job_id, image_format, picture, record, mime)
+        self._ask("put", job_id, image_format, picture, record, mime, tenant)
 
     def probe(self, size: int = 8, look: Callable[[str], object] = lambda uri: None) -> tuple[str, ...]:
         """As `Bucket.probe`, with the client, and so with the keys, of `find` and `put`. Nobody looks."""

@@ -108,7 +108,8 @@ def finish(client: Redis, environment: dict[str, str], job: Job) -> str:
 
 
 def test_every_job_field_is_an_option_and_in_the_help(smallcat: Shell) -> None:
-    assert set(JOB_OPTIONS) == set(Job.model_fields) - {"prompt"}
+    # Whose job it is follows from who submits.
+    assert set(JOB_OPTIONS) == set(Job.model_fields) - {"prompt", "tenant"}
     ran = smallcat("submit", "--help")
     assert ran.code == 0
     for field in JOB_OPTIONS:
@@ -151,7 +152,9 @@ def test_submitting_prints_the_id(smallcat: Shell, client: Redis) -> None:
 
 def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
     served = {"model": SERVED.name, "revision": SERVED.revision}
-    given = {name: value for name, value in OTHER_VALUES.items() if name != "prompt"} | served
+    given = {
+        name: OTHER_VALUES[name] for name in Job.model_fields if name not in ("prompt", "tenant")
+    } | served
     assert set(given) == set(JOB_OPTIONS)
     texts = {name: json.dumps(each) if isinstance(each, dict) else str(each) for name, each in given.items()}
     # Choices go by the names that people use.

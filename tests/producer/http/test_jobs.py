@@ -16,7 +16,7 @@ from PIL import Image
 from deploy.embedded.stack import Stack
 from producer import JobHandle, submit_job
 from tests.producer.http.conftest import NOBODYS, Api
-from worker.contract.job import JOB_FIELDS
+from worker.contract.job import WRITTEN_FIELDS
 from worker.state.keys import job_key
 from worker.state.redis_client import connect
 
@@ -85,7 +85,7 @@ def test_every_job_field_is_taken_and_handed_back(api: Api) -> None:
     expected = given | {"scheduler": "euler_ancestral", "format": "jpeg"}
     assert {name: seen[name] for name in given} == expected
     document = api.call("GET", "/openapi.json", key="").json["components"]["schemas"]["Job"]
-    assert set(document["properties"]) == set(JOB_FIELDS)
+    assert set(document["properties"]) == set(WRITTEN_FIELDS)
 
 
 def test_equal_jobs_are_one_job_and_two_submissions(api: Api, environment: None) -> None:

@@ -266,6 +266,7 @@ OTHER_VALUES: dict[str, Any] = {
     "format": "webp",
     "priority": 9,
     "metadata": {"mine": 1},
+    "tenant": "acme",
 }
 
 

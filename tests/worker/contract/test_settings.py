@@ -64,6 +64,11 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
         [("0.5", "greater than or equal to 1"), ("inf", "less than"), ("nan", "")],
     ),
     "SMALLCAT_WAIT_REPLICAS": ("2", 2, [("-1", "greater than or equal to 0"), ("x", "valid integer")]),
+    "SMALLCAT_TENANT": (
+        "a-1",
+        "a-1",
+        [("A", "must be 1 to 40 lower-case"), ("..", "must be"), ("a" * 41, "must be")],
+    ),
     "SMALLCAT_SUBMIT_TIMEOUT_S": ("0.5", 0.5, [("0", "greater than 0"), ("inf", "less than")]),
     "SMALLCAT_MODEL": ("a/model", "a/model", []),
     "SMALLCAT_MODEL_NAME": ("mine", "mine", []),

@@ -66,13 +66,21 @@ class FlakyBucket(Bucket):
             raise self.probe_error
         return super().probe(size)
 
-    def find(self, job_id: str, image_format: ImageFormat) -> bytes | None:
+    def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
         self._fail(self.find_errors)
-        return super().find(job_id, image_format)
+        return super().find(job_id, image_format, tenant)
 
-    def put(self, job_id: str, image_format: ImageFormat, picture: bytes, record: bytes, mime: str) -> None:
+    def put(
+        self,
+        job_id: str,
+        image_format: ImageFormat,
+        picture: bytes,
+        record: bytes,
+        mime: str,
+        tenant: str = "",
+    ) -> None:
         self._fail(self.put_errors)
-        super().put(job_id, image_format, picture, record, mime)
+        super().put(job_id, image_format, picture, record, mime, tenant)
 
     def _fail(self, errors: list[StorageError]) -> None:
         if errors:
@@ -154,6 +162,19 @@ def test_what_is_only_drawn_as_words_is_in_the_record(worker: Worker) -> None:
     assert worker.handle(job) is None
     [warning] = worker.records.get(job.id).warnings
     assert warning.startswith("(x:1.3), AND in the prompt")
+
+
+def test_a_tenants_picture_is_in_its_own_folder_and_answers_nobody_elses_job(worker: Worker) -> None:
+    jobs = [job_of(5, **fields) for fields in ({}, {"tenant": "acme"}, {"tenant": "acme-2"})]
+    for job in jobs:
+        worker.submit(job)
+        worker.handle(job, f"m{job.tenant}")
+    records = [worker.records.get(job.id) for job in jobs]
+    assert [(record.state, record.cached) for record in records] == [(State.DONE, False)] * 3
+    for job, record in zip(jobs, records, strict=True):
+        assert record.uri == worker.storage.uri(job.id, job.format, job.tenant)
+        assert json.loads(worker.storage.record(job.id, job.tenant) or b"")["id"] == job.id
+    assert worker.storage.record(jobs[1].id) is None
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
