@@ -89,6 +89,8 @@ HTTP_MODEL: Final = "smallcat:http:model:"
 WORKER_ONLY: Final = "smallcat:worker-only:"
 #: Begins the keys of the book that the digest is made from.
 BOOK: Final = f"{WORKER_ONLY}fleet"
+#: The messages that workers hold: the transport's (`worker.broker.transport.UNACKED`).
+HELD: Final = "smallcat:unacked"
 #: Channel to all workers.
 WORKERS_CHANNEL: Final = "smallcat:to-workers"
 
