@@ -101,7 +101,7 @@ class Ingest:
             if self.run.noted("cancelled") is not None:
                 # In this order: a journal without its run is no harm.
                 journal_path(self._wanted, self.run.id).unlink(missing_ok=True)
-                self.run.begin_anew(keep=(REJECTED_FILES,))
+                self.run.begin_anew(keep=("files", REJECTED_FILES))
         has_ended = False
         try:
             with self._session.queue_errors(), Journal(self._wanted, self.run.id) as journal:

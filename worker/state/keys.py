@@ -14,6 +14,7 @@
     smallcat:runs            zset     names of the 1,000 runs that were begun or resumed last, by time
     smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
       ...:done, ...:failed   bitmaps  a bit for each job of the run, set by the script that ends the job
+      ...:cancelled          bitmap   likewise: those of the failed that were cancelled
       ...:prints             hash     the first eight bytes of the fingerprint of each message of the run: of
                                       512 in a field, and "=<number>" of those that were sent again
       ...:news               list     how each job ended, until the run's feeder has read it
