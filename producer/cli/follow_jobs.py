@@ -212,11 +212,7 @@ def _show_runs(found: list[RunInfo], *, as_json: bool, alone: bool = False) -> N
         print_json(values[0] if alone else values)
         return
     for info in found:
-        of = (
-            f"{info.ended:,} of {info.total:,}"
-            if info.total is not None
-            else f"{info.sent:,} sent"
-        )
+        of = f"{info.ended:,} of {info.total:,}" if info.total is not None else f"{info.sent:,} sent"
         parts = [of, f"{info.done:,} done"]
         counted = ((info.failed, "failed"), (info.cancelled, "cancelled"), (info.rejected, "rejected"))
         parts += [f"{count:,} {what}" for count, what in counted if count]

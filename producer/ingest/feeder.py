@@ -335,7 +335,7 @@ class Ingest:
         if time.monotonic() - self._counted_at > 0.5:
             self._counted_at = time.monotonic()
             queues = {route.queue for route in self._templates} or set(self.run.queues)
-            workers = self._session.fleet.serving(*queues)
+            workers = self._session.fleet.serving(*queues) if queues else None
             self._counts = replace(self._count(journal), workers=workers)
         self._display.update(status, self._counts)
 
