@@ -198,10 +198,10 @@ def _refuse_others(
 
 def _refuse_misspelt(body: Mapping[str, Any]) -> None:
     """A name that is nearly a job field's would change nothing, and the picture would be another one."""
-    known = {*JOB_FIELDS, *_NAMES, *_HARMLESS, *_WITHOUT_EFFECT}
+    known = {*WRITTEN_FIELDS, *_NAMES, *_HARMLESS, *_WITHOUT_EFFECT}
     for name in body:
         if name not in known and (near := near_miss(name)):
-            near = JOB_FIELDS[near].a1111_option or near if near in JOB_FIELDS else near
+            near = WRITTEN_FIELDS[near].a1111_option or near if near in WRITTEN_FIELDS else near
             raise InvalidJobError(f"There is no {short(name)} in txt2img: did you mean {near}?")
 
 
