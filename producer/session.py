@@ -128,15 +128,20 @@ class Session:
         # It was written before the last step was reported.
         return record.model_copy(update={"step": record.steps})
 
-    def latest(self, count: int) -> list[JobRecord]:
+    def latest(self, count: int, tenant: str | None = None, owner: str = "") -> list[JobRecord]:
         """The records of up to `count` of the jobs that were submitted last, the latest first.
 
-        Those of finished jobs that Redis has no longer are read from the bucket. Where that cannot be read,
-        they are left out, and a warning says why.
+        `tenant`: those that it has submitted; empty: those of no tenant; None: all. `owner` is the tenant
+        that its jobs say where that is another one. Those of finished jobs that Redis has no longer are read
+        from the bucket. Where that cannot be read, they are left out, and a warning says why.
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        submitted_at = dict(self.records.latest())
+        listed = self.records.latest(tenant or "")
+        if tenant == "":
+            listed = [each for each in listed if not each[1]]
+        submitted_at = {job_id: at for job_id, _, at in listed}
+        owners = {job_id: owner or of for job_id, of, _ in listed}
         ids, found = list(submitted_at), list[JobRecord]()
         reads = self.bucket is not None
         while ids and len(found) < count:
@@ -145,7 +150,8 @@ class Session:
             missing = [job_id for job_id in part if job_id not in known] if reads else []
             try:
                 with ThreadPoolExecutor(8) as threads:
-                    stored = dict(zip(missing, threads.map(self._stored, missing), strict=True))
+                    read = threads.map(self._stored, missing, [owners[job_id] for job_id in missing])
+                    stored = dict(zip(missing, read, strict=True))
             except StorageError as error:
                 warnings.warn(plain(str(error)), stacklevel=2)
                 stored, reads = {}, False
@@ -158,9 +164,9 @@ class Session:
             for record in found[:count]
         ]
 
-    def _stored(self, job_id: str) -> JobRecord | None:
+    def _stored(self, job_id: str, tenant: str) -> JobRecord | None:
         with contextlib.suppress(UnknownJobError):
-            return self.lasting(job_id)
+            return self.lasting(job_id, tenant)
         return None
 
     def bucket_named(self, name: str) -> Bucket:

@@ -185,7 +185,7 @@ def _check_call(command: click.Command, words: list[str], line: str) -> None:
 def test_options_that_stand_alone_are_those_of_some_command(document: Path) -> None:
     known = {"--help", "--prompt", "--concurrency", "--loglevel"}
     commands = [*cli.commands.values(), local, bench]
-    for name in ("failed", "keys"):
+    for name in ("failed", "keys", "tenants"):
         commands += cli.commands[name].commands.values()  # type: ignore[attr-defined]
     known |= {name for command in commands for each in command.params for name in each.opts}
     a1111 = (ROOT / "producer" / "prompts" / "a1111_options.py").read_text("utf-8")

@@ -45,19 +45,22 @@ def keys() -> None:
     type=click.Choice(SCOPES),
     help="What the key may do; several times for several. submit and read when not given.",
 )
+@click.option(
+    "--tenant", default="", help="Whose key it is: see `smallcat tenants`. Nobody's when not given."
+)
 @json_option
-def keys_add(name: str, scopes: tuple[str, ...], as_json: bool) -> None:
+def keys_add(name: str, scopes: tuple[str, ...], tenant: str, as_json: bool) -> None:
     """Make a key and print it: this once, for only its hash is kept."""
     now = session()
     with now.queue_errors():
-        key = KeyStore(now.redis).add(name, scopes or DEFAULT_SCOPES)
-    print_json({"name": name, "key": key}) if as_json else say(key)
+        key = KeyStore(now.redis).add(name, scopes or DEFAULT_SCOPES, tenant)
+    print_json({"name": name, "key": key} | ({"tenant": tenant} if tenant else {})) if as_json else say(key)
 
 
 @keys.command("list")
 @json_option
 def keys_list(as_json: bool) -> None:
-    """List the keys by name, with their scopes and their last use."""
+    """List the keys by name, with their scopes, their tenant and their last use."""
     now = session()
     with now.queue_errors():
         found = KeyStore(now.redis).list()
@@ -65,9 +68,9 @@ def keys_list(as_json: bool) -> None:
         print_json([dataclasses.asdict(each) for each in found])
         return
     for each in found:
-        say(
-            f"{each.name:20}  {','.join(each.scopes):20}  made {_time(each.created)}  used {_time(each.used)}"
-        )
+        tenant = f"  tenant {each.tenant}" if each.tenant else ""
+        times = f"made {_time(each.created)}  used {_time(each.used)}"
+        say(f"{each.name:20}  {','.join(each.scopes):20}  {times}{tenant}")
 
 
 @keys.command("revoke")

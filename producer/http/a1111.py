@@ -23,7 +23,7 @@ from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
 from producer.http.caller import Caller
 from producer.http.jobs import as_json
-from producer.http.models import Model, served_models
+from producer.http.models import Model, allowed, served_models
 from producer.http.problems import RefusedError, headers_of, name_of, sentence_of, status_of
 from producer.http.reading import read_json
 from producer.http.rendering import render
@@ -66,11 +66,11 @@ async def txt2img(request: Request, caller: Submitter, backend: Shared) -> Respo
     """Pictures of one prompt."""
     body = await read_json(request, any_type=True)
     asked = read_request(body)
-    models = await _models(backend)
+    models = await _models(backend, caller)
     chosen = await _chosen(backend, caller) if asked.model is None else asked.model
     model = _find(models, chosen) if chosen else None
     fields = asked.fields | {"model": model.name if model else DEFAULT_MODEL}
-    jobs = await check(backend, numbered(fields, asked.batch_size * asked.n_iter), is_list=False)
+    jobs = await check(backend, caller, numbered(fields, asked.batch_size * asked.n_iter), is_list=False)
     results = [each for each in await render(request, backend, caller, jobs) if each is not None]
     images = [await backend.run(result.data) for result in results] if asked.send_images else []
     return as_json(
@@ -126,8 +126,8 @@ def _info(asked: Asked, results: Sequence[JobResult]) -> dict[str, Any]:
 # Models and options
 
 
-async def _models(backend: Backend) -> list[Model]:
-    return await backend.run(served_models, backend.session.fleet)
+async def _models(backend: Backend, caller: Caller) -> list[Model]:
+    return allowed(caller, await backend.run(served_models, backend.session.fleet))
 
 
 def _title(model: Model) -> str:
@@ -150,7 +150,7 @@ async def _chosen(backend: Backend, caller: Caller) -> str:
 
 
 async def _options(backend: Backend, caller: Caller) -> dict[str, Any]:
-    models = await _models(backend)
+    models = await _models(backend, caller)
     chosen = await _chosen(backend, caller)
     current = next((model for model in models if model.name == chosen), models[0] if models else None)
     return {
@@ -180,7 +180,7 @@ async def set_options(request: Request, caller: Submitter, backend: Shared) -> R
         if not is_harmless(value) or name == "samples_format":
             raise RefusedError(422, f"{short(name)[1:-1]} is {short(value)}, and {remedy}.")
     if body.get("sd_model_checkpoint"):
-        model = _find(await _models(backend), str(body["sd_model_checkpoint"]))
+        model = _find(await _models(backend, caller), str(body["sd_model_checkpoint"]))
         name = f"{HTTP_MODEL}{caller.mark}"
         await backend.run(lambda: backend.session.redis.set(name, model.name, ex=_CHOICE_S))
     return as_json(None)
@@ -202,7 +202,7 @@ async def sd_models(caller: Reader, backend: Shared) -> Response:
                 "filename": model.name,
                 "config": None,
             }
-            for model in await _models(backend)
+            for model in await _models(backend, caller)
         ]
     )
 

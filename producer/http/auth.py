@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
+from dataclasses import replace
 from typing import Annotated, Final
 
 from fastapi import Depends
@@ -38,21 +39,35 @@ class Authentication:
     async def caller(self, authorization: str | None) -> Caller:
         """The caller by an Authorization header. Raises `RefusedError` (401), `QueueError`."""
         if self._is_open:
-            return ANYBODY
+            return replace(ANYBODY, owner=self._backend.session.settings.tenant)
         key = _key_in(authorization or "")
         if not key:
             raise _unauthorized("A key is missing: send it as `Authorization: Bearer KEY`.")
         digest = digest_of(key)
         caller, until_s = self._known.get(digest, (None, 0.0))
         if time.monotonic() >= until_s:
-            found = await self._backend.run(self._backend.keys.find, digest)
-            caller = None if found is None else Caller(found.name, frozenset(found.scopes), found.tenant)
+            caller = await self._backend.run(self._find, digest)
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known[digest] = caller, time.monotonic() + (UNKNOWN_S if caller is None else BELIEVED_S)
         if caller is None:
             raise _unauthorized("There is no such key: `smallcat keys list` has all, by their names.")
+        if caller.tenant and caller.limits is None:
+            raise RefusedError(
+                403,
+                f"The tenant of this key, {caller.tenant}, was removed: `smallcat tenants list` has all.",
+                code="Forbidden",
+            )
         return caller
+
+    def _find(self, digest: str) -> Caller | None:
+        """The caller of a key, by Redis; without `limits` where its tenant is gone."""
+        key = self._backend.keys.find(digest)
+        if key is None:
+            return None
+        tenant = self._backend.tenants.find(key.tenant) if key.tenant else None
+        owner = tenant.owner if tenant else self._backend.session.settings.tenant
+        return Caller(key.name, frozenset(key.scopes), key.tenant, tenant, owner)
 
 
 def _key_in(authorization: str) -> str:
@@ -77,7 +92,7 @@ _bearer = HTTPBearer(auto_error=False, description="A key of `smallcat keys add 
 
 
 class Needs:
-    """The dependency of a route: the caller, who must have `scope`. Raises `RefusedError` (401, 403)."""
+    """The dependency of a route: the caller, who must have `scope`. Raises `RefusedError` (401, 403, 429)."""
 
     def __init__(self, scope: str) -> None:
         self._scope = scope
@@ -97,6 +112,7 @@ class Needs:
                 f"`smallcat keys add NAME --scope {self._scope}`.",
                 code="Forbidden",
             )
+        await request.app.state.backend.limits.request(caller)
         request.state.caller = caller
         return caller
 

@@ -18,10 +18,12 @@ from producer.http.limits import Limits
 from producer.http.problems import RETRY_S, RefusedError
 from producer.http.run_store import RunStore
 from producer.http.sending import Sender
+from producer.http.tenant_store import TenantStore
 from producer.http.waiting import Waiting
 from producer.session import session
 from worker.contract.settings import ServerSettings
 from worker.state.following import Following
+from worker.state.tenant_limits import TenantLimits
 
 T = TypeVar("T")
 
@@ -39,7 +41,8 @@ class Backend:
         self.session = session(min(REDIS_RETRY_S, settings.submit_timeout_s))
         self.keys = KeyStore(self.session.redis)
         self.sender = Sender(self.session)
-        self.limits = Limits()
+        self.tenants = TenantStore(self.session.redis)
+        self.limits = Limits(TenantLimits(self.session.redis, settings.record_ttl_s), self.run)
         self.waiting = Waiting()
         self.runs = RunStore(settings.http_data_dir, settings.record_ttl_s)
         self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)

@@ -26,7 +26,7 @@ from producer.http import schema
 from producer.http.auth import Reader, Shared
 from producer.http.backend import Backend
 from producer.http.caller import Caller
-from producer.http.jobs import Mine, own_handle, view
+from producer.http.jobs import Mine, own_record, view
 from worker.contract.errors import SmallcatError
 from worker.state.following import Follower, Seen
 
@@ -57,8 +57,7 @@ async def job_events(
     last_event_id: Annotated[str, Header(max_length=100)] = "",
 ) -> Response:
     """Server-sent events until the job has ended."""
-    handle = await backend.run(own_handle, backend, caller, job_id, submission)
-    record = await backend.run(handle.record)
+    handle, record = await backend.run(own_record, backend, caller, job_id, submission)
     if record.state.is_final and last_event_id == str(record.state):
         return Response(status_code=204)
     stream = _events(backend, caller, handle, record, last_event_id)

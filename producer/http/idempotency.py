@@ -95,6 +95,11 @@ class Once:
         redis.delete(self._name, f"{self._name}:runs")
 
     @property
+    def note(self) -> str:
+        """The key under which it is noted what the request was counted for."""
+        return f"{self._name}:counted"
+
+    @property
     def _name(self) -> str:
         return f"{HTTP_ONCE}{self.caller.mark}:{hashlib.sha256(self.key.encode()).hexdigest()[:32]}"
 

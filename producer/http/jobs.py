@@ -117,10 +117,9 @@ async def _submit(backend: Backend, caller: Caller, body: Any, once: Once | None
         )
     numbers = range(len(items))
     seeds = [once.seed(number) for number in numbers] if once else None
-    jobs = await check(backend, items, seeds, is_list=is_list)
-    handles = await send(
-        backend, caller, jobs, [once.submission(number) for number in numbers] if once else None
-    )
+    jobs = await check(backend, caller, items, seeds, is_list=is_list)
+    ids = [once.submission(number) for number in numbers] if once else None
+    handles = await send(backend, caller, jobs, ids, once.note if once else "")
     found = [[handle.id, handle.submission, job.seed] for handle, job in zip(handles, jobs, strict=True)]
     return found if is_list else found[0]
 
@@ -153,8 +152,12 @@ def _submitted(job_id: str, submission: str, seed: int) -> dict[str, Any]:
 async def latest_jobs(
     caller: Reader, backend: Shared, limit: Annotated[int, Query(ge=1, le=1_000)] = 20
 ) -> Response:
-    """The jobs that were submitted last, the latest first, but for those of prompt files."""
-    records = await backend.run(backend.session.latest, limit)
+    """The jobs that were submitted last, the latest first, but for those of prompt files.
+
+    A tenant's key gets those of its tenant.
+    """
+    whose = None if caller.sees_all else caller.tenant or caller.owner
+    records = await backend.run(backend.session.latest, limit, whose, caller.owner)
     return as_json({"jobs": [view(JobResult.of(record), "", caller) for record in records]})
 
 
@@ -167,8 +170,7 @@ async def get_job(job_id: str, caller: Reader, backend: Shared, submission: Mine
     """The job's record, with what is your submission's own."""
 
     def look() -> dict[str, Any]:
-        handle = own_handle(backend, caller, job_id, submission)
-        record = handle.record()
+        handle, record = own_record(backend, caller, job_id, submission)
         note = "" if record.state.is_final else handle.progress().note
         return view(record, handle.submission, caller) | {"note": note}
 
@@ -191,15 +193,18 @@ async def give_up(job_id: str, caller: Submitter, backend: Shared, submission: M
         if submission:
             return own_handle(backend, caller, job_id, submission).cancel()
         mine = own_submissions(backend, caller, job_id)
-        if not mine and not caller.may("admin"):
-            state = JobHandle(job_id).record().state
-            if state.is_final:
-                return state
-            raise RefusedError(
-                403,
-                f"No submission of job {job_id} is yours: name it with ?submission=, or use an admin's key.",
-            )
-        return [JobHandle(job_id, each).cancel() for each in mine or [""]][-1]
+        if not mine:
+            _, record = own_record(backend, caller, job_id)
+            if record.state.is_final:
+                return record.state
+            if not caller.may("admin"):
+                raise RefusedError(
+                    403,
+                    f"No submission of job {job_id} is yours: name it with ?submission=, or use an admin's "
+                    "key.",
+                )
+        for_all = mine or _submissions_for_all(backend, caller, job_id)
+        return [JobHandle(job_id, each, caller.owner).cancel() for each in for_all][-1]
 
     require_id(job_id)
     return as_json({"id": job_id, "state": str(await backend.run(cancel))})
@@ -230,8 +235,8 @@ async def get_image(
     expires_s: Annotated[int, Query(ge=1, le=604_800, description="Seconds that the link is valid.")] = 3_600,
 ) -> Response:
     """The picture, as a redirect to a presigned link or as it is. 409 while it is not there."""
-    handle = await backend.run(own_handle, backend, caller, job_id, submission)
-    result = await _picture(backend, handle, wait)
+    handle, record = await backend.run(own_record, backend, caller, job_id, submission)
+    result = await _picture(backend, handle, record, wait)
     if redirect:
         return RedirectResponse(await backend.run(result.url, expires_s), 307, {"Cache-Control": "no-store"})
     name = f"{job_id}.{result.job.format}"
@@ -242,9 +247,8 @@ async def get_image(
     )
 
 
-async def _picture(backend: Backend, handle: JobHandle, wait_s: float) -> JobResult:
+async def _picture(backend: Backend, handle: JobHandle, record: JobResult, wait_s: float) -> JobResult:
     """The job's result. Raises the job's error; `RefusedError` (409) where it is not done within `wait_s`."""
-    record = await backend.run(handle.record)
     if not record.state.is_final and wait_s:
         try:
             return await handle.aresult(wait_s)
@@ -273,6 +277,14 @@ def own_submissions(backend: Backend, caller: Caller, job_id: str) -> list[str]:
     return sorted(each for each in found if each.startswith(caller.mark))
 
 
+def _submissions_for_all(backend: Backend, caller: Caller, job_id: str) -> list[str]:
+    """What an admin gives up: the job, or of one that tenants share his tenant's submissions."""
+    if not caller.shares:
+        return [""]
+    found = Submissions(backend.session.redis, 1).of(job_id)
+    return [each for each in found if each.startswith(caller.tenant_mark)]
+
+
 def own_handle(backend: Backend, caller: Caller, job_id: str, submission: str = "") -> JobHandle:
     """The handle of a caller's own submission, or of the job where none is known.
 
@@ -280,7 +292,7 @@ def own_handle(backend: Backend, caller: Caller, job_id: str, submission: str = 
     was.
     """
     require_id(job_id)
-    if submission and not submission.startswith(caller.mark) and not caller.may("admin"):
+    if submission and not caller.owns(submission):
         raise unknown(job_id)
     if not submission:
         submission = next(iter(own_submissions(backend, caller, job_id)), "")
@@ -290,7 +302,25 @@ def own_handle(backend: Backend, caller: Caller, job_id: str, submission: str = 
         or submission in Submissions(backend.session.redis, 1).of(job_id)
     ):
         raise unknown(job_id, submission)
-    return JobHandle(job_id, submission)
+    return JobHandle(job_id, submission, caller.owner)
+
+
+def own_record(
+    backend: Backend, caller: Caller, job_id: str, submission: str = ""
+) -> tuple[JobHandle, JobResult]:
+    """The handle as `own_handle` has it, and its record.
+
+    Raises `UnknownJobError`, also for a job of another tenant: in the words for one that is not there.
+    """
+    handle = own_handle(backend, caller, job_id, submission)
+    record = handle.record()
+    is_seen = caller.sees_all or record.job.tenant == caller.owner
+    if is_seen and caller.shares and not handle.submission:
+        # Other tenants' jobs have the same owner.
+        is_seen = bool(_submissions_for_all(backend, caller, job_id))
+    if not is_seen:
+        raise unknown(job_id)
+    return handle, record
 
 
 def view(record: JobResult, submission: str, caller: Caller) -> dict[str, Any]:

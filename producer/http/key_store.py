@@ -15,6 +15,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from producer.http.tenant_store import TenantStore
 from worker.contract.errors import CallerError
 from worker.contract.explain import short
 from worker.state.keys import HTTP_KEYS, HTTP_KEYS_USED
@@ -22,7 +23,7 @@ from worker.state.keys import HTTP_KEYS, HTTP_KEYS_USED
 if TYPE_CHECKING:
     from redis.client import Redis
 
-#: What a key may be allowed: `admin` includes the others, and jobs of other keys.
+#: What a key may be allowed: `admin` includes the others, and jobs of other keys; a tenant's key, of its own.
 SCOPES: Final = ("submit", "read", "admin")
 #: The scopes of a key where none are named.
 DEFAULT_SCOPES: Final = ("submit", "read")
@@ -39,7 +40,7 @@ class ApiKey:
     name: str
     #: What it may do: some of `SCOPES`.
     scopes: tuple[str, ...]
-    #: Whose it is; empty: there are no tenants.
+    #: Whose it is (`producer.http.tenant_store`); empty: nobody's in particular.
     tenant: str
     #: Unix seconds when it was made.
     created: int
@@ -72,6 +73,8 @@ class KeyStore:
             raise CallerError(f"scope is {short(wrong[0])}: use some of {', '.join(SCOPES)}.")
         if not scopes:
             raise CallerError(f"A key without a scope can do nothing: use some of {', '.join(SCOPES)}.")
+        if tenant:
+            TenantStore(self._redis).get(tenant)
         if any(each.name == name for each in self._all().values()):
             raise CallerError(f'There is a key "{name}" already: revoke it first, or use another name.')
         values = asdict(ApiKey(name, tuple(scopes), tenant, int(cast("Any", self._redis.time())[0])))

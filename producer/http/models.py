@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from producer.http.caller import Caller
     from worker.state.fleet import Fleet
 
 
@@ -33,3 +34,9 @@ def served_models(fleet: Fleet) -> list[Model]:
         workers = sum(group.workers for group in members)
         found[name] = Model(name, newest.served.revision, workers, members[0].first[0])
     return list(found.values())
+
+
+def allowed(caller: Caller, models: list[Model]) -> list[Model]:
+    """Those of the models that the caller's tenant may use."""
+    named = caller.limits.models if caller.limits else ()
+    return [each for each in models if not named or each.name in named]

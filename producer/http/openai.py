@@ -22,7 +22,7 @@ from producer.client.job_result import JobResult
 from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
 from producer.http.jobs import as_json
-from producer.http.models import served_models
+from producer.http.models import allowed, served_models
 from producer.http.problems import RefusedError, headers_of, name_of, sentence_of, status_of
 from producer.http.reading import read_json
 from producer.http.rendering import render
@@ -66,7 +66,7 @@ async def generate(request: Request, caller: Submitter, backend: Shared) -> Resp
     count, form = _number(fields), _form(fields)
     job = _job_fields(fields)
     await _require_model(backend, job)
-    jobs = await check(backend, numbered(job, count), is_list=False)
+    jobs = await check(backend, caller, numbered(job, count), is_list=False)
     results = await render(request, backend, caller, jobs)
     if None in results:
         raise RefusedError(409, "The job was cancelled.", code="JobCancelledError")
@@ -86,14 +86,14 @@ async def generate(request: Request, caller: Submitter, backend: Shared) -> Resp
 @router.get("/v1/models")
 async def models(caller: Reader, backend: Shared) -> Response:
     """The models that live workers serve."""
-    found = await backend.run(served_models, backend.session.fleet)
+    found = allowed(caller, await backend.run(served_models, backend.session.fleet))
     return as_json({"object": "list", "data": [_model(each.name, each.since) for each in found]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, caller: Reader, backend: Shared) -> Response:
     """One of them."""
-    for each in await backend.run(served_models, backend.session.fleet):
+    for each in allowed(caller, await backend.run(served_models, backend.session.fleet)):
         if each.name == name:
             return as_json(_model(each.name, each.since))
     raise _no_model(name)

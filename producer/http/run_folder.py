@@ -53,7 +53,7 @@ def claim(folder: Path) -> None:
 def is_run(folder: Path) -> bool:
     """Whether this is a run, by its name and by what is in it."""
     return (
-        re.fullmatch("[0-9a-f]{32}", folder.name) is not None
+        re.fullmatch("[0-9a-f]{32}|[0-9a-f]{40}", folder.name) is not None
         and not folder.is_symlink()
         and (folder / "run.json").is_file()
     )

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from producer.http import run_folder
+from producer.http.run_limits import gate_of
 from producer.ingest.check import refuse_bad_lines
 from producer.ingest.feeder import Ingest
 from producer.ingest.plan import Plan, Planned, unresolved
@@ -43,6 +44,8 @@ logger = logging.getLogger("smallcat.http")
 _AGAIN_S: Final = 5.0
 #: Runs that are fed at once, and runs that are fed or wait.
 AT_ONCE, MAX_RUNS = 16, 500
+#: Characters of a run's name, at most.
+MAX_NAME: Final = 40
 #: Lines that are looked at before a file is taken.
 _LOOKED_AT: Final = 1_000
 #: Notices of a run that are kept.
@@ -68,6 +71,10 @@ class Upload:
     manifest: str = "jsonl"
     #: Job fields of lines that do not set them.
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    #: The tenant that the jobs say; empty: none.
+    owner: str = ""
+    #: The settings of the tenant that uploaded it, as they were then: the same lines are rejected each time.
+    tenant: Mapping[str, Any] | None = None
 
 
 class _Display(SilentDisplay):
@@ -136,7 +143,7 @@ class RunStore:
                     refuse_bad_lines(plan, lambda _: None, now.fleet.snapshot().resolve)
         except PromptFileError as error:
             raise PromptFileError(_told(error, file, upload)) from None
-        run = f"{mark}{plan.digest[:24]}"
+        run = f"{mark}{plan.digest[: min(24, MAX_NAME - len(mark))]}"
         kept = self._folder / run
         with file.open("rb") as written:
             os.fsync(written.fileno())
@@ -257,7 +264,7 @@ class RunStore:
             ) from None
         display = _Display()
         options = Options(manifest=folder / f"manifest.{upload.manifest}", run=run)
-        ingest = make_ingest(_plan_of(file, upload), options, display)
+        ingest = make_ingest(_plan_of(file, upload), options, display, gate=gate_of(upload.tenant, run))
         self._feeding[run] = ingest, display
         ingest()
 
@@ -273,7 +280,7 @@ def _plan_of(file: Path, upload: Upload) -> Plan:
         literal=upload.literal,
     )
     found = source(str(file), upload.format or None)
-    return Plan([dataclasses.replace(found, name=upload.name)], variants, upload.extra)
+    return Plan([dataclasses.replace(found, name=upload.name)], variants, upload.extra, tenant=upload.owner)
 
 
 def _told(error: Exception, file: Path, upload: Upload) -> str:

@@ -16,9 +16,11 @@ from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
 from producer.http.caller import Caller
 from producer.http.jobs import as_json
+from producer.http.limits import with_priority
 from producer.http.problems import RefusedError
 from producer.http.run_store import Upload
 from producer.ingest.runs import RunInfo, cancel_run, find_run
+from producer.ingest.types import FILE_PRIORITY
 from producer.prompts.entries import LineError
 from producer.prompts.fields import NOT_GIVEN, near_miss, value_of
 from producer.prompts.sources import FORMATS
@@ -32,13 +34,13 @@ router = APIRouter(tags=["runs"])
 _RUN: Final = {
     "type": "object",
     "title": "Run",
-    "required": ["run", "state", "sent", "done", "failed", "cancelled", "rejected", "links"],
+    "required": ["run", "state", "sent", "done", "failed", "rejected", "links"],
     "properties": {
         "run": {"type": "string", "pattern": f"^{RUN_NAME}$"},
         "state": {"enum": ["waiting", "feeding", "stopped", "finished", "cancelled", "failed"]},
         "created": {"type": ["integer", "null"]},
         "files": {"type": "array", "items": {"type": "string"}},
-        **{name: {"type": "integer"} for name in ("sent", "done", "failed", "cancelled", "rejected")},
+        **{name: {"type": "integer"} for name in ("sent", "done", "failed", "rejected")},
         "total": {"type": ["integer", "null"]},
         "error": {"type": "string", "description": "Why it cannot go on."},
         "notices": {"type": "array", "items": {"type": "string"}},
@@ -89,7 +91,9 @@ async def upload_file(
         *(_file_name(name), _format(format), images, seed_start, tuple(grid or ()), sample, literal, extra),
         strict,
         manifest,
-        _job_fields(request),
+        with_priority(caller.limits, _job_fields(request), FILE_PRIORITY),
+        caller.owner,
+        caller.limits.model_dump(mode="json") if caller.limits else None,
     )
     await backend.limits.admit_run(caller, upload.fields)
     if backend.runs.is_full:
@@ -186,7 +190,7 @@ def _look(backend: Backend, run: str) -> dict[str, Any]:
     except UnknownJobError:
         if not store.knows(run):
             raise _unknown(run) from None
-        info = RunInfo(run, "waiting", 0, (), 0, None, 0, 0, 0, 0, None, None)
+        info = RunInfo(run, "waiting", 0, (), 0, None, 0, 0, 0, None, None)
     error = store.error(run)
     state = info.state
     if error:
@@ -202,7 +206,6 @@ def _look(backend: Backend, run: str) -> dict[str, Any]:
         "total": info.total,
         "done": info.done,
         "failed": info.failed,
-        "cancelled": info.cancelled,
         "rejected": info.rejected,
         "error": error,
         "notices": store.notices(run),
@@ -216,8 +219,7 @@ def _unknown(run: str) -> UnknownJobError:
 
 def _require_own(run: str, caller: Caller) -> None:
     """Raise `UnknownJobError` for a run that is somebody else's."""
-    is_own = run.startswith(caller.mark) or caller.may("admin")
-    if not re.fullmatch(RUN_NAME, run) or not is_own:
+    if not re.fullmatch(RUN_NAME, run) or not caller.owns(run):
         raise _unknown(run)
 
 

@@ -126,7 +126,7 @@ def answers(
     content = {} if schema is None else {"content": {media: {"schema": dict(schema)}}}
     found: dict[int | str, dict[str, Any]] = {status: {"description": "As asked.", **content}}
     said = {"content": {problems.MEDIA_TYPE: {"schema": reference("Problem")}}}
-    for each in (401, 403, 503, *refusals):
+    for each in (401, 403, 429, 503, *refusals):
         found[each] = {"description": _WHY.get(each, "RefusedError."), **said}
     return found
 
@@ -134,12 +134,13 @@ def answers(
 _WHY: Final = {
     400: "The body or a header cannot be read.",
     401: "The key is missing or unknown.",
-    403: "The key has no scope for it.",
+    403: "The key has no scope for it, or its tenant may never ask for it.",
     404: "There is nothing of that name.",
     406: "There is no such form of the answer.",
     409: "The state of the job, or of an earlier request, does not permit it.",
     413: "The body is too large.",
     415: "The body is of another type.",
     422: "A value is outside its limits.",
+    429: "A limit of the key's tenant is reached: try again later.",
     503: "Redis or the bucket is away, or the server is full: try again.",
 }

@@ -38,10 +38,12 @@ _RETRY_EVERY_S: Final = 0.2
 
 @dataclass(frozen=True)
 class Ready:
-    """A checked and resolved job, and the id that its submission is to have."""
+    """A checked and resolved job, and what its submission is to have."""
 
     job: TemplatedJob
     submission: str
+    #: Whose submission it is: in that tenant's list of jobs.
+    tenant: str
 
 
 class _Request:
@@ -194,6 +196,7 @@ class Sender:
             message_id,
             template.list,
             template.fill(job, "", message_id, f"{self._tag}{self._tags:012x}"),
+            tenant=ready.tenant,
         )
 
     def _message_template(self, route: Route) -> MessageTemplate:

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from producer.client import JobHandle
-from producer.http.problems import InvalidJobsError
+from producer.http.limits import with_priority
+from producer.http.problems import InvalidJobsError, RefusedError
 from producer.http.sending import Ready
 from producer.ingest.message_templates import JobTemplates, TemplatedJob
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
+from worker.contract.job_parameters import DEFAULT_PRIORITY
 
 if TYPE_CHECKING:
     from producer.http.backend import Backend
@@ -31,18 +33,23 @@ def new_submission(caller: Caller) -> str:
 
 
 async def check(
-    backend: Backend, items: Sequence[Any], seeds: Sequence[int] | None = None, *, is_list: bool = True
+    backend: Backend,
+    caller: Caller,
+    items: Sequence[Any],
+    seeds: Sequence[int] | None = None,
+    *,
+    is_list: bool = True,
 ) -> list[TemplatedJob]:
-    """The jobs of these fields, resolved. `seeds` are those of jobs that give none; None: drawn.
+    """`caller`'s jobs of these fields, resolved. `seeds` are those of jobs that give none; None: drawn.
 
     Raises `InvalidJobsError` that names all that are wrong, or the `InvalidJobError` of a job alone;
     `QueueError`.
     """
     templates = await backend.sender.templates()
     if len(items) <= _FEW and sum(map(_length, items)) <= _SHORT:
-        return _checked(templates, items, seeds, is_list)
+        return _checked(templates, caller, items, seeds, is_list)
     # Other requests go on meanwhile.
-    return await backend.run(_checked, templates, items, seeds, is_list)
+    return await backend.run(_checked, templates, caller, items, seeds, is_list)
 
 
 def _length(item: Any) -> int:
@@ -52,7 +59,11 @@ def _length(item: Any) -> int:
 
 
 def _checked(
-    templates: JobTemplates, items: Sequence[Any], seeds: Sequence[int] | None, is_list: bool
+    templates: JobTemplates,
+    caller: Caller,
+    items: Sequence[Any],
+    seeds: Sequence[int] | None,
+    is_list: bool,
 ) -> list[TemplatedJob]:
     """As `check`, by `templates`."""
     jobs: list[TemplatedJob] = []
@@ -66,7 +77,7 @@ def _checked(
             fields = {name: _whole(name, value) for name, value in item.items()}
             if "seed" not in fields or (type(fields["seed"]) is int and fields["seed"] == -1):
                 fields["seed"] = seeds[number] if seeds else secrets.randbits(SEED_BITS)
-            jobs.append(templates.fill(fields))
+            jobs.append(templates.fill(_own(fields, caller), caller.owner))
         except InvalidJobError as error:
             if not is_list:
                 raise
@@ -74,6 +85,13 @@ def _checked(
     if errors:
         raise InvalidJobsError(errors, len(items))
     return jobs
+
+
+def _own(fields: dict[str, Any], caller: Caller) -> dict[str, Any]:
+    """The fields as `caller` means them. A job as he was shown it says his own tenant, and may be sent so."""
+    if fields.get("tenant") == caller.owner:
+        fields = {name: value for name, value in fields.items() if name != "tenant"}
+    return with_priority(caller.limits, fields, DEFAULT_PRIORITY)
 
 
 def _whole(name: str, value: Any) -> Any:
@@ -97,9 +115,18 @@ async def send(
     caller: Caller,
     jobs: Sequence[TemplatedJob],
     submissions: Sequence[str] | None = None,
+    note: str = "",
 ) -> list[JobHandle]:
-    """Send jobs for `caller`. Raises `RefusedError` where limits forbid it, `QueueError`."""
-    await backend.limits.admit(caller, jobs)
+    """Send jobs for `caller`. Raises `RefusedError` where limits forbid it, `QueueError`.
+
+    `note`: see `Limits.admit`.
+    """
+    await backend.limits.admit(caller, jobs, note)
     ids = submissions or [new_submission(caller) for _ in jobs]
-    await backend.sender.send([Ready(*each) for each in zip(jobs, ids, strict=True)])
-    return [JobHandle(job.id, submission) for job, submission in zip(jobs, ids, strict=True)]
+    try:
+        whose = caller.tenant or caller.owner
+        await backend.sender.send([Ready(job, each, whose) for job, each in zip(jobs, ids, strict=True)])
+    except RefusedError:  # Nothing was sent. After a `QueueError` some of it may have been.
+        await backend.limits.give_back(caller, jobs, note)
+        raise
+    return [JobHandle(job.id, each, caller.owner) for job, each in zip(jobs, ids, strict=True)]

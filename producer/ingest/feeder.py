@@ -14,7 +14,6 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,8 @@ from producer.ingest.plan import Cursor, Plan, Planned, Rejected
 from producer.ingest.rejects import OwnFiles, Rejects
 from producer.ingest.results import Results
 from producer.ingest.run_state import Run, Status
-from producer.ingest.types import Counts, Display, Options, Outcome
+from producer.ingest.types import Counts, Display, Gate, Options, Outcome
+from producer.ingest.windows import Windows
 from producer.ingest.writing import writing
 from producer.session import Session
 from worker.contract.errors import PromptFileError, QueueError
@@ -61,21 +61,23 @@ class Ingest:
         session: Session,
         display: Display,
         downloads: Downloads | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._plan, self._options, self._display = plan, options, display
+        self._gate = gate or Gate()
+        self._windows = Windows(self._gate, display.notice)
         self._session, self._downloads = session, downloads
         #: The manifest as it was asked for; the journal's name is made from it.
         self._wanted = options.manifest or plan.sources[0].beside("manifest.jsonl")
         #: Where it goes: see `manifest_path`.
         self._manifest = self._wanted
         self.run = self._run_of(plan.digest)
-        self._pinned = Pinned(self.run, session.fleet)
+        self._pinned = Pinned(self.run, session.fleet, self._gate.check)
         self._results = Results(self.run, session, plan.tenant)
         self._stop = threading.Event()
         self._templates: dict[Route, MessageTemplate] = {}
         self._tag = _tag_of_process()
         self._tags = 0
-        self._items: Iterator[Planned | Rejected] | None = None
         #: The run's cursor, as this process has moved it; None: it has not, and reads it again.
         self._cursor: str | None = None
         self._rejected = 0
@@ -101,7 +103,7 @@ class Ingest:
             if self.run.noted("cancelled") is not None:
                 # In this order: a journal without its run is no harm.
                 journal_path(self._wanted, self.run.id).unlink(missing_ok=True)
-                self.run.begin_anew(keep=("files", REJECTED_FILES))
+                self.run.begin_anew(keep=(REJECTED_FILES,))
         has_ended = False
         try:
             with self._session.queue_errors(), Journal(self._wanted, self.run.id) as journal:
@@ -137,7 +139,7 @@ class Ingest:
         plan = self._plan.as_begun(self._is_begun)
         if plan is not self._plan:
             self._plan, self.run = plan, self._run_of(plan.digest)
-            self._pinned = Pinned(self.run, self._session.fleet)
+            self._pinned = Pinned(self.run, self._session.fleet, self._gate.check)
             self._results = Results(self.run, self._session, plan.tenant)
             self._display.notice(
                 f"An earlier version began the run {self.run.id}: its files are read as they were then. "
@@ -190,7 +192,7 @@ class Ingest:
             lambda files: self.run.note(REJECTED_FILES, files),
             self._display.notice,
         )
-        self._items = self._plan.items(self._pinned.resolve, start, self._display.notice)
+        self._windows.begin(self._plan.items(self._pinned.resolve, start, self._display.notice))
 
     def _turn(self, journal: Journal) -> str | None:
         """Poll the run once and act on it. Returns how the call ends, or None while it goes on."""
@@ -207,8 +209,7 @@ class Ingest:
             if status.ended >= status.fed and not progressed:
                 return "stopped"
         elif status.total is None and (room := self._room(status)):
-            self._send_window(status, room)
-            progressed = True
+            progressed = self._send_window(status, room) or progressed
         if not progressed:
             if status.queued == status.parked and status.ended < status.fed:
                 self._send_lost_again(status)
@@ -224,28 +225,28 @@ class Ingest:
 
     # Sending.
 
-    def _send_window(self, status: Status, room: int) -> None:
+    def _send_window(self, status: Status, room: int) -> bool:
+        """Send what there is room for. False: the gate lets nothing through now."""
         if status.cursor != self._cursor:
             self._display.notice("Redis has lost the jobs that were sent last: they are sent again.")
             self._go_to(status)
-        assert self._items is not None  # noqa: S101 - made before the first poll
         messages: list[tuple[str, str]] = []
         cursor, total = status.cursor, None
         at = self.run.now()
-        for _ in range(WINDOW):
-            if len(messages) >= room:
-                break
-            each = next(self._items, None)
-            if each is None:
-                total = status.fed + len(messages)
-                break
+        window, is_last = self._windows.next(status.fed, WINDOW, room)
+        for each in window:
             cursor = str(each.cursor)
             if isinstance(each, Rejected):
                 self._reject(each)
             else:
                 messages.append(self._message(each, status.fed + len(messages), at, ""))
+        if is_last:
+            total = status.fed + len(messages)
+        elif not window:
+            return False
         is_sent = self.run.feed(status.fed, messages, cursor, total, self._rejected)
         self._cursor = cursor if is_sent else None
+        return True
 
     def _reject(self, rejected: Rejected) -> None:
         assert self._rejects is not None  # noqa: S101 - made before the first poll
@@ -335,7 +336,7 @@ class Ingest:
         if time.monotonic() - self._counted_at > 0.5:
             self._counted_at = time.monotonic()
             queues = {route.queue for route in self._templates} or set(self.run.queues)
-            workers = self._session.fleet.serving(*queues) if queues else None
+            workers = self._session.fleet.serving(*queues)
             self._counts = replace(self._count(journal), workers=workers)
         self._display.update(status, self._counts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from producer.ingest.run_state import Run
@@ -17,18 +18,22 @@ if TYPE_CHECKING:
 class Pinned:
     """Resolves jobs as `Fleet.resolve` does, but each model once in a run. Redis keeps the answer."""
 
-    def __init__(self, run: Run, fleet: Fleet) -> None:
-        self._run, self._fleet = run, fleet
+    def __init__(self, run: Run, fleet: Fleet, check: Callable[[Job], None] = lambda job: None) -> None:
+        """`check` raises `InvalidJobError` for a resolved job that the run may not have."""
+        self._run, self._fleet, self._check = run, fleet, check
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
         self._foreseen: dict[tuple[str, str], dict[str, Any]] = {}
 
     def resolve(self, job: Job) -> Job:
-        """`job` for the model that it means in this run, with that model's defaults."""
+        """`job` for the model that it means in this run, with that model's defaults.
+
+        Raises `InvalidJobError` for one that the run may not have.
+        """
         name = (job.model, job.revision)
         if name not in self._known:
             pin = self._run.note_once(f"model:{json.dumps(name)}", json.dumps(self._resolve(job)))
             self._known[name] = json.loads(pin)
-        return _as_pinned(job, self._known[name])
+        return self._checked(_as_pinned(job, self._known[name]))
 
     def foreseen(self, job: Job) -> Job:
         """What `resolve` would give now. Pins nothing, for a run that may not begin."""
@@ -36,7 +41,11 @@ class Pinned:
         if name not in self._foreseen:
             pin = self._run.noted(f"model:{json.dumps(name)}")
             self._foreseen[name] = json.loads(pin) if pin else self._resolve(job)
-        return _as_pinned(job, self._foreseen[name])
+        return self._checked(_as_pinned(job, self._foreseen[name]))
+
+    def _checked(self, job: Job) -> Job:
+        self._check(job)
+        return job
 
     def _resolve(self, job: Job) -> dict[str, Any]:
         resolved = self._fleet.resolve(Job(prompt="x", seed=0, model=job.model, revision=job.revision))

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from producer.ingest.download import Downloads, Template
 from producer.ingest.feeder import Ingest
 from producer.ingest.plan import Plan
-from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Options, Outcome, SilentDisplay
+from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Gate, Options, Outcome, SilentDisplay
 from producer.ingest.writing import writing
 from producer.prompts import fields_v1
 from producer.prompts.fields import NOT_GIVEN, meaning_of, value_of
@@ -20,7 +20,6 @@ from producer.prompts.variants import Variants
 from producer.prompts.wildcards import Wildcards
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
-from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_parameters import JobFields
 from worker.contract.settings import producer_settings
@@ -135,8 +134,6 @@ def make_variants(
     for axis, values in grid.items():
         if axis not in AXES:
             raise PromptFileError(f"grid cannot cross {axis}: use one of {', '.join(AXES)}.")
-        if isinstance(values, str) or not isinstance(values, Sequence):
-            raise PromptFileError(f"grid is {short({axis: values})}: its values for {axis} must be a list.")
         if not values:
             raise PromptFileError(f"grid has no values for {axis}: write {axis}=VALUE,VALUE.")
         for value in values:
@@ -174,9 +171,17 @@ def check_options(options: Options, download: Path | None, name: str | None) -> 
 
 
 def make_ingest(
-    plan: Plan, options: Options, display: Display, download: Path | None = None, name: str | None = None
+    plan: Plan,
+    options: Options,
+    display: Display,
+    download: Path | None = None,
+    name: str | None = None,
+    *,
+    gate: Gate | None = None,
 ) -> Ingest:
     """A run that is ready to start; the folder of its manifest is made where there is none.
+
+    `gate` says what of it may be sent, and when; None: all, at once.
 
     Raises `PromptFileError`, `SettingsError`, `StorageError`.
     """
@@ -190,7 +195,7 @@ def make_ingest(
         if feeder_session.bucket is None:
             raise StorageError("S3_BUCKET is not set: name the bucket that the pictures are in.")
         downloads = Downloads(download, feeder_session.bucket, plan.sources, name, display.notice)
-    return Ingest(plan, options, feeder_session, display, downloads)
+    return Ingest(plan, options, feeder_session, display, downloads, gate)
 
 
 def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:

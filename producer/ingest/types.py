@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -11,8 +12,10 @@ from worker.contract.plain_text import plain
 
 if TYPE_CHECKING:
     from producer.ingest.ended import Ended
+    from producer.ingest.message_templates import TemplatedJob
     from producer.ingest.plan import Rejected
     from producer.ingest.run_state import Status
+    from worker.contract.job import Job
 
 #: Default of the messages that may wait in a run's queues.
 MAX_QUEUED = 10_000
@@ -53,6 +56,20 @@ class SilentDisplay(Display):
         print(plain(text), file=sys.stderr)
 
 
+class Gate:
+    """What of a run may be sent, and when. This one lets all through."""
+
+    def check(self, job: Job) -> None:
+        """Raise `InvalidJobError` for a job that is rejected. Whenever it is asked, it says the same."""
+
+    def admit(self, first: int, jobs: Sequence[TemplatedJob]) -> tuple[int, str]:
+        """How many of the run's next jobs may be sent now; why not the others, in a sentence.
+
+        `first` is the number of the first of them in the run.
+        """
+        return len(jobs), ""
+
+
 @dataclass(frozen=True)
 class Counts:
     """How many jobs of a run have ended in which way, so far."""
@@ -62,8 +79,8 @@ class Counts:
     cached: int = 0
     failed: int = 0
     cancelled: int = 0
-    #: Live workers that serve the run's queues; None until something was sent.
-    workers: int | None = None
+    #: Live workers that serve the run's queues.
+    workers: int = 0
 
 
 @dataclass(frozen=True)

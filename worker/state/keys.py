@@ -10,11 +10,12 @@
                              hash
     smallcat:queues          set      names of the queues that jobs were sent to
     smallcat:failed          zset     ids of the jobs that failed for good, by time (`worker.state.failures`)
-    smallcat:latest          zset     ids of the 1,000 jobs that were submitted last, by time
+    smallcat:latest          zset     ids of the 1,000 jobs that were submitted last, by time; before those of
+                                      tenants "TENANT/"
+      ...:<tenant>           zset     likewise, of a tenant
     smallcat:runs            zset     names of the 1,000 runs that were begun or resumed last, by time
     smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
       ...:done, ...:failed   bitmaps  a bit for each job of the run, set by the script that ends the job
-      ...:cancelled          bitmap   likewise: those of the failed that were cancelled
       ...:prints             hash     the first eight bytes of the fingerprint of each message of the run: of
                                       512 in a field, and "=<number>" of those that were sent again
       ...:news               list     how each job ended, until the run's feeder has read it
@@ -26,6 +27,9 @@
     smallcat:served          string   the last announcements of each model, for when its workers are away
     smallcat:http:keys       hash     the keys of the HTTP API by their hash (`producer.http.key_store`)
       ...:used               hash     when each was last used
+    smallcat:http:tenants    hash     the tenants and their limits (`producer.http.tenant_store`)
+    smallcat:http:rate:..., spent:..., open:..., feeding:...
+                                      what a tenant has used of its limits (`worker.state.tenant_limits`)
     smallcat:http:once:...   string   what was answered to a request with an Idempotency-Key
     smallcat:http:model:...  string   the model that a caller of AUTOMATIC1111's API has chosen
     smallcat:to-workers      channel  to all workers: "cancel <id>" stops a running job; "watch" says that
@@ -83,6 +87,13 @@ DIGEST: Final = "smallcat:worker::served"
 #: The keys of the HTTP API, and when each was last used.
 HTTP_KEYS: Final = "smallcat:http:keys"
 HTTP_KEYS_USED: Final = "smallcat:http:keys:used"
+#: The tenants of the HTTP API.
+HTTP_TENANTS: Final = "smallcat:http:tenants"
+#: Begins the keys of what a tenant has used of its limits; its name follows.
+HTTP_RATE: Final = "smallcat:http:rate:"
+HTTP_SPENT: Final = "smallcat:http:spent:"
+HTTP_OPEN: Final = "smallcat:http:open:"
+HTTP_FEEDING: Final = "smallcat:http:feeding:"
 #: Begins the keys of answers to requests with an Idempotency-Key, and of callers' models.
 HTTP_ONCE: Final = "smallcat:http:once:"
 HTTP_MODEL: Final = "smallcat:http:model:"
@@ -90,8 +101,6 @@ HTTP_MODEL: Final = "smallcat:http:model:"
 WORKER_ONLY: Final = "smallcat:worker-only:"
 #: Begins the keys of the book that the digest is made from.
 BOOK: Final = f"{WORKER_ONLY}fleet"
-#: The messages that workers hold: the transport's (`worker.broker.transport.UNACKED`).
-HELD: Final = "smallcat:unacked"
 #: Channel to all workers.
 WORKERS_CHANNEL: Final = "smallcat:to-workers"
 
@@ -99,6 +108,14 @@ WORKERS_CHANNEL: Final = "smallcat:to-workers"
 def job_key(job_id: str) -> str:
     """The key of a job's record, and the channel of its state. `mark_runs.lua` takes the id out of it."""
     return f"smallcat:job:{job_id}"
+
+
+def latest_key(tenant: str) -> str:
+    """The key of the jobs of a tenant that were submitted last; of all jobs where it is empty.
+
+    `submit.lua` takes the tenant out of it.
+    """
+    return f"{LATEST}:{tenant}" if tenant else LATEST
 
 
 def submission_key(job_id: str, submission: str) -> str:

@@ -35,11 +35,11 @@ from worker.state.hashes import (
 )
 from worker.state.keys import (
     FAILED,
-    LATEST,
     WORKERS_CHANNEL,
     attempts_key,
     holder_of,
     job_key,
+    latest_key,
     submission_key,
 )
 from worker.state.shared_scripts import NamedLately, Script, SharedScript
@@ -101,7 +101,8 @@ class Records:
         """
         own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
         sent = Submission(
-            job.id, job.model_dump_json(), queue, submission, own, message, *(put or ("", "")), noted
+            *(job.id, job.model_dump_json(), queue, submission, own, message, *(put or ("", "")), noted),
+            job.tenant,
         )
         keys, words = sent.call(self._ttl_s, self._named.has(queue))
         self._submit(keys=keys, args=words)
@@ -176,13 +177,14 @@ class Records:
                         found[job_id] = record
         return found
 
-    def latest(self) -> list[tuple[str, float]]:
-        """The jobs that were submitted last, the latest first, about 1,000 at most: ids, Unix seconds.
+    def latest(self, tenant: str = "") -> list[tuple[str, str, float]]:
+        """The jobs that were submitted last, of a tenant or of all, the latest first; about 1,000 at most.
 
-        Jobs of runs are not among them.
+        Of each its id, its tenant, and Unix seconds. Jobs of runs are not among them.
         """
-        found: Any = self._redis.zrevrange(LATEST, 0, -1, withscores=True)
-        return [(str(job_id), at) for job_id, at in found]
+        found: Any = self._redis.zrevrange(latest_key(tenant), 0, -1, withscores=True)
+        named = [(str(member).rpartition("/"), at) for member, at in found]
+        return [(job_id, tenant or of, at) for (of, _, job_id), at in named]
 
     def claim(
         self,

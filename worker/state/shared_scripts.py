@@ -28,6 +28,8 @@ _TEXTS: Final = (
     scripts.SUBMIT,
     scripts.CANCEL,
     scripts.FAILURES,
+    scripts.ADMIT,
+    scripts.REQUEST,
     run_scripts.FEED,
     run_scripts.TAKE,
     run_scripts.ACKNOWLEDGE,

@@ -14,7 +14,7 @@ from worker.contract.errors import QueueError
 from worker.contract.found_message import digest_of
 from worker.contract.refusals import code_of
 from worker.state import scripts
-from worker.state.keys import FAILED, LATEST, QUEUES, job_key, submission_key
+from worker.state.keys import FAILED, QUEUES, job_key, latest_key, submission_key
 from worker.state.shared_scripts import LOADED_WITHIN_S, RETRY_S, NamedLately, load
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ class Submission(NamedTuple):
     #: The fingerprint of the message; empty: that of `message`, which was written just now. "1": unknown, as
     #: with earlier versions.
     noted: str = ""
+    #: Whose job it is.
+    tenant: str = ""
 
     def call(self, ttl_s: int, is_named: int) -> tuple[Sequence[str], Sequence[str | int]]:
         """Keys and words of `submit.lua`. `is_named`: 1 where the sender named the queue lately, else 0."""
         record, own = job_key(self.job_id), submission_key(self.job_id, self.submission)
-        keys = [record, QUEUES, FAILED, own, LATEST, *([self.list] if self.list else [])]
+        keys = [record, QUEUES, FAILED, own, latest_key(self.tenant), *([self.list] if self.list else [])]
         about = (self.job, self.queue, ttl_s, self.job_id, self.submission, self.own)
         noted = self.noted or digest_of(self.message)
         return keys, [*about, self.message_id, noted, is_named, self.message]

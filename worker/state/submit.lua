@@ -55,8 +55,14 @@ end
 redis.call('EXPIRE', KEYS[1], ttl)
 if refreshes then redis.call('EXPIRE', KEYS[2], ttl) end
 if submission ~= '' then redis.call('SET', KEYS[4], '+' .. own, 'EX', ttl) end
-on(KEYS[5], 'ZADD', time, id)
-if refreshes then
-  redis.call('ZREMRANGEBYRANK', KEYS[5], 0, -1001)
-  redis.call('EXPIRE', KEYS[5], ttl)
+local function note_latest(key, member)
+  on(key, 'ZADD', time, member)
+  if refreshes then
+    redis.call('ZREMRANGEBYRANK', key, 0, -1001)
+    redis.call('EXPIRE', key, ttl)
+  end
 end
+note_latest(KEYS[5], id)
+-- A tenant's jobs are in its own list, and in that of all.
+local all, tenant = string.match(KEYS[5], '^(smallcat:latest):(.+)$')
+if all then note_latest(all, tenant .. '/' .. id) end

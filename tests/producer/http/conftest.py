@@ -22,6 +22,7 @@ import pytest
 
 from deploy.embedded.stack import Stack
 from producer.http.key_store import KeyStore
+from producer.http.tenant_store import TenantStore
 from tests.fast_worker import SERVED, announce
 from worker.contract.queues import queues_of
 from worker.state.redis_client import connect
@@ -83,10 +84,13 @@ class Api:
         except urllib.error.HTTPError as error:
             return Answer(error.code, dict(error.headers), error.read())
 
-    def new_key(self, name: str, *scopes: str) -> str:
-        """One more key."""
+    def new_key(self, name: str, *scopes: str, tenant: str = "", **settings: Any) -> str:
+        """One more key. `settings` are its tenant's, which is made where there is none."""
         with connect(self.stack.valkey.url, 2) as client:
-            return KeyStore(client).add(name, scopes or ("submit", "read"))
+            store = TenantStore(client)
+            if tenant:
+                store.set(tenant, settings) if store.find(tenant) else store.add(tenant, settings)
+            return KeyStore(client).add(name, scopes or ("submit", "read"), tenant)
 
     def wait(self, job: Mapping[str, Any]) -> Any:
         """The job when it has ended."""

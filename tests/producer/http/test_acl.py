@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.embedded.stack import Stack
+from tests.integration.test_acl import SERVERS
 from tests.producer.http.conftest import Api, fast_worker
 from tests.producer.http.test_events import Stream
 from tests.producer.http.test_runs import finished, upload
@@ -30,18 +31,42 @@ def words(line: str) -> list[str]:
     return found
 
 
-def test_it_may_do_what_a_producer_may() -> None:
-    producer, http = ((DEPLOY / f"redis-{name}.acl").read_text().strip() for name in ("producer", "http"))
-    assert http.startswith(producer.replace("user producer", "user http"))
+def uses_a_tenant(api: Api) -> None:
+    """All that is counted of a tenant with every limit is read and written."""
+    limits = {"max_queued": 3, "max_pixel_steps_a_day": 10**9, "requests_per_s": 100, "burst": 100}
+    key = api.new_key("limited", tenant="limited", **limits)
+    own = Api(api.stack, api.url, key)
+    jobs = [{"prompt": "a", "seed": seed} for seed in range(3)]
+    for job in own.call("POST", "/v1/jobs", jobs).json["jobs"]:
+        assert own.wait(job)["state"] == "done"
+    assert len(own.call("GET", "/v1/jobs").json["jobs"]) == 3
+    assert finished(own, upload(own, b"a cat\n").json)["done"] == 1
+
+
+@pytest.mark.parametrize("version", ["", "-7.0", "-6.2"])
+def test_it_may_do_what_a_producer_may(version: str) -> None:
+    files = (DEPLOY / f"redis-{name}{version}.acl" for name in ("producer", "http"))
+    producer, http = (words(file.read_text())[2:] for file in files)
+    assert [word for word in producer if word not in http] == []
 
 
 @pytest.mark.timeout(150)
-def test_its_own_redis_user_is_enough_and_makes_no_keys(new_stack: Callable[..., Stack]) -> None:
+@pytest.mark.parametrize(
+    "server",
+    [pytest.param(name, marks=() if name == "valkey" else pytest.mark.services) for name in SERVERS],
+)
+def test_its_own_redis_user_is_enough_and_makes_no_keys(
+    new_stack: Callable[..., Stack], server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producers, find = SERVERS[server]
+    if (program := find()) is None:
+        pytest.skip(f"there is no {server} here")
+    monkeypatch.setattr("deploy.embedded.servers.valkey_server", lambda: program)
     stack = new_stack(workers=0, http=True)
     assert stack.http is not None
     with connect(stack.valkey.url, 2) as client:
         load(client)
-        for name in ("redis-http.acl", "redis-producer.acl"):
+        for name in (producers.replace("producer", "http"), producers):
             rules = words((DEPLOY / name).read_text().replace("PASSWORD", PASSWORD))
             client.execute_command("ACL", "SETUSER", *rules[1:])
     where = f"@127.0.0.1:{stack.valkey.port}/0"
@@ -64,15 +89,18 @@ def test_its_own_redis_user_is_enough_and_makes_no_keys(new_stack: Callable[...,
         assert api.call("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "fast"}).status == 200
         assert api.call("POST", "/sdapi/v1/txt2img", {"prompt": "a"}).status == 200
         assert api.call("GET", "/readyz").status == 200
+        uses_a_tenant(api)
     finally:
         worker.kill()
         worker.wait()
-    for user in ("http", "producer"):
+    # Redis 6.2 has one list of commands for all keys.
+    for user in ("http", "producer") if server != "redis 6.2" else ():
         with connect(f"redis://{user}:{PASSWORD}{where}", 0) as client:
             for command in (
                 ("HSET", "smallcat:http:keys", "x", "y"),
                 ("HGETALL", "smallcat:http:keys"),
                 ("DEL", "smallcat:http:keys"),
+                ("HSET", "smallcat:http:tenants", "x", "y"),
             ):
                 with pytest.raises(RedisError, match=r"(?i)permission"):
                     client.execute_command(*command)

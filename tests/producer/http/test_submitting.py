@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from producer.http.caller import ANYBODY
 from producer.http.submitting import check
 
 
@@ -27,7 +28,7 @@ def test_many_jobs_and_long_texts_are_checked_while_other_requests_go_on(
     seen = set[threading.Thread]()
 
     class Templates:
-        def fill(self, fields: Any) -> Any:
+        def fill(self, fields: Any, tenant: str) -> Any:
             seen.add(threading.current_thread())
             return fields
 
@@ -35,5 +36,5 @@ def test_many_jobs_and_long_texts_are_checked_while_other_requests_go_on(
         return Templates()
 
     backend: Any = SimpleNamespace(sender=SimpleNamespace(templates=templates), run=asyncio.to_thread)
-    assert asyncio.run(check(backend, items)) == items
+    assert asyncio.run(check(backend, ANYBODY, items)) == items
     assert (seen == {threading.current_thread()}) is not is_beside
