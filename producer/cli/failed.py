@@ -28,8 +28,8 @@ def find(
     """The jobs that failed for good, the latest first; those of `job_ids` in their order.
 
     Of these, only those that failed with the error class named `error_type`, and those that belong to the
-    prompt file's run `run`. Raises `UnknownJobError` for an id that is no failed job's, `CallerError` for an
-    error class that there is not, `QueueError`.
+    prompt file's run `run`. Raises `UnknownJobError` for an id that is no failed job's, and for an unknown
+    run, `CallerError` for an unknown error class, `QueueError`.
     """
     now = session()
     with now.queue_errors():
@@ -42,12 +42,18 @@ def find(
             if job_id not in by_id:
                 raise _unknown(job_id)
         failures = [by_id[job_id] for job_id in job_ids]
-    return [
+    found = [
         failure
         for failure in failures
         if (error_type is None or failure.error_type == error_type)
         and (run is None or any(RunMark.parse(mark).run == run for mark in failure.runs))
     ]
+    if run is not None and not found:
+        from producer.ingest.runs import find_run
+
+        with now.queue_errors():
+            find_run(now.redis, run)
+    return found
 
 
 def _refuse_unknown_class(name: str, found: Iterable[str]) -> None:

@@ -202,7 +202,7 @@ def _cancel_run(run: str, *, as_json: bool) -> None:
     if before.state in ("finished", "cancelled"):
         say(f"run       {run} {before.state} already")
         return
-    left = info.sent - info.done - info.failed
+    left = info.sent - info.ended
     say(f"run       {run} cancelled: {info.done:,} done, {left:,} queued or running are given up")
 
 
@@ -212,13 +212,10 @@ def _show_runs(found: list[RunInfo], *, as_json: bool, alone: bool = False) -> N
         print_json(values[0] if alone else values)
         return
     for info in found:
-        of = (
-            f"{info.done + info.failed:,} of {info.total:,}"
-            if info.total is not None
-            else f"{info.sent:,} sent"
-        )
+        of = f"{info.ended:,} of {info.total:,}" if info.total is not None else f"{info.sent:,} sent"
         parts = [of, f"{info.done:,} done"]
-        parts += [f"{n:,} {what}" for n, what in ((info.failed, "failed"), (info.rejected, "rejected")) if n]
+        counted = ((info.failed, "failed"), (info.cancelled, "cancelled"), (info.rejected, "rejected"))
+        parts += [f"{count:,} {what}" for count, what in counted if count]
         files = ", ".join(info.files) or "-"
         say(f"{info.run}  {info.state:9}  {_age(info.created)}  {', '.join(parts)}  {files}")
         if info.feeder:

@@ -144,7 +144,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
         outcome = ingest()
     except ServiceError:
         display.close()
-        say(f"What was sent goes on. To go on with the rest: {_command()}", err=True)
+        say(f"Jobs that were sent go on. To send the rest: {_command()}", err=True)
         raise
     finally:
         display.close()
@@ -250,6 +250,8 @@ def _report(outcome: Outcome, *, as_json: bool, as_event: bool) -> None:
     others = {name: getattr(outcome, name) for name in ("failed", "cancelled", "rejected")}
     parts += [f"{number:,} {name}" for name, number in others.items() if number]
     say(f"run       {outcome.run} {outcome.state}: {', '.join(parts)}")
+    if outcome.total == 0 and not outcome.rejected:
+        say("note      the files have no prompts")
     if outcome.state == "detached":
         say(f"sent      {outcome.sent:,} jobs; for the manifest: {_command()}")
     if outcome.manifest:

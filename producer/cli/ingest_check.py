@@ -59,6 +59,8 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
             "checked as plain. To be sure, give --prompt-syntax.",
             err=True,
         )
+    if not (findings.jobs or findings.bad):
+        say("note  the files have no prompts", err=True)
     say(f"{findings.jobs:,} jobs, {findings.bad:,} bad lines; nothing was sent", err=as_json)
     return 1 if findings.bad else 0
 

@@ -225,7 +225,8 @@ def summary(status: Status, counts: Counts, throughput: Throughput) -> str:
     if status.total is not None and (left_s := throughput.left_s(status.total - status.ended)) is not None:
         parts.append(f"{_duration(left_s)} left")
     parts.append(f"{status.queued:,} queued")
-    parts.append(f"{counts.workers} workers" if counts.workers != 1 else "1 worker")
+    if counts.workers is not None:
+        parts.append(f"{counts.workers} workers" if counts.workers != 1 else "1 worker")
     for name, value in (
         ("failed", counts.failed),
         ("cancelled", counts.cancelled),

@@ -23,6 +23,7 @@ from producer.cli.follow_jobs import cancel, handles_of, runs, status, submissio
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
 from producer.cli.json_output import NobodyReadsError, json_option, print_json, say, say_error
+from producer.cli.metrics import metrics
 from producer.cli.serve import keys, serve
 from producer.cli.tenants import tenants
 from producer.client import JobHandle, submit_job
@@ -116,6 +117,7 @@ cli.add_command(runs)
 cli.add_command(serve)
 cli.add_command(keys)
 cli.add_command(tenants)
+cli.add_command(metrics)
 
 
 @cli.command()

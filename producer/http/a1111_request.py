@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from producer.http.problems import RefusedError
 from producer.prompts.entries import LineError
-from producer.prompts.fields import NOT_GIVEN, value_of
+from producer.prompts.fields import NOT_GIVEN, near_miss, value_of
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
@@ -68,6 +68,18 @@ _HARMLESS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "mask": (_is_empty, "inpainting is not offered: leave it out"),
     "infotext": (_is_empty, "it is not offered: send its parameters by their names"),
 }
+#: Further names of AUTOMATIC1111's request: read elsewhere, or without effect where the above are harmless.
+_WITHOUT_EFFECT: Final = frozenset(
+    (
+        *("sampler_name", "sampler_index", "scheduler", "batch_size", "n_iter", "eta", "subseed"),
+        *("override_settings", "override_settings_restore_afterwards", "alwayson_scripts", "script_args"),
+        *("denoising_strength", "s_tmax", "s_tmin", "refiner_switch_at", "disable_extra_networks"),
+        *("do_not_save_samples", "do_not_save_grid", "send_images", "save_images", "force_task_id"),
+        *("firstpass_image", "firstphase_width", "firstphase_height", "comments"),
+        *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y"),
+        *("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt"),
+    )
+)
 #: Likewise in `override_settings`, and among the options that may be set.
 HARMLESS_SETTINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "CLIP_stop_at_last_layers": (_is_one, "it is set in each request: give it in override_settings there"),
@@ -99,7 +111,8 @@ class Asked:
 def read_request(body: Any) -> Asked:
     """What a request asks for. Raises `InvalidJobError`, and `RefusedError` for what is not offered."""
     if not isinstance(body, dict):
-        raise InvalidJobError(f"The body is {short(body)}: it must be an object such as {{'prompt': ...}}.")
+        raise InvalidJobError(f"The body is {short(body)}: it must be an object with a prompt.")
+    _refuse_misspelt(body)
     _refuse_others(body, _HARMLESS, "")
     _refuse_scripts(body.get("alwayson_scripts"))
     settings = body.get("override_settings")
@@ -181,6 +194,15 @@ def _refuse_others(
     for name, (is_harmless, remedy) in harmless.items():
         if name in values and not is_harmless(values[name]):
             raise RefusedError(422, f"{where}{name} is {short(values[name])}, and {remedy}.")
+
+
+def _refuse_misspelt(body: Mapping[str, Any]) -> None:
+    """A name that is nearly a job field's would change nothing, and the picture would be another one."""
+    known = {*WRITTEN_FIELDS, *_NAMES, *_HARMLESS, *_WITHOUT_EFFECT}
+    for name in body:
+        if name not in known and (near := near_miss(name)):
+            near = WRITTEN_FIELDS[near].a1111_option or near if near in WRITTEN_FIELDS else near
+            raise InvalidJobError(f"There is no {short(name)} in txt2img: did you mean {near}?")
 
 
 def _refuse_scripts(scripts: Any) -> None:

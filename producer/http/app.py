@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import re
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
@@ -19,6 +20,7 @@ from starlette.responses import Response
 from producer.http import a1111, events, fleet, jobs, openai, problems, runs, schema
 from producer.http.auth import Authentication, Shared
 from producer.http.backend import Backend
+from producer.http.guard import UPLOADS
 from producer.http.problems import InvalidJobsError, RefusedError
 from worker.contract.errors import SmallcatError
 from worker.contract.explain import short
@@ -74,10 +76,9 @@ def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    for router in (
-        *(jobs.router, events.router, runs.router, fleet.router),
-        *(openai.router, a1111.router, health),
-    ):
+    for router in (jobs.router, events.router, runs.router, fleet.router):
+        app.include_router(router, dependencies=[Depends(_refuse_unknown_parameters)])
+    for router in (openai.router, a1111.router, health):
         app.include_router(router)
     for kind in (
         SmallcatError,
@@ -117,6 +118,22 @@ def _as_ours(request: Request, error: Exception) -> Exception:
     return error
 
 
+def _refuse_unknown_parameters(request: Request) -> None:
+    """Raise `RefusedError` for a parameter that a route of our own does not have, and so would leave out.
+
+    An upload's are job fields as well, and are looked at where it is read.
+    """
+    if request.method == "POST" and request.url.path in UPLOADS:
+        return
+    operation = _document(request.app)["paths"][request.scope["route"].path][request.method.lower()]
+    known = [each["name"] for each in operation.get("parameters", ()) if each["in"] == "query"]
+    for name in request.query_params:
+        if name not in known:
+            near = difflib.get_close_matches(name[:100], known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known) or 'none'}."
+            raise RefusedError(422, f"There is no parameter {short(name)}: {hint}")
+
+
 def _allowed(request: Request) -> str:
     """The methods of a path, of all its routes."""
     methods: set[str] = set()
@@ -133,7 +150,7 @@ def _sentence(finding: Any) -> str:
     if finding["type"] == "missing":
         return f"{subject} is missing: send it."
     # Pydantic says "Input should be ...", "String should match ..." and the like.
-    said = str(finding["msg"])
+    said = str(finding["msg"]).partition(", unable to")[0]
     limit = re.sub(r"^\w+ should ", "it must ", said, count=1)
     return f"{subject} is {short(finding.get('input'))}: {limit}."
 

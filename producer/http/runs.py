@@ -34,13 +34,13 @@ router = APIRouter(tags=["runs"])
 _RUN: Final = {
     "type": "object",
     "title": "Run",
-    "required": ["run", "state", "sent", "done", "failed", "rejected", "links"],
+    "required": ["run", "state", "sent", "done", "failed", "cancelled", "rejected", "links"],
     "properties": {
         "run": {"type": "string", "pattern": f"^{RUN_NAME}$"},
         "state": {"enum": ["waiting", "feeding", "stopped", "finished", "cancelled", "failed"]},
         "created": {"type": ["integer", "null"]},
         "files": {"type": "array", "items": {"type": "string"}},
-        **{name: {"type": "integer"} for name in ("sent", "done", "failed", "rejected")},
+        **{name: {"type": "integer"} for name in ("sent", "done", "failed", "cancelled", "rejected")},
         "total": {"type": ["integer", "null"]},
         "error": {"type": "string", "description": "Why it cannot go on."},
         "notices": {"type": "array", "items": {"type": "string"}},
@@ -190,7 +190,7 @@ def _look(backend: Backend, run: str) -> dict[str, Any]:
     except UnknownJobError:
         if not store.knows(run):
             raise _unknown(run) from None
-        info = RunInfo(run, "waiting", 0, (), 0, None, 0, 0, 0, None, None)
+        info = RunInfo(run, "waiting", 0, (), 0, None, 0, 0, 0, 0, None, None)
     error = store.error(run)
     state = info.state
     if error:
@@ -206,6 +206,7 @@ def _look(backend: Backend, run: str) -> dict[str, Any]:
         "total": info.total,
         "done": info.done,
         "failed": info.failed,
+        "cancelled": info.cancelled,
         "rejected": info.rejected,
         "error": error,
         "notices": store.notices(run),

@@ -103,7 +103,7 @@ class Ingest:
             if self.run.noted("cancelled") is not None:
                 # In this order: a journal without its run is no harm.
                 journal_path(self._wanted, self.run.id).unlink(missing_ok=True)
-                self.run.begin_anew(keep=(REJECTED_FILES,))
+                self.run.begin_anew(keep=("files", REJECTED_FILES))
         has_ended = False
         try:
             with self._session.queue_errors(), Journal(self._wanted, self.run.id) as journal:
@@ -336,7 +336,7 @@ class Ingest:
         if time.monotonic() - self._counted_at > 0.5:
             self._counted_at = time.monotonic()
             queues = {route.queue for route in self._templates} or set(self.run.queues)
-            workers = self._session.fleet.serving(*queues)
+            workers = self._session.fleet.serving(*queues) if queues else None
             self._counts = replace(self._count(journal), workers=workers)
         self._display.update(status, self._counts)
 

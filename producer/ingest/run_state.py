@@ -4,6 +4,7 @@
                                         the lists that were used, the models that names were pinned to
     smallcat:run:<run>:done     bits    a bit for each job that is done, set by the workers
     smallcat:run:<run>:failed   bits    likewise, for jobs that failed for good or were cancelled
+    smallcat:run:<run>:cancelled  bits  those of the failed that were cancelled
     smallcat:run:<run>:news     list    the outcome of each job, until the feeder has written it down
     smallcat:run:<run>:feeder   string  the process that feeds the run; expires when it falls silent
 
@@ -52,7 +53,7 @@ _PROCESS: Final = secrets.token_hex(8)
 
 
 #: What the keys of a run end in that know what became of its jobs.
-PARTS: Final = ("done", "failed", "news", "prints")
+PARTS: Final = ("done", "failed", "cancelled", "news", "prints")
 #: What `feed.lua` returns where the run was cancelled.
 CANCELLED: Final = -2
 

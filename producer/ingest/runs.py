@@ -37,15 +37,21 @@ class RunInfo:
     #: Jobs sent, and jobs in all; None until the end of the files was read.
     sent: int
     total: int | None
-    #: Jobs that are done, and jobs that failed for good or were cancelled.
+    #: Jobs that are done, that failed for good, and that were cancelled.
     done: int
     failed: int
+    cancelled: int
     #: Lines rejected.
     rejected: int
     #: The process that feeds it, such as `Process 17 on host`; None where none does.
     feeder: str | None
     #: Its manifest; None until it is written.
     manifest: str | None
+
+    @property
+    def ended(self) -> int:
+        """Jobs that are done, failed or cancelled."""
+        return self.done + self.failed + self.cancelled
 
 
 def list_runs(redis: Redis) -> list[RunInfo]:
@@ -105,20 +111,28 @@ def _read(redis: Redis, names: list[str]) -> dict[str, RunInfo]:
             pipe.hmget(key, "created", "files", "fed", "ended", "total", "rejected", "cancelled", "manifest")
             pipe.bitcount(f"{key}:done")
             pipe.bitcount(f"{key}:failed")
+            pipe.bitcount(f"{key}:cancelled")
             pipe.get(f"{key}:feeder")
         answers = pipe.execute(raise_on_error=False)
     found = {}
     for number, name in enumerate(names):
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             # What is of another type, or no number, some other program wrote: it is no run.
-            info = _info(name, *answers[4 * number : 4 * number + 4])
+            fields, done, failed, given_up, feeder = answers[5 * number : 5 * number + 5]
+            info = _info(name, fields, (int(done), int(failed), int(given_up)), feeder)
             if info is not None:
                 found[name] = info
     return found
 
 
-def _info(name: str, fields: list[str | None], done: int, failed: int, feeder: str | None) -> RunInfo | None:
-    """A run by what Redis has of it; None where there is none. Raises `ValueError` and the like."""
+def _info(
+    name: str, fields: list[str | None], bits: tuple[int, int, int], feeder: str | None
+) -> RunInfo | None:
+    """A run by what Redis has of it; None where there is none. Raises `ValueError` and the like.
+
+    `bits`: how many jobs have the bit of each bitmap: done, failed, cancelled.
+    """
+    done, failed, given_up = bits
     created, files, fed, ended, total, rejected, cancelled, manifest = fields
     if fed is None:
         return None
@@ -130,8 +144,9 @@ def _info(name: str, fields: list[str | None], done: int, failed: int, feeder: s
         files=tuple(map(str, json.loads(files))) if files else (),
         sent=int(fed),
         total=None if total is None else int(total),
-        done=int(done),
-        failed=int(failed),
+        done=done,
+        failed=failed - given_up,
+        cancelled=given_up,
         rejected=int(rejected or 0),
         feeder=None if feeder is None else feeder_of(feeder),
         manifest=manifest.rsplit(" ", 2)[0] if manifest else None,

@@ -20,6 +20,7 @@ from producer.prompts.variants import Variants
 from producer.prompts.wildcards import Wildcards
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
+from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_parameters import JobFields
 from worker.contract.settings import producer_settings
@@ -134,6 +135,8 @@ def make_variants(
     for axis, values in grid.items():
         if axis not in AXES:
             raise PromptFileError(f"grid cannot cross {axis}: use one of {', '.join(AXES)}.")
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise PromptFileError(f"grid is {short({axis: values})}: its values for {axis} must be a list.")
         if not values:
             raise PromptFileError(f"grid has no values for {axis}: write {axis}=VALUE,VALUE.")
         for value in values:

@@ -79,8 +79,8 @@ class Counts:
     cached: int = 0
     failed: int = 0
     cancelled: int = 0
-    #: Live workers that serve the run's queues.
-    workers: int = 0
+    #: Live workers that serve the run's queues; None until something was sent.
+    workers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,8 @@ def source(name: str, form: str | None = None) -> Source:
 def _format_of(name: str) -> str:
     if name == "-":
         return STDIN_FORMAT
+    if Path(name).is_dir():
+        raise PromptFileError(f"{name} is a folder: name the prompt files in it.")
     plain = PurePosixPath(name)
     if plain.suffix.lower() in _COMPRESSED:
         plain = plain.with_suffix("")

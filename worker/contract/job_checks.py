@@ -78,7 +78,11 @@ def since_by_length(first: int, version: int) -> Callable[[Any], int]:
 
 def drawn(value: object) -> object:
     """A random seed for -1, as AUTOMATIC1111 has it."""
-    return secrets.randbits(32) if type(value) is int and value == -1 else value
+    if type(value) is not int or value >= 0:
+        return value
+    if value == -1:
+        return secrets.randbits(32)
+    raise ValueError(f"is {short(value)}: it must be 0 or more, or -1 for a drawn one")
 
 
 def one_zero(value: float | None) -> float | None:

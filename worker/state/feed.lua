@@ -27,6 +27,6 @@ redis.call('HSET', KEYS[1], 'window', ARGV[2], 'fed', ARGV[4], 'cursor', ARGV[5]
 if ARGV[6] ~= '' then redis.call('HSET', KEYS[1], 'total', ARGV[6]) end
 for i = 5, #KEYS do redis.call('HSET', KEYS[1], 'list:' .. KEYS[i], 1) end
 for i = 11, first - 1 do redis.call('SADD', KEYS[3], ARGV[i]) end
-for _, part in ipairs({'', ':done', ':failed', ':news'}) do redis.call('EXPIRE', KEYS[1] .. part, ARGV[8]) end
+for _, part in ipairs({'', ':done', ':failed', ':cancelled', ':news'}) do redis.call('EXPIRE', KEYS[1] .. part, ARGV[8]) end
 for i = 3, 4 do redis.call('EXPIRE', KEYS[i], ARGV[8]) end
 return 1

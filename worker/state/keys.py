@@ -16,6 +16,7 @@
     smallcat:runs            zset     names of the 1,000 runs that were begun or resumed last, by time
     smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
       ...:done, ...:failed   bitmaps  a bit for each job of the run, set by the script that ends the job
+      ...:cancelled          bitmap   likewise: those of the failed that were cancelled
       ...:prints             hash     the first eight bytes of the fingerprint of each message of the run: of
                                       512 in a field, and "=<number>" of those that were sent again
       ...:news               list     how each job ended, until the run's feeder has read it
@@ -101,6 +102,8 @@ HTTP_MODEL: Final = "smallcat:http:model:"
 WORKER_ONLY: Final = "smallcat:worker-only:"
 #: Begins the keys of the book that the digest is made from.
 BOOK: Final = f"{WORKER_ONLY}fleet"
+#: The messages that workers hold: the transport's (`worker.broker.transport.UNACKED`).
+HELD: Final = "smallcat:unacked"
 #: Channel to all workers.
 WORKERS_CHANNEL: Final = "smallcat:to-workers"
 

@@ -14,14 +14,19 @@ local function mark_runs(runs, ended)
     local key = 'smallcat:run:' .. run
     local ttl, fed = unpack(redis.call('HMGET', key, 'ttl', 'fed'))
     if ttl and fed and tonumber(number) < tonumber(fed) then
-      local was = redis.call('GETBIT', key .. ':done', number) + redis.call('GETBIT', key .. ':failed', number)
+      local is_done = redis.call('GETBIT', key .. ':done', number) == 1
+      local has_failed = redis.call('GETBIT', key .. ':failed', number) == 1
       if r[1] == 'done' then
         redis.call('SETBIT', key .. ':done', number, 1)
         redis.call('SETBIT', key .. ':failed', number, 0)
-      elseif redis.call('GETBIT', key .. ':done', number) == 0 then
+      elseif not is_done then
         redis.call('SETBIT', key .. ':failed', number, 1)
       end
-      if was == 0 then redis.call('HINCRBY', key, 'ended', 1) end
+      if not is_done and (has_failed or r[1] == 'cancelled') then
+        redis.call('SETBIT', key .. ':cancelled', number, r[1] == 'cancelled' and 1 or 0)
+        redis.call('EXPIRE', key .. ':cancelled', ttl)
+      end
+      if not (is_done or has_failed) then redis.call('HINCRBY', key, 'ended', 1) end
       redis.call('RPUSH', key .. ':news', cjson.encode({tonumber(number), tonumber(file), tonumber(line),
                  job_id, r[1], r[2], r[3], r[4], r[5], r[6], r[7]}))
       for _, part in ipairs({'', ':done', ':failed', ':news'}) do redis.call('EXPIRE', key .. part, ttl) end

@@ -21,6 +21,7 @@ from worker.contract.message import RunMark
 from worker.contract.queues import PARKED, UNDECODABLE, parked_list_of, queue_of
 from worker.contract.record import Attempt, State
 from worker.state.failures import Failure, Failures
+from worker.state.keys import run_key
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,11 @@ def test_a_list_without_jobs_says_so_and_an_unknown_class_is_refused() -> None:
     assert said("list") == (0, "", "No job failed for good.\n")
     assert json.loads(run("list", "--json")) == []
     assert said("list", "--error", "RenderError")[2] == "No job failed for good with RenderError.\n"
+    session().redis.hset(run_key("abc"), "fed", 0)
     assert said("list", "--run", "abc")[2] == "No job failed for good in the run abc.\n"
+    assert said("list", "--run", "abd")[2] == (
+        "There is no run abd: see `smallcat runs`. A run expires some days later."
+    )
     for command in (["list"], ["list", "--json"], ["retry"], ["drop"]):
         code, out, error = said(*command, "--error", "RendrError")
         assert (code, out, error) == (

@@ -17,14 +17,20 @@ import pytest
 from PIL import Image
 from redis import Redis
 
-from producer import JobHandle
+from producer import JobHandle, submit_file
 from producer.cli import local_stack
 from producer.cli.job_options import JOB_OPTIONS
 from producer.cli.main import cli, main
 from tests.worker.contract.test_job import OTHER_VALUES
 from tests.worker.engine.fake_runner import SERVED, job_of, picture_of
 from worker.contract import infotext
-from worker.contract.errors import NotFiniteError, StorageError, UnknownJobError, UnknownModelError
+from worker.contract.errors import (
+    NotFiniteError,
+    PromptFileError,
+    StorageError,
+    UnknownJobError,
+    UnknownModelError,
+)
 from worker.contract.job import Job
 from worker.contract.prompt_syntax import UNUSED_NEGATIVE
 from worker.contract.queues import queue_of
@@ -121,6 +127,18 @@ def test_the_help_of_each_command_has_its_own_default_priority(smallcat: Shell) 
     for command, priority in (("submit", 5), ("ingest", 3)):
         ran = " ".join(smallcat(command, "--help").out.split())
         assert f"jobs of a higher priority are rendered first. {priority} when not given." in ran
+
+
+def test_files_that_are_no_prompts_are_named(smallcat: Shell, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n# nothing\n\n")
+    ran = smallcat("ingest", str(tmp_path / "empty.txt"), "--check")
+    assert (ran.code, ran.err) == (0, "note  the files have no prompts\n")
+    ran = smallcat("ingest", str(tmp_path), "--check")
+    assert (ran.code, ran.err) == (2, f"{tmp_path} is a folder: name the prompt files in it.\n")
+    (tmp_path / "one.txt").write_text("a cat\n")
+    for values in (3, "20,30"):
+        with pytest.raises(PromptFileError, match="its values for steps must be a list"):
+            submit_file(tmp_path / "one.txt", grid={"steps": values})  # type: ignore[dict-item]
 
 
 def commands(group: click.Group, *path: str) -> Iterator[tuple[list[str], click.Command]]:

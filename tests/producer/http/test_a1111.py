@@ -190,6 +190,8 @@ def test_silly_tavern_draws(api: Api) -> None:
         ({"sampler_name": "Euler", "scheduler": "Beta"}, "with the schedule 'Beta', which is not offered"),
         ({"sampler_name": "DDIM", "eta": 1.0}, "eta is 1.0, which is not offered with ddim"),
         ({"prompt": "a <lora:cats:1> cat"}, "the prompt asks for <lora:cats:1>: not offered yet"),
+        ({"stpes": 3}, "There is no 'stpes' in txt2img: did you mean steps?"),
+        ({"cfg_scal": 3}, "There is no 'cfg_scal' in txt2img: did you mean cfg_scale?"),
         ({"steps": 1_000}, "steps is 1000"),
         ({"width": 500}, "width is 500, which is no multiple of 8"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1."),
@@ -208,6 +210,20 @@ def test_what_would_be_another_picture_is_refused_by_name(api: Api, given: dict[
     answer = txt2img(api, **given)
     assert answer.status == 422, answer.body
     assert part in answer.json["detail"]
+
+
+def test_what_automatic1111_has_and_changes_nothing_here_is_taken(api: Api) -> None:
+    """Further fields of its request (1.10, modules/processing.py), each at its default; and others' own."""
+    names = """denoising_strength disable_extra_networks do_not_save_grid do_not_save_samples
+    firstphase_height
+    firstphase_width firstpass_image force_task_id hr_checkpoint_name hr_negative_prompt
+    hr_prompt hr_resize_x hr_resize_y hr_sampler_name hr_scale hr_scheduler hr_second_pass_steps
+    hr_upscaler infotext refiner_checkpoint refiner_switch_at restore_faces s_churn s_min_uncond
+    s_noise s_tmax s_tmin save_images script_args script_name seed_resize_from_h
+    seed_resize_from_w styles subseed subseed_strength tiling comments
+    override_settings_restore_afterwards their_own_note"""
+    answer = txt2img(api, **dict.fromkeys(names.split()))
+    assert answer.status == 200, answer.body
 
 
 @pytest.mark.parametrize("path", ["img2img", "extra-single-image", "interrogate", "png-info"])

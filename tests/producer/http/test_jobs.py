@@ -47,6 +47,20 @@ def test_a_picture_can_be_waited_for(api: Api) -> None:
     assert (answer.status, answer.body[:4]) == (200, b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/jobs?limt=3", "There is no parameter 'limt': did you mean limit?"),
+        ("/v1/fleet?x=1", "There is no parameter 'x': known are none."),
+        ("/v1/jobs?limit=abc", "The parameter limit is 'abc': it must be a valid integer."),
+        (f"/v1/jobs/{'0' * 32}/image?wiat=3", "There is no parameter 'wiat': did you mean wait?"),
+    ],
+)
+def test_a_parameter_that_means_nothing_is_refused(api: Api, path: str, said: str) -> None:
+    answer = api.call("GET", path)
+    assert (answer.status, answer.json["detail"]) == (422, said)
+
+
 def test_a_picture_that_is_not_there_yet_is_a_conflict(api: Api) -> None:
     job = api.call("POST", "/v1/jobs", {"prompt": "a", "model": NOBODYS}).json
     answer = api.call("GET", job["links"]["image"])

@@ -81,7 +81,7 @@ def test_a_cancelled_run_sends_no_more_and_its_queued_jobs_are_not_rendered(drai
         assert not drain.client.exists(f"smallcat:job:{found[0].id}")
     assert len(drain.seen) > seen
     info = find_run(drain.client, run.run.id)
-    assert (info.state, info.done, info.failed) == ("cancelled", 0, info.sent - 1)
+    assert (info.state, info.done, info.failed, info.cancelled) == ("cancelled", 0, 0, info.sent - 1)
     drain.end(*running)
     assert find_run(drain.client, run.run.id).done == 1
     # The same again begins anew, and leaves nothing out.
@@ -92,6 +92,8 @@ def test_a_cancelled_run_sends_no_more_and_its_queued_jobs_are_not_rendered(drai
     over.set()
     worker.join()
     assert (outcome.state, outcome.done, outcome.cancelled) == ("finished", 50, 0)
+    info = find_run(drain.client, run.run.id)
+    assert (info.files, info.done, info.failed, info.cancelled) == (("p.txt",), 50, 0, 0)
 
 
 def test_cancelling_a_run_asks_what_runs_to_stop_unless_somebody_else_wants_it(drain: Drain) -> None:

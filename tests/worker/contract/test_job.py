@@ -91,7 +91,7 @@ def test_values_at_a_limit_are_taken_as_they_are(field: str, value: Any) -> None
         ("prompt", None, "prompt is None: it must be a valid string."),
         ("negative_prompt", "x" * 8_001, "negative_prompt is 8,001 characters, the limit is 8,000."),
         ("negative_prompt", "\x07", "negative_prompt holds the control character U+0007: remove it."),
-        ("seed", -2, "seed is -2: it must be greater than or equal to 0."),
+        ("seed", -2, "seed is -2: it must be 0 or more, or -1 for a drawn one."),
         ("seed", 2**63, f"seed is {2**63}: it must be less than or equal to {2**63 - 1}."),
         ("seed", "5", "seed is '5': it must be a valid integer."),
         ("seed", 5.0, "seed is 5.0: it must be a valid integer."),

@@ -1,0 +1,63 @@
+"""`smallcat metrics`: what a fleet is scaled by."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
+
+from producer.cli.main import cli
+from tests.worker.health.probes import free_port, wait_for
+
+ROOT = Path(__file__).parents[3]
+
+
+def figures(text: str) -> dict[tuple[str, str], float]:
+    return {
+        (sample.name, sample.labels.get("model", "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_the_figures_are_printed_once(environment: dict[str, str]) -> None:
+    from producer import submit_job
+
+    for seed in range(3):
+        submit_job("a small cat", seed=seed, model="sdxl")
+    printed = CliRunner().invoke(cli, ["metrics"], catch_exceptions=False)
+    assert printed.exit_code == 0
+    found = figures(printed.output)
+    assert found["smallcat_queue_jobs_waiting", "sdxl"] == 3
+    assert found["smallcat_queue_jobs_in_flight", "sdxl"] == 0
+    assert found["smallcat_redis_up", ""] == 1
+
+
+def test_a_prometheus_that_asks_is_told_whether_redis_answers(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "producer", "metrics", "--port", str(port)]
+    nowhere = environment | {"REDIS_URL": "redis://127.0.0.1:9/0"}
+    with subprocess.Popen(command, cwd=ROOT, env=nowhere, stderr=subprocess.DEVNULL) as served:
+        try:
+            found: list[str] = []
+
+            def answers() -> bool:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                        found.append(answer.read().decode())
+                except OSError:
+                    return False
+                return True
+
+            wait_for(answers, lambda: "it does not listen")
+            assert figures(found[-1]) == {("smallcat_redis_up", ""): 0}
+        finally:
+            served.terminate()
+    assert served.returncode == 0
