@@ -22,7 +22,7 @@ from kombu.asynchronous import get_event_loop
 
 from worker.broker import log_lines, stop_signals, transport
 from worker.broker.event_batches import EventBatches
-from worker.broker.leases import acknowledge_by_record, postpone, set_aside_held
+from worker.broker.leases import acknowledge_by_record, acknowledged, postpone, set_aside_held
 from worker.celery import app
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import (
@@ -110,7 +110,9 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
             payload, message, redelivered=bool(request.delivery_info.get("redelivered"))
         )
         delay_s = handled.delay_s
-        if delay_s is None and handled.records:
+        if handled.is_done:
+            acknowledged(tag)
+        elif delay_s is None and handled.records:
             acknowledge_by_record(tag, handled.records, holder_of(message))
     except InvalidJobError as error:
         logger.error("Message %s is set aside: %s", ascii(request.id), plain(error))
@@ -207,7 +209,7 @@ def _assemble(name: str) -> _Process:
         name=name,
         served=runner.served,
         engine=engine,
-        records=Records(client, settings.record_ttl_s),
+        records=Records(client, settings.record_ttl_s, held=(transport.UNACKED_INDEX, transport.UNACKED)),
         bucket=bucket,
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,

@@ -155,7 +155,7 @@ def run(ground: Ground, real: int, simulated: int, jobs: int, say: Callable[[str
         meter = Meter(client)
         empty = meter.idle(10)
         for _ in range(real):
-            ground.worker(ready=False, rows=4, settings=SETTINGS, storage="folder")
+            ground.worker(ready=False, rows=4, settings=SETTINGS, storage="folder", marks="0")
         wait_until("all workers", lambda: client.scard("smallcat:workers") >= real, 60 + 10 * real)
         threading.Event().wait(6)
         idle = meter.idle(10)

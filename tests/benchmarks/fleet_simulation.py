@@ -83,7 +83,7 @@ class _Simulated:
         sweep_s = float(transport_options()["unacked_restore_interval"])
 
         def sweep() -> None:
-            client.eval(EXPIRED, 2, UNACKED_INDEX, UNACKED, "30", "1000")
+            client.register_script(EXPIRED)(keys=[UNACKED_INDEX, UNACKED], args=["30", "1000"])
 
         def beat() -> None:
             client.publish("/0.celeryev/worker.heartbeat", HEARTBEAT)

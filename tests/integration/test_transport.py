@@ -29,7 +29,7 @@ from tests.integration.transport_app import read_any
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
 from worker.broker import fetching, lease, sending, transport
 from worker.broker.fetching import MAX_READ
-from worker.broker.leases import acknowledge_by_record, postpone
+from worker.broker.leases import acknowledge_by_record, acknowledged, postpone
 from worker.broker.moves import KEPT_BYTES
 from worker.broker.scripts import EXPIRED, FETCH, MOVE, RENEW
 from worker.broker.transport import (
@@ -763,6 +763,41 @@ def test_the_record_s_word_counts_where_the_acknowledgement_arrives(
     held.ack()
     assert consumer.channel.lease.flush(5)
     assert client.lrange("r", 0, -1) == [raw.encode()]
+
+
+@pytest.mark.parametrize("end", ["ack", "requeue"])
+def test_what_was_acknowledged_with_the_done_mark_is_sent_no_more(
+    client: redis.Redis, party: Callable[..., Party], end: str
+) -> None:
+    """It keeps its slot until its task ends, and is neither renewed nor moved: somebody may hold it again."""
+    client.lpush("q", json.dumps(message()))
+    consumer = party()
+    [held] = consumer.drain(1)
+    acknowledged(held.delivery_tag)
+    client.zadd(UNACKED_INDEX, {held.delivery_tag: 9e9})
+    lease = consumer.channel.lease
+    assert lease.count == 1
+    lease._renew(client)
+    getattr(held, end)()
+    assert lease.flush(5)
+    assert lease.count == client.llen("q") == 0
+    assert client.zscore(UNACKED_INDEX, held.delivery_tag) == 9e9
+
+
+def test_a_lease_that_ran_out_is_told_when_it_is_missing_for_the_second_time(
+    client: redis.Redis, party: Callable[..., Party], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first time it may have been acknowledged with its job's done mark just now."""
+    client.lpush("q", json.dumps(message()))
+    consumer = party()
+    [held] = consumer.drain(1)
+    client.delete(UNACKED, UNACKED_INDEX)
+    said = f"The lease of message {held.delivery_tag} ran out"
+    wait_until("it is told", lambda: said in caplog.text)
+    for _ in range(3):
+        consumer.channel.lease._renew(client)
+    assert caplog.text.count(said) == 1
+    held.ack()
 
 
 def test_a_postponed_message_comes_back_after_its_delay(

@@ -16,14 +16,17 @@ local function is_over(record, attempts, message, me)
   -- The holder is one of the copies that a message may have.
   return named and named ~= '' and (named ~= message or type(holder) == 'string' and holder ~= me)
 end
-local kept = {}
+local over, kept = {}, {}
 for i = 1, #ARGV / 3 do
   local tag, message, me = unpack(ARGV, 3 * i - 2, 3 * i)
   if is_over(KEYS[2 * i + 1], KEYS[2 * i + 2], message, me) then
-    redis.call('ZREM', KEYS[1], tag)
-    redis.call('HDEL', KEYS[2], tag)
+    over[#over + 1] = tag
   else
     kept[#kept + 1] = tag
   end
+end
+if #over > 0 then
+  redis.call('ZREM', KEYS[1], unpack(over))
+  redis.call('HDEL', KEYS[2], unpack(over))
 end
 return kept

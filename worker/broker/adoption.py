@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from worker.broker.layout import Layout
 from worker.broker.scripts import ADOPTABLE
@@ -43,9 +43,8 @@ class Adoption:
         now, every_s = monotonic(), self._lease_s / 4
         if self._looked_at is not None and now - self._looked_at < every_s:
             return []
-        found: Any = client.eval(
-            ADOPTABLE, 2, self.layout.index, self.layout.unacked, str(self._lease_s), AT_ONCE, self._skip
-        )
+        keys = [self.layout.index, self.layout.unacked]
+        found = client.register_script(ADOPTABLE)(keys=keys, args=[str(self._lease_s), AT_ONCE, self._skip])
         if self._looked_at is not None and now - self._looked_at > 2 * every_s:
             self._not_before = now + 2 * every_s
         self._looked_at = now

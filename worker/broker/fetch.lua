@@ -41,7 +41,7 @@ local i, raw, failure = pop()
 if failure then return failure end
 if not i then
   if who == '' then return {} end
-  return {wait(KEYS[4], who, place, ARGV[8], now())}
+  return {wait(KEYS[4], who, place, ARGV[8])}
 end
 if place ~= '' then
   leave(KEYS[4], who, place)

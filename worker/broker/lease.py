@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic, sleep
-from typing import Any, Final
+from typing import Final
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -73,6 +73,13 @@ class Held:
     counts: bool = False
     #: What must be so for its acknowledgement to count, where that is not certain.
     recorded: Recorded | None = None
+    #: Whether Redis has it no longer: it was acknowledged, and takes its place here until its task has ended.
+    is_acknowledged: bool = False
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether Redis has it among those that are held."""
+        return self.raw is not None and not self.is_acknowledged
 
 
 class Lease:
@@ -103,6 +110,8 @@ class Lease:
         self._held: dict[str, Held] = {}
         #: What Redis has not yet answered, by delivery tag.
         self._unsent: dict[str, Unsent] = {}
+        #: Messages that Redis no longer has: by the last renewal, and by the last two.
+        self._missing: set[str] = set()
         self._expired: set[str] = set()
         self._thread: threading.Thread | None = None
         self._renewed_at: float | None = None
@@ -139,8 +148,14 @@ class Lease:
         One that this process no longer holds was set aside, parked or given back: another may hold it by now.
         """
         with self._changed:
-            if (held := self._held.pop(tag, None)) is not None:
+            if (held := self._held.pop(tag, None)) is not None and not held.is_acknowledged:
                 self._enqueue({tag: held.recorded})
+
+    def acknowledged(self, tag: str) -> None:
+        """The message was acknowledged with its job's done mark: nothing is to be sent any more."""
+        with self._changed:
+            if (held := self._held.get(tag)) is not None:
+                self._held[tag] = replace(held, is_acknowledged=True)
 
     def acknowledge_by_record(self, tag: str, records: tuple[str, str], holder: tuple[str, str]) -> None:
         """Let `acknowledge` ask the job's record whether nothing is left to do: see `Recorded`."""
@@ -217,7 +232,7 @@ class Lease:
         limit = max_returns()
         for tag in tags:
             held = self._held.pop(tag, None)
-            if held is not None and held.raw is not None:
+            if held is not None and held.raw is not None and not held.is_acknowledged:
                 move = given_back(self._layout, held.raw, held.queue, push, counts=counts, limit=limit)
                 self._enqueue({tag: move})
 
@@ -311,25 +326,25 @@ class Lease:
             logger.critical("The engine has failed: the leases of %d messages are not renewed", self.count)
             return
         with self._changed:
-            tags = [tag for tag, held in self._held.items() if held.raw is not None]
-        missing: Any = client.eval(RENEW, 1, self._layout.index, *tags)
-        expired = {tag.decode() for tag in missing}
+            tags = [tag for tag, held in self._held.items() if held.is_registered]
+        missing = client.register_script(RENEW)(keys=[self._layout.index], args=tags)
+        found = {tag.decode() for tag in missing}
         now = monotonic()
         if self._renewed_at is not None and now - self._renewed_at > self._timeout_s / 2:
             # The others could not renew either.
             self._sweep_not_before = now + self._timeout_s / 2
         self._renewed_at = now
         with self._changed:
-            expired &= self._held.keys()
-        for tag in expired - self._expired:
+            found = {tag for tag in found if tag in self._held and self._held[tag].is_registered}
+        # One that is missing for the first time may have been acknowledged just now.
+        for tag in (found & self._missing) - self._expired:
             logger.warning("The lease of message %s ran out while its job ran: it runs a second time", tag)
-        self._expired = expired
+        self._expired, self._missing = found & self._missing, found
 
     def _sweep(self, client: Redis) -> None:
         layout, old = self._layout, self._adoption.layout
-        due: Any = client.eval(
-            EXPIRED, 2, layout.index, layout.unacked, str(self._timeout_s), str(self._sweep_limit)
-        )
+        limits = [str(self._timeout_s), str(self._sweep_limit)]
+        due = client.register_script(EXPIRED)(keys=[layout.index, layout.unacked], args=limits)
         adoptable = self._adoption.due(client)
         if not (due or adoptable) or not self._may_sweep():
             return

@@ -57,6 +57,13 @@ def acknowledge_by_record(delivery_tag: str, records: tuple[str, str], holder: t
             lease.acknowledge_by_record(delivery_tag, records, holder)
 
 
+def acknowledged(delivery_tag: str) -> None:
+    """A message that this process holds was acknowledged in Redis, in the step that marked its job done."""
+    with _lock:
+        for lease in _leases.values():
+            lease.acknowledged(delivery_tag)
+
+
 def _forget() -> None:
     """After a fork: the child has the parent's leases, but not its threads."""
     for lease in _leases.values():

@@ -1,8 +1,9 @@
 """The Lua scripts that move messages. Each file of them says its keys, arguments and result.
 
 A script is done whole or not at all, whoever is killed, and reads Redis' clock only. A Redis that was
-restarted has forgotten the scripts that it was given before: so the text is sent with every call (EVAL), but
-for `FETCH`, which is called for every job, and is sent again where it is missing.
+restarted has forgotten the scripts that it was given before. Those that are called for every job, or again
+and again, are called by their digest, and sent again where they are missing; the others are sent with every
+call (EVAL).
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@
 -- who      a channel that the connection of the one who waits is subscribed to
 -- place    '1', '2' or 'line'; 'called': it stood in line, and was called; '': it does not wait
 --
+-- include ../contract/clock.lua
+--
 -- `leave` and `call_next` run after a message was popped: an error would lose it, so none of theirs is raised.
 
 -- Whether the place, if it is a watcher's, has not expired and gone to another.
@@ -32,9 +34,13 @@ local function call_next(room)
   until heard ~= 0
 end
 
+-- Whoever stands in line reads no key here: by CLIENT TRACKING it would hear of each change of that key, too.
+-- Nor does it renew the line's expiry, which the watchers do.
+--
 -- Returns  the place
-local function wait(room, who, place, place_ms, time)
+local function wait(room, who, place, place_ms)
   if is_own(room, who, place) and redis.call('PEXPIRE', room .. ':' .. place, place_ms) == 1 then
+    redis.call('PEXPIRE', room .. ':line', 4 * place_ms)
     return place
   end
   for _, free in ipairs({'1', '2'}) do
@@ -43,7 +49,9 @@ local function wait(room, who, place, place_ms, time)
       return free
     end
   end
-  redis.call('ZADD', room .. ':line', 'NX', time, who)
-  redis.call('PEXPIRE', room .. ':line', 4 * place_ms)
+  -- Who has stood in line, and does no longer, was called and did not hear it: it is first.
+  if redis.call('ZADD', room .. ':line', 'NX', place == 'line' and 0 or now(), who) == 1 then
+    redis.call('PEXPIRE', room .. ':line', 4 * place_ms)
+  end
   return 'line'
 end

@@ -1,9 +1,10 @@
 """The way of one job through a worker, from its message to its picture in the bucket.
 
-    message ─► claim ─► in the bucket already? ─► engine ─► encode ─► put ─► done mark ─► acknowledgement
+    message ─► claim ─► in the bucket already? ─► engine ─► encode ─► put ─► done mark and acknowledgement
 
-The message is acknowledged when `handle` has returned, so whatever kills the process before that leaves the
-job in Redis for another worker. What happens after a failure:
+The message is acknowledged in the step that marks the job done, and any other one when `handle` has returned,
+so whatever kills the process before that leaves the job in Redis for another worker. What happens after a
+failure:
 
     the job's or the caller's fault   decided by `worker.jobs.retry_policy`
     the machine's fault               the message goes back to the queue: `MachineError` leaves `handle`
@@ -71,6 +72,8 @@ class Handled:
     records: tuple[str, str] | None
     #: Seconds until the message must come back for the job's next attempt; None: it is acknowledged.
     delay_s: float | None = None
+    #: Whether this message's work marked the job done, which acknowledges the message (`Records.done`).
+    is_done: bool = False
 
 
 class JobHandler:
@@ -161,13 +164,13 @@ class JobHandler:
         if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED):
             metrics.JOBS.labels("taken").inc()
             return Handled(None if claim is Claim.DROPPED else keys)
-        delay_s = None
+        tag = message_id.partition("/")[2]
         with self._in_flight.hold(message.id):
             try:
-                self._complete(message, attempt, queued_s, may_render=claim is Claim.RENDER)
+                self._complete(message, tag, attempt, queued_s, may_render=claim is Claim.RENDER)
             except SmallcatError as error:
-                delay_s = self._after_failure(message.id, message_id, attempt, error)
-        return Handled(keys, delay_s)
+                return Handled(keys, self._after_failure(message.id, message_id, attempt, error))
+        return Handled(keys, is_done=True)
 
     def _is_stored(self, message: Message) -> bool:
         """Whether the bucket has the picture of a job whose record says so; True where nobody can tell."""
@@ -176,11 +179,14 @@ class JobHandler:
         except StorageError:
             return True
 
-    def _complete(self, message: Message, attempt: int, queued_s: float, *, may_render: bool) -> None:
+    def _complete(
+        self, message: Message, tag: str, attempt: int, queued_s: float, *, may_render: bool
+    ) -> None:
         """Put the job's picture into the bucket, unless it is there, and mark the job done.
 
-        `may_render`: whether an attempt is left. A picture that is in the bucket answers the job even so: its
-        worker may have died after it was put there, or Redis may have lost that it was.
+        `tag`: under which the message is held. `may_render`: whether an attempt is left. A picture that is in
+        the bucket answers the job even so: its worker may have died after it was put there, or Redis may have
+        lost that it was.
         Raises `SmallcatError`.
         """
         if may_render:
@@ -188,7 +194,7 @@ class JobHandler:
         job = self._resolved(message.job)
         where = message.id, job.format, job.tenant
         stored = self._retry_storage(message.id, lambda: self._bucket.find(*where))
-        if stored is not None and self._answer_from(message, job, stored, queued_s):
+        if stored is not None and self._answer_from(message, tag, job, stored, queued_s):
             return
         if not may_render:
             raise self._policy.poison(attempt)
@@ -216,7 +222,7 @@ class JobHandler:
         uploaded_s = time.monotonic() - rendered_s
         metrics.UPLOADED.observe(uploaded_s)
         timings = record.timings.model_copy(update={"uploaded": uploaded_s})
-        self._records.done(record.model_copy(update={"timings": timings}))
+        self._records.done(record.model_copy(update={"timings": timings}), tag)
         metrics.JOBS.labels("rendered").inc()
 
     def _resolved(self, wanted: Job) -> Job:
@@ -230,7 +236,7 @@ class JobHandler:
             )
         return wanted.resolved(self.served)
 
-    def _answer_from(self, message: Message, job: Job, stored: bytes, queued_s: float) -> bool:
+    def _answer_from(self, message: Message, tag: str, job: Job, stored: bytes, queued_s: float) -> bool:
         """Mark the job done with what the bucket holds; priority and metadata are this submission's own.
 
         `job` is the message's with the model's defaults. False: the stored record cannot be read, or is not
@@ -256,7 +262,8 @@ class JobHandler:
                     "timings": record.timings.model_copy(update={"queued": queued_s}),
                     "cached": True,
                 }
-            )
+            ),
+            tag,
         )
         metrics.JOBS.labels("cached").inc()
         return True

@@ -13,6 +13,7 @@
 -- include outcome.lua
 -- include wanted_by_runs.lua
 -- include ../contract/clock.lua
+go_on()
 local id, channel, submission = unpack(ARGV)
 local state, cancel, subs, runs, mine =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'subs', 'runs', 'sub:' .. submission))

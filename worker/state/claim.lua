@@ -22,6 +22,7 @@
 -- include ../contract/clock.lua
 local message, me, worker, lease, max_attempts, ttl, job, queue, delivery, run, is_stored = unpack(ARGV)
 local time = tonumber(now())
+if run ~= '' then go_on() end
 if drop_if_run_is_cancelled(KEYS[1], message, run) then
   redis.call('DEL', KEYS[2])
   return {'dropped', 0, 0}
@@ -66,6 +67,7 @@ if joins then
   set('runs', runs)
 end
 if cancel then
+  go_on()
   set('state', 'cancelled', 'error_type', 'JobCancelledError', 'error', 'The job was cancelled.')
   redis.call('HSET', KEYS[1], unpack(fields))
   redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'deaths', 'cancel')
@@ -109,11 +111,10 @@ if open ~= delivery then
     end
     set('state', 'running', 'worker', worker, 'step', 0, 'attempts', attempts, 'deaths', deaths,
         'try:' .. attempts, cjson.encode({attempt = attempts, worker = worker, at = time}))
-    redis.call('PUBLISH', KEYS[1], 'running')
   end
 end
 if failed then redis.call('HDEL', KEYS[2], 'failed') end
-redis.call('HSET', KEYS[2], unpack(own))
+set_first(KEYS[2], unpack(own))
 redis.call('EXPIRE', KEYS[2], ttl)
 redis.call('HSET', KEYS[1], unpack(fields))
 if expires then redis.call('EXPIRE', KEYS[1], ttl) end

@@ -1,13 +1,14 @@
--- Writes a job's final state, once.
+-- Writes a job's final state, once; with the done mark, acknowledges the message of who made the picture.
 --
--- KEYS     the record, the failed jobs, the job's attempts
--- ARGV     state, seconds until the record expires, message id, holder (`claim.lua`), job id, then field and
---          value in turn
+-- KEYS     the record, the failed jobs, the job's attempts, the index of held messages, their hash
+-- ARGV     state, seconds until the record expires, message id, holder (`claim.lua`), job id, the tag of the
+--          held message that is acknowledged or '', then field and value in turn
 -- Returns  1 when it was written, 0 when it was not, -1 when the job was to be cancelled and somebody wants it
 --
 -- A picture is done whoever made it, unless the job was cancelled: that was said already. A failure counts only
 -- from the message that holds the claim, so that a job that was cancelled and submitted again is not cancelled
 -- twice.
+-- A replica that becomes the primary has the mark and the acknowledgement, or neither.
 -- include heal.lua
 -- include mark_runs.lua
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
@@ -15,7 +16,11 @@
 local BULK_TTL_S = 60
 -- Seconds that the record stays of any other job that is done.
 local DONE_TTL_S = 3600
-local final, ttl, message, me, id = unpack(ARGV, 1, 5)
+local final, ttl, message, me, id, tag = unpack(ARGV, 1, 6)
+if tag ~= '' then
+  redis.call('ZREM', KEYS[4], tag)
+  redis.call('HDEL', KEYS[5], tag)
+end
 local state, named, cancel, runs, bulk, error_type =
   unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type'))
 -- A record that is queued without a claim was written by another submission. Producers can delete the claim.
@@ -32,7 +37,7 @@ end
 if final == 'cancelled' and not cancel then return -1 end
 -- A full Redis refuses a script's first write if that may take memory, and none after it: so it deletes first.
 redis.call('DEL', KEYS[3])
-redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'claim_until', '', 'deaths', '', unpack(ARGV, 6))
+redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'claim_until', '', 'deaths', '', unpack(ARGV, 7))
 if cancel then redis.call('HDEL', KEYS[1], 'cancel') end
 if final == 'done' and error_type then redis.call('HDEL', KEYS[1], 'error', 'error_type') end
 redis.call('EXPIRE', KEYS[1], final == 'done' and math.min(ttl, bulk and BULK_TTL_S or DONE_TTL_S) or ttl)

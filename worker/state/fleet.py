@@ -189,15 +189,11 @@ class Fleet:
             served += f',"prompt_syntax":"{worker.prompt_syntax}"'
         group = hashlib.sha256(served.encode()).hexdigest()[:16]
         said = worker.model_dump_json(exclude_defaults=True)
-        keys = [worker_key(worker.name), WORKERS, DIGEST, BOOK]
+        keys = [worker_key(worker.name), WORKERS, DIGEST, BOOK, SERVED, QUEUES, LATEST]
         lifetimes = (ANNOUNCE_TTL_S, self._ttl_s)
         args = [worker.name, said, *map(str, lifetimes), group, served, repr(worker.started_at)]
         if version := self._announce(keys=keys, args=args):
             self._note_seen(str(version))
-        with self._redis.pipeline(transaction=False) as pipe:
-            for shared in (SERVED, QUEUES, LATEST):
-                pipe.expire(shared, self._ttl_s)
-            pipe.execute()
 
     def _note_seen(self, version: str) -> None:
         """Write what is served now as last seen, for when its workers are away."""

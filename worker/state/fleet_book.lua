@@ -84,8 +84,8 @@ local function publish(book, digest, names, ttl, is_changed)
     redis.call('SET', digest, '{"version":' .. version .. ',"mixed":' .. tostring(mixed) .. ',"groups":['
                .. table.concat(groups, ',') .. ']}', 'EX', ttl)
   end
-  local version = redis.call('GET', book .. ':version')
-  return version == redis.call('GET', book .. ':seen') and '' or version
+  local version, seen = unpack(redis.call('MGET', book .. ':version', book .. ':seen'))
+  return version == seen and '' or version
 end
 
 -- Lets the book expire, should no worker announce itself any more.

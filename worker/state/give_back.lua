@@ -6,6 +6,7 @@
 -- Returns  1 when it was undone, 0 when the message does not hold the claim
 -- include go_on.lua
 -- include heal.lua
+go_on()
 local message, me, failure = unpack(ARGV)
 local state, named, attempt = unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'attempts'))
 local holds = on(KEYS[2], 'HGET', 'claim') == me and (named == message or state == 'running')

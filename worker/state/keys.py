@@ -1,8 +1,8 @@
 """Keys and channels of Redis that hold the state of jobs, runs and workers.
 
     smallcat:job:<id>        hash     a job's record: see below
-    smallcat:job:<id>        channel  the job's new state, published at every change of state; "cancelled"
-                                      also when one of several submissions is given up
+    smallcat:job:<id>        channel  the job's state when it has ended, or is queued again; "cancelled" also
+                                      when one of several submissions is given up
       ...:<submission>       string   what belongs to a submission alone, as JSON: its metadata and priority;
                                       "+" before it, "-" once it was given up, "=" once it is done and
                                       the job was submitted again, "~" once it has failed and likewise

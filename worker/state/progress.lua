@@ -7,6 +7,7 @@
 -- A record that cannot be read is left alone: it is no reason to let the others' claims run out.
 -- include go_on.lua
 -- include ../contract/clock.lua
+go_on()
 local until_s = tonumber(now()) + ARGV[1]
 local cancelled = {}
 for i = 1, #KEYS / 2 do

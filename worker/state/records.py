@@ -1,4 +1,4 @@
-"""The records of jobs in Redis: each is one hash with an expiry, and each change of state is published.
+"""The records of jobs in Redis: each is one hash with an expiry, and how a job ends is published.
 
 A job is `queued`, then `running`, then `done`, `failed` or `cancelled`. A change that two processes could
 make at once is a Lua script. All times are by Redis' clock. The lasting record is the JSON beside the picture
@@ -70,11 +70,16 @@ class Claim(StrEnum):
 
 
 class Records:
-    """The jobs' records in one Redis. Thread-safe. Each call but `read` is one round trip."""
+    """The jobs' records in one Redis. Thread-safe. Each call but `read` is one round trip.
 
-    def __init__(self, client: Redis, ttl_s: int) -> None:
+    `held`: the keys of the index of held messages and of their hash (`worker.broker.layout`), where `done` is
+    to acknowledge messages.
+    """
+
+    def __init__(self, client: Redis, ttl_s: int, held: tuple[str, str] | None = None) -> None:
         self._redis = client
         self._ttl_s = ttl_s
+        self._held = held
         self._submit = SharedScript(client, scripts.SUBMIT)
         self._named = NamedLately()
         self._claim = Script(client, scripts.CLAIM)
@@ -227,9 +232,13 @@ class Records:
         cancelled = self._progress(keys=keys, args=args)
         return [ids[index - 1] for index in cancelled]
 
-    def done(self, record: JobRecord) -> bool:
-        """Mark the job done. False: it was already, or was cancelled, and stays as it was."""
-        return self._final(record.id, State.DONE, "", fields_of(record)) == 1
+    def done(self, record: JobRecord, tag: str = "") -> bool:
+        """Mark the job done. False: it was already, or was cancelled, and stays as it was.
+
+        In the same step, and also then, the message that is held under `tag` is acknowledged, if `held` says
+        where.
+        """
+        return self._final(record.id, State.DONE, "", fields_of(record), tag) == 1
 
     def failed(self, job_id: str, message: str, error: SmallcatError) -> bool:
         """Mark the job failed, or cancelled, by `error`, for the message that claimed it.
@@ -326,10 +335,13 @@ class Records:
         state = State.CANCELLED if name == "JobCancelledError" else State.FAILED
         return self._final(job_id, state, message, {"error_type": name, "error": str(error)})
 
-    def _final(self, job_id: str, state: State, message: str, fields: Mapping[str, str]) -> int:
+    def _final(
+        self, job_id: str, state: State, message: str, fields: Mapping[str, str], tag: str = ""
+    ) -> int:
         pairs = [item for pair in fields.items() for item in pair]
-        args: list[str | int] = [state, self._ttl_s, *holder_of(message), job_id, *pairs]
-        return int(self._finish(keys=[job_key(job_id), FAILED, attempts_key(job_id)], args=args))
+        keys = [job_key(job_id), FAILED, attempts_key(job_id), *(self._held or ())]
+        args: list[str | int] = [state, self._ttl_s, *holder_of(message), job_id]
+        return int(self._finish(keys=keys, args=[*args, tag if self._held else "", *pairs]))
 
 
 def _may_be_final(receive: Callable[[float], str | None], timeout_s: float) -> bool:

@@ -15,6 +15,7 @@
 -- include mark_runs.lua
 -- include wanted_by_runs.lua
 -- include ../contract/clock.lua
+go_on()
 local message, me, print, id, ttl, kind, text, mark, job, queue = unpack(ARGV)
 local state, known, runs, bulk = unpack(on(KEYS[1], 'HMGET', 'state', 'message', 'runs', 'bulk'))
 local holder, until_s = unpack(on(KEYS[3], 'HMGET', 'claim', 'claim_until'))

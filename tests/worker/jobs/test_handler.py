@@ -454,7 +454,7 @@ def test_a_picture_in_the_bucket_answers_a_job_whose_attempts_are_used_up(
 def test_who_acknowledges_is_told_which_record_says_so(worker: Worker, client: Redis) -> None:
     payload = payload_of(JOB)
     records = job_key(JOB.id), attempts_key(JOB.id)
-    assert worker.handler.handle(payload, "m1") == Handled(records)
+    assert worker.handler.handle(payload, "m1") == Handled(records, is_done=True)
     assert worker.handler.handle(payload, "m2") == Handled(records)
     client.hset("smallcat:run:r", mapping={"fed": 1, "ttl": 60, "cancelled": 1})
     other = job_of(6)

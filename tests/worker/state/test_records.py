@@ -206,6 +206,33 @@ def test_done_is_written_once(records: Records) -> None:
     assert not records.get(JOB.id).cached
 
 
+@pytest.mark.parametrize("state", ["running", "done", "cancelled"])
+def test_the_done_mark_acknowledges_the_message_in_the_same_step(
+    records: Records, client: Redis, state: str
+) -> None:
+    """Nobody delivers it again; others stay. Sent again, because the answer was lost, it harms nothing."""
+    records = Records(client, 1_000, held=("held:index", "held"))
+    claim(records)
+    if state == "done":
+        records.done(done())
+    elif state == "cancelled":
+        client.hset(job_key(JOB.id), "state", "cancelled")
+    client.zadd("held:index", {"t1": 1, "t2": 2})
+    client.hset("held", mapping={"t1": "x", "t2": "y"})
+    assert records.done(done(), "t1") is (state == "running")
+    assert not records.done(done(), "t1")
+    assert client.zrange("held:index", 0, -1) == client.hkeys("held") == ["t2"]
+
+
+def test_a_failure_acknowledges_nothing_by_itself(client: Redis) -> None:
+    """It may be tried again: the message says so."""
+    records = Records(client, 1_000, held=("held:index", "held"))
+    claim(records, "m1/t1")
+    client.zadd("held:index", {"t1": 1})
+    assert records.failed(JOB.id, "m1/t1", NotFiniteError("NaN"))
+    assert client.zcard("held:index") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "state", "kind"),
     [
