@@ -26,6 +26,7 @@ from producer.cli.json_output import NobodyReadsError, json_option, print_json, 
 from producer.cli.metrics import metrics
 from producer.cli.serve import keys, serve
 from producer.cli.tenants import tenants
+from producer.cli.usage import usage
 from producer.client import JobHandle, submit_job
 from producer.client.job_result import JobResult
 from worker.contract.errors import (
@@ -118,6 +119,7 @@ cli.add_command(serve)
 cli.add_command(keys)
 cli.add_command(tenants)
 cli.add_command(metrics)
+cli.add_command(usage)
 
 
 @cli.command()

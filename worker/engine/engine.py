@@ -39,7 +39,7 @@ from worker.engine.batcher import Batcher
 from worker.engine.decode_stage import DecodeStage
 from worker.engine.movement import Movement
 from worker.engine.runner import Outcome, Picture, Runner, StateT
-from worker.engine.ticket import Rendered, Ticket, as_job_error, is_machine_fault
+from worker.engine.ticket import Rendered, Ticket, as_job_error, is_machine_fault, shared
 
 logger = logging.getLogger("smallcat.engine")
 
@@ -245,7 +245,7 @@ class Engine(Generic[StateT]):
         `is_alone`: nothing else runs on the device. A job is called too large only if it does not fit then.
         """
         states = [ticket.state for ticket in batch if ticket.state is not None]
-        rows = sum(state.rows for state in states)
+        rows = sum(shares := [state.rows for state in states])
         started_s = self._clock()
         tokens = max((state.text_tokens for state in states), default=0)
         self.movement.expect(self._runner.step_s(states[0].lane, rows, tokens))
@@ -274,7 +274,7 @@ class Engine(Generic[StateT]):
                 )
             self._step_halves(batch)
             return
-        self._on_step(rows, self._clock() - started_s)
+        self._on_step(rows, shared(batch, shares, self._clock() - started_s))
         for ticket, state, failure in zip(batch, states, failures, strict=True):
             if failure is not None:
                 self._drop(ticket, failure)
@@ -362,7 +362,7 @@ class Engine(Generic[StateT]):
         """End a job with its picture or its error."""
         if isinstance(outcome, Picture):
             assert ticket.state is not None  # noqa: S101 - it had its last step
-            self._resolve(ticket, Rendered(outcome, ticket.state.warnings))
+            self._resolve(ticket, Rendered(outcome, ticket.state.warnings, ticket.device_s))
         else:
             self._resolve(ticket, outcome)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Generic
@@ -24,6 +25,8 @@ class Rendered:
     picture: Picture
     #: What the caller should know although the picture is fine.
     warnings: tuple[str, ...]
+    #: Its share of the device's time: of each of its steps by its rows, in seconds.
+    device_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -38,6 +41,8 @@ class Ticket(Generic[StateT]):
     #: Set once the job is prepared.
     state: StateT | None = None
     cancelled: bool = False
+    #: Its share of the steps so far, in seconds.
+    device_s: float = 0.0
 
     def resolve(self, outcome: Rendered | BaseException) -> None:
         """Give the job's future its result or its error. A second outcome is ignored."""
@@ -48,6 +53,13 @@ class Ticket(Generic[StateT]):
                 self.future.set_exception(outcome)
         except InvalidStateError:
             pass  # `Engine.stop` gave the job back while its last step ran.
+
+
+def shared(batch: Sequence[Ticket[StateT]], rows: Sequence[int], seconds: float) -> float:
+    """Share the seconds of a step among its jobs, by the rows that each had in it. Returns the seconds."""
+    for ticket, own in zip(batch, rows, strict=True):
+        ticket.device_s += seconds * own / sum(rows)
+    return seconds
 
 
 def is_machine_fault(error: BaseException) -> bool:

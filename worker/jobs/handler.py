@@ -58,6 +58,7 @@ from worker.jobs.storage_retry import StorageRetry
 from worker.state.keys import attempts_key, job_key
 from worker.state.records import Claim, Records
 from worker.state.redis_client import RedisError
+from worker.state.usage import Used
 from worker.storage.bucket import Bucket
 
 logger = logging.getLogger("smallcat.jobs")
@@ -222,7 +223,8 @@ class JobHandler:
         uploaded_s = time.monotonic() - rendered_s
         metrics.UPLOADED.observe(uploaded_s)
         timings = record.timings.model_copy(update={"uploaded": uploaded_s})
-        self._records.done(record.model_copy(update={"timings": timings}), tag)
+        used = Used(device_s=rendered.device_s, size=len(data))
+        self._records.done(record.model_copy(update={"timings": timings}), tag, used)
         metrics.JOBS.labels("rendered").inc()
 
     def _resolved(self, wanted: Job) -> Job:
@@ -264,6 +266,7 @@ class JobHandler:
                 }
             ),
             tag,
+            Used(is_cached=True),
         )
         metrics.JOBS.labels("cached").inc()
         return True

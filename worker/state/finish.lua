@@ -2,7 +2,8 @@
 --
 -- KEYS     the record, the failed jobs, the job's attempts, the index of held messages, their hash
 -- ARGV     state, seconds until the record expires, message id, holder (`claim.lua`), job id, the tag of the
---          held message that is acknowledged or '', then field and value in turn
+--          held message that is acknowledged or '', then field and value in turn; last, of a tenant's job that
+--          is done, 'usage' and what it has used (`usage.lua`)
 -- Returns  1 when it was written, 0 when it was not, -1 when the job was to be cancelled and somebody wants it
 --
 -- A picture is done whoever made it, unless the job was cancelled: that was said already. A failure counts only
@@ -11,6 +12,7 @@
 -- A replica that becomes the primary has the mark and the acknowledgement, or neither.
 -- include heal.lua
 -- include mark_runs.lua
+-- include usage.lua
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
 -- run of a million jobs must not leave a million records here.
 local BULK_TTL_S = 60
@@ -50,6 +52,7 @@ if final == 'failed' then
 elseif state == 'failed' then
   on(KEYS[2], 'ZREM', id)
 end
+if ARGV[#ARGV - 1] == 'usage' then count_usage(ARGV[#ARGV]) end
 redis.call('PUBLISH', KEYS[1], final)
 mark_runs(runs or '')
 return 1

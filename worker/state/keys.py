@@ -24,6 +24,7 @@
     smallcat:workers         set      names of the workers that announced themselves
     smallcat:worker::served  string   the digest of the live workers: which models are served, by how many; no
                                       worker has that name
+    smallcat:worker-only:usage:<day>  what tenants have used, by day (`worker.state.usage`)
     smallcat:worker-only:fleet:...    the book that the digest is made from (`fleet_book.lua`)
     smallcat:served          string   the last announcements of each model, for when its workers are away
     smallcat:http:keys       hash     the keys of the HTTP API by their hash (`producer.http.key_store`)
@@ -100,6 +101,8 @@ HTTP_ONCE: Final = "smallcat:http:once:"
 HTTP_MODEL: Final = "smallcat:http:model:"
 #: Begins the keys that workers alone write.
 WORKER_ONLY: Final = "smallcat:worker-only:"
+#: Begins the keys of what tenants have used, by day (`worker.state.usage`).
+USAGE: Final = f"{WORKER_ONLY}usage:"
 #: Begins the keys of the book that the digest is made from.
 BOOK: Final = f"{WORKER_ONLY}fleet"
 #: The messages that workers hold: the transport's (`worker.broker.transport.UNACKED`).

@@ -44,6 +44,7 @@ from worker.state.keys import (
 )
 from worker.state.shared_scripts import NamedLately, Script, SharedScript
 from worker.state.submissions import Submission
+from worker.state.usage import Used
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -232,13 +233,16 @@ class Records:
         cancelled = self._progress(keys=keys, args=args)
         return [ids[index - 1] for index in cancelled]
 
-    def done(self, record: JobRecord, tag: str = "") -> bool:
+    def done(self, record: JobRecord, tag: str = "", used: Used | None = None) -> bool:
         """Mark the job done. False: it was already, or was cancelled, and stays as it was.
 
         In the same step, and also then, the message that is held under `tag` is acknowledged, if `held` says
-        where.
+        where. `used`: what the job has used, counted in that step for its tenant: a picture counts once.
         """
-        return self._final(record.id, State.DONE, "", fields_of(record), tag) == 1
+        fields = fields_of(record)
+        if record.job.tenant and used is not None:
+            fields["usage"] = used.of(record.job.tenant)
+        return self._final(record.id, State.DONE, "", fields, tag) == 1
 
     def failed(self, job_id: str, message: str, error: SmallcatError) -> bool:
         """Mark the job failed, or cancelled, by `error`, for the message that claimed it.

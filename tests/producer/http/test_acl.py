@@ -41,6 +41,7 @@ def uses_a_tenant(api: Api) -> None:
         assert own.wait(job)["state"] == "done"
     assert len(own.call("GET", "/v1/jobs").json["jobs"]) == 3
     assert finished(own, upload(own, b"a cat\n").json)["done"] == 1
+    assert [row["tenant"] for row in own.call("GET", "/v1/usage").json["usage"]] == ["limited"]
 
 
 @pytest.mark.parametrize("version", ["", "-7.0", "-6.2"])
@@ -101,6 +102,7 @@ def test_its_own_redis_user_is_enough_and_makes_no_keys(
                 ("HGETALL", "smallcat:http:keys"),
                 ("DEL", "smallcat:http:keys"),
                 ("HSET", "smallcat:http:tenants", "x", "y"),
+                ("HSET", "smallcat:worker-only:usage:1", "x:images", "1"),
             ):
                 with pytest.raises(RedisError, match=r"(?i)permission"):
                     client.execute_command(*command)

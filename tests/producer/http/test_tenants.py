@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from producer.cli.main import cli
+from tests.fast_worker import DEVICE_S
 from tests.producer.http.conftest import NOBODYS, Answer, Api
 from tests.producer.http.test_events import Stream
 from tests.producer.http.test_runs import lines_of, upload
@@ -301,6 +304,43 @@ def test_requests_a_second_are_limited_at_every_path_and_for_all_keys_of_a_tenan
     assert "its limit is 0.01 requests a second, and 6 at once." in answer.json["detail"]
     assert 1 <= int(answer.headers["retry-after"]) <= 100
     assert api.call("GET", "/healthz", key=key).status == 200
+
+
+def test_usage_is_shown_to_its_tenant_and_to_admins(api: Api, environment: None) -> None:
+    key = limited(api, "billed")
+    other = limited(api, "curious")
+    body = {"prompt": "to be billed", "seed": 1}
+    for _ in range(2):
+        job = submit(api, key, body).json
+        answer = api.call("GET", f"{job['links']['image']}&wait=30&redirect=false", key=key)
+        assert answer.status == 200
+    [row] = api.call("GET", "/v1/usage", key=key).json["usage"]
+    size = len(answer.body)
+    assert {**row, "day": ""} == {
+        "day": "",
+        "tenant": "billed",
+        "images": 1,
+        "cached": 1,
+        "gpu_s": DEVICE_S,
+        "bytes": size,
+    }
+    assert api.call("GET", "/v1/usage", key=other).json == {"usage": []}
+    assert api.call("GET", "/v1/usage?tenant=billed", key=other).status == 403
+    assert api.call("GET", "/v1/usage", key=api.new_key("no-tenants")).json == {"usage": []}
+    assert row in api.call("GET", "/v1/usage").json["usage"]
+    assert api.call("GET", "/v1/usage?tenant=billed").json["usage"] == [row]
+    table = api.call("GET", "/v1/usage?tenant=billed&format=csv")
+    lines = f"day,tenant,images,cached,gpu_s,bytes\n{row['day']},billed,1,1,{DEVICE_S},{size}\n"
+    assert (table.headers["content-type"], table.body.decode()) == ("text/csv; charset=utf-8", lines)
+    refused = api.call("GET", "/v1/usage?since=yesterday", key=key)
+    assert (refused.status, "write a day as 2026-11-28" in refused.json["detail"]) == (422, True)
+
+    # The command.
+    run = CliRunner()
+    assert json.loads(run.invoke(cli, ["usage", "--tenant", "billed", "--json"]).stdout) == [row]
+    assert run.invoke(cli, ["usage", "--tenant", "billed", "--csv"]).stdout == lines
+    assert "billed" in run.invoke(cli, ["usage"]).stdout
+    assert "No tenant has used anything" in run.invoke(cli, ["usage", "--tenant", "nobody"]).stderr
 
 
 def test_only_models_that_a_tenant_may_use_are_shown_to_it(api: Api) -> None:

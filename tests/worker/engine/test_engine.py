@@ -260,6 +260,26 @@ def test_a_job_past_its_deadline_fails_and_its_error_names_its_last_step(runner:
         assert picture(punctual) is not None
 
 
+def test_a_jobs_share_of_the_devices_time_is_that_of_its_rows_in_each_step(
+    bench: Bench, runner: FakeRunner
+) -> None:
+    """Each step takes 8 s; the second job has two rows at first, and one in its last two steps."""
+    runner.rows = {1: [2] * 4, 2: [2, 2, 1, 1]}
+
+    def tick(seeds: list[int]) -> None:
+        bench.now_s += 8
+
+    runner.on_step = tick
+    one, two = bench.submit_together(1, 2, steps=4)
+    bench.engine.start()
+    shares = [future.result(SOON_S).device_s for future in (one, two)]
+    assert shares == pytest.approx([4 + 4 + 16 / 3 + 16 / 3, 4 + 4 + 8 / 3 + 8 / 3])
+    assert sum(shares) == pytest.approx(bench.now_s)
+    runner.rows = {}
+    alone = bench.submit(3, steps=2)
+    assert alone.result(SOON_S).device_s == pytest.approx(16)
+
+
 # --- the end ----------------------------------------------------------------------------------------------
 
 
