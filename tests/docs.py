@@ -31,10 +31,11 @@ from tests.faults.earlier import EARLIER
 from tests.test_architecture import FOLDERS
 from worker.bench.__main__ import main as bench
 from worker.contract import errors
-from worker.contract.choices import SAMPLERS, Scheduler
+from worker.contract.choices import SAMPLERS, NoiseSchedule, Scheduler
 from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, help_lines
 from worker.contract.record import Attempt, State, Timings
+from worker.contract.scheduler_names import OFFERED
 from worker.contract.settings import ProducerSettings, ServerSettings, Settings, WorkerSettings
 from worker.jobs import metrics
 
@@ -190,6 +191,18 @@ def schedulers() -> str:
     return _table("Name, diffusers class, Its options, AUTOMATIC1111's name", rows())
 
 
+def noise_schedules() -> str:
+    """Which schedules each scheduler is offered with."""
+    schedules = [each for each in NoiseSchedule if each is not NoiseSchedule.DEFAULT]
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for scheduler, offered in OFFERED.items():
+            if scheduler is not Scheduler.DEFAULT:
+                yield f"`{scheduler}`", *("yes" if each in offered else "" for each in schedules)
+
+    return _table(", ".join(("Scheduler", *(f"`{each}`" for each in schedules))), rows())
+
+
 def manifest_columns() -> str:
     """The columns of a CSV manifest."""
     return ", ".join(f"`{name}`" for name in COLUMNS) + ".\n"
@@ -334,6 +347,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "job-fields": job_fields,
     "job-field-names": job_field_names,
     "schedulers": schedulers,
+    "noise-schedules": noise_schedules,
     "manifest-columns": manifest_columns,
     "name-fields": name_fields,
     "errors": error_classes,

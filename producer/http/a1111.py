@@ -28,7 +28,7 @@ from producer.http.problems import RefusedError, headers_of, name_of, sentence_o
 from producer.http.reading import read_json
 from producer.http.rendering import render
 from producer.http.submitting import check, numbered
-from worker.contract.choices import SAMPLERS
+from worker.contract.choices import SAMPLERS, SCHEDULES, NoiseSchedule
 from worker.contract.errors import InvalidJobError, SmallcatError
 from worker.contract.explain import short
 from worker.contract.infotext import write
@@ -216,7 +216,8 @@ async def samplers(caller: Reader) -> Response:
 @router.get("/schedulers")
 async def schedulers(caller: Reader) -> Response:
     """The schedules by AUTOMATIC1111's names: those that some sampler is offered with."""
-    names = {"automatic": "Automatic", "uniform": "Uniform", "karras": "Karras"}
+    names = {"automatic": "Automatic", "uniform": "Uniform"}
+    names |= {str(name): label for name, label in SCHEDULES.items() if name != NoiseSchedule.DEFAULT}
     return as_json(
         [
             {"name": name, "label": label, "aliases": None, "default_rho": -1.0, "need_inner_model": False}

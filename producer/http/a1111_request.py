@@ -18,15 +18,17 @@ from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS
-from worker.contract.scheduler_names import scheduler_of
+from worker.contract.scheduler_names import Pair, pair_of
 
 #: Pictures of one request, at most.
 MAX_IMAGES: Final = 100
+#: Job fields whose names mean something else in these requests.
+_READ_APART: Final = ("scheduler", "schedule", "model")
 #: AUTOMATIC1111's names of job fields.
 _NAMES: Final = {
     field.a1111_option: field.name
     for field in WRITTEN_FIELDS.values()
-    if field.a1111_option and field.name not in ("scheduler", "model")
+    if field.a1111_option and field.name not in _READ_APART
 }
 
 
@@ -135,8 +137,8 @@ def read_request(body: Any) -> Asked:
     fields = _job_fields(body)
     if "samples_format" in settings:
         fields.setdefault("format", settings["samples_format"])
-    scheduler = _scheduler(body)
-    _refuse_eta(body.get("eta"), scheduler)
+    pair = _pair(body)
+    _refuse_eta(body.get("eta"), pair.scheduler)
     # Its clients write its syntax.
     fields.setdefault("prompt_syntax", PromptSyntax.A1111)
     batch_size, n_iter = (_count(body, name) for name in ("batch_size", "n_iter"))
@@ -145,7 +147,7 @@ def read_request(body: Any) -> Asked:
             f"batch_size times n_iter is {batch_size * n_iter:,}: it must be 1 to {MAX_IMAGES} pictures."
         )
     return Asked(
-        fields | {"scheduler": str(scheduler)},
+        fields | {name: str(value) for name, value in pair.fields().items()},
         None if model in (None, "") else str(model),
         batch_size,
         n_iter,
@@ -155,7 +157,7 @@ def read_request(body: Any) -> Asked:
 
 def _job_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """The job fields by AUTOMATIC1111's names and by our own; values may be texts, as its API takes them."""
-    own = {name: name for name in WRITTEN_FIELDS if name not in ("scheduler", "model")}
+    own = {name: name for name in WRITTEN_FIELDS if name not in _READ_APART}
     found: dict[str, Any] = {}
     for name, field in (own | _NAMES).items():
         if name not in body:
@@ -169,13 +171,13 @@ def _job_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _scheduler(body: Mapping[str, Any]) -> Any:
+def _pair(body: Mapping[str, Any]) -> Pair:
     sampler = body.get("sampler_name") or body.get("sampler_index")
     schedule = body.get("scheduler")
     for name, value in (("sampler_name", sampler), ("scheduler", schedule)):
         if value is not None and not isinstance(value, str):
             raise InvalidJobError(f"{name} is {short(value)}: it must be a text such as Euler a.")
-    return scheduler_of(sampler, schedule)
+    return pair_of(sampler, schedule)
 
 
 def _refuse_eta(eta: Any, scheduler: Any) -> None:

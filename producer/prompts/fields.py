@@ -29,16 +29,15 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS
 from worker.contract.job_fields import FieldEntry, truth_of
-from worker.contract.scheduler_names import scheduler_of
+from worker.contract.scheduler_names import pair_of
 from worker.contract.spelling import distance
 
 #: What `meaning_of` gives for a number of pictures, for a schedule beside a sampler, and for both sides.
 COUNT: Final = "a number of pictures"
-SCHEDULE: Final = "a schedule"
+SCHEDULE: Final = "schedule"
 SIZE: Final = "a size"
 #: Names that ask for several pictures: their product is the number of pictures.
 _COUNTS = ("batch_size", "n_iter", "num_images_per_prompt")
-_SCHEDULES = ("schedule_type", "schedule", "noise_schedule")
 #: Names whose values are sizes where they look like one, such as 512x768. Else they mean anything.
 _SIZES = ("size", "image_size", "resolution", "dimensions")
 _SIZE = re.compile(r"\s*(\d{1,5})\s*[xX×*]\s*(\d{1,5})\s*")
@@ -87,7 +86,6 @@ def _plain(name: str) -> str:
 #: What each name means, without what does not count in it: a job field, `COUNT` or `SCHEDULE`.
 MEANINGS: dict[str, str] = {
     **{_plain(each): COUNT for each in _COUNTS},
-    **{_plain(each): SCHEDULE for each in _SCHEDULES},
     **{_plain(each): SIZE for each in _SIZES},
     **{_plain(each): field.name for field in WRITTEN_FIELDS.values() for each in field.all_headings},
     **{_plain(name): name for name in WRITTEN_FIELDS},
@@ -238,8 +236,8 @@ class FieldReader:
                 elif (value := self._extra_value(line, name, raw)) is not NOT_GIVEN:
                     metadata[name.strip()] = value
             elif meaning == SCHEDULE:
-                if (value := value_of(WRITTEN_FIELDS["scheduler"], raw)) is not NOT_GIVEN:
-                    choice["schedule"] = value
+                if (value := value_of(WRITTEN_FIELDS[SCHEDULE], raw)) is not NOT_GIVEN:
+                    choice[SCHEDULE] = value
             else:
                 value = self._value(meaning, raw)
                 if value is NOT_GIVEN:
@@ -252,7 +250,7 @@ class FieldReader:
                     names[meaning], fields[meaning] = name, value
         refuse_parameters(fields.get("prompt"))
         if choice:
-            fields["scheduler"] = _scheduler(choice)
+            fields |= _pair(choice)
         if metadata:
             own = fields.get("metadata", {})
             # What is no object stays, and the job's own error names it.
@@ -362,8 +360,8 @@ def sides_of(raw: Any) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _scheduler(choice: dict[str, Any]) -> Any:
-    """The scheduler that the names of a sampler, a scheduler and a schedule mean together."""
+def _pair(choice: dict[str, Any]) -> dict[str, Any]:
+    """What the names of a sampler, a scheduler and a schedule mean together."""
     sampler, scheduler, schedule = (choice.get(name) for name in ("sampler", "scheduler", "schedule"))
     if sampler is None or (scheduler is not None and schedule is not None):
         sampler, scheduler = (scheduler, None) if sampler is None else (sampler, scheduler)
@@ -372,8 +370,8 @@ def _scheduler(choice: dict[str, Any]) -> Any:
         raise LineError("scheduler", f"The schedule is {shown} beside a sampler: keep one of them.")
     schedule = scheduler if schedule is None else schedule
     if schedule is None or not all(each is None or isinstance(each, str) for each in (sampler, schedule)):
-        return sampler  # The job's own check reads the name, and says what is wrong with it.
+        return {"scheduler": sampler}  # The job's own check reads the name, and says what is wrong with it.
     try:
-        return str(scheduler_of(sampler, schedule))
+        return {name: str(value) for name, value in pair_of(sampler, schedule).fields().items()}
     except InvalidJobError as error:
         raise LineError("scheduler", str(error)) from None

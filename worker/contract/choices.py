@@ -20,9 +20,23 @@ class Scheduler(StrEnum):
     PNDM = "pndm"
     UNIPC = "unipc"
     LCM = "lcm"
+    HEUN = "heun"
+    DPM2 = "dpm2"
+    DPM2_ANCESTRAL = "dpm2_ancestral"
+    LMS = "lms"
+    DDPM = "ddpm"
+    DEIS = "deis"
+    DPMPP_2S = "dpmpp_2s"
+    DPMPP_SDE = "dpmpp_sde"
+    DPMPP_2M_SDE = "dpmpp_2m_sde"
+    DPMPP_3M_SDE = "dpmpp_3m_sde"
+    TCD = "tcd"
+    SA_SOLVER = "sa_solver"
 
 
-#: AUTOMATIC1111's names for them.
+#: Those that messages of versions 1 and 2 know.
+FIRST_SCHEDULERS = frozenset(list(Scheduler)[:9])
+#: AUTOMATIC1111's names for them, and names in its manner for those that it has not.
 SAMPLERS: Mapping[str, str] = MappingProxyType(
     {
         Scheduler.DDIM: "DDIM",
@@ -33,7 +47,54 @@ SAMPLERS: Mapping[str, str] = MappingProxyType(
         Scheduler.PNDM: "PLMS",
         Scheduler.UNIPC: "UniPC",
         Scheduler.LCM: "LCM",
+        Scheduler.HEUN: "Heun",
+        Scheduler.DPM2: "DPM2",
+        Scheduler.DPM2_ANCESTRAL: "DPM2 a",
+        Scheduler.LMS: "LMS",
+        Scheduler.DDPM: "DDPM",
+        Scheduler.DEIS: "DEIS",
+        Scheduler.DPMPP_2S: "DPM++ 2S",
+        Scheduler.DPMPP_SDE: "DPM++ SDE",
+        Scheduler.DPMPP_2M_SDE: "DPM++ 2M SDE",
+        Scheduler.DPMPP_3M_SDE: "DPM++ 3M SDE",
+        Scheduler.TCD: "TCD",
+        Scheduler.SA_SOLVER: "SA Solver",
         Scheduler.DEFAULT: "Default",
+    }
+)
+
+
+class NoiseSchedule(StrEnum):
+    """How a scheduler spaces its noise levels."""
+
+    #: The scheduler's own, by the model's config.
+    DEFAULT = "default"
+    #: Karras et al. (2022), equation 5.
+    KARRAS = "karras"
+    #: Evenly spaced logarithms.
+    EXPONENTIAL = "exponential"
+    #: Lee et al. (2024): quantiles of a beta distribution.
+    BETA = "beta"
+    #: Timesteps from the last one on, as Lin et al. (2024) recommend: diffusers' spacing "trailing".
+    SGM_UNIFORM = "sgm_uniform"
+    #: The model's own noise levels, every so many of them, as ComfyUI and AUTOMATIC1111 take them.
+    SIMPLE = "simple"
+    #: Sabour et al. (2024), as diffusers has them.
+    ALIGN_YOUR_STEPS = "align_your_steps"
+
+
+#: Steps of `align_your_steps`: as many as diffusers has noise levels for.
+ALIGN_YOUR_STEPS = 10
+#: AUTOMATIC1111's names for them.
+SCHEDULES: Mapping[str, str] = MappingProxyType(
+    {
+        NoiseSchedule.DEFAULT: "Default",
+        NoiseSchedule.KARRAS: "Karras",
+        NoiseSchedule.EXPONENTIAL: "Exponential",
+        NoiseSchedule.BETA: "Beta",
+        NoiseSchedule.SGM_UNIFORM: "SGM Uniform",
+        NoiseSchedule.SIMPLE: "Simple",
+        NoiseSchedule.ALIGN_YOUR_STEPS: "Align Your Steps",
     }
 )
 

@@ -28,7 +28,7 @@ from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.metadata.a1111_text import pairs_of, split
 from worker.contract.metadata.reading import Reading, left_out, number
-from worker.contract.scheduler_names import scheduler_of
+from worker.contract.scheduler_names import pair_of
 
 #: The keys in the order in which they are written, each with its fields: width and height are one key.
 _KEYS: tuple[tuple[str, tuple[FieldEntry, ...]], ...] = tuple(
@@ -169,10 +169,14 @@ def _prompts(prompt: str, negative: str) -> dict[str, Any]:
 def _job_fields(pairs: Mapping[str, str], *, is_ours: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, entries in _KEYS:
+        if key in (_SAMPLER, *_SCHEDULES):
+            continue
         if key in pairs and (is_ours or not entries[0].infotext_ours_only):
             fields |= _fields(key, entries, pairs, is_ours=is_ours)
-    if "scheduler" not in fields and (schedule := _schedule(pairs)):
-        fields["scheduler"] = scheduler_of(None, schedule)
+    sampler, schedule = pairs.get(_SAMPLER), _schedule(pairs)
+    if sampler or schedule:
+        # Since AUTOMATIC1111's version 1.9 the schedule has a key of its own; Fooocus has another.
+        fields |= pair_of(sampler, schedule).fields()
     return fields
 
 
@@ -209,9 +213,6 @@ def _fields(
     if entry.kind is bool:
         # What is neither stays, and the job's own error names it.
         return {entry.name: text if (truth := truth_of(text)) is None else truth}
-    if key == _SAMPLER:
-        # Since AUTOMATIC1111's version 1.9 the schedule has a key of its own; Fooocus has another.
-        return {entry.name: scheduler_of(text, _schedule(pairs))} if text else {}
     if choices := _CHOICES[entry.name]:
         return {entry.name: choices.get(text, text)} if text else {}
     return {entry.name: text}

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from pydantic import SerializationInfo, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from worker.contract.choices import PromptSyntax
+from worker.contract.choices import NoiseSchedule, PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
 from worker.contract.job_checks import NEW, tenant_name
@@ -88,7 +88,8 @@ class Job(JobParameters):
     def resolved(self, served: ServedModel) -> Self:
         """This job for `served`: with the model's revision, and its defaults for what was left open."""
         filled = {n: getattr(served.defaults, n) for n in Defaults.model_fields if getattr(self, n) is None}
-        if "steps" in filled and self.prompt_syntax is PromptSyntax.A1111:
+        has_own_steps = self.schedule is NoiseSchedule.ALIGN_YOUR_STEPS
+        if "steps" in filled and (has_own_steps or self.prompt_syntax is PromptSyntax.A1111):
             self.parse(dict(self) | {"steps": filled["steps"]}, is_new=False)
         return self.model_copy(update={**filled, "model": served.name, "revision": served.revision})
 

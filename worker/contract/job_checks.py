@@ -9,15 +9,16 @@ import json
 import re
 import secrets
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationInfo
 
 from worker.contract import a1111_syntax
-from worker.contract.choices import PromptSyntax
+from worker.contract.choices import ALIGN_YOUR_STEPS, NoiseSchedule, PromptSyntax, Scheduler
 from worker.contract.explain import short
+from worker.contract.scheduler_names import read_pair
 
 if TYPE_CHECKING:
     from pydantic import ValidationInfo
@@ -71,6 +72,11 @@ def not_blank(value: str, info: ValidationInfo) -> str:
     return value
 
 
+def since_by_choice(first: Container[str], version: int) -> Callable[[Any], int]:
+    """The version of messages that a choice needs, where those of `first` were there before `version`."""
+    return lambda value: 1 if value is None or value in first else version
+
+
 def since_by_length(first: int, version: int) -> Callable[[Any], int]:
     """The version of messages that a text needs whose limit was `first` characters before `version`."""
     return lambda value: version if isinstance(value, str) and len(value) > first else 1
@@ -108,6 +114,49 @@ def readable(value: PromptSyntax, info: ValidationInfo) -> PromptSyntax:
     # A prompt that is wrong by itself has its own error.
     if value is PromptSyntax.A1111 and prompt is not None and negative is not None:
         a1111_syntax.check(prompt, negative, info.data.get("steps"))
+    return value
+
+
+class _Misread(str):
+    """A scheduler that could not be read; the text is its error."""
+
+
+def one_pair(values: object) -> object:
+    """Read scheduler and schedule together, of all fields of a job: the name of one may say the other.
+
+    What cannot be read is left to `read_scheduler`, so that the error stands beside those of other fields.
+    """
+    if not isinstance(values, dict):
+        return values
+    scheduler, schedule = (values.get(name, "default") for name in ("scheduler", "schedule"))
+    if not (isinstance(scheduler, str) and isinstance(schedule, str)):
+        return values
+    if "schedule" not in values and scheduler in _SCHEDULERS:
+        return values
+    others = {name: value for name, value in values.items() if name != "schedule"}
+    try:
+        return others | read_pair(scheduler, schedule).fields()
+    except ValueError as error:
+        return others | {"scheduler": _Misread(error)}
+
+
+_SCHEDULERS = frozenset(map(str, Scheduler))
+
+
+def read_scheduler(value: object) -> object:
+    """Refuse a scheduler that `one_pair` could not read."""
+    if isinstance(value, _Misread):
+        raise ValueError(str(value))
+    return value
+
+
+def has_its_steps(value: NoiseSchedule, info: ValidationInfo) -> NoiseSchedule:
+    """Refuse numbers of steps that the schedule has no noise levels for."""
+    steps = info.data.get("steps")
+    if value is NoiseSchedule.ALIGN_YOUR_STEPS and steps not in (None, ALIGN_YOUR_STEPS):
+        raise ValueError(
+            f'is "{value}", which has {ALIGN_YOUR_STEPS} steps, but steps is {steps}: use {ALIGN_YOUR_STEPS}'
+        )
     return value
 
 

@@ -9,9 +9,17 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, TypedDict
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from worker.contract.choices import SAMPLERS, ImageFormat, PromptSyntax, Scheduler
+from worker.contract.choices import (
+    FIRST_SCHEDULERS,
+    SAMPLERS,
+    SCHEDULES,
+    ImageFormat,
+    NoiseSchedule,
+    PromptSyntax,
+    Scheduler,
+)
 from worker.contract.job_checks import (
     MAX_TENANT,
     ONE_LINE,
@@ -20,18 +28,21 @@ from worker.contract.job_checks import (
     VISIBLE,
     divisible_by,
     drawn,
+    has_its_steps,
     not_blank,
     one_line,
+    one_pair,
     one_zero,
     printable,
+    read_scheduler,
     readable,
+    since_by_choice,
     since_by_length,
     small_json,
     spelled_as,
     tenant_name,
 )
 from worker.contract.job_fields import JobField
-from worker.contract.scheduler_names import spelled_as_scheduler
 
 #: Characters in a prompt, at most; and in messages of version 1.
 MAX_PROMPT, FIRST_MAX_PROMPT = 8_000, 2_000
@@ -191,8 +202,9 @@ class JobParameters(BaseModel):
     #: diffusers' noise scheduler; `default` is the model's own.
     scheduler: Annotated[
         Scheduler,
-        BeforeValidator(spelled_as_scheduler),
+        BeforeValidator(read_scheduler),
         JobField(
+            since=since_by_choice(FIRST_SCHEDULERS, 3),
             infotext="Sampler",
             infotext_order=2,
             a1111_option="sampler_name",
@@ -202,6 +214,20 @@ class JobParameters(BaseModel):
             is_original=True,
         ),
     ] = Scheduler.DEFAULT
+    #: How the scheduler spaces its noise levels; `default` is its own. Which schedules a scheduler has is in
+    #: the table of schedulers.
+    schedule: Annotated[
+        NoiseSchedule,
+        AfterValidator(has_its_steps),
+        JobField(
+            since=3,
+            infotext="Schedule type",
+            infotext_order=2,
+            a1111_values=SCHEDULES,
+            headings=("schedule_type", "noise_schedule"),
+            is_searched=True,
+        ),
+    ] = NoiseSchedule.DEFAULT
     #: The model's name, up to 200 characters; `default` is the fleet's.
     model: Annotated[
         str,
@@ -268,6 +294,11 @@ class JobParameters(BaseModel):
         JobField(is_submission=True, is_original=True),
     ] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_pair(cls, values: Any) -> Any:
+        return one_pair(values)
+
 
 class JobFields(TypedDict, total=False):
     """The fields of `Job` beside its prompt, as keyword parameters: `**fields: Unpack[JobFields]`.
@@ -284,6 +315,7 @@ class JobFields(TypedDict, total=False):
     guidance_start: float
     guidance_stop: float
     scheduler: Scheduler | str
+    schedule: NoiseSchedule | str
     model: str
     revision: str
     prompt_syntax: PromptSyntax | str

@@ -59,6 +59,8 @@ class Schedulers:
     #: What the model is, with its article, to complete "this is ..." where a job asks for a name not in
     #: `classes`.
     kind: str
+    #: How diffusers' tables of Align Your Steps for the model begin (`AysSchedules`); empty: there is none.
+    align_your_steps: str = ""
 
 
 class ModelFamily(Protocol):

@@ -15,6 +15,7 @@ from worker.device.host_copy import HostCopy
 from worker.device.job_text import JobText
 from worker.device.schedule import SLOTS, Sampler, Schedule
 from worker.device.step import StepInputs
+from worker.device.step_noise import StepNoise
 
 
 class FiniteCheck:
@@ -63,9 +64,10 @@ class JobState:
         self.job = job
         #: Jobs of equal lanes may share a step.
         self.lane = lane
-        #: Steps done.
+        #: Steps done: evaluations of the model.
         self.step = 0
-        #: Steps in all. Some schedulers take more than the job's: PNDM at least one.
+        #: Steps in all. Some schedulers take more than the job's: PNDM at least one, Heun nearly twice as
+        #: many.
         self.steps = len(schedule.timesteps)
         #: One sentence for each thing the caller should know.
         self.warnings = text.warnings
@@ -74,7 +76,7 @@ class JobState:
         self._schedule = schedule
         #: For a scheduler that is not linear, the scheduler itself.
         self._sampler = sampler
-        self._generator = generator
+        self._noise_of_steps = StepNoise(schedule, generator, latents.shape)
         #: Drawn for the present step, which may have to be run again.
         self._noise: torch.Tensor | None = None
         #: Whether the last step's result is finite: the check, and this job's index in it.
@@ -199,6 +201,6 @@ class JobState:
 
     def _step_noise(self) -> torch.Tensor | None:
         """Noise for the present step, the same however often it is asked for; None: it adds none."""
-        if self._noise is None and self._schedule.draws and self._schedule.draws[self.step]:
-            self._noise = torch.randn((1, *self._state.shape[1:]), generator=self._generator)[0]
+        if self._noise is None:
+            self._noise = self._noise_of_steps.of(self.step)
         return self._noise

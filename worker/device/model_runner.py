@@ -227,15 +227,17 @@ class ModelRunner:
             )
         lane, name = self._family.lane(job.width, job.height), Scheduler(job.scheduler)
         options = self._family.timestep_options(lane, job.steps)
-        schedule = self._samplers.schedule(name, job.steps, options)
+        schedule = self._samplers.schedule(name, job.steps, options, noise=job.schedule)
         generator = torch.Generator("cpu").manual_seed(job.seed)
         sampler = None
         if schedule.weights is None:
-            sampler = self._samplers.own(name, job.steps, generator, options)
+            sampler = self._samplers.own(name, job.steps, generator, options, noise=job.schedule)
         noise = self._family.initial_noise(lane, generator) * schedule.noise_scale
         rows = self._family.rows(job.guidance_scale)
         with mapped("encode the prompt"), self._preparing():
-            text = self._texts.encode(job, len(schedule.timesteps), guided=rows == 2)
+            # As AUTOMATIC1111 counts them, who has two for each step of a scheduler of second order.
+            steps = job.steps * schedule.order if schedule.order > 1 else len(schedule.timesteps)
+            text = self._texts.encode(job, steps, guided=rows == 2)
             conditions = self._family.conditions(job, len(text.prompts) + rows - 1)
             latents = noise.to(self._device)
             return JobState(job, lane, text, conditions, schedule, sampler, generator, latents)

@@ -25,14 +25,16 @@ from typing import Any
 import diffusers
 import torch
 
-from worker.contract.choices import Scheduler
+from worker.contract.choices import ALIGN_YOUR_STEPS, NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.device.family import SchedulerClass, Schedulers
+from worker.device.noise_schedules import config_of, is_offered, timesteps_of
 from worker.device.probe import read_off
 from worker.device.schedule import Sampler, Schedule
 
 logger = logging.getLogger("smallcat.samplers")
 
+_MULTISTEP = "DPMSolverMultistepScheduler"
 #: diffusers' class for each name that a job can ask for, and what it takes besides the model's own config.
 #: These are for models that predict noise or v. Flow-matching models need others.
 CLASSES: dict[Scheduler, SchedulerClass] = {
@@ -42,51 +44,70 @@ CLASSES: dict[Scheduler, SchedulerClass] = {
     # Lu et al. (2022), DPM-Solver++(2M): the deterministic second-order multistep solver, whatever variant
     # the model's own config asks for.
     Scheduler.DPMPP_2M: (
-        "DPMSolverMultistepScheduler",
+        _MULTISTEP,
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
     ),
     Scheduler.DPMPP_2M_KARRAS: (
-        "DPMSolverMultistepScheduler",
+        _MULTISTEP,
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
     ),
     Scheduler.PNDM: ("PNDMScheduler", {}),
     Scheduler.UNIPC: ("UniPCMultistepScheduler", {}),
     Scheduler.LCM: ("LCMScheduler", {}),
+    Scheduler.HEUN: ("HeunDiscreteScheduler", {}),
+    Scheduler.DPM2: ("KDPM2DiscreteScheduler", {}),
+    Scheduler.DPM2_ANCESTRAL: ("KDPM2AncestralDiscreteScheduler", {}),
+    Scheduler.LMS: ("LMSDiscreteScheduler", {}),
+    Scheduler.DDPM: ("DDPMScheduler", {}),
+    Scheduler.DEIS: ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_order": 2}),
+    # With noise that ends at 0, diffusers sets `lower_order_final` itself, and warns each time.
+    Scheduler.DPMPP_2S: (
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
+    ),
+    Scheduler.DPMPP_SDE: ("DPMSolverSDEScheduler", {}),
+    Scheduler.DPMPP_2M_SDE: (
+        _MULTISTEP,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+    ),
+    Scheduler.DPMPP_3M_SDE: (
+        _MULTISTEP,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "use_karras_sigmas": False},
+    ),
+    Scheduler.TCD: ("TCDScheduler", {}),
+    Scheduler.SA_SOLVER: ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
 }
 
-#: Schedules that are kept for other jobs: 9 names by a few numbers of steps, up to 30 KB each.
-KEPT = 64
+#: Schedules that are kept for other jobs: names by numbers of steps, up to 60 KB each.
+KEPT = 128
 
 
 class Samplers:
     """Schedules and samplers from the model's own scheduler config. Safe to use from several threads."""
 
     def __init__(self, schedulers: Schedulers) -> None:
-        own = schedulers.own
         self._schedulers = schedulers
-        self._prototypes = {Scheduler.DEFAULT: type(own).from_config(own.config)}
-        zero_snr = own.config.get("rescale_betas_zero_snr", False)
-        for name, (kind, options) in schedulers.classes.items():
-            # A class that knows no zero terminal SNR leaves it out of its config, and takes other noise.
-            if zero_snr and "rescale_betas_zero_snr" not in _parameters(kind):
-                continue
-            # Not every class supports every noise schedule. `own` refuses jobs that ask for such a class.
-            with contextlib.suppress(ValueError, NotImplementedError, TypeError):
-                self._prototypes[name] = getattr(diffusers, kind).from_config(own.config, **options)
         self._lock = threading.Lock()
         self._cached = functools.lru_cache(KEPT)(self._schedule)
+        # When first asked for: some of diffusers' modules take long to load.
+        self._prototype = functools.lru_cache(None)(self._make_prototype)
 
     def schedule(
-        self, name: Scheduler, steps: int, options: Mapping[str, Hashable] | None = None
+        self,
+        name: Scheduler,
+        steps: int,
+        options: Mapping[str, Hashable] | None = None,
+        *,
+        noise: NoiseSchedule = NoiseSchedule.DEFAULT,
     ) -> Schedule:
         """The schedule of `steps` steps: the same object for the same arguments while the cache keeps it.
 
-        `options`: see `worker.device.family.ModelFamily.timestep_options`.
+        `options`: see `worker.device.family.ModelFamily.timestep_options`. `noise`: how its noise levels lie.
         Raises `InvalidJobError` when the scheduler refuses the number of steps, or does not fit the model.
         """
         # One at a time: the cache by itself would let two threads make the same schedule.
         with self._lock:
-            return self._cached(name, steps, tuple(sorted((options or {}).items())))
+            return self._cached(name, steps, tuple(sorted((options or {}).items())), noise)
 
     def own(
         self,
@@ -94,23 +115,20 @@ class Samplers:
         steps: int,
         generator: torch.Generator,
         options: Mapping[str, Hashable] | None = None,
+        *,
+        noise: NoiseSchedule = NoiseSchedule.DEFAULT,
     ) -> Sampler:
-        """A sampler for `steps` steps that draws its noise from `generator` (on the CPU).
+        """A sampler for `steps` steps that draws its noise from `generator` (on the CPU), or by its seed.
 
         For a schedule without weights. Raises as `schedule` does.
         """
-        fits = {Scheduler.DEFAULT, *self._schedulers.classes}
-        if name not in fits:
-            names = " or ".join(f'"{each}"' for each in Scheduler if each in fits)
-            raise InvalidJobError(f'scheduler is "{name}", but this is {self._schedulers.kind}: use {names}.')
-        if name not in self._prototypes:
-            raise InvalidJobError(
-                f'scheduler is "{name}", which does not support this model\'s noise schedule: use "default".'
-            )
-        scheduler = copy.deepcopy(self._prototypes[name])
-        self._refuse(name, scheduler, steps)
+        scheduler = copy.deepcopy(self._prototype(name, noise))
+        self._refuse(name, scheduler, steps, noise)
+        if hasattr(scheduler, "noise_sampler_seed"):
+            scheduler.noise_sampler_seed = generator.initial_seed()
+        asked = timesteps_of(scheduler, noise, steps, self._schedulers.align_your_steps)
         try:
-            scheduler.set_timesteps(steps, **(options or {}))
+            scheduler.set_timesteps(**asked, **(options or {}))
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
             raise InvalidJobError(
                 f'steps is {steps}, which scheduler "{name}" refuses with this model '
@@ -128,8 +146,41 @@ class Samplers:
             step_options["generator"] = generator
         return Sampler(scheduler, generator, scheduler.timesteps.cpu(), step_options)
 
-    def _schedule(self, name: Scheduler, steps: int, options: tuple[tuple[str, Hashable], ...]) -> Schedule:
-        schedule = read_off(self.own(name, steps, torch.Generator("cpu").manual_seed(0), dict(options)))
+    def _make_prototype(self, name: Scheduler, noise: NoiseSchedule) -> Any:
+        """The scheduler with the model's config. Raises `InvalidJobError` where that cannot be."""
+        own, classes = self._schedulers.own, self._schedulers.classes
+        if name is not Scheduler.DEFAULT and name not in classes:
+            names = " or ".join(f'"{each}"' for each in Scheduler if each in {Scheduler.DEFAULT, *classes})
+            raise InvalidJobError(f'scheduler is "{name}", but this is {self._schedulers.kind}: use {names}.')
+        named, options = classes.get(name, (type(own).__name__, {}))
+        kind = type(own) if name is Scheduler.DEFAULT else getattr(diffusers, named)
+        if not is_offered(kind, noise) or (
+            noise is NoiseSchedule.ALIGN_YOUR_STEPS and not self._schedulers.align_your_steps
+        ):
+            raise InvalidJobError(
+                f'schedule is "{noise}", which scheduler "{name}" does not have with this model: '
+                f'use "{NoiseSchedule.DEFAULT}", or another scheduler.'
+            )
+        # A class that knows no zero terminal SNR leaves it out of its config, and takes other noise.
+        is_zero_snr = own.config.get("rescale_betas_zero_snr", False)
+        takes = inspect.signature(kind.__init__).parameters
+        if name is Scheduler.DEFAULT or not is_zero_snr or "rescale_betas_zero_snr" in takes:
+            # Not every class supports every noise schedule.
+            with contextlib.suppress(ValueError, NotImplementedError, TypeError):
+                return kind.from_config(own.config, **{**options, **config_of(kind, noise)})
+        raise InvalidJobError(
+            f'scheduler is "{name}", which does not support this model\'s noise schedule: use "default".'
+        )
+
+    def _schedule(
+        self,
+        name: Scheduler,
+        steps: int,
+        options: tuple[tuple[str, Hashable], ...],
+        noise: NoiseSchedule,
+    ) -> Schedule:
+        generator = torch.Generator("cpu").manual_seed(0)
+        schedule = read_off(self.own(name, steps, generator, dict(options), noise=noise))
         if schedule.weights is None:
             logger.info(
                 'Scheduler "%s" with %d steps is not linear with this model: it steps its jobs one by one.',
@@ -139,10 +190,17 @@ class Samplers:
         return schedule
 
     @staticmethod
-    def _refuse(name: Scheduler, scheduler: Any, steps: int) -> None:
+    def _refuse(name: Scheduler, scheduler: Any, steps: int, noise: NoiseSchedule) -> None:
         """Refuse what diffusers refuses too, with a message that names the limit."""
         config = scheduler.config
-        if isinstance(scheduler, diffusers.LCMScheduler) and steps > config.original_inference_steps:
+        if noise is NoiseSchedule.ALIGN_YOUR_STEPS and steps != ALIGN_YOUR_STEPS:
+            raise InvalidJobError(
+                f'steps is {steps}, but schedule "{noise}" has {ALIGN_YOUR_STEPS}: use {ALIGN_YOUR_STEPS}.'
+            )
+        if (
+            type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler")
+            and steps > config.original_inference_steps
+        ):
             raise InvalidJobError(
                 f'steps is {steps}, the limit of scheduler "{name}" with this model is '
                 f"{config.original_inference_steps}: 4 to 8 are enough."
@@ -152,8 +210,3 @@ class Samplers:
                 f'steps is {steps}, but scheduler "{name}" with this model begins with 4 Runge-Kutta steps: '
                 "use 4 or more, or another scheduler."
             )
-
-
-def _parameters(kind: str) -> Mapping[str, inspect.Parameter]:
-    """What diffusers' scheduler class of that name takes as its config."""
-    return inspect.signature(getattr(diffusers, kind).__init__).parameters

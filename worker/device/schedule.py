@@ -15,6 +15,16 @@ SLOTS = 6
 
 
 @dataclass(frozen=True)
+class Brownian:
+    """Noise from one path of a Brownian motion: its change over an interval, by its standard deviation."""
+
+    #: Where the path begins and ends, in noise levels.
+    ends: tuple[float, float]
+    #: For each step: the interval whose noise it takes; None: it takes none.
+    intervals: tuple[tuple[float, float] | None, ...]
+
+
+@dataclass(frozen=True)
 class Schedule:
     """All that a scheduler does in its steps with this model. Shared by jobs, and nobody changes it.
 
@@ -31,9 +41,13 @@ class Schedule:
     #: (steps, SLOTS, SLOTS + 2), float32, on the CPU. A slot that is not in use has a row and a column of
     #: zeros. None: with this model's config the scheduler is not linear, and each job needs a `Sampler`.
     weights: torch.Tensor | None
-    #: For each step: whether it draws noise of the latents' shape from the job's generator. Where it does
-    #: not, the noise has no weight. Empty without weights.
+    #: For each step: whether it draws noise of the latents' shape. Where it does not, the noise has no
+    #: weight. Empty without weights.
     draws: tuple[bool, ...]
+    #: Where the noise is that of a Brownian path; None: it is drawn from the job's generator, step by step.
+    brownian: Brownian | None = None
+    #: Evaluations of the model that the scheduler takes for each step, but the last: 2 for Heun and its kind.
+    order: int = 1
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class UNetFamily:
         if isinstance(self._pipeline, diffusers.LatentConsistencyModelPipeline):
             classes = {Scheduler.LCM: CLASSES[Scheduler.LCM]}
             return Schedulers(own, classes, "a latent consistency model")
-        return Schedulers(own, CLASSES, "a Stable Diffusion model")
+        tables = "StableDiffusionXL" if self._is_xl else "StableDiffusion"
+        return Schedulers(own, CLASSES, "a Stable Diffusion model", tables)
 
     # --- latents --------------------------------------------------------------------------------------------
 

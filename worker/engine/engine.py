@@ -134,13 +134,10 @@ class Engine(Generic[StateT]):
                 self._changed.notify()
 
     def progress(self) -> dict[str, tuple[int, int]]:
-        """(steps done, steps in total) of each job in flight, by id; (0, 0) until its text is encoded."""
+        """(steps done, steps asked for) of each job in flight, by id; (0, 0) until its text is encoded."""
         with self._changed:
             tickets = list(self._tickets.values())
-        return {
-            ticket.job_id: (ticket.state.step, ticket.state.steps) if ticket.state else (0, 0)
-            for ticket in tickets
-        }
+        return {ticket.job_id: ticket.progress for ticket in tickets}
 
     def is_alive(self) -> bool:
         """Liveness: False once the loop has failed or while it hangs, so that no job is being finished."""
@@ -236,7 +233,7 @@ class Engine(Generic[StateT]):
                 self._drop(ticket, JobCancelledError("The job was cancelled."))
             elif now_s > ticket.deadline_s and ticket.state is not None:
                 limit = f"{self._job_timeout_s:g} s (SMALLCAT_JOB_TIMEOUT_S)"
-                done = f"step {ticket.state.step} of {ticket.state.steps}"
+                done = "step {} of {}".format(*ticket.progress)
                 self._drop(ticket, JobTimeoutError(f"The job was at {done} after its limit of {limit}."))
 
     def _step(self, batch: Sequence[Ticket[StateT]], *, is_alone: bool = False) -> None:

@@ -46,11 +46,14 @@ class JobState(Protocol):
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Steps of the model done."""
 
     @property
     def steps(self) -> int:
-        """Steps in total; some schedulers take more than the job asks for."""
+        """Steps of the model in total, each of which costs a forward.
+
+        Some schedulers take more than the job asks for: Heun and its kind evaluate the model twice a step.
+        """
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -44,6 +44,17 @@ class Ticket(Generic[StateT]):
     #: Its share of the steps so far, in seconds.
     device_s: float = 0.0
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Steps done, and steps that the job asks for; (0, 0) until it is prepared.
+
+        The model may be evaluated more often than that (`worker.engine.runner.JobState.steps`).
+        """
+        if self.state is None:
+            return 0, 0
+        asked = self.job.steps or self.state.steps
+        return self.state.step * asked // self.state.steps, asked
+
     def resolve(self, outcome: Rendered | BaseException) -> None:
         """Give the job's future its result or its error. A second outcome is ignored."""
         try:

@@ -118,7 +118,8 @@ def outcome(path: Path, *, extra: bool = False) -> dict[str, Any] | str:
         templated = JobTemplates(unresolved).fill({**entry.fields, **seed})
     except InvalidJobError as error:
         return str(error)
-    return entry.fields | {name: templated.shape[name] for name in ("scheduler",) if name in entry.fields}
+    chosen = ("scheduler", "schedule") if "scheduler" in entry.fields else ()
+    return entry.fields | {name: templated.shape[name] for name in chosen if name in templated.shape}
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -143,7 +144,11 @@ def test_what_is_several_pairs_means_the_same_in_every_format(tmp_path: Path, fo
     # ComfyUI's two columns, and AUTOMATIC1111's: read together.
     assert found(prompt="x", sampler_name="dpmpp_2m", scheduler="karras")["scheduler"] == "dpmpp_2m_karras"
     assert found(prompt="x", sampler="DPM++ 2M", schedule_type="Karras")["scheduler"] == "dpmpp_2m_karras"
-    assert "not offered" in found(prompt="x", sampler="DPM++ 2M", schedule_type="Exponential")
+    both = {"prompt": "x", "scheduler": "dpmpp_2m", "schedule": "exponential"}
+    assert found(prompt="x", sampler="DPM++ 2M", schedule_type="Exponential") == both
+    assert found(prompt="x", sampler="dpmpp_2m", schedule="Exponential") == both
+    assert found(prompt="x", sampler_name="DPM++ 2M Exponential") == both
+    assert "not offered" in found(prompt="x", sampler="Euler a", schedule_type="Exponential")
     assert found(caption="a cat") == {"prompt": "a cat"}
     assert found(text="words", prompt="a cat") == {"prompt": "a cat", "metadata": {"text": "words"}}
     assert found(prompt="x", cfg=7, cfg_scale=7.0) == {"prompt": "x", "guidance_scale": 7.0}

@@ -136,7 +136,8 @@ def test_a_lone_surrogate_is_refused_with_a_text_that_can_be_printed(prompt: str
 def test_the_error_of_an_unknown_scheduler_or_format_names_what_there_is() -> None:
     assert refusal(scheduler="dim") == (
         "scheduler is 'dim': use one of default, ddim, euler, euler_ancestral, dpmpp_2m, "
-        "dpmpp_2m_karras, pndm, unipc, lcm."
+        "dpmpp_2m_karras, pndm, unipc, lcm, heun, dpm2, dpm2_ancestral, lms, ddpm, deis, dpmpp_2s, "
+        "dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, tcd, sa_solver."
     )
     assert refusal(format="gif") == "format is 'gif': use one of png, webp, jpeg."
 
@@ -259,6 +260,7 @@ OTHER_VALUES: dict[str, Any] = {
     "guidance_start": 0.25,
     "guidance_stop": 0.75,
     "scheduler": "ddim",
+    "schedule": "sgm_uniform",
     "prompt_syntax": "a1111",
     "clip_skip": 2,
     "model": "another/model",

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests import tiny_models
+from tests.worker.device.noise_schedules import IN_DIFFUSERS
 from worker.contract.choices import Scheduler
 from worker.contract.errors import (
     DeviceError,
@@ -29,6 +30,7 @@ from worker.contract.errors import (
     SmallcatError,
 )
 from worker.contract.job import Job
+from worker.contract.scheduler_names import OFFERED
 from worker.contract.settings import WorkerSettings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
@@ -38,6 +40,10 @@ from worker.engine.runner import Picture
 from worker.model import loader
 
 LONG = "a small cat that sits on a very long wall and looks at a very long list of very long words " * 2
+
+
+#: numpy's word about what diffusers' schedulers call 1,000 times.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,6 +71,9 @@ class Model:
     def expected(self, job: Job) -> NDArray[np.uint8]:
         """The pixels of diffusers' own call for `job`."""
         kind, options = CLASSES.get(job.scheduler, (type(self.own).__name__, {}))
+        options = {**options, **IN_DIFFUSERS[job.schedule]}
+        if kind == "DPMSolverSDEScheduler":
+            options["noise_sampler_seed"] = job.seed
         self.pipeline.scheduler = getattr(diffusers, kind).from_config(self.own.config, **options)
         arguments: dict[str, Any] = {"negative_prompt": job.negative_prompt or None}
         if isinstance(self.pipeline, diffusers.LatentConsistencyModelPipeline):
@@ -141,6 +150,18 @@ def test_every_scheduler_guided_and_not_in_one_batch_sd1(sd1: Model) -> None:
         for number, name in enumerate(Scheduler)
         for guidance in (6.0, 1.0)
     ]
+    for job, picture in zip(jobs, finish(sd1.runner, *prepared(sd1.runner, *jobs)), strict=True):
+        sd1.check(job, picture)
+
+
+def test_schedules_in_one_batch(sd1: Model) -> None:
+    """Each scheduler with one of the schedules that it is offered with."""
+    jobs = [
+        a_job(seed=number, scheduler=name, schedule=schedules[number % 3], steps=3)
+        for number, (name, schedules) in enumerate(OFFERED.items())
+        if len(schedules) >= 3
+    ]
+    assert len(jobs) > 10
     for job, picture in zip(jobs, finish(sd1.runner, *prepared(sd1.runner, *jobs)), strict=True):
         sd1.check(job, picture)
 

@@ -90,6 +90,8 @@ class FakeRunner:
         self.decoded: list[list[int]] = []
         #: Rows of a job at each of its steps, by seed; by default guidance decides.
         self.rows: dict[int, list[int]] = {}
+        #: Evaluations of the model for each step that a job asks for.
+        self.order = 1
         #: Called with the seeds in each step before it runs.
         self.on_step: Callable[[list[int]], None] = lambda seeds: None
         #: Seeds of each step that succeeded, in order.
@@ -120,7 +122,7 @@ class FakeRunner:
         rows = 2 if job.guidance_scale > 1 else 1
         rows = self.rows.get(job.seed, [rows])[0]
         warnings = self.warnings.get(job.seed, ())
-        return FakeState(job, job.steps, rows, lane=(job.width, job.height), warnings=warnings)
+        return FakeState(job, job.steps * self.order, rows, lane=(job.width, job.height), warnings=warnings)
 
     def step(self, states: Sequence[FakeState]) -> list[SmallcatError | None]:
         """As the contract says: if it raises, all states are unchanged."""

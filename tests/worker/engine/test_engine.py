@@ -396,6 +396,17 @@ def test_progress_is_reported_for_all_jobs_in_flight() -> None:
         assert bench.engine.progress() == {job_of(1).id: (0, 4), job_of(2).id: (0, 4)}
 
 
+def test_progress_counts_the_steps_that_a_job_asks_for_and_not_evaluations_of_the_model() -> None:
+    runner, seen = FakeRunner(), []
+    runner.order = 2
+    with bench_of(runner) as bench:
+        runner.on_step = lambda seeds: seen.append(bench.engine.progress()[job_of(1).id])
+        future = bench.submit(1)
+        bench.engine.start()
+        wait([future], SOON_S)
+    assert seen == [(step // 2, 4) for step in range(8)]
+
+
 # --- any order of events ----------------------------------------------------------------------------------
 
 FAULTS = st.one_of(

@@ -13,7 +13,7 @@ from typing import Any
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.metadata.reading import Reading, number
-from worker.contract.scheduler_names import scheduler_of
+from worker.contract.scheduler_names import pair_of
 
 #: Nodes that make noise into a picture in one step of the graph, and are understood.
 SAMPLERS = ("KSampler", "KSamplerAdvanced")
@@ -66,10 +66,10 @@ class _Graph:
             "seed": self._number(int, sampler, "noise_seed" if is_advanced else "seed"),
             "steps": self._number(int, sampler, "steps"),
             "guidance_scale": self._number(float, sampler, "cfg"),
-            "scheduler": scheduler_of(
+            **pair_of(
                 self._text(sampler, "sampler_name"),
                 self._text(sampler, "scheduler") if "scheduler" in inputs else None,
-            ),
+            ).fields(),
         }
         self._one_pass(sampler, fields["steps"], is_advanced=is_advanced)
         fields |= self._size(sampler)

@@ -16,7 +16,7 @@ from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
 from worker.contract.job_fields import truth_of
 from worker.contract.metadata.reading import Reading, is_neutral, left_out, number, text
-from worker.contract.scheduler_names import scheduler_of
+from worker.contract.scheduler_names import pair_of
 
 #: What every tool says beside that and no job needs.
 _HARMLESS = frozenset(
@@ -89,12 +89,10 @@ def _scheduler(value: Mapping[str, Any], samplers: tuple[str, ...], schedule: st
         return {}
     if is_neutral(other):
         other = None
-    return {
-        "scheduler": scheduler_of(
-            None if sampler is None else text(samplers[0], sampler),
-            None if other is None else text(schedule, other),
-        )
-    }
+    return pair_of(
+        None if sampler is None else text(samplers[0], sampler),
+        None if other is None else text(schedule, other),
+    ).fields()
 
 
 _SWARM = {

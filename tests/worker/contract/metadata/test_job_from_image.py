@@ -464,10 +464,10 @@ def test_what_a_job_cannot_say_is_named(texts: dict[str, str], names: list[str])
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
-        ({"parameters": A1111.replace("Karras", "SDE Karras")}, "scheduler is 'DPM++ 2M SDE Karras'"),
-        ({"parameters": FORGE.replace("type: Karras", "type: Beta")}, "with the schedule 'Beta'"),
-        ({"parameters": SWARM.replace('"karras"', '"exponential"')}, "with the schedule 'exponential'"),
-        ({"parameters": FOOOCUS.replace('"dpmpp_2m"', '"heun"')}, "scheduler is 'heun'"),
+        ({"parameters": A1111.replace("Karras", "SDE Turbo")}, "scheduler is 'DPM++ 2M SDE Turbo'"),
+        ({"parameters": FORGE.replace("type: Karras", "type: Turbo")}, "with the schedule 'Turbo'"),
+        ({"parameters": SWARM.replace('"karras"', '"kl_optimal"')}, "with the schedule 'kl_optimal'"),
+        ({"parameters": FOOOCUS.replace('"dpmpp_2m"', '"heunpp2"')}, "scheduler is 'heunpp2'"),
         ({"parameters": SWARM.replace('"seed": 5', '"seed": "x"')}, "seed: 'x', which is no number"),
         ({"parameters": FOOOCUS.replace("(512, 768)", "wide")}, "resolution: 'wide'"),
         ({"parameters": f"a cat\nSteps: 20, {PAIRS}\nb\nNegative prompt: c"}, "parameters where the prompt"),
