@@ -89,8 +89,11 @@ def _replication(info: Mapping[str, object], wanted: int) -> Iterator[Finding]:
     elif wanted:
         replicas = int(str(info.get("connected_slaves", 0)))
         text = f"{replicas} replicas follow it, submissions wait for {wanted} (SMALLCAT_WAIT_REPLICAS)"
-        remedy = "" if replicas >= wanted else ": start more, or lower the setting"
-        yield Finding("redis", replicas >= wanted, text + remedy)
+        if replicas < wanted:
+            text += ": start more, or lower the setting"
+        elif replicas > wanted:
+            text += f". A failover may choose one that lacks a job: {replicas} would exclude that"
+        yield Finding("redis", replicas >= wanted, text)
 
 
 def _bucket(now: Session) -> Iterator[Finding]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from producer.cli.json_output import moment
+import click
+
+from producer.cli.json_output import json_option, moment, print_json, say
 from producer.client import JobHandle, submit_job
 from producer.client.job_result import JobResult
 from producer.session import session
@@ -17,6 +19,9 @@ from worker.contract.record import State
 
 if TYPE_CHECKING:
     from worker.state.failures import Failure
+    from worker.state.parked import ParkedMessage
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: Characters that are shown of a message that no worker can read.
 _SHOWN: Final = 200
@@ -145,6 +150,33 @@ def parked() -> list[dict[str, Any]]:
     ]
 
 
+def parked_messages(job_ids: Sequence[str] = ()) -> Iterator[ParkedMessage]:
+    """The messages that wait for a worker of a newer version; only those of `job_ids`, where some are given.
+
+    Raises `UnknownJobError` at the end for an id of which there was none, `QueueError`.
+    """
+    from worker.state.parked import parked_messages as read
+
+    now = session()
+    missing = set(job_ids)
+    with now.queue_errors():
+        for message in read(now.redis):
+            if not job_ids or message.job in job_ids:
+                missing.discard(message.job)
+                yield message
+    for job_id in sorted(missing):
+        raise UnknownJobError(f"No parked message is of job {job_id}: see `smallcat failed list --parked`.")
+
+
+def drop_parked(messages: Iterable[ParkedMessage]) -> int:
+    """Delete parked messages; their jobs have failed then. Returns how many. Raises `QueueError`."""
+    from worker.state.parked import drop_parked as drop_one
+
+    now = session()
+    with now.queue_errors():
+        return sum(drop_one(now.redis, now.records, message) for message in list(messages))
+
+
 def unreadable_lines() -> Iterator[str]:
     """What `unreadable` and `parked` return, for a terminal: what others wrote is escaped."""
     for each in unreadable():
@@ -162,6 +194,12 @@ def parked_lines() -> Iterator[str]:
         yield f"{queue}  {each['messages']:,} messages of version {each['version']} wait for a newer worker"
 
 
+def parked_line(message: ParkedMessage) -> str:
+    """A parked message in one line."""
+    shown = [ascii(text)[1:-1] for text in (message.job or "unknown", message.queue, message.shown)]
+    return f"{shown[0]}  {shown[1]}  version {message.version}  {shown[2]}"
+
+
 def _with_last_error(record: JobResult) -> JobResult:
     """`record` with the error of its last attempt there, too: the job's own, unless the worker died."""
     if (
@@ -177,3 +215,135 @@ def _with_last_error(record: JobResult) -> JobResult:
 
 def _unknown(job_id: str) -> UnknownJobError:
     return UnknownJobError(f"No failed job has the id {job_id}: see `smallcat failed list`.")
+
+
+@click.group()
+def failed() -> None:
+    """List, show, retry or drop jobs that failed for good."""
+
+
+def _failed_options(command: F) -> F:
+    for option in (
+        click.argument("job_ids", nargs=-1),
+        click.option("--error", "error_type", help="Only those that failed with this class of error."),
+        click.option("--run", help="Only those of this run of a prompt file."),
+        json_option,
+    ):
+        command = option(command)
+    return command
+
+
+def _parked_option(command: F) -> F:
+    text = "Messages that wait for a worker of a newer version."
+    return click.option("--parked", "of_parked", is_flag=True, help=text)(command)
+
+
+def _refuse_filters(option: str, *filters: object) -> None:
+    if any(filters):
+        raise click.UsageError(f"{option} is about messages: leave out --error, --run and --unreadable.")
+
+
+@failed.command("list")
+@_failed_options
+@click.option(
+    "--unreadable", "of_messages", is_flag=True, help="Messages from which no worker could read a job."
+)
+@_parked_option
+def failed_list(
+    job_ids: tuple[str, ...],
+    error_type: str | None,
+    run: str | None,
+    of_messages: bool,
+    of_parked: bool,
+    as_json: bool,
+) -> None:
+    """List failed jobs, the latest first."""
+    if of_parked:
+        _refuse_filters("--parked", error_type, run, of_messages)
+        found = parked_messages(job_ids)
+        if as_json:
+            print_json([each.shown_as() for each in found])
+            return
+        for message in found:
+            say(parked_line(message))
+        return
+    if of_messages:
+        if job_ids or error_type or run:
+            raise click.UsageError("--unreadable lists messages: leave out ids, --error and --run.")
+        if as_json:
+            print_json({"unreadable": unreadable(), "parked": parked()})
+            return
+        for each in unreadable_lines():
+            say(each)
+        return
+    if as_json:
+        records = select(job_ids, error_type=error_type, run=run)
+        print_json([record.model_dump(mode="json") for record in records])
+        return
+    failures = find(job_ids, error_type=error_type, run=run)
+    for failure in failures:
+        say(line(failure))
+    if not failures:
+        chosen = f" with {error_type}" if error_type else ""
+        chosen += f" in the run {run}" if run else ""
+        say(f"No job failed for good{chosen}.", err=True)
+    for each in parked_lines() if not (job_ids or error_type or run) else ():
+        say(f"note  Not failed: {each}: upgrade one", err=True)
+
+
+@failed.command("show")
+@click.argument("job_ids", nargs=-1, required=True)
+@json_option
+def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
+    """Show failed jobs with their parameters and each of their attempts."""
+    records = select(job_ids)
+    if as_json:
+        print_json([record.model_dump(mode="json") for record in records])
+        return
+    for record in records:
+        for each in lines(record):
+            say(each)
+
+
+@failed.command("retry")
+@_failed_options
+@click.option("--all", "everything", is_flag=True, help="Every failed job.")
+def failed_retry(
+    job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
+) -> None:
+    """Submit failed jobs again, with all their attempts."""
+    require_choice(job_ids, (error_type, run), everything)
+    handles = retry(select(job_ids, error_type=error_type, run=run))
+    if as_json:
+        print_json([handle.id for handle in handles])
+        return
+    say(f"{len(handles)} submitted again")
+
+
+@failed.command("drop")
+@_failed_options
+@click.option("--all", "everything", is_flag=True, help="Every failed job.")
+@_parked_option
+def failed_drop(
+    job_ids: tuple[str, ...],
+    error_type: str | None,
+    run: str | None,
+    everything: bool,
+    of_parked: bool,
+    as_json: bool,
+) -> None:
+    """Delete the records of failed jobs; with --parked, messages, whose jobs have failed then."""
+    require_choice(job_ids, (error_type, run), everything)
+    if of_parked:
+        _refuse_filters("--parked", error_type, run)
+        count = drop_parked(parked_messages(job_ids))
+        if as_json:
+            print_json({"dropped": count})
+            return
+        say(f"{count} messages dropped: their jobs have failed")
+        return
+    count = drop([failure.id for failure in find(job_ids, error_type=error_type, run=run)])
+    if as_json:
+        print_json({"dropped": count})
+        return
+    say(f"{count} forgotten")

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from producer.cli import local_stack, output_path, submit_notes
+from producer.cli.failed import failed
 from producer.cli.follow_jobs import cancel, handles_of, runs, status, submission_option
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
@@ -115,6 +116,7 @@ def submit(
 cli.add_command(status)
 cli.add_command(cancel)
 cli.add_command(runs)
+cli.add_command(failed)
 cli.add_command(serve)
 cli.add_command(keys)
 cli.add_command(tenants)
@@ -207,107 +209,6 @@ def doctor(as_json: bool) -> None:
         print_json([finding._asdict() for finding in findings])
     if not all(finding.ok for finding in findings):
         sys.exit(3)
-
-
-@cli.group()
-def failed() -> None:
-    """List, show, retry or drop jobs that failed for good."""
-
-
-def _failed_options(command: F) -> F:
-    for option in (
-        click.argument("job_ids", nargs=-1),
-        click.option("--error", "error_type", help="Only those that failed with this class of error."),
-        click.option("--run", help="Only those of this run of a prompt file."),
-        json_option,
-    ):
-        command = option(command)
-    return command
-
-
-@failed.command("list")
-@_failed_options
-@click.option(
-    "--unreadable", "of_messages", is_flag=True, help="Messages from which no worker could read a job."
-)
-def failed_list(
-    job_ids: tuple[str, ...], error_type: str | None, run: str | None, of_messages: bool, as_json: bool
-) -> None:
-    """List failed jobs, the latest first."""
-    from producer.cli.failed import find, line, parked, parked_lines, select, unreadable, unreadable_lines
-
-    if of_messages:
-        if job_ids or error_type or run:
-            raise click.UsageError("--unreadable lists messages: leave out ids, --error and --run.")
-        if as_json:
-            print_json({"unreadable": unreadable(), "parked": parked()})
-            return
-        for each in unreadable_lines():
-            say(each)
-        return
-    if as_json:
-        records = select(job_ids, error_type=error_type, run=run)
-        print_json([record.model_dump(mode="json") for record in records])
-        return
-    failures = find(job_ids, error_type=error_type, run=run)
-    for failure in failures:
-        say(line(failure))
-    if not failures:
-        chosen = f" with {error_type}" if error_type else ""
-        chosen += f" in the run {run}" if run else ""
-        say(f"No job failed for good{chosen}.", err=True)
-    for each in parked_lines() if not (job_ids or error_type or run) else ():
-        say(f"note  Not failed: {each}: upgrade one", err=True)
-
-
-@failed.command("show")
-@click.argument("job_ids", nargs=-1, required=True)
-@json_option
-def failed_show(job_ids: tuple[str, ...], as_json: bool) -> None:
-    """Show failed jobs with their parameters and each of their attempts."""
-    from producer.cli.failed import lines, select
-
-    records = select(job_ids)
-    if as_json:
-        print_json([record.model_dump(mode="json") for record in records])
-        return
-    for record in records:
-        for each in lines(record):
-            say(each)
-
-
-@failed.command("retry")
-@_failed_options
-@click.option("--all", "everything", is_flag=True, help="Every failed job.")
-def failed_retry(
-    job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
-) -> None:
-    """Submit failed jobs again, with all their attempts."""
-    from producer.cli.failed import require_choice, retry, select
-
-    require_choice(job_ids, (error_type, run), everything)
-    handles = retry(select(job_ids, error_type=error_type, run=run))
-    if as_json:
-        print_json([handle.id for handle in handles])
-        return
-    say(f"{len(handles)} submitted again")
-
-
-@failed.command("drop")
-@_failed_options
-@click.option("--all", "everything", is_flag=True, help="Every failed job.")
-def failed_drop(
-    job_ids: tuple[str, ...], error_type: str | None, run: str | None, everything: bool, as_json: bool
-) -> None:
-    """Delete the records of failed jobs."""
-    from producer.cli.failed import drop, find, require_choice
-
-    require_choice(job_ids, (error_type, run), everything)
-    count = drop([failure.id for failure in find(job_ids, error_type=error_type, run=run)])
-    if as_json:
-        print_json({"dropped": count})
-        return
-    say(f"{count} forgotten")
 
 
 def main() -> NoReturn:

@@ -6,13 +6,41 @@ there first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from worker.contract.found_message import FoundMessage
 from worker.contract.queues import PARKED, queue_of_list, version_of_parked
 from worker.contract.refusals import code_of
 
 if TYPE_CHECKING:
     from redis.client import Redis
+
+    from worker.state.records import Records
+
+#: Messages that are read in one round trip.
+CHUNK: Final = 200
+
+
+class ParkedMessage(NamedTuple):
+    """A message of a newer version. What it says of itself may be forged."""
+
+    #: The id of its job; empty where it says none.
+    job: str
+    #: The queue that it is for.
+    queue: str
+    #: Its version.
+    version: int
+    #: What its sender shows of it: the prompt's beginning and the seed; empty where it says nothing.
+    shown: str
+    #: The list that it waits in, and the message as it was found.
+    list: str
+    raw: bytes
+
+    def shown_as(self) -> dict[str, Any]:
+        """It as JSON, without the message."""
+        return {"id": self.job, "queue": self.queue, "version": self.version, "shown": self.shown}
 
 
 def parked_lists(client: Redis) -> dict[str, int]:
@@ -41,3 +69,40 @@ def parked(client: Redis) -> dict[tuple[str, int], int]:
         key = queue_of_list(name), version_of_parked(name)
         found[key] = found.get(key, 0) + count
     return found
+
+
+def parked_messages(client: Redis) -> Iterator[ParkedMessage]:
+    """Each such message, by list, the oldest of a list first; read all of them before one is dropped."""
+    for name in parked_lists(client):
+        version, queue = version_of_parked(name), queue_of_list(name)
+        # Counted from the end that is fetched next: others come at the other one.
+        seen = 0
+        while found := _range(client, name, -seen - CHUNK, -seen - 1):
+            for raw in reversed(found):
+                job = FoundMessage.read(raw).id[:32]
+                yield ParkedMessage(job, queue, version, _shown(raw), name, raw)
+            seen += len(found)
+
+
+def drop_parked(client: Redis, records: Records, message: ParkedMessage) -> bool:
+    """Delete one, and let its job fail, or its place in a run. False: it was taken before.
+
+    A worker that takes it meanwhile does the job all the same.
+    """
+    records.set_aside(
+        message.raw, f"it is of version {message.version} and was dropped before a worker came that reads it"
+    )
+    # From the end where it was found.
+    return bool(client.lrem(message.list, -1, message.raw))  # type: ignore[arg-type]
+
+
+def _range(client: Redis, name: str, first: int, last: int) -> list[bytes]:
+    found: Any = client.execute_command("LRANGE", name, first, last, NEVER_DECODE=True)  # type: ignore[no-untyped-call]
+    return list(found)
+
+
+def _shown(raw: bytes) -> str:
+    try:
+        return str(json.loads(raw)["headers"]["argsrepr"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""

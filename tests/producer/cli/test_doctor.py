@@ -11,7 +11,7 @@ import boto3
 import pytest
 from redis import Redis
 
-from producer.cli.doctor import Finding, examine
+from producer.cli.doctor import Finding, _replication, examine
 from producer.client import submit_job
 from producer.ingest.runs import cancel_run
 from producer.ingest.submit_file import submit_file
@@ -176,6 +176,14 @@ def test_a_replica(client: Redis) -> None:
 def test_too_few_replicas(client: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALLCAT_WAIT_REPLICAS", "2")
     assert the_bad_one("redis").startswith("0 replicas follow it, submissions wait for 2 (SMALLCAT_WAIT")
+
+
+@pytest.mark.parametrize("wanted", [1, 3])
+def test_fewer_than_all_replicas_are_told_of(wanted: int) -> None:
+    """A cut may leave the one that has a job on the old primary's side, and another one is promoted."""
+    [finding] = _replication({"role": "master", "connected_slaves": 3}, wanted)
+    assert finding.ok
+    assert ("3 would exclude that" in finding.text) is (wanted == 1)
 
 
 def test_a_redis_that_is_away_does_not_end_the_examination(

@@ -16,12 +16,16 @@ from producer.cli.main import cli
 from producer.client import submit_job
 from producer.session import session
 from worker.contract.errors import CallerError, JobTooLargeError, RenderError, SmallcatError, UnknownJobError
+from worker.contract.found_message import digest_of
 from worker.contract.job import Job
-from worker.contract.message import RunMark
+from worker.contract.message import MAX_VERSION, RunMark
 from worker.contract.queues import PARKED, UNDECODABLE, parked_list_of, queue_of
 from worker.contract.record import Attempt, State
 from worker.state.failures import Failure, Failures
 from worker.state.keys import run_key
+from worker.state.parked import drop_parked, parked_messages
+from worker.state.records import Claim, Records
+from worker.state.redis_client import connect
 
 
 @pytest.fixture(autouse=True)
@@ -239,6 +243,73 @@ def test_messages_that_no_worker_could_read_are_listed_with_the_reason_and_escap
     assert as_json["unreadable"][0]["reason"] == head["reason"]
     assert as_json["unreadable"][0]["message"] == message.decode(errors="backslashreplace")
     assert as_json["parked"] == [{"queue": "smallcat.m", "version": 2, "messages": 2}]
+
+
+def park(client: Redis, records: Records, number: int, version: int = MAX_VERSION) -> str:
+    """Submit a job whose message an older worker has parked. Returns its id."""
+    job = Job(prompt=f"p{number}", seed=number)
+    message_id = f"{job.id}-{number:08x}"
+    headers = {"id": message_id, "argsrepr": f"('p{number}', seed {number})"}
+    raw = json.dumps({"body": "newer", "headers": headers, "properties": {"delivery_tag": str(number)}})
+    name = parked_list_of("smallcat.m", 4, version)
+    records.submitted(job, "smallcat.m", "s", message_id, digest_of(raw), (name, raw))
+    client.sadd(PARKED, name)
+    return job.id
+
+
+def test_parked_messages_are_listed_and_dropped_and_their_jobs_say_so(valkey: ValkeyProcess) -> None:
+    with connect(valkey.url, retry_s=2) as client:
+        records = Records(client, 1_000)
+        ids = [park(client, records, number) for number in range(450)]
+        listed = run("list", "--parked").splitlines()
+        assert listed[0] == f"{ids[0]}  smallcat.m  version {MAX_VERSION}  ('p0', seed 0)"
+        assert [line[:32] for line in listed] == ids
+        as_json = json.loads(run("list", "--parked", ids[7], "--json"))
+        assert as_json == [
+            {"id": ids[7], "queue": "smallcat.m", "version": MAX_VERSION, "shown": "('p7', seed 7)"}
+        ]
+        assert run("drop", "--parked", ids[7], ids[8]).startswith("2 messages dropped")
+        assert [records.get(job_id).state for job_id in ids[6:10]] == ["queued", "failed", "failed", "queued"]
+        error = f"it is of version {MAX_VERSION} and was dropped before a worker came that reads it"
+        assert error in (records.get(ids[7]).error or "")
+        assert ids[7] in run("list")
+        assert json.loads(run("drop", "--parked", "--all", "--json")) == {"dropped": 448}
+        assert run("list", "--parked") == ""
+        assert {records.get(job_id).state for job_id in ids} == {"failed"}
+
+
+def test_a_parked_message_that_is_taken_while_it_is_dropped_is_done(valkey: ValkeyProcess) -> None:
+    with connect(valkey.url, retry_s=2) as client:
+        records = Records(client, 1_000)
+        job_id = park(client, records, 1)
+        [found] = parked_messages(client)
+        job = records.get(job_id).job
+        client.rpop(found.list)
+        assert not drop_parked(client, records, found)
+        assert (
+            records.claim(
+                job, f"{job_id}-{1:08x}/1", worker="newer", lease_s=30.0, max_attempts=3, queue="smallcat.m"
+            )[0]
+            is Claim.RENDER
+        )
+        assert not drop_parked(client, records, found)
+        assert records.get(job_id).state == "running"
+
+
+def test_dropping_parked_messages_needs_a_choice() -> None:
+    for words, said in (
+        (["drop", "--parked"], "Which jobs?"),
+        (["drop", "--parked", "--all", "--run", "r"], "leave out --error, --run"),
+        (["list", "--parked", "--unreadable"], "leave out --error, --run"),
+    ):
+        refused = CliRunner().invoke(cli, ["failed", *words])
+        assert refused.exit_code != 0
+        assert said in refused.stderr + str(refused.exception)
+
+
+def test_an_id_without_a_parked_message_is_an_error(valkey: ValkeyProcess) -> None:
+    refused = CliRunner().invoke(cli, ["failed", "drop", "--parked", "0" * 32])
+    assert "see `smallcat failed list --parked`" in str(refused.exception)
 
 
 def test_unreadable_messages_have_no_ids() -> None:
