@@ -28,6 +28,7 @@ import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import worker.state.scripts as scripts
 import worker.tasks as tasks
@@ -146,8 +147,8 @@ class Dying(Bucket):
 class DyingRecords(Records):
     """Dies after the done mark."""
 
-    def done(self, record: JobRecord, tag: str = "") -> bool:
-        marked = super().done(record, tag)
+    def done(self, record: JobRecord, *more: Any) -> bool:
+        marked = super().done(record, *more)
         die("after_done", record.job.prompt, record.id)
         return marked
 
