@@ -252,15 +252,6 @@ def test_the_procfile_is_what_honcho_and_foreman_read() -> None:
 # What is deployed
 
 
-def manifests() -> dict[str, dict[str, Any]]:
-    """The Kubernetes objects by kind."""
-    folder = ROOT / "deploy" / "kubernetes"
-    resources = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
-    assert {path.name for path in folder.iterdir()} == {"kustomization.yaml", *resources}
-    objects = [each for name in resources for each in yaml.safe_load_all((folder / name).read_text())]
-    return {each["kind"]: each for each in objects}
-
-
 def test_deployments_set_only_what_there_is_to_set() -> None:
     files = [ROOT / "deploy" / "Dockerfile", *(ROOT / "deploy").rglob("*.yaml")]
     text = "\n".join(file.read_text() for file in files)
@@ -272,19 +263,11 @@ def test_deployments_set_only_what_there_is_to_set() -> None:
 
 
 def test_deployed_workers_get_the_time_they_need_to_drain() -> None:
+    """Those of Kubernetes: tests/deploy/test_kubernetes.py; of systemd: tests/deploy/test_systemd.py."""
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
-    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
     drain_s = WorkerSettings.model_fields["drain_s"].default
 
-    assert pod["terminationGracePeriodSeconds"] > drain_s
     assert int(compose["services"]["worker"]["stop_grace_period"].removesuffix("s")) > drain_s
-
-
-def test_deployed_workers_have_a_gpu_each_and_are_asked_whether_they_are_ready() -> None:
-    container = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"][0]
-
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert "inspect ping" in container["readinessProbe"]["exec"]["command"][-1]
 
 
 def test_flower_gets_redis_own_address_wherever_it_is_started() -> None:

@@ -340,6 +340,8 @@ def _withdraw(**_: Any) -> None:
     """Withdraw the announcement before the process ends: no job may be sent to a revision that is gone."""
     if _process is not None:
         _process.heartbeat.stop()
+        # Its last step must have ended: torch aborts a process that ends in the middle of one.
+        _process.engine.stop()
 
 
 def _here() -> _Process:

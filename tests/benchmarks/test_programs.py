@@ -17,7 +17,18 @@ from worker.contract.job import Job
 from worker.engine.engine import Engine
 from worker.jobs import handler
 
-PROGRAMS = ("emulated", "engine", "guidance", "ingest", "live", "load", "mates", "system", "text_lengths")
+PROGRAMS = (
+    "autoscaling",
+    "emulated",
+    "engine",
+    "guidance",
+    "ingest",
+    "live",
+    "load",
+    "mates",
+    "system",
+    "text_lengths",
+)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -73,10 +73,9 @@ def _held(client: Redis) -> Iterator[str]:
         # A producer may read it at once.
         entries = [str(entry) for entry in client.hvals(HELD)]
     for entry in entries:
-        # [message, exchange, queue], and the message is long.
-        _, found, end = entry.rpartition(", ")
+        # [message, exchange, queue], and the message is long. A queue's name has no comma.
         try:
-            yield str(json.loads(end.removesuffix("]"))) if found else ""
+            yield str(json.loads(entry.rpartition(",")[2].removesuffix("]")))
         except ValueError:
             yield ""
 

@@ -30,7 +30,7 @@ def ask(port: int, path: str, timeout_s: float = 5) -> tuple[int, dict[str, Any]
         connection.close()
 
 
-def wait_until(port: int, path: str, status: int) -> dict[str, Any]:
+def wait_until(port: int, path: str, status: int, timeout_s: float = SOON_S) -> dict[str, Any]:
     """The body of the first answer with that status."""
     found: Any = None
 
@@ -38,11 +38,11 @@ def wait_until(port: int, path: str, status: int) -> dict[str, Any]:
         nonlocal found
         try:
             found = ask(port, path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             found = error
         return isinstance(found, tuple) and found[0] == status
 
-    wait_for(is_there, lambda: f"{path} of port {port}: {found}")
+    wait_for(is_there, lambda: f"{path} of port {port}: {found}", timeout_s)
     body: dict[str, Any] = found[1]
     return body
 

@@ -40,7 +40,10 @@ def test_jobs_are_counted_by_model_and_revision_with_and_without_workers(client:
     client.lpush(newer, "newer")
     client.sadd(PARKED, newer)
     held = json.dumps([{"body": 'x", "smallcat.other"]' * 50}, "exchange", exact])
-    client.hset(HELD, mapping={f"tag{number}": held for number in range(1_200)})
+    client.hset(HELD, mapping={f"tag{number}": held for number in range(1_000)})
+    # As the scripts write it.
+    compact = json.dumps([{"body": "a, b"}, "exchange", exact], separators=(",", ":"))
+    client.hset(HELD, mapping={f"other{number}": compact for number in range(200)})
     client.hset(HELD, "strange", "no JSON")
 
     slug = exact.removeprefix("smallcat.").partition("@")[0]
