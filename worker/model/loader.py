@@ -28,7 +28,7 @@ from worker.contract.job_parameters import (
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
-from worker.model import single_file_loader
+from worker.model import half_vae, single_file_loader
 from worker.model.placement import (
     Choice,
     choose_device,
@@ -80,7 +80,7 @@ def load(settings: WorkerSettings) -> Loaded:
     _silence_libraries()
     pipeline = _load_pipeline(files, settings, dtype)
     _check_pipeline(pipeline, files)
-    layout = _to_device(pipeline, device, compiled=settings.compile)
+    placed = _to_device(pipeline, device, compiled=settings.compile)
     served = ServedModel(
         name=_name(settings, files),
         revision=_revision(files, settings),
@@ -96,7 +96,7 @@ def load(settings: WorkerSettings) -> Loaded:
         ),
         *(Choice(*note) for note in (files.single.notes if files.single else ())),
         Choice("safety checker", *choose_safety_checker(settings, ships_one=files.ships_checker)),
-        Choice("memory layout", *layout),
+        *placed,
     )
     return Loaded(pipeline, served, device, dtype, choices)
 
@@ -158,25 +158,32 @@ def _check_pipeline(pipeline: Any, files: model_files.ModelFiles) -> None:
             )
 
 
-def _to_device(pipeline: Any, device: torch.device, *, compiled: bool) -> tuple[str, str]:
-    """Move all components to the device, ready for inference. Returns the memory layout, and why."""
+def _to_device(pipeline: Any, device: torch.device, *, compiled: bool) -> list[Choice]:
+    """Move all components to the device, ready for inference. Returns what was chosen."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     vae = pipeline.vae
     is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
-    if is_xl and vae.config.force_upcast and vae.dtype == torch.float16:
-        # SDXL's VAE overflows in fp16. diffusers converts it to fp32 for each call; here it stays fp32.
-        vae.to(torch.float32)
+    is_too_large = is_xl and vae.config.force_upcast and vae.dtype == torch.float16
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
+    # diffusers converts such a VAE to fp32 for each call.
+    choices = [_choice_of_vae(vae)] if is_too_large else []
     if device.type == "cuda" and not compiled:
-        return "contiguous", "channels_last is faster on a GPU only if the UNet is compiled"
+        why = "channels_last is faster on a GPU only if the UNet is compiled"
+        return [*choices, Choice("memory layout", "contiguous", why)]
     pipeline.unet.to(memory_format=torch.channels_last)
     vae.to(memory_format=torch.channels_last)
+    why = "convolutions take up to a third less time on a CPU"
     if device.type == "cuda":
-        return "channels_last", "the layout of the tensor cores; compiled code needs no conversions"
-    return "channels_last", "convolutions take up to a third less time on a CPU"
+        why = "the layout of the tensor cores; compiled code needs no conversions"
+    return [*choices, Choice("memory layout", "channels_last", why)]
+
+
+def _choice_of_vae(vae: Any) -> Choice:
+    dtype, _, reason = half_vae.to_half(vae).partition(": ")
+    return Choice("VAE", dtype, reason)
 
 
 def _name(settings: WorkerSettings, files: model_files.ModelFiles) -> str:
