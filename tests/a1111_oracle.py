@@ -8,8 +8,9 @@ It reads prompts whose brackets match, and such as have a few too many.
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -155,6 +156,73 @@ def chunks(
     return found
 
 
+class Names:
+    """The names of embeddings, as modules/textual_inversion/textual_inversion.py of the web UI finds them."""
+
+    def __init__(self, tokenizer: Any, vectors: dict[str, torch.Tensor]) -> None:
+        self.vectors = vectors
+        ids = {name: list(tokenizer(name, add_special_tokens=False).input_ids) for name in sorted(vectors)}
+        self.longest_first = sorted(ids.items(), key=lambda each: len(each[1]), reverse=True)
+
+    def found(self, tokens: list[int]) -> list[int | str]:
+        """The tokens, and in the place of those of a name the name."""
+        found: list[int | str] = []
+        while tokens:
+            name, size = next(
+                ((name, len(ids)) for name, ids in self.longest_first if tokens[: len(ids)] == ids), (None, 1)
+            )
+            found.append(tokens[0] if name is None else name)
+            tokens = tokens[size:]
+        return found
+
+
+def chunks_with_names(
+    runs: list[tuple[str | None, float]], tokenizer: Any, names: Names, length: int = 75
+) -> list[list[tuple[int | tuple[str, int], float]]]:
+    """As `chunks`; (name, number) for each vector of an embedding, all of which are in one chunk.
+
+    The web UI leaves the vectors behind of an embedding that goes to the next chunk with what follows a
+    comma. That is not followed here.
+    """
+    comma = tokenizer.convert_tokens_to_ids(",</w>")
+    found: list[list[tuple[int | tuple[str, int], float]]] = []
+    for is_break, group in groupby(runs, key=lambda run: run[0] is None):
+        if is_break:
+            found += [[] for _ in list(group)[1:]]
+            continue
+        left = [
+            (unit, weight)
+            for text, weight in group
+            for unit in names.found(list(tokenizer(text, add_special_tokens=False).input_ids))
+        ]
+        sizes = [1 if isinstance(unit, int) else len(names.vectors[unit]) for unit, _ in left]
+        first = True
+        while left or first:
+            fit = max(number for number in range(len(left) + 1) if sum(sizes[:number]) <= length)
+            if fit < len(left) and sum(sizes[:fit]) == length and left[fit][0] != comma:
+                near = [n for n in range(fit) if left[n][0] == comma and sum(sizes[:n]) >= length - 20]
+                fit = near[-1] + 1 if near else fit
+            chunk: list[tuple[int | tuple[str, int], float]] = []
+            for (unit, weight), size in zip(left[:fit], sizes, strict=False):
+                places = [unit] if isinstance(unit, int) else [(unit, number) for number in range(size)]
+                chunk += [(place, weight) for place in places]
+            found.append(chunk)
+            left, sizes, first = left[fit:], sizes[fit:], False
+    if len(found) > 1 and not found[-1]:
+        found.pop()
+    return found
+
+
+def with_vectors(model: Any, names: Names) -> tuple[Any, dict[tuple[str, int], int]]:
+    """A copy of a text encoder that knows a token for each vector, and these tokens."""
+    layer = model.get_input_embeddings()
+    places = [(name, number) for name, rows in names.vectors.items() for number in range(len(rows))]
+    copied = copy.deepcopy(model)
+    more = torch.cat([layer.weight.detach(), *names.vectors.values()])
+    copied.set_input_embeddings(torch.nn.Embedding.from_pretrained(more))
+    return copied, {place: layer.num_embeddings + row for row, place in enumerate(places)}
+
+
 @dataclass
 class Encoder:
     """A text encoder and its tokenizer; `skips`: its last layer and last norm are left out."""
@@ -164,11 +232,28 @@ class Encoder:
     skips: bool
     #: The setting "CLIP skip", which the web UI's class for SDXL reads nowhere (sd_hijack_clip.py).
     clip_skip: int = 1
+    #: The vectors of embeddings, by their names.
+    embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = Names(self.tokenizer, self.embeddings)
+        self.places: dict[tuple[str, int], int] = {}
+        if self.embeddings:
+            self.model, self.places = with_vectors(self.model, self.names)
+
+    def cut(self, text: str) -> list[list[tuple[int, float]]]:
+        """The chunks of a text."""
+        if not self.embeddings:
+            return chunks(weighted(text), self.tokenizer)
+        return [
+            [(each if isinstance(each, int) else self.places[each], weight) for each, weight in chunk]
+            for chunk in chunks_with_names(weighted(text), self.tokenizer, self.names)
+        ]
 
     def __call__(self, texts: list[str], count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(texts, tokens, width), all texts encoded together, chunk by chunk; and the first one's pooled."""
         tokenizer, start, end = self.tokenizer, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        cut = [chunks(weighted(text), tokenizer) for text in texts]
+        cut = [self.cut(text) for text in texts]
         outputs, pooled = [], None
         for number in range(count):
             ids, weights = [], []
@@ -189,7 +274,7 @@ class Encoder:
 
     def length(self, texts: list[str]) -> int:
         """Chunks of the longest of these texts."""
-        return max(len(chunks(weighted(text), self.tokenizer)) for text in texts)
+        return max(len(self.cut(text)) for text in texts)
 
 
 def encoded(encoders: list[Encoder], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:

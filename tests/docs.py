@@ -77,6 +77,7 @@ REMEDIES: dict[type[errors.SmallcatError], str] = {
     errors.DeviceError: "Let the supervisor start the worker again; check the GPU and its driver.",
     errors.EngineStoppedError: "Nothing: another worker takes the job.",
     errors.BucketRefusedError: "Give the worker its rights again: `smallcat doctor` says what is refused.",
+    errors.MissingFileError: "Put the file where a worker looks for it, or submit the job again.",
     errors.NewerMessageError: "Upgrade the workers before the producers.",
     errors.ServiceError: "Run `smallcat doctor`.",
     errors.QueueError: "Check `REDIS_URL`, and that Redis is up and has memory. Submitting again is safe.",

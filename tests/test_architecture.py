@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Each folder, or module beside folders, and what it imports. Everybody may import `worker.contract`.
 FOLDERS = {
-    "worker.tasks": "worker.jobs worker.device worker.broker worker.celery worker.health",
+    "worker.tasks": "worker.jobs worker.device worker.model worker.broker worker.celery worker.health",
     "worker.tasks worker.jobs": "worker.engine worker.state worker.storage",
     "worker.device": "worker.engine worker.model",
     "worker.bench": "worker.device worker.model",

@@ -21,6 +21,7 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
 from worker.device.attention import Layer, shape_of
+from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.family import Lane, Schedulers, Text
 from worker.device.job_text import Row
 from worker.device.text_encoder import cut_warning
@@ -128,20 +129,29 @@ class ToyFlow:
     def rows(self, guidance_scale: float) -> int:
         return 2 if guidance_scale > 1 else 1
 
-    def encode(self, prompt: str, negative: str, *, guided: bool, clip_skip: int = 1) -> Text:
+    @property
+    def embedding_room(self) -> EmbeddingRoom:
+        return EmbeddingRoom((), 0)
+
+    def encode(self, prompt: str, negative: str, *, guided: bool, options: TextOptions = NO_OPTIONS) -> Text:
         texts = [negative, prompt] if guided else [prompt]
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         sequence = self.sequence_encoder(ids.to(self._device)).last_hidden_state
         pooled = self.pooled_encoder(ids.to(self._device)).pooler_output
-        warnings = cut_warning(self.tokenizer, "prompt", prompt)
+        warnings = cut_warning(self.tokenizer, "prompt", self.tokenizer(prompt, verbose=False).input_ids)
         return Text({"text": sequence, "pooled": pooled}, warnings)
 
     def encode_pieces(
-        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool, clip_skip: int = 1
+        self,
+        texts: Sequence[Sequence[Piece]],
+        counts: Sequence[int],
+        *,
+        is_none: bool,
+        options: TextOptions = NO_OPTIONS,
     ) -> Sequence[Row]:
         raise InvalidJobError("prompt_syntax is a1111, but this model knows plain prompts alone.")
 
-    def unused_in_a1111(self, clip_skip: int) -> tuple[str, ...]:
+    def unused_in_a1111(self, options: TextOptions) -> tuple[str, ...]:
         return ()
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:

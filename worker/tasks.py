@@ -47,6 +47,7 @@ from worker.jobs import metrics
 from worker.jobs.handler import JobHandler
 from worker.jobs.heartbeat import Heartbeat
 from worker.jobs.services import not_ready, wait_for
+from worker.model.file_store import FileStore
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.keys import holder_of
 from worker.state.records import Records
@@ -120,7 +121,7 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
         delay_s = None
     except (MachineError, RedisError) as error:
         logger.info("Message %s goes back to its queue: %s", request.id, plain(first_line(error)))
-        delay_s = 0.0 if isinstance(error, MachineError) else UNKNOWN_DELAY_S
+        delay_s = error.delay_s if isinstance(error, MachineError) else UNKNOWN_DELAY_S
     except BaseException as error:
         logger.critical("The message goes back to the queue: %r", error, exc_info=True)
         delay_s, counts = UNKNOWN_DELAY_S, True
@@ -176,8 +177,8 @@ def _start(sender: Any, **_: Any) -> None:
         )
 
 
-def load_runner(settings: WorkerSettings) -> ModelRunner:
-    """The model, on its device. Raises `SettingsError`."""
+def load_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
+    """The model, on its device, with the files beside it. Raises `SettingsError`."""
     # The imports make half a million objects that live as long as the process. Garbage collections among
     # them take a second, and each later one would stop every thread for longer.
     gc.disable()
@@ -186,7 +187,7 @@ def load_runner(settings: WorkerSettings) -> ModelRunner:
 
     gc.freeze()
     gc.enable()
-    return ModelRunner(settings)
+    return ModelRunner(settings, files=files)
 
 
 def _assemble(name: str) -> _Process:
@@ -200,8 +201,9 @@ def _assemble(name: str) -> _Process:
     # A job outlives a Redis that is away, for as long as it takes.
     client = connect_until(settings.redis_url, stop_waiting, REDIS_CONNECTIONS)
     bucket = _services(settings)
+    files = _files(settings)
     health.doing("The worker loads the model, renders one small picture, and compiles.")
-    runner = _warm_runner(settings)
+    runner = _warm_runner(settings, files)
     engine = Engine(
         runner, job_timeout_s=settings.job_timeout_s, on_failure=_engine_failed, on_step=metrics.observe_step
     )
@@ -215,9 +217,10 @@ def _assemble(name: str) -> _Process:
         max_attempts=settings.max_attempts,
         upload_timeout_s=settings.upload_timeout_s,
         mark_as_generated=settings.mark_as_generated,
+        files=files,
     )
     info = _worker_info(settings, name, runner, started_at=Fleet(client, settings.record_ttl_s).now())
-    heartbeat = _heartbeat(settings, info, handler, engine)
+    heartbeat = _heartbeat(settings, info, handler, engine, files)
     return _Process(settings, engine, handler, heartbeat, bucket, health, stop_waiting)
 
 
@@ -241,9 +244,17 @@ def _services(settings: WorkerSettings) -> BucketProcess:
     return bucket
 
 
-def _warm_runner(settings: WorkerSettings) -> ModelRunner:
+def _files(settings: WorkerSettings) -> FileStore:
+    """The files beside the model, found and indexed. Raises `SettingsError`, `ServiceError`."""
+    options, until_s = BucketOptions.of(settings), time.monotonic() + settings.start_timeout_s
+    files = wait_for(lambda: FileStore.of(settings, lambda name: Bucket(name, options=options)), until_s)
+    files.start()
+    return files
+
+
+def _warm_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
     """The model, loaded and warmed up; each choice that is made for the user is logged."""
-    runner = load_runner(settings)
+    runner = load_runner(settings, files)
     for choice in runner.choices:
         _log_choice(choice.what, choice.choice, choice.reason)
     for choice in runner.warm_up():
@@ -269,7 +280,7 @@ def _worker_info(settings: WorkerSettings, name: str, runner: ModelRunner, start
 
 
 def _heartbeat(
-    settings: WorkerSettings, info: WorkerInfo, handler: JobHandler, engine: Engine[Any]
+    settings: WorkerSettings, info: WorkerInfo, handler: JobHandler, engine: Engine[Any], files: FileStore
 ) -> Heartbeat:
     """The heartbeat of `handler`'s jobs; it ends the process when `engine` hangs."""
     # A client that does not wait: the watchdog must go on while Redis is away.
@@ -283,6 +294,7 @@ def _heartbeat(
         cancel=handler.cancel,
         watchdog=lambda: _exit_if_hung(engine),
         paused=lambda: handler.access.reason,
+        files=lambda: files.index,
     )
 
 

@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from worker.storage.bucket import Bucket
 
 
+#: Files that can be used and are listed, at most.
+_FILES = 50
+
+
 class Finding(NamedTuple):
     """The result of one check."""
 
-    #: What was checked: redis, bucket, workers, queues, device or attention.
+    #: What was checked: redis, bucket, workers, files, queues, device or attention.
     what: str
     #: Whether it is as it should be.
     ok: bool
@@ -163,6 +167,7 @@ def _workers(now: Session) -> Iterator[Finding]:
         yield Finding("workers", True, f"{worker.name} serves {what}, up to {worker.max_rows} rows")
         if worker.paused:
             yield Finding("workers", False, f"{worker.name} takes no jobs at present: {worker.paused}")
+    yield from _files(now, live)
     versions: dict[tuple[str, str], list[str]] = defaultdict(list)
     for worker in live:
         for package, version in worker.versions.items():
@@ -178,6 +183,30 @@ def _workers(now: Session) -> Iterator[Finding]:
             yield _unserved(now, queue, count)
         elif count:
             yield Finding("queues", True, f"{count} jobs wait in {queue}")
+
+
+def _files(now: Session, live: Sequence[WorkerInfo]) -> Iterator[Finding]:
+    """What the workers offer beside their models, and what is wrong with any file."""
+    with now.queue_errors():
+        indexes = {worker.files: now.fleet.indexes.get(worker.files) for worker in live if worker.files}
+    for index in indexes.values():
+        good = [entry for entry in index.files if not entry.problem]
+        for entry in good[:_FILES]:
+            text = f"{entry.name}: {entry.architecture}, {entry.size:,} bytes, AutoV2 {entry.auto_v2}"
+            yield Finding("files", True, f"{entry.kind} {text}")
+        if len(good) > _FILES:
+            yield Finding("files", True, f"and {len(good) - _FILES:,} more that can be used")
+        for entry in index.files:
+            if entry.problem:
+                yield Finding("files", False, f"{entry.kind} {entry.name} cannot be used: {entry.problem}")
+    by_model: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for worker in live:
+        by_model[worker.served.name][worker.files].append(worker.name)
+    for model, found in by_model.items():
+        if len(found) > 1:
+            shown = "; ".join(", ".join(names) for names in found.values())
+            text = f"the workers of {model} offer different files ({shown}): give them the same ones"
+            yield Finding("files", False, text)
 
 
 def _unserved(now: Session, queue: str, count: int) -> Finding:

@@ -18,6 +18,7 @@ from producer.client.job_result import JobResult
 from producer.session import Session, session, short_look_up
 from worker.contract.errors import QueueError, UnknownJobError
 from worker.contract.job import SUBMISSION_FIELDS, Job
+from worker.contract.job_files import files_of
 from worker.contract.job_parameters import JobFields
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
@@ -121,7 +122,7 @@ class JobHandle:
         if not record.state.is_final:
             now = session()
             with now.queue_errors():
-                takers = now.fleet.takers(record.queue, record.job.version)
+                takers = now.fleet.takers(record.queue, record.job)
                 if record.state is State.RUNNING:
                     now.records.watch()
                 if record.state is State.QUEUED:
@@ -142,7 +143,7 @@ class JobHandle:
 
         def idle(record: JobRecord) -> None:
             nonlocal warned
-            if not warned and not (takers := now.fleet.takers(record.queue, record.job.version)).workers:
+            if not warned and not (takers := now.fleet.takers(record.queue, record.job)).workers:
                 warned = True
                 warnings.warn(plain(_unserved(record, takers)), stacklevel=4)
 
@@ -327,6 +328,12 @@ def _unserved(record: JobRecord, takers: Takers) -> str:
         which = "The worker that serves" if paused == 1 else f"The {paused} workers that serve"
         take = "takes" if paused == 1 else "take"
         return f'{which} the model "{job.model}" {take} no jobs at present: `smallcat doctor` says why.'
+    if takers.lacking:
+        names = ", ".join(files_of(job))
+        return (
+            f"No live worker has {names}: put the file back where one of them looks, or submit again to use "
+            "what they have now."
+        )
     if reads:
         return (
             f"The job needs a newer worker: its message is of version {job.version}, and the live workers "

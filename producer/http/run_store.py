@@ -31,6 +31,7 @@ from producer.http import run_folder
 from producer.http.run_limits import gate_of
 from producer.ingest.check import refuse_bad_lines
 from producer.ingest.feeder import Ingest
+from producer.ingest.message_templates import resolver_of
 from producer.ingest.plan import Plan, Planned, unresolved
 from producer.ingest.submit_file import grid_of, make_ingest, make_variants
 from producer.ingest.types import Options, SilentDisplay
@@ -140,7 +141,7 @@ class RunStore:
             if upload.strict:
                 now = session()
                 with now.queue_errors():
-                    refuse_bad_lines(plan, lambda _: None, now.fleet.snapshot().resolve)
+                    refuse_bad_lines(plan, lambda _: None, resolver_of(now.fleet.snapshot()))
         except PromptFileError as error:
             raise PromptFileError(_told(error, file, upload)) from None
         run = f"{mark}{plan.digest[: min(24, MAX_NAME - len(mark))]}"

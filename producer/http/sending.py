@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from producer.http.problems import RETRY_S, RefusedError
-from producer.ingest.message_templates import JobTemplates, MessageTemplate, TemplatedJob
+from producer.ingest.message_templates import JobTemplates, MessageTemplate, TemplatedJob, resolver_of
 from producer.session import Session
 from worker.contract.errors import QueueError
 from worker.contract.job import SUBMISSION_FIELDS
@@ -101,7 +101,7 @@ class Sender:
 
     async def _refresh(self) -> None:
         snapshot = await asyncio.to_thread(self._snapshot)
-        self._templates = JobTemplates(snapshot.resolve)
+        self._templates = JobTemplates(resolver_of(snapshot))
         self._fresh_until_s = time.monotonic() + FRESH_S
 
     async def send(self, jobs: Sequence[Ready]) -> None:

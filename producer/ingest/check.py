@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from producer.ingest.message_templates import Resolver
 from producer.ingest.plan import Plan, Planned, Rejected, sentences_of, unresolved
 from producer.ingest.types import FILE_PRIORITY
 from worker.contract.errors import PromptFileError
@@ -36,7 +37,7 @@ def check(
     found: Callable[[Rejected], None],
     warn: Callable[[str], None],
     read: Callable[[Planned, list[str]], None] = lambda _job, _warnings: None,
-    resolve: Callable[[Job], Job] = unresolved,
+    resolve: Callable[[Job], Job] | Resolver = unresolved,
 ) -> Findings:
     """Read all lines without sending any.
 
@@ -81,7 +82,7 @@ def rejected_of(plan: Plan, rejected: Rejected) -> dict[str, Any]:
 
 
 def refuse_bad_lines(
-    plan: Plan, warn: Callable[[str], None], resolve: Callable[[Job], Job] = unresolved
+    plan: Plan, warn: Callable[[str], None], resolve: Callable[[Job], Job] | Resolver = unresolved
 ) -> None:
     """Raise `PromptFileError` that names the first bad lines, if there are any.
 

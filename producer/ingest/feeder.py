@@ -96,7 +96,7 @@ class Ingest:
         with self._session.queue_errors():
             self._go_on_as_begun()
             if self._options.strict:
-                refuse_bad_lines(self._plan, self._display.notice, self._pinned.foreseen)
+                refuse_bad_lines(self._plan, self._display.notice, self._pinned.foreseer)
             self._choose_manifest()
             self.run.take()
             self.run.note("files", json.dumps([each.name for each in self._plan.sources[:SHOWN_FILES]]))
@@ -167,7 +167,7 @@ class Ingest:
                 journal.adopt(self._manifest, [each.name for each in self._plan.sources])
         if self._downloads:
             if status.is_over:
-                jobs = self._plan.items(self._pinned.resolve)
+                jobs = self._plan.items(self._pinned.resolver)
                 self._results.complete(journal, jobs, self._downloads.storage)
             self._downloads.resume(journal)
         self._received_at = time.monotonic()
@@ -192,7 +192,7 @@ class Ingest:
             lambda files: self.run.note(REJECTED_FILES, files),
             self._display.notice,
         )
-        self._windows.begin(self._plan.items(self._pinned.resolve, start, self._display.notice))
+        self._windows.begin(self._plan.items(self._pinned.resolver, start, self._display.notice))
 
     def _turn(self, journal: Journal) -> str | None:
         """Poll the run once and act on it. Returns how the call ends, or None while it goes on."""
@@ -291,7 +291,7 @@ class Ingest:
             return
         missing: list[tuple[int, Planned]] = []
         number = 0
-        for each in self._plan.items(self._pinned.resolve):
+        for each in self._plan.items(self._pinned.resolver):
             if number >= status.fed:
                 break
             if isinstance(each, Planned):
@@ -345,7 +345,7 @@ class Ingest:
         return Counts(done, journal.cached, failed - journal.cancelled, journal.cancelled)
 
     def _finish(self, journal: Journal) -> None:
-        jobs = self._plan.items(self._pinned.resolve)
+        jobs = self._plan.items(self._pinned.resolver)
         draft = self._wanted.with_name(f"{self._wanted.stem}.{self.run.id}.draft{self._wanted.suffix}")
         with writing(draft):
             write_manifest(

@@ -17,24 +17,51 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from worker.celery import message_of
 from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
+from worker.contract.embedding_names import EmbeddingNames
 from worker.contract.errors import InvalidJobError
+from worker.contract.file_index import MAX_NAME
 from worker.contract.job import JOB_FIELDS, WRITTEN_FIELDS, Job, hashed, version_needed
 from worker.contract.job_checks import VISIBLE
 from worker.contract.job_parameters import FIRST_MAX_PROMPT, MAX_METADATA, MAX_SEED
 from worker.contract.message import Route, args_repr, payload_text, route_of, task_call
 from worker.contract.queues import list_of
 
+if TYPE_CHECKING:
+    from worker.state.fleet import FleetSnapshot
+
 #: Shapes that are kept, at most.
 MAX_SHAPES = 1_000
 #: Fields that follow from who submits.
 _SUBMITTERS = JOB_FIELDS.keys() - WRITTEN_FIELDS.keys()
+#: The prompt of a job that stands for others: a word that is longer than any name of a file.
+_NO_NAME = "x" * (MAX_NAME + 1)
+_NO_NAMES = EmbeddingNames(())
 #: What `Job` refuses in a text.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Resolver(NamedTuple):
+    """How jobs are resolved whose prompts may name files."""
+
+    #: As `Fleet.resolve`.
+    job: Callable[[Job], Job]
+    #: The names that the prompts may have of all jobs that are like this one but for their prompt.
+    names: Callable[[Job], EmbeddingNames]
+
+
+def resolver_of(snapshot: FleetSnapshot) -> Resolver:
+    """How jobs are resolved by what the fleet serves at one moment."""
+
+    def names(job: Job) -> EmbeddingNames:
+        meant = snapshot.meant(job)
+        return _NO_NAMES if meant is None else meant.index.embedding_names
+
+    return Resolver(snapshot.resolve, names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +94,21 @@ class _Shape:
     route: Route
     version: int
     fields: Mapping[str, Any]
+    #: Prompts with one of these go through `Job`: its file is part of the job.
+    names: EmbeddingNames
 
 
 class JobTemplates:
     """Makes jobs of job fields."""
 
     def __init__(
-        self, resolve: Callable[[Job], Job], job_of: Callable[[dict[str, Any]], Job] = Job.parse
+        self,
+        resolve: Callable[[Job], Job] | Resolver,
+        job_of: Callable[[dict[str, Any]], Job] = Job.parse,
     ) -> None:
         """`resolve` fills in the model and its revision, as `Fleet.resolve` does; `job_of` checks fields."""
-        self._resolve, self._job_of = resolve, job_of
+        resolver = resolve if isinstance(resolve, Resolver) else Resolver(resolve, lambda _: _NO_NAMES)
+        self._resolve, self._names, self._job_of = resolver.job, resolver.names, job_of
         self._shapes: dict[tuple[object, ...], _Shape] = {}
 
     def fill(self, fields: Mapping[str, Any], tenant: str = "") -> TemplatedJob:
@@ -101,6 +133,8 @@ class JobTemplates:
             shape = self._shape(fields, tenant)
         except (InvalidJobError, TypeError):
             # The job's own error may name more fields; a field that is a list cannot be part of a key.
+            return self._parse(fields, tenant)
+        if shape.names.may_be_in(prompt):
             return self._parse(fields, tenant)
         if shape.fields.get("prompt_syntax") == PromptSyntax.A1111 and not _is_readable(prompt, shape.fields):
             return self._parse(fields, tenant)
@@ -129,10 +163,11 @@ class JobTemplates:
         if (known := self._shapes.get(key)) is not None:
             return known
         rest = {name: value for name, value in fields.items() if name != "metadata"}
-        job = self._resolve(self._job_of(rest | {"prompt": "x", "seed": 0}).of_tenant(tenant))
+        given = self._job_of(rest | {"prompt": _NO_NAME, "seed": 0}).of_tenant(tenant)
+        job = self._resolve(given)
         if len(self._shapes) >= MAX_SHAPES:
             self._shapes.clear()
-        self._shapes[key] = made = _shape_of(job)
+        self._shapes[key] = made = _shape_of(job, self._names(given))
         return made
 
 
@@ -203,7 +238,7 @@ def _plain_metadata(metadata: object) -> str | None:
     return text if len(text) <= MAX_METADATA else None
 
 
-def _shape_of(job: Job) -> _Shape:
+def _shape_of(job: Job, names: EmbeddingNames) -> _Shape:
     gaps = [_gap() for _ in range(3)]
     values = job.model_dump(mode="json") | dict(zip(("prompt", "seed", "metadata"), gaps, strict=True))
     ends = [json.dumps(gap) for gap in gaps]
@@ -216,4 +251,5 @@ def _shape_of(job: Job) -> _Shape:
     fields = {name: value for name, value in values.items() if name not in ("prompt", "seed", "metadata")}
     # What the gaps are filled with is of the first version, or goes through `Job`.
     version = version_needed(fields)
-    return _Shape((before, between, after), (first, second, third, last), route_of(job), version, fields)
+    texts = (before, between, after), (first, second, third, last)
+    return _Shape(*texts, route_of(job), version, fields, names)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from producer.ingest.message_templates import Resolver
 from producer.ingest.run_state import Run
 from worker.contract.choices import PromptSyntax
+from worker.contract.file_index import FileIndex
 from worker.contract.job import OPEN_REVISION, Job
+from worker.contract.job_files import with_files
 from worker.contract.served_model import Defaults
 
 if TYPE_CHECKING:
@@ -21,34 +25,54 @@ class Pinned:
     def __init__(self, run: Run, fleet: Fleet, check: Callable[[Job], None] = lambda job: None) -> None:
         """`check` raises `InvalidJobError` for a resolved job that the run may not have."""
         self._run, self._fleet, self._check = run, fleet, check
-        self._known: dict[tuple[str, str], dict[str, Any]] = {}
-        self._foreseen: dict[tuple[str, str], dict[str, Any]] = {}
+        self._known: dict[tuple[str, str], _Pin] = {}
+        self._foreseen: dict[tuple[str, str], _Pin] = {}
 
     def resolve(self, job: Job) -> Job:
-        """`job` for the model that it means in this run, with that model's defaults.
+        """`job` for the model that it means in this run, with that model's defaults, syntax and files.
 
         Raises `InvalidJobError` for one that the run may not have.
         """
-        name = (job.model, job.revision)
-        if name not in self._known:
-            pin = self._run.note_once(f"model:{json.dumps(name)}", json.dumps(self._resolve(job)))
-            self._known[name] = json.loads(pin)
-        return self._checked(_as_pinned(job, self._known[name]))
+        return self._checked(self._pin(job).resolve(job))
 
     def foreseen(self, job: Job) -> Job:
         """What `resolve` would give now. Pins nothing, for a run that may not begin."""
+        return self._checked(self._foresee(job).resolve(job))
+
+    @property
+    def resolver(self) -> Resolver:
+        """`resolve`, for many jobs."""
+        return Resolver(self.resolve, lambda job: self._pin(job).index.embedding_names)
+
+    @property
+    def foreseer(self) -> Resolver:
+        """`foreseen`, for many jobs."""
+        return Resolver(self.foreseen, lambda job: self._foresee(job).index.embedding_names)
+
+    def _pin(self, job: Job) -> _Pin:
+        name = (job.model, job.revision)
+        if name not in self._known:
+            pin = self._run.note_once(f"model:{json.dumps(name)}", json.dumps(self._resolve(job)))
+            self._known[name] = _Pin.of(json.loads(pin))
+        return self._known[name]
+
+    def _foresee(self, job: Job) -> _Pin:
         name = (job.model, job.revision)
         if name not in self._foreseen:
             pin = self._run.noted(f"model:{json.dumps(name)}")
-            self._foreseen[name] = json.loads(pin) if pin else self._resolve(job)
-        return self._checked(_as_pinned(job, self._foreseen[name]))
+            self._foreseen[name] = _Pin.of(json.loads(pin) if pin else self._resolve(job))
+        return self._foreseen[name]
 
     def _checked(self, job: Job) -> Job:
         self._check(job)
         return job
 
     def _resolve(self, job: Job) -> dict[str, Any]:
-        resolved = self._fleet.resolve(Job(prompt="x", seed=0, model=job.model, revision=job.revision))
+        probe = Job(prompt="x", seed=0, model=job.model, revision=job.revision)
+        meant = self._fleet.meant(probe)
+        resolved = probe if meant is None else probe.in_syntax(meant.prompt_syntax).resolved(meant.served)
+        if meant is None and not probe.revision:
+            resolved = probe.opened()
         # No worker has announced the model yet: all jobs of the run wait for the same unknown revision.
         revision = OPEN_REVISION + self._run.id if resolved.is_open else resolved.revision
         values = {name: getattr(resolved, name) for name in Defaults.model_fields}
@@ -56,12 +80,31 @@ class Pinned:
         syntax = (
             {} if resolved.prompt_syntax is PromptSyntax.PLAIN else {"prompt_syntax": resolved.prompt_syntax}
         )
-        return {**defaults, **syntax, "model": resolved.model, "revision": revision}
+        # All of the index: that of now may be gone from Redis when the run is resumed.
+        files = {"files": meant.index.model_dump(mode="json")} if meant and meant.index.files else {}
+        return {**defaults, **syntax, **files, "model": resolved.model, "revision": revision}
 
 
-def _as_pinned(job: Job, pinned: dict[str, Any]) -> Job:
-    # A run that an earlier version began has no syntax pinned, and stays plain.
-    job = job.in_syntax(PromptSyntax(pinned.get("prompt_syntax", PromptSyntax.PLAIN)))
-    filled = {field: pinned[field] for field in Defaults.model_fields if field in pinned}
-    filled = {field: value for field, value in filled.items() if getattr(job, field) is None}
-    return job.model_copy(update={**filled, "model": pinned["model"], "revision": pinned["revision"]})
+@dataclass(frozen=True)
+class _Pin:
+    """What a name means in a run."""
+
+    values: Mapping[str, Any]
+    index: FileIndex
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> _Pin:
+        """The pin that lies in Redis as `values`. A run that an earlier version began has no files."""
+        return cls(values, FileIndex.model_validate(values.get("files", {})))
+
+    def resolve(self, job: Job) -> Job:
+        """`job` with all that is pinned."""
+        # A run that an earlier version began has no syntax pinned, and stays plain.
+        job = job.in_syntax(PromptSyntax(self.values.get("prompt_syntax", PromptSyntax.PLAIN)))
+        filled = {
+            field: self.values[field]
+            for field in Defaults.model_fields
+            if field in self.values and getattr(job, field) is None
+        }
+        place = {name: self.values[name] for name in ("model", "revision")}
+        return with_files(job.model_copy(update={**filled, **place}), self.index)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from producer.ingest.message_templates import JobTemplates, TemplatedJob
+from producer.ingest.message_templates import JobTemplates, Resolver, TemplatedJob
 from producer.prompts import fields_v1, reader_v1
 from producer.prompts.a1111_options import has_a1111_options
 from producer.prompts.entries import BadEntry, Entry, LineError
@@ -144,7 +144,7 @@ class Plan:
 
     def items(
         self,
-        resolve: Callable[[Job], Job],
+        resolve: Callable[[Job], Job] | Resolver,
         start: Cursor = Cursor(),  # noqa: B008 - frozen
         warn: Callable[[str], None] | None = None,
         *,

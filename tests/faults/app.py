@@ -91,7 +91,7 @@ class TellingRunner(FaultRunner):
             note("stepped", "-")
 
 
-def load_runner(settings: WorkerSettings) -> FaultRunner:
+def load_runner(settings: WorkerSettings, files: object) -> FaultRunner:
     runner = TellingRunner if os.environ.get("FAULTS_JOURNAL_STEPS") else FaultRunner
     return runner(
         int(os.environ.get("FAULTS_ROWS", "4")),

@@ -19,6 +19,7 @@
     │   ├── DeviceError             the device failed, and will for every job
     │   ├── EngineStoppedError      the engine is stopping or lost
     │   ├── BucketRefusedError      the bucket refuses all that this worker puts
+    │   ├── MissingFileError        this worker lacks a file that the job uses
     │   └── NewerMessageError       the message is of a newer version than this worker reads
     └── ServiceError                a service is out of reach: tried again for a limited time
         ├── QueueError              Redis
@@ -30,6 +31,8 @@ Each text names the value, the limit and the remedy. Constructor arguments are p
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 
 class SmallcatError(Exception):
@@ -94,6 +97,9 @@ class PoisonJobError(JobError):
 class MachineError(SmallcatError):
     """Raised when this worker cannot continue, whatever the job. Another worker can do the job."""
 
+    #: Seconds until the message is fetched again, by this worker or another one.
+    delay_s: ClassVar[float] = 0.0
+
 
 class OutOfMemoryError(MachineError):
     """Raised when a batch does not fit in the device's memory. The same batch in halves may."""
@@ -109,6 +115,13 @@ class EngineStoppedError(MachineError):
 
 class BucketRefusedError(MachineError):
     """Raised when the bucket refuses this worker whatever the object. Another worker may have the rights."""
+
+
+class MissingFileError(MachineError):
+    """Raised when this worker lacks a file that the job uses beside its model. Another one may have it."""
+
+    #: Where no worker has it, the message goes from one to the next until one has.
+    delay_s = 2.0
 
 
 class NewerMessageError(MachineError):

@@ -26,6 +26,7 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
+from worker.contract.job_files import embeddings_of
 from worker.contract.metadata.a1111_text import pairs_of, split
 from worker.contract.metadata.reading import Reading, left_out, number
 from worker.contract.scheduler_names import pair_of
@@ -50,6 +51,8 @@ _CHOICES = {
 _NEGATIVE = "Negative prompt: "
 _SAMPLER = "Sampler"
 _TEXTS = "Texts"
+#: AUTOMATIC1111's key for embeddings, and digits of the hashes in it.
+_TI_HASHES, _TI_DIGITS = "TI hashes", 12
 #: Whose infotext it is: another tool's model and its hash mean nothing here.
 _VERSION, _OURS = "Version", "smallcat"
 #: Keys of a schedule beside the sampler.
@@ -90,6 +93,9 @@ _SPECIAL = re.compile(r'[,:\n"]')
 def write(job: Job) -> str:
     """The infotext of a resolved job. `read` of it gives back all that determines the picture."""
     pairs = {key: value for key, entries in _KEYS if (value := _value(job, entries)) is not None}
+    if embeddings := embeddings_of(job):
+        shown = ", ".join(f"{name}: {sha256[:_TI_DIGITS]}" for name, sha256 in embeddings.items())
+        pairs[_TI_HASHES] = _quote(shown)
     pairs[_VERSION] = _OURS
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):
@@ -192,6 +198,8 @@ def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
     value = getattr(job, entry.name)
     if not entry.is_original and value == entry.default:
         return None
+    if entry.kind is dict:
+        return _quote(json.dumps(value, ensure_ascii=False))
     return _quote(entry.a1111_values.get(value, value)) if entry.kind is str else value
 
 
@@ -213,6 +221,8 @@ def _fields(
     if entry.kind is bool:
         # What is neither stays, and the job's own error names it.
         return {entry.name: text if (truth := truth_of(text)) is None else truth}
+    if entry.kind is dict:
+        return {entry.name: _object(key, text)}
     if choices := _CHOICES[entry.name]:
         return {entry.name: choices.get(text, text)} if text else {}
     return {entry.name: text}
@@ -222,6 +232,13 @@ def _sizes(key: str, entries: tuple[FieldEntry, ...], text: str) -> dict[str, An
     if not (sides := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)):
         raise InvalidJobError(f"The infotext has {key}: {text[:40]!r}, which is no size like 512x512.")
     return {entry.name: int(side) for entry, side in zip(entries, sides.groups(), strict=True)}
+
+
+def _object(key: str, text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        raise InvalidJobError(f"The infotext has {key} that are no JSON object.") from None
 
 
 def _number(kind: type, key: str, text: str) -> int | float:

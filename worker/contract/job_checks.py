@@ -204,3 +204,22 @@ def _depth(value: object, most: int) -> int:
             deepest = max(deepest, level)
             below += [(inner, level + 1) for inner in (each.values() if isinstance(each, dict) else each)]
     return deepest
+
+
+#: Files that a job may use beside its model, at most.
+MAX_FILES_OF_JOB = 64
+_FILE = re.compile(r"[a-z]{1,20}:[^\x00-\x1f\x7f]{1,100}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def sha256_by_file(value: dict[str, str]) -> dict[str, str]:
+    """Refuse what is not the SHA-256 of files, by kind and name, in an order that depends on nothing else."""
+    if len(value) > MAX_FILES_OF_JOB:
+        raise ValueError(f"has {len(value)} files, the limit is {MAX_FILES_OF_JOB}: use fewer")
+    for key, sha256 in value.items():
+        if not _FILE.fullmatch(key) or not _SHA256.fullmatch(sha256):
+            raise ValueError(
+                f"has {short({key: sha256})}: it must be a kind and a name, such as embedding:easynegative, "
+                "with 64 hexadecimal digits"
+            )
+    return dict(sorted(value.items()))

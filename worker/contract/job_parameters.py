@@ -36,6 +36,7 @@ from worker.contract.job_checks import (
     printable,
     read_scheduler,
     readable,
+    sha256_by_file,
     since_by_choice,
     since_by_length,
     small_json,
@@ -270,6 +271,14 @@ class JobParameters(BaseModel):
         Field(ge=1, le=MAX_CLIP_SKIP, strict=True),
         JobField(since=3, headings=("clipskip", "clip_stop_at_last_layers")),
     ] = 1
+    #: SHA-256 of each file that the job uses beside its model, by kind and name. Not given: filled in at
+    #: submission from what the workers announced.
+    file_hashes: Annotated[
+        dict[str, str],
+        Field(strict=True),
+        AfterValidator(sha256_by_file),
+        JobField(since=3, infotext_ours_only=True, is_filled_by_fleet=True),
+    ] = {}
     #: The picture's encoding.
     format: Annotated[
         ImageFormat,
@@ -320,6 +329,7 @@ class JobFields(TypedDict, total=False):
     revision: str
     prompt_syntax: PromptSyntax | str
     clip_skip: int
+    file_hashes: dict[str, str]
     format: ImageFormat | str
     tenant: str
     priority: int

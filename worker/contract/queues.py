@@ -32,6 +32,8 @@ class Takers(NamedTuple):
     paused: int
     #: The version of messages up to which live workers of the queue read; 0: there are none.
     reads: int
+    #: Live workers that would, and lack a file that the job uses.
+    lacking: int = 0
 
 
 def queue_of(job: Job) -> str:

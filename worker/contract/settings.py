@@ -209,6 +209,8 @@ class WorkerSettings(Settings):
     default_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     #: How prompts of jobs are read that do not say: plain, or a1111.
     default_prompt_syntax: Literal["plain", "a1111"] = "plain"
+    #: Folder or s3:// prefix of embeddings (textual inversion, .safetensors) that prompts may name.
+    embeddings: str = ""
     #: Where to run: auto takes a GPU where there is one.
     device: Literal["auto", "cuda", "cpu"] = "auto"
     #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.

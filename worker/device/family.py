@@ -21,6 +21,7 @@ from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import Scheduler
 from worker.contract.job import Job
 from worker.device.attention import Layer
+from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.job_text import Row
 
 #: What jobs must have in common to share a step: whole numbers, in every family so far (channels, height,
@@ -102,25 +103,33 @@ class ModelFamily(Protocol):
         A model that has guidance embedded takes one row, and the scale among its `conditions`.
         """
 
-    def encode(self, prompt: str, negative: str, *, guided: bool, clip_skip: int = 1) -> Text:
+    @property
+    def embedding_room(self) -> EmbeddingRoom:
+        """What embeddings must be like."""
+
+    def encode(self, prompt: str, negative: str, *, guided: bool, options: TextOptions = NO_OPTIONS) -> Text:
         """Encode a job's texts: two rows if `guided`, else one. An empty `negative` is no negative prompt.
 
-        `clip_skip`: the layer of the text encoder that is taken, from its end; 1 is the last one. One call at
-        a time: tokenizers are not safe to use from several threads. Raises `InvalidJobError` for a layer that
-        there is not.
+        One call at a time: tokenizers are not safe to use from several threads. Raises `InvalidJobError` for
+        options that the family does not have.
         """
 
     def encode_pieces(
-        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool, clip_skip: int = 1
+        self,
+        texts: Sequence[Sequence[Piece]],
+        counts: Sequence[int],
+        *,
+        is_none: bool,
+        options: TextOptions = NO_OPTIONS,
     ) -> Sequence[Row]:
         """Encode the texts, in AUTOMATIC1111's syntax, that one prompt is by step, each `counts` times.
 
-        `is_none`: it is a negative prompt that is empty. `clip_skip`: as in `encode`. One call at a time.
-        Raises `InvalidJobError` also where the family knows plain prompts alone.
+        `is_none`: it is a negative prompt that is empty. One call at a time. Raises `InvalidJobError` as
+        `encode`, also where the family knows plain prompts alone.
         """
 
-    def unused_in_a1111(self, clip_skip: int) -> tuple[str, ...]:
-        """A sentence for each parameter of a job's texts that the syntax `a1111` has no use for here."""
+    def unused_in_a1111(self, options: TextOptions) -> tuple[str, ...]:
+        """A sentence for each of the options that the syntax `a1111` has no use for here."""
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
         """What the model takes besides latents, timestep and text: (rows, ...) each, the same for all rows.

@@ -25,6 +25,7 @@ from worker.contract.settings import WorkerSettings
 from worker.device import attention, warm_up
 from worker.device.compiler import Compiler, keep_kernels_in
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
+from worker.device.embeddings import Files
 from worker.device.errors import mapped
 from worker.device.family import Lane, ModelFamily
 from worker.device.job_state import FiniteCheck, JobState
@@ -66,10 +67,15 @@ class ModelRunner:
     """
 
     def __init__(
-        self, settings: WorkerSettings, loaded: Loaded | None = None, family: ModelFamily | None = None
+        self,
+        settings: WorkerSettings,
+        loaded: Loaded | None = None,
+        family: ModelFamily | None = None,
+        files: Files | None = None,
     ) -> None:
         """Load the model that the settings name, unless it is given; choose its family, unless it is given.
 
+        `files`: those beside the model that jobs may name; None: there are none.
         Raises `SettingsError` with one sentence when that cannot be done.
         """
         loaded = loaded or loader.load(settings)
@@ -94,7 +100,7 @@ class ModelRunner:
         )
         self._text_stream = torch.cuda.Stream(self._device, priority=-1) if self._on_gpu else None
         self._samplers = Samplers(self._family.schedulers)
-        self._texts = TextEncoder(self._family)
+        self._texts = TextEncoder(self._family, files)
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
         self._vae_decoder = VaeDecoder(self._family, self._device, alone=settings.exact, compiler=compiler)

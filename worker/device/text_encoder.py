@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
 from worker.contract.job import Job
+from worker.device.embeddings import FIRST_VECTOR, Embeddings, Files, TextOptions
 from worker.device.family import ModelFamily, Text
 from worker.device.job_text import JobText, Row, Timed, plain_text
 
@@ -27,8 +28,10 @@ T = TypeVar("T", Text, Sequence[Row])
 class TextEncoder:
     """A family's texts, encoded. Safe to call from several threads: one encodes at a time."""
 
-    def __init__(self, family: ModelFamily) -> None:
+    def __init__(self, family: ModelFamily, files: Files | None = None) -> None:
+        """`files`: where the embeddings are that jobs name."""
         self._family = family
+        self._embeddings = Embeddings(files, family.embedding_room)
         #: What was encoded, and how many numbers it has.
         self._known: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._kept = 0
@@ -41,30 +44,30 @@ class TextEncoder:
         what the text encoder raises.
         """
         negative = job.negative_prompt if guided else ""
+        options = TextOptions(job.clip_skip, self._embeddings.of(job))
         with self._lock:
             if job.prompt_syntax is PromptSyntax.A1111:
-                return self._a1111(job.prompt, negative if guided else None, steps, job.clip_skip)
-            key = (job.prompt, negative, guided, job.clip_skip)
+                return self._a1111(job.prompt, negative if guided else None, steps, options)
+            key = (job.prompt, negative, guided, options.key)
             text = self._once(
-                key,
-                lambda: self._family.encode(job.prompt, negative, guided=guided, clip_skip=job.clip_skip),
+                key, lambda: self._family.encode(job.prompt, negative, guided=guided, options=options)
             )
             return plain_text(text.conditions, text.warnings, guided=guided)
 
-    def _a1111(self, prompt: str, negative: str | None, steps: int, clip_skip: int) -> JobText:
+    def _a1111(self, prompt: str, negative: str | None, steps: int, options: TextOptions) -> JobText:
         """The texts in AUTOMATIC1111's syntax. `negative`: None for a job without guidance."""
         parts = a1111_syntax.parts(prompt)
         without = None
         if negative is not None:
-            without = self._timed(a1111_syntax.without_comments(negative), steps, clip_skip, is_negative=True)
+            without = self._timed(a1111_syntax.without_comments(negative), steps, options, is_negative=True)
         return JobText(
-            [self._timed(part.text, steps, clip_skip, is_negative=False) for part in parts],
+            [self._timed(part.text, steps, options, is_negative=False) for part in parts],
             [part.weight for part in parts],
             without,
-            self._family.unused_in_a1111(clip_skip),
+            self._family.unused_in_a1111(options),
         )
 
-    def _timed(self, text: str, steps: int, clip_skip: int, *, is_negative: bool) -> Timed:
+    def _timed(self, text: str, steps: int, options: TextOptions, *, is_negative: bool) -> Timed:
         """A text that may change by step."""
         schedule = a1111_syntax.schedule(text, steps)
         texts = [each for _, each in schedule]
@@ -74,9 +77,9 @@ class TextEncoder:
         is_none = is_negative and different == [""]
 
         def encode() -> Sequence[Row]:
-            return self._family.encode_pieces(pieces, counts, is_none=is_none, clip_skip=clip_skip)
+            return self._family.encode_pieces(pieces, counts, is_none=is_none, options=options)
 
-        rows = self._once((tuple(texts), is_none, clip_skip), encode)
+        rows = self._once((tuple(texts), is_none, options.key), encode)
         by_text = dict(zip(different, rows, strict=True))
         return Timed([end for end, _ in schedule], [by_text[each] for each in texts])
 
@@ -98,14 +101,16 @@ def _numbers(text: Text | Sequence[Row]) -> int:
     return sum(tensor.numel() for tensor in itertools.chain(*(row.values() for row in rows)))
 
 
-def cut_warning(tokenizer: Any, what: str, text: str) -> tuple[str, ...]:
-    """The warning that `text`, called `what`, is longer than the tokenizer's window; none where it fits."""
+def cut_warning(tokenizer: Any, what: str, tokens: Sequence[int]) -> tuple[str, ...]:
+    """The warning that a text, called `what`, is longer than the tokenizer's window; none where it fits.
+
+    `tokens` are all of its tokens, with its marks; those that are not the tokenizer's stand for vectors.
+    """
     limit = tokenizer.model_max_length
-    tokens = tokenizer(text, truncation=False, padding=False, verbose=False).input_ids
     if len(tokens) <= limit:
         return ()
     # The first and the last token mark the text's ends.
-    left_out = tokenizer.decode(tokens[limit - 1 : -1])
+    left_out = tokenizer.decode([each for each in tokens[limit - 1 : -1] if each < FIRST_VECTOR])
     return (f'The {what} was cut after {limit} tokens; left out: "{left_out}"',)
 
 

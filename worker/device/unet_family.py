@@ -7,18 +7,20 @@ sibling and `latent_consistency_models/pipeline_latent_consistency_text2img.py`.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import diffusers
 import torch
 
 from worker.contract.a1111_syntax import Piece
-from worker.contract.choices import Scheduler
+from worker.contract.choices import PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.device import unet_patches
 from worker.device.attention import Layer, shape_of
 from worker.device.clip_text import ClipTexts, Encoded, encoders_of
+from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.family import Lane, Schedulers, Text
 from worker.device.job_text import TEXT_BIAS, Row
 from worker.device.samplers import CLASSES
@@ -103,36 +105,52 @@ class UNetFamily:
         embeds_guidance = self._unet.config.time_cond_proj_dim is not None
         return 2 if guidance_scale > 1 and not embeds_guidance else 1
 
-    def encode(self, prompt: str, negative: str, *, guided: bool, clip_skip: int = 1) -> Text:
+    @property
+    def embedding_room(self) -> EmbeddingRoom:
+        """The sizes of the text encoders' first layers, and of the first one's window without its marks."""
+        layers = [encoder.model.get_input_embeddings() for encoder in self._clip.encoders]
+        room = self._clip.encoders[0].tokenizer.model_max_length - 2
+        return EmbeddingRoom(tuple(layer.embedding_dim for layer in layers), room)
+
+    def encode(self, prompt: str, negative: str, *, guided: bool, options: TextOptions = NO_OPTIONS) -> Text:
         """As diffusers' `encode_prompt` encodes them: layers are skipped of the prompt alone.
 
         An SDXL model may take zeros where there is no negative prompt.
         """
-        self._check_layers(clip_skip)
-        rows = [self._clip.encode_plain(prompt, clip_skip)]
+        self._check_layers(options)
+        rows = [self._clip.encode_plain(prompt, options)]
         if guided and not negative and getattr(self._pipeline.config, "force_zeros_for_empty_prompt", False):
             rows.insert(0, _zeros_like(rows[0]))
         elif guided:
-            rows.insert(0, self._clip.encode_plain(negative))
-        warnings = cut_warning(self._pipeline.tokenizer, "prompt", prompt)
-        warnings += unknown_words_warning(self._pipeline.tokenizer, prompt)
+            rows.insert(0, self._clip.encode_plain(negative, replace(options, clip_skip=1)))
+        first = self._clip.encoders[0]
+        warnings = cut_warning(first.tokenizer, "prompt", first.plain_ids(prompt, options))
+        parts = options.split(prompt, PromptSyntax.PLAIN)
+        words = " ".join(part for part in parts if isinstance(part, str))
+        warnings += unknown_words_warning(first.tokenizer, words)
         if guided:
-            warnings += cut_warning(self._pipeline.tokenizer, "negative prompt", negative)
+            warnings += cut_warning(first.tokenizer, "negative prompt", first.plain_ids(negative, options))
         return Text({name: torch.cat(tensors) for name, tensors in self._named(rows).items()}, warnings)
 
     def encode_pieces(
-        self, texts: Sequence[Sequence[Piece]], counts: Sequence[int], *, is_none: bool, clip_skip: int = 1
+        self,
+        texts: Sequence[Sequence[Piece]],
+        counts: Sequence[int],
+        *,
+        is_none: bool,
+        options: TextOptions = NO_OPTIONS,
     ) -> Sequence[Row]:
         """As the web UI encodes them, and for SDXL zeros for a negative prompt that is empty."""
-        self._check_layers(clip_skip)
-        encoded = self._clip.encode(texts, counts, clip_skip)
+        self._check_layers(options)
+        encoded = self._clip.encode(texts, counts, options)
         if self._is_xl and is_none:
             encoded = _zeros_like(encoded)
         named = {name: tensor for name, [tensor] in self._named([encoded]).items()}
         return [{name: tensor[[row]] for name, tensor in named.items()} for row in range(len(texts))]
 
-    def unused_in_a1111(self, clip_skip: int) -> tuple[str, ...]:
+    def unused_in_a1111(self, options: TextOptions) -> tuple[str, ...]:
         """The web UI takes SDXL's last layer but one, whatever CLIP skip says."""
+        clip_skip = options.clip_skip
         return (SKIPS_NONE.format(clip_skip),) if self._is_xl and clip_skip > 1 else ()
 
     def _named(self, rows: Sequence[Encoded]) -> dict[str, list[torch.Tensor]]:
@@ -144,11 +162,11 @@ class UNetFamily:
             name: [each.to(self._device, self._dtype) for each in tensors] for name, tensors in found.items()
         }
 
-    def _check_layers(self, clip_skip: int) -> None:
-        if clip_skip > (layers := self._clip.layers):
+    def _check_layers(self, options: TextOptions) -> None:
+        if options.clip_skip > (layers := self._clip.layers):
             raise InvalidJobError(
-                f"clip_skip is {clip_skip}, but this model's text encoder has {layers} layers: use 1 to "
-                f"{layers}."
+                f"clip_skip is {options.clip_skip}, but this model's text encoder has {layers} layers: use 1 "
+                f"to {layers}."
             )
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:

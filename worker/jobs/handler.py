@@ -38,6 +38,7 @@ from worker.contract.errors import (
     UnknownModelError,
 )
 from worker.contract.job import Job
+from worker.contract.job_files import unknown_warnings
 from worker.contract.job_parameters import DEFAULT_MODEL
 from worker.contract.message import Message
 from worker.contract.plain_text import plain
@@ -52,6 +53,7 @@ from worker.jobs import metrics
 from worker.jobs.bucket_access import BucketAccess
 from worker.jobs.image_file import CONTENT_TYPES, encode
 from worker.jobs.in_flight import JobsInFlight
+from worker.jobs.job_files import Files, NoFiles
 from worker.jobs.quarantine import Quarantine
 from worker.jobs.retry_policy import RetryPolicy, Verdict
 from worker.jobs.storage_retry import StorageRetry
@@ -92,8 +94,9 @@ class JobHandler:
         max_attempts: int,
         upload_timeout_s: float,
         mark_as_generated: bool = True,
+        files: Files = NoFiles(),  # noqa: B008 - has no state
     ) -> None:
-        self._name = name
+        self._name, self._files = name, files
         #: The model that this worker serves.
         self.served = served
         self._engine = engine
@@ -199,6 +202,7 @@ class JobHandler:
             return
         if not may_render:
             raise self._policy.poison(attempt)
+        job = self._files.provide(job)
         started_s = time.monotonic()
         rendered: Rendered = self._engine.submit(message.id, job).result()
         rendered_s = time.monotonic()
@@ -215,7 +219,7 @@ class JobHandler:
             uri=self._bucket.uri(*where),
             timings=Timings(queued=queued_s, rendered=rendered_s - started_s),
             worker=self._name,
-            warnings=(*rendered.warnings, *warnings_of(job)),
+            warnings=(*rendered.warnings, *warnings_of(job), *unknown_warnings(job, self._files.index)),
             nsfw=rendered.picture.nsfw,
         )
         data = _encode(rendered.picture, job, mark_as_generated=self._mark_as_generated)
@@ -323,7 +327,8 @@ def _is_of(record: JobRecord, message: Message, job: Job) -> bool:
     if record.id != message.id or record.state is not State.DONE:
         return False
     if message.job.is_open:  # Rendered with the revision that was served then.
-        job = job.model_copy(update={"model": record.job.model, "revision": record.job.revision})
+        rendered = {name: getattr(record.job, name) for name in ("model", "revision", "file_hashes")}
+        job = job.model_copy(update=rendered)
     return record.job.id in (job.id, message.id)
 
 

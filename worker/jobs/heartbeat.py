@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from worker.contract.file_index import NO_FILES, FileIndex
 from worker.contract.refusals import refusal_log
 from worker.state.fleet import ANNOUNCE_EVERY_S, Fleet, WorkerInfo
 from worker.state.keys import WORKERS_CHANNEL
@@ -31,8 +32,8 @@ class Heartbeat:
 
     `jobs` returns (steps done, steps in all) by id of all jobs in flight. `cancel` is called with the id of
     each job that was cancelled. `watchdog` is called about twice a second. `paused` returns why the worker
-    takes no jobs at present, or nothing; a change is announced at once. That Redis is out of reach is logged
-    once; each beat tries again.
+    takes no jobs at present, or nothing, and `files` what it offers; a change is announced at once. That
+    Redis is out of reach is logged once; each beat tries again.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Heartbeat:
         cancel: Callable[[str], None],
         watchdog: Callable[[], None],
         paused: Callable[[], str] = lambda: "",
+        files: Callable[[], FileIndex] = lambda: NO_FILES,
     ) -> None:
         self._records = records
         self._fleet = fleet
@@ -54,7 +56,7 @@ class Heartbeat:
         self._jobs = jobs
         self._cancel = cancel
         self._watchdog = watchdog
-        self._paused = paused
+        self._paused, self._files = paused, files
         self._withdrawing = threading.Event()
         self._withdrawn = False
         self._stop = threading.Event()
@@ -64,7 +66,7 @@ class Heartbeat:
     def start(self) -> None:
         """Announce the worker, and go on in a thread. A Redis out of reach only delays the announcement."""
         try:
-            self._fleet.announce(self._info)
+            self._tell()
             self._announce_due_s = time.monotonic() + ANNOUNCE_EVERY_S
         except Exception as error:  # noqa: BLE001 - the thread tries again
             refusal_log.refused("announcement", error)
@@ -111,8 +113,9 @@ class Heartbeat:
             self._beat_due_s = now_s + (BEAT_S if now_s < self._watched_until_s else self._lease_s / 4)
             self._beaten_s = now_s
             refusal_log.answered("heartbeat")
-        if (paused := self._paused()) != self._info.paused:
-            self._info = self._info.model_copy(update={"paused": paused})
+        now = {"paused": self._paused(), "files": self._files().digest}
+        if now != {name: getattr(self._info, name) for name in now}:
+            self._info = self._info.model_copy(update=now)
             self._announce_due_s = now_s
         if self._withdrawing.is_set():
             self._withdraw()
@@ -122,9 +125,16 @@ class Heartbeat:
             self._announce_due_s = now_s + ANNOUNCE_EVERY_S
             self._announce()
 
+    def _tell(self) -> None:
+        """Announce the worker, with what it offers."""
+        index = self._files()
+        self._fleet.indexes.put(index)
+        self._info = self._info.model_copy(update={"files": index.digest})
+        self._fleet.announce(self._info)
+
     def _announce(self) -> None:
         try:
-            self._fleet.announce(self._info)
+            self._tell()
         except RedisError as error:
             # What is wrong with the connection is noticed by the next beat.
             refusal_log.refused("announcement", error)

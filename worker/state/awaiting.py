@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from worker.contract.errors import UnknownJobError
+from worker.contract.file_index import NO_FILES
 from worker.contract.queues import Takers
 from worker.contract.record import JobRecord
+from worker.state.file_indexes import index_in
 from worker.state.fleet import WorkerInfo, groups_in, groups_of, takers
 from worker.state.hashes import is_in_doubt, record_of, says_final, seen_by, unknown
-from worker.state.keys import DIGEST, WORKERS, job_key, submission_key, worker_key
+from worker.state.keys import DIGEST, WORKERS, index_key, job_key, submission_key, worker_key
 from worker.state.records import READ_AT_ONCE
 from worker.state.redis_client import RETRY_EVERY_S, connect_async, is_lost
 
@@ -281,9 +283,20 @@ class _Watch:
             names = sorted(str(name) for name in await self._client.smembers(WORKERS))
             texts = await self._client.mget([worker_key(name) for name in names]) if names else []
             groups = groups_of(WorkerInfo.model_validate_json(text) for text in texts if text is not None)
-        for waiter in (each for waiters in self._waiters.values() for each in waiters):
-            if waiter.record is None or waiter.unserved.done():
+        left = [
+            waiter
+            for waiters in self._waiters.values()
+            for waiter in waiters
+            if waiter.record is not None and not waiter.unserved.done()
+        ]
+        has_files = any(waiter.record and waiter.record.job.file_hashes for waiter in left)
+        digests = sorted({group.files for group in groups if group.files}) if has_files else []
+        texts = await self._client.mget([index_key(digest) for digest in digests]) if digests else []
+        indexes = {digest: index_in(text, digest) for digest, text in zip(digests, texts, strict=True)}
+        for waiter in left:
+            if waiter.record is None:
                 continue
-            found = takers(groups, waiter.record.queue, waiter.record.job.version)
+            record = waiter.record
+            found = takers(groups, record.queue, record.job, lambda digest: indexes.get(digest, NO_FILES))
             if not found.workers:
                 waiter.unserved.set_result(found)

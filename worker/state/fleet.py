@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from worker.contract.choices import PromptSyntax
+from worker.contract.file_index import FileIndex
 from worker.contract.job import Job
+from worker.contract.job_files import lacking, with_files
 from worker.contract.job_parameters import DEFAULT_MODEL
 from worker.contract.queues import Takers, lists_of, queues_of
 from worker.contract.refusals import code_of
 from worker.contract.served_model import ServedModel
+from worker.state.file_indexes import FileIndexes
 from worker.state.keys import BOOK, DIGEST, LATEST, QUEUES, SERVED, WORKERS, worker_key
 from worker.state.scripts import ANNOUNCE, WITHDRAW
 from worker.state.shared_scripts import load
@@ -64,6 +67,8 @@ class WorkerInfo(BaseModel):
     #: The syntax of jobs that do not say theirs. Not among the model's defaults, where older producers refuse
     #: names that they do not know.
     prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
+    #: Digest of the index of the files that it offers; empty where it offers none.
+    files: str = ""
 
 
 class Group(BaseModel):
@@ -85,6 +90,8 @@ class Group(BaseModel):
     paused: bool = False
     #: As `WorkerInfo.prompt_syntax`.
     prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
+    #: As `WorkerInfo.files`.
+    files: str = ""
 
 
 class Digest(BaseModel):
@@ -112,9 +119,9 @@ def groups_in(digest: object) -> Sequence[Group] | None:
 
 def groups_of(workers: Iterable[WorkerInfo]) -> Sequence[Group]:
     """The groups of `workers`."""
-    members: dict[tuple[ServedModel, int, bool, PromptSyntax], list[tuple[float, str]]] = {}
+    members: dict[tuple[ServedModel, int, bool, PromptSyntax, str], list[tuple[float, str]]] = {}
     for worker in workers:
-        kind = (worker.served, worker.reads, bool(worker.paused), worker.prompt_syntax)
+        kind = (worker.served, worker.reads, bool(worker.paused), worker.prompt_syntax, worker.files)
         members.setdefault(kind, []).append((worker.started_at, worker.name))
     return [
         Group(
@@ -125,25 +132,42 @@ def groups_of(workers: Iterable[WorkerInfo]) -> Sequence[Group]:
             reads=reads,
             paused=paused,
             prompt_syntax=syntax,
+            files=files,
         )
-        for (served, reads, paused, syntax), of in members.items()
+        for (served, reads, paused, syntax, files), of in members.items()
     ]
 
 
-def takers(groups: Iterable[Group], queue: str, version: int) -> Takers:
-    """Who of `groups` takes messages of `version` from `queue`."""
+def takers(groups: Iterable[Group], queue: str, job: Job, index_of: Callable[[str], FileIndex]) -> Takers:
+    """Who of `groups` takes messages of `job` from `queue`. `index_of` a digest: the files of a group."""
     fitting = [group for group in groups if queue in queues_of(group.served)]
-    reading = [group for group in fitting if group.reads >= version]
+    reading = [group for group in fitting if group.reads >= job.version]
+    taking = [group for group in reading if not lacking(job, index_of(group.files))]
     return Takers(
-        workers=sum(group.workers for group in reading if not group.paused),
-        paused=sum(group.workers for group in reading if group.paused),
+        workers=sum(group.workers for group in taking if not group.paused),
+        paused=sum(group.workers for group in taking if group.paused),
         reads=max((group.reads for group in fitting), default=0),
+        lacking=sum(group.workers for group in reading) - sum(group.workers for group in taking),
     )
 
 
 def version_read(groups: Iterable[Group], queue: str) -> int:
     """The version of messages up to which one of `groups` takes jobs from `queue`; 0 where none does."""
     return max((group.reads for group in groups if queue in queues_of(group.served)), default=0)
+
+
+@dataclass(frozen=True)
+class Meant:
+    """What a job means that names no revision, or no model."""
+
+    served: ServedModel
+    prompt_syntax: PromptSyntax
+    #: The files that jobs may name.
+    index: FileIndex
+
+    def resolve(self, job: Job) -> Job:
+        """`job` with all of it. Raises `InvalidJobError`."""
+        return with_files(job.in_syntax(self.prompt_syntax).resolved(self.served), self.index)
 
 
 @dataclass(frozen=True)
@@ -154,13 +178,26 @@ class FleetSnapshot:
     live: Sequence[Group]
     #: What was served last, those that were live last first.
     last_seen: Sequence[Group]
+    #: The index of each digest in these.
+    indexes: Mapping[str, FileIndex]
+
+    def meant(self, job: Job) -> Meant | None:
+        """As `Fleet.meant`, at that moment."""
+        for groups in (self.live, self.last_seen):
+            if (group := _meant_by(job, groups)) is not None:
+                return Meant(group.served, group.prompt_syntax, self.indexes[group.files])
+        return None
 
     def resolve(self, job: Job) -> Job:
         """As `Fleet.resolve`, at that moment."""
-        for groups in (self.live, self.last_seen):
-            if (group := _meant_by(job, groups)) is not None:
-                return job.in_syntax(group.prompt_syntax).resolved(group.served)
-        return job if job.revision else job.opened()
+        return resolved_by(self.meant(job), job)
+
+
+def resolved_by(meant: Meant | None, job: Job) -> Job:
+    """`job` by what it means; open where no worker announced its model. Raises `InvalidJobError`."""
+    if meant is not None:
+        return meant.resolve(job)
+    return job if job.revision else job.opened()
 
 
 class Fleet:
@@ -171,6 +208,8 @@ class Fleet:
         self._ttl_s = ttl_s
         self._announce = client.register_script(ANNOUNCE)
         self._withdraw = client.register_script(WITHDRAW)
+        #: The files that workers offer.
+        self.indexes = FileIndexes(client, ttl_s)
 
     def now(self) -> float:
         """Unix seconds by Redis' clock."""
@@ -187,6 +226,8 @@ class Fleet:
             served += ',"paused":true'
         if worker.prompt_syntax is not PromptSyntax.PLAIN:
             served += f',"prompt_syntax":"{worker.prompt_syntax}"'
+        if worker.files:
+            served += f',"files":"{worker.files}"'
         group = hashlib.sha256(served.encode()).hexdigest()[:16]
         said = worker.model_dump_json(exclude_defaults=True)
         keys = [worker_key(worker.name), WORKERS, DIGEST, BOOK, SERVED, QUEUES, LATEST]
@@ -244,19 +285,26 @@ class Fleet:
                 raise
             # A producer may not: the next worker that announces itself does.
 
-    def resolve(self, job: Job) -> Job:
-        """`job` with the model, revision and syntax that it means; open where no worker announced the model.
-
-        A job that names a revision that nobody serves stays as it is, and waits for such a worker.
-        """
+    def meant(self, job: Job) -> Meant | None:
+        """What `job` means; None where no worker announced its model."""
         for known in (self.groups, self._groups_last_seen):
             if (group := _meant_by(job, known())) is not None:
-                return job.in_syntax(group.prompt_syntax).resolved(group.served)
-        return job if job.revision else job.opened()
+                return Meant(group.served, group.prompt_syntax, self.indexes.get(group.files))
+        return None
+
+    def resolve(self, job: Job) -> Job:
+        """`job` with the model, revision, syntax and files that it means.
+
+        Open where no worker announced the model. A job that names a revision that nobody serves stays as it
+        is, and waits for such a worker. Raises `InvalidJobError` for a file that cannot be used.
+        """
+        return resolved_by(self.meant(job), job)
 
     def snapshot(self) -> FleetSnapshot:
         """What is served now, for who resolves many jobs."""
-        return FleetSnapshot(self.groups(), self._groups_last_seen())
+        live, last_seen = self.groups(), self._groups_last_seen()
+        indexes = {group.files: self.indexes.get(group.files) for group in (*live, *last_seen)}
+        return FleetSnapshot(live, last_seen, indexes)
 
     def serving(self, *queues: str, version: int = 1) -> int:
         """The number of live workers that take messages of `version` from one of `queues`."""
@@ -268,9 +316,9 @@ class Fleet:
             and not set(queues).isdisjoint(queues_of(group.served))
         )
 
-    def takers(self, queue: str, version: int = 1) -> Takers:
-        """Who takes messages of `version` from `queue`."""
-        return takers(self.groups(), queue, version)
+    def takers(self, queue: str, job: Job) -> Takers:
+        """Who takes messages of `job` from `queue`."""
+        return takers(self.groups(), queue, job, self.indexes.get)
 
     def version_read(self, queue: str) -> int:
         """The version of messages up to which a live worker takes jobs from `queue`; 0 where none does."""
@@ -305,9 +353,15 @@ class Fleet:
         found = []
         for number, worker in enumerate(self._last_seen()):
             place = (float(number), worker.name)
-            syntax = worker.prompt_syntax
             found.append(
-                Group(served=worker.served, workers=0, first=place, last=place, prompt_syntax=syntax)
+                Group(
+                    served=worker.served,
+                    workers=0,
+                    first=place,
+                    last=place,
+                    prompt_syntax=worker.prompt_syntax,
+                    files=worker.files,
+                )
             )
         return found
 

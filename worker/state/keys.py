@@ -25,6 +25,8 @@
     smallcat:worker::served  string   the digest of the live workers: which models are served, by how many; no
                                       worker has that name
     smallcat:worker-only:usage:<day>  what tenants have used, by day (`worker.state.usage`)
+    smallcat:worker::files:<digest>   the files that workers offer beside their model, as JSON: once for all
+                             string   that offer the same (`worker.state.file_indexes`)
     smallcat:worker-only:fleet:...    the book that the digest is made from (`fleet_book.lua`)
     smallcat:served          string   the last announcements of each model, for when its workers are away
     smallcat:http:keys       hash     the keys of the HTTP API by their hash (`producer.http.key_store`)
@@ -148,3 +150,8 @@ def run_key(run: str) -> str:
 def worker_key(name: str) -> str:
     """The key of a worker's announcement."""
     return f"smallcat:worker:{name}"
+
+
+def index_key(digest: str) -> str:
+    """The key of an index of files. No worker has such a name."""
+    return f"smallcat:worker::files:{digest}"

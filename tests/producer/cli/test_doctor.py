@@ -18,6 +18,7 @@ from producer.ingest.submit_file import submit_file
 from tests.worker.engine.fake_runner import SERVED, job_of
 from tests.worker.storage.wire import EVERYTHING, Wire
 from worker.contract.errors import SettingsError
+from worker.contract.file_index import FileEntry, FileIndex
 from worker.contract.queues import queue_of
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
@@ -37,7 +38,7 @@ def client(environment: dict[str, str]) -> Iterator[Redis]:
         yield client
 
 
-def announce(client: Redis, name: str, torch: str = "2.13", paused: str = "") -> None:
+def announce(client: Redis, name: str, torch: str = "2.13", paused: str = "", files: str = "") -> None:
     info = WorkerInfo(
         name=name,
         served=SERVED,
@@ -47,6 +48,7 @@ def announce(client: Redis, name: str, torch: str = "2.13", paused: str = "") ->
         max_rows=8,
         versions={"torch": torch},
         paused=paused,
+        files=files,
     )
     Fleet(client, 1_000).announce(info)
 
@@ -259,3 +261,16 @@ def test_a_misspelt_setting_ends_the_examination(client: Redis, monkeypatch: pyt
     monkeypatch.setenv("SMALLCAT_MODLE", "x")
     with pytest.raises(SettingsError, match="Did you mean SMALLCAT_MODEL"):
         list(examine())
+
+
+def test_files_beside_the_model_are_listed_and_what_is_wrong_with_any(client: Redis) -> None:
+    good = FileEntry(kind="embedding", name="cat", sha256="ab" * 32, architecture="SD 1.x", size=3_200)
+    bad = FileEntry(kind="embedding", name="dog", problem="it is a pickle: convert it")
+    index = FileIndex.of([good, bad])
+    Fleet(client, 1_000).indexes.put(index)
+    announce(client, "a", files=index.digest)
+    listed, wrong = found("files")
+    assert (listed.ok, listed.text) == (True, "embedding cat: SD 1.x, 3,200 bytes, AutoV2 ABABABABAB")
+    assert (wrong.ok, wrong.text) == (False, "embedding dog cannot be used: it is a pickle: convert it")
+    announce(client, "b")
+    assert "offer different files (a; b): give them the same ones" in found("files")[-1].text

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.embedded.servers import ValkeyProcess
-from producer.ingest.message_templates import JobTemplates, MessageTemplate
+from producer.ingest.message_templates import JobTemplates, MessageTemplate, Resolver
 from worker.celery import app, connection
 from worker.contract.errors import InvalidJobError
+from worker.contract.file_index import FileEntry, FileIndex
 from worker.contract.job import Job
+from worker.contract.job_files import with_files
 from worker.contract.job_parameters import MAX_SEED
 from worker.contract.message import RunMark, route_of, task_call_of
 from worker.contract.queues import queue_of
@@ -77,6 +79,25 @@ def test_templated_jobs_are_those_that_job_parse_makes(lines: list[dict[str, Any
         assert templated.route == route_of(job) == (queue_of(job), 9 - job.priority)
         values = job.model_dump(mode="json", exclude={"prompt", "seed", "metadata"})
         assert templated.shape == values
+
+
+def test_prompts_that_name_files_are_resolved_one_by_one() -> None:
+    """Those of one shape that name none are not: the template has no file of another prompt."""
+    index = FileIndex.of(
+        FileEntry(kind="embedding", name=name, sha256="ab" * 32) for name in ("x", "cat dog")
+    )
+    for syntax in ("plain", "a1111"):
+        resolver = Resolver(
+            lambda job: with_files(job.resolved(SERVED), index), lambda _: index.embedding_names
+        )
+        templates = JobTemplates(resolver)
+        for prompt in ("a cat", "x", "<x>", "a cat dog", "a <cat dog> (x:1.2)", "<y>", "a dog"):
+            for negative in ("", "x, <cat dog>"):
+                fields = {"prompt": prompt, "seed": 5, "prompt_syntax": syntax, "negative_prompt": negative}
+                job = resolver.job(Job.parse(fields))
+                templated = templates.fill(fields)
+                assert (templated.id, templated.version) == (job.id, job.version), fields
+                assert templated.job == json.dumps(job.model_dump(mode="json"))
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ import pytest
 
 from producer.ingest.pinned import Pinned
 from worker.contract.choices import PromptSyntax
+from worker.contract.file_index import NO_FILES, FileEntry, FileIndex
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
+from worker.state.fleet import Meant
 
 SERVED = ServedModel(
     name="m", revision="r", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
@@ -33,9 +35,9 @@ class Notes:
         return self.notes.get(name)
 
 
-def pinned(notes: dict[str, str], syntax: PromptSyntax) -> Pinned:
+def pinned(notes: dict[str, str], syntax: PromptSyntax, index: FileIndex = NO_FILES) -> Pinned:
     run: Any = Notes(notes)
-    fleet: Any = SimpleNamespace(resolve=lambda job: job.in_syntax(syntax).resolved(SERVED))
+    fleet: Any = SimpleNamespace(meant=lambda job: Meant(SERVED, syntax, index))
     return Pinned(run, fleet)
 
 
@@ -69,3 +71,18 @@ def test_what_is_foreseen_is_what_a_run_would_pin_or_has_pinned() -> None:
     assert not notes
     assert foreseen == pinned(notes, PromptSyntax.A1111).resolve(job)
     assert pinned(notes, PromptSyntax.PLAIN).foreseen(job) == foreseen
+
+
+def test_a_run_keeps_the_files_that_it_began_with() -> None:
+    """Although the one of that name was replaced since, and Redis has the index of then no longer."""
+    notes: dict[str, str] = {}
+    first, second = (
+        FileIndex.of([FileEntry(kind="embedding", name="x", sha256=digits * 32)]) for digits in ("aa", "bb")
+    )
+    job = Job(prompt="a <x>", seed=1)
+    resolved = pinned(notes, PromptSyntax.PLAIN, first).resolve(job)
+    assert resolved.file_hashes == {"embedding:x": "aa" * 32}
+    resumed = pinned(notes, PromptSyntax.PLAIN, second)
+    assert resumed.resolve(job) == resolved
+    assert resumed.resolver.names(job).may_be_in("a <x>")
+    assert pinned({}, PromptSyntax.PLAIN, second).foreseen(job).id != resolved.id

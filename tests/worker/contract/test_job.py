@@ -263,6 +263,7 @@ OTHER_VALUES: dict[str, Any] = {
     "schedule": "sgm_uniform",
     "prompt_syntax": "a1111",
     "clip_skip": 2,
+    "file_hashes": {"embedding:easynegative": "ab" * 32},
     "model": "another/model",
     "revision": "fedcba9876543210",
     "format": "webp",

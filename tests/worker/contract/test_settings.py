@@ -82,6 +82,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_DEFAULT_PROMPT_SYNTAX": ("a1111", "a1111", [("comfyui", "'plain' or 'a1111'")]),
     "USE_MEMORY_EFFICIENT_ATTENTION": ("0", "0", [("yes", "'0' or '1'"), ("2", "'0' or '1'")]),
     "SMALLCAT_COMPILE": ("0", False, [("perhaps", "valid boolean")]),
+    "SMALLCAT_EMBEDDINGS": ("/embeddings", "/embeddings", []),
     "SMALLCAT_EXACT": ("1", True, [("perhaps", "valid boolean")]),
     "SMALLCAT_CACHE_DIR": ("/cache", "/cache", []),
     "SMALLCAT_MAX_BATCH": ("256", 256, [("0", "greater than or equal to 1"), ("257", "less than or equal")]),

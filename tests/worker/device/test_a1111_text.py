@@ -18,6 +18,7 @@ from tests import a1111_oracle, a1111_prompts
 from worker.contract import a1111_syntax
 from worker.contract.job import Job
 from worker.device.clip_text import ClipEncoder, ClipTexts, chunks_of, encoders_of
+from worker.device.embeddings import EmbeddingRoom, TextOptions
 from worker.device.job_text import TEXT_BIAS, JobText, Timed, batched
 from worker.device.text_encoder import TextEncoder
 
@@ -174,11 +175,12 @@ class Family:
             list(encoders_of(SimpleNamespace(tokenizer=tokenizer(), text_encoder=model(CLIPTextModel, 1))))
         )
         self.calls: list[tuple[list[int], bool]] = []
+        self.embedding_room = EmbeddingRoom((), 0)
 
-    def unused_in_a1111(self, clip_skip: int) -> tuple[str, ...]:
+    def unused_in_a1111(self, options: TextOptions) -> tuple[str, ...]:
         return ()
 
-    def encode_pieces(self, texts: Any, counts: Any, *, is_none: bool, clip_skip: int) -> Any:
+    def encode_pieces(self, texts: Any, counts: Any, *, is_none: bool, options: TextOptions) -> Any:
         self.calls.append((list(counts), is_none))
         hidden, _ = self.clip.encode(texts, counts)
         return [{"text": hidden[[row]]} for row in range(len(texts))]

@@ -24,6 +24,7 @@ from worker.contract.errors import (
     EngineStoppedError,
     InvalidJobError,
     JobCancelledError,
+    MissingFileError,
     NewerMessageError,
     NotFiniteError,
     PermanentStorageError,
@@ -31,6 +32,7 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
+from worker.contract.file_index import NO_FILES
 from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import payload_of
 from worker.contract.metadata.job_from_image import read_infotext
@@ -694,3 +696,41 @@ def test_a_newer_message_goes_back_untouched(worker: Worker, client: Redis) -> N
     with pytest.raises(NewerMessageError, match=said):
         worker.handler.handle(newer, "m1")
     assert client.dbsize() == 0
+
+
+# --- files beside the model ---------------------------------------------------------------------------------
+
+WITH_FILE = job_of(6, prompt="a <cat>", file_hashes={"embedding:cat": "ab" * 32})
+
+
+def test_a_job_whose_file_is_missing_goes_back_without_an_attempt(
+    worker: Worker, client: Redis, storage: FlakyBucket
+) -> None:
+    """As often as it comes, and a worker that has the file does it then."""
+    worker.submit(WITH_FILE)
+    for _ in range(5):
+        with pytest.raises(MissingFileError, match='lacks embedding "cat"'):
+            worker.handle(WITH_FILE)
+    record = worker.records.get(WITH_FILE.id)
+    assert (record.state, record.attempts) == (State.QUEUED, 0)
+    with Worker(client, storage, "w2", files=HasAll()) as other:
+        assert other.handle(WITH_FILE) is None
+    record = worker.records.get(WITH_FILE.id)
+    assert (record.state, record.attempts, record.warnings) == (State.DONE, 1, ())
+
+
+def test_what_looks_like_an_embedding_and_is_none_is_in_the_record(worker: Worker) -> None:
+    job = job_of(7, prompt="a <dog>")
+    worker.submit(job)
+    assert worker.handle(job) is None
+    [warning] = worker.records.get(job.id).warnings
+    assert warning.startswith("<dog> in the prompt is drawn as words")
+
+
+class HasAll:
+    """The files of a worker that has what any job asks for."""
+
+    index = NO_FILES
+
+    def provide(self, job: Job) -> Job:
+        return job

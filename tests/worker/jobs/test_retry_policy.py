@@ -34,6 +34,7 @@ VERDICTS = {
     errors.DeviceError: Verdict.GIVE_BACK,
     errors.EngineStoppedError: Verdict.GIVE_BACK,
     errors.BucketRefusedError: Verdict.GIVE_BACK,
+    errors.MissingFileError: Verdict.GIVE_BACK,
     errors.NewerMessageError: Verdict.GIVE_BACK,
     errors.ServiceError: Verdict.FAIL,
     errors.QueueError: Verdict.FAIL,

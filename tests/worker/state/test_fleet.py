@@ -17,7 +17,8 @@ from deploy.embedded.servers import ValkeyProcess
 from worker.celery import app, connection
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import Job
+from worker.contract.file_index import FileEntry, FileIndex
+from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import task_call_of
 from worker.contract.queues import lists_of, queue_of, queues_of
 from worker.contract.served_model import Defaults, ServedModel
@@ -295,3 +296,79 @@ def test_a_plain_fleet_announces_no_syntax_and_changes_no_job(fleet: Fleet, clie
     assert "syntax" not in said
     assert "prompt_syntax" not in fleet.resolve(job()).model_dump()
     assert fleet.resolve(job(model="unknown")).prompt_syntax == "plain"
+
+
+# --- files beside the model ---------------------------------------------------------------------------------
+
+
+def offering(name: str, *files: FileEntry, started_at: float = 1.0) -> tuple[WorkerInfo, FileIndex]:
+    index = FileIndex.of(files)
+    more = {"files": index.digest, "reads": FORMAT_VERSION}
+    return worker(name, "m", started_at=started_at).model_copy(update=more), index
+
+
+def entry(name: str, digits: str) -> FileEntry:
+    return FileEntry(kind="embedding", name=name, sha256=digits * 32)
+
+
+def announce(fleet: Fleet, info: WorkerInfo, index: FileIndex) -> None:
+    fleet.indexes.put(index)
+    fleet.announce(info)
+
+
+def test_an_index_lies_in_redis_once_for_all_workers_that_have_the_same_files(
+    fleet: Fleet, client: Redis
+) -> None:
+    for name in ("a", "b", "c"):
+        announce(fleet, *offering(name, entry("cat", "aa")))
+    [key] = client.keys("smallcat:worker::files:*")
+    assert 0 < client.ttl(key) <= TTL_S
+    assert [group.workers for group in fleet.groups()] == [3]
+    assert len(fleet.workers()) == 3
+    announce(fleet, *offering("d", entry("cat", "bb")))
+    assert len(client.keys("smallcat:worker::files:*")) == 2
+    # A worker without files announces nothing that older producers do not know.
+    fleet.announce(worker("e", "m"))
+    assert "files" not in (client.get("smallcat:worker:e") or "")
+
+
+def test_a_job_has_the_files_of_the_newest_worker_by_content(fleet: Fleet) -> None:
+    announce(fleet, *offering("a", entry("cat", "aa"), started_at=1.0))
+    first = fleet.resolve(job(prompt="a <cat>"))
+    assert first.file_hashes == {"embedding:cat": "aa" * 32}
+    assert fleet.snapshot().resolve(job(prompt="a <cat>")) == first
+    announce(fleet, *offering("b", entry("cat", "bb"), started_at=2.0))
+    second = fleet.resolve(job(prompt="a <cat>"))
+    assert second.id != first.id
+    assert fleet.resolve(job(prompt="a cat")).file_hashes == {}
+    # A job that is sent again is the same one.
+    assert fleet.resolve(first) == first
+
+
+def test_what_was_offered_last_is_meant_while_no_worker_is_up(fleet: Fleet, client: Redis) -> None:
+    announce(fleet, *offering("a", entry("cat", "aa")))
+    before = fleet.resolve(job(prompt="a <cat>"))
+    fleet.withdraw("a")
+    assert Fleet(client, TTL_S).resolve(job(prompt="a <cat>")) == before
+
+
+def test_who_lacks_a_file_does_not_take_its_jobs(fleet: Fleet) -> None:
+    announce(fleet, *offering("a", entry("cat", "aa"), started_at=2.0))
+    announce(fleet, *offering("b", started_at=1.0))
+    resolved = fleet.resolve(job(prompt="a <cat>"))
+    found = fleet.takers(queue_of(resolved), resolved)
+    assert (found.workers, found.lacking) == (1, 1)
+    fleet.withdraw("a")
+    found = fleet.takers(queue_of(resolved), resolved)
+    assert (found.workers, found.lacking) == (0, 1)
+    plain = fleet.resolve(job())
+    assert fleet.takers(queue_of(plain), plain).workers == 1
+
+
+def test_an_index_that_is_gone_or_forged_is_none(fleet: Fleet, client: Redis) -> None:
+    info, index = offering("a", entry("cat", "aa"))
+    announce(fleet, info, index)
+    client.set(f"smallcat:worker::files:{index.digest}", FileIndex.of([entry("cat", "bb")]).model_dump_json())
+    assert Fleet(client, TTL_S).resolve(job(prompt="a <cat>")).file_hashes == {}
+    client.delete(f"smallcat:worker::files:{index.digest}")
+    assert Fleet(client, TTL_S).resolve(job(prompt="a <cat>")).file_hashes == {}

@@ -118,13 +118,13 @@ def test_the_digest_changes_only_with_what_is_served_and_by_how_many(fleet: Flee
     fleet.announce(paused)
     assert client.get(DIGEST) != before
     assert same(fleet)
-    assert (fleet.serving("smallcat.m@r1"), fleet.takers("smallcat.m@r1").paused) == (1, 1)
+    assert (fleet.serving("smallcat.m@r1"), fleet.takers("smallcat.m@r1", job()).paused) == (1, 1)
     again = paused.model_copy(update={"paused": "for another reason"})
     now = client.get(DIGEST)
     fleet.announce(again)
     assert client.get(DIGEST) == now
     fleet.announce(worker("a", "m"))
-    assert (fleet.serving("smallcat.m@r1"), fleet.takers("smallcat.m@r1").paused) == (2, 0)
+    assert (fleet.serving("smallcat.m@r1"), fleet.takers("smallcat.m@r1", job()).paused) == (2, 0)
     before = client.get(DIGEST)
     fleet.withdraw("b")
     assert client.get(DIGEST) != before

@@ -1,0 +1,229 @@
+"""Files in folders and buckets: what is found, what is wrong with it, and what changes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from worker.contract.errors import MissingFileError, SettingsError, StorageError
+from worker.contract.file_index import FileEntry, Kind
+from worker.contract.job import Job
+from worker.contract.job_files import with_files
+from worker.contract.served_model import Defaults, ServedModel
+from worker.model import embedding_files, file_store
+from worker.model.file_store import FileStore
+
+SERVED = ServedModel(
+    name="m", revision="r", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=5.0)
+)
+
+
+def embedding(width: int = 768, vectors: int = 2, fill: float = 0.0) -> bytes:
+    return save({"emb_params": torch.full((vectors, width), fill)})
+
+
+def store(place: Path | str, cache: Path, **more: Any) -> FileStore:
+    return FileStore({Kind.EMBEDDING: str(place)}, cache, **more)
+
+
+def by_name(files: FileStore) -> dict[str, FileEntry]:
+    return {entry.name: entry for entry in files.index.files}
+
+
+def job(prompt: str, files: FileStore) -> Job:
+    return with_files(Job(prompt=prompt, seed=1).resolved(SERVED), files.index)
+
+
+def test_files_are_found_by_name_content_and_what_they_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "embeddings"
+    (folder / "sub" / "cat-toy").mkdir(parents=True)
+    (folder / "EasyNegative.safetensors").write_bytes(embedding())
+    (folder / "sub" / "two.SAFETENSORS").write_bytes(embedding(1_024))
+    save_file({"<cat-toy>": torch.zeros(768)}, folder / "sub" / "cat-toy" / "learned_embeds.safetensors")
+    both = {"clip_l": torch.zeros(3, 768), "clip_g": torch.zeros(3, 1_280)}
+    save_file(both, folder / "xl.safetensors")
+    (folder / "readme.txt").write_text("not one")
+    (folder / "EasyNegative.preview.png").write_text("not one")
+    files = store(folder, tmp_path)
+    assert {name: entry.architecture for name, entry in by_name(files).items()} == {
+        "EasyNegative": "SD 1.x",
+        "two": "SD 2.x",
+        "cat-toy": "SD 1.x",
+        "xl": "SDXL",
+    }
+    entry = by_name(files)["EasyNegative"]
+    data = (folder / "EasyNegative.safetensors").read_bytes()
+    assert (entry.sha256, entry.size) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert entry.auto_v2 == entry.sha256[:10].upper()
+    assert files.path(Kind.EMBEDDING, entry.sha256) == folder / "EasyNegative.safetensors"
+
+
+def header(entries: dict[str, Any], data: bytes = b"") -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        ("x.pt", b"PK\x03\x04", "pickled weights can run any code"),
+        ("x.bin", b"", "pickled weights can run any code"),
+        ("x.safetensors", b"PK\x03\x04" + bytes(30), "is a pickle with the name of a .safetensors file"),
+        ("x.safetensors", b"", "is truncated or not a safetensors file"),
+        ("x.safetensors", embedding()[:-1], "bytes: download it again"),
+        ("x.safetensors", save({"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}), "it has 2 tensors (a, b)"),
+        ("x.safetensors", save({"t5xxl": torch.zeros(1, 2)}), "it is for SD 3"),
+        ("x.safetensors", save({"x": torch.zeros(1, 2, 3)}), "its tensor has the shape (1, 2, 3)"),
+        ("x.safetensors", save({"x": torch.zeros(76, 8)}), "it has 76 vectors, the limit is 75"),
+        ("x.safetensors", save({"x": torch.zeros(0, 8)}), "it has 0 vectors"),
+        ("x.safetensors", save({"x": torch.zeros(1, 9_000)}), "its tensor has the shape (1, 9000)"),
+        ("x.safetensors", save({"x": torch.zeros(1, 8, dtype=torch.int8)}), "it is stored as I8"),
+        (
+            "x.safetensors",
+            save({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(2, 8)}),
+            "have different numbers of vectors",
+        ),
+        # A header that promises more than there is, or less.
+        (
+            "x.safetensors",
+            header({"x": {"dtype": "F32", "shape": [1, 8], "data_offsets": [0, 1 << 40]}}),
+            "bytes",
+        ),
+        (
+            "x.safetensors",
+            header({"x": {"dtype": "F32", "shape": [-1, 8], "data_offsets": [0, 0]}}),
+            "vectors",
+        ),
+        ("a(b).safetensors", embedding(), 'its name has "("'),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence_and_harms_no_other(
+    tmp_path: Path, name: str, data: bytes, problem: str
+) -> None:
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    (folder / "good.safetensors").write_bytes(embedding())
+    (folder / name).write_bytes(data)
+    files = store(folder, tmp_path)
+    [bad] = [entry for entry in files.index.files if entry.problem]
+    assert problem in bad.problem
+    assert "\n" not in bad.problem
+    assert not by_name(files)["good"].problem
+
+
+def test_a_large_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_files, "MAX_BYTES", 100)
+    (tmp_path / "x.safetensors").write_bytes(embedding())
+    assert "the limit is 100" in by_name(store(tmp_path, tmp_path))["x"].problem
+
+
+def test_two_files_of_one_name_are_told_and_none_is_chosen_by_chance(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.safetensors").write_bytes(embedding(fill=ord(folder)))
+    assert "two files have this name" in by_name(store(tmp_path, tmp_path))["x"].problem
+
+
+def test_a_file_that_is_replaced_is_another_one_and_the_index_says_so(tmp_path: Path) -> None:
+    place = tmp_path / "x.safetensors"
+    place.write_bytes(embedding())
+    files = store(tmp_path, tmp_path)
+    before = job("a <x>", files)
+    assert files.provide(before) == before
+    first = files.index
+    files.look()
+    assert files.index is first, "nothing changed"
+    place.write_bytes(embedding(fill=1.0))
+    files.look()
+    assert files.index.digest != first.digest
+    assert job("a <x>", files).id != before.id
+    with pytest.raises(MissingFileError, match='lacks embedding "x"'):
+        files.provide(before)
+
+
+def test_a_job_that_asks_for_a_new_file_makes_a_worker_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, other = store(tmp_path, tmp_path), tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "x.safetensors").write_bytes(embedding())
+    asked = job("a <x>", store(tmp_path, tmp_path))
+    with pytest.raises(MissingFileError):
+        files.provide(asked)  # It has looked just now.
+    monkeypatch.setattr(file_store, "ASKED_EVERY_S", -1.0)
+    assert files.provide(asked) == asked
+    assert store("", tmp_path).provide(job("a cat", files)).file_hashes == {}
+    with pytest.raises(MissingFileError):
+        store("", tmp_path).provide(asked)
+
+
+def test_a_job_that_was_sent_before_any_worker_was_up_means_the_files_of_its_worker(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(embedding())
+    files = store(tmp_path, tmp_path)
+    opened = Job(prompt="a <x>", seed=1).opened()
+    assert list(files.provide(opened).file_hashes) == ["embedding:x"]
+
+
+def test_a_folder_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="is not there: make it"):
+        store(tmp_path / "nowhere", tmp_path)
+
+
+class FakeBucket:
+    """Objects by address: bytes, and when they were put."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = {uri: (data, 1.0) for uri, data in objects.items()}
+        self.opened: list[str] = []
+        self.fails = False
+
+    def below(self, address: str) -> Iterator[tuple[str, float]]:
+        if self.fails:
+            raise StorageError("out of reach")
+        for uri, (_, put_at) in self.objects.items():
+            if uri.startswith(f"{address}/"):
+                yield uri, put_at
+
+    @contextmanager
+    def open(self, uri: str) -> Iterator[IO[bytes]]:
+        self.opened.append(uri)
+        yield io.BytesIO(self.objects[uri][0])
+
+
+def test_files_in_a_bucket_are_copied_once_and_again_when_they_are_replaced(tmp_path: Path) -> None:
+    uri = "s3://b/embeddings/x.safetensors"
+    bucket = FakeBucket({uri: embedding(), "s3://b/other/y.safetensors": embedding()})
+    files = store("s3://b/embeddings", tmp_path, remote_of=lambda _: bucket)
+    entry = by_name(files)["x"]
+    path = files.path(Kind.EMBEDDING, entry.sha256)
+    assert path is not None
+    assert path.read_bytes() == embedding()
+    files.look()
+    assert bucket.opened == [uri]
+    bucket.objects[uri] = embedding(fill=1.0), 2.0
+    files.look()
+    assert bucket.opened == [uri, uri]
+    assert by_name(files)["x"].sha256 != entry.sha256
+    assert not list((tmp_path / "files").glob("*.part"))
+    bucket.fails = True
+    with pytest.raises(StorageError):
+        files.look()
+    assert by_name(files)["x"].sha256 != entry.sha256, "what is known stays"
+
+
+def test_an_object_that_is_too_large_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_store, "_MOST", {Kind.EMBEDDING: 100})
+    bucket = FakeBucket({"s3://b/e/x.safetensors": embedding()})
+    files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
+    assert "more than 100 bytes" in by_name(files)["x"].problem
+    assert list((tmp_path / "files").iterdir()) == []

@@ -1,0 +1,132 @@
+"""The files that a worker offers beside its model, by name and content: jobs ask for them by both.
+
+A worker makes the index of its files, and announces its digest. The index itself lies in Redis once for all
+workers that have the same files. Producers look a name up in it and put the file's SHA-256 into the job, so
+that a file that is replaced is another picture.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+from worker.contract.embedding_names import EmbeddingNames
+
+#: Characters of a file's name, at most, and what it may not have: marks of prompts and of infotexts.
+MAX_NAME, MARKS = 100, '<>:,"/\\|[](){}'
+#: Digits of a SHA-256 that Civitai's AutoV2 has.
+AUTO_V2 = 10
+#: Files of all kinds in one index, at most.
+MAX_FILES = 10_000
+
+
+class Kind(StrEnum):
+    """What a file is for."""
+
+    #: Textual inversion: vectors that take the place of a word.
+    EMBEDDING = "embedding"
+    #: What turns latents into pixels.
+    VAE = "vae"
+
+
+class FileEntry(BaseModel):
+    """A file in an index."""
+
+    # A worker of a newer version may announce more.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    #: One of `Kind`; a newer version may have others.
+    kind: str
+    #: What jobs call it.
+    name: str
+    #: Of its content, 64 hexadecimal digits; empty where it could not be read.
+    sha256: str = ""
+    #: What it fits, such as "SD 1.x"; empty where that is not known.
+    architecture: str = ""
+    #: Bytes.
+    size: int = 0
+    #: Why it cannot be used, and what to do; empty where it can.
+    problem: str = ""
+
+    @property
+    def auto_v2(self) -> str:
+        """The hash by which Civitai knows it."""
+        return self.sha256[:AUTO_V2].upper()
+
+
+class FileIndex(BaseModel):
+    """All files that a worker offers. Each kind has a name once."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    files: tuple[FileEntry, ...] = ()
+
+    @classmethod
+    def of(cls, entries: Iterable[FileEntry]) -> FileIndex:
+        """The index of `entries`, in an order that depends on nothing else."""
+        return cls(files=tuple(sorted(entries, key=lambda each: (each.kind, each.name, each.sha256))))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits over all of it; empty for an index without files."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16] if self.files else ""
+
+    @functools.cached_property
+    def _by_name(self) -> Mapping[tuple[str, str], FileEntry]:
+        return {(each.kind, each.name): each for each in self.files}
+
+    def find(self, kind: Kind, name: str) -> FileEntry | None:
+        """The file of that name; None where there is none."""
+        return self._by_name.get((kind, name))
+
+    @functools.cached_property
+    def _contents(self) -> frozenset[tuple[str, str]]:
+        return frozenset((each.kind, each.sha256) for each in self.files if not each.problem)
+
+    def has(self, kind: str, sha256: str) -> bool:
+        """Whether it has a file of that kind with this content, under whatever name."""
+        return (kind, sha256) in self._contents
+
+    def names(self, kind: Kind) -> list[str]:
+        """The names of all files of a kind, of those too that cannot be used."""
+        return [each.name for each in self.files if each.kind == kind]
+
+    @functools.cached_property
+    def embedding_names(self) -> EmbeddingNames:
+        """Those that prompts may have."""
+        return EmbeddingNames(self.names(Kind.EMBEDDING))
+
+    def near(self, kind: Kind, name: str) -> list[str]:
+        """Names of that kind that look like `name`, three at most."""
+        by_lower = {known.lower(): known for known in self.names(kind)}
+        return [by_lower[each] for each in difflib.get_close_matches(name.lower(), by_lower, 3)]
+
+
+#: The index of a worker that offers nothing.
+NO_FILES = FileIndex()
+
+
+def name_problem(name: str) -> str:
+    """Why jobs cannot use a file by this name; empty where they can."""
+    if not name.strip() or len(name) > MAX_NAME:
+        return f"its name has {len(name)} characters: rename it, to 1 to {MAX_NAME}"
+    if not name.isprintable() or (found := next((each for each in name if each in MARKS), "")):
+        shown = f'"{found}"' if name.isprintable() else "an unprintable character"
+        return f"its name has {shown}, which means something else in a prompt: rename it"
+    return ""
+
+
+def key_of(kind: str, name: str) -> str:
+    """A file in a job's `file_hashes`: `embedding:easynegative`."""
+    return f"{kind}:{name}"
+
+
+def parts_of(key: str) -> tuple[str, str]:
+    """Kind and name of a key."""
+    kind, _, name = key.partition(":")
+    return kind, name

@@ -1,0 +1,79 @@
+"""Which files a job uses beside its model: what producers fill in at submission, and workers look for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from worker.contract.choices import PromptSyntax
+from worker.contract.embedding_names import EmbeddingNames, unknown_in
+from worker.contract.errors import InvalidJobError
+from worker.contract.file_index import AUTO_V2, FileIndex, Kind, key_of, parts_of
+from worker.contract.job import Job
+
+
+def with_files(job: Job, index: FileIndex) -> Job:
+    """A resolved job with the SHA-256 of each file that it names, from `index`.
+
+    A hash that it has already stays, so that a job can be sent again; one of a file that it does not name is
+    taken away, so that equal jobs have equal ids. Raises `InvalidJobError` for a file that cannot be used.
+    """
+    given = embeddings_of(job)
+    names = index.embedding_names if not given else EmbeddingNames({*index.embedding_names.names, *given})
+    hashes = {}
+    for name in names.of(job):
+        hashes[key_of(Kind.EMBEDDING, name)] = given.get(name) or _usable(index, Kind.EMBEDDING, name)
+    return job if hashes == job.file_hashes else job.model_copy(update={"file_hashes": hashes})
+
+
+def _usable(index: FileIndex, kind: Kind, name: str) -> str:
+    entry = index.find(kind, name)
+    if entry is None or entry.problem:
+        why = entry.problem if entry else "it is gone"
+        raise InvalidJobError(f'The {kind} "{name}" cannot be used: {why}.')
+    return entry.sha256
+
+
+def embeddings_of(job: Job) -> dict[str, str]:
+    """The SHA-256 of each embedding of a job, by name."""
+    found = ((parts_of(key), sha256) for key, sha256 in job.file_hashes.items())
+    return {name: sha256 for (kind, name), sha256 in found if kind == Kind.EMBEDDING}
+
+
+def files_of(job: Job) -> list[str]:
+    """The files of a job, as messages name them: `embedding "x" (C74B4E810B)`."""
+    return [_shown(key, sha256) for key, sha256 in job.file_hashes.items()]
+
+
+def lacking(job: Job, index: FileIndex) -> list[str]:
+    """Those of the files of a job that a worker with this index lacks, as messages name them."""
+    return [
+        _shown(key, sha256)
+        for key, sha256 in job.file_hashes.items()
+        if not index.has(parts_of(key)[0], sha256)
+    ]
+
+
+def _shown(key: str, sha256: str) -> str:
+    kind, name = parts_of(key)
+    return f'{kind} "{name}" ({sha256[:AUTO_V2].upper()})'
+
+
+def unknown_warnings(job: Job, index: FileIndex) -> tuple[str, ...]:
+    """A sentence for each thing in a plain prompt that looks like an embedding and is none."""
+    if job.prompt_syntax is not PromptSyntax.PLAIN:
+        return ()
+    known = embeddings_of(job)
+    found = dict.fromkeys(
+        name for text in (job.prompt, job.negative_prompt) for name in unknown_in(text, known)
+    )
+    return tuple(
+        f"<{name}> in the prompt is drawn as words: there is no embedding of that name."
+        f"{_did_you_mean(index, name)}"
+        for name in found
+    )
+
+
+def _did_you_mean(index: FileIndex, name: str) -> str:
+    near: Iterable[str] = index.near(Kind.EMBEDDING, name)
+    shown = " or ".join(f"<{each}>" for each in near)
+    return f" Did you mean {shown}?" if shown else ""

@@ -1,0 +1,33 @@
+"""What the way of a job asks of the files that its worker offers beside its model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from worker.contract.errors import MissingFileError
+from worker.contract.file_index import NO_FILES, FileIndex
+from worker.contract.job import Job
+from worker.contract.job_files import files_of
+
+
+class Files(Protocol):
+    """The files of a worker: `worker.model.file_store.FileStore`."""
+
+    @property
+    def index(self) -> FileIndex:
+        """All of them."""
+
+    def provide(self, job: Job) -> Job:
+        """`job` with its files here. Raises `MissingFileError`, `InvalidJobError`, `StorageError`."""
+
+
+class NoFiles:
+    """Those of a worker that offers none."""
+
+    index = NO_FILES
+
+    def provide(self, job: Job) -> Job:
+        """`job`, if it uses none. Raises `MissingFileError`."""
+        if job.file_hashes:
+            raise MissingFileError(f"This worker lacks {', '.join(files_of(job))}: another one may have it.")
+        return job
