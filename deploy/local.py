@@ -206,6 +206,9 @@ class _Session:
                 self._print_note(f"In another terminal: source {file}")
             if self._stack.http is not None:
                 self._print_note(f"The HTTP API is at {self._stack.http.url}, its key in SMALLCAT_HTTP_KEY.")
+                self._print_note(
+                    "It tells webhooks, also on this machine; SMALLCAT_WEBHOOK_SECRET verifies them."
+                )
             self._print_note("The stack is up; Ctrl-C stops it.")
             while (part := self._events.get()) is None:
                 pass
@@ -305,7 +308,8 @@ def main(
     _refuse_strangers()
     console = Console(stderr=True)
     try:
-        stack = Stack(0 if no_worker else workers, data, http=not (no_worker or no_http))
+        has_http = not (no_worker or no_http)
+        stack = Stack(0 if no_worker else workers, data, http=has_http, webhooks=has_http)
     except (StackError, OSError) as error:
         print_error(console, str(error))
         sys.exit(STACK_FAILED)

@@ -36,7 +36,13 @@ from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, help_lines
 from worker.contract.record import Attempt, State, Timings
 from worker.contract.scheduler_names import OFFERED
-from worker.contract.settings import ProducerSettings, ServerSettings, Settings, WorkerSettings
+from worker.contract.settings import (
+    ProducerSettings,
+    ServerSettings,
+    Settings,
+    WebhookSettings,
+    WorkerSettings,
+)
 from worker.jobs import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +148,7 @@ def settings() -> str:
             (WorkerSettings, "worker"),
             (ProducerSettings, "producer"),
             (ServerSettings, "HTTP API"),
+            (WebhookSettings, "webhooks"),
         ):
             texts = help_lines(kind)
             for name, field in kind.model_fields.items():

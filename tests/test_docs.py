@@ -16,6 +16,7 @@ import pytest
 import producer
 from deploy.local import main as local
 from producer.cli.main import cli
+from producer.client import submit_job
 from producer.ingest.submit_file import submit_file
 from tests.docs import DOCUMENTS, PARTS, REMEDIES, ROOT, parts_in, renewed, resolved
 from tests.markdown import codes, prose
@@ -185,7 +186,7 @@ def _check_call(command: click.Command, words: list[str], line: str) -> None:
 def test_options_that_stand_alone_are_those_of_some_command(document: Path) -> None:
     known = {"--help", "--prompt", "--concurrency", "--loglevel"}
     commands = [*cli.commands.values(), local, bench]
-    for name in ("failed", "keys", "tenants"):
+    for name in ("failed", "keys", "tenants", "webhooks"):
         commands += cli.commands[name].commands.values()  # type: ignore[attr-defined]
     known |= {name for command in commands for each in command.params for name in each.opts}
     a1111 = (ROOT / "producer" / "prompts" / "a1111_options.py").read_text("utf-8")
@@ -228,7 +229,7 @@ def _check_keywords(call: ast.Call) -> None:
     assert isinstance(call.func, ast.Name)
     keywords = {keyword.arg for keyword in call.keywords}
     if call.func.id == "submit_job":
-        assert keywords <= set(Job.model_fields)
+        assert keywords <= set(Job.model_fields) | set(submit_job.__annotations__)
     elif call.func.id == "submit_file":
         assert keywords <= set(Job.model_fields) | set(submit_file.__annotations__)
 

@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import importlib.util
 import os
@@ -191,13 +192,29 @@ class HttpProcess(_Server):
     #: It imports more than the servers do, beside a worker that loads its model.
     start_timeout_s = 60.0
 
-    def __init__(self, home: Home, environment: Callable[[], Mapping[str, str]], name: str = "http") -> None:
+    def __init__(
+        self,
+        home: Home,
+        environment: Callable[[], Mapping[str, str]],
+        name: str = "http",
+        *,
+        webhooks: bool = False,
+    ) -> None:
+        """`webhooks`: it tells webhooks, too; those of this machine are permitted."""
         super().__init__(home, name)
         self.key = self._kept["key"]
         self._variables = environment
+        #: The variables of whoever submits jobs with a webhook, and of a receiver; empty without `webhooks`.
+        self.of_webhooks: dict[str, str] = {}
+        if webhooks:
+            self.of_webhooks = {
+                "SMALLCAT_WEBHOOK_HOSTS": f"*, localhost, {HOST}",
+                "SMALLCAT_WEBHOOK_SECRET": self._kept["webhook_secret"],
+            }
 
     def _secrets(self) -> dict[str, str]:
-        return {"key": f"smallcat-{secrets.token_urlsafe(32)}"}
+        signing = base64.b64encode(secrets.token_bytes(32)).decode()
+        return {"key": f"smallcat-{secrets.token_urlsafe(32)}", "webhook_secret": f"whsec_{signing}"}
 
     @property
     def url(self) -> str:
@@ -217,12 +234,14 @@ class HttpProcess(_Server):
                 store.keep(self.key, "local", SCOPES)
 
     def _argv(self) -> list[str]:
-        return [sys.executable, "-m", "producer", "serve", "--host", HOST, "--port", str(self.port)]
+        argv = [sys.executable, "-m", "producer", "serve", "--host", HOST, "--port", str(self.port)]
+        return [*argv, "--webhooks"] if self.of_webhooks else argv
 
     def _environment(self) -> dict[str, str]:
         return {
             "PYTHONUNBUFFERED": "1",
             "SMALLCAT_HTTP_DATA_DIR": str(self.folder / "runs"),
+            **self.of_webhooks,
             **self._variables(),
         }
 

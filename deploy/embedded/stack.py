@@ -40,7 +40,7 @@ def clean_environment() -> dict[str, str]:
 class Stack:
     """A queue, a bucket and `workers` workers, started and stopped together.
 
-    `http` starts the HTTP API as well, with a key that may do everything.
+    `http` starts the HTTP API as well, with a key that may do everything; with `webhooks` it tells webhooks.
     `data` is a folder that keeps queue and pictures between runs; None: both are removed with the stack.
     `base` is the environment to which the workers' variables are added; None: `clean_environment()`.
     """
@@ -52,6 +52,7 @@ class Stack:
         base: Mapping[str, str] | None = None,
         *,
         http: bool = False,
+        webhooks: bool = False,
     ) -> None:
         """Raises `StackError` when another stack is running in `data`."""
         self._base = dict(clean_environment() if base is None else base)
@@ -60,7 +61,10 @@ class Stack:
         self.s3 = S3Process(self.home)
         self.s3.create_bucket(BUCKET)
         #: The HTTP API; None where it is not wanted.
-        self.http = HttpProcess(self.home, lambda: {**self._base, **self._servers}) if http else None
+        self.http: HttpProcess | None = None
+        if http:
+            variables = lambda: {**self._base, **self._servers}  # noqa: E731 - valid once it is started
+            self.http = HttpProcess(self.home, variables, webhooks=webhooks)
         #: The workers that `start` and `new_worker` have made.
         self.workers: list[WorkerProcess] = []
         self._workers_wanted = workers
@@ -75,8 +79,10 @@ class Stack:
     @property
     def variables(self) -> dict[str, str]:
         """The environment variables that a client needs to use the stack. Valid once it is started."""
-        api = {"SMALLCAT_HTTP_URL": self.http.url, "SMALLCAT_HTTP_KEY": self.http.key} if self.http else {}
-        return {**self._servers, **api}
+        if self.http is None:
+            return self._servers
+        api = {"SMALLCAT_HTTP_URL": self.http.url, "SMALLCAT_HTTP_KEY": self.http.key}
+        return {**self._servers, **api, **self.http.of_webhooks}
 
     @property
     def _servers(self) -> dict[str, str]:

@@ -96,6 +96,8 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
         ("--detach",),
         {"is_flag": True, "help": "Queue everything and return; run the command again for the manifest."},
     ),
+    (("--webhook",), {"metavar": "URL", "help": "Address of https that is told when all jobs have ended."}),
+    (("--webhook-jobs",), {"is_flag": True, "help": "Tell it of each job, too."}),
     (("--quiet",), {"is_flag": True, "help": "Show no progress."}),
     (
         ("--lines",),
@@ -124,13 +126,15 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
 
     Raises what `producer.ingest.submit_file.submit_file` does.
     """
-    from producer.ingest.submit_file import check_options, make_ingest
+    from producer.ingest.submit_file import check_options, make_ingest, webhook_of
     from producer.ingest.types import Options
     from worker.contract.errors import ServiceError
 
     plan = plan_of(files, options)
     run_options = Options(
-        options["manifest"], options["run"], options["max_queued"], options["detach"], options["strict"]
+        *(options["manifest"], options["run"], options["max_queued"], options["detach"], options["strict"]),
+        webhook_of(options["webhook"], options["webhook_jobs"], plan.tenant),
+        options["webhook_jobs"],
     )
     if options["check"]:
         from producer.cli.ingest_check import print_check

@@ -28,6 +28,7 @@ from producer.cli.metrics import metrics
 from producer.cli.serve import keys, serve
 from producer.cli.tenants import tenants
 from producer.cli.usage import usage
+from producer.cli.webhooks import webhooks
 from producer.client import JobHandle, submit_job
 from producer.client.job_result import JobResult
 from worker.contract.errors import (
@@ -81,6 +82,7 @@ def cli() -> None:
     help="Wait, and save the picture: a folder, or a file such as cat.png.",
 )
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
+@click.option("--webhook", metavar="URL", help="Address of https that is told how the job ended.")
 @json_option
 def submit(
     words: tuple[str, ...],
@@ -88,6 +90,7 @@ def submit(
     show: bool,
     output: Path | None,
     timeout: float | None,
+    webhook: str | None,
     as_json: bool,
     **fields: Any,
 ) -> None:
@@ -101,6 +104,8 @@ def submit(
     if (named := output_path.format_of(output)) is not None:
         given.setdefault("format", named)
         output_path.check(output, "jpeg" if given["format"] == "jpg" else given["format"])
+    if webhook:
+        given["webhook"] = webhook
     handle = submit_job(prompt, **given)
     submit_notes.of_prompts(handle, prompt, given.get("negative_prompt"))
     waits = bool(wait or show or output)
@@ -122,6 +127,7 @@ cli.add_command(keys)
 cli.add_command(tenants)
 cli.add_command(metrics)
 cli.add_command(usage)
+cli.add_command(webhooks)
 
 
 @cli.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from producer.cli.json_output import json_option, print_json, say
 from producer.http.key_store import DEFAULT_SCOPES, SCOPES, KeyStore
 from producer.session import session
 from worker.contract.errors import CallerError
-from worker.contract.settings import ServerSettings, server_settings
+from worker.contract.settings import ServerSettings, server_settings, webhook_settings
 
 
 @click.command()
@@ -20,15 +21,21 @@ from worker.contract.settings import ServerSettings, server_settings
 @click.option("--port", type=click.IntRange(1, 65_535), help="Port to listen on; 8000 when not given.")
 @click.option("--no-auth", is_flag=True, help="Ask for no key. Only on a loopback address.")
 @click.option("--access-log", is_flag=True, help="Log each request: its path, never its body.")
-def serve(host: str | None, port: int | None, no_auth: bool, access_log: bool) -> None:
+@click.option(
+    "--webhooks", is_flag=True, help="Tell webhooks, too, as `webhooks run` does with workers' rights."
+)
+def serve(host: str | None, port: int | None, no_auth: bool, access_log: bool, webhooks: bool) -> None:
     """Serve the HTTP API until Ctrl-C."""
     try:
         from producer.http import server
+        from producer.webhooks.sender import in_background
     except ModuleNotFoundError as error:
         raise CallerError(f'{error.name} is not installed: pip install "smallcat[http]".') from None
     given = {"http_host": host, "http_port": port}
     values = server_settings().model_dump() | {name: value for name, value in given.items() if value}
-    server.serve(ServerSettings(**values), is_open=no_auth, access_log=access_log)
+    sending = in_background(session(redis_retry_s=2), webhook_settings()) if webhooks else nullcontext()
+    with sending:
+        server.serve(ServerSettings(**values), is_open=no_auth, access_log=access_log)
 
 
 @click.group()

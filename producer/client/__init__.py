@@ -22,6 +22,7 @@ from worker.contract.job_files import files_of
 from worker.contract.job_parameters import JobFields
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
+from worker.contract.webhook import WEBHOOK_SINCE, hook_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -236,12 +237,14 @@ class JobHandle:
         return record._repr_png_() if record.state is State.DONE else None
 
 
-def submit_job(prompt: str | Job, **fields: Unpack[JobFields]) -> JobHandle:
+def submit_job(prompt: str | Job, *, webhook: str | None = None, **fields: Unpack[JobFields]) -> JobHandle:
     """Enqueue one job and return at once.
 
     `prompt` is a text, with the other fields of `Job` as keywords, or a whole `Job`, whose fields the
     keywords replace. A job that says no `tenant` is `SMALLCAT_TENANT`'s. Every field is checked before
     anything is sent. Equal jobs have equal ids, and are rendered once; the handle is this submission's own.
+    `webhook` is an address of https that is told, by `smallcat webhooks run`, when the job is done, failed or
+    cancelled for this submission.
 
     Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
     cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an
@@ -254,10 +257,11 @@ def submit_job(prompt: str | Job, **fields: Unpack[JobFields]) -> JobHandle:
     else:
         job = Job.parse({"prompt": prompt, **fields})
     now = session()
-    return _send(now, job.of_tenant(now.settings.tenant))
+    job = job.of_tenant(now.settings.tenant)
+    return _send(now, job, hook_of(webhook, now.settings.webhook_hosts, job.tenant))
 
 
-def _send(now: Session, job: Job) -> JobHandle:
+def _send(now: Session, job: Job, hook: str) -> JobHandle:
     """Enqueue `job`, trying again while Redis is out of reach. Raises `QueueError`."""
     from kombu.pools import producers
 
@@ -282,11 +286,14 @@ def _send(now: Session, job: Job) -> JobHandle:
                 # Another one for each try: should both have arrived, the second finds the job taken.
                 message_id, route = f"{job.id}-{secrets.token_hex(4)}", route_of(job)
                 with now.queue_errors(), pool.acquire(block=True) as producer:
-                    message = json.dumps(message_of(task_call_of(job), message_id, producer))
+                    call = task_call_of(job, least=WEBHOOK_SINCE if hook else 1)
+                    message = json.dumps(message_of(call, message_id, producer))
                 is_sent = True
                 with now.queue_errors(), now.one_retry(deadline - time.monotonic()):
                     put = (list_of(*route), message)
-                    now.records.submitted(job, route.queue, submission, message_id, digest_of(message), put)
+                    now.records.submitted(
+                        job, route.queue, submission, message_id, digest_of(message), put, hook
+                    )
             if replicas:
                 # Once: a connection that is made anew may lead to another primary.
                 with now.queue_errors(), now.one_retry(0):

@@ -33,6 +33,7 @@ from producer.ingest.check import refuse_bad_lines
 from producer.ingest.feeder import Ingest
 from producer.ingest.message_templates import resolver_of
 from producer.ingest.plan import Plan, Planned, unresolved
+from producer.ingest.run_webhook import set_webhook, tell_run
 from producer.ingest.submit_file import grid_of, make_ingest, make_variants
 from producer.ingest.types import Options, SilentDisplay
 from producer.prompts.sources import source
@@ -76,6 +77,9 @@ class Upload:
     owner: str = ""
     #: The settings of the tenant that uploaded it, as they were then: the same lines are rejected each time.
     tenant: Mapping[str, Any] | None = None
+    #: What is told when the run is over, and whether of each job, too: as in `Options`.
+    hook: str = ""
+    webhook_jobs: bool = False
 
 
 class _Display(SilentDisplay):
@@ -157,6 +161,8 @@ class RunStore:
                 raise
             if self.error(run) or not self.knows(run):
                 self._begin_again(folder, file, kept)
+            elif upload.hook:
+                self._tell_also(run, upload)
         if not self._is_over(kept):
             self._start(run)
         return run
@@ -169,6 +175,17 @@ class RunStore:
             if kept.name in self._begun:
                 self._again.add(kept.name)
             (kept / "error.txt").unlink(missing_ok=True)
+
+    def _tell_also(self, run: str, upload: Upload) -> None:
+        """Let a run that was uploaded before tell this webhook."""
+        path = self._folder / run / "run.json"
+        with contextlib.suppress(ValueError, TypeError):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            told = {"hook": upload.hook, "webhook_jobs": upload.webhook_jobs}
+            run_folder.write_whole(path, json.dumps(values | told))
+        now = session()
+        with now.queue_errors():
+            set_webhook(now.redis, run, upload.hook, of_jobs=upload.webhook_jobs)
 
     @property
     def is_full(self) -> bool:
@@ -251,8 +268,18 @@ class RunStore:
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("The run %s has a fault, %s:\n%s", run, type(error).__name__, frames)
             text = "The server has a fault; its log says where. Upload the file again to try once more."
+        self._tell_failed(run, folder, text)
         run_folder.write_whole(folder / "error.txt", text)
         return True
+
+    def _tell_failed(self, run: str, folder: Path, text: str) -> None:
+        """Tell the run's webhook that it cannot go on."""
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, ServiceError):
+            hook = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("hook")
+            now = session()
+            with now.queue_errors():
+                if hook:
+                    tell_run(now.redis, run, hook, "failed", text)
 
     def _feed_once(self, run: str, folder: Path) -> None:
         try:
@@ -264,7 +291,12 @@ class RunStore:
                 "The server's own file of this run, run.json, cannot be read: upload the prompt file again."
             ) from None
         display = _Display()
-        options = Options(manifest=folder / f"manifest.{upload.manifest}", run=run)
+        options = Options(
+            manifest=folder / f"manifest.{upload.manifest}",
+            run=run,
+            hook=upload.hook,
+            webhook_jobs=upload.webhook_jobs,
+        )
         ingest = make_ingest(_plan_of(file, upload), options, display, gate=gate_of(upload.tenant, run))
         self._feeding[run] = ingest, display
         ingest()

@@ -28,6 +28,7 @@ from worker.contract.errors import InvalidJobError, PromptFileError, UnknownJobE
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS
 from worker.contract.message import RUN_NAME
+from worker.contract.webhook import MAX_WEBHOOK, hook_of
 
 router = APIRouter(tags=["runs"])
 
@@ -50,6 +51,7 @@ _RUN: Final = {
 #: The parameters that are no job fields.
 _OWN: Final = (
     *("name", "format", "images", "seed_start", "grid", "sample", "literal", "extra", "strict", "manifest"),
+    *("webhook", "webhook_jobs"),
 )
 _BODY: Final = {
     "requestBody": {
@@ -82,6 +84,11 @@ async def upload_file(
     extra: bool = False,
     strict: bool = False,
     manifest: Literal["jsonl", "csv"] = "jsonl",
+    webhook: Annotated[
+        str | None,
+        Query(max_length=MAX_WEBHOOK, description="Address of https that is told when the run is over."),
+    ] = None,
+    webhook_jobs: Annotated[bool, Query(description="Whether it is told of each job, too.")] = False,
 ) -> Response:
     """Render each line of a file once. The same file with the same parameters is the same run.
 
@@ -94,6 +101,8 @@ async def upload_file(
         with_priority(caller.limits, _job_fields(request), FILE_PRIORITY),
         caller.owner,
         caller.limits.model_dump(mode="json") if caller.limits else None,
+        hook_of(webhook, backend.settings.webhook_hosts, caller.tenant),
+        webhook_jobs,
     )
     await backend.limits.admit_run(caller, upload.fields)
     if backend.runs.is_full:

@@ -17,6 +17,7 @@ from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import help_lines
 from worker.contract.job_parameters import MAX_SEED
 from worker.contract.record import JobRecord
+from worker.contract.webhook import MAX_WEBHOOK
 from worker.state.fleet import WorkerInfo
 
 #: Where the schemas are in the document.
@@ -28,6 +29,14 @@ EXAMPLE: Final = {"prompt": "a small cat", "seed": 7, "width": 128, "height": 12
 #: Patterns of a job's id and of a submission's.
 JOB_ID, SUBMISSION = "[0-9a-f]{32}", "[0-9a-f]{16,40}"
 
+#: What is told when a job or a run has ended.
+WEBHOOK: Final = {
+    "type": "string",
+    "format": "uri",
+    "maxLength": MAX_WEBHOOK,
+    "title": "Webhook",
+    "description": "Address of https that is told how it ended: see docs/webhooks.md.",
+}
 _ID: Final = {"type": "string", "pattern": f"^{JOB_ID}$", "description": "The job's id: equal jobs have one."}
 _SUBMISSION: Final = {
     "type": "string",
@@ -72,6 +81,7 @@ def schemas() -> Mapping[str, Any]:
     job["properties"] = {name: job["properties"][name] for name in WRITTEN_FIELDS}
     for name, field in WRITTEN_FIELDS.items():
         job["properties"][name].setdefault("title", field.label)
+    job["properties"]["webhook"] = dict(WEBHOOK)
     record = _of(JobRecord, "serialization", found)
     record.pop("description", None)
     record["properties"].pop("runs")

@@ -44,6 +44,8 @@ class Ready:
     submission: str
     #: Whose submission it is: in that tenant's list of jobs.
     tenant: str
+    #: Its webhook, as `worker.contract.webhook.hook_of` makes it; empty: it has none.
+    hook: str = ""
 
 
 class _Request:
@@ -197,6 +199,7 @@ class Sender:
             template.list,
             template.fill(job, "", message_id, f"{self._tag}{self._tags:012x}"),
             tenant=ready.tenant,
+            hook=ready.hook,
         )
 
     def _message_template(self, route: Route) -> MessageTemplate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from producer.client import JobHandle
@@ -15,6 +16,7 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
 from worker.contract.job_parameters import DEFAULT_PRIORITY
+from worker.contract.webhook import WEBHOOK_SINCE, hook_of
 
 if TYPE_CHECKING:
     from producer.http.backend import Backend
@@ -46,10 +48,11 @@ async def check(
     `QueueError`.
     """
     templates = await backend.sender.templates()
+    hosts = backend.settings.webhook_hosts
     if len(items) <= _FEW and sum(map(_length, items)) <= _SHORT:
-        return _checked(templates, caller, items, seeds, is_list)
+        return _checked(templates, caller, items, seeds, is_list, hosts)
     # Other requests go on meanwhile.
-    return await backend.run(_checked, templates, caller, items, seeds, is_list)
+    return await backend.run(_checked, templates, caller, items, seeds, is_list, hosts)
 
 
 def _length(item: Any) -> int:
@@ -64,8 +67,9 @@ def _checked(
     items: Sequence[Any],
     seeds: Sequence[int] | None,
     is_list: bool,
+    hosts: str,
 ) -> list[TemplatedJob]:
-    """As `check`, by `templates`."""
+    """As `check`, by `templates`; `hosts` is `SMALLCAT_WEBHOOK_HOSTS`."""
     jobs: list[TemplatedJob] = []
     errors: list[tuple[int, str]] = []
     for number, item in enumerate(items):
@@ -77,7 +81,12 @@ def _checked(
             fields = {name: _whole(name, value) for name, value in item.items()}
             if "seed" not in fields or (type(fields["seed"]) is int and fields["seed"] == -1):
                 fields["seed"] = seeds[number] if seeds else secrets.randbits(SEED_BITS)
-            jobs.append(templates.fill(_own(fields, caller), caller.owner))
+            webhook = fields.pop("webhook", None)
+            hook_of(webhook, hosts)
+            job = templates.fill(_own(fields, caller), caller.owner)
+            if webhook:
+                job = replace(job, webhook=webhook, version=max(job.version, WEBHOOK_SINCE))
+            jobs.append(job)
         except InvalidJobError as error:
             if not is_list:
                 raise
@@ -125,7 +134,9 @@ async def send(
     ids = submissions or [new_submission(caller) for _ in jobs]
     try:
         whose = caller.tenant or caller.owner
-        await backend.sender.send([Ready(job, each, whose) for job, each in zip(jobs, ids, strict=True)])
+        hooks = [hook_of(job.webhook, backend.settings.webhook_hosts, caller.tenant) for job in jobs]
+        ready = [Ready(*each[:2], whose, each[2]) for each in zip(jobs, ids, hooks, strict=True)]
+        await backend.sender.send(ready)
     except RefusedError:  # Nothing was sent. After a `QueueError` some of it may have been.
         await backend.limits.give_back(caller, jobs, note)
         raise

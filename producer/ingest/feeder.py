@@ -27,6 +27,7 @@ from producer.ingest.plan import Cursor, Plan, Planned, Rejected
 from producer.ingest.rejects import OwnFiles, Rejects
 from producer.ingest.results import Results
 from producer.ingest.run_state import Run, Status
+from producer.ingest.run_webhook import set_webhook
 from producer.ingest.types import Counts, Display, Gate, Options, Outcome
 from producer.ingest.windows import Windows
 from producer.ingest.writing import writing
@@ -104,6 +105,13 @@ class Ingest:
                 # In this order: a journal without its run is no harm.
                 journal_path(self._wanted, self.run.id).unlink(missing_ok=True)
                 self.run.begin_anew(keep=("files", REJECTED_FILES))
+            if self._options.hook:
+                set_webhook(
+                    self._session.redis,
+                    self.run.id,
+                    self._options.hook,
+                    of_jobs=self._options.webhook_jobs,
+                )
         has_ended = False
         try:
             with self._session.queue_errors(), Journal(self._wanted, self.run.id) as journal:

@@ -81,6 +81,8 @@ class TemplatedJob:
     #: The other fields that determine the picture: for the manifest.
     shape: Mapping[str, Any]
     metadata: Any
+    #: The webhook of its submission; empty: it has none.
+    webhook: str = ""
 
 
 @dataclass(frozen=True)

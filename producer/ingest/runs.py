@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from producer.ingest.run_state import feeder_of
+from producer.ingest.run_webhook import tell_run
 from worker.broker.transport import UNACKED
 from worker.contract.errors import UnknownJobError
 from worker.contract.message import RunMark, run_mark_in
@@ -80,6 +81,8 @@ def cancel_run(redis: Redis, records: Records, run: str) -> RunInfo:
     if info.state in ("finished", "cancelled"):
         return info
     redis.hset(run_key(run), "cancelled", int(redis.time()[0]))
+    if hook := cast("str | None", redis.hget(run_key(run), "webhook")):
+        tell_run(redis, run, hook, "cancelled")
     # Whatever a worker claims from now on is dropped by the script that claims it. Read after that: what was
     # claimed before is held by a worker.
     held = set()

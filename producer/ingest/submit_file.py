@@ -24,6 +24,7 @@ from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_parameters import JobFields
 from worker.contract.settings import producer_settings
+from worker.contract.webhook import hook_of
 
 #: The folder of wildcards that is used where it exists and none is named.
 WILDCARDS = "wildcards"
@@ -52,6 +53,8 @@ def submit_file(
     run: str | None = None,
     max_queued: int = MAX_QUEUED,
     detach: bool = False,
+    webhook: str | None = None,
+    webhook_jobs: bool = False,
     **fields: Unpack[JobFields],
 ) -> Outcome:
     """Render the prompts of `files`, once each, and write their manifest. Returns when all have ended.
@@ -62,7 +65,8 @@ def submit_file(
     combination of values of job fields, in place of what the lines set; `sample` is how many of a line's
     variants, by `{a|b}` and `__wildcards__`, are drawn, and `literal` leaves both as they are. `download` is
     a folder for the pictures, `name` the template of their names. At most `max_queued` messages wait in the
-    queue; with `detach` all are queued, and it returns.
+    queue; with `detach` all are queued, and it returns. `webhook` is an address of https that is
+    told, by `smallcat webhooks run`, when all jobs have ended; with `webhook_jobs` of each job, too.
 
     A name in a file that is nearly a job field's is refused; with `extra` it goes to metadata, as others do.
     Rejected lines are listed in `FILE.rejected.jsonl`; with `strict` a single one stops the run before
@@ -86,9 +90,18 @@ def submit_file(
         extra=extra,
         tenant=tenant,
     )
-    options = Options(None if manifest is None else Path(manifest), run, max_queued, detach, strict)
+    hook = webhook_of(webhook, webhook_jobs, plan.tenant)
+    path = None if manifest is None else Path(manifest)
+    options = Options(path, run, max_queued, detach, strict, hook, webhook_jobs)
     folder = None if download is None else Path(download)
     return make_ingest(plan, options, SilentDisplay(), folder, name)()
+
+
+def webhook_of(webhook: str | None, of_jobs: bool, tenant: str) -> str:
+    """What `Options.hook` is to be for jobs of `tenant`. Raises `InvalidJobError`, `PromptFileError`."""
+    if of_jobs and not webhook:
+        raise PromptFileError("webhook_jobs is for a webhook: give its address with webhook.")
+    return hook_of(webhook, producer_settings().webhook_hosts, tenant)
 
 
 def make_plan(

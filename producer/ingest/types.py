@@ -131,3 +131,7 @@ class Options:
     detach: bool = False
     #: Send nothing if any line is wrong.
     strict: bool = False
+    #: What is told when the run is over (`worker.contract.webhook.hook_of`); empty: nothing.
+    hook: str = ""
+    #: Whether it is told of each job as well.
+    webhook_jobs: bool = False

@@ -49,7 +49,7 @@ _MEANINGLESS = (
     *("seed_resize_from_h", "seed_resize_from_w", "sampler_index", "restore_faces", "tiling"),
     *("do_not_save_samples", "do_not_save_grid", "denoising_strength", "strength", "init_image", "mask"),
     *("enable_hr", "hr_scale", "hr_upscaler", "hires", "hires_fix", "loras", "lora", "vae", "eta", "refiner"),
-    *("aspect_ratio", "checkpoint", "ckpt_name", "sd_model_checkpoint", "model_hash", "denoise"),
+    *("webhook", "aspect_ratio", "checkpoint", "ckpt_name", "sd_model_checkpoint", "model_hash", "denoise"),
 )
 #: For each field with choices these by AUTOMATIC1111's names for them, in lower case.
 _CHOICES = {

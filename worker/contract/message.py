@@ -135,10 +135,13 @@ def newer(version: int) -> NewerMessageError:
     return error
 
 
-def payload_of(job: Job, run: str = "") -> dict[str, object]:
-    """The payload for `job`, and for its run mark `run` where it has one: nothing but JSON."""
+def payload_of(job: Job, run: str = "", least: int = 1) -> dict[str, object]:
+    """The payload for `job`, and for its run mark `run` where it has one: nothing but JSON.
+
+    `least`: the version that what the submission asks for needs, whatever its job needs.
+    """
     fields = job.model_dump(mode="json")
-    return _payload(version_needed(fields), job.id, fields, run)
+    return _payload(max(version_needed(fields), least), job.id, fields, run)
 
 
 def _payload(version: object, job_id: str, job: object, run: str) -> dict[str, object]:
@@ -222,6 +225,6 @@ def task_call(payload: object, shown: str, route: Route) -> dict[str, Any]:
     }
 
 
-def task_call_of(job: Job, run: str = "") -> dict[str, Any]:
-    """The call for `job`, and for its run mark `run` where it has one."""
-    return task_call(payload_of(job, run), args_repr(job.prompt, job.seed), route_of(job))
+def task_call_of(job: Job, run: str = "", least: int = 1) -> dict[str, Any]:
+    """The call for `job`, and for its run mark `run` where it has one; `least` as in `payload_of`."""
+    return task_call(payload_of(job, run, least), args_repr(job.prompt, job.seed), route_of(job))

@@ -21,6 +21,7 @@ from worker.contract.job_checks import MAX_TENANT, tenant_name
 from worker.contract.job_parameters import MAX_GUIDANCE, MAX_STEPS
 from worker.contract.redis_url import RedisURL
 from worker.contract.redis_url import hidden as hidden
+from worker.contract.webhook import Hosts
 
 #: The variables of fields that are not set by `SMALLCAT_` and the field's name.
 _OTHER_NAMES = {
@@ -71,6 +72,11 @@ def _networks(value: str) -> str:
             ipaddress.ip_network(part)
         except ValueError:
             raise ValueError(f"must be addresses or networks, and {part!r} is neither") from None
+    return value
+
+
+def _hosts(value: str) -> str:
+    Hosts.parse(value)
     return value
 
 
@@ -152,7 +158,7 @@ class Settings(BaseModel):
             finding = error.errors(include_url=False)[0]
             field = str(finding["loc"][0])
             rule = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-            shown = "***" if field in ("redis_url", "http_key") else repr(finding["input"])
+            shown = "***" if field in ("redis_url", "http_key", "webhook_secret") else repr(finding["input"])
             raise SettingsError(f"{cls.variable(field)} has the value {shown}. It {_must(rule)}.") from None
 
 
@@ -165,6 +171,10 @@ class ProducerSettings(Settings):
     submit_timeout_s: float = Field(default=5, gt=0, le=_YEAR_S)
     #: Whose jobs it submits, where several share workers: 1 to 40 lower-case letters, digits and hyphens.
     tenant: Annotated[str, AfterValidator(_tenant)] = ""
+    #: Hosts that webhooks may lead to, separated by commas, such as hooks.example.com, *.example.com or
+    #: 10.1.0.0/16. Not set: every public host. One that is listed by its name or address may be private, and
+    #: be spoken to by http. For those who submit, and for the sender.
+    webhook_hosts: Annotated[str, AfterValidator(_hosts)] = ""
 
 
 class ServerSettings(ProducerSettings):
@@ -190,6 +200,18 @@ class ServerSettings(ProducerSettings):
     http_url: str = ""
     #: Key of the HTTP API, for its clients: the embedded stack sets it.
     http_key: str = Field(default="", repr=False)
+
+
+class WebhookSettings(ProducerSettings):
+    """The settings of `smallcat webhooks`, which sends notifications."""
+
+    #: What signs the notifications of jobs that are no tenant's: whsec_ and base64, as
+    #: `smallcat webhooks secret` makes it. Two, separated by a blank, while one replaces the other.
+    webhook_secret: str = Field(default="", repr=False)
+    #: Folder with such secrets: a file for each tenant, by its name, and `default`.
+    webhook_secrets_dir: str = ""
+    #: Seconds, 1 to 60, that a receiver may take to answer.
+    webhook_timeout_s: float = Field(default=15, ge=1, le=60)
 
 
 class WorkerSettings(Settings):
@@ -272,9 +294,16 @@ def server_settings(environment: Mapping[str, str] | None = None) -> ServerSetti
     return ServerSettings.from_environment(os.environ if environment is None else environment)
 
 
+def webhook_settings(environment: Mapping[str, str] | None = None) -> WebhookSettings:
+    """The settings of the sender of notifications from the environment. Raises `SettingsError`."""
+    return WebhookSettings.from_environment(os.environ if environment is None else environment)
+
+
 def variables() -> dict[str, type[Settings]]:
     """Every variable that is read, and the class that reads it."""
-    sides: tuple[type[Settings], ...] = (WorkerSettings, ServerSettings, ProducerSettings, Settings)
+    sides: tuple[type[Settings], ...] = (
+        *(WorkerSettings, WebhookSettings, ServerSettings, ProducerSettings, Settings),
+    )
     return {side.variable(field): side for side in sides for field in side.model_fields}
 
 

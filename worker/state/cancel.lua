@@ -11,12 +11,13 @@
 -- include go_on.lua
 -- include heal.lua
 -- include outcome.lua
+-- include notify.lua
 -- include wanted_by_runs.lua
 -- include ../contract/clock.lua
 go_on()
 local id, channel, submission = unpack(ARGV)
-local state, cancel, subs, runs, mine =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'subs', 'runs', 'sub:' .. submission))
+local state, cancel, subs, runs, mine, hooks =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'subs', 'runs', 'sub:' .. submission, 'hooks'))
 if not state then return false end
 if submission == '' then
   redis.call('HSET', KEYS[1], 'cancelled_at', now())
@@ -32,6 +33,7 @@ elseif (state == 'queued' or state == 'running') and not cancel
   redis.call('HDEL', KEYS[1], 'sub:' .. submission)
   redis.call('HSET', KEYS[1], 'subs', math.max(count(subs) - 1, 0))
   redis.call('PUBLISH', KEYS[1], 'cancelled')
+  if hooks then notify_submissions(TOLD_BY_PRODUCERS, KEYS[1], 'cancelled', submission) end
   return 'cancelled'
 end
 if state == 'queued' then
@@ -41,6 +43,7 @@ if state == 'queued' then
              'error', 'The job was cancelled.')
   redis.call('PUBLISH', KEYS[1], 'cancelled')
   redis.call('PUBLISH', channel, 'cancel ' .. id)
+  if hooks then notify_submissions(TOLD_BY_PRODUCERS, KEYS[1], 'cancelled') end
 elseif state == 'running' then
   redis.call('HSET', KEYS[1], 'cancel', 1)
   redis.call('PUBLISH', channel, 'cancel ' .. id)

@@ -19,6 +19,7 @@
 -- include outcome.lua
 -- include mark_runs.lua
 -- include cancelled_run.lua
+-- include notify.lua
 -- include ../contract/clock.lua
 local message, me, worker, lease, max_attempts, ttl, job, queue, delivery, run, is_stored = unpack(ARGV)
 local time = tonumber(now())
@@ -27,9 +28,9 @@ if drop_if_run_is_cancelled(KEYS[1], message, run) then
   redis.call('DEL', KEYS[2])
   return {'dropped', 0, 0}
 end
-local state, cancel, named, named_until, tried, died, submitted_at, runs, cancelled_at =
+local state, cancel, named, named_until, tried, died, submitted_at, runs, cancelled_at, hooks =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'claim', 'claim_until', 'attempts', 'deaths', 'submitted_at',
-            'runs', 'cancelled_at'))
+            'runs', 'cancelled_at', 'hooks'))
 local holder, until_s, own_tried, own_died, open, failed =
   unpack(on(KEYS[2], 'HMGET', 'claim', 'claim_until', 'attempts', 'deaths', 'open:' .. me, 'failed'))
 runs = runs or ''
@@ -45,6 +46,7 @@ if joins then
   if (cancel or state == 'cancelled') and sent_at >= math.floor(tonumber(cancelled_at or 0) or 0) then
     -- Others gave the job up, before they knew of this run, or before it was begun. It starts anew.
     note_all(KEYS[1], '-')
+    if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], 'cancelled') end
     redis.call('DEL', KEYS[1])
     state, cancel, named, tried, died, submitted_at = false, false, false, false, false, false
     expires = true
@@ -60,6 +62,8 @@ end
 if state == 'done' or state == 'failed' or state == 'cancelled' then
   if state == 'cancelled' then redis.call('DEL', KEYS[2]) end
   mark_runs(run)
+  -- An earlier worker ended it, or a producer who may tell nobody.
+  if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], state) end
   return {'final', 0, 0}
 end
 if joins then
@@ -74,6 +78,7 @@ if cancel then
   redis.call('DEL', KEYS[2])
   redis.call('PUBLISH', KEYS[1], 'cancelled')
   mark_runs(runs)
+  if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], 'cancelled') end
   return {'final', 0, 0}
 end
 -- Whether another message holds the job. An earlier worker's claim is in the record alone, its attempt is not.

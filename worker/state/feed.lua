@@ -8,6 +8,7 @@
 --          queues, then number of the list, from 1, and message in turn
 -- Returns  1: done, now or by an earlier try whose answer was lost; 0: somebody else has fed the run;
 --          -1: somebody else is its feeder; -2: the run was cancelled
+-- include notify.lua
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return -1 end
 if redis.call('HGET', KEYS[1], 'window') == ARGV[2] then return 1 end
 if redis.call('HGET', KEYS[1], 'fed') ~= ARGV[3] then return 0 end
@@ -29,4 +30,12 @@ for i = 5, #KEYS do redis.call('HSET', KEYS[1], 'list:' .. KEYS[i], 1) end
 for i = 11, first - 1 do redis.call('SADD', KEYS[3], ARGV[i]) end
 for _, part in ipairs({'', ':done', ':failed', ':cancelled', ':news'}) do redis.call('EXPIRE', KEYS[1] .. part, ARGV[8]) end
 for i = 3, 4 do redis.call('EXPIRE', KEYS[i], ARGV[8]) end
+if ARGV[6] ~= '' then
+  local hook, ended, created = unpack(redis.call('HMGET', KEYS[1], 'webhook', 'ended', 'created'))
+  -- Its last job ended before anybody knew that it is the last.
+  if hook and tonumber(ended or 0) >= tonumber(ARGV[6]) then
+    notify_run(TOLD_BY_PRODUCERS, KEYS[1], string.sub(KEYS[1], 1 + string.len('smallcat:run:')), hook, 'finished',
+               created, ARGV[6], ARGV[7])
+  end
+end
 return 1

@@ -13,6 +13,7 @@
 -- include heal.lua
 -- include mark_runs.lua
 -- include usage.lua
+-- include notify.lua
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
 -- run of a million jobs must not leave a million records here.
 local BULK_TTL_S = 60
@@ -23,8 +24,8 @@ if tag ~= '' then
   redis.call('ZREM', KEYS[4], tag)
   redis.call('HDEL', KEYS[5], tag)
 end
-local state, named, cancel, runs, bulk, error_type =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type'))
+local state, named, cancel, runs, bulk, error_type, hooks =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type', 'hooks'))
 -- A record that is queued without a claim was written by another submission. Producers can delete the claim.
 named = state == 'running' and message or named
 if state == 'done' or state == final or state == 'cancelled' then return 0 end
@@ -55,4 +56,5 @@ end
 if ARGV[#ARGV - 1] == 'usage' then count_usage(ARGV[#ARGV]) end
 redis.call('PUBLISH', KEYS[1], final)
 mark_runs(runs or '')
+if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], final) end
 return 1

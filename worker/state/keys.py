@@ -36,6 +36,8 @@
                                       what a tenant has used of its limits (`worker.state.tenant_limits`)
     smallcat:http:once:...   string   what was answered to a request with an Idempotency-Key
     smallcat:http:model:...  string   the model that a caller of AUTOMATIC1111's API has chosen
+    smallcat:webhooks:new    list     what producers tell webhooks of (`notify.lua`), until it is taken
+    smallcat:worker-only:webhooks:... the book of notifications (`webhook_book.lua`), and what workers tell
     smallcat:to-workers      channel  to all workers: "cancel <id>" stops a running job; "watch" says that
                                       somebody follows a job's progress, so that it must be written often
 
@@ -55,6 +57,8 @@ Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
     sub:<submission>     for each submission since the job was last queued that was not given up: the
                          fingerprint of its message; 1 where an earlier version sent it; "-" once that
                          message was set aside
+    hook:<submission>    its webhook, as JSON (`worker.contract.webhook`), until it is told how the job ended
+    hooks                1 while there are such fields
     subs                 how many they are, one that an earlier version made included
     runs                 marks of the runs that the job belongs to, separated by spaces
     bulk                 1 when only runs have sent the job: its record is short-lived once the job is done
@@ -109,6 +113,10 @@ USAGE: Final = f"{WORKER_ONLY}usage:"
 BOOK: Final = f"{WORKER_ONLY}fleet"
 #: The messages that workers hold: the transport's (`worker.broker.transport.UNACKED`).
 HELD: Final = "smallcat:unacked"
+#: Begins the keys of the book of notifications to webhooks; `webhook_book.lua` makes them, too.
+WEBHOOKS: Final = f"{WORKER_ONLY}webhooks"
+#: What producers tell webhooks of. `notify.lua` has the name, too.
+TOLD_BY_PRODUCERS: Final = "smallcat:webhooks:new"
 #: Channel to all workers.
 WORKERS_CHANNEL: Final = "smallcat:to-workers"
 

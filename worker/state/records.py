@@ -98,17 +98,20 @@ class Records:
         message: str = "",
         noted: str = "1",
         put: tuple[str, str] | None = None,
+        hook: str = "",
     ) -> None:
         """Write the record of a job that is sent to `queue` as `message`, and what is the submission's own.
 
         `noted` is the message's fingerprint; "1": unknown, as with earlier versions. `put`: the Redis list
-        and the message, which is put there in the same step. A record of a job that is queued or running
-        stays as it is, unless it was cancelled.
+        and the message, which is put there in the same step. `hook` is the submission's webhook
+        (`worker.contract.webhook.hook_of`). A record of a job that is queued or running stays as it is,
+        unless it was cancelled.
         """
         own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
         sent = Submission(
             *(job.id, job.model_dump_json(), queue, submission, own, message, *(put or ("", "")), noted),
             job.tenant,
+            hook,
         )
         keys, words = sent.call(self._ttl_s, self._named.has(queue))
         self._submit(keys=keys, args=words)

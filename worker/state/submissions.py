@@ -46,6 +46,8 @@ class Submission(NamedTuple):
     noted: str = ""
     #: Whose job it is.
     tenant: str = ""
+    #: Its webhook, as `worker.contract.webhook.hook_of` makes it; empty: it has none.
+    hook: str = ""
 
     def call(self, ttl_s: int, is_named: int) -> tuple[Sequence[str], Sequence[str | int]]:
         """Keys and words of `submit.lua`. `is_named`: 1 where the sender named the queue lately, else 0."""
@@ -53,7 +55,7 @@ class Submission(NamedTuple):
         keys = [record, QUEUES, FAILED, own, latest_key(self.tenant), *([self.list] if self.list else [])]
         about = (self.job, self.queue, ttl_s, self.job_id, self.submission, self.own)
         noted = self.noted or digest_of(self.message)
-        return keys, [*about, self.message_id, noted, is_named, self.message]
+        return keys, [*about, self.message_id, noted, is_named, self.message, self.hook]
 
 
 class Submissions:

@@ -6,25 +6,40 @@
 --          no message is put
 -- ARGV     job as JSON, queue, seconds until the record expires, job id, submission or '', what is its own
 --          as JSON, the id of its message, its fingerprint, 1 where the sender has named the queue lately,
---          the message
+--          the message, its webhook as JSON (`worker.contract.webhook`) or ''
 --
 -- Its first write may take memory: a full Redis refuses the script before it has done anything.
 -- Sent twice, because its answer was lost, it counts the submission once, and puts the message once.
 -- include heal.lua
 -- include outcome.lua
+-- include notify.lua
 -- include ../contract/clock.lua
-local job, queue, ttl, id, submission, own, message, print, is_known, raw = unpack(ARGV)
+local job, queue, ttl, id, submission, own, message, print, is_known, raw, hook = unpack(ARGV)
 local field = 'sub:' .. submission
 local is_new_queue = is_known ~= '1' and on(KEYS[2], 'SADD', queue) == 1
 local time = now()
 -- Workers refresh what all jobs share; here it is done for one job of 16, which keeps a busy queue's cost down.
 local refreshes = is_new_queue or tonumber(string.sub(time, -2)) % 16 == 0
-local state, cancel, runs, subs, bulk, mine, known =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message'))
+local state, cancel, runs, subs, bulk, mine, known, hooks =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message', 'hooks'))
 -- What follows may begin with a write that takes no memory.
 if state and is_known == '1' then on(KEYS[2], 'SADD', queue) end
 local is_alive = (state == 'queued' or state == 'running') and not cancel
 local is_done = state == 'done' and mine and submission ~= ''
+-- Webhooks of submissions that nobody has told yet what became of them, as fields of a hash. Where an earlier
+-- worker has ended the job, they are told when it ends again.
+local untold = {}
+local function hooks_left(is_cancelled)
+  if is_cancelled then notify_submissions(TOLD_BY_PRODUCERS, KEYS[1], 'cancelled') end
+  local found = {}
+  for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+    if string.find(name, '^hook:') then
+      found[#found + 1] = name
+      found[#found + 1] = redis.call('HGET', KEYS[1], name)
+    end
+  end
+  return found
+end
 -- First of all: where the list cannot take the message, there is no record either.
 if KEYS[6] and not (is_done or is_alive and mine and known == message) then redis.call('LPUSH', KEYS[6], raw) end
 if is_done then
@@ -33,6 +48,7 @@ elseif not is_alive then
   if state == 'done' then note_all(KEYS[1], '=') end
   if state == 'failed' then note_all(KEYS[1], '~') end
   if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end
+  if hooks then untold = hooks_left(state == 'cancelled' or cancel) end
   if state then
     redis.call('DEL', KEYS[1])
     on(KEYS[3], 'ZREM', id)
@@ -52,6 +68,11 @@ else
     redis.call('HSET', KEYS[1], field, print)
   end
 end
+if hook and hook ~= '' and not is_done then
+  untold[#untold + 1] = 'hook:' .. submission
+  untold[#untold + 1] = hook
+end
+if #untold > 0 then redis.call('HSET', KEYS[1], 'hooks', 1, unpack(untold)) end
 redis.call('EXPIRE', KEYS[1], ttl)
 if refreshes then redis.call('EXPIRE', KEYS[2], ttl) end
 if submission ~= '' then redis.call('SET', KEYS[4], '+' .. own, 'EX', ttl) end

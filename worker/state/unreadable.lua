@@ -13,6 +13,7 @@
 -- include go_on.lua
 -- include heal.lua
 -- include mark_runs.lua
+-- include notify.lua
 -- include wanted_by_runs.lua
 -- include ../contract/clock.lua
 go_on()
@@ -73,4 +74,5 @@ redis.call('EXPIRE', KEYS[1], ttl)
 on(KEYS[2], 'ZADD', redis.call('TIME')[1], id)
 redis.call('EXPIRE', KEYS[2], ttl)
 redis.call('PUBLISH', KEYS[1], 'failed')
+if redis.call('HEXISTS', KEYS[1], 'hooks') == 1 then notify_submissions(TOLD_BY_WORKERS, KEYS[1], 'failed') end
 return 1

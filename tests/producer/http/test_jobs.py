@@ -99,7 +99,7 @@ def test_every_job_field_is_taken_and_handed_back(api: Api) -> None:
     expected = given | {"scheduler": "euler_ancestral", "format": "jpeg"}
     assert {name: seen[name] for name in given} == expected
     document = api.call("GET", "/openapi.json", key="").json["components"]["schemas"]["Job"]
-    assert set(document["properties"]) == set(WRITTEN_FIELDS)
+    assert set(document["properties"]) == {*WRITTEN_FIELDS, "webhook"}
 
 
 def test_equal_jobs_are_one_job_and_two_submissions(api: Api, environment: None) -> None:

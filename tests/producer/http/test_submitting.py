@@ -35,6 +35,10 @@ def test_many_jobs_and_long_texts_are_checked_while_other_requests_go_on(
     async def templates() -> Templates:
         return Templates()
 
-    backend: Any = SimpleNamespace(sender=SimpleNamespace(templates=templates), run=asyncio.to_thread)
+    backend: Any = SimpleNamespace(
+        sender=SimpleNamespace(templates=templates),
+        run=asyncio.to_thread,
+        settings=SimpleNamespace(webhook_hosts=""),
+    )
     assert asyncio.run(check(backend, ANYBODY, items)) == items
     assert (seen == {threading.current_thread()}) is not is_beside

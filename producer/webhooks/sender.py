@@ -1,0 +1,192 @@
+"""The sender of notifications: takes what is due from Redis, sends it, and notes what became of it.
+
+Several may run at once. One that is killed loses nothing: what it held comes back, and is sent again with the
+same `webhook-id`. Each host has a few requests at a time, so that one that is slow holds up no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
+
+from producer.session import Session
+from producer.webhooks.connection import Connections, UnsentError
+from producer.webhooks.payload import body_of, headers_of
+from producer.webhooks.schedule import GONE, asked_s, pause_s
+from producer.webhooks.secrets import Secrets
+from worker.contract.errors import QueueError, SettingsError
+from worker.contract.plain_text import plain
+from worker.contract.settings import WebhookSettings
+from worker.contract.webhook import Hosts
+from worker.state.notifications import HELD_S, Ended, Notification, Notifications
+
+logger = logging.getLogger("smallcat.webhooks")
+
+#: Notifications that are sent at once, and those of them to one host.
+AT_ONCE, PER_HOST = 128, 8
+#: Seconds between two looks at Redis while nothing is due, and while it is away.
+LOOK_EVERY_S, AWAY_S = 0.25, 1.0
+#: What the log says first: whoever starts a sender waits for it.
+STARTED: Final = "Notifications are sent"
+
+
+class Sender:
+    """Sends what is due until it is stopped."""
+
+    def __init__(self, session: Session, settings: WebhookSettings, at_once: int, per_host: int) -> None:
+        """Raises `SettingsError` where a setting is no secret, or no host."""
+        self._session = session
+        self._notifications = Notifications(session.redis)
+        self._secrets = Secrets(settings.webhook_secret, settings.webhook_secrets_dir)
+        self._hosts = Hosts.parse(settings.webhook_hosts)
+        self._timeout_s = settings.webhook_timeout_s
+        self._at_once, self._per_host = at_once, per_host
+        self._busy: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Take no more; `run` returns when what is being sent has been answered. On its event loop."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Send until `stop`. While Redis is away, wait for it."""
+        self._connections = Connections(self._hosts, self._timeout_s, self._at_once)
+        is_away = False
+        try:
+            while not self._stop.is_set():
+                try:
+                    taken = await self._take()
+                    if is_away:
+                        logger.info("Redis answers again.")
+                    is_away = False
+                except QueueError as error:
+                    if not is_away:
+                        logger.warning("Notifications wait: %s", plain(str(error)))
+                    is_away, taken = True, []
+                for each in taken:
+                    self._busy[each.host] += 1
+                    task = asyncio.create_task(self._handle(each))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                if not taken:
+                    await self._wait(AWAY_S if is_away else LOOK_EVERY_S)
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=self._timeout_s + 1)
+            for task in self._tasks:
+                task.cancel()
+        finally:
+            await self._connections.close()
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait so long, or until `stop`, or until there is room for one more."""
+        stopping = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({stopping, *self._tasks}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+
+    async def _take(self) -> list[Notification]:
+        if (room := self._at_once - len(self._tasks)) <= 0:
+            return []
+        return await asyncio.to_thread(self._taken, room, dict(self._busy))
+
+    def _taken(self, room: int, busy: dict[str, int]) -> list[Notification]:
+        with self._session.queue_errors():
+            return self._notifications.take(room, self._per_host, busy)
+
+    async def _handle(self, notification: Notification) -> None:
+        """Try to send one, and note how that ended."""
+        began_s = time.monotonic()
+        try:
+            ended, delay_s, text = await self._send(notification)
+        except Exception as error:
+            logger.exception("The notification %s has a fault.", notification.id)
+            ended, delay_s, text = self._after(notification, f"a fault of the sender, {type(error).__name__}")
+        finally:
+            self._busy[notification.host] -= 1
+            if not self._busy[notification.host]:
+                del self._busy[notification.host]
+        shown = notification.id[1:], plain(notification.host), plain(text)
+        if ended == "failed":
+            logger.error("The notification %s to %s is given up: %s.", *shown)
+        elif ended == "later" and not notification.attempts:
+            logger.warning("The notification %s to %s is sent again later: %s.", *shown)
+        while True:
+            try:
+                await asyncio.to_thread(self._settle, notification, ended, delay_s, text)
+                return
+            except QueueError:
+                # After that another sender may hold it.
+                if time.monotonic() - began_s > HELD_S - AWAY_S:
+                    return
+                await asyncio.sleep(AWAY_S)
+
+    def _settle(self, notification: Notification, ended: Ended, delay_s: float, text: str) -> None:
+        with self._session.queue_errors():
+            self._notifications.settle(notification, ended, delay_s, text)
+
+    async def _send(self, notification: Notification) -> tuple[Ended, float, str]:
+        """Try once. Returns how it ended, seconds until the next attempt, and why in words."""
+        try:
+            body = body_of(notification.what)
+            url = str(notification.hook["url"])
+        except (ValueError, KeyError):
+            return "failed", 0.0, "what Redis has of it cannot be read"
+        try:
+            secrets = await asyncio.to_thread(self._secrets.of, str(notification.hook.get("tenant", "")))
+            headers = headers_of(f"msg_{notification.id[1:]}", time.time(), body, secrets)
+            status, retry_after = await self._connections.post(url, body, headers)
+        except (SettingsError, UnsentError) as error:
+            return self._after(notification, str(error).rstrip("."))
+        if 200 <= status < 300:
+            return "sent", 0.0, ""
+        if status == GONE:
+            return "failed", 0.0, "it answered 410, Gone: it wants nothing more"
+        redirects = ": redirects are not followed" if 300 <= status < 400 else ""
+        return self._after(
+            notification, f"it answered {status}{redirects}", asked_s(retry_after, time.time())
+        )
+
+    def _after(self, notification: Notification, text: str, asked: float = 0.0) -> tuple[Ended, float, str]:
+        """What to do after an attempt that failed."""
+        pause = pause_s(notification.attempts + 1, random.random(), asked)  # noqa: S311 - nothing secret
+        return ("failed", 0.0, text) if pause is None else ("later", pause, text)
+
+
+@contextlib.contextmanager
+def in_background(session: Session, settings: WebhookSettings) -> Iterator[None]:
+    """Send notifications beside what this process does. Raises `SettingsError`."""
+    sender = Sender(session, settings, AT_ONCE, PER_HOST)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(
+        target=loop.run_until_complete, args=[sender.run()], name="webhooks", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(sender.stop)
+        thread.join()
+        loop.close()
+
+
+def run(session: Session, settings: WebhookSettings, at_once: int, per_host: int) -> None:
+    """Send notifications until SIGTERM or Ctrl-C; then finish what is being sent. Raises `SettingsError`."""
+
+    async def serve() -> None:
+        sender = Sender(session, settings, at_once, per_host)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, sender.stop)
+        hosts = plain(settings.webhook_hosts) or "every public host"
+        logger.info("%s to %s, up to %d at once and %d a host.", STARTED, hosts, at_once, per_host)
+        await sender.run()
+        logger.info("No notifications are sent any more.")
+
+    asyncio.run(serve())
