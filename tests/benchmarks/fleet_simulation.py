@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import multiprocessing
+import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -43,12 +47,23 @@ class Simulation:
         spawn = multiprocessing.get_context("spawn")
         self._process = spawn.Process(target=_simulate, args=(url, count), daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Simulation:
         self._process.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.join()
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """They take no processor time, and are announced still, for less than `ANNOUNCE_TTL_S` seconds."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._process.pid, signal.SIGCONT)
 
 
 def _simulate(url: str, count: int) -> None:
