@@ -34,9 +34,9 @@ from worker.contract.errors import (
 )
 from worker.contract.job import FORMAT_VERSION
 from worker.contract.job_parameters import DEFAULT_PRIORITY
-from worker.contract.message import TASK, URGENT
+from worker.contract.message import TASK
 from worker.contract.plain_text import plain
-from worker.contract.queues import queues_of
+from worker.contract.queues import URGENT, queues_of
 from worker.contract.refusals import refusal_log
 from worker.contract.settings import WorkerSettings, hidden, worker_settings
 from worker.contract.versions import versions

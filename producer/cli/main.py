@@ -26,6 +26,7 @@ from producer.cli.job_options import given_fields, job_options, option_of
 from producer.cli.json_output import NobodyReadsError, json_option, print_json, say, say_error
 from producer.cli.metrics import metrics
 from producer.cli.serve import keys, serve
+from producer.cli.shares import shares
 from producer.cli.tenants import tenants
 from producer.cli.usage import usage
 from producer.cli.webhooks import webhooks
@@ -125,6 +126,7 @@ cli.add_command(failed)
 cli.add_command(serve)
 cli.add_command(keys)
 cli.add_command(tenants)
+cli.add_command(shares)
 cli.add_command(metrics)
 cli.add_command(usage)
 cli.add_command(webhooks)

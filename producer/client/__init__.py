@@ -42,7 +42,7 @@ class Progress:
     step: int
     #: Denoising steps in all; 0 until a worker took the job.
     steps: int
-    #: Messages in the job's queue, its own included; 0 once it runs.
+    #: Messages of its tenant in the job's queue, its own included; 0 once it runs.
     queued: int
     #: Live workers that take jobs from its queue.
     workers: int
@@ -127,7 +127,8 @@ class JobHandle:
                 if record.state is State.RUNNING:
                     now.records.watch()
                 if record.state is State.QUEUED:
-                    queued = now.fleet.length(record.queue, record.job.version)
+                    job = record.job
+                    queued = now.fleet.length(record.queue, job.version, job.tenant)
             workers = takers.workers
             note = "" if workers else _unserved(record, takers)
         return Progress(record.state, record.step, record.steps, queued, workers, note)

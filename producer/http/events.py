@@ -72,8 +72,8 @@ async def _events(
     if record.state.is_final:
         yield _last_event(record, handle.submission, caller)
         return
-    priority = record.job.priority
-    with backend.following.follow(handle.id, handle.submission, priority) as follower:
+    priority, tenant = record.job.priority, record.job.tenant
+    with backend.following.follow(handle.id, handle.submission, priority, tenant) as follower:
         while not backend.draining.is_set():
             if not await _changed(backend, follower):
                 yield ": still here\n\n"

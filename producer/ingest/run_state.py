@@ -30,7 +30,7 @@ from worker.broker.transport import OLD_UNACKED, UNACKED
 from worker.contract.errors import PromptFileError
 from worker.contract.found_message import digest_of
 from worker.contract.message import TASK, run_mark_in
-from worker.contract.queues import list_of_parked, queue_of_list
+from worker.contract.queues import arrivals_of, list_of, list_of_parked, queue_of_list, tenant_of_list
 from worker.contract.refusals import code_of
 from worker.state import run_scripts
 from worker.state.keys import QUEUES, RUNS, job_key, run_key
@@ -224,6 +224,9 @@ class Run:
             for number, (name, message) in messages.items():
                 pipe.hset(prints, f"={number}", _print(message))
                 pipe.lpush(name, message)
+                queue, priority, tenant = tenant_of_list(name)
+                if tenant:
+                    pipe.lpush(arrivals_of(queue, priority), tenant)
             pipe.expire(prints, self._ttl_s)
             pipe.execute()
 
@@ -263,7 +266,9 @@ class Run:
         second message was dropped because its first is in flight (`Claim.TAKEN`) is among them:
         `are_in_flight` tells it from a lost one.
         """
-        held = self._indexes_in(self._lists) | self._indexes_held()
+        # Workers of earlier versions put a tenant's messages where they put those of others.
+        lists = {*self._lists, *map(_of_nobody, self._lists)}
+        held = self._indexes_in(lists) | self._indexes_held()
         if parked := self._parked():
             # From held to parked and back: what is not seen here was seen before, or is afterwards.
             held |= self._indexes_in(parked) | self._indexes_held()
@@ -316,7 +321,8 @@ class Run:
     def _parked(self) -> dict[str, int]:
         """The lists where this run's messages wait for newer workers, and how many messages each has."""
         found = parked_lists(self._redis)
-        return {name: count for name, count in found.items() if list_of_parked(name) in self._lists}
+        mine = set(map(_of_nobody, self._lists))
+        return {name: count for name, count in found.items() if list_of_parked(name) in mine}
 
     def _held(self) -> list[str]:
         """What workers hold, those of earlier versions included."""
@@ -374,3 +380,9 @@ def _is_dead(token: str) -> bool:
     except (PermissionError, ValueError, OverflowError):  # The latter: it is no feeder's.
         return False
     return False
+
+
+def _of_nobody(name: str) -> str:
+    """The list of the same queue and priority for jobs without a tenant."""
+    queue, priority, tenant = tenant_of_list(name)
+    return list_of(queue, priority) if tenant else name

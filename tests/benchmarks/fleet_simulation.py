@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import json
 import multiprocessing
@@ -30,7 +31,8 @@ from worker.broker.transport import (
     transport_options,
 )
 from worker.broker.waiting import CALL, PLACE_MS, ROOM
-from worker.contract.queues import UNDECODABLE, list_of, queues_of
+from worker.contract.job import FORMAT_VERSION
+from worker.contract.queues import SHARES, UNDECODABLE, WEIGHTS, arrivals_of, lists_at, queues_of
 from worker.state.fleet import ANNOUNCE_EVERY_S, Fleet, WorkerInfo
 from worker.state.redis_client import connect
 
@@ -139,10 +141,13 @@ class _Waiting:
         )
         self._connection = redis.Redis.from_url(url, protocol=3).connection_pool.get_connection()
         queues = queues_of(served)
-        lists = [(queue, list_of(queue, step)) for step in range(10) for queue in queues]
-        keys = [UNACKED, UNACKED_INDEX, UNDECODABLE, f"{ROOM}simulated", *(name for _, name in lists)]
+        at = functools.partial(lists_at, version=FORMAT_VERSION)
+        lists = [(queue, arrivals_of(queue, step), str(step // 5)) for queue in queues for step in (0, 5)]
+        lists += [(queue, name, "") for step in range(10) for queue in queues for name in at(queue, step)]
+        keys = [UNACKED, UNACKED_INDEX, UNDECODABLE, f"{ROOM}simulated", SHARES, WEIGHTS]
+        keys += [name for _, name, _ in lists]
         limits = (MAX_READ, UNDECODABLE_TTL_S, UNDECODABLE_MAX, KEPT_BYTES, UNREGISTERED)
-        names = [json_name(queue) for queue, _ in lists]
+        names = [kind + json_name(queue) for queue, _, kind in lists]
         self._place = ""
         self._command = lambda: (len(keys), *keys, *limits, f"{CALL}{number}", self._place, PLACE_MS, *names)
 

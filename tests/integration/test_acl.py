@@ -18,6 +18,7 @@ from deploy.embedded.servers import valkey_server
 from deploy.embedded.stack import Stack
 from producer import submit_job
 from producer.cli import failed
+from producer.session import session
 from tests.faults.harness import ROOT, Ground, slots, wait_until
 from tests.faults.test_security import envelope
 from worker.contract.errors import JobCancelledError, QueueError, RenderError
@@ -122,6 +123,22 @@ def test_a_producer_submits_follows_and_cancels(ground: Ground, url: str) -> Non
             held.result(timeout=30)
 
 
+def test_a_producer_submits_for_tenants_and_sees_what_waits(ground: Ground, url: str) -> None:
+    with ground.holding() as hold:
+        job = ground.job(hold)
+        held = [submit_job(job, tenant=tenant) for tenant in ("a", "b", "a")]
+        ground.journal.wait_for("start", [held[0].id])
+        assert held[0].id == held[2].id != held[1].id
+        nobodys = submit_job(ground.job(), tenant="c", model="nobodys", revision="r")
+        waiting = session().fleet.waiting()
+        of_c = [count for queue, count in waiting.items() if "nobodys" in queue]
+        # Redis 6.2 has no right to read alone.
+        assert of_c == [0 if "6.2" in ground.acl.name else 1]
+        assert nobodys.cancel() is State.CANCELLED
+    for each in held:
+        assert each.result(timeout=30).state is State.DONE
+
+
 def test_a_producer_awaits_a_job(ground: Ground, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers are read as well, for the warning that nobody serves it."""
     monkeypatch.setattr("worker.state.awaiting.RECHECK_S", 0.01)
@@ -189,6 +206,9 @@ FORBIDDEN: dict[str, Callable[[redis.Redis], object]] = {
     "load a function": lambda client: client.execute_command("FUNCTION", "LOAD", "x"),
     "acknowledge another's job": lambda client: client.hdel("smallcat:unacked", "tag"),
     "end a lease": lambda client: client.zrem("smallcat:unacked_index", "tag"),
+    "set a tenant's weight": lambda client: client.hset("smallcat:weights", "a", 100),
+    "move a tenant up": lambda client: client.zadd("smallcat:shares:smallcat.fake:0", {"a": -9}),
+    "forget what a tenant had": lambda client: client.delete("smallcat:shares:smallcat.fake:left"),
     "reset attempts": lambda client: client.delete("smallcat:worker-only:job:a"),
     "hide what no worker can read": lambda client: client.delete("smallcat:undecodable"),
     "use another queue": lambda client: client.lpush("celery", "x"),

@@ -39,11 +39,12 @@ from worker.broker.transport import (
     broker_url,
     transport_options,
 )
-from worker.contract.queues import UNDECODABLE
+from worker.contract.queues import SHARES, UNDECODABLE, WEIGHTS
 
 LEASE_S = 1.0
 #: Keys and arguments of a fetch from the queue "q".
-FETCH_ONE = (UNACKED, UNACKED_INDEX, UNDECODABLE, "", "q", 1_000, 60, 10, 1_000, "why", "", "", 0, '"q"')
+KEYS_OF_ONE = (UNACKED, UNACKED_INDEX, UNDECODABLE, "", SHARES, WEIGHTS, "q")
+FETCH_ONE = (*KEYS_OF_ONE, 1_000, 60, 10, 1_000, "why", "", "", 0, '"q"')
 #: A worker process takes seconds to start on a busy machine, and a test may start four.
 pytestmark = pytest.mark.timeout(120)
 
@@ -225,7 +226,7 @@ def test_importing_the_module_does_not_import_redis() -> None:
 def test_a_fetch_registers_what_it_pops(client: redis.Redis) -> None:
     raw = json.dumps(message())
     client.lpush("q", raw)
-    index, fetched, tag = client.eval(FETCH, 5, *FETCH_ONE)  # type: ignore[misc]
+    index, fetched, tag = client.eval(FETCH, 7, *FETCH_ONE)  # type: ignore[misc]
     assert (index, fetched.decode()) == (0, raw)
     assert client.llen("q") == 0
     assert json.loads(client.hget(UNACKED, tag)) == [json.loads(raw), "", "q"]  # type: ignore[arg-type]
@@ -237,7 +238,7 @@ def test_a_message_under_the_tag_of_one_that_is_held_takes_not_its_place(client:
     first = message("first")
     again = {**message("again"), "properties": first["properties"]}
     client.lpush("q", json.dumps(first), json.dumps(again))
-    found = [client.eval(FETCH, 5, *FETCH_ONE) for _ in range(2)]
+    found = [client.eval(FETCH, 7, *FETCH_ONE) for _ in range(2)]
     tags = [tag.decode() for _, _, tag in found]  # type: ignore[misc]
     assert tags[0] == first["properties"]["delivery_tag"]
     assert json.loads(client.hget(UNACKED, tags[0]))[0] == first  # type: ignore[arg-type]
@@ -249,7 +250,7 @@ def test_a_message_under_the_tag_of_one_that_is_held_takes_not_its_place(client:
     client.hdel(UNACKED, tags[0])
     client.zrem(UNACKED_INDEX, tags[0])
     client.lpush("q", json.dumps(first))
-    assert client.eval(FETCH, 5, *FETCH_ONE)[2].decode() == tags[0]  # type: ignore[index]
+    assert client.eval(FETCH, 7, *FETCH_ONE)[2].decode() == tags[0]  # type: ignore[index]
 
 
 def test_a_message_whose_repeated_tag_is_written_otherwise_is_set_aside(client: redis.Redis) -> None:
@@ -258,7 +259,7 @@ def test_a_message_whose_repeated_tag_is_written_otherwise_is_set_aside(client: 
     tag = first["properties"]["delivery_tag"]
     escaped = json.dumps(first).replace(tag, f"\\u{ord(tag[0]):04x}{tag[1:]}")
     client.lpush("q", json.dumps(first), escaped)
-    tags = [client.eval(FETCH, 5, *FETCH_ONE)[2] for _ in range(2)]  # type: ignore[index]
+    tags = [client.eval(FETCH, 7, *FETCH_ONE)[2] for _ in range(2)]  # type: ignore[index]
     assert tags == [tag.encode(), None]
     [aside] = client.lrange(UNDECODABLE, 0, -1)
     assert b"a worker holds a message of its delivery tag" in aside
@@ -271,7 +272,7 @@ def test_a_message_that_cannot_be_registered_stays_in_its_queue(client: redis.Re
     raw = json.dumps(message()).encode()
     client.lpush("q", raw)
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
-        client.eval(FETCH, 5, *FETCH_ONE)
+        client.eval(FETCH, 7, *FETCH_ONE)
     assert client.lrange("q", 0, -1) == [raw]
     client.delete(broken)
     assert settled(client)()

@@ -89,7 +89,7 @@ def test_a_file_is_submitted_for_the_tenant_that_python_names(
     with pytest.raises(InvalidJobError, match="tenant is 'A'"):
         submit_file(tmp_path / "p.txt", tenant="A")
     submit_file(tmp_path / "p.txt", tenant="acme", detach=True)
-    [name] = [each for each in client.scan_iter("smallcat.*") if client.type(each) == "list"]
+    [name] = [each for each in client.scan_iter("smallcat.*") if each.endswith("t=acme")]
     [job] = [FoundMessage.read(each).job for each in client.lrange(name, 0, -1)]
     assert job is not None
     assert job.tenant == "acme"

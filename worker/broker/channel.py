@@ -19,7 +19,7 @@ import redis
 from kombu.transport import redis as stock
 
 from worker.broker.bindings import OwnNames
-from worker.broker.fetching import Fetching, Stage
+from worker.broker.fetching import AGAIN, Fetching, Stage
 from worker.broker.job_message import MALFORMED, UNREGISTERED, log_parked, log_set_aside, read_message
 from worker.broker.lease import Held, Lease
 from worker.broker.leases import lease_of_process
@@ -82,10 +82,12 @@ class Channel(Fetching, OwnNames):
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         """Fetch one message now, or None."""
-        lists = [each for step in self.priority_steps for each in self._at(queue, step)]
+        lists = self._lists_at([queue], self.priority_steps)
         self.acknowledging = self.acknowledging or not no_ack
         with self._plain_client() as client:
             while reply := client.eval(FETCH, *self._fetch_command(lists, no_ack=no_ack)):
+                if reply == [AGAIN]:
+                    continue
                 index, raw, tag = reply
                 message = self._read_message(lists[index][0], raw, tag)
                 if message is not None:

@@ -36,11 +36,13 @@ from worker.broker.scripts import FETCH, FETCH_DIGEST, LEAVE
 from worker.broker.transport import UNACKED, UNACKED_INDEX, UNDECODABLE_MAX, UNDECODABLE_TTL_S
 from worker.broker.waiting import CALL, PLACE_MS, Room, Waiting
 from worker.contract.job import FORMAT_VERSION
-from worker.contract.queues import PARKED, UNDECODABLE, lists_at
+from worker.contract.queues import ARRIVALS, PARKED, SHARES, UNDECODABLE, WEIGHTS, arrivals_of, lists_at
 from worker.contract.refusals import refusal_log
 
 logger = logging.getLogger("smallcat.transport")
 
+#: What `FETCH` returns when it has looked at enough, and there may be more.
+AGAIN: Final = b"again"
 #: Bytes of a message that is read at all, whatever its version: room for what later versions send.
 MAX_READ: Final = 1_000_000
 
@@ -140,7 +142,7 @@ class Fetching(stock.Channel):
             return
         steps = self._open_steps()
         # Priority before queue: the most urgent message of all queues is next.
-        self._lists = [each for step in steps for queue in queues for each in self._at(queue, step)]
+        self._lists = self._lists_at(queues, steps)
         self._room = self._waiting.room(queues, steps)
         # Stays set: kombu drops a connection that is readable without it.
         self._in_poll = self.client.connection
@@ -163,18 +165,36 @@ class Fetching(stock.Channel):
         self, lists: list[tuple[str, str]], room: Room | None = None, no_ack: bool = False
     ) -> tuple[Any, ...]:
         """Keys and arguments of `FETCH`; without a room it does not wait."""
-        keys = [self.layout.unacked, self.layout.index, self.layout.undecodable, room.key if room else ""]
-        keys += [key for _, key in lists]
-        unacknowledged = {queue for queue, (no_ack_queue, _) in self._receivers.items() if no_ack_queue}
-        names = ["" if no_ack or queue in unacknowledged else json_name(queue) for queue, _ in lists]
+        layout = self.layout
+        keys = [layout.unacked, layout.index, layout.undecodable, room.key if room else ""]
+        keys += [layout.prefix + SHARES, layout.prefix + WEIGHTS, *(key for _, key in lists)]
+        names = [self._said(queue, key, no_ack=no_ack) for queue, key in lists]
         limits = (MAX_READ, UNDECODABLE_TTL_S, UNDECODABLE_MAX, KEPT_BYTES, UNREGISTERED)
         place = (self._who, room.place) if room else ("", "")
         return (len(keys), *keys, *limits, *place, PLACE_MS, *names)
 
-    def _at(self, queue: str, priority: int) -> list[tuple[str, str]]:
-        """Where messages of a priority wait: first those that older workers put aside for this version."""
-        names = lists_at(queue, priority, FORMAT_VERSION)
-        return [(queue, f"{self.global_keyprefix}{name}") for name in names]
+    def _lists_at(self, queues: Sequence[str], priorities: Sequence[int]) -> list[tuple[str, str]]:
+        """The lists of these queues and priorities in fetching order, each with its queue.
+
+        First those in which it is said that tenants wait, by queue. Then, by priority, those of jobs that
+        have none: before them what older workers put aside for this version.
+        """
+        prefix = self.layout.prefix
+        arrivals = dict.fromkeys((queue, arrivals_of(queue, each)) for queue in queues for each in priorities)
+        names = [
+            (queue, name)
+            for each in priorities
+            for queue in queues
+            for name in lists_at(queue, each, FORMAT_VERSION)
+        ]
+        return [(queue, prefix + name) for queue, name in (*arrivals, *names)]
+
+    def _said(self, queue: str, key: str, *, no_ack: bool) -> str:
+        """What `FETCH` is told of a list: its queue, and the class of a list of arrivals."""
+        if no_ack or self._receivers.get(queue, (False,))[0]:
+            return ""
+        is_of_arrivals = key.startswith(f"{self.layout.prefix}{queue}{ARRIVALS}")
+        return (key[-1] if is_of_arrivals else "") + json_name(queue)
 
     def _plain_client(self) -> Any:
         """A client that leaves keys alone: here they are complete."""
@@ -237,6 +257,9 @@ class Fetching(stock.Channel):
                 self._queue_cycle.rotate(queue)
                 self._receive_message(queue, raw, tag)
                 return True
+            if reply[0] == AGAIN:
+                self._rest()
+                return False
             room.place = reply[0].decode()
             self._rest(CHECK_AGAIN_S)
             if room.watches:

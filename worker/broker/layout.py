@@ -31,14 +31,14 @@ class Layout:
     #: Lowest priority value of each list, ascending.
     priority_steps: Sequence[int]
 
-    def list_of(self, queue: str, priority: object) -> str:
+    def list_of(self, queue: str, priority: object, tenant: str = "") -> str:
         """The list in which a message of this priority waits."""
         try:
             value = max(0, min(int(priority), 9))  # type: ignore[call-overload]
         except (TypeError, ValueError):
             value = 0
         step = self.priority_steps[bisect.bisect(self.priority_steps, value) - 1]
-        return self.prefix + list_of(queue, step)
+        return self.prefix + list_of(queue, step, tenant)
 
 
 def json_name(queue: str) -> str:

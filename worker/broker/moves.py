@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from worker.broker.layout import Layout
 from worker.contract.job_parameters import MAX_PRIORITY
-from worker.contract.message import RETURNS, WAITS
+from worker.contract.message import RETURNS, WAITS, tenant_in
 from worker.contract.queues import parked_list_of
 
 logger = logging.getLogger("smallcat.transport")
@@ -97,7 +97,8 @@ def given_back(
         if counts and (poison := _counted(payload, limit)):
             return set_aside(raw, poison, queue, is_poison=True)
         message = _redelivered(payload)
-        return Move([layout.list_of(queue, payload["properties"].get("priority"))], message, push)
+        priority = payload["properties"].get("priority")
+        return Move([layout.list_of(queue, priority, tenant_in(payload))], message, push)
     except Exception:
         logger.exception("A message of queue %r cannot be read and is set aside", queue)
         return set_aside(raw, "it is not JSON with a priority", queue)
@@ -146,7 +147,7 @@ def restored(layout: Layout, entry: bytes | None, limit: int) -> Move | SetAside
         payload, exchange, queue = json.loads(entry)
         if exchange:
             raise ValueError(f"its exchange is {exchange!r}, and this transport keeps none")
-        key = layout.list_of(queue, payload["properties"].get("priority"))
+        key = layout.list_of(queue, payload["properties"].get("priority"), tenant_in(payload))
         if poison := _counted(payload, limit):
             return set_aside(json.dumps(payload), poison, queue, is_poison=True)
         return Move([key], _redelivered(payload), NEXT)

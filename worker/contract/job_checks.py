@@ -36,9 +36,14 @@ MAX_TENANT = 40
 TENANT = "^[a-z0-9-]*$"
 
 
+def is_tenant(value: str) -> bool:
+    """Whether a text is a tenant's name."""
+    return re.fullmatch(f"[a-z0-9-]{{1,{MAX_TENANT}}}", value) is not None
+
+
 def tenant_name(value: str) -> str:
     """Refuse what is no tenant's name; empty: the job is of no tenant."""
-    if not re.fullmatch(f"[a-z0-9-]{{0,{MAX_TENANT}}}", value):
+    if value and not is_tenant(value):
         raise ValueError(f"is {short(value)}: use 1 to {MAX_TENANT} lower-case letters, digits and hyphens")
     return value
 

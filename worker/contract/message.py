@@ -20,16 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker.contract.errors import InvalidJobError, NewerMessageError
 from worker.contract.job import FORMAT_VERSION, Job, version_needed
-from worker.contract.job_parameters import DEFAULT_PRIORITY, MAX_PRIORITY
+from worker.contract.job_checks import is_tenant
+from worker.contract.job_parameters import MAX_PRIORITY
 from worker.contract.queues import queue_of
 
 #: Name of the one Celery task.
 TASK = "smallcat.render"
-#: Redis' priority (see `Route`) of a job of `DEFAULT_PRIORITY`, which is what `submit_job` sends
-#: unless the caller says otherwise. Jobs of prompt files have a larger number: they come later.
-URGENT = MAX_PRIORITY - DEFAULT_PRIORITY
-
-
 #: Headers of a message, by what they hold. Of traces: W3C's Trace Context and Baggage, as OpenTelemetry sends
 #: them. A text may be null, except the two that are needed.
 NEEDED_HEADERS = ("task", "id")
@@ -183,6 +179,14 @@ def payload_in(message: object) -> Any:
         return None
 
 
+def tenant_in(message: object) -> str:
+    """Whose job a message as it lies in a Redis list, decoded from JSON, has; empty where it says none."""
+    payload = payload_in(message)
+    job = payload.get("job") if isinstance(payload, dict) else None
+    tenant = job.get("tenant") if isinstance(job, dict) else None
+    return tenant if isinstance(tenant, str) and is_tenant(tenant) else ""
+
+
 def run_mark_in(message: object) -> RunMark | None:
     """The run mark of a message as it lies in a Redis list, decoded from JSON; None where it has none."""
     payload = payload_in(message)
@@ -199,11 +203,13 @@ class Route(NamedTuple):
     queue: str
     #: Its priority as Redis counts it: backwards, 0 is fetched first.
     priority: int
+    #: Whose it is; empty: nobody's.
+    tenant: str = ""
 
 
 def route_of(job: Job) -> Route:
     """Where the message of `job` waits."""
-    return Route(queue_of(job), MAX_PRIORITY - job.priority)
+    return Route(queue_of(job), MAX_PRIORITY - job.priority, job.tenant)
 
 
 def args_repr(prompt: str, seed: int) -> str:

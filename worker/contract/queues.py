@@ -11,11 +11,19 @@ import re
 from typing import NamedTuple
 
 from worker.contract.job import Job
-from worker.contract.job_parameters import DEFAULT_MODEL, MAX_PRIORITY
+from worker.contract.job_parameters import DEFAULT_MODEL, DEFAULT_PRIORITY, MAX_PRIORITY
 from worker.contract.served_model import ServedModel
 
 #: kombu's separator, of a queue and its priority. No queue's name contains it.
 SEPARATOR = "\x06\x16"
+#: What follows a queue's name in those of its lists where it is said that tenants wait.
+ARRIVALS = f"{SEPARATOR}arrivals{SEPARATOR}"
+#: Redis' priority (see `worker.contract.message.Route`) of a job of `DEFAULT_PRIORITY`, which is what
+#: `submit_job` sends unless the caller says otherwise. Jobs of prompt files have a larger number: they come
+#: later. Those up to it are urgent; `shares.lua` and `put.lua` have the same number.
+URGENT = MAX_PRIORITY - DEFAULT_PRIORITY
+#: Begins the keys of what tenants have had of a queue, which the queue's name follows; and their weights.
+SHARES, WEIGHTS = "smallcat:shares:", "smallcat:weights"
 #: The list of messages that no worker can read, the latest first. Each entry is what is known of it as JSON,
 #: a line's end, and the message as it was found, perhaps cut.
 UNDECODABLE = "smallcat:undecodable"
@@ -46,9 +54,25 @@ def queues_of(served: ServedModel) -> list[str]:
     return [_queue(served.name, served.revision), _queue(served.name, None), _queue(DEFAULT_MODEL, None)]
 
 
-def list_of(queue: str, priority: int) -> str:
-    """The Redis list of `queue` for messages of this priority, as Redis counts: 0 is fetched first."""
+def list_of(queue: str, priority: int, tenant: str = "") -> str:
+    """The Redis list of `queue` for messages of this priority, as Redis counts: 0 is fetched first.
+
+    Each tenant has lists of its own.
+    """
+    if tenant:
+        return f"{queue}{SEPARATOR}{priority}{SEPARATOR}t={tenant}"
     return f"{queue}{SEPARATOR}{priority}" if priority else queue
+
+
+def arrivals_of(queue: str, priority: int) -> str:
+    """The Redis list where it is said that a tenant has a message of this priority: see `shares.lua`."""
+    return f"{queue}{ARRIVALS}{int(priority > URGENT)}"
+
+
+def tenant_of_list(name: str) -> tuple[str, int, str]:
+    """The queue of the Redis list `name`, its priority as Redis counts, and whose it is; empty: nobody's."""
+    found = re.fullmatch(f"(.+){SEPARATOR}([0-9]){SEPARATOR}t=([a-z0-9-]+)", name, re.DOTALL)
+    return (found[1], int(found[2]), found[3]) if found else (queue_of_list(name), 0, "")
 
 
 def lists_of(queue: str, version: int = 1) -> list[str]:

@@ -9,12 +9,13 @@
 -- Returns  1: done, now or by an earlier try whose answer was lost; 0: somebody else has fed the run;
 --          -1: somebody else is its feeder; -2: the run was cancelled
 -- include notify.lua
+-- include ../contract/put.lua
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return -1 end
 if redis.call('HGET', KEYS[1], 'window') == ARGV[2] then return 1 end
 if redis.call('HGET', KEYS[1], 'fed') ~= ARGV[3] then return 0 end
 if redis.call('HGET', KEYS[1], 'cancelled') then return -2 end
 local first = 11 + ARGV[10]
-for i = first, #ARGV, 2 do redis.call('LPUSH', KEYS[4 + ARGV[i]], ARGV[i + 1]) end
+for i = first, #ARGV, 2 do put('LPUSH', KEYS[4 + ARGV[i]], ARGV[i + 1]) end
 -- A field holds those of 512 jobs.
 local prints, number = ARGV[9], tonumber(ARGV[3])
 while prints ~= '' do

@@ -31,6 +31,7 @@ from worker.state.file_indexes import FileIndexes
 from worker.state.keys import BOOK, DIGEST, LATEST, QUEUES, SERVED, WORKERS, worker_key
 from worker.state.scripts import ANNOUNCE, WITHDRAW
 from worker.state.shared_scripts import load
+from worker.state.tenants import lists_of_tenant, waiting_of_tenants
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -325,17 +326,19 @@ class Fleet:
         return version_read(self.groups(), queue)
 
     def waiting(self) -> dict[str, int]:
-        """The number of messages that wait in each queue that jobs were sent to lately."""
+        """The number of messages that wait in each queue that jobs were sent to lately, of all tenants."""
         queues = sorted(str(queue) for queue in self._redis.smembers(QUEUES))
-        return {queue: self.length(queue) for queue in queues}
+        of_tenants = {queue: sum(waiting_of_tenants(self._redis, queue).values()) for queue in queues}
+        return {queue: self.length(queue) + of_tenants[queue] for queue in queues}
 
-    def length(self, queue: str, version: int = 1) -> int:
-        """The number of messages that wait in `queue`, of all priorities.
+    def length(self, queue: str, version: int = 1, tenant: str = "") -> int:
+        """The number of messages of a tenant, or of jobs without one, that wait in `queue`.
 
         Those for newer workers are counted up to `version`, which a worker must read to take them.
         """
+        names = lists_of_tenant(queue, tenant) if tenant else lists_of(queue, version)
         with self._redis.pipeline(transaction=False) as pipe:
-            for name in lists_of(queue, version):
+            for name in names:
                 pipe.llen(name)
             found = pipe.execute(raise_on_error=False)
         for each in found:

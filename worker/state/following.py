@@ -40,7 +40,7 @@ class Seen:
     #: Denoising steps done, and in all; 0 until a worker renders the job.
     step: int
     steps: int
-    #: Messages that workers may fetch before the job's own, at most; 0 once it runs.
+    #: Messages of its tenant that workers may fetch before the job's own, at most; 0 once it runs.
     ahead: int
     #: Whether the submission is among those that want the job. True where none is followed.
     is_wanted: bool
@@ -55,6 +55,8 @@ class Follower:
     submission: str
     #: The job's priority, 0 to 9.
     priority: int
+    #: The job's tenant; empty: it has none.
+    tenant: str = ""
     #: What was read last; None: nothing yet.
     seen: Seen | None = None
     #: Why nothing more is read.
@@ -74,9 +76,9 @@ class Following:
         self._asked_s = 0.0
 
     @contextmanager
-    def follow(self, job_id: str, submission: str, priority: int) -> Iterator[Follower]:
+    def follow(self, job_id: str, submission: str, priority: int, tenant: str = "") -> Iterator[Follower]:
         """A follower, from within the event loop."""
-        follower = Follower(job_id, submission, priority)
+        follower = Follower(job_id, submission, priority, tenant)
         self._followers.add(follower)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="smallcat followed jobs")
@@ -119,7 +121,7 @@ class Following:
         for follower in self._followers:
             followed.setdefault(follower.job_id, []).append(follower)
         ids = list(followed)
-        lengths: dict[str, list[int]] = {}
+        lengths: dict[tuple[str, str], list[int]] = {}
         is_running = False
         for start in range(0, len(ids), AT_ONCE):
             part = ids[start : start + AT_ONCE]
@@ -128,7 +130,12 @@ class Following:
                 for job_id, mine in zip(part, submissions, strict=True):
                     _ = pipe.hmget(job_key(job_id), *_FIELDS, *(f"sub:{each}" for each in mine))
                 found: list[Any] = await pipe.execute(raise_on_error=False)
-            queues = {str(values[3]) for values in found if isinstance(values, list) and values[3]}
+            queues = {
+                (str(values[3]), each.tenant)
+                for job_id, values in zip(part, found, strict=True)
+                if isinstance(values, list) and values[3]
+                for each in followed[job_id]
+            }
             await self._measure(client, queues - lengths.keys(), lengths)
             for job_id, mine, values in zip(part, submissions, found, strict=True):
                 if not isinstance(values, list):
@@ -142,24 +149,31 @@ class Following:
             self._asked_s = now_s
             await client.publish(WORKERS_CHANNEL, "watch")
 
-    async def _measure(self, client: Redis, queues: set[str], lengths: dict[str, list[int]]) -> None:
-        """Add the lengths of the lists of each queue, the most urgent first."""
-        for queue in queues:
+    async def _measure(
+        self,
+        client: Redis,
+        queues: set[tuple[str, str]],
+        lengths: dict[tuple[str, str], list[int]],
+    ) -> None:
+        """Add the lengths of the lists of each queue and tenant, the most urgent first."""
+        for queue, tenant in queues:
             async with client.pipeline(transaction=False) as pipe:
                 for number in range(MAX_PRIORITY + 1):
-                    _ = pipe.llen(list_of(queue, number))
+                    _ = pipe.llen(list_of(queue, number, tenant))
                 found: list[Any] = await pipe.execute(raise_on_error=False)
-            lengths[queue] = [each if isinstance(each, int) else 0 for each in found]
+            lengths[queue, tenant] = [each if isinstance(each, int) else 0 for each in found]
 
 
-def _tell(follower: Follower, values: list[Any], is_wanted: bool, lengths: dict[str, list[int]]) -> None:
+def _tell(
+    follower: Follower, values: list[Any], is_wanted: bool, lengths: dict[tuple[str, str], list[int]]
+) -> None:
     """Give a follower what was read of its job, if it is new."""
     state, step, steps, queue = values[: len(_FIELDS)]
     before = follower.seen
     ahead = 0
     if state == "queued":
         # Those that came later are in the same lists: what was counted once can only become fewer.
-        urgent = lengths.get(str(queue), [])[: MAX_PRIORITY - follower.priority + 1]
+        urgent = lengths.get((str(queue), follower.tenant), [])[: MAX_PRIORITY - follower.priority + 1]
         ahead = max(sum(urgent) - 1, 0)
         if before is not None and before.state == "queued":
             ahead = min(ahead, before.ahead)

@@ -14,6 +14,7 @@
 -- include outcome.lua
 -- include notify.lua
 -- include ../contract/clock.lua
+-- include ../contract/put.lua
 local job, queue, ttl, id, submission, own, message, print, is_known, raw, hook = unpack(ARGV)
 local field = 'sub:' .. submission
 local is_new_queue = is_known ~= '1' and on(KEYS[2], 'SADD', queue) == 1
@@ -41,7 +42,7 @@ local function hooks_left(is_cancelled)
   return found
 end
 -- First of all: where the list cannot take the message, there is no record either.
-if KEYS[6] and not (is_done or is_alive and mine and known == message) then redis.call('LPUSH', KEYS[6], raw) end
+if KEYS[6] and not (is_done or is_alive and mine and known == message) then put('LPUSH', KEYS[6], raw) end
 if is_done then
   -- Sent again because an answer was lost, or no replica confirmed it: this submission is done.
 elseif not is_alive then

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from worker.contract.message import payload_in, run_mark_in
 from worker.contract.queues import lists_of
 from worker.state.keys import job_key, run_key
+from worker.state.tenants import lists_of_tenant, tenants_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +34,8 @@ class Waiting(NamedTuple):
 def waiting_in(client: Redis, queue: str) -> Waiting:
     """What waits in `queue`."""
     texts: list[str] = []
-    for name in lists_of(queue):
+    of_tenants = [name for each in tenants_in(client, queue) for name in lists_of_tenant(queue, each)]
+    for name in (*lists_of(queue), *of_tenants):
         # Messages are fetched from the right.
         texts += reversed([str(text) for text in client.lrange(name, len(texts) - MAX_MESSAGES, -1)])
         if len(texts) >= MAX_MESSAGES:
@@ -45,7 +47,8 @@ def waiting_in(client: Redis, queue: str) -> Waiting:
     with client.pipeline(transaction=False) as pipe:
         for job_id, run in zip(ids, runs, strict=True):
             pipe.hget(job_key(str(job_id)), "state")
-            pipe.hexists(run_key(run), "cancelled")
+            # HGET, which a producer may.
+            pipe.hget(run_key(run), "cancelled")
         found = pipe.execute()
     wanted = [
         payload

@@ -32,7 +32,6 @@ from worker.contract.message import (
     MAX_MESSAGE,
     RUN_MARK,
     TASK,
-    URGENT,
     Message,
     RunMark,
     payload_in,
@@ -42,7 +41,7 @@ from worker.contract.message import (
     run_mark_in,
     task_call_of,
 )
-from worker.contract.queues import list_of
+from worker.contract.queues import URGENT, list_of
 
 #: Messages as the first version left them in Redis: one of `submit_job`, one of a prompt file's run.
 #: A later version sent `guidance_start` and `guidance_stop` also at their defaults.
