@@ -187,11 +187,13 @@ def job_field_names() -> str:
 def schedulers() -> str:
     """Every scheduler that a job can ask for."""
     # Torch and diffusers load with it.
+    from worker.device.ancestral import OURS
     from worker.device.samplers import CLASSES
 
     def rows() -> Iterator[tuple[str, ...]]:
         for scheduler in Scheduler:
             name, options = CLASSES.get(scheduler, ("the model's own", {}))
+            name = "none: k-diffusion's rule" if name in OURS else name
             shown = f"`{name}`" if options or name.endswith("Scheduler") else name
             asked = ", ".join(f"`{option}={value}`" for option, value in options.items())
             yield f"`{scheduler}`", shown, asked, f"`{SAMPLERS[scheduler]}`"
@@ -234,6 +236,8 @@ def _field_default(entry: FieldEntry) -> str:
         return "the model's own"
     if entry.is_filled_by_fleet:
         return "the newest served"
+    if entry.is_left_open:
+        return "the scheduler's own"
     if entry.is_made:
         return "empty" if entry.kind is dict else "drawn"
     if entry.kind is bool:

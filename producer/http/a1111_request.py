@@ -14,7 +14,7 @@ from typing import Any, Final
 from producer.http.problems import RefusedError
 from producer.prompts.entries import LineError
 from producer.prompts.fields import NOT_GIVEN, near_miss, value_of
-from worker.contract.choices import PromptSyntax
+from worker.contract.choices import ETA, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS
@@ -22,6 +22,8 @@ from worker.contract.scheduler_names import Pair, pair_of
 
 #: Pictures of one request, at most.
 MAX_IMAGES: Final = 100
+#: Samplers that take an eta there, and here have the one that is set where none is.
+_ETA_IS_ONE: Final = (Scheduler.DPMPP_SDE, Scheduler.DPMPP_2M_SDE, Scheduler.DPMPP_3M_SDE)
 #: Job fields whose names mean something else in these requests.
 _READ_APART: Final = ("scheduler", "schedule", "model")
 #: AUTOMATIC1111's names of job fields.
@@ -138,7 +140,8 @@ def read_request(body: Any) -> Asked:
     if "samples_format" in settings:
         fields.setdefault("format", settings["samples_format"])
     pair = _pair(body)
-    _refuse_eta(body.get("eta"), pair.scheduler)
+    eta = _eta(fields.pop("eta", None), pair.scheduler)
+    fields |= {} if eta is None else {"eta": eta}
     # Its clients write its syntax.
     fields.setdefault("prompt_syntax", PromptSyntax.A1111)
     batch_size, n_iter = (_count(body, name) for name in ("batch_size", "n_iter"))
@@ -180,14 +183,16 @@ def _pair(body: Mapping[str, Any]) -> Pair:
     return pair_of(sampler, schedule)
 
 
-def _refuse_eta(eta: Any, scheduler: Any) -> None:
-    """DDIM here has no noise of its own, and ancestral samplers have all of it."""
-    needed = {"ddim": 0, "euler_ancestral": 1}.get(str(scheduler))
-    if needed is not None and eta not in (None, "", needed):
+def _eta(eta: Any, scheduler: Scheduler) -> Any:
+    """The job's eta. A sampler that has none there, does not look at it; one that has one here, too."""
+    if eta in (None, "") or scheduler in ETA:
+        return eta
+    if scheduler in _ETA_IS_ONE and eta != 1:
         raise RefusedError(
             422,
-            f"eta is {short(eta)}, which is not offered with {scheduler}: set it to {needed}.",
+            f"eta is {short(eta)}, which is not offered with {scheduler}: set it to 1.",
         )
+    return None
 
 
 def _refuse_others(

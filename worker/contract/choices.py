@@ -27,6 +27,7 @@ class Scheduler(StrEnum):
     DDPM = "ddpm"
     DEIS = "deis"
     DPMPP_2S = "dpmpp_2s"
+    DPMPP_2S_ANCESTRAL = "dpmpp_2s_ancestral"
     DPMPP_SDE = "dpmpp_sde"
     DPMPP_2M_SDE = "dpmpp_2m_sde"
     DPMPP_3M_SDE = "dpmpp_3m_sde"
@@ -54,12 +55,26 @@ SAMPLERS: Mapping[str, str] = MappingProxyType(
         Scheduler.DDPM: "DDPM",
         Scheduler.DEIS: "DEIS",
         Scheduler.DPMPP_2S: "DPM++ 2S",
+        Scheduler.DPMPP_2S_ANCESTRAL: "DPM++ 2S a",
         Scheduler.DPMPP_SDE: "DPM++ SDE",
         Scheduler.DPMPP_2M_SDE: "DPM++ 2M SDE",
         Scheduler.DPMPP_3M_SDE: "DPM++ 3M SDE",
         Scheduler.TCD: "TCD",
         Scheduler.SA_SOLVER: "SA Solver",
         Scheduler.DEFAULT: "Default",
+    }
+)
+
+
+#: The schedulers that take an `eta`, with what it is where it is not given: diffusers' pipelines set 0, and
+#: ancestral schedulers draw all the noise anew.
+ETA: Mapping[Scheduler, float] = MappingProxyType(
+    {
+        Scheduler.DDIM: 0.0,
+        Scheduler.TCD: 0.0,
+        Scheduler.EULER_ANCESTRAL: 1.0,
+        Scheduler.DPM2_ANCESTRAL: 1.0,
+        Scheduler.DPMPP_2S_ANCESTRAL: 1.0,
     }
 )
 

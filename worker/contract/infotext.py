@@ -55,6 +55,8 @@ _TEXTS = "Texts"
 _TI_HASHES, _TI_DIGITS = "TI hashes", 12
 #: Whose infotext it is: another tool's model and its hash mean nothing here.
 _VERSION, _OURS = "Version", "smallcat"
+#: AUTOMATIC1111's key for the eta of DDIM alone.
+_ETA_OF_DDIM = "Eta DDIM"
 #: Keys of a schedule beside the sampler.
 _SCHEDULES = ("Schedule type", "Scheduler")
 #: Keys that are read, and keys that say nothing of how the picture was made beside the job's own fields: the
@@ -137,6 +139,8 @@ def read_fields(text: str) -> Reading:
     _refuse_other_start(pairs)
     left = [f"Civitai resources: {each}" for each in sorted(resources)]
     left += [each for each in left_out(pairs, _READ, _HARMLESS) if each not in _NEUTRAL]
+    if _ETA_OF_DDIM in pairs:
+        pairs["Eta"] = pairs.pop(_ETA_OF_DDIM)
     fields = _prompts(prompt, negative) | _job_fields(pairs, is_ours=False)
     if parts is not None:
         # Its own syntax, but for the networks, which a job cannot ask for.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import ValidationInfo
 
 from worker.contract import a1111_syntax
-from worker.contract.choices import ALIGN_YOUR_STEPS, NoiseSchedule, PromptSyntax, Scheduler
+from worker.contract.choices import ALIGN_YOUR_STEPS, ETA, NoiseSchedule, PromptSyntax, Scheduler
 from worker.contract.explain import short
 from worker.contract.scheduler_names import read_pair
 
@@ -153,6 +153,18 @@ def read_scheduler(value: object) -> object:
     if isinstance(value, _Misread):
         raise ValueError(str(value))
     return value
+
+
+def taken_as_eta(value: float | None, info: ValidationInfo) -> float | None:
+    """Refuse an `eta` that the scheduler does not take. What it is anyway is as if it were not given."""
+    scheduler = info.data.get("scheduler")
+    # A scheduler that is wrong by itself has its own error.
+    if value is None or scheduler is None:
+        return value
+    if scheduler not in ETA:
+        name = "the model's own scheduler" if scheduler is Scheduler.DEFAULT else f'scheduler "{scheduler}"'
+        raise ValueError(f"is {value:g}, but it is not for {name}: use {' or '.join(ETA)}, or leave it out")
+    return None if value == ETA[scheduler] else value + 0.0
 
 
 def has_its_steps(value: NoiseSchedule, info: ValidationInfo) -> NoiseSchedule:

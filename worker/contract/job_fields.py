@@ -63,6 +63,8 @@ class JobField:
     headings: tuple[str, ...] = ()
     #: Whether the gallery's filter finds its values without the field's name.
     is_searched: bool = False
+    #: Whether None, its default, stays None: it stands for nothing of the model's.
+    is_left_open: bool = False
     #: Whether it is a text in the syntax of prompts, which has lines of its own in an infotext.
     is_prompt: bool = False
     #: Whether it belongs to the submission rather than the picture: it is not part of the id.
@@ -159,7 +161,7 @@ def _entry(name: str, info: FieldInfo) -> FieldEntry:
             "choices": tuple(map(str, kind)) if is_choice else (),
             "is_required": info.is_required(),
             "default": None if info.default is PydanticUndefined else info.default,
-            "is_nullable": is_nullable,
+            "is_nullable": is_nullable and not declared.is_left_open,
             "is_made": info.default_factory is not None,
         }
     )

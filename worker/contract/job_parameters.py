@@ -41,6 +41,7 @@ from worker.contract.job_checks import (
     since_by_length,
     small_json,
     spelled_as,
+    taken_as_eta,
     tenant_name,
 )
 from worker.contract.job_fields import JobField
@@ -229,6 +230,26 @@ class JobParameters(BaseModel):
             is_searched=True,
         ),
     ] = NoiseSchedule.DEFAULT
+    #: Share of a step's noise that is new, 0 to 1, for `ddim` and `tcd` (not given: 0) and for ancestral
+    #: schedulers (not given: 1).
+    eta: Annotated[
+        float | None,
+        Field(ge=0, le=1, strict=True, allow_inf_nan=False),
+        AfterValidator(taken_as_eta),
+        JobField(since=3, diffusers="eta", is_left_open=True),
+    ] = None
+    #: How much of the contrast that guidance adds is taken back, 0 to 1 (Lin et al., 2024).
+    guidance_rescale: Annotated[
+        float,
+        _SHARE,
+        AfterValidator(one_zero),
+        JobField(
+            since=3,
+            infotext="CFG rescale",
+            diffusers="guidance_rescale",
+            headings=("cfg_rescale", "cfg_rescale_multiplier"),
+        ),
+    ] = 0.0
     #: The model's name, up to 200 characters; `default` is the fleet's.
     model: Annotated[
         str,
@@ -325,6 +346,8 @@ class JobFields(TypedDict, total=False):
     guidance_stop: float
     scheduler: Scheduler | str
     schedule: NoiseSchedule | str
+    eta: float | None
+    guidance_rescale: float
     model: str
     revision: str
     prompt_syntax: PromptSyntax | str

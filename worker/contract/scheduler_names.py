@@ -44,6 +44,7 @@ SAMPLER_NAMES: Mapping[Scheduler, tuple[str, ...]] = MappingProxyType(
         Scheduler.DDPM: ("ddpm", "DDPMScheduler"),
         Scheduler.DEIS: ("deis", "DEISMultistepScheduler"),
         Scheduler.DPMPP_2S: ("DPM++ 2S", "dpmpp_2s", "DPMSolverSinglestepScheduler"),
+        Scheduler.DPMPP_2S_ANCESTRAL: ("DPM++ 2S a", "dpmpp_2s_ancestral"),
         Scheduler.DPMPP_SDE: ("DPM++ SDE", "dpmpp_sde", "DPMSolverSDEScheduler"),
         Scheduler.DPMPP_2M_SDE: ("DPM++ 2M SDE", "dpmpp_2m_sde"),
         Scheduler.DPMPP_3M_SDE: ("DPM++ 3M SDE", "dpmpp_3m_sde"),
@@ -99,6 +100,7 @@ OFFERED: Mapping[Scheduler, tuple[NoiseSchedule, ...]] = MappingProxyType(
         Scheduler.DDPM: (*_TRAILING, *_TIMESTEPS),
         Scheduler.DEIS: (*_SIGMAS, *_TRAILING),
         Scheduler.DPMPP_2S: (*_SIGMAS, *_TIMESTEPS),
+        Scheduler.DPMPP_2S_ANCESTRAL: (*_SIGMAS, *_TRAILING),
         Scheduler.DPMPP_SDE: (*_SIGMAS, *_TRAILING),
         Scheduler.DPMPP_2M_SDE: (*_SIGMAS, *_TRAILING, *_TIMESTEPS),
         Scheduler.DPMPP_3M_SDE: (*_SIGMAS, *_TRAILING, *_TIMESTEPS),
@@ -122,7 +124,10 @@ OWN: frozenset[tuple[Scheduler, str]] = frozenset(
 #: What AUTOMATIC1111's "Automatic" is, where it is not the default (`scheduler` in its samplers' options).
 _AUTOMATIC: Mapping[Scheduler, NoiseSchedule] = {
     **dict.fromkeys(
-        (Scheduler.DPMPP_2M, Scheduler.DPMPP_SDE, Scheduler.DPM2, Scheduler.DPM2_ANCESTRAL),
+        (
+            *(Scheduler.DPMPP_2M, Scheduler.DPMPP_SDE, Scheduler.DPMPP_2S_ANCESTRAL),
+            *(Scheduler.DPM2, Scheduler.DPM2_ANCESTRAL),
+        ),
         NoiseSchedule.KARRAS,
     ),
     Scheduler.DPMPP_2M_SDE: NoiseSchedule.EXPONENTIAL,
@@ -149,7 +154,7 @@ _MULTISTEP = {
 #: `Class(option=value, ...)`, or the same without brackets.
 _WITH_OPTIONS = re.compile(r"(\w+Scheduler)\s*[(, ]\s*(\w+\s*=[^()]*)\)?\s*", re.IGNORECASE)
 #: Samplers that are not offered and whose names are one letter from one that is.
-_OTHERS = frozenset(("dpmpp3m", "dpm2m", "dpmpp2sa", "ipndm"))
+_OTHERS = frozenset(("dpmpp3m", "dpm2m", "ipndm"))
 #: Characters of a name, at least, that may be misspelt.
 _SHORTEST_NEAR = 4
 #: A name is no longer than this; more is no name, and is not looked at.

@@ -130,6 +130,7 @@ class JobState:
             input_scale=self._input_scale(),
             guidance=[scale * weight for weight in self._text.weights],
             is_guided=is_guided,
+            rescale=self.job.guidance_rescale if is_guided else 0.0,
             time=self._schedule.timesteps[self.step],
             texts=texts,
             conditions={name: tensor[: len(texts)] for name, tensor in self._conditions.items()},

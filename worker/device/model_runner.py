@@ -233,11 +233,11 @@ class ModelRunner:
             )
         lane, name = self._family.lane(job.width, job.height), Scheduler(job.scheduler)
         options = self._family.timestep_options(lane, job.steps)
-        schedule = self._samplers.schedule(name, job.steps, options, noise=job.schedule)
+        schedule = self._samplers.schedule(name, job.steps, options, noise=job.schedule, eta=job.eta)
         generator = torch.Generator("cpu").manual_seed(job.seed)
         sampler = None
         if schedule.weights is None:
-            sampler = self._samplers.own(name, job.steps, generator, options, noise=job.schedule)
+            sampler = self._samplers.own(name, job.steps, generator, options, noise=job.schedule, eta=job.eta)
         noise = self._family.initial_noise(lane, generator) * schedule.noise_scale
         rows = self._family.rows(job.guidance_scale)
         with mapped("encode the prompt"), self._preparing():

@@ -74,6 +74,7 @@ CLASSES: dict[Scheduler, SchedulerClass] = {
         _MULTISTEP,
         {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "use_karras_sigmas": False},
     ),
+    Scheduler.DPMPP_2S_ANCESTRAL: ("DPMPP2SAncestral", {}),
     Scheduler.TCD: ("TCDScheduler", {}),
     Scheduler.SA_SOLVER: ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
 }
@@ -99,15 +100,17 @@ class Samplers:
         options: Mapping[str, Hashable] | None = None,
         *,
         noise: NoiseSchedule = NoiseSchedule.DEFAULT,
+        eta: float | None = None,
     ) -> Schedule:
         """The schedule of `steps` steps: the same object for the same arguments while the cache keeps it.
 
         `options`: see `worker.device.family.ModelFamily.timestep_options`. `noise`: how its noise levels lie.
+        `eta`: the share of noise that is new in each step; None: the scheduler's own (`ETA`).
         Raises `InvalidJobError` when the scheduler refuses the number of steps, or does not fit the model.
         """
         # One at a time: the cache by itself would let two threads make the same schedule.
         with self._lock:
-            return self._cached(name, steps, tuple(sorted((options or {}).items())), noise)
+            return self._cached(name, steps, tuple(sorted((options or {}).items())), noise, eta)
 
     def own(
         self,
@@ -117,12 +120,13 @@ class Samplers:
         options: Mapping[str, Hashable] | None = None,
         *,
         noise: NoiseSchedule = NoiseSchedule.DEFAULT,
+        eta: float | None = None,
     ) -> Sampler:
         """A sampler for `steps` steps that draws its noise from `generator` (on the CPU), or by its seed.
 
         For a schedule without weights. Raises as `schedule` does.
         """
-        scheduler = copy.deepcopy(self._prototype(name, noise))
+        scheduler = copy.deepcopy(self._prototype(name, noise, eta))
         self._refuse(name, scheduler, steps, noise)
         if hasattr(scheduler, "noise_sampler_seed"):
             scheduler.noise_sampler_seed = generator.initial_seed()
@@ -141,19 +145,19 @@ class Samplers:
         takes = inspect.signature(scheduler.step).parameters
         step_options: dict[str, Any] = {}
         if "eta" in takes:
-            step_options["eta"] = 0.0
+            step_options["eta"] = eta or 0.0
         if "generator" in takes:
             step_options["generator"] = generator
         return Sampler(scheduler, generator, scheduler.timesteps.cpu(), step_options)
 
-    def _make_prototype(self, name: Scheduler, noise: NoiseSchedule) -> Any:
+    def _make_prototype(self, name: Scheduler, noise: NoiseSchedule, eta: float | None) -> Any:
         """The scheduler with the model's config. Raises `InvalidJobError` where that cannot be."""
         own, classes = self._schedulers.own, self._schedulers.classes
         if name is not Scheduler.DEFAULT and name not in classes:
             names = " or ".join(f'"{each}"' for each in Scheduler if each in {Scheduler.DEFAULT, *classes})
             raise InvalidJobError(f'scheduler is "{name}", but this is {self._schedulers.kind}: use {names}.')
         named, options = classes.get(name, (type(own).__name__, {}))
-        kind = type(own) if name is Scheduler.DEFAULT else getattr(diffusers, named)
+        kind = type(own) if name is Scheduler.DEFAULT else class_of(named, eta)
         if not is_offered(kind, noise) or (
             noise is NoiseSchedule.ALIGN_YOUR_STEPS and not self._schedulers.align_your_steps
         ):
@@ -167,7 +171,10 @@ class Samplers:
         if name is Scheduler.DEFAULT or not is_zero_snr or "rescale_betas_zero_snr" in takes:
             # Not every class supports every noise schedule.
             with contextlib.suppress(ValueError, NotImplementedError, TypeError):
-                return kind.from_config(own.config, **{**options, **config_of(kind, noise)})
+                made = kind.from_config(own.config, **{**options, **config_of(kind, noise)})
+                if eta is not None and hasattr(made, "eta"):
+                    made.eta = eta
+                return made
         raise InvalidJobError(
             f'scheduler is "{name}", which does not support this model\'s noise schedule: use "default".'
         )
@@ -178,9 +185,10 @@ class Samplers:
         steps: int,
         options: tuple[tuple[str, Hashable], ...],
         noise: NoiseSchedule,
+        eta: float | None,
     ) -> Schedule:
         generator = torch.Generator("cpu").manual_seed(0)
-        schedule = read_off(self.own(name, steps, generator, dict(options), noise=noise))
+        schedule = read_off(self.own(name, steps, generator, dict(options), noise=noise, eta=eta))
         if schedule.weights is None:
             logger.info(
                 'Scheduler "%s" with %d steps is not linear with this model: it steps its jobs one by one.',
@@ -210,3 +218,13 @@ class Samplers:
                 f'steps is {steps}, but scheduler "{name}" with this model begins with 4 Runge-Kutta steps: '
                 "use 4 or more, or another scheduler."
             )
+
+
+def class_of(name: str, eta: float | None = None) -> Any:
+    """The scheduler class of a name in `CLASSES`: diffusers' own, but where it has none."""
+    # Loaded when it is needed, as diffusers' own modules are.
+    from worker.device import ancestral
+
+    if name in ancestral.OURS:
+        return ancestral.OURS[name]
+    return getattr(diffusers, name) if eta is None else ancestral.WITH_ETA.get(name, getattr(diffusers, name))

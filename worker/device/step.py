@@ -55,6 +55,8 @@ class StepInputs:
     guidance: Sequence[float]
     #: Whether the first row is the one without a prompt.
     is_guided: bool
+    #: How far the guided prediction is scaled back to the deviation of the first prompt's, 0 to 1.
+    rescale: float
     #: Timestep of the scheduler.
     time: float
     #: The text of each row, on the device.
@@ -92,11 +94,14 @@ class Batch:
     times: torch.Tensor
     #: What the model takes besides, by name: (R, ...) each.
     conditions: dict[str, torch.Tensor]
+    #: (J,): how far each job's guidance is rescaled; None where that of none is.
+    rescale: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them, always in the same order."""
-        named = [getattr(self, field.name) for field in dataclasses.fields(self)[:-1]]
-        return named + [self.conditions[name] for name in sorted(self.conditions)]
+        named = [getattr(self, field.name) for field in dataclasses.fields(self)[:-2]]
+        named += [self.conditions[name] for name in sorted(self.conditions)]
+        return named if self.rescale is None else [*named, self.rescale]
 
     @property
     def kind(self) -> str:
@@ -104,7 +109,8 @@ class Batch:
         tokens = max((each.shape[1] for each in self.conditions.values() if each.ndim == 3), default=0)
         prompts = self.prompted.shape[1]
         parts = [f"{tokens} tokens", *([f"{prompts} prompts"] if prompts > 1 else [])]
-        return ", ".join([*parts, *(["some hidden"] if TEXT_BIAS in self.conditions else [])])
+        parts += ["some hidden"] if TEXT_BIAS in self.conditions else []
+        return ", ".join([*parts, *(["some rescaled"] if self.rescale is not None else [])])
 
     def zeros(self, jobs: int, rows: int) -> Batch:
         """A batch of `jobs` and `rows` with tensors of these shapes and dtypes, all zeros."""
@@ -118,6 +124,7 @@ class Batch:
             job_of_row=zeros(self.job_of_row, rows),
             times=zeros(self.times, rows),
             conditions={name: zeros(tensor, rows) for name, tensor in self.conditions.items()},
+            rescale=None if self.rescale is None else zeros(self.rescale, jobs),
         )
 
 
@@ -148,10 +155,25 @@ def denoise(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
     without = output[batch.without]
     moves = output[batch.prompted] - without[:, None]
     predictions = without + (_for_each(batch.guidance, moves) * moves).sum(1)
+    if batch.rescale is not None:
+        predictions = _rescaled(predictions, output[batch.prompted[:, 0]], batch.rescale)
     sources = torch.cat([batch.states, predictions[:, None], batch.noise[:, None]], dim=1)
     states = torch.bmm(batch.weights, sources.flatten(2)).view(batch.states.shape)
     finite = (states.isfinite().flatten(1).all(1)) & (predictions.isfinite().flatten(1).all(1))
     return states, predictions, finite
+
+
+def _rescaled(predictions: torch.Tensor, prompted: torch.Tensor, rescale: torch.Tensor) -> torch.Tensor:
+    """Guided predictions with the deviation of those for the prompt, by each job's share `rescale`.
+
+    Lin et al. (2024), equations 15 and 16; diffusers' `rescale_noise_cfg`. A job whose share is 0 keeps its
+    own to the bit.
+    """
+    axes = list(range(1, predictions.ndim))
+    factor = prompted.std(dim=axes, keepdim=True) / predictions.std(dim=axes, keepdim=True)
+    share = _for_each(rescale, predictions)
+    rescaled = share * (predictions * factor) + (1 - share) * predictions
+    return torch.where(share > 0, rescaled, predictions)
 
 
 def _for_each(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -173,6 +195,7 @@ def batch_of(jobs: Sequence[StepInputs]) -> Batch:
         guidance += [*job.guidance, *[0.0] * len(unused)]
     weights = torch.stack([job.weights for job in jobs])
     scales = [job.input_scale for job in jobs]
+    rescale = torch.tensor([job.rescale for job in jobs])
     times = [jobs[owner].time for owner in owners]
     # Many small values, few transfers.
     numbers = _to_device(torch.cat([weights.flatten(), torch.tensor(scales + guidance + times)]), device)
@@ -194,6 +217,7 @@ def batch_of(jobs: Sequence[StepInputs]) -> Batch:
         times=time_of_row,
         conditions=texts
         | {name: torch.cat([job.conditions[name] for job in jobs]) for name in jobs[0].conditions},
+        rescale=_to_device(rescale, device) if rescale.any() else None,
     )
 
 

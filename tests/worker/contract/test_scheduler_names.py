@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from worker.contract.choices import SAMPLERS, SCHEDULES, NoiseSchedule, Scheduler
+from worker.contract.choices import ETA, SAMPLERS, SCHEDULES, NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.contract.scheduler_names import (
@@ -128,7 +128,7 @@ MEANT = [
             "ddpm": "ddpm",
         }.items()
     ),
-    # Civitai's names, without those that are above, and without the three that are refused below.
+    # Civitai's names, without those that are above, and without DPM fast and DPM adaptive.
     *(
         (name, None, meant)
         for name, meant in {
@@ -139,6 +139,8 @@ MEANT = [
             "DPM2 Karras": "dpm2 karras",
             "DPM2 a": "dpm2_ancestral",
             "DPM2 a Karras": "dpm2_ancestral karras",
+            "DPM++ 2S a": "dpmpp_2s_ancestral",
+            "DPM++ 2S a Karras": "dpmpp_2s_ancestral karras",
             "DPM++ SDE": "dpmpp_sde",
             "DPM++ SDE Karras": "dpmpp_sde karras",
             "DPM++ 2M SDE": "dpmpp_2m_sde",
@@ -177,9 +179,9 @@ def test_a_scheduler_is_read_by_the_name_that_a_program_writes(
         assert (job.scheduler, job.schedule) == meaning(meant)
 
 
-#: Samplers of these programs that are not offered. diffusers has no ancestral 2S.
+#: Samplers of these programs that are not offered.
 ABSENT = ["DPM fast", "DPM adaptive", "Restart", "euler_cfg_pp", "dpmpp_2m_sde_heun", "heunpp2", "ipndm_v"]
-ABSENT += ["DPM++ 2S a", "dpmpp_2s_ancestral", "DPM++ 2M SDE Heun", "res_multistep", "dpmpp_3m_k"]
+ABSENT += ["dpmpp_2s_ancestral_cfg_pp", "DPM++ 2M SDE Heun", "res_multistep", "dpmpp_3m_k"]
 
 
 @pytest.mark.parametrize("sampler", ABSENT)
@@ -201,7 +203,7 @@ def test_a_misspelt_sampler_names_the_one_that_is_near(misspelt: str, meant: str
         pair_of(misspelt)
 
 
-@pytest.mark.parametrize("other", ["DPM++ 2S a", "dpmpp_2sa", "DPM++ 3M", "ipndm"])
+@pytest.mark.parametrize("other", ["DPM++ 3M", "ipndm"])
 def test_another_sampler_is_no_misspelling(other: str) -> None:
     with pytest.raises(InvalidJobError, match="use one of default, ddim"):
         pair_of(other)
@@ -209,6 +211,7 @@ def test_another_sampler_is_no_misspelling(other: str) -> None:
 
 #: What AUTOMATIC1111 1.10 makes a sampler with: modules/sd_samplers_kdiffusion.py.
 AUTOMATIC = dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpm2", "dpm2_ancestral"), "karras")
+AUTOMATIC["dpmpp_2s_ancestral"] = "karras"
 AUTOMATIC |= dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential")
 
 
@@ -273,6 +276,25 @@ def test_errors_of_a_pair_stand_beside_those_of_other_fields() -> None:
     assert "prompt is empty" in str(error.value)
     assert "steps is 500" in str(error.value)
     assert "scheduler is 'Euler a Karras' with the schedule 'karras', which is not off" in str(error.value)
+
+
+def test_an_eta_is_for_the_schedulers_that_take_one_and_its_default_is_none() -> None:
+    for name in Scheduler:
+        given = {"prompt": "x", "seed": 1, "scheduler": name}
+        plain = Job.parse(given)
+        if name not in ETA:
+            with pytest.raises(
+                InvalidJobError, match=r"eta is 0\.5, but it is not for .* use ddim or tcd or eu"
+            ):
+                Job.parse(given | {"eta": 0.5})
+            continue
+        half, default = Job.parse(given | {"eta": 0.5}), Job.parse(given | {"eta": ETA[name]})
+        assert (half.version, default.id) == (3, plain.id)
+        assert half.id != plain.id
+        assert default == plain
+        assert Job.parse(half.model_dump(mode="json")) == half
+    with pytest.raises(InvalidJobError, match="not for the model's own scheduler"):
+        Job.parse({"prompt": "x", "eta": 0})
 
 
 def test_align_your_steps_has_as_many_steps_as_diffusers_has_noise_levels() -> None:

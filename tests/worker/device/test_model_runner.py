@@ -34,7 +34,7 @@ from worker.contract.scheduler_names import OFFERED
 from worker.contract.settings import WorkerSettings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
-from worker.device.samplers import CLASSES
+from worker.device.samplers import CLASSES, class_of
 from worker.device.unet_family import UNetFamily
 from worker.engine.runner import Picture
 from worker.model import loader
@@ -74,10 +74,16 @@ class Model:
         options = {**options, **IN_DIFFUSERS[job.schedule]}
         if kind == "DPMSolverSDEScheduler":
             options["noise_sampler_seed"] = job.seed
-        self.pipeline.scheduler = getattr(diffusers, kind).from_config(self.own.config, **options)
+        self.pipeline.scheduler = class_of(kind, job.eta).from_config(self.own.config, **options)
+        if job.eta is not None:
+            self.pipeline.scheduler.eta = job.eta
         arguments: dict[str, Any] = {"negative_prompt": job.negative_prompt or None}
         if isinstance(self.pipeline, diffusers.LatentConsistencyModelPipeline):
             arguments = {}
+        elif job.guidance_rescale:
+            arguments["guidance_rescale"] = job.guidance_rescale
+        if job.eta is not None:
+            arguments["eta"] = job.eta
         if job.clip_skip > 1:
             arguments["clip_skip"] = job.clip_skip - 1
         job = job.resolved(self.runner.served)
@@ -152,6 +158,30 @@ def test_every_scheduler_guided_and_not_in_one_batch_sd1(sd1: Model) -> None:
     ]
     for job, picture in zip(jobs, finish(sd1.runner, *prepared(sd1.runner, *jobs)), strict=True):
         sd1.check(job, picture)
+
+
+def test_eta_and_rescaled_guidance_in_one_batch(sd1: Model, sdxl: Model, tmp_path: Path) -> None:
+    """Among jobs without either; and with zero terminal SNR, which rescaled guidance is for."""
+    zero = Model(tiny_models.tiny_sd2(tmp_path / "zero", zero_terminal_snr=True))
+    for tiny in (sd1, sdxl, zero):
+        jobs = [
+            a_job(seed=1, scheduler="ddim", eta=1.0, guidance_rescale=0.7),
+            a_job(seed=2, scheduler="ddim", eta=0.3),
+            a_job(seed=3, scheduler="tcd", eta=0.4, guidance_rescale=1.0),
+            a_job(seed=4, scheduler="euler_ancestral", eta=0.5),
+            a_job(seed=5, scheduler="ddim", guidance_scale=1.0, guidance_rescale=0.7),
+            a_job(seed=6, scheduler="euler", guidance_scale=9.0, guidance_rescale=0.7, steps=3),
+            a_job(seed=6, scheduler="euler", guidance_scale=9.0, steps=3),
+            a_job(seed=8, guidance_scale=12.0, guidance_rescale=0.3, negative_prompt="a dog"),
+        ]
+        pictures = finish(tiny.runner, *prepared(tiny.runner, *jobs))
+        for job, picture in zip(jobs, pictures, strict=True):
+            tiny.check(job, picture)
+        [alone] = finish(tiny.runner, *prepared(tiny.runner, jobs[5]))
+        tiny.check(jobs[5], alone)
+        assert isinstance(pictures[5], Picture)
+        assert isinstance(pictures[6], Picture)
+        assert np.abs(pictures[5].pixels.astype(int) - pictures[6].pixels).max() > 1
 
 
 def test_schedules_in_one_batch(sd1: Model) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from worker.contract.choices import FIRST_SCHEDULERS, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.device.family import Schedulers
-from worker.device.samplers import CLASSES, Samplers
+from worker.device.samplers import CLASSES, Samplers, class_of
 from worker.device.schedule import SLOTS, Sampler, Schedule
 
 #: numpy's word about what diffusers' schedulers call 1,000 times.
@@ -74,7 +74,7 @@ LINEAR = ("sd1", "sd2", "zero", "sdxl", "sde", "lcm", "turbo")
 ZERO_SNR = frozenset(
     kind
     for kind, _ in CLASSES.values()
-    if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, kind).__init__).parameters
+    if "rescale_betas_zero_snr" in inspect.signature(class_of(kind).__init__).parameters
 )
 
 
@@ -151,7 +151,7 @@ def diffusers_own(config: str, name: Scheduler, steps: int, noise: torch.Tensor)
     if kind == "DPMSolverSDEScheduler":
         # Its noise is the job's, whose generator here has the seed 0.
         options = {**options, "noise_sampler_seed": 0}
-    scheduler = getattr(diffusers, kind).from_config(own.config, **options)
+    scheduler = class_of(kind).from_config(own.config, **options)
     pipeline = SimpleNamespace(scheduler=scheduler)
     extra = diffusers.StableDiffusionPipeline.prepare_extra_step_kwargs(pipeline, a_generator(), 0.0)
     scheduler.set_timesteps(steps)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch._dynamo.utils import counters
 
 from tests import tiny_models
@@ -66,6 +68,34 @@ def test_a_step_is_scale_model_guidance_and_weights(shape: tuple[int, ...]) -> N
     assert finite.tolist() == [True, True]
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (10, 3), (7,)], ids=["image", "tokens", "vector"])
+def test_rescaled_guidance_is_diffusers_and_the_other_jobs_keep_theirs_to_the_bit(
+    shape: tuple[int, ...],
+) -> None:
+    def model(latents: torch.Tensor, *_: Any, **more: Any) -> torch.Tensor:
+        """One whose rows differ in their deviation."""
+        return latents * torch.arange(1.0, 1.0 + len(latents)).view(-1, *[1] * (latents.ndim - 1))
+
+    plain = denoise(model, a_batch(shape))
+    batch = replace(a_batch(shape), rescale=torch.tensor([0.7, 0.0]))
+    states, predictions, _ = denoise(model, batch)
+    prompted = batch.states[0, 0] * 0.5 * 2.0
+    expected = rescale_noise_cfg(plain[1][:1], prompted[None], 0.7)
+    assert torch.allclose(predictions[:1], expected, atol=1e-5)
+    assert not torch.allclose(predictions[0], plain[1][0], atol=1e-3)
+    assert torch.equal(predictions[1], plain[1][1])
+    assert torch.equal(states[1], plain[0][1])
+
+
+def test_a_batch_that_rescales_is_a_kind_of_its_own_and_no_other_is() -> None:
+    batch = a_batch()
+    rescaled = replace(batch, rescale=torch.tensor([0.7, 0.0]))
+    assert batch.kind == "5 tokens"
+    assert rescaled.kind == "5 tokens, some rescaled"
+    assert len(rescaled.tensors()) == len(batch.tensors()) + 1
+    assert not rescaled.zeros(jobs=5, rows=8).tensors()[-1].any()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_reported_for_its_own_job_alone(value: float) -> None:
     batch = a_batch()
@@ -95,15 +125,25 @@ def test_a_batch_is_padded_to_the_smallest_captured_size_that_fits() -> None:
     assert {limit for limit, _ in SPACING} <= set(sizes)
 
 
-@pytest.mark.parametrize("make", [ATTENDS_FIRST, tiny_models.tiny_sdxl, tiny_models.tiny_lcm])
+@pytest.mark.parametrize(
+    ("make", "rescale"),
+    [
+        (ATTENDS_FIRST, 0.0),
+        (tiny_models.tiny_sdxl, 0.0),
+        (tiny_models.tiny_lcm, 0.0),
+        pytest.param(ATTENDS_FIRST, 0.7, marks=pytest.mark.slow),
+    ],
+)
 def test_the_compiler_takes_a_step_in_one_piece_and_once_for_any_rows(
-    make: Callable[[Path], Path], tmp_path: Path
+    make: Callable[[Path], Path], rescale: float, tmp_path: Path
 ) -> None:
     settings = WorkerSettings(model=str(make(tmp_path / "model")))
     loaded = loader.load(settings)
     family = family_of(loaded, compiled=True)
     runner = ModelRunner(settings, loaded, family)
-    batch = batch_of([runner.prepare(Job(prompt="a small cat", seed=1, steps=2)).next_inputs()])
+    batch = batch_of(
+        [runner.prepare(Job(prompt="a small cat", seed=1, steps=2, guidance_rescale=rescale)).next_inputs()]
+    )
     torch._dynamo.reset()
     counters.clear()
     example = batch.zeros(jobs=4, rows=6)
