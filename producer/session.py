@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from worker.state.awaiting import Awaiting
     from worker.state.failures import Failures
     from worker.state.fleet import Fleet
+    from worker.state.previews import Previews
     from worker.state.records import Records
     from worker.storage.bucket import Bucket
 
@@ -90,6 +91,13 @@ class Session:
         from worker.state.fleet import Fleet
 
         return Fleet(self.redis, self.settings.record_ttl_s)
+
+    @functools.cached_property
+    def previews(self) -> Previews:
+        """Previews of jobs that are rendered."""
+        from worker.state.previews import Previews
+
+        return Previews(self.redis)
 
     @property
     def bucket(self) -> Bucket | None:

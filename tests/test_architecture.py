@@ -28,7 +28,8 @@ FOLDERS = {
     ),
     "producer.http producer.client producer.ingest": "worker.celery",
     "producer.http": (
-        "producer.client producer.ingest producer.prompts producer.session worker.state worker.health"
+        "producer.client producer.gallery producer.ingest producer.prompts producer.session worker.state "
+        "worker.health"
     ),
     "producer.ingest": "producer.prompts worker.broker",
     "producer.webhooks": "producer.session worker.state",

@@ -184,6 +184,9 @@ class ToyFlow:
         images: torch.Tensor = self.vae.decode(latents, return_dict=False)[0]
         return images
 
+    def to_rgb(self, lane: Lane, latents: torch.Tensor) -> None:
+        """No map is known."""
+
     def check_safety(self, images: torch.Tensor) -> None:
         return None
 

@@ -46,12 +46,15 @@ from worker.health.report import Health
 from worker.jobs import metrics
 from worker.jobs.handler import JobHandler
 from worker.jobs.heartbeat import Heartbeat
-from worker.jobs.services import not_ready, wait_for
+from worker.jobs.previews import PreviewMaker
+from worker.jobs.rates import Rates
+from worker.jobs.services import not_ready, wait_for, wait_for_both
 from worker.model.file_store import FileStore
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.keys import holder_of
+from worker.state.previews import Previews
 from worker.state.records import Records
-from worker.state.redis_client import RedisError, check, connect, connect_until, queue_errors
+from worker.state.redis_client import RedisError, connect, connect_until
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 from worker.storage.options import BucketOptions
@@ -204,9 +207,8 @@ def _assemble(name: str) -> _Process:
     files = _files(settings)
     health.doing("The worker loads the model, renders one small picture, and compiles.")
     runner = _warm_runner(settings, files)
-    engine = Engine(
-        runner, job_timeout_s=settings.job_timeout_s, on_failure=_engine_failed, on_step=metrics.observe_step
-    )
+    timeout_s, rates = settings.job_timeout_s, Rates(metrics.observe_step)
+    engine = Engine(runner, job_timeout_s=timeout_s, on_failure=_engine_failed, on_step=rates.step)
     handler = JobHandler(
         name=name,
         served=runner.served,
@@ -218,23 +220,17 @@ def _assemble(name: str) -> _Process:
         upload_timeout_s=settings.upload_timeout_s,
         mark_as_generated=settings.mark_as_generated,
         files=files,
+        rates=rates,
     )
     info = _worker_info(settings, name, runner, started_at=Fleet(client, settings.record_ttl_s).now())
-    heartbeat = _heartbeat(settings, info, handler, engine, files)
+    heartbeat = _heartbeat(settings, info, handler, engine, files, runner)
     return _Process(settings, engine, handler, heartbeat, bucket, health, stop_waiting)
 
 
 def _services(settings: WorkerSettings) -> BucketProcess:
     """Check Redis and the bucket, and wait for them a while; return the bucket. Raises `ServiceError`."""
-    until_s = time.monotonic() + settings.start_timeout_s
-
-    def redis() -> None:
-        with queue_errors(settings.redis_url):
-            check(settings.redis_url)
-
-    wait_for(redis, until_s)
+    lacks = wait_for_both(settings)
     where, options = (settings.s3_bucket, settings.s3_prefix), BucketOptions.of(settings)
-    lacks = wait_for(Bucket(*where, attempts=2, options=options).check, until_s)
     bucket = BucketProcess(*where, connections=STORAGE_CONNECTIONS, options=options)
     bucket.start()
     _log_choice("queue", hidden(settings.redis_url), "REDIS_URL")
@@ -280,7 +276,12 @@ def _worker_info(settings: WorkerSettings, name: str, runner: ModelRunner, start
 
 
 def _heartbeat(
-    settings: WorkerSettings, info: WorkerInfo, handler: JobHandler, engine: Engine[Any], files: FileStore
+    settings: WorkerSettings,
+    info: WorkerInfo,
+    handler: JobHandler,
+    engine: Engine[Any],
+    files: FileStore,
+    runner: ModelRunner,
 ) -> Heartbeat:
     """The heartbeat of `handler`'s jobs; it ends the process when `engine` hangs."""
     # A client that does not wait: the watchdog must go on while Redis is away.
@@ -295,6 +296,8 @@ def _heartbeat(
         watchdog=lambda: _exit_if_hung(engine),
         paused=lambda: handler.access.reason,
         files=lambda: files.index,
+        lately=handler.rates.lately,
+        preview=PreviewMaker(engine.tickets, runner.preview, Previews(client).put).ask,
     )
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -23,15 +23,19 @@ from worker.contract.errors import CallerError
 
 #: The parts of the page's one script, in `static/`, in the order in which they run.
 SCRIPTS = (
+    "elements.js",
     "data.js",
     "axes.js",
     "filter.js",
     "layout.js",
+    "picture.js",
     "drawing.js",
     "keyboard.js",
     "viewer.js",
     "start.js",
 )
+#: The parts of its style.
+STYLES = ("look.css", "page.css", "viewer.css")
 #: Rows in one block of data.
 _ROWS = 500
 #: Thumbnails in one block: about 1 MB, which a browser reads in the time that it draws one frame.
@@ -111,20 +115,21 @@ class PageWriter:
             "thumbs_per_block": _THUMBS if self._embeds else 0,
             "fields": fields.as_json(),
         }
-        style, script = _static("page.css"), _script()
+        style, script = "\n".join(map(static, STYLES)), _script()
         filled = {
             "policy": html.escape(self._policy(style, script)),
             "title": html.escape(_whole(title)),
             "style": style,
             "script": script,
             "about": as_data(about),
+            "viewer": static("viewer.html"),
         }
         streamed: dict[str, IO[bytes]] = {"rows": self._row_file, "thumbs": self._thumb_file}
         unfinished = self._path.with_name(f".{self._path.name}.part")
         with self._errors():
             try:
                 with unfinished.open("wb") as page:
-                    for text, name in _pieces(_static("page.html")):
+                    for text, name in pieces(static("page.html")):
                         page.write(text.encode())
                         if name in streamed:
                             streamed[name].seek(0)
@@ -193,20 +198,25 @@ def as_data(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _pieces(template: str) -> Iterator[tuple[str, str]]:
+def pieces(template: str) -> Iterator[tuple[str, str]]:
     """A template's texts, each with the name of the `{{placeholder}}` after it; empty after the last."""
     parts = re.split(r"\{\{(\w+)\}\}", template)
     yield from zip(parts[::2], [*parts[1::2], ""], strict=True)
 
 
-def _static(name: str) -> str:
+def static(name: str) -> str:
+    """A file of `static/`. Some of them are parts of the server's page as well."""
     return files("producer.gallery").joinpath("static", name).read_text(encoding="utf-8")
 
 
-def _script() -> str:
+def one_script(parts: Iterable[str]) -> str:
     """The parts as one script. They share the scope of one function, and add no name to the page's own."""
-    parts = "\n".join(_static(name) for name in SCRIPTS)
-    return f'\n"use strict";\n(() => {{\n{parts}}})();\n'
+    joined = "\n".join(parts)
+    return f'\n"use strict";\n(() => {{\n{joined}}})();\n'
+
+
+def _script() -> str:
+    return one_script(map(static, SCRIPTS))
 
 
 def _hash(text: str) -> str:

@@ -110,16 +110,31 @@ def row_of(pictures: Pictures, line: Line) -> tuple[Row, str | None]:
     if has_picture and job is None and (record := pictures.record(str(uri))):
         line = record | line
         job = _resolved(line)
-    row = _texts(line)
-    # The text that is in the picture itself.
-    row["parameters"] = infotext.write(job) if job else ""
+    row = _texts(line) | {"parameters": _parameters(job)}
     small = None
     if has_picture:
         data = pictures.thumbnail(str(uri))
         small = base64.b64encode(data).decode() if data else None
         row |= {"uri": uri, "url": pictures.url(str(uri))}
     row["state"] = text_of(line.get("state")) or ("done" if has_picture else "failed")
-    return {name: value for name, value in row.items() if value not in (None, "", {}, [])}, small
+    return _filled(row), small
+
+
+def row_of_record(record: Line) -> Row:
+    """The row of a job's record, of any state, without a link to its picture."""
+    line = flat(record)
+    job = _resolved(line) if line.get("state") == "done" else None
+    return _filled(_texts(line) | {"parameters": _parameters(job), "state": text_of(line.get("state"))})
+
+
+def _filled(row: Row) -> Row:
+    """The row without what is empty."""
+    return {name: value for name, value in row.items() if value not in (None, "", {}, [])}
+
+
+def _parameters(job: Job | None) -> str:
+    """The text that is in the picture itself; empty where its job is not known whole."""
+    return infotext.write(job) if job else ""
 
 
 def _job_of(line: Line) -> Job | None:

@@ -17,7 +17,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from producer.http import a1111, events, fleet, jobs, openai, problems, runs, schema, usage
+from producer.http import (
+    a1111,
+    activity_events,
+    events,
+    fleet,
+    jobs,
+    openai,
+    page,
+    problems,
+    run_gallery,
+    runs,
+    schema,
+    small_images,
+    usage,
+)
 from producer.http.auth import Authentication, Shared
 from producer.http.backend import Backend
 from producer.http.guard import UPLOADS
@@ -76,9 +90,12 @@ def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    for router in (jobs.router, events.router, runs.router, fleet.router, usage.router):
+    for router in (
+        *(jobs.router, events.router, small_images.router),
+        *(runs.router, run_gallery.router, fleet.router, usage.router),
+    ):
         app.include_router(router, dependencies=[Depends(_refuse_unknown_parameters)])
-    for router in (openai.router, a1111.router, health):
+    for router in (openai.router, a1111.router, activity_events.router, page.router, health):
         app.include_router(router)
     for kind in (
         SmallcatError,

@@ -1,7 +1,8 @@
 """Who calls: the one dependency that every route has, and that says what the caller may do.
 
 A key comes as `Authorization: Bearer KEY`, or as the password of Basic, which clients of AUTOMATIC1111's API
-send; there the user's name is ignored.
+send; there the user's name is ignored. A browser that has signed in on the page sends its session's cookie
+instead (`sessions`), on every route alike.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from producer.http.backend import Backend, backend_of
 from producer.http.caller import ANYBODY, Caller
 from producer.http.key_store import digest_of
 from producer.http.problems import RefusedError
+from producer.http.sessions import COOKIE, PROOF_HEADER, is_proof
+from producer.http.sessions import digest_of as session_digest
 
 #: Seconds that a key is believed without asking Redis again, and so those after which a revoked one ends.
 BELIEVED_S: Final = 5.0
@@ -27,6 +30,8 @@ BELIEVED_S: Final = 5.0
 UNKNOWN_S, MAX_KNOWN = 1.0, 10_000
 #: Characters of an Authorization header that are looked at.
 _LONGEST: Final = 1_000
+#: Methods that change nothing, for which a session's cookie is enough.
+_SAFE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
 class Authentication:
@@ -35,29 +40,63 @@ class Authentication:
     def __init__(self, backend: Backend, *, is_open: bool) -> None:
         self._backend, self._is_open = backend, is_open
         self._known: dict[str, tuple[Caller | None, float]] = {}
+        self._sessions: dict[str, tuple[str | None, float]] = {}
 
-    async def caller(self, authorization: str | None) -> Caller:
-        """The caller by an Authorization header. Raises `RefusedError` (401), `QueueError`."""
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may do everything, without a key."""
+        return self._is_open
+
+    async def caller(self, request: Request) -> Caller:
+        """The caller of a request. Raises `RefusedError` (401, 403), `QueueError`."""
         if self._is_open:
             return replace(ANYBODY, owner=self._backend.session.settings.tenant)
+        authorization = request.headers.get("authorization")
+        token = request.cookies.get(COOKIE)
+        if authorization is None and token:
+            return await self._signed_in(request, token)
         key = _key_in(authorization or "")
         if not key:
             raise _unauthorized("A key is missing: send it as `Authorization: Bearer KEY`.")
-        digest = digest_of(key)
+        if (caller := await self.of_key(digest_of(key))) is None:
+            raise _unauthorized("There is no such key: `smallcat keys list` has all, by their names.")
+        require_tenant(caller)
+        return caller
+
+    async def _signed_in(self, request: Request, token: str) -> Caller:
+        """The caller of a browser's session."""
+        name = session_digest(token)
+        digest, until_s = self._sessions.get(name, (None, 0.0))
+        if time.monotonic() >= until_s:
+            digest = await self._backend.run(self._backend.sessions.key_of, token)
+            if len(self._sessions) >= MAX_KNOWN:
+                self._sessions.clear()
+            self._sessions[name] = digest, time.monotonic() + (UNKNOWN_S if digest is None else BELIEVED_S)
+        caller = None if digest is None else await self.of_key(digest)
+        if caller is None:
+            # Without a challenge for Basic, at which a browser would ask for a password of its own.
+            raise _unauthorized("You are signed out: sign in again.", basic=False)
+        require_tenant(caller)
+        if request.method not in _SAFE and not is_proof(token, request.headers.get(PROOF_HEADER, "")):
+            raise RefusedError(
+                403,
+                f"The request lacks the session's proof, {PROOF_HEADER}: load the page again, or send a key.",
+                code="Forbidden",
+            )
+        return caller
+
+    def forget(self, token: str) -> None:
+        """Ask Redis again about a session that was signed out here."""
+        self._sessions.pop(session_digest(token), None)
+
+    async def of_key(self, digest: str) -> Caller | None:
+        """The caller with the key of that hash; None where there is no such key. Raises `QueueError`."""
         caller, until_s = self._known.get(digest, (None, 0.0))
         if time.monotonic() >= until_s:
             caller = await self._backend.run(self._find, digest)
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known[digest] = caller, time.monotonic() + (UNKNOWN_S if caller is None else BELIEVED_S)
-        if caller is None:
-            raise _unauthorized("There is no such key: `smallcat keys list` has all, by their names.")
-        if caller.tenant and caller.limits is None:
-            raise RefusedError(
-                403,
-                f"The tenant of this key, {caller.tenant}, was removed: `smallcat tenants list` has all.",
-                code="Forbidden",
-            )
         return caller
 
     def _find(self, digest: str) -> Caller | None:
@@ -68,6 +107,16 @@ class Authentication:
         tenant = self._backend.tenants.find(key.tenant) if key.tenant else None
         owner = tenant.owner if tenant else self._backend.session.settings.tenant
         return Caller(key.name, frozenset(key.scopes), key.tenant, tenant, owner)
+
+
+def require_tenant(caller: Caller) -> None:
+    """Raise `RefusedError` (403) where the tenant of the caller's key is gone."""
+    if caller.tenant and caller.limits is None:
+        raise RefusedError(
+            403,
+            f"The tenant of this key, {caller.tenant}, was removed: `smallcat tenants list` has all.",
+            code="Forbidden",
+        )
 
 
 def _key_in(authorization: str) -> str:
@@ -83,8 +132,8 @@ def _key_in(authorization: str) -> str:
     return ""
 
 
-def _unauthorized(detail: str) -> RefusedError:
-    challenge = 'Bearer realm="smallcat", Basic realm="smallcat"'
+def _unauthorized(detail: str, *, basic: bool = True) -> RefusedError:
+    challenge = 'Bearer realm="smallcat"' + (', Basic realm="smallcat"' if basic else "")
     return RefusedError(401, detail, code="Unauthorized", headers={"WWW-Authenticate": challenge})
 
 
@@ -104,7 +153,7 @@ class Needs:
     ) -> Caller:
         """The caller of this request."""
         authentication: Authentication = request.app.state.authentication
-        caller = await authentication.caller(request.headers.get("authorization"))
+        caller = await authentication.caller(request)
         if not caller.may(self._scope):
             raise RefusedError(
                 403,

@@ -13,12 +13,15 @@ from typing import Any, Final, TypeVar, cast
 
 from starlette.requests import Request
 
+from producer.http.activity import Watching
 from producer.http.key_store import KeyStore
 from producer.http.limits import Limits
 from producer.http.problems import RETRY_S, RefusedError
 from producer.http.run_store import RunStore
 from producer.http.sending import Sender
+from producer.http.sessions import Sessions
 from producer.http.tenant_store import TenantStore
+from producer.http.thumbnails import Thumbnails
 from producer.http.waiting import Waiting
 from producer.session import session
 from worker.contract.settings import ServerSettings
@@ -40,12 +43,15 @@ class Backend:
         self.settings = settings
         self.session = session(min(REDIS_RETRY_S, settings.submit_timeout_s))
         self.keys = KeyStore(self.session.redis)
+        self.sessions = Sessions(self.session.redis)
         self.sender = Sender(self.session)
         self.tenants = TenantStore(self.session.redis)
         self.limits = Limits(TenantLimits(self.session.redis, settings.record_ttl_s), self.run)
         self.waiting = Waiting()
         self.runs = RunStore(settings.http_data_dir, settings.record_ttl_s)
         self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)
+        self.watching = Watching(self.session, self.run)
+        self.thumbnails = Thumbnails()
         #: Set when the server is to end: streams close, and nothing new is begun.
         self.draining = asyncio.Event()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="http")
@@ -76,6 +82,7 @@ class Backend:
         self.draining.set()
         self.runs.close()
         await self.following.close()
+        await self.watching.close()
         await asyncio.to_thread(self.sender.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
 

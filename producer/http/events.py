@@ -28,7 +28,7 @@ from producer.http.backend import Backend
 from producer.http.caller import Caller
 from producer.http.jobs import Mine, own_record, view
 from worker.contract.errors import SmallcatError
-from worker.state.following import Follower, Seen
+from worker.state.following import Seen
 
 router = APIRouter(tags=["jobs"])
 
@@ -37,7 +37,8 @@ router = APIRouter(tags=["jobs"])
 BEAT_S: Final = 15.0
 #: Milliseconds after which a client comes back when the stream was cut off.
 _RETRY_MS: Final = 2_000
-_HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+#: Of every stream.
+HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 @router.get(
@@ -61,7 +62,7 @@ async def job_events(
     if record.state.is_final and last_event_id == str(record.state):
         return Response(status_code=204)
     stream = _events(backend, caller, handle, record, last_event_id)
-    return StreamingResponse(stream, media_type="text/event-stream", headers=_HEADERS)
+    return StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
 
 
 async def _events(
@@ -75,7 +76,7 @@ async def _events(
     priority, tenant = record.job.priority, record.job.tenant
     with backend.following.follow(handle.id, handle.submission, priority, tenant) as follower:
         while not backend.draining.is_set():
-            if not await _changed(backend, follower):
+            if not await until_changed(backend, follower.changed):
                 yield ": still here\n\n"
                 continue
             seen = follower.seen
@@ -96,10 +97,10 @@ async def _events(
                 return
 
 
-async def _changed(backend: Backend, follower: Follower) -> bool:
+async def until_changed(backend: Backend, changed: asyncio.Event) -> bool:
     """Wait for something new, or the server's end; False after `BEAT_S` seconds of nothing."""
     waits = [
-        asyncio.ensure_future(follower.changed.wait()),
+        asyncio.ensure_future(changed.wait()),
         asyncio.ensure_future(backend.draining.wait()),
     ]
     try:
@@ -109,7 +110,7 @@ async def _changed(backend: Backend, follower: Follower) -> bool:
             each.cancel()
             with suppress(asyncio.CancelledError):
                 await each
-    follower.changed.clear()
+    changed.clear()
     return bool(done)
 
 

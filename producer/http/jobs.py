@@ -236,7 +236,7 @@ async def get_image(
 ) -> Response:
     """The picture, as a redirect to a presigned link or as it is. 409 while it is not there."""
     handle, record = await backend.run(own_record, backend, caller, job_id, submission)
-    result = await _picture(backend, handle, record, wait)
+    result = await finished(backend, handle, record, wait)
     if redirect:
         return RedirectResponse(await backend.run(result.url, expires_s), 307, {"Cache-Control": "no-store"})
     name = f"{job_id}.{result.job.format}"
@@ -247,7 +247,7 @@ async def get_image(
     )
 
 
-async def _picture(backend: Backend, handle: JobHandle, record: JobResult, wait_s: float) -> JobResult:
+async def finished(backend: Backend, handle: JobHandle, record: JobResult, wait_s: float) -> JobResult:
     """The job's result. Raises the job's error; `RefusedError` (409) where it is not done within `wait_s`."""
     if not record.state.is_final and wait_s:
         try:

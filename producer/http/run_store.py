@@ -218,6 +218,10 @@ class RunStore:
                 return path
         return None
 
+    def listed(self, run: str) -> Path | None:
+        """The manifest, or the journal of a run that is not over; None while no job has ended."""
+        return self.manifest(run) or next(iter((self._folder / run).glob("manifest.*.part")), None)
+
     def rejected(self, run: str) -> Path | None:
         """The file of rejected lines; None where there is none."""
         return next(iter((self._folder / run).glob("*.rejected.jsonl")), None)

@@ -116,7 +116,7 @@ async def upload_file(
         file = folder / f"prompts{''.join(PurePosixPath(upload.name).suffixes[-2:])[:20]}"
         await _receive(request, file)
         run = await run_in_threadpool(backend.runs.take, folder, file, upload, caller.mark)
-    found = await backend.run(_look, backend, run)
+    found = await backend.run(look, backend, run)
     return as_json(found, 202, {"Location": found["links"]["self"]})
 
 
@@ -131,25 +131,25 @@ async def upload_file(
 async def list_runs(caller: Reader, backend: Shared) -> Response:
     """The runs that this key has sent to this server."""
 
-    def look() -> list[dict[str, Any]]:
-        return [_look(backend, run) for run in backend.runs.names(caller.mark)]
+    def look_at_all() -> list[dict[str, Any]]:
+        return [look(backend, run) for run in backend.runs.names(caller.mark)]
 
-    return as_json({"runs": await backend.run(look)})
+    return as_json({"runs": await backend.run(look_at_all)})
 
 
 @router.get("/v1/runs/{run}", summary="Look at a run", responses=schema.answers(200, _RUN, 404))
 async def get_run(run: str, caller: Reader, backend: Shared) -> Response:
     """Its state and counts, with links to its manifest and its rejected lines."""
-    _require_own(run, caller)
-    return as_json(await backend.run(_look, backend, run))
+    require_own(run, caller)
+    return as_json(await backend.run(look, backend, run))
 
 
 @router.delete("/v1/runs/{run}", summary="Cancel a run", responses=schema.answers(200, _RUN, 404))
 async def delete_run(run: str, caller: Submitter, backend: Shared) -> Response:
     """Send no more of it, and drop what waits. Jobs that others want as well go on."""
-    _require_own(run, caller)
+    require_own(run, caller)
     await backend.run(cancel_run, backend.session.redis, backend.session.records, run)
-    return as_json(await backend.run(_look, backend, run))
+    return as_json(await backend.run(look, backend, run))
 
 
 @router.get(
@@ -159,9 +159,9 @@ async def delete_run(run: str, caller: Submitter, backend: Shared) -> Response:
 )
 async def get_manifest(run: str, caller: Reader, backend: Shared) -> Response:
     """A line a job in the order of the file, as `smallcat ingest` writes it. 409 until the run is over."""
-    _require_own(run, caller)
+    require_own(run, caller)
     if (path := backend.runs.manifest(run)) is None:
-        found = await backend.run(_look, backend, run)
+        found = await backend.run(look, backend, run)
         raise RefusedError(
             409,
             f"The run {run} is {found['state']}: its manifest is written when all its jobs have ended.",
@@ -178,9 +178,9 @@ async def get_manifest(run: str, caller: Reader, backend: Shared) -> Response:
 )
 async def get_rejected(run: str, caller: Reader, backend: Shared) -> Response:
     """A line each, with its number, the field and the reason."""
-    _require_own(run, caller)
+    require_own(run, caller)
     if (path := backend.runs.rejected(run)) is None:
-        await backend.run(_look, backend, run)
+        await backend.run(look, backend, run)
         return Response("", media_type="application/x-ndjson")
     return _file(path)
 
@@ -190,10 +190,10 @@ def _file(path: Path) -> Response:
     return FileResponse(path, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
 
 
-def _look(backend: Backend, run: str) -> dict[str, Any]:
+def look(backend: Backend, run: str) -> dict[str, Any]:
     """What is known of a run, in Redis and by this server. Raises `UnknownJobError`."""
     path, store = f"/v1/runs/{run}", backend.runs
-    links = {"self": path, "manifest": f"{path}/manifest", "rejected": f"{path}/rejected"}
+    links = {"self": path} | {name: f"{path}/{name}" for name in ("manifest", "rejected", "gallery")}
     try:
         info = find_run(backend.session.redis, run)
     except UnknownJobError:
@@ -227,7 +227,7 @@ def _unknown(run: str) -> UnknownJobError:
     return UnknownJobError(f"There is no run {short(run)} of yours: `GET /v1/runs` has all.")
 
 
-def _require_own(run: str, caller: Caller) -> None:
+def require_own(run: str, caller: Caller) -> None:
     """Raise `UnknownJobError` for a run that is somebody else's."""
     if not re.fullmatch(RUN_NAME, run) or not caller.owns(run):
         raise _unknown(run)

@@ -152,10 +152,15 @@ class Chromium:
         self.send("Input.insertText", text=text)
 
     def click(self, selector: str) -> None:
-        """Click in the middle of the first element of a CSS selector, with a real mouse event."""
+        """Click in the middle of the first element of a CSS selector, with a real mouse event.
+
+        What is out of sight is scrolled into it.
+        """
         quoted = json.dumps(selector)
         x, y = self.run(f"""(() => {{
-            const box = document.querySelector({quoted}).getBoundingClientRect();
+            const element = document.querySelector({quoted});
+            element.scrollIntoView({{ block: "nearest", behavior: "instant" }});
+            const box = element.getBoundingClientRect();
             return [box.x + box.width / 2, box.y + box.height / 2];
         }})()""")
         for kind in ("mousePressed", "mouseReleased"):

@@ -1,14 +1,10 @@
-"""The gallery's page in a real Chromium. Without one: skipped at home, a failure in CI.
-
-(`WITHOUT_BROWSER=1`, from `.ci/run`: skipped in CI too, where none can be installed.)
-"""
+"""The gallery's page in a real Chromium."""
 
 from __future__ import annotations
 
 import base64
 import http.server
 import io
-import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +16,7 @@ from PIL import Image
 
 from producer.gallery.fields import FIELDS
 from producer.gallery.page import PageWriter
-from tests.browser.chromium import Chromium, program
+from tests.browser.chromium import Chromium
 
 #: Rows of the big page.
 MANY = 20_000
@@ -35,23 +31,6 @@ HOSTILE = [
 ]
 
 Write = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Chromium]:
-    """One browser for all tests of the run."""
-    if program() is None:
-        needed = os.environ.get("CI") == "true" and not os.environ.get("WITHOUT_BROWSER")
-        (pytest.fail if needed else pytest.skip)("No Chromium is installed: .ci/run shows how.")
-    with Chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def browser(chromium: Chromium) -> Chromium:
-    chromium.resize(1280, 800)
-    chromium.prefer("light")
-    return chromium
 
 
 @pytest.fixture(scope="session")

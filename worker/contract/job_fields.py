@@ -117,10 +117,12 @@ class FieldEntry(JobField):
 
     @property
     def is_known_when_resolved(self) -> bool:
-        """Whether a submitted job may lack it and a resolved one has it."""
-        return self.is_hashed and (
-            self.is_required or self.is_nullable or self.is_made or self.is_filled_by_fleet
-        )
+        """Whether a submitted job may lack it and a resolved one has it.
+
+        A field that came later is left out at its default, also of a resolved job.
+        """
+        is_filled = self.is_filled_by_fleet and self.is_original
+        return self.is_hashed and (self.is_required or self.is_nullable or self.is_made or is_filled)
 
     @property
     def all_headings(self) -> tuple[str, ...]:

@@ -174,6 +174,12 @@ class ModelFamily(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Run the VAE: (J, 3, height, width) in pixels, about -1 to 1. Traced as `forward` is, for any J."""
 
+    def to_rgb(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor | None:
+        """A job's latents of `lane`, (*shape) float32, as a tiny picture by one linear map, for previews.
+
+        Returns (3, height, width), about -1 to 1, on the same device. None: no map is known for the VAE.
+        """
+
     def check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]] | None:
         """Run the safety checker over `images`, as `decode` returned them. None: the model has none.
 

@@ -110,6 +110,19 @@ class JobState:
         """(1, *shape) float32, after the steps done so far."""
         return self._state[:1]
 
+    def scaled_latents(self) -> tuple[torch.Tensor, float]:
+        """The latents after the steps done so far, (*shape) float32, and the scale of the model's input.
+
+        Together they have about the variance of finished latents, whatever the scheduler. May be called from
+        any thread: a step makes another tensor, and leaves this one as it is.
+        """
+        state, step = self._state, self.step
+        if step >= self.steps:
+            return state[0], 1.0
+        if self._sampler is None:
+            return state[0], self._schedule.input_scale[step]
+        return state[0], float(self._sampler.model_input(torch.ones(1, 1), step))
+
     def next_inputs(self) -> StepInputs:
         """What this job brings to its next step. It must not be done.
 

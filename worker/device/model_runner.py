@@ -15,7 +15,9 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import diffusers
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from worker.contract.choices import Scheduler
 from worker.contract.errors import DeviceError, InvalidJobError, SettingsError, SmallcatError
@@ -28,6 +30,7 @@ from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
 from worker.device.embeddings import Files
 from worker.device.errors import mapped
 from worker.device.family import Lane, ModelFamily
+from worker.device.host_copy import HostCopy
 from worker.device.job_state import FiniteCheck, JobState
 from worker.device.samplers import Samplers
 from worker.device.step import Step, batch_of, denoise
@@ -99,6 +102,7 @@ class ModelRunner:
             ),
         )
         self._text_stream = torch.cuda.Stream(self._device, priority=-1) if self._on_gpu else None
+        self._preview_stream: Any = None
         self._samplers = Samplers(self._family.schedulers)
         self._texts = TextEncoder(self._family, files)
         at_once = EXACT_AT_ONCE if settings.exact else 1
@@ -290,6 +294,33 @@ class ModelRunner:
             pictures = self._vae_decoder.pictures(lane, [states[index].latents for index in indices])
             sources |= dict.fromkeys(indices, pictures)
         return (next(sources[index]) for index in range(len(states)))
+
+    @torch.no_grad()
+    def preview(self, state: JobState) -> NDArray[np.uint8] | None:
+        """The latents of a job as (height, width, 3) uint8 pixels, a pixel for each of theirs.
+
+        None: before its first step, and where no map is known for the model's VAE. Called on any thread; no
+        step waits for it. On a GPU it waits for the steps that are launched.
+        """
+        if not state.step:
+            return None
+        self._set_device()
+        latents, scale = state.scaled_latents()
+        with mapped("make a preview"), self._previewing():
+            rgb = self._family.to_rgb(state.lane, latents * scale)
+            if rgb is None:
+                return None
+            pixels = ((rgb * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).movedim(0, -1)
+            copied: NDArray[np.uint8] = HostCopy(pixels.contiguous()).wait()[0].numpy()
+            return copied
+
+    def _previewing(self) -> contextlib.AbstractContextManager[Any]:
+        """On a GPU: a stream of its own, made when it is first needed, after the steps so far."""
+        if not self._on_gpu:
+            return contextlib.nullcontext()
+        self._preview_stream = self._preview_stream or torch.cuda.Stream(self._device)
+        self._preview_stream.wait_stream(torch.cuda.default_stream(self._device))
+        return torch.cuda.stream(self._preview_stream)
 
     def _preparing(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU: a stream beside that of the steps, and before it where both have work."""

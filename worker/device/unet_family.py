@@ -17,7 +17,7 @@ from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
-from worker.device import unet_patches
+from worker.device import latent_rgb, unet_patches
 from worker.device.attention import Layer, shape_of
 from worker.device.clip_text import ClipTexts, Encoded, encoders_of
 from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
@@ -48,6 +48,7 @@ class UNetFamily:
         self._pipeline, self._unet = pipeline, pipeline.unet
         self._device, self._dtype = device, dtype
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+        self._latent_rgb = latent_rgb.of_vae(pipeline.vae.config)
         self._clip = ClipTexts(tuple(encoders_of(pipeline)))
         # `attentions` depends on it: choosing a backend replaces the processor of every layer, so what the
         # patches need of a processor must be part of the layer's description.
@@ -254,6 +255,10 @@ class UNetFamily:
         """The VAE's output."""
         images: torch.Tensor = self._pipeline.vae.decode(latents, return_dict=False)[0]
         return images
+
+    def to_rgb(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor | None:
+        """By the factors of its VAE (`latent_rgb`)."""
+        return self._latent_rgb(latents) if self._latent_rgb else None
 
     def check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]] | None:
         """By the pipeline's own checker, which SDXL has none of."""

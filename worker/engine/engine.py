@@ -133,11 +133,14 @@ class Engine(Generic[StateT]):
                 ticket.cancelled = True
                 self._changed.notify()
 
+    def tickets(self) -> dict[str, Ticket[StateT]]:
+        """The jobs in flight, by id."""
+        with self._changed:
+            return dict(self._tickets)
+
     def progress(self) -> dict[str, tuple[int, int]]:
         """(steps done, steps asked for) of each job in flight, by id; (0, 0) until its text is encoded."""
-        with self._changed:
-            tickets = list(self._tickets.values())
-        return {ticket.job_id: ticket.progress for ticket in tickets}
+        return {job_id: ticket.progress for job_id, ticket in self.tickets().items()}
 
     def is_alive(self) -> bool:
         """Liveness: False once the loop has failed or while it hangs, so that no job is being finished."""

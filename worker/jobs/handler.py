@@ -55,6 +55,7 @@ from worker.jobs.image_file import CONTENT_TYPES, encode
 from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.job_files import Files, NoFiles
 from worker.jobs.quarantine import Quarantine
+from worker.jobs.rates import Rates
 from worker.jobs.retry_policy import RetryPolicy, Verdict
 from worker.jobs.storage_retry import StorageRetry
 from worker.state.keys import attempts_key, job_key
@@ -95,6 +96,7 @@ class JobHandler:
         upload_timeout_s: float,
         mark_as_generated: bool = True,
         files: Files = NoFiles(),  # noqa: B008 - has no state
+        rates: Rates | None = None,
     ) -> None:
         self._name, self._files = name, files
         #: The model that this worker serves.
@@ -104,6 +106,8 @@ class JobHandler:
         self._bucket = bucket
         self._lease_s = lease_s
         self._mark_as_generated = mark_as_generated
+        #: How much is done at present.
+        self.rates = rates or Rates()
         self._policy = RetryPolicy(max_attempts)
         self._quarantine = Quarantine()
         self._in_flight = JobsInFlight()
@@ -230,6 +234,7 @@ class JobHandler:
         used = Used(device_s=rendered.device_s, size=len(data))
         self._records.done(record.model_copy(update={"timings": timings}), tag, used)
         metrics.JOBS.labels("rendered").inc()
+        self.rates.picture()
 
     def _resolved(self, wanted: Job) -> Job:
         """`wanted` with the defaults of the model served here. Raises `UnknownModelError` for another one."""

@@ -31,9 +31,10 @@ class Heartbeat:
     cancellations on at once.
 
     `jobs` returns (steps done, steps in all) by id of all jobs in flight. `cancel` is called with the id of
-    each job that was cancelled. `watchdog` is called about twice a second. `paused` returns why the worker
-    takes no jobs at present, or nothing, and `files` what it offers; a change is announced at once. That
-    Redis is out of reach is logged once; each beat tries again.
+    each job that was cancelled, `preview` with that of each that somebody looks at. `watchdog` is called
+    about twice a second. `paused` returns why the worker takes no jobs at present, or nothing, and `files`
+    what it offers; a change is announced at once. `lately` returns pictures a second and rows of a step,
+    announced with the number of jobs. That Redis is out of reach is logged once; each beat tries again.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Heartbeat:
         watchdog: Callable[[], None],
         paused: Callable[[], str] = lambda: "",
         files: Callable[[], FileIndex] = lambda: NO_FILES,
+        lately: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+        preview: Callable[[str], None] = lambda job_id: None,
     ) -> None:
         self._records = records
         self._fleet = fleet
@@ -57,6 +60,7 @@ class Heartbeat:
         self._cancel = cancel
         self._watchdog = watchdog
         self._paused, self._files = paused, files
+        self._lately, self._preview = lately, preview
         self._withdrawing = threading.Event()
         self._withdrawn = False
         self._stop = threading.Event()
@@ -130,7 +134,9 @@ class Heartbeat:
         index = self._files()
         self._fleet.indexes.put(index)
         self._info = self._info.model_copy(update={"files": index.digest})
-        self._fleet.announce(self._info)
+        images_s, step_rows = self._lately()
+        now = {"running": len(self._jobs()), "images_s": images_s, "step_rows": step_rows}
+        self._fleet.announce(self._info.model_copy(update=now))
 
     def _announce(self) -> None:
         try:
@@ -153,6 +159,8 @@ class Heartbeat:
             # The record decides: the job may have been submitted again since.
             for cancelled in self._records.progress({job_id: steps}, self._lease_s):
                 self._cancel(cancelled)
+        elif command == "preview":
+            self._preview(job_id)
         elif command == "watch":
             self._watched_until_s = time.monotonic() + WATCH_S
             self._beat_due_s = self._beaten_s + BEAT_S

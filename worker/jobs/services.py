@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError, QueueError, ServiceError
+from worker.contract.settings import WorkerSettings
 from worker.state.redis_client import check, may_come, queue_errors
 from worker.storage.bucket import Bucket
+from worker.storage.options import BucketOptions
 
 logger = logging.getLogger("smallcat.worker")
 
@@ -21,6 +23,22 @@ T = TypeVar("T")
 START_RETRY_S = 0.5
 #: Where no job's picture is: an id has as many digits, but none hashes to this one.
 NO_JOB = hashlib.sha256(b"readiness").hexdigest()
+
+
+def wait_for_both(settings: WorkerSettings) -> Sequence[str]:
+    """Wait a while until Redis and the bucket answer. Returns what the bucket lacks, in sentences.
+
+    Raises `ServiceError`.
+    """
+    until_s = time.monotonic() + settings.start_timeout_s
+
+    def redis() -> None:
+        with queue_errors(settings.redis_url):
+            check(settings.redis_url)
+
+    wait_for(redis, until_s)
+    where, options = (settings.s3_bucket, settings.s3_prefix), BucketOptions.of(settings)
+    return wait_for(Bucket(*where, attempts=2, options=options).check, until_s)
 
 
 def wait_for(ask: Callable[[], T], until_s: float) -> T:

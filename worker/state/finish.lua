@@ -1,6 +1,7 @@
 -- Writes a job's final state, once; with the done mark, acknowledges the message of who made the picture.
 --
--- KEYS     the record, the failed jobs, the job's attempts, the index of held messages, their hash
+-- KEYS     the record, the failed jobs, the job's attempts, the jobs that were done last, of all and of the
+--          tenant, the index of held messages, their hash
 -- ARGV     state, seconds until the record expires, message id, holder (`claim.lua`), job id, the tag of the
 --          held message that is acknowledged or '', then field and value in turn; last, of a tenant's job that
 --          is done, 'usage' and what it has used (`usage.lua`)
@@ -14,15 +15,22 @@
 -- include mark_runs.lua
 -- include usage.lua
 -- include notify.lua
+-- include ../contract/clock.lua
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
 -- run of a million jobs must not leave a million records here.
 local BULK_TTL_S = 60
 -- Seconds that the record stays of any other job that is done.
 local DONE_TTL_S = 3600
+-- Notes a job among those that were done last, which are 200.
+local function note_drawn(key, member, ttl)
+  on(key, 'ZADD', now(), member)
+  redis.call('ZREMRANGEBYRANK', key, 0, -201)
+  redis.call('EXPIRE', key, ttl)
+end
 local final, ttl, message, me, id, tag = unpack(ARGV, 1, 6)
 if tag ~= '' then
-  redis.call('ZREM', KEYS[4], tag)
-  redis.call('HDEL', KEYS[5], tag)
+  redis.call('ZREM', KEYS[6], tag)
+  redis.call('HDEL', KEYS[7], tag)
 end
 local state, named, cancel, runs, bulk, error_type, hooks =
   unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type', 'hooks'))
@@ -54,6 +62,11 @@ elseif state == 'failed' then
   on(KEYS[2], 'ZREM', id)
 end
 if ARGV[#ARGV - 1] == 'usage' then count_usage(ARGV[#ARGV]) end
+if final == 'done' then
+  local tenant = string.sub(KEYS[5], #KEYS[4] + 2)
+  note_drawn(KEYS[4], tenant ~= '' and tenant .. '/' .. id or id, ttl)
+  if tenant ~= '' then note_drawn(KEYS[5], id, ttl) end
+end
 redis.call('PUBLISH', KEYS[1], final)
 mark_runs(runs or '')
 if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], final) end

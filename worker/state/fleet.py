@@ -70,6 +70,11 @@ class WorkerInfo(BaseModel):
     prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
     #: Digest of the index of the files that it offers; empty where it offers none.
     files: str = ""
+    #: Jobs that it works on.
+    running: int = 0
+    #: Pictures a second, and mean rows of a step, lately; 0 while it does nothing.
+    images_s: float = 0.0
+    step_rows: float = 0.0
 
 
 class Group(BaseModel):

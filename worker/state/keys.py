@@ -13,6 +13,9 @@
     smallcat:latest          zset     ids of the 1,000 jobs that were submitted last, by time; before those of
                                       tenants "TENANT/"
       ...:<tenant>           zset     likewise, of a tenant
+    smallcat:drawn           zset     ids of the 200 jobs that were done last, also of runs, by time; before
+                                      those of tenants "TENANT/"
+      ...:<tenant>           zset     likewise, of the jobs that say this tenant
     smallcat:runs            zset     names of the 1,000 runs that were begun or resumed last, by time
     smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
       ...:done, ...:failed   bitmaps  a bit for each job of the run, set by the script that ends the job
@@ -35,11 +38,15 @@
     smallcat:http:rate:..., spent:..., open:..., feeding:...
                                       what a tenant has used of its limits (`worker.state.tenant_limits`)
     smallcat:http:once:...   string   what was answered to a request with an Idempotency-Key
+    smallcat:http:session:...         who signed in with a browser (`producer.http.sessions`)
+                             string
     smallcat:http:model:...  string   the model that a caller of AUTOMATIC1111's API has chosen
     smallcat:webhooks:new    list     what producers tell webhooks of (`notify.lua`), until it is taken
     smallcat:worker-only:webhooks:... the book of notifications (`webhook_book.lua`), and what workers tell
+    smallcat:preview:<id>    string   a running job's latents as a tiny picture (`worker.state.previews`)
     smallcat:to-workers      channel  to all workers: "cancel <id>" stops a running job; "watch" says that
-                                      somebody follows a job's progress, so that it must be written often
+                                      somebody follows a job's progress, so that it must be written often;
+                                      "preview <id>" that somebody looks at a running job
 
 Keys expire some time after their last change. Those of messages are the transport's (`worker.broker.layout`).
 
@@ -84,6 +91,8 @@ QUEUES: Final = "smallcat:queues"
 FAILED: Final = "smallcat:failed"
 #: Ids of the jobs that were submitted last, scored by the time. Jobs of runs are not among them.
 LATEST: Final = "smallcat:latest"
+#: Ids of the jobs that were done last, scored by the time. Jobs of runs are among them. Workers write it.
+DRAWN: Final = "smallcat:drawn"
 #: Names of the runs, scored by when they were begun or resumed last.
 RUNS: Final = "smallcat:runs"
 #: Names of the workers that announced themselves.
@@ -105,6 +114,8 @@ HTTP_FEEDING: Final = "smallcat:http:feeding:"
 #: Begins the keys of answers to requests with an Idempotency-Key, and of callers' models.
 HTTP_ONCE: Final = "smallcat:http:once:"
 HTTP_MODEL: Final = "smallcat:http:model:"
+#: Begins the keys of browsers' sessions.
+HTTP_SESSION: Final = "smallcat:http:session:"
 #: Begins the keys that workers alone write.
 WORKER_ONLY: Final = "smallcat:worker-only:"
 #: Begins the keys of what tenants have used, by day (`worker.state.usage`).
@@ -132,6 +143,14 @@ def latest_key(tenant: str) -> str:
     `submit.lua` takes the tenant out of it.
     """
     return f"{LATEST}:{tenant}" if tenant else LATEST
+
+
+def drawn_key(tenant: str) -> str:
+    """The key of the jobs of a tenant that were done last; of all jobs where it is empty.
+
+    `finish.lua` takes the tenant out of it.
+    """
+    return f"{DRAWN}:{tenant}" if tenant else DRAWN
 
 
 def submission_key(job_id: str, submission: str) -> str:
@@ -163,3 +182,8 @@ def worker_key(name: str) -> str:
 def index_key(digest: str) -> str:
     """The key of an index of files. No worker has such a name."""
     return f"smallcat:worker::files:{digest}"
+
+
+def preview_key(job_id: str) -> str:
+    """The key of a running job's preview. Producers may read it and not write it."""
+    return f"smallcat:preview:{job_id}"

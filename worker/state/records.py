@@ -34,9 +34,11 @@ from worker.state.hashes import (
     unreadable,
 )
 from worker.state.keys import (
+    DRAWN,
     FAILED,
     WORKERS_CHANNEL,
     attempts_key,
+    drawn_key,
     holder_of,
     job_key,
     latest_key,
@@ -245,7 +247,7 @@ class Records:
         fields = fields_of(record)
         if record.job.tenant and used is not None:
             fields["usage"] = used.of(record.job.tenant)
-        return self._final(record.id, State.DONE, "", fields, tag) == 1
+        return self._final(record.id, State.DONE, "", fields, tag, record.job.tenant) == 1
 
     def failed(self, job_id: str, message: str, error: SmallcatError) -> bool:
         """Mark the job failed, or cancelled, by `error`, for the message that claimed it.
@@ -343,10 +345,17 @@ class Records:
         return self._final(job_id, state, message, {"error_type": name, "error": str(error)})
 
     def _final(
-        self, job_id: str, state: State, message: str, fields: Mapping[str, str], tag: str = ""
+        self,
+        job_id: str,
+        state: State,
+        message: str,
+        fields: Mapping[str, str],
+        tag: str = "",
+        tenant: str = "",
     ) -> int:
         pairs = [item for pair in fields.items() for item in pair]
-        keys = [job_key(job_id), FAILED, attempts_key(job_id), *(self._held or ())]
+        drawn = (DRAWN, drawn_key(tenant))
+        keys = [job_key(job_id), FAILED, attempts_key(job_id), *drawn, *(self._held or ())]
         args: list[str | int] = [state, self._ttl_s, *holder_of(message), job_id]
         return int(self._finish(keys=keys, args=[*args, tag if self._held else "", *pairs]))
 

@@ -1,13 +1,4 @@
-// What Python wrote into the page, and the small functions that all other parts use.
-// Text is set as text, never as markup: the page's Content-Security-Policy forbids markup from text.
-
-const $ = (id) => document.getElementById(id);
-const make = (tag, name, text) => {
-  const element = document.createElement(tag);
-  if (name) element.className = name;
-  if (text !== undefined) element.textContent = text;
-  return element;
-};
+// What Python wrote into the page, and what follows from it.
 
 /** About the page: when it was made, its notices, and the fields of a job (see `page.py`). */
 const about = JSON.parse($("about").textContent);
@@ -29,16 +20,9 @@ const fields = new Map(about.fields.map((field) => [field.name, field]));
 const labelOf = (name) => fields.get(name)?.label ?? name;
 /** A row's value of a field; undefined where it has none. Rows leave out values that are the default. */
 const valueOf = (row, name) => row[name] ?? (fields.get(name)?.default || undefined);
-/** Fields with a place of their own on the page; the others are listed. */
-const TEXTS = new Set(["prompt", "negative_prompt"]);
 
 const prompts = new Set(rows.map((row) => row.prompt));
-const format = new Intl.NumberFormat("en");
-const many = (count, one) => `${format.format(count)} ${one}${count === 1 ? "" : "s"}`;
-const when = (seconds) =>
-  new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "long", timeStyle: "short" });
 const expired = () => about.expires_at !== null && Date.now() > about.expires_at * 1000;
-const whenIdle = (work) => (window.requestIdleCallback ?? setTimeout)(work);
 
 const scroller = $("scroller"), grid = $("grid"), viewer = $("viewer"), filter = $("filter");
 /** What the reader chose. `group`, `across` and `down` are ids of axes, or empty; `size` in CSS pixels. */

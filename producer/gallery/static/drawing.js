@@ -112,32 +112,6 @@ function drawTile(index, line) {
   return tile;
 }
 
-/** A tile's picture; for a job without one, its state and why. */
-function drawPicture(row, height) {
-  const picture = make("span", "picture");
-  picture.style.height = `${height}px`;
-  const source = thumbnail(row) ?? row.url;
-  if (source) {
-    const image = make("img");
-    image.alt = describe(row);
-    image.loading = "lazy";
-    image.decoding = "async";
-    image.src = source;
-    picture.append(image);
-  } else {
-    const reason = row.error ?? (row.state === "done" ? "Its picture was not found." : "");
-    picture.append(makeNote(row.state, reason, row.state !== "failed"));
-  }
-  return picture;
-}
-
-/** What stands where a picture is missing; `quiet` for what is no failure of the job. */
-function makeNote(title, text, quiet) {
-  const note = make("span", quiet ? "note quiet" : "note");
-  note.append(make("b", "", title), make("bdi", "", text));
-  return note;
-}
-
 /** A picture in words, for those who do not see it; in a grid also its row and column. */
 function describe(row) {
   const values = [view.across, view.down].map((id) => axisOf.get(id)).filter(Boolean)

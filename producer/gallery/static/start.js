@@ -47,11 +47,6 @@ $("size").addEventListener("input", () => { view.size = Number($("size").value);
 $("options-button").addEventListener("click", () => {
   $("options-button").setAttribute("aria-expanded", $("options").classList.toggle("open"));
 });
-$("theme").addEventListener("click", () => {
-  const root = document.documentElement;
-  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.dataset.theme = dark ? "light" : "dark";
-});
 
 const noteBarHeight = () => document.documentElement.style.setProperty("--bar", `${$("bar").offsetHeight}px`);
 let lastWidth = 0;

@@ -32,11 +32,12 @@ function show(index) {
   viewer.querySelector(".details").scrollTop = 0;
   viewer.scrollTop = 0;
   loadPicture(row, index);
+  viewer.dispatchEvent(new Event("shown"));
 }
 
 /** What is listed of a job: pairs of label and value. */
 function details(row) {
-  const found = [["Number", format.format(row.number)]];
+  const found = row.number ? [["Number", format.format(row.number)]] : [];
   if (row.line) found.push(["Line", row.line]);
   found.push(["State", row.state]);
   if (row.error_type) found.push(["Error", row.error_type]);
@@ -62,7 +63,7 @@ function loadPicture(row, index) {
   const [width, height] = (row.size ?? "").split("x").map(Number);
   image.alt = describe(row);
   note.textContent = "";
-  image.classList.remove("broken");
+  image.classList.remove("broken", "preview");
   // A small picture is enlarged five times at most.
   image.style.maxWidth = width ? `${width * 5}px` : "";
   image.style.maxHeight = height ? `${height * 5}px` : "";

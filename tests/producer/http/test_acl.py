@@ -91,6 +91,12 @@ def test_its_own_redis_user_is_enough_and_makes_no_keys(
         assert api.call("POST", "/sdapi/v1/txt2img", {"prompt": "a"}).status == 200
         assert api.call("GET", "/readyz").status == 200
         uses_a_tenant(api)
+        assert api.call("POST", "/page/session", {"key": api.key}, key="").status == 200
+        assert api.call("GET", f"/v1/jobs/{job['id']}/thumbnail").status == 200
+        assert api.call("GET", f"/v1/jobs/{job['id']}/preview").status == 204
+        event = Stream(api, "/v1/activity").next()
+        assert event is not None
+        assert job["id"] in [each["id"] for each in event["data"]["jobs"]]
     finally:
         worker.kill()
         worker.wait()
@@ -103,6 +109,8 @@ def test_its_own_redis_user_is_enough_and_makes_no_keys(
                 ("DEL", "smallcat:http:keys"),
                 ("HSET", "smallcat:http:tenants", "x", "y"),
                 ("HSET", "smallcat:worker-only:usage:1", "x:images", "1"),
+                ("SET", "smallcat:preview:x", "y"),
+                ("ZADD", "smallcat:drawn", "1", "x"),
             ):
                 with pytest.raises(RedisError, match=r"(?i)permission"):
                     client.execute_command(*command)
