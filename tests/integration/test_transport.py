@@ -39,7 +39,8 @@ from worker.broker.transport import (
     broker_url,
     transport_options,
 )
-from worker.contract.queues import SHARES, UNDECODABLE, WEIGHTS
+from worker.contract.job import FORMAT_VERSION
+from worker.contract.queues import PARKED, SHARES, UNDECODABLE, WEIGHTS, list_of, lists_at
 
 LEASE_S = 1.0
 #: Keys and arguments of a fetch from the queue "q".
@@ -614,6 +615,27 @@ def test_a_renewal_is_never_overtaken_by_a_sweep(client: redis.Redis) -> None:
     client.eval(RENEW, 1, UNACKED_INDEX, tag)
     assert client.eval(MOVE, 3, UNACKED_INDEX, UNACKED, "q", tag, score, "RPUSH", "x") == 0
     assert (client.llen("q"), client.hlen(UNACKED)) == (0, 1)
+
+
+def test_lists_of_parked_messages_are_fetched_from_once_one_is_there(
+    client: redis.Redis, party: Callable[..., Party]
+) -> None:
+    """And before what waits at the same priority. Meanwhile a fetch names one list for each of them."""
+    consumer = party()
+    lease = consumer.channel.lease
+    wait_until("it has looked", lambda: lease.parked == frozenset())
+    plain = consumer.channel._lists_at(["q"], [4])[1:]
+    parked = lists_at("q", 4, FORMAT_VERSION)[0]
+    assert plain == [("q", list_of("q", 4))]
+    client.sadd(PARKED, parked, "another")
+    client.set("another", "of another type")
+    client.lpush(parked, json.dumps(message(body="parked", priority=4)))
+    wait_until("it is seen", lambda: lease.parked == {parked})
+    assert consumer.channel._lists_at(["q"], [4])[1:] == [("q", parked), *plain]
+    [found] = consumer.drain(1)
+    assert bytes(found.body) == b"parked"
+    found.ack()
+    wait_until("it is empty again", lambda: lease.parked == frozenset())
 
 
 def no_lease_is_left() -> None:

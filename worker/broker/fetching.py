@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -101,6 +102,10 @@ class Fetching(stock.Channel):
         """The priorities that may be fetched now."""
         raise NotImplementedError
 
+    def _may_have_messages(self, parked_list: str) -> bool:
+        """Whether to look into a list of messages that an older worker put aside."""
+        raise NotImplementedError
+
     def _receive_message(self, queue: str, raw: bytes, tag: bytes | None) -> None:
         """Deliver what was fetched."""
         raise NotImplementedError
@@ -181,12 +186,11 @@ class Fetching(stock.Channel):
         """
         prefix = self.layout.prefix
         arrivals = dict.fromkeys((queue, arrivals_of(queue, each)) for queue in queues for each in priorities)
-        names = [
-            (queue, name)
-            for each in priorities
-            for queue in queues
-            for name in lists_at(queue, each, FORMAT_VERSION)
-        ]
+        names = []
+        for priority, queue in itertools.product(priorities, queues):
+            *aside, plain = lists_at(queue, priority, FORMAT_VERSION)
+            names += [(queue, name) for name in aside if self._may_have_messages(prefix + name)]
+            names.append((queue, plain))
         return [(queue, prefix + name) for queue, name in (*arrivals, *names)]
 
     def _said(self, queue: str, key: str, *, no_ack: bool) -> str:

@@ -5,6 +5,7 @@ connection. One daemon thread with a connection of its own sends all that a held
 
 1. send: acknowledgements, and messages that are given back, again until Redis has answered;
 2. renew: set the score of each held message to Redis' time, at every quarter of the lease;
+   It looks then which lists of parked messages are not empty, for those who fetch;
 3. sweep: put messages whose lease ran out, whoever held them, back into their queues.
 
 Only Redis' clock decides when a lease ends. After an outage of Redis each process waits for half a lease
@@ -21,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic, sleep
-from typing import Final
+from typing import Any, Final
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -113,6 +114,8 @@ class Lease:
         #: Messages that Redis no longer has: by the last renewal, and by the last two.
         self._missing: set[str] = set()
         self._expired: set[str] = set()
+        #: The lists of parked messages that were not empty at the last look; None: there was none yet.
+        self.parked: frozenset[str] | None = None
         self._thread: threading.Thread | None = None
         self._renewed_at: float | None = None
         self._sweep_not_before = 0.0
@@ -258,6 +261,7 @@ class Lease:
                 if monotonic() >= renew_at:
                     self._renew(client)
                     renew_at = monotonic() + self._timeout_s / 4
+                    self._look_for_parked(client)
                 if monotonic() >= sweep_at:
                     self._sweep(client)
                     sweep_at = monotonic() + self._sweep_every_s
@@ -340,6 +344,16 @@ class Lease:
         for tag in (found & self._missing) - self._expired:
             logger.warning("The lease of message %s ran out while its job ran: it runs a second time", tag)
         self._expired, self._missing = found & self._missing, found
+
+    def _look_for_parked(self, client: Redis) -> None:
+        names: Any = sorted(client.smembers(self._layout.parked))
+        pipeline = client.pipeline(transaction=False)
+        for name in names:
+            pipeline.llen(name)
+        counts = pipeline.execute(raise_on_error=False) if names else []
+        # One of another type has no message.
+        found = [name for name, count in zip(names, counts, strict=True) if isinstance(count, int) and count]
+        self.parked = frozenset(name.decode() for name in found)
 
     def _sweep(self, client: Redis) -> None:
         layout, old = self._layout, self._adoption.layout
