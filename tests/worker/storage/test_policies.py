@@ -20,8 +20,8 @@ from producer.cli.doctor import Finding, _bucket
 from producer.session import session
 from tests.conftest import EmptyBucket
 from tests.worker.storage.wire import Wire
+from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError
-from worker.contract.job import ImageFormat
 from worker.storage.bucket import Bucket
 from worker.storage.options import BucketOptions
 

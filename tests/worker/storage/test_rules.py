@@ -11,7 +11,7 @@ import boto3
 import pytest
 
 from deploy.embedded.servers import S3Process
-from worker.contract.job import ImageFormat
+from worker.contract.choices import ImageFormat
 from worker.storage.bucket import Bucket
 from worker.storage.options import BucketOptions
 
