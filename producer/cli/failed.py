@@ -115,11 +115,12 @@ def line(failure: Failure) -> str:
 def lines(record: JobResult) -> list[str]:
     """A failed job in full: its parameters and each of its attempts."""
     job = record.job
+    scheduler = f"{job.scheduler} {job.schedule}".removesuffix(" default")
     at = record.tries[-1].at if record.tries else record.submitted_at
     shown = [
         f"{record.id}  {moment(at)}  {record.error_type}: {record.error}",
         f"prompt     {job.prompt!r}",
-        f"size       {job.width}x{job.height}, {job.steps} steps, seed {job.seed}, {job.scheduler}",
+        f"size       {job.width}x{job.height}, {job.steps} steps, seed {job.seed}, {scheduler}",
         f"model      {job.model} at {job.revision}",
         *(f"run        {RunMark.parse(mark).run}" for mark in record.runs),
     ]

@@ -29,6 +29,8 @@ UNUSED_NEGATIVE: Final = (
     "The negative prompt has no effect: it needs guidance_scale above 1, and guidance_start below "
     "guidance_stop."
 )
+#: The sentence for rescaled guidance where there is none.
+UNUSED_RESCALE: Final = "guidance_rescale has no effect: it needs guidance_scale above 1."
 #: The sentences for comments in AUTOMATIC1111's syntax, which has no mark that makes a # a word.
 COMMENT_IN_A1111: Final = (
     "The text behind a # in a prompt is a comment in the syntax a1111, to the end of its line, and is left "
@@ -76,6 +78,8 @@ def has_unused_negative(fields: Mapping[str, Any]) -> bool:
 def warnings_of(job: Job) -> tuple[str, ...]:
     """The warnings that a job's prompts deserve."""
     unused = (UNUSED_NEGATIVE,) if has_unused_negative(vars(job)) else ()
+    if job.guidance_rescale and job.guidance_scale is not None and job.guidance_scale <= 1:
+        unused = (*unused, UNUSED_RESCALE)
     if job.prompt_syntax is PromptSyntax.A1111:
         return (*odd_in_a1111(job.prompt, job.negative_prompt), *unused)
     names = only_words(job.prompt, job.negative_prompt)

@@ -91,7 +91,7 @@ class Samplers:
         self._lock = threading.Lock()
         self._cached = functools.lru_cache(KEPT)(self._schedule)
         # When first asked for: some of diffusers' modules take long to load.
-        self._prototype = functools.lru_cache(None)(self._make_prototype)
+        self._prototype = functools.lru_cache(KEPT)(self._make_prototype)
 
     def schedule(
         self,

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from worker.contract.choices import SAMPLERS, ImageFormat, PromptSyntax, Scheduler
+from worker.contract.choices import ETA, SAMPLERS, ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.infotext import read, write
 from worker.contract.job import Job
 from worker.contract.job_checks import VISIBLE
 from worker.contract.job_parameters import MAX_SEED
+from worker.contract.scheduler_names import OFFERED
 
 
 def resolved(**fields: Any) -> Job:
@@ -69,6 +70,20 @@ PIECES = st.sampled_from(
         ": ",
     ]
 )
+#: Every scheduler with every schedule, and an eta where it takes one.
+SAMPLERS_AND_SCHEDULES = [
+    {"scheduler": name, "schedule": schedule, "eta": eta}
+    for name, schedules in OFFERED.items()
+    for schedule in ("default", *schedules)
+    for eta in ((None, 0.25) if name in ETA else (None,))
+    if schedule != "align_your_steps"  # It has its own number of steps.
+]
+
+
+def sampled(sampler: dict[str, Any], **fields: Any) -> Job:
+    return resolved(**fields, **sampler)
+
+
 TEXT = st.lists(PIECES | st.characters(exclude_categories=["Cc", "Cs"]), max_size=12).map("".join)
 NAME = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
 
@@ -83,14 +98,15 @@ NAME = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_s
     model=NAME,
     revision=NAME,
     job=st.builds(
-        resolved,
+        sampled,
         seed=st.integers(0, MAX_SEED),
         width=st.integers(8, 256).map(lambda n: 8 * n),
         steps=st.integers(1, 150),
         guidance_scale=st.floats(0, 30),
         guidance_start=st.floats(0, 1),
         guidance_stop=st.floats(0, 1),
-        scheduler=st.sampled_from(list(Scheduler)),
+        sampler=st.sampled_from(SAMPLERS_AND_SCHEDULES),
+        guidance_rescale=st.floats(0, 1),
         format=st.sampled_from(list(ImageFormat)),
     ),
 )
@@ -103,6 +119,30 @@ def test_reading_what_was_written_gives_the_same_picture(
     assert again.id == job.id
     # Priority and metadata belong to the submission that made the picture, not to the picture.
     assert (again.priority, again.metadata) == (5, {})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "fields"),
+    [
+        (
+            "Sampler: DPM++ 3M SDE, Schedule type: Exponential",
+            {"scheduler": "dpmpp_3m_sde", "schedule": "exponential"},
+        ),
+        ("Sampler: DPM++ SDE Karras", {"scheduler": "dpmpp_sde", "schedule": "karras"}),
+        ("Sampler: DPM++ 2S a, Eta: 0.67", {"scheduler": "dpmpp_2s_ancestral", "eta": 0.67}),
+        ("Sampler: DDIM, Eta DDIM: 0.5", {"scheduler": "ddim", "eta": 0.5}),
+        ("Sampler: Euler, Schedule type: SGM Uniform", {"scheduler": "euler", "schedule": "sgm_uniform"}),
+    ],
+)
+def test_what_automatic1111_writes_of_a_sampler_is_read_and_written_again(
+    pairs: str, fields: dict[str, Any]
+) -> None:
+    """AUTOMATIC1111 1.10: modules/sd_samplers_common.py, `eta_infotext_field`."""
+    job = read(f"a small cat\nSteps: 20, {pairs}, Seed: 1, Size: 64x64")
+    asked = {"schedule": "default", "eta": None} | fields
+    assert {name: getattr(job, name) for name in asked} == asked
+    written = write(resolved(**fields))
+    assert {name: getattr(read(written), name) for name in asked} == asked
 
 
 @pytest.mark.parametrize("scheduler", Scheduler)

@@ -7,6 +7,7 @@ from worker.contract.prompt_syntax import (
     COMMENT_IN_A1111,
     ONLY_COMMENTS,
     UNUSED_NEGATIVE,
+    UNUSED_RESCALE,
     only_words,
     warnings_of,
 )
@@ -45,6 +46,9 @@ def test_it_takes_linear_time() -> None:
 def test_a_record_warns_of_an_unused_negative_prompt() -> None:
     job = Job(prompt="a cat", negative_prompt="blurry", guidance_scale=1.0)
     assert warnings_of(job) == (UNUSED_NEGATIVE,)
+    rescaled = Job.parse({"prompt": "x", "guidance_rescale": 0.5, "guidance_scale": 1.0})
+    assert warnings_of(rescaled) == (UNUSED_RESCALE,)
+    assert warnings_of(Job.parse({"prompt": "x", "guidance_rescale": 0.5})) == ()
     assert warnings_of(job.model_copy(update={"guidance_scale": 1.5})) == ()
 
 

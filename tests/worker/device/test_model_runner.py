@@ -184,6 +184,17 @@ def test_eta_and_rescaled_guidance_in_one_batch(sd1: Model, sdxl: Model, tmp_pat
         assert np.abs(pictures[5].pixels.astype(int) - pictures[6].pixels).max() > 1
 
 
+def test_a_scheduler_of_second_order_takes_two_evaluations_a_step_and_texts_count_them(sd1: Model) -> None:
+    """As AUTOMATIC1111 1.10 counts: `total_steps` (modules/sd_samplers_common.py)."""
+    fields = {"prompt": "[red:blue:0.5] cat", "prompt_syntax": "a1111"}
+    for name in ("heun", "dpm2", "dpm2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"):
+        state = sd1.runner.prepare(a_job(scheduler=name, **fields))
+        assert state.steps == 2 * 4 - 1
+        [prompt] = state._text.prompts
+        assert list(prompt.ends) == [4, 8]
+    assert sd1.runner.prepare(a_job(scheduler="dpmpp_2s")).steps == 4
+
+
 def test_schedules_in_one_batch(sd1: Model) -> None:
     """Each scheduler with one of the schedules that it is offered with."""
     jobs = [
