@@ -10,6 +10,8 @@ A watcher has what was read last, and no list of what it has not seen yet, so a 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from producer.http.problems import sentence_of
 from worker.contract.errors import StorageError, UnknownJobError
 from worker.contract.queues import queues_of
+from worker.contract.record import State
 from worker.state.hashes import readable
 from worker.state.keys import FAILED, drawn_key, job_key, latest_key
 
@@ -33,6 +36,8 @@ EVERY_S, PAUSE = 1.0, 10.0
 LATEST_JOBS, LATEST_PICTURES, LATEST_FAILURES = 100, 120, 30
 #: Workers that are shown.
 MAX_WORKERS: Final = 100
+#: Seconds between two requests to the workers to write their jobs' steps often.
+ASK_EVERY_S: Final = 2.0
 #: Records that are read from the bucket at once.
 _AT_ONCE: Final = 8
 
@@ -145,16 +150,26 @@ class Reader:
         self._session = session
         #: What is known of each job: where it stands in the lists, the text of its record, and the job.
         self._known: dict[str, tuple[tuple[float, ...], Mapping[str, str], SeenJob | None]] = {}
+        self._asked_s = -math.inf
 
     def read(self, audiences: Iterable[Audience]) -> dict[Audience, Activity]:
         """Read once, for each audience. Raises redis-py's errors."""
         listed = {audience: self._places(audience) for audience in audiences}
         places = {name: place for found in listed.values() for name, place in found.items()}
         trouble, fleet = self._read_jobs(places), self._fleet()
+        self._watch(places)
         return {
             audience: Activity({name: job for name in found if (job := self._of(name))}, fleet, trouble)
             for audience, found in listed.items()
         }
+
+    def _watch(self, places: Iterable[str]) -> None:
+        """Ask the workers to write the steps of their jobs often, while any of them is shown."""
+        shown = (self._of(name) for name in places)
+        is_running = any(job is not None and job.record.state is State.RUNNING for job in shown)
+        if is_running and time.monotonic() - self._asked_s >= ASK_EVERY_S:
+            self._asked_s = time.monotonic()
+            self._session.records.watch()
 
     def _of(self, name: str) -> SeenJob | None:
         known = self._known.get(name)

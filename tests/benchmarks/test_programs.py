@@ -26,6 +26,7 @@ PROGRAMS = (
     "live",
     "load",
     "mates",
+    "previews",
     "system",
     "text_lengths",
 )

@@ -4,6 +4,7 @@ const showWorkers = list($("workers"), (worker) => worker.name, makeWorker, fill
 const showRunList = list($("runs"), (run) => run.run, makeRun, fillRun);
 
 const rate = (value) => (value >= 10 ? format.format(Math.round(value)) : value.toPrecision(2).replace(/\.?0+$/, ""));
+const pace = (value) => `${rate(value)} ${rate(value) === "1" ? "picture" : "pictures"} a second`;
 
 function showFleet() {
   const workers = fleet?.workers ?? [];
@@ -27,7 +28,7 @@ function showSummary() {
   const pictures = fleet.workers.reduce((sum, each) => sum + each.images_s, 0);
   const parts = [`${format.format(fleet.waiting)} waiting`, `${format.format(fleet.running)} running`];
   if (failed) parts.push(`${format.format(failed)} failed`);
-  if (pictures) parts.push(`${rate(pictures)} pictures a second`);
+  if (pictures) parts.push(pace(pictures));
   parts.push(many(fleet.workers.length + fleet.more_workers, "worker"));
   const text = parts.join(" · ");
   if ($("summary").textContent !== text) $("summary").textContent = text;
@@ -44,7 +45,7 @@ function fillWorker(item, worker) {
   item.querySelector("b").textContent = worker.device;
   item.querySelector(".model").textContent = `${worker.model} at ${worker.revision.slice(0, 8)}`;
   const parts = [`${format.format(worker.running)} running`];
-  if (worker.images_s) parts.push(`${rate(worker.images_s)} pictures a second`);
+  if (worker.images_s) parts.push(pace(worker.images_s));
   parts.push(worker.step_rows ? `${rate(worker.step_rows)} of ${worker.max_rows} rows a step`
     : `up to ${many(worker.max_rows, "row")} a step`);
   item.querySelector(".numbers-of").textContent = parts.join(" · ");

@@ -1,7 +1,7 @@
 // The jobs: those that wait or run, the latest pictures, and those that failed.
 
 /** Jobs that wait or run which are listed, and failed ones. */
-const MOST_NOW = 12, MOST_FAILED = 12;
+const MOST_NOW = 8, MOST_FAILED = 8;
 
 const showNow = list($("now"), (row) => row.id, makeNow, fillNow);
 const showPictures = list($("pictures"), (row) => row.id, makePicture, () => {});
@@ -70,6 +70,7 @@ function fillNow(item, row) {
   const isRunning = row.state === "running";
   item.querySelector(".how").textContent = !isRunning ? `waits since ${clock(row.at)}`
     : row.of ? `step ${row.step} of ${row.of}` : "begins";
+  item.querySelector(".preview").hidden = !isRunning || !$("previews").checked;
   const bar = item.querySelector("progress");
   bar.hidden = !isRunning;
   bar.max = row.of || 1;

@@ -4,7 +4,7 @@ const again = make("button", "", "Use again");
 again.type = "button";
 const giveUp = make("button", "", "Cancel");
 giveUp.type = "button";
-viewer.querySelector(".actions").append(again, giveUp);
+$("open").before(again, giveUp);
 
 function openJob(id) {
   const index = tiles.findIndex((each) => each.row.id === id);
@@ -120,7 +120,6 @@ async function askForPreview(row) {
   const place = document.querySelector(`#now [data-job="${row.id}"] .preview`);
   if (!place) return;
   place.replaceChildren(image);
-  place.hidden = !$("previews").checked;
 }
 
 function showPreview(address) {
@@ -132,6 +131,8 @@ function showPreview(address) {
 
 setInterval(askForPreviews, EVERY_MS);
 $("previews").addEventListener("change", () => {
-  for (const place of document.querySelectorAll("#now .preview")) place.hidden = true;
+  for (const open of document.querySelectorAll("#now .open")) {
+    open.querySelector(".preview").hidden = !$("previews").checked || jobs.get(open.dataset.job)?.state !== "running";
+  }
   askForPreviews();
 });
