@@ -14,7 +14,7 @@ ONLY ?= test
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo local test test-services storm soak lint format clean
+.PHONY: help setup demo local test test-services storm soak secrets images-lock images sbom lint format clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,21 @@ storm: setup  ## Kill, freeze, upgrade and fill up all parts under load, 30 minu
 
 soak: setup  ## Work for an hour and check that nothing grows; MINUTES=10 for less
 	SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/faults -m slow -k soak -rP
+
+# Without `setup`: Docker needs no environment here.
+secrets:  ## Make the passwords of deploy/compose.yaml, in deploy/.env
+	@$(PYTHON) -m deploy.new_secrets
+
+# Where registries can be reached: no digest is made up.
+images-lock:  ## Write the digests of the images that containers are made from, into deploy/images.lock
+	@$(PYTHON) -m deploy.images lock
+
+images: setup  ## Build the images of a release, by digest alone
+	@$(BIN)/python -m deploy.images build
+
+sbom: $(SERVICES)  ## Write what is installed in .venv as CycloneDX, into dist/smallcat.cdx.json
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py environment --output-format JSON --output-file dist/smallcat.cdx.json $(BIN)/python
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

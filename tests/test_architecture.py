@@ -32,7 +32,7 @@ FOLDERS = {
         "worker.health"
     ),
     "producer.ingest": "producer.prompts worker.broker",
-    "producer.webhooks": "producer.session worker.state",
+    "producer.webhooks": "producer.session worker.state worker.health",
     "producer.cli producer.client producer.gallery producer.ingest producer.prompts": "producer.session",
     "producer.cli producer.ingest producer.session": "worker.state worker.storage",
 }

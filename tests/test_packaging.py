@@ -243,6 +243,7 @@ def test_the_procfile_is_what_honcho_and_foreman_read() -> None:
     assert dict(re.fullmatch(r"(\w+): (.+)", line).groups() for line in lines) == {  # type: ignore[union-attr]
         "worker": "celery -A worker worker",
         "api": "smallcat serve",
+        "webhooks": "smallcat webhooks run",
         # Flower knows Redis by its own URL only, not by our transport's. It can stop workers: loopback.
         "flower": 'BROKER_URL="${REDIS_URL:-redis://localhost:6379/0}" celery -A worker flower '
         "--address=127.0.0.1",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import signal
 import threading
@@ -26,6 +27,7 @@ from worker.contract.errors import QueueError, SettingsError
 from worker.contract.plain_text import plain
 from worker.contract.settings import WebhookSettings
 from worker.contract.webhook import Hosts
+from worker.health.report import Health
 from worker.state.notifications import HELD_S, Ended, Notification, Notifications
 
 logger = logging.getLogger("smallcat.webhooks")
@@ -34,6 +36,8 @@ logger = logging.getLogger("smallcat.webhooks")
 AT_ONCE, PER_HOST = 128, 8
 #: Seconds between two looks at Redis while nothing is due, and while it is away.
 LOOK_EVERY_S, AWAY_S = 0.25, 1.0
+#: Seconds without a look after which a sender counts as stuck.
+STUCK_S: Final = 60.0
 #: What the log says first: whoever starts a sender waits for it.
 STARTED: Final = "Notifications are sent"
 
@@ -52,10 +56,16 @@ class Sender:
         self._busy: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
+        self._looked_s = time.monotonic()
 
     def stop(self) -> None:
         """Take no more; `run` returns when what is being sent has been answered. On its event loop."""
         self._stop.set()
+
+    @property
+    def stuck_s(self) -> float:
+        """When the sender counts as stuck, by `time.monotonic`, unless it looks for something to send."""
+        return math.inf if self._stop.is_set() else self._looked_s + STUCK_S
 
     async def run(self) -> None:
         """Send until `stop`. While Redis is away, wait for it."""
@@ -63,6 +73,7 @@ class Sender:
         is_away = False
         try:
             while not self._stop.is_set():
+                self._looked_s = time.monotonic()
                 try:
                     taken = await self._take()
                     if is_away:
@@ -180,13 +191,33 @@ def in_background(session: Session, settings: WebhookSettings) -> Iterator[None]
 def run(session: Session, settings: WebhookSettings, at_once: int, per_host: int) -> None:
     """Send notifications until SIGTERM or Ctrl-C; then finish what is being sent. Raises `SettingsError`."""
 
+    health = Health(settings.health_port)
+    health.start()
+
     async def serve() -> None:
         sender = Sender(session, settings, at_once, per_host)
+
+        def stop() -> None:
+            health.stopping()
+            sender.stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, sender.stop)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+        health.started(
+            stuck_s=lambda: sender.stuck_s,
+            stuck_as=f"Nothing has been looked for in Redis for {STUCK_S:.0f} s.",
+            not_ready=lambda: _why_not_ready(session),
+        )
         hosts = plain(settings.webhook_hosts) or "every public host"
         logger.info("%s to %s, up to %d at once and %d a host.", STARTED, hosts, at_once, per_host)
         await sender.run()
         logger.info("No notifications are sent any more.")
 
     asyncio.run(serve())
+
+
+def _why_not_ready(session: Session) -> str:
+    """Why Redis does not let the sender work; empty where it does. Blocks while it is away."""
+    with session.queue_errors():
+        session.redis.ping()
+    return ""

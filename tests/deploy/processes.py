@@ -26,11 +26,26 @@ def here(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
+def unprivileged() -> int | None:
+    """A user that can read this checkout and write nowhere; None where there is none to change to."""
+    if os.geteuid() != 0:
+        return None
+    folders = [each for path in (ROOT, Path(sys.prefix).resolve()) for each in (path, *path.parents)]
+    return 1000 if all(folder.stat().st_mode & 0o001 for folder in folders) else None
+
+
 @contextlib.contextmanager
 def running(
-    argv: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path = ROOT
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    folder: Path = ROOT,
+    user: int | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with all that it starts; its output goes to `log`. It is killed at the end."""
+    """A process with all that it starts; its output goes to `log`. It is killed at the end.
+
+    `user`: whom it runs as, with no other groups; None: as this process.
+    """
     with log.open("ab") as output:
         process = subprocess.Popen(
             argv,
@@ -40,6 +55,9 @@ def running(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
         )
     try:
         yield process

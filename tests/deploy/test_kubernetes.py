@@ -15,7 +15,7 @@ pytestmark = pytest.mark.services
 #: Versions of Kubernetes that the objects are valid for: the oldest with `preStop.sleep`, and the newest.
 VERSIONS = ("1.30", "1.37")
 WORKERS = ("smallcat-worker-sd15", "smallcat-worker-sdxl")
-DEPLOYMENTS = (*WORKERS, "smallcat-http", "smallcat-metrics")
+DEPLOYMENTS = (*WORKERS, "smallcat-http", "smallcat-metrics", "smallcat-webhooks")
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from deploy.embedded.stack import Stack
 from producer import submit_job
 from tests.deploy.dockerfile import stages
 from tests.deploy.kubernetes import container, environment, of_kind
-from tests.deploy.processes import WORKER_S, running
+from tests.deploy.processes import WORKER_S, running, unprivileged
 from tests.worker.health.probes import ask, free_port, wait_for, wait_until
 from worker.contract.record import State
 from worker.state.keys import attempts_key
@@ -30,11 +33,19 @@ from worker.state.redis_client import connect
 pytestmark = pytest.mark.services
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that other users may look into, as they may not into pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="smallcat-pod-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 class Pod:
     """The container of a Deployment, as processes of this machine: its own command, variables and probes."""
 
     def __init__(self, name: str, folder: Path, services: dict[str, str]) -> None:
-        self.name, self.log = name, folder / f"{name}.log"
+        self.name, self.log, self.user = name, folder / f"{name}.log", unprivileged()
         self.ports = {port["name"]: free_port() for port in container(name)["ports"]}
         numbers = {str(port["containerPort"]): self.ports[port["name"]] for port in container(name)["ports"]}
         target = stages()[
@@ -47,14 +58,16 @@ class Pod:
         # Ports of this machine, folders of the test, and the services of its stack.
         variables = {key: str(numbers.get(value, value)) for key, value in set_here.items()}
         for mount in (each["mountPath"] for each in container(name)["volumeMounts"]):
-            where = folder / mount.strip("/")
-            where.mkdir(exist_ok=True)
+            where = folder / f"{name}-{mount.strip('/')}"
+            where.mkdir()
+            if self.user is not None:
+                os.chown(where, self.user, self.user)
             variables = {key: re.sub(rf"^{mount}\b", str(where), value) for key, value in variables.items()}
         if "http" in self.ports:
             variables["SMALLCAT_HTTP_PORT"] = str(self.ports["http"])
         # The demo model in the place of one that is downloaded.
         variables.pop("SMALLCAT_MODEL", None)
-        self.variables = {**variables, **services, "OMP_WAIT_POLICY": "PASSIVE"}
+        self.variables = {**variables, **services, "OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": variables["HOME"]}
 
     def probe(self, kind: str) -> tuple[int, str]:
         """Port and path of a probe."""
@@ -66,18 +79,22 @@ class Pod:
         port, path = self.probe(kind)
         wait_until(port, path, 200, WORKER_S)
 
+    def running(self) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+        """Run it, as its own user: that may write to its volumes, and to nothing else of this machine."""
+        return running(self.command, self.variables, self.log, user=self.user)
+
     def shown(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
 
 @pytest.mark.timeout(300)
 def test_a_worker_is_probed_and_finishes_or_gives_back_its_jobs_within_its_grace_period(
-    environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], folder: Path
 ) -> None:
     name = "smallcat-worker-sd15"
-    pod = Pod(name, tmp_path, environment)
+    pod = Pod(name, folder, environment)
     grace_s = of_kind("Deployment")[name]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    with running(pod.command, pod.variables, pod.log) as process:
+    with pod.running() as process:
         pod.probe_until("startup")
         pod.probe_until("readiness")
         assert ask(*pod.probe("liveness"))[0] == 200
@@ -102,9 +119,10 @@ def test_a_worker_is_probed_and_finishes_or_gives_back_its_jobs_within_its_grace
 
 
 @pytest.mark.timeout(200)
-def test_the_http_api_is_probed(stack_env: dict[str, str], tmp_path: Path) -> None:
-    pod = Pod("smallcat-http", tmp_path, stack_env)
-    with running(pod.command, pod.variables, pod.log) as process:
+@pytest.mark.parametrize("name", ["smallcat-http", "smallcat-webhooks"])
+def test_the_others_are_probed(name: str, stack_env: dict[str, str], folder: Path) -> None:
+    pod = Pod(name, folder, stack_env)
+    with pod.running() as process:
         for kind in ("startup", "liveness", "readiness"):
             pod.probe_until(kind)
         process.send_signal(signal.SIGTERM)
@@ -149,7 +167,7 @@ def wanted(scaling: dict[str, Any], value: float) -> int:
 
 @pytest.mark.timeout(300)
 def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
-    new_stack: Callable[..., Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_stack: Callable[..., Stack], tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prometheus' own answers to the query of the file, over the figures that the file has it read."""
     if shutil.which("prometheus") is None:
@@ -159,7 +177,7 @@ def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
         monkeypatch.setenv(name, value)
     scaling = of_kind("ScaledObject")["smallcat-worker-sd15"]["spec"]
     query = scaling["triggers"][0]["metadata"]["query"]
-    figures = Pod("smallcat-metrics", tmp_path, stack.environment)
+    figures = Pod("smallcat-metrics", folder, stack.environment)
     prometheus = Prometheus(tmp_path, figures.ports["metrics"])
     seen: list[tuple[float, int]] = []
 
@@ -170,7 +188,7 @@ def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
         return found
 
     with (
-        running(figures.command, figures.variables, figures.log),
+        figures.running(),
         running(prometheus.command, stack.environment, tmp_path / "prometheus.log", tmp_path),
     ):
         wait_for(lambda: value() == 0, figures.shown, 60)
@@ -178,8 +196,8 @@ def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
         wait_for(lambda: value() == 200, lambda: f"{seen} {figures.shown()}", 30)
         assert seen[-1] == (200, scaling["maxReplicaCount"]), "from zero"
 
-        worker = Pod("smallcat-worker-sd15", tmp_path, stack.environment)
-        with running(worker.command, worker.variables, worker.log) as process:
+        worker = Pod("smallcat-worker-sd15", folder, stack.environment)
+        with worker.running() as process:
             # Waiting and in flight are counted together: fetching changes nothing.
             in_flight = 'sum(smallcat_queue_jobs_in_flight{model="sd15"})'
             wait_for(

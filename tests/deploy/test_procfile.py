@@ -42,6 +42,7 @@ def test_honcho_runs_it_and_a_job_becomes_a_picture(stack_env: dict[str, str], t
         def shown() -> str:
             return log.read_text(errors="replace")[-3000:]
 
+        wait_for(lambda: "Notifications are sent" in log.read_text(), shown, WORKER_S)
         wait_for(lambda: "ready: takes jobs" in log.read_text(), shown, WORKER_S)
         wait_for(lambda: status_of(f"http://127.0.0.1:{http}/readyz") == 200, shown, 60)
         wait_for(lambda: status_of(f"http://127.0.0.1:{flower}/workers") == 200, shown, 60)

@@ -81,7 +81,9 @@ def test_a_worker_has_the_gpu_of_its_instance_and_the_time_it_needs() -> None:
 
 @pytest.mark.services
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["smallcat-worker@.service", "smallcat-api.service"])
+@pytest.mark.parametrize(
+    "name", ["smallcat-worker@.service", "smallcat-api.service", "smallcat-webhooks.service"]
+)
 def test_what_a_unit_starts_tells_systemd_that_it_is_ready_lives_and_ends(
     name: str, stack_env: dict[str, str], tmp_path: Path
 ) -> None:
