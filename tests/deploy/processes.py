@@ -26,26 +26,27 @@ def here(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def unprivileged() -> int | None:
-    """A user that can read this checkout and write nowhere; None where there is none to change to."""
-    if os.geteuid() != 0:
-        return None
-    folders = [each for path in (ROOT, Path(sys.prefix).resolve()) for each in (path, *path.parents)]
-    return 1000 if all(folder.stat().st_mode & 0o001 for folder in folders) else None
+def confined(argv: Sequence[str], writable: Sequence[Path]) -> list[str]:
+    """`argv` as in a container: on a read-only root file system, without capabilities and new privileges.
+
+    `writable`: its volumes. Where this process may not make a namespace, it is `argv` itself.
+    """
+    script = "".join(f"mount --bind {folder} {folder}; " for folder in map(str, writable))
+    script += "mount -o remount,bind,ro /; "
+    script += 'exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"'
+    inside = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh"]
+    try:
+        can = subprocess.run([*inside, "true"], capture_output=True, timeout=20).returncode == 0
+    except OSError:
+        can = False
+    return [*inside, *argv] if can else list(argv)
 
 
 @contextlib.contextmanager
 def running(
-    argv: Sequence[str],
-    environment: Mapping[str, str],
-    log: Path,
-    folder: Path = ROOT,
-    user: int | None = None,
+    argv: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path = ROOT
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with all that it starts; its output goes to `log`. It is killed at the end.
-
-    `user`: whom it runs as, with no other groups; None: as this process.
-    """
+    """A process with all that it starts; its output goes to `log`. It is killed at the end."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             argv,
@@ -55,9 +56,6 @@ def running(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            user=user,
-            group=user,
-            extra_groups=None if user is None else [],
         )
     try:
         yield process

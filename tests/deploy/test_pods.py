@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from deploy.embedded.stack import Stack
 from producer import submit_job
 from tests.deploy.dockerfile import stages
 from tests.deploy.kubernetes import container, environment, of_kind
-from tests.deploy.processes import WORKER_S, running, unprivileged
+from tests.deploy.processes import WORKER_S, confined, running
 from tests.worker.health.probes import ask, free_port, wait_for, wait_until
 from worker.contract.record import State
 from worker.state.keys import attempts_key
@@ -33,19 +31,11 @@ from worker.state.redis_client import connect
 pytestmark = pytest.mark.services
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder that other users may look into, as they may not into pytest's own."""
-    with tempfile.TemporaryDirectory(prefix="smallcat-pod-") as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
 class Pod:
     """The container of a Deployment, as processes of this machine: its own command, variables and probes."""
 
     def __init__(self, name: str, folder: Path, services: dict[str, str]) -> None:
-        self.name, self.log, self.user = name, folder / f"{name}.log", unprivileged()
+        self.name, self.log, self.volumes = name, folder / f"{name}.log", list[Path]()
         self.ports = {port["name"]: free_port() for port in container(name)["ports"]}
         numbers = {str(port["containerPort"]): self.ports[port["name"]] for port in container(name)["ports"]}
         target = stages()[
@@ -60,8 +50,7 @@ class Pod:
         for mount in (each["mountPath"] for each in container(name)["volumeMounts"]):
             where = folder / f"{name}-{mount.strip('/')}"
             where.mkdir()
-            if self.user is not None:
-                os.chown(where, self.user, self.user)
+            self.volumes.append(where)
             variables = {key: re.sub(rf"^{mount}\b", str(where), value) for key, value in variables.items()}
         if "http" in self.ports:
             variables["SMALLCAT_HTTP_PORT"] = str(self.ports["http"])
@@ -80,8 +69,8 @@ class Pod:
         wait_until(port, path, 200, WORKER_S)
 
     def running(self) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-        """Run it, as its own user: that may write to its volumes, and to nothing else of this machine."""
-        return running(self.command, self.variables, self.log, user=self.user)
+        """Run it: it may write to its volumes, and to nothing else of this machine."""
+        return running(confined(self.command, self.volumes), self.variables, self.log)
 
     def shown(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
@@ -89,10 +78,10 @@ class Pod:
 
 @pytest.mark.timeout(300)
 def test_a_worker_is_probed_and_finishes_or_gives_back_its_jobs_within_its_grace_period(
-    environment: dict[str, str], folder: Path
+    environment: dict[str, str], tmp_path: Path
 ) -> None:
     name = "smallcat-worker-sd15"
-    pod = Pod(name, folder, environment)
+    pod = Pod(name, tmp_path, environment)
     grace_s = of_kind("Deployment")[name]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     with pod.running() as process:
         pod.probe_until("startup")
@@ -120,8 +109,8 @@ def test_a_worker_is_probed_and_finishes_or_gives_back_its_jobs_within_its_grace
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", ["smallcat-http", "smallcat-webhooks"])
-def test_the_others_are_probed(name: str, stack_env: dict[str, str], folder: Path) -> None:
-    pod = Pod(name, folder, stack_env)
+def test_the_others_are_probed(name: str, stack_env: dict[str, str], tmp_path: Path) -> None:
+    pod = Pod(name, tmp_path, stack_env)
     with pod.running() as process:
         for kind in ("startup", "liveness", "readiness"):
             pod.probe_until(kind)
@@ -167,7 +156,7 @@ def wanted(scaling: dict[str, Any], value: float) -> int:
 
 @pytest.mark.timeout(300)
 def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
-    new_stack: Callable[..., Stack], tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    new_stack: Callable[..., Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prometheus' own answers to the query of the file, over the figures that the file has it read."""
     if shutil.which("prometheus") is None:
@@ -177,7 +166,7 @@ def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
         monkeypatch.setenv(name, value)
     scaling = of_kind("ScaledObject")["smallcat-worker-sd15"]["spec"]
     query = scaling["triggers"][0]["metadata"]["query"]
-    figures = Pod("smallcat-metrics", folder, stack.environment)
+    figures = Pod("smallcat-metrics", tmp_path, stack.environment)
     prometheus = Prometheus(tmp_path, figures.ports["metrics"])
     seen: list[tuple[float, int]] = []
 
@@ -196,7 +185,7 @@ def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
         wait_for(lambda: value() == 200, lambda: f"{seen} {figures.shown()}", 30)
         assert seen[-1] == (200, scaling["maxReplicaCount"]), "from zero"
 
-        worker = Pod("smallcat-worker-sd15", folder, stack.environment)
+        worker = Pod("smallcat-worker-sd15", tmp_path, stack.environment)
         with worker.running() as process:
             # Waiting and in flight are counted together: fetching changes nothing.
             in_flight = 'sum(smallcat_queue_jobs_in_flight{model="sd15"})'
