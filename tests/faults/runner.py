@@ -116,6 +116,9 @@ class FaultRunner:
         """It has no GPU."""
         return {}
 
+    def preview(self, state: FaultState) -> None:
+        """It has none."""
+
     def cap(self, lane: Hashable) -> int:
         """The same for each lane."""
         return self.max_rows
