@@ -21,8 +21,8 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
 from worker.device.attention import Layer, shape_of
-from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
-from worker.device.family import Lane, Schedulers, Text
+from worker.device.embeddings import NO_OPTIONS, TextOptions
+from worker.device.family import Lane, ModelFamily, Schedulers, Text
 from worker.device.job_text import Row
 from worker.device.text_encoder import cut_warning
 from worker.model.loader import Loaded
@@ -86,7 +86,7 @@ class Transformer(nn.Module):
         return velocity
 
 
-class ToyFlow:
+class ToyFlow(ModelFamily):
     """The toy as a `worker.device.family.ModelFamily`."""
 
     size_multiple = VAE_FACTOR * PATCH
@@ -129,10 +129,6 @@ class ToyFlow:
     def rows(self, guidance_scale: float) -> int:
         return 2 if guidance_scale > 1 else 1
 
-    @property
-    def embedding_room(self) -> EmbeddingRoom:
-        return EmbeddingRoom((), 0)
-
     def encode(self, prompt: str, negative: str, *, guided: bool, options: TextOptions = NO_OPTIONS) -> Text:
         texts = [negative, prompt] if guided else [prompt]
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -150,9 +146,6 @@ class ToyFlow:
         options: TextOptions = NO_OPTIONS,
     ) -> Sequence[Row]:
         raise InvalidJobError("prompt_syntax is a1111, but this model knows plain prompts alone.")
-
-    def unused_in_a1111(self, options: TextOptions) -> tuple[str, ...]:
-        return ()
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
         _, height, width = self.lane(job.width or 0, job.height or 0)

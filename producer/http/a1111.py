@@ -32,6 +32,7 @@ from worker.contract.choices import SAMPLERS, SCHEDULES, NoiseSchedule
 from worker.contract.errors import InvalidJobError, SmallcatError
 from worker.contract.explain import short
 from worker.contract.infotext import write
+from worker.contract.job_files import vae_of
 from worker.contract.job_parameters import DEFAULT_MODEL
 from worker.state.keys import HTTP_MODEL
 
@@ -107,8 +108,8 @@ def _info(asked: Asked, results: Sequence[JobResult]) -> dict[str, Any]:
         "face_restoration_model": None,
         "sd_model_name": first.model if first else "",
         "sd_model_hash": first.revision[:_HASH] if first else "",
-        "sd_vae_name": None,
-        "sd_vae_hash": None,
+        "sd_vae_name": (first.vae or None) if first else None,
+        "sd_vae_hash": (vae_of(first)[:_HASH] or None) if first else None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
         "denoising_strength": None,

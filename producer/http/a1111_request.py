@@ -87,7 +87,7 @@ _WITHOUT_EFFECT: Final = frozenset(
 #: Likewise in `override_settings`, and among the options that may be set.
 HARMLESS_SETTINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "CLIP_stop_at_last_layers": (_is_one, "it is set in each request: give it in override_settings there"),
-    "sd_vae": (_is_automatic, "the model's own VAE is used: set it to Automatic"),
+    "sd_vae": (_is_automatic, "it is set in each request: give it in override_settings there"),
     "forge_additional_modules": (_is_empty, "modules of Forge are not offered: leave it out"),
     "forge_preset": (lambda _: True, ""),
     "eta_noise_seed_delta": (_is_off, "it is not offered: set it to 0"),
@@ -126,6 +126,7 @@ def read_request(body: Any) -> Asked:
     settings = {name: value for name, value in settings.items() if value is not None}
     model = settings.pop("sd_model_checkpoint", None)
     clip_skip = settings.pop("CLIP_stop_at_last_layers", None)
+    vae = settings.pop("sd_vae", None)
     for name in settings:
         if name not in HARMLESS_SETTINGS:
             raise RefusedError(
@@ -134,6 +135,8 @@ def read_request(body: Any) -> Asked:
     _refuse_others(settings, HARMLESS_SETTINGS, "override_settings: ")
     if clip_skip is not None:
         body = {"clip_skip": clip_skip} | body
+    if not _is_automatic(vae):
+        body = {"vae": vae} | body
     if body.get("clip_skip") in (0, "0"):  # None is skipped; AUTOMATIC1111 counts from 1.
         body = body | {"clip_skip": 1}
     fields = _job_fields(body)

@@ -24,9 +24,10 @@ from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
+from worker.contract.file_index import AUTO_V2
 from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
-from worker.contract.job_files import embeddings_of
+from worker.contract.job_files import embeddings_of, vae_of
 from worker.contract.metadata.a1111_text import pairs_of, split
 from worker.contract.metadata.reading import Reading, left_out, number
 from worker.contract.scheduler_names import pair_of
@@ -53,6 +54,7 @@ _SAMPLER = "Sampler"
 _TEXTS = "Texts"
 #: AUTOMATIC1111's key for embeddings, and digits of the hashes in it.
 _TI_HASHES, _TI_DIGITS = "TI hashes", 12
+_VAE_HASH = "VAE hash"
 #: Whose infotext it is: another tool's model and its hash mean nothing here.
 _VERSION, _OURS = "Version", "smallcat"
 #: AUTOMATIC1111's key for the eta of DDIM alone.
@@ -98,6 +100,8 @@ def write(job: Job) -> str:
     if embeddings := embeddings_of(job):
         shown = ", ".join(f"{name}: {sha256[:_TI_DIGITS]}" for name, sha256 in embeddings.items())
         pairs[_TI_HASHES] = _quote(shown)
+    if vae := vae_of(job):
+        pairs[_VAE_HASH] = vae[:AUTO_V2]
     pairs[_VERSION] = _OURS
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):

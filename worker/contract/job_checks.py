@@ -223,6 +223,14 @@ def _depth(value: object, most: int) -> int:
     return deepest
 
 
+def named_vae(value: object) -> object:
+    """AUTOMATIC1111's words for the model's own VAE as none, and its names without a suffix."""
+    if not isinstance(value, str):
+        return value
+    name = value.strip()
+    return "" if name.lower() in ("automatic", "none") else name.removesuffix(".safetensors")
+
+
 #: Files that a job may use beside its model, at most.
 MAX_FILES_OF_JOB = 64
 _FILE = re.compile(r"[a-z]{1,20}:[^\x00-\x1f\x7f]{1,100}")

@@ -22,7 +22,24 @@ def with_files(job: Job, index: FileIndex) -> Job:
     hashes = {}
     for name in names.of(job):
         hashes[key_of(Kind.EMBEDDING, name)] = given.get(name) or _usable(index, Kind.EMBEDDING, name)
+    if job.vae:
+        key = key_of(Kind.VAE, job.vae)
+        hashes[key] = job.file_hashes.get(key) or _vae(job.vae, index)
+    hashes = dict(sorted(hashes.items()))
     return job if hashes == job.file_hashes else job.model_copy(update={"file_hashes": hashes})
+
+
+def _vae(name: str, index: FileIndex) -> str:
+    if index.find(Kind.VAE, name) is None:
+        near = index.near(Kind.VAE, name)
+        hint = f"did you mean {' or '.join(near)}?" if near else "SMALLCAT_VAES of the workers names them."
+        raise InvalidJobError(f'vae is "{name}", which no worker offers: {hint}')
+    return _usable(index, Kind.VAE, name)
+
+
+def vae_of(job: Job) -> str:
+    """The SHA-256 of a resolved job's VAE; empty where it is the model's own."""
+    return job.file_hashes.get(key_of(Kind.VAE, job.vae), "") if job.vae else ""
 
 
 def _usable(index: FileIndex, kind: Kind, name: str) -> str:

@@ -29,6 +29,7 @@ from worker.contract.job_checks import (
     divisible_by,
     drawn,
     has_its_steps,
+    named_vae,
     not_blank,
     one_line,
     one_pair,
@@ -54,6 +55,8 @@ MIN_SIZE, MAX_SIZE, SIZE_STEP = 64, 2_048, 8
 MAX_STEPS = 150
 #: Classifier-free guidance, at most (Ho and Salimans, 2022, in diffusers' parametrisation).
 MAX_GUIDANCE = 30.0
+#: The name of a file that a worker offers beside its model, at most this long.
+MAX_FILE_NAME = 100
 #: Layers of a text encoder, from its end, that can be taken: SD 1.x has so many.
 MAX_CLIP_SKIP = 12
 #: Seeds are 0 to this number, which `torch.Generator.manual_seed` takes without wrapping around.
@@ -292,6 +295,15 @@ class JobParameters(BaseModel):
         Field(ge=1, le=MAX_CLIP_SKIP, strict=True),
         JobField(since=3, headings=("clipskip", "clip_stop_at_last_layers")),
     ] = 1
+    #: The VAE that makes pixels of latents, up to 100 characters: one of those that the workers offer. Empty:
+    #: the model's own.
+    vae: Annotated[
+        str,
+        Field(max_length=MAX_FILE_NAME, strict=True, json_schema_extra={"pattern": ONE_LINE}),
+        BeforeValidator(named_vae),
+        AfterValidator(one_line),
+        JobField(since=3, label="VAE", infotext_ours_only=True, headings=("sd_vae", "vae_name")),
+    ] = ""
     #: SHA-256 of each file that the job uses beside its model, by kind and name. Not given: filled in at
     #: submission from what the workers announced.
     file_hashes: Annotated[
@@ -352,6 +364,7 @@ class JobFields(TypedDict, total=False):
     revision: str
     prompt_syntax: PromptSyntax | str
     clip_skip: int
+    vae: str
     file_hashes: dict[str, str]
     format: ImageFormat | str
     tenant: str

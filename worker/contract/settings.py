@@ -233,6 +233,8 @@ class WorkerSettings(Settings):
     default_prompt_syntax: Literal["plain", "a1111"] = "plain"
     #: Folder or s3:// prefix of embeddings (textual inversion, .safetensors) that prompts may name.
     embeddings: str = ""
+    #: VAEs that jobs may name: folders, files, s3:// prefixes and hub ids, separated by commas.
+    vaes: str = ""
     #: Where to run: auto takes a GPU where there is one.
     device: Literal["auto", "cuda", "cpu"] = "auto"
     #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.

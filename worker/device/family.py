@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import Scheduler
+from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.device.attention import Layer
 from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
@@ -65,7 +67,10 @@ class Schedulers:
 
 
 class ModelFamily(Protocol):
-    """A model of one kind on its device. Methods may be called from several threads, but for `encode`."""
+    """A model of one kind on its device. Methods may be called from several threads, but for `encode`.
+
+    A family that inherits from this has the defaults of what few have.
+    """
 
     @property
     def size_multiple(self) -> int:
@@ -105,7 +110,8 @@ class ModelFamily(Protocol):
 
     @property
     def embedding_room(self) -> EmbeddingRoom:
-        """What embeddings must be like."""
+        """What embeddings must be like; by default the model takes none."""
+        return EmbeddingRoom((), 0)
 
     def encode(self, prompt: str, negative: str, *, guided: bool, options: TextOptions = NO_OPTIONS) -> Text:
         """Encode a job's texts: two rows if `guided`, else one. An empty `negative` is no negative prompt.
@@ -129,7 +135,8 @@ class ModelFamily(Protocol):
         """
 
     def unused_in_a1111(self, options: TextOptions) -> tuple[str, ...]:
-        """A sentence for each of the options that the syntax `a1111` has no use for here."""
+        """A sentence for each of the options that the syntax `a1111` has no use for here; by default none."""
+        return ()
 
     def conditions(self, job: Job, rows: int) -> Mapping[str, torch.Tensor]:
         """What the model takes besides latents, timestep and text: (rows, ...) each, the same for all rows.
@@ -179,6 +186,14 @@ class ModelFamily(Protocol):
 
         Returns (3, height, width), about -1 to 1, on the same device. None: no map is known for the VAE.
         """
+
+    def with_vae(self, path: Path, name: str, sha256: str) -> ModelFamily:
+        """This model with the VAE of a file, which jobs call `name`, in the place of its own.
+
+        Raises `InvalidJobError` for one that does not fit it, by default for any, and `RenderError` where it
+        is gone or another one.
+        """
+        raise InvalidJobError(f'vae is "{name}", but this model has none beside its own: leave it out.')
 
     def check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]] | None:
         """Run the safety checker over `images`, as `decode` returned them. None: the model has none.

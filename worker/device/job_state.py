@@ -16,6 +16,7 @@ from worker.device.job_text import JobText
 from worker.device.schedule import SLOTS, Sampler, Schedule
 from worker.device.step import StepInputs
 from worker.device.step_noise import StepNoise
+from worker.device.vae_decoder import VaeDecoder
 
 
 class FiniteCheck:
@@ -71,6 +72,8 @@ class JobState:
         self.steps = len(schedule.timesteps)
         #: One sentence for each thing the caller should know.
         self.warnings = text.warnings
+        #: What makes pixels of its latents, where it has a VAE of its own; None: the model's.
+        self.decoder: VaeDecoder | None = None
         self._text = text
         self._conditions = conditions
         self._schedule = schedule

@@ -37,6 +37,7 @@ from worker.device.step import Step, batch_of, denoise
 from worker.device.text_encoder import TextEncoder
 from worker.device.unet_family import UNetFamily
 from worker.device.vae_decoder import VaeDecoder
+from worker.device.vaes import Vaes
 from worker.engine import step_cost
 from worker.engine.runner import Picture
 from worker.engine.step_cost import StepCost
@@ -108,6 +109,7 @@ class ModelRunner:
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
         self._vae_decoder = VaeDecoder(self._family, self._device, alone=settings.exact, compiler=compiler)
+        self._vaes = Vaes(files, self._family, self._device, alone=settings.exact)
         #: Tokens of the text encoder's window; 0: not yet known.
         self._window = 0
         self._cost = StepCost((), self._default_area, settings.max_batch or step_cost.MIN_CAP)
@@ -244,13 +246,17 @@ class ModelRunner:
             sampler = self._samplers.own(name, job.steps, generator, options, noise=job.schedule, eta=job.eta)
         noise = self._family.initial_noise(lane, generator) * schedule.noise_scale
         rows = self._family.rows(job.guidance_scale)
+        with mapped("load the VAE"):
+            decoder = self._vaes.decoder_of(job)
         with mapped("encode the prompt"), self._preparing():
             # As AUTOMATIC1111 counts them, who has two for each step of a scheduler of second order.
             steps = job.steps * schedule.order if schedule.order > 1 else len(schedule.timesteps)
             text = self._texts.encode(job, steps, guided=rows == 2)
             conditions = self._family.conditions(job, len(text.prompts) + rows - 1)
             latents = noise.to(self._device)
-            return JobState(job, lane, text, conditions, schedule, sampler, generator, latents)
+            state = JobState(job, lane, text, conditions, schedule, sampler, generator, latents)
+        state.decoder = decoder
+        return state
 
     @torch.no_grad()
     def step(self, states: Sequence[JobState]) -> list[SmallcatError | None]:
@@ -275,23 +281,23 @@ class ModelRunner:
         return outcomes
 
     def decode(self, states: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:
-        """Launch the decoding of finished jobs, which may be of different lanes.
+        """Launch the decoding of finished jobs, which may be of different lanes and have different VAEs.
 
         Returns the picture of each, or its error, in order. Each is waited for when it is asked for, on any
         one thread.
         """
         self._set_device()
         sources: dict[int, Iterator[Picture | SmallcatError]] = {}
-        lanes: dict[Lane, list[int]] = {}
+        groups: dict[tuple[Lane, VaeDecoder], list[int]] = {}
         for index, state in enumerate(states):
             with mapped("denoise"):
                 failure = state.failure()
             if failure is not None:
                 sources[index] = iter((failure,))
             else:
-                lanes.setdefault(state.lane, []).append(index)
-        for lane, indices in lanes.items():
-            pictures = self._vae_decoder.pictures(lane, [states[index].latents for index in indices])
+                groups.setdefault((state.lane, state.decoder or self._vae_decoder), []).append(index)
+        for (lane, decoder), indices in groups.items():
+            pictures = decoder.pictures(lane, [states[index].latents for index in indices])
             sources |= dict.fromkeys(indices, pictures)
         return (next(sources[index]) for index in range(len(states)))
 

@@ -6,8 +6,10 @@ sibling and `latent_consistency_models/pipeline_latent_consistency_text2img.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import diffusers
@@ -25,6 +27,7 @@ from worker.device.family import Lane, Schedulers, Text
 from worker.device.job_text import TEXT_BIAS, Row
 from worker.device.samplers import CLASSES
 from worker.device.text_encoder import cut_warning, unknown_words_warning
+from worker.model import vae_files
 
 #: The name of the text embeddings among a row's conditions: (rows, tokens, width).
 TEXT = "encoder_hidden_states"
@@ -47,6 +50,7 @@ class UNetFamily:
         """
         self._pipeline, self._unet = pipeline, pipeline.unet
         self._device, self._dtype = device, dtype
+        self._vae = pipeline.vae
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
         self._latent_rgb = latent_rgb.of_vae(pipeline.vae.config)
         self._clip = ClipTexts(tuple(encoders_of(pipeline)))
@@ -243,7 +247,7 @@ class UNetFamily:
 
     def to_vae(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor:
         """Unscaled latents. diffusers reads mean and deviation in its SDXL pipeline alone."""
-        vae = self._pipeline.vae
+        vae = self._vae
         mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
         if not self._is_xl or mean is None or deviation is None:
             return (latents / float(vae.config.scaling_factor)).to(vae.dtype)
@@ -253,12 +257,32 @@ class UNetFamily:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's output."""
-        images: torch.Tensor = self._pipeline.vae.decode(latents, return_dict=False)[0]
+        images: torch.Tensor = self._vae.decode(latents, return_dict=False)[0]
         return images
 
     def to_rgb(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor | None:
         """By the factors of its VAE (`latent_rgb`)."""
         return self._latent_rgb(latents) if self._latent_rgb else None
+
+    def with_vae(self, path: Path, name: str, sha256: str) -> UNetFamily:
+        """The same UNet and text encoders, with an `AutoencoderKL` of a file."""
+        own = self._pipeline.vae
+        vae = vae_files.load(path, name, sha256, own.config)
+        for what, has, needs in (
+            ("latent channels", vae.config.latent_channels, own.config.latent_channels),
+            ("levels", len(vae.config.block_out_channels), len(own.config.block_out_channels)),
+        ):
+            if has != needs:
+                raise InvalidJobError(
+                    f'The VAE "{name}" has {has} {what}, this model needs {needs}: use another one.'
+                )
+        # As the loader does: the VAE that SDXL came with overflows in fp16.
+        upcast = self._is_xl and vae.config.force_upcast and self._dtype == torch.float16
+        vae.to(self._device, torch.float32 if upcast else self._dtype)
+        vae.to(memory_format=torch.channels_last)
+        family = copy.copy(self)
+        family._vae, family._latent_rgb = vae, latent_rgb.of_vae(vae.config)
+        return family
 
     def check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]] | None:
         """By the pipeline's own checker, which SDXL has none of."""

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from worker.contract.errors import MissingFileError, ServiceError, SettingsError, SmallcatError
 from worker.contract.file_index import MAX_FILES, NO_FILES, FileEntry, FileIndex, Kind, name_problem
 from worker.contract.job import Job
 from worker.contract.job_files import lacking, with_files
 from worker.contract.settings import WorkerSettings
-from worker.model import embedding_files
+from worker.model import embedding_files, vae_files
 from worker.model.index import PICKLE_REASON, PICKLED
 
 logger = logging.getLogger("smallcat.files")
@@ -35,10 +36,13 @@ SUFFIX = ".safetensors"
 _GENERAL = ("learned_embeds", "diffusion_pytorch_model", "model")
 #: What a file fits, and why it cannot be used, by its kind.
 _DESCRIBE: Mapping[Kind, Callable[[Path], tuple[str, str]]] = MappingProxyType(
-    {Kind.EMBEDDING: embedding_files.describe}
+    {Kind.EMBEDDING: embedding_files.describe, Kind.VAE: vae_files.describe}
 )
 #: Bytes of a file that is copied from a bucket, at most, by its kind.
-_MOST: Mapping[Kind, int] = MappingProxyType({Kind.EMBEDDING: embedding_files.MAX_BYTES})
+_MOST: Mapping[Kind, int] = MappingProxyType(
+    {Kind.EMBEDDING: embedding_files.MAX_BYTES, Kind.VAE: vae_files.MAX_BYTES}
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Remote(Protocol):
@@ -51,6 +55,16 @@ class Remote(Protocol):
         """The bytes at an address."""
 
 
+class _Place(NamedTuple):
+    """Where files of a kind are."""
+
+    kind: Kind
+    #: A folder, a file or an s3:// prefix.
+    where: str
+    #: What a file of a general name is called that lies at its root.
+    name: str = ""
+
+
 @dataclass(frozen=True)
 class _Found:
     """A file where it lies."""
@@ -60,6 +74,8 @@ class _Found:
     where: str
     #: Another one when the file is another one.
     stamp: str
+    #: What it is called.
+    name: str
     #: Where it is on this machine; None: in a bucket.
     path: Path | None
 
@@ -69,15 +85,15 @@ class FileStore:
 
     def __init__(
         self,
-        places: Mapping[Kind, str],
+        places: Mapping[Kind, Sequence[str]],
         cache: Path,
         remote_of: Callable[[str], Remote] | None = None,
     ) -> None:
-        """`places`: a folder or an s3:// prefix for each kind, or "". `remote_of` a name: the bucket.
+        """`places` of each kind: folders, files, s3:// prefixes and hub ids. `remote_of` a name: the bucket.
 
-        Raises `SettingsError` for a folder that is not there, `StorageError`.
+        Raises `SettingsError` for a place that is not there, `StorageError`.
         """
-        self._places = {kind: place for kind, place in places.items() if place}
+        self._places = [_place(kind, place) for kind, found in places.items() for place in found if place]
         self._cache, self._remote_of = cache / "files", remote_of
         #: What is known of each file, by its stamp: the entry, and where it is.
         self._known: dict[str, tuple[FileEntry, Path | None]] = {}
@@ -90,16 +106,19 @@ class FileStore:
     @classmethod
     def of(cls, settings: WorkerSettings, remote_of: Callable[[str], Remote]) -> FileStore:
         """The files that a worker's settings name. Raises as the class does."""
-        return cls({Kind.EMBEDDING: settings.embeddings}, settings.cache_folder, remote_of)
+        vaes = [place.strip() for place in settings.vaes.split(",")]
+        places = {Kind.EMBEDDING: [settings.embeddings], Kind.VAE: vaes}
+        return cls(places, settings.cache_folder, remote_of)
 
     def start(self) -> None:
         """Say what was found, and look again now and then, in a thread that ends with the process."""
         for entry in self.index.files:
             if entry.problem:
                 logger.warning('The %s "%s" cannot be used: %s.', entry.kind, entry.name, entry.problem)
-        for kind, place in self._places.items():
+        for kind in dict.fromkeys(place.kind for place in self._places):
             usable = sum(each.kind == kind and not each.problem for each in self.index.files)
-            logger.info("files of the kind %s: %d (%s)", kind, usable, place)
+            where = ", ".join(place.where for place in self._places if place.kind == kind)
+            logger.info("files of the kind %s: %d (%s)", kind, usable, where)
         if self._places:
             threading.Thread(target=self._go_on_looking, name="files", daemon=True).start()
 
@@ -142,7 +161,7 @@ class FileStore:
         return self._paths.get((kind, sha256))
 
     def _go_on_looking(self) -> None:
-        is_far = any(place.startswith("s3://") for place in self._places.values())
+        is_far = any(place.where.startswith("s3://") for place in self._places)
         is_logged = False
         while True:
             time.sleep(LOOK_AT_BUCKET_EVERY_S if is_far else LOOK_EVERY_S)
@@ -157,19 +176,21 @@ class FileStore:
 
     def _found(self) -> Iterator[_Found]:
         count = 0
-        for kind, place in self._places.items():
-            is_far = place.startswith("s3://")
-            for found in self._in_bucket(kind, place) if is_far else _in_folder(kind, place):
+        for place in self._places:
+            is_far = place.where.startswith("s3://")
+            for found in self._in_bucket(place) if is_far else _here(place):
                 if PurePosixPath(found.where).suffix.lower() not in (SUFFIX, *PICKLED):
                     continue
                 count += 1
                 if count > MAX_FILES:
-                    raise SettingsError(f"{place} has more than {MAX_FILES:,} files: part them.")
+                    raise SettingsError(f"{place.where} has more than {MAX_FILES:,} files: part them.")
                 yield found
 
-    def _in_bucket(self, kind: Kind, place: str) -> Iterator[_Found]:
-        for uri, put_at in self._remote(place).below(place):
-            yield _Found(kind, uri, f"{kind} {uri} {put_at}", None)
+    def _in_bucket(self, place: _Place) -> Iterator[_Found]:
+        for uri, put_at in self._remote(place.where).below(place.where):
+            path = PurePosixPath(uri)
+            name = path.parent.name if path.stem in _GENERAL else path.stem
+            yield _Found(place.kind, uri, f"{place.kind} {uri} {put_at}", name, None)
 
     def _remote(self, uri: str) -> Remote:
         if self._remote_of is None:
@@ -178,16 +199,15 @@ class FileStore:
 
     def _entry(self, found: _Found) -> tuple[FileEntry, Path | None]:
         """What is to be known of a file, and where it is on this machine."""
-        place = PurePosixPath(found.where)
-        stem = place.stem if place.stem not in _GENERAL else place.parent.name
-        name = stem.removeprefix("<").removesuffix(">")
-        if place.suffix.lower() in PICKLED:
+        name = found.name.removeprefix("<").removesuffix(">")
+        if PurePosixPath(found.where).suffix.lower() in PICKLED:
             return FileEntry(kind=found.kind, name=name[:200], problem=PICKLE_REASON), None
         if problem := name_problem(name):
             return FileEntry(kind=found.kind, name=name[:200], problem=problem), None
         try:
             path = found.path or self._fetch(found)
-            sha256, size = _sha256(path), path.stat().st_size
+            size = path.stat().st_size
+            sha256 = vae_files.sha256_of(path) if found.kind is Kind.VAE else _sha256(path)
         except (OSError, SmallcatError) as error:
             if isinstance(error, ServiceError):
                 raise
@@ -219,14 +239,36 @@ class FileStore:
         return path
 
 
-def _in_folder(kind: Kind, place: str) -> Iterator[_Found]:
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        raise SettingsError(f"The folder {place} for files of the kind {kind} is not there: make it.")
-    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
-        stat = path.stat()
-        stamp = f"{kind} {path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
-        yield _Found(kind, path.as_posix(), stamp, path)
+def _place(kind: Kind, place: str) -> _Place:
+    """A place as a setting names it. Raises `SettingsError` for one that is not there."""
+    if place.startswith("s3://"):
+        return _Place(kind, place)
+    path = Path(place).expanduser()
+    if path.exists():
+        return _Place(kind, str(path), path.name)
+    if kind is Kind.VAE and _HUB_ID.fullmatch(place) and not place.startswith("."):
+        return _Place(kind, str(vae_files.from_hub(place)), place.partition("/")[2])
+    raise SettingsError(f"The folder {place} for files of the kind {kind} is not there: make it.")
+
+
+def _here(place: _Place) -> Iterator[_Found]:
+    """The files of a place on this machine, the better one where a folder has the same in several formats."""
+    root = Path(place.where)
+    if not root.exists():
+        raise SettingsError(f"{root} is no longer there.")
+    paths = [root] if root.is_file() else sorted(each for each in root.rglob("*") if each.is_file())
+    known = {each.as_posix().lower() for each in paths}
+    for path in paths:
+        plain = path.with_name(path.stem.removesuffix(".fp16"))
+        is_other = path.suffix.lower() in PICKLED or path.stem.endswith(".fp16")
+        if is_other and f"{plain.as_posix()}{SUFFIX}".lower() in known:
+            continue
+        # The config of a VAE is part of its content.
+        stats = [each.stat() for each in (path, path.with_name(vae_files.CONFIG)) if each.is_file()]
+        stamp = f"{place.kind} {path} {[(each.st_size, each.st_mtime_ns, each.st_ino) for each in stats]}"
+        is_general = path.stem.removesuffix(".fp16") in _GENERAL
+        name = (place.name if path.parent == root else path.parent.name) if is_general else path.stem
+        yield _Found(place.kind, path.as_posix(), stamp, name, path)
 
 
 def _sha256(path: Path) -> str:

@@ -122,7 +122,7 @@ def _tensors(
     """The tensors of a part by the names that diffusers' converters know, still in the file."""
     read = _read(single, part, path, dtype)
     if name == "vae" and any(key.startswith("decoder.mid_block.") for key in part.names):
-        return dict(_as_today(key, tensor) for key, tensor in read)
+        return dict(as_today(key, tensor) for key, tensor in read)
     tensors = {f"{_prefix(single, name)}{key}": tensor for key, tensor in read}
     if (projection := tensors.pop(f"{_OPEN_CLIP_XL}{_PROJECTION}", None)) is not None:
         tensors[f"{_OPEN_CLIP_XL}text_projection"] = projection.T
@@ -149,7 +149,7 @@ def _prefix(single: SingleFile, name: str) -> str:
     return _OPEN_CLIP_XL if name == "text_encoder_2" else _PREFIXES[name]
 
 
-def _as_today(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+def as_today(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     """A tensor of a VAE in diffusers' own layout, without the names and shapes of its first versions."""
     name = ".".join(_OLD_ATTENTION.get(word, word) for word in name.split("."))
     return name, tensor[..., 0, 0] if "attentions" in name and tensor.ndim == 4 else tensor

@@ -183,7 +183,7 @@ def test_silly_tavern_draws(api: Api) -> None:
         ({"init_images": ["x"]}, "image to image is not offered"),
         ({"clip_skip": 13}, "clip_skip is 13"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 13}}, "clip_skip is 13"),
-        ({"override_settings": {"sd_vae": "x.vae.pt"}}, "the model's own VAE is used"),
+        ({"override_settings": {"sd_vae": "x.vae.pt"}}, 'vae is "x.vae.pt", which no worker offers'),
         ({"override_settings": {"sd_hypernetwork": "x"}}, "override_settings has 'sd_hypernetwork'"),
         ({"override_settings": {"sd_model_checkpoint": "sdxl"}}, "No worker serves the model 'sdxl'"),
         ({"sampler_name": "DPM fast"}, "scheduler is 'DPM fast'"),

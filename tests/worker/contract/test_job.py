@@ -265,6 +265,7 @@ OTHER_VALUES: dict[str, Any] = {
     "guidance_rescale": 0.7,
     "prompt_syntax": "a1111",
     "clip_skip": 2,
+    "vae": "ft-mse",
     "file_hashes": {"embedding:easynegative": "ab" * 32},
     "model": "another/model",
     "revision": "fedcba9876543210",

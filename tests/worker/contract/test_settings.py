@@ -97,6 +97,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "USE_MEMORY_EFFICIENT_ATTENTION": ("0", "0", [("yes", "'0' or '1'"), ("2", "'0' or '1'")]),
     "SMALLCAT_COMPILE": ("0", False, [("perhaps", "valid boolean")]),
     "SMALLCAT_EMBEDDINGS": ("/embeddings", "/embeddings", []),
+    "SMALLCAT_VAES": ("/vaes,stabilityai/sd-vae-ft-mse", "/vaes,stabilityai/sd-vae-ft-mse", []),
     "SMALLCAT_EXACT": ("1", True, [("perhaps", "valid boolean")]),
     "SMALLCAT_CACHE_DIR": ("/cache", "/cache", []),
     "SMALLCAT_MAX_BATCH": ("256", 256, [("0", "greater than or equal to 1"), ("257", "less than or equal")]),

@@ -77,7 +77,7 @@ class Model:
     """A tiny model behind a runner that offers embeddings, and diffusers' pipeline that has loaded them."""
 
     def __init__(self, path: Path, folder: Path, cache: Path) -> None:
-        self.files = FileStore({Kind.EMBEDDING: str(folder)}, cache)
+        self.files = FileStore({Kind.EMBEDDING: [str(folder)]}, cache)
         self.runner = ModelRunner(WorkerSettings(model=str(path)), files=self.files)
         self.pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(path)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -284,7 +284,7 @@ def test_words_part_where_clips_tokens_do() -> None:
 
 
 def test_an_embedding_of_another_model_fails_its_own_job(sd1: Model, xl_folder: Path, tmp_path: Path) -> None:
-    files = FileStore({Kind.EMBEDDING: str(xl_folder)}, tmp_path)
+    files = FileStore({Kind.EMBEDDING: [str(xl_folder)]}, tmp_path)
     runner = ModelRunner(WorkerSettings(model=str(sd1.pipeline.config._name_or_path)), files=files)
     job = with_files(Job(prompt="a <one>", seed=1).resolved(runner.served), files.index)
     with pytest.raises(
@@ -303,7 +303,7 @@ def test_a_file_that_was_replaced_is_not_drawn_for_a_job_that_asked_for_the_old_
 ) -> None:
     place = tmp_path / "x.safetensors"
     save_file({"x": torch.zeros(1, 32)}, place)
-    files = FileStore({Kind.EMBEDDING: str(tmp_path)}, tmp_path)
+    files = FileStore({Kind.EMBEDDING: [str(tmp_path)]}, tmp_path)
     runner = ModelRunner(WorkerSettings(model=str(sd1.pipeline.config._name_or_path)), files=files)
     job = with_files(Job(prompt="a <x>", seed=1).resolved(runner.served), files.index)
     assert job.file_hashes == {"embedding:x": hashlib.sha256(place.read_bytes()).hexdigest()}

@@ -33,7 +33,7 @@ def embedding(width: int = 768, vectors: int = 2, fill: float = 0.0) -> bytes:
 
 
 def store(place: Path | str, cache: Path, **more: Any) -> FileStore:
-    return FileStore({Kind.EMBEDDING: str(place)}, cache, **more)
+    return FileStore({Kind.EMBEDDING: [str(place)]}, cache, **more)
 
 
 def by_name(files: FileStore) -> dict[str, FileEntry]:

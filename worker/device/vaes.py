@@ -1,0 +1,52 @@
+"""VAEs that jobs name, loaded when a first job asks for one, and kept."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import torch
+
+from worker.contract.errors import RenderError
+from worker.contract.file_index import Kind
+from worker.contract.job import Job
+from worker.contract.job_files import vae_of
+from worker.device.embeddings import Files
+from worker.device.family import ModelFamily
+from worker.device.vae_decoder import VaeDecoder
+
+#: VAEs that are kept on the device, at most: one of SDXL in fp32 has 335 MB. Jobs in flight keep theirs.
+KEPT = 4
+
+
+class Vaes:
+    """The decoders of the VAEs that jobs name. Thread-safe: loading makes those wait who want a VAE."""
+
+    def __init__(
+        self, files: Files | None, family: ModelFamily, device: torch.device, *, alone: bool
+    ) -> None:
+        """`alone`: as `VaeDecoder` has it."""
+        self._files, self._family, self._device, self._alone = files, family, device, alone
+        self._kept: OrderedDict[str, VaeDecoder] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def decoder_of(self, job: Job) -> VaeDecoder | None:
+        """The decoder of a job's VAE; None: the model's own.
+
+        Raises `InvalidJobError` for a VAE that does not fit the model, `RenderError` for one that is gone.
+        """
+        if not (sha256 := vae_of(job)):
+            return None
+        with self._lock:
+            if (known := self._kept.get(sha256)) is None:
+                path = self._files.path(Kind.VAE, sha256) if self._files else None
+                if path is None:
+                    raise RenderError(f'The VAE "{job.vae}" was taken away while a job asked for it.')
+                family = self._family.with_vae(path, job.vae, sha256)
+                # Not compiled: it would take minutes, at a moment that nobody chose.
+                known = VaeDecoder(family, self._device, alone=self._alone, compiler=None)
+                self._kept[sha256] = known
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(sha256)
+            return known
