@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,13 @@ from worker.contract.job import Job
 from worker.contract.queues import lists_of, queues_of
 from worker.engine.capacity import jobs_in_flight
 from worker.state.redis_client import connect
+from worker.state.tenants import lists_of_tenant
 
 from tests.faults.runner import SERVED, FaultRunner  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Whose jobs are submitted in turns; the first ones are nobody's.
+TENANTS = ("", "acme", "blue")
 #: Seconds of a lease: short, so that what a dead worker held is seen again soon.
 LEASE_S = 3.0
 
@@ -215,9 +218,10 @@ class Ground:
         rate: float,
         verbs: Callable[[int], str] = lambda number: "",
         submit: Callable[[Job], str] = lambda job: submit_job(job).id,
+        tenants: Sequence[str] = TENANTS,
     ) -> Feeder:
-        """Submit `rate` jobs a second for as long as the with block lasts."""
-        return Feeder(self, rate, verbs, submit)
+        """Submit `rate` jobs a second for as long as the with block lasts, of these tenants in turns."""
+        return Feeder(self, rate, verbs, submit, tenants)
 
     @contextlib.contextmanager
     def holding(self) -> Iterable[str]:  # type: ignore[misc]
@@ -228,17 +232,22 @@ class Ground:
         finally:
             gate.touch()
 
+    def folder_of(self, job_id: str) -> Path:
+        """Where the job's objects are, or would be where it has no tenant."""
+        own = self.images / job_id[:2]
+        folders = [own, *self.images.glob(f"tenants/*/{job_id[:2]}")]
+        return next((each for each in folders if list(each.glob(f"{job_id}*"))), own)
+
     def queued(self) -> int:
         """Messages that wait in the queues of the fake's model."""
         with self.redis as client:
-            return sum(int(client.llen(each)) for queue in queues_of(SERVED) for each in lists_of(queue))
+            return sum(int(client.llen(each)) for each in _lists())
 
     def waiting(self) -> Counter[str]:
         """How many messages of each job wait there, whoever sent them."""
         with self.redis as client, client.pipeline(transaction=False) as pipe:
-            for queue in queues_of(SERVED):
-                for each in lists_of(queue):
-                    pipe.lrange(each, 0, -1)
+            for each in _lists():
+                pipe.lrange(each, 0, -1)
             return Counter(FoundMessage.read(raw).id[:32] for found in pipe.execute() for raw in found)
 
     def unsettled(self) -> int:
@@ -249,9 +258,8 @@ class Ground:
     def messages(self) -> int:
         """Messages that wait or are held, counted in one step: none is missed on its way between the two."""
         with self.redis as client, client.pipeline() as pipe:
-            for queue in queues_of(SERVED):
-                for each in lists_of(queue):
-                    pipe.llen(each)
+            for each in _lists():
+                pipe.llen(each)
             return sum(_held(pipe).execute())
 
     def states(self, ids: Iterable[str]) -> Counter[str | None]:
@@ -292,6 +300,15 @@ class Ground:
             client.client_kill_filter(_type="pubsub", skipme=True)
 
 
+def _lists() -> list[str]:
+    """The lists of the fake's queues, those of `TENANTS` included."""
+    queues = queues_of(SERVED)
+    of_tenants = [
+        name for queue in queues for each in TENANTS if each for name in lists_of_tenant(queue, each)
+    ]
+    return [*(name for queue in queues for name in lists_of(queue)), *of_tenants]
+
+
 class Feeder:
     """A producer: a thread that submits jobs at a rate, also while Redis is away. A context manager.
 
@@ -301,12 +318,18 @@ class Feeder:
     BACKLOG = 300
 
     def __init__(
-        self, ground: Ground, rate: float, verbs: Callable[[int], str], submit: Callable[[Job], str]
+        self,
+        ground: Ground,
+        rate: float,
+        verbs: Callable[[int], str],
+        submit: Callable[[Job], str],
+        tenants: Sequence[str],
     ) -> None:
         self._ground = ground
         self._rate = rate
         self._verbs = verbs
         self._submit = submit
+        self._tenants = tenants
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
         #: Ids that were accepted.
@@ -319,7 +342,8 @@ class Feeder:
         due_s = time.monotonic()
         try:
             for number in itertools.count():
-                job = self._ground.job(self._verbs(number))
+                tenant = self._tenants[number % len(self._tenants)]
+                job = self._ground.job(self._verbs(number), tenant=tenant)
                 while True:
                     try:
                         self.ids.append(self._submit(job))

@@ -64,7 +64,7 @@ def account(ground: Ground, ids: Iterable[str]) -> Account:
         marks = {job: int(count) for job, count in client.hgetall(MARKS).items()}
     starts = ground.journal.count("start")
     for job_id in found.ids:
-        folder = ground.images / job_id[:2]
+        folder = ground.folder_of(job_id)
         objects = sorted(path.name for path in folder.glob(f"{job_id}*"))
         if objects != [f"{job_id}.json", f"{job_id}.png"] or not marks.get(job_id):
             found.lost.add(job_id)
@@ -77,7 +77,7 @@ def account(ground: Ground, ids: Iterable[str]) -> Account:
 
 def _is_its_own(ground: Ground, job_id: str) -> None:
     """The record beside the picture is the job's, and the picture is the one that its seed gives."""
-    stem = ground.images / job_id[:2] / job_id
+    stem = ground.folder_of(job_id) / job_id
     record = JobRecord.model_validate(json.loads(stem.with_suffix(".json").read_bytes()))
     assert record.job.id == job_id
     with Image.open(stem.with_suffix(".png")) as picture:

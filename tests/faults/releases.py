@@ -99,7 +99,7 @@ def account_with_tints(ground: Ground, ids: Iterable[str]) -> list[str]:
         marks = client.hgetall(MARKS)
     tinted = []
     for job_id in ids:
-        folder = ground.images / job_id[:2]
+        folder = ground.folder_of(job_id)
         assert sorted(path.name for path in folder.glob(f"{job_id}*")) == [f"{job_id}.json", f"{job_id}.png"]
         assert marks[job_id] == "1"
         job = json.loads((folder / f"{job_id}.json").read_bytes())["job"]

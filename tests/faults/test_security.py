@@ -195,7 +195,7 @@ def texts(ground: Ground, count: int) -> None:
     assert all(refusal.startswith("prompt ") for refusal in refusals)
     found = oracle.settle(ground, taken, timeout_s=300)
     for job_id in found.ids:
-        stored = json.loads((ground.images / job_id[:2] / f"{job_id}.json").read_bytes())
+        stored = json.loads((ground.folder_of(job_id) / f"{job_id}.json").read_bytes())
         assert stored["job"]["prompt"] == taken[job_id]
     print(f"{count} prompts of any characters: {len(taken)} rendered, the others refused")
 

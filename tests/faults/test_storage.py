@@ -49,7 +49,7 @@ def fail(ground: Ground, proxy: S3Proxy, mode: Mode, failures: int, fails_s: flo
         if mode != "slow":
             assert ground.states(ids) == {"running": 8}
             assert ground.unsettled() == 16  # Each in the hash and in its index.
-            assert not any((ground.images / job_id[:2] / f"{job_id}.png").exists() for job_id in ids)
+            assert not any((ground.folder_of(job_id) / f"{job_id}.png").exists() for job_id in ids)
     finally:
         proxy.mode = "well"
     found = oracle.settle(ground, ids, timeout_s=120)

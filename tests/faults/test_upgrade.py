@@ -148,13 +148,24 @@ def test_upgrade_from_an_earlier_version_and_roll_back(
         OtherProducer(ground, old) as producer,
         OtherProducer(ground, ROOT) as ours,
         feeding_runs(tmp_path, producer, ours),
-        ground.feeding(RATE, submit=producer) as earlier,
-        ground.feeding(RATE) as now,
+        ground.feeding(RATE, submit=producer, tenants=("",)) as earlier,
+        ground.feeding(RATE, tenants=("",)) as now,
+        ground.feeding(RATE / 4, tenants=("acme", "blue")) as tenants,
     ):
         roll(fleet, ground, old, ROOT)
         wait_until("enough jobs", lambda: len(earlier.ids) + len(now.ids) >= JOBS, 120)
-    oracle.settle(ground, [*earlier.ids, *now.ids], timeout_s=120)
+    ids = [*earlier.ids, *now.ids]
+    wait_until("all but tenants' jobs done", lambda: ground.states(ids).keys() <= {"done"}, 120)
+    # Workers of the earlier version neither take these nor lose them. They wait for the next one that does.
+    left = ground.states(tenants.ids)
+    assert left["queued"] > 0
+    pids = fleet.pids[old]
+    mine = set(tenants.ids)
+    assert not [event for event in ground.journal.events() if event.job in mine and event.pid in pids]
     report(ground, fleet, release, earlier, now)
+    fleet.drain(0, then=ROOT, progress=False)
+    oracle.settle(ground, [*ids, *tenants.ids], timeout_s=120)
+    print(f"{len(tenants.ids)} jobs of tenants, of which {left['queued']} waited for the upgrade")
 
 
 def report(ground: Ground, fleet: Fleet, release: str, *feeders: Feeder) -> None:
@@ -182,7 +193,7 @@ def test_upgrade_to_the_next_release_and_roll_back(
 
         with (
             feeding_runs(tmp_path, ours, producer),
-            ground.feeding(RATE, submit=submit) as later,
+            ground.feeding(RATE, submit=submit, tenants=("",)) as later,
             ground.feeding(RATE) as now,
         ):
             wait_until("messages that no worker reads", lambda: waiting(ground) > 20, 120)

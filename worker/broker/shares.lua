@@ -160,7 +160,7 @@ local function mark(shares, open, classes, arrivals)
       redis.call('RPUSH', arrivals[class], MARK)
     end
   end
-  if not are_there and #open == 2 then
+  if not are_there and (#open == 2 or redis.call('EXISTS', shares .. ':1') == 0) then
     redis.call('EXPIRE', shares .. ':book', REMEMBERED_S)
     redis.call('EXPIRE', shares .. ':left', REMEMBERED_S)
   end

@@ -79,10 +79,9 @@ if refreshes then redis.call('EXPIRE', KEYS[2], ttl) end
 if submission ~= '' then redis.call('SET', KEYS[4], '+' .. own, 'EX', ttl) end
 local function note_latest(key, member)
   on(key, 'ZADD', time, member)
-  if refreshes then
-    redis.call('ZREMRANGEBYRANK', key, 0, -1001)
-    redis.call('EXPIRE', key, ttl)
-  end
+  if refreshes then redis.call('ZREMRANGEBYRANK', key, 0, -1001) end
+  -- No worker refreshes a tenant's own list.
+  if refreshes or key ~= 'smallcat:latest' then redis.call('EXPIRE', key, ttl) end
 end
 note_latest(KEYS[5], id)
 -- A tenant's jobs are in its own list, and in that of all.
