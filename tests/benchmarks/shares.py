@@ -64,7 +64,7 @@ def fill(ground: Ground, client: redis.Redis, tenant: str, count: int, steps: in
     return ids
 
 
-def few(ground: Ground, steps: int, rounds: int) -> list[float]:
+def few(ground: Ground, steps: int, step_s: float, rounds: int) -> list[float]:
     """Seconds from the submission of each of `FEW` jobs at once to its end, some times."""
     took = []
     for _ in range(rounds):
@@ -77,7 +77,7 @@ def few(ground: Ground, steps: int, rounds: int) -> list[float]:
         ended = {event.job: event.at_s for event in ground.journal.events() if event.what == "leave"}
         took += [ended[job_id] - at_s for job_id, at_s in began.items()]
         # The next ones do not come while these count.
-        time.sleep(2 * steps * float(os.environ["FAULTS_STEP_S"]))
+        time.sleep(2 * steps * step_s)
     return took
 
 
@@ -88,17 +88,19 @@ def durations(ground: Ground, ids: set[str]) -> list[float]:
     return [ended[job_id] - began[job_id] for job_id in ids & began.keys() & ended.keys()]
 
 
-def run(ground: Ground, jobs: int, rows: int, steps: int, tenants: int, rounds: int) -> dict[str, float]:
+def run(
+    ground: Ground, jobs: int, rows: int, steps: int, step_s: float, tenants: int, rounds: int
+) -> dict[str, float]:
     """Measure. Returns seconds by name."""
-    ground.worker(rows=rows, settings={"SMALLCAT_LEASE_S": "30"}, storage="folder", marks="0")
-    idle = few(ground, steps, rounds)
+    ground.worker(rows=rows, step_s=step_s, settings={"SMALLCAT_LEASE_S": "30"}, storage="folder", marks="0")
+    idle = few(ground, steps, step_s, rounds)
     with ground.redis as client:
         ids = fill(ground, client, "bulk", jobs, steps)
         for number in range(tenants):
             fill(ground, client, f"t{number}", 20, steps)
     full = ground.journal.total("leave") + 2 * slots(rows)
     wait_until("full batches", lambda: ground.journal.total("leave") >= full, 300)
-    beside = few(ground, steps, rounds)
+    beside = few(ground, steps, step_s, rounds)
     of_one = p95(durations(ground, set(ids)))
     left = ground.queued()
     return {
@@ -125,9 +127,9 @@ def main(jobs: int, tenants: int, rows: int, steps: int, step_s: float, rounds: 
         Stack(workers=0) as stack,
     ):
         ground = Ground(stack, Path(folder))
-        os.environ.update({"OMP_NUM_THREADS": "1", "FAULTS_STEP_S": str(step_s)})
+        os.environ.update({"OMP_NUM_THREADS": "1"})
         ground.use(patch)
-        found = run(ground, jobs, rows, steps, tenants, rounds)
+        found = run(ground, jobs, rows, steps, step_s, tenants, rounds)
         print(json.dumps({name: round(value, 3) for name, value in found.items()}))
     sys.exit(0 if found["beside the others, p95"] <= found["allowed"] else 1)
 
