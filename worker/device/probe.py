@@ -42,7 +42,7 @@ def read_off(sampler: Sampler) -> Schedule:
     timesteps, noise_scale = tuple(map(float, sampler.timesteps.tolist())), sampler.noise_scale
     order = int(getattr(sampler.scheduler, "order", 1))
     without_weights = Schedule(timesteps, noise_scale, (), None, (), order=order)
-    path = _BrownianPath(sampler.generator) if hasattr(sampler.scheduler, "noise_sampler") else None
+    path = _BrownianPath(sampler.generator) if hasattr(sampler.scheduler, "noise_sampler_seed") else None
     if path is not None:
         sampler.scheduler.noise_sampler = path
     try:

@@ -126,7 +126,9 @@ class Samplers:
 
         For a schedule without weights. Raises as `schedule` does.
         """
-        scheduler = copy.deepcopy(self._prototype(name, noise, eta))
+        scheduler = copy.deepcopy(self._prototype(name, noise, eta is not None))
+        if eta is not None and hasattr(scheduler, "eta"):
+            scheduler.eta = eta
         self._refuse(name, scheduler, steps, noise)
         if hasattr(scheduler, "noise_sampler_seed"):
             scheduler.noise_sampler_seed = generator.initial_seed()
@@ -150,14 +152,14 @@ class Samplers:
             step_options["generator"] = generator
         return Sampler(scheduler, generator, scheduler.timesteps.cpu(), step_options)
 
-    def _make_prototype(self, name: Scheduler, noise: NoiseSchedule, eta: float | None) -> Any:
+    def _make_prototype(self, name: Scheduler, noise: NoiseSchedule, with_eta: bool) -> Any:
         """The scheduler with the model's config. Raises `InvalidJobError` where that cannot be."""
         own, classes = self._schedulers.own, self._schedulers.classes
         if name is not Scheduler.DEFAULT and name not in classes:
             names = " or ".join(f'"{each}"' for each in Scheduler if each in {Scheduler.DEFAULT, *classes})
             raise InvalidJobError(f'scheduler is "{name}", but this is {self._schedulers.kind}: use {names}.')
         named, options = classes.get(name, (type(own).__name__, {}))
-        kind = type(own) if name is Scheduler.DEFAULT else class_of(named, eta)
+        kind = type(own) if name is Scheduler.DEFAULT else class_of(named, with_eta=with_eta)
         if not is_offered(kind, noise) or (
             noise is NoiseSchedule.ALIGN_YOUR_STEPS and not self._schedulers.align_your_steps
         ):
@@ -171,10 +173,7 @@ class Samplers:
         if name is Scheduler.DEFAULT or not is_zero_snr or "rescale_betas_zero_snr" in takes:
             # Not every class supports every noise schedule.
             with contextlib.suppress(ValueError, NotImplementedError, TypeError):
-                made = kind.from_config(own.config, **{**options, **config_of(kind, noise)})
-                if eta is not None and hasattr(made, "eta"):
-                    made.eta = eta
-                return made
+                return kind.from_config(own.config, **{**options, **config_of(kind, noise)})
         raise InvalidJobError(
             f'scheduler is "{name}", which does not support this model\'s noise schedule: use "default".'
         )
@@ -220,11 +219,12 @@ class Samplers:
             )
 
 
-def class_of(name: str, eta: float | None = None) -> Any:
-    """The scheduler class of a name in `CLASSES`: diffusers' own, but where it has none."""
+def class_of(name: str, *, with_eta: bool = False) -> Any:
+    """The scheduler class of a name in `CLASSES`: diffusers' own, unless it has none, or none with `eta`."""
     # Loaded when it is needed, as diffusers' own modules are.
     from worker.device import ancestral
 
     if name in ancestral.OURS:
         return ancestral.OURS[name]
-    return getattr(diffusers, name) if eta is None else ancestral.WITH_ETA.get(name, getattr(diffusers, name))
+    own = getattr(diffusers, name)
+    return ancestral.WITH_ETA.get(name, own) if with_eta else own

@@ -74,7 +74,9 @@ class Model:
         options = {**options, **IN_DIFFUSERS[job.schedule]}
         if kind == "DPMSolverSDEScheduler":
             options["noise_sampler_seed"] = job.seed
-        self.pipeline.scheduler = class_of(kind, job.eta).from_config(self.own.config, **options)
+        self.pipeline.scheduler = class_of(kind, with_eta=job.eta is not None).from_config(
+            self.own.config, **options
+        )
         if job.eta is not None:
             self.pipeline.scheduler.eta = job.eta
         arguments: dict[str, Any] = {"negative_prompt": job.negative_prompt or None}
