@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from worker.state.keys import TOLD_BY_PRODUCERS, run_key
 
 if TYPE_CHECKING:
     from redis.client import Redis
+
+
+#: Seconds that what was told is kept while no sender runs; `notify.lua` has them, too.
+UNTOLD_TTL_S: Final = 518_400
 
 
 def set_webhook(redis: Redis, run: str, hook: str, *, of_jobs: bool) -> None:
@@ -55,4 +59,7 @@ def tell_run(
     what |= {"error_type": "PromptFileError", "error": error} if error else {}
     name = f"run:{run}:{created or ''}:{state}"
     digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
-    redis.lpush(TOLD_BY_PRODUCERS, f"{digest} {json.dumps(what)}")
+    with redis.pipeline(transaction=False) as pipe:
+        pipe.lpush(TOLD_BY_PRODUCERS, f"{digest} {json.dumps(what)}")
+        pipe.expire(TOLD_BY_PRODUCERS, UNTOLD_TTL_S)
+        pipe.execute()

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 #: Seconds that a sender holds a notification: longer than an attempt may take.
 HELD_S: Final = 120
-#: Seconds that a notification is kept: until it is sent or given up, and after that.
-KEPT_S, FAILED_KEPT_S = 6 * 86_400, 30 * 86_400
+#: Seconds that one that was given up is kept.
+FAILED_KEPT_S: Final = 30 * 86_400
 #: Notifications that were given up and are kept, at most.
 MAX_FAILED: Final = 10_000
 #: How an attempt ends: delivered, to be tried again, or given up.
@@ -73,7 +73,7 @@ class Notifications:
 
         Of each host so many that it has at most `per_host`, with those that are `busy` at this sender.
         """
-        found = self._take(keys=[], args=[most, HELD_S, per_host, json.dumps(dict(busy)), KEPT_S])
+        found = self._take(keys=[], args=[most, HELD_S, per_host, json.dumps(dict(busy))])
         return [
             Notification(str(name), str(host), int(attempts), float(told_at), _object(entry))
             for name, host, attempts, told_at, entry in found
@@ -86,7 +86,7 @@ class Notifications:
 
     def retry(self, names: Sequence[str]) -> int:
         """Send these again at once, with all attempts. Returns how many of them there are."""
-        return int(self._retry(keys=[], args=[KEPT_S, *names])) if names else 0
+        return int(self._retry(keys=[], args=list(names))) if names else 0
 
     def failed(self) -> list[Notification]:
         """Those that were given up, the latest first."""

@@ -4,10 +4,15 @@
 -- Workers write where nobody else may, producers into a list of their own. A producer's user that may not yet
 -- leaves what is to be told with the job, for the worker that finds its message.
 -- include ../contract/clock.lua
+-- Seconds that they are kept while no sender runs.
+local UNTOLD_TTL_S = 518400
 local TOLD_BY_WORKERS, TOLD_BY_PRODUCERS = 'smallcat:worker-only:webhooks:new', 'smallcat:webhooks:new'
 local function notify(list, what, fields)
   fields.at = now()
-  return type(redis.pcall('LPUSH', list, redis.sha1hex(what) .. ' ' .. cjson.encode(fields))) == 'number'
+  local told = redis.pcall('LPUSH', list, redis.sha1hex(what) .. ' ' .. cjson.encode(fields))
+  if type(told) ~= 'number' then return false end
+  redis.call('EXPIRE', list, UNTOLD_TTL_S)
+  return true
 end
 -- The same for a job's submissions that have a webhook, each once.
 --

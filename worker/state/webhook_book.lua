@@ -6,6 +6,8 @@
 --   :failed       zset  ids of those that are given up, by when
 -- include ../contract/clock.lua
 local BOOK = 'smallcat:worker-only:webhooks'
+-- Seconds that a notification is kept after its last attempt: longer than any pause.
+local KEPT_S = 518400
 local time = now()
 
 -- Notes when the first notification of a host is due.
@@ -13,6 +15,8 @@ local function refresh(host)
   local first = redis.call('ZRANGE', BOOK .. ':due:' .. host, 0, 0, 'WITHSCORES')
   if first[2] then
     redis.call('ZADD', BOOK .. ':hosts', first[2], host)
+    redis.call('EXPIRE', BOOK .. ':hosts', KEPT_S)
+    redis.call('EXPIRE', BOOK .. ':due:' .. host, KEPT_S)
   else
     redis.call('ZREM', BOOK .. ':hosts', host)
   end

@@ -18,6 +18,7 @@ elseif is_there then
   if ended == 'failed' then
     redis.call('EXPIRE', of, kept_s)
     redis.call('ZADD', BOOK .. ':failed', time, id)
+    redis.call('EXPIRE', BOOK .. ':failed', kept_s)
     redis.call('ZREMRANGEBYSCORE', BOOK .. ':failed', '-inf', time - kept_s)
     local many = redis.call('ZCARD', BOOK .. ':failed') - most
     for _, old in ipairs(many > 0 and redis.call('ZRANGE', BOOK .. ':failed', 0, many - 1) or {}) do
@@ -26,6 +27,7 @@ elseif is_there then
     end
   else
     redis.call('ZADD', due, time + delay_s, id)
+    redis.call('EXPIRE', of, KEPT_S)
   end
 end
 refresh(host)

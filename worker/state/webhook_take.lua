@@ -2,13 +2,13 @@
 -- since the last call is put into the book of notifications first.
 --
 -- ARGV     how many at most, seconds that they are held, how many a host at most, those that this sender sends
---          now as a JSON object by host, seconds that a notification is kept
+--          now as a JSON object by host
 -- Returns  for each: id, host, attempts so far, when it was told, the entry as JSON
 --
 -- Of producers' entries only those are taken that a producer may tell: that a submission was given up, that a
 -- run is over.
 -- include webhook_book.lua
-local most, held_s, per_host, busy, kept_s = unpack(ARGV)
+local most, held_s, per_host, busy = unpack(ARGV)
 most, held_s, per_host, busy = tonumber(most), tonumber(held_s), tonumber(per_host), cjson.decode(busy)
 
 local function put(entry, by_producer)
@@ -22,7 +22,7 @@ local function put(entry, by_producer)
   local id = (by_producer and 'p' or 'w') .. digest
   if #host > 300 or redis.call('HSETNX', BOOK .. ':of:' .. id, 'entry', text) == 0 then return end
   redis.call('HSET', BOOK .. ':of:' .. id, 'host', host, 'attempts', 0, 'told_at', time)
-  redis.call('EXPIRE', BOOK .. ':of:' .. id, kept_s)
+  redis.call('EXPIRE', BOOK .. ':of:' .. id, KEPT_S)
   plan(id, host, time)
 end
 for i, list in ipairs({BOOK .. ':new', 'smallcat:webhooks:new'}) do

@@ -281,6 +281,24 @@ def test_the_list_of_what_is_given_up_is_bounded(
     assert all(client.ttl(key) > 0 for key in client.keys(f"{WEBHOOKS}:of:*"))
 
 
+def test_all_that_is_kept_expires(
+    records: Records, notifications: Notifications, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted(records, "1", "2", "3", "4")
+    records.cancel(JOB.id, "1")
+    claimed(records)
+    done(records)
+    lasting = lambda: [key for key in client.scan_iter("*webhooks*") if client.ttl(key) == -1]  # noqa: E731
+    assert client.exists(TOLD_BY_PRODUCERS, f"{WEBHOOKS}:new") == 2
+    assert lasting() == []
+    for ended, each in zip(("sent", "later", "failed"), notifications.take(3, 3, {}), strict=True):
+        notifications.settle(each, ended, 60, "it answered 500")  # type: ignore[arg-type]
+        assert lasting() == []
+    assert len(notifications.waiting()) == 2
+    notifications.retry([notifications.failed()[0].id])
+    assert lasting() == []
+
+
 def begun(client: Redis, jobs: int, total: int | None, of_jobs: bool = False) -> None:
     fields: dict[str, Any] = {"ttl": TTL_S, "fed": jobs, "webhook": HOOK, "created": 7, "rejected": 2}
     fields |= {} if total is None else {"total": total}
