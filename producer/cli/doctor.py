@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from producer.session import Session, session
-from worker.contract.errors import PermanentStorageError, SmallcatError, StorageError
+from worker.contract.errors import PermanentStorageError, QueueError, SmallcatError, StorageError
 from worker.contract.job import OPEN_REVISION
 from worker.contract.plain_text import plain
 from worker.contract.queues import queues_of
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 #: Files that can be used and are listed, at most.
 _FILES = 50
+#: Notifications that wait while a sender takes them a few times a second.
+_UNTAKEN = 200
 
 
 class Finding(NamedTuple):
     """The result of one check."""
 
-    #: What was checked: redis, bucket, workers, files, queues, device or attention.
+    #: What was checked: redis, bucket, workers, files, queues, webhooks, device or attention.
     what: str
     #: Whether it is as it should be.
     ok: bool
@@ -45,6 +47,7 @@ def examine() -> Iterator[Finding]:
     yield from _guarded("redis", _redis(now))
     yield from _guarded("bucket", _bucket(now))
     yield from _guarded("workers", _workers(now))
+    yield from _guarded("webhooks", _webhooks(now))
     if importlib.util.find_spec("torch"):
         yield from _guarded("device", _device())
 
@@ -98,6 +101,24 @@ def _replication(info: Mapping[str, object], wanted: int) -> Iterator[Finding]:
         elif replicas > wanted:
             text += f". A failover may choose one that lacks a job: {replicas} would exclude that"
         yield Finding("redis", replicas >= wanted, text)
+
+
+def _webhooks(now: Session) -> Iterator[Finding]:
+    """Whether somebody sends what webhooks are to be told. Nothing where that cannot be seen."""
+    from worker.state.notifications import Notifications
+
+    book = Notifications(now.redis)
+    try:
+        with now.queue_errors():
+            untaken, failed = book.untaken(), len(book.failed())
+    except QueueError:
+        return
+    if untaken > _UNTAKEN:
+        text = f"{untaken:,} notifications wait for a sender: start one with `smallcat webhooks run`"
+        yield Finding("webhooks", False, text)
+    if failed:
+        text = f"{failed:,} notifications could not be delivered: `smallcat webhooks list` says why"
+        yield Finding("webhooks", False, text)
 
 
 def _bucket(now: Session) -> Iterator[Finding]:

@@ -173,6 +173,30 @@ def test_what_an_earlier_worker_ended_is_told_when_the_message_is_found(
     assert [each["submission"] for each in told(notifications)] == ["2"]
 
 
+def test_a_producer_that_may_tell_nobody_leaves_it_to_the_worker(
+    records: Records, notifications: Notifications, client: Redis, valkey: ValkeyProcess
+) -> None:
+    """As with the ACL file of an earlier version."""
+    rules = ("on", ">word", "~smallcat:job:*", "~smallcat:queues", "~smallcat:latest", "~smallcat:failed")
+    client.execute_command("ACL", "SETUSER", "old", *rules, "&*", "+@all")
+    with connect(valkey.url.replace("redis://:", "redis://old:").replace(valkey.password, "word"), 1) as old:
+        producer = Records(old, TTL_S)
+        submitted(producer, "1")
+        assert producer.cancel(JOB.id, "1") is State.CANCELLED
+        assert notifications.take(10, 10, {}) == []
+        assert claimed(records) is Claim.FINAL
+        assert [each["state"] for each in told(notifications)] == ["cancelled"]
+        submitted(producer, "2", "3")
+        producer.cancel(JOB.id, "2")
+        claimed(records, "m-3")
+        done(records)
+        assert {each["submission"]: each["state"] for each in told(notifications)} == {
+            "2": "cancelled",
+            "3": "done",
+        }
+    client.execute_command("ACL", "DELUSER", "old")
+
+
 def test_jobs_without_a_webhook_have_nothing_more_in_redis(records: Records, client: Redis) -> None:
     submitted(records, "1", hook="")
     claimed(records)
