@@ -21,6 +21,7 @@ import click
 from producer.cli import local_stack, output_path, submit_notes
 from producer.cli.failed import failed
 from producer.cli.follow_jobs import cancel, handles_of, runs, status, submission_option
+from producer.cli.forget import forget
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
 from producer.cli.json_output import NobodyReadsError, json_option, print_json, say, say_error
@@ -130,6 +131,7 @@ cli.add_command(shares)
 cli.add_command(metrics)
 cli.add_command(usage)
 cli.add_command(webhooks)
+cli.add_command(forget)
 
 
 @cli.command()

@@ -36,7 +36,7 @@ class Caller:
     @functools.cached_property
     def tenant_mark(self) -> str:
         """The first of them, which all keys of a tenant have; empty without a tenant."""
-        return _digits(self.tenant, 12) if self.tenant else ""
+        return tenant_mark(self.tenant)
 
     @property
     def sees_all(self) -> bool:
@@ -57,6 +57,11 @@ class Caller:
         if not self.may("admin"):
             return mark.startswith(self.mark)
         return mark.startswith(self.tenant_mark)
+
+
+def tenant_mark(tenant: str) -> str:
+    """The hexadecimal digits that begin the names of a tenant's submissions and runs; empty without one."""
+    return _digits(tenant, 12) if tenant else ""
 
 
 def _digits(text: str, count: int) -> str:

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from producer.http import run_folder
 from producer.http.run_limits import gate_of
@@ -38,12 +38,15 @@ from producer.ingest.submit_file import grid_of, make_ingest, make_variants
 from producer.ingest.types import Options, SilentDisplay
 from producer.prompts.sources import source
 from producer.session import session
-from worker.contract.errors import PromptFileError, ServiceError, SmallcatError
+from worker.contract.errors import PromptFileError, QueueError, ServiceError, SmallcatError
+from worker.state.keys import HTTP_FORGOTTEN
 
 logger = logging.getLogger("smallcat.http")
 
 #: Seconds until a run is gone on with that Redis or the bucket has stopped.
 _AGAIN_S: Final = 5.0
+#: Seconds between two looks for runs that were forgotten.
+_LOOK_EVERY_S: Final = 30.0
 #: Runs that are fed at once, and runs that are fed or wait.
 AT_ONCE, MAX_RUNS = 16, 500
 #: Characters of a run's name, at most.
@@ -117,12 +120,28 @@ class RunStore:
         What another process receives or feeds stays, and so does what is neither an upload nor a run.
         """
         run_folder.delete_broken_uploads(self._folder)
+        threading.Thread(target=self._look_for_forgotten, name="forgotten runs", daemon=True).start()
         for folder in filter(run_folder.is_run, self._folder.iterdir()):
             with contextlib.suppress(FileNotFoundError):  # Another process deleted it first.
                 if time.time() - folder.stat().st_mtime > self._ttl_s:
                     run_folder.delete_unlocked(folder, folder / "lock")
                 elif not self._is_over(folder):
                     self._start(folder.name)
+
+    def delete_forgotten(self) -> None:
+        """Delete the runs that `smallcat forget` has removed, unless they are fed at the moment.
+
+        Raises `QueueError`.
+        """
+        if forgotten := _forgotten():
+            for folder in filter(run_folder.is_run, self._folder.iterdir()):
+                if _is_among(forgotten, folder):
+                    run_folder.delete_unlocked(folder, folder / "lock")
+
+    def _look_for_forgotten(self) -> None:
+        while not self._ending.wait(_LOOK_EVERY_S):
+            with contextlib.suppress(QueueError, OSError):
+                self.delete_forgotten()
 
     def close(self) -> None:
         """Feed no more. The next process goes on."""
@@ -294,6 +313,9 @@ class RunStore:
             raise PromptFileError(
                 "The server's own file of this run, run.json, cannot be read: upload the prompt file again."
             ) from None
+        if _is_among(_forgotten(), folder):
+            # Its jobs would come back. The folder is deleted soon.
+            raise PromptFileError("The run was forgotten: upload the file again to have it anew.")
         display = _Display()
         options = Options(
             manifest=folder / f"manifest.{upload.manifest}",
@@ -304,6 +326,28 @@ class RunStore:
         ingest = make_ingest(_plan_of(file, upload), options, display, gate=gate_of(upload.tenant, run))
         self._feeding[run] = ingest, display
         ingest()
+
+
+def _forgotten() -> dict[str, str]:
+    """What was forgotten, and when: see `worker.state.forgetting`. Raises `QueueError`."""
+    now = session()
+    with now.queue_errors():
+        return cast("dict[str, str]", now.redis.hgetall(HTTP_FORGOTTEN))
+
+
+def _is_among(forgotten: Mapping[str, str], folder: Path) -> bool:
+    """Whether a run was forgotten: by its tenant since it was uploaded, or by when it was."""
+    try:
+        values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        uploaded_at = (folder / "run.json").stat().st_mtime
+        names = [
+            "before",
+            f"tenant:{values.get('owner')}",
+            f"tenant:{(values.get('tenant') or {}).get('name')}",
+        ]
+        return any(uploaded_at < float(forgotten.get(name, 0)) for name in names)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
 
 
 def _plan_of(file: Path, upload: Upload) -> Plan:

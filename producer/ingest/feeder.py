@@ -101,10 +101,12 @@ class Ingest:
             self._choose_manifest()
             self.run.take()
             self.run.note("files", json.dumps([each.name for each in self._plan.sources[:SHOWN_FILES]]))
+            if self._plan.tenant:
+                self.run.note("tenant", self._plan.tenant)
             if self.run.noted("cancelled") is not None:
                 # In this order: a journal without its run is no harm.
                 journal_path(self._wanted, self.run.id).unlink(missing_ok=True)
-                self.run.begin_anew(keep=("files", REJECTED_FILES))
+                self.run.begin_anew(keep=("files", "tenant", REJECTED_FILES))
             if self._options.hook:
                 set_webhook(
                     self._session.redis,

@@ -232,9 +232,22 @@ class JobHandler:
         metrics.UPLOADED.observe(uploaded_s)
         timings = record.timings.model_copy(update={"uploaded": uploaded_s})
         used = Used(device_s=rendered.device_s, size=len(data))
-        self._records.done(record.model_copy(update={"timings": timings}), tag, used)
+        if not self._records.done(record.model_copy(update={"timings": timings}), tag, used):
+            self._delete_if_forgotten(record)
         metrics.JOBS.labels("rendered").inc()
         self.rates.picture()
+
+    def _delete_if_forgotten(self, record: JobRecord) -> None:
+        """Delete a picture that was put while its job was forgotten, where this worker has the right to.
+
+        `smallcat forget` looks again when no worker has a claim on the job. This is for one that was frozen.
+        """
+        if not self._records.was_forgotten(record.id):
+            return
+        try:
+            self._bucket.delete(record.id, record.job.format, record.job.tenant)
+        except StorageError as error:
+            logger.warning("Job %s was forgotten; its picture cannot be deleted: %s", record.id, plain(error))
 
     def _resolved(self, wanted: Job) -> Job:
         """`wanted` with the defaults of the model served here. Raises `UnknownModelError` for another one."""

@@ -32,8 +32,10 @@ if tag ~= '' then
   redis.call('ZREM', KEYS[6], tag)
   redis.call('HDEL', KEYS[7], tag)
 end
-local state, named, cancel, runs, bulk, error_type, hooks =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type', 'hooks'))
+local state, named, cancel, runs, bulk, error_type, hooks, forgotten =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type', 'hooks', 'forgotten'))
+-- Whoever forgets the job waits until nobody works on it (`forget.lua`).
+if forgotten then redis.call('DEL', KEYS[3]) end
 -- A record that is queued without a claim was written by another submission. Producers can delete the claim.
 named = state == 'running' and message or named
 if state == 'done' or state == final or state == 'cancelled' then return 0 end

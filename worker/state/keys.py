@@ -35,6 +35,8 @@
     smallcat:http:keys       hash     the keys of the HTTP API by their hash (`producer.http.key_store`)
       ...:used               hash     when each was last used
     smallcat:http:tenants    hash     the tenants and their limits (`producer.http.tenant_store`)
+    smallcat:http:forgotten  hash     "tenant:<tenant>" -> when it was forgotten, "before" -> before when jobs
+                                      were; for the files of runs (`producer.http.run_store`)
     smallcat:http:rate:..., spent:..., open:..., feeding:...
                                       what a tenant has used of its limits (`worker.state.tenant_limits`)
     smallcat:http:once:...   string   what was answered to a request with an Idempotency-Key
@@ -60,6 +62,8 @@ Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
     deaths               attempts that have not ended; while none runs, those that ended with a worker's death
     try:<attempt>        an attempt, as the JSON of `worker.contract.record.Attempt`
     cancel               1 while a running job is asked to stop
+    forgotten, of        where the record is the mark of a job that was forgotten: what for, and its tenant.
+                         It has no other fields than those that say it was cancelled
     cancelled_at         when the job was cancelled for all that wanted it, in Unix seconds
     sub:<submission>     for each submission since the job was last queued that was not given up: the
                          fingerprint of its message; 1 where an earlier version sent it; "-" once that
@@ -106,6 +110,8 @@ HTTP_KEYS: Final = "smallcat:http:keys"
 HTTP_KEYS_USED: Final = "smallcat:http:keys:used"
 #: The tenants of the HTTP API.
 HTTP_TENANTS: Final = "smallcat:http:tenants"
+#: The tenants and times whose runs' files the HTTP servers are to delete (`worker.state.forgetting`).
+HTTP_FORGOTTEN: Final = "smallcat:http:forgotten"
 #: Begins the keys of what a tenant has used of its limits; its name follows.
 HTTP_RATE: Final = "smallcat:http:rate:"
 HTTP_SPENT: Final = "smallcat:http:spent:"

@@ -249,6 +249,10 @@ class Records:
             fields["usage"] = used.of(record.job.tenant)
         return self._final(record.id, State.DONE, "", fields, tag, record.job.tenant) == 1
 
+    def was_forgotten(self, job_id: str) -> bool:
+        """Whether the job was forgotten while it was under way, and not submitted since."""
+        return bool(self._redis.hexists(job_key(job_id), "forgotten"))
+
     def failed(self, job_id: str, message: str, error: SmallcatError) -> bool:
         """Mark the job failed, or cancelled, by `error`, for the message that claimed it.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import os
 import threading
@@ -14,10 +16,13 @@ from typing import Any
 
 import pytest
 
+from deploy.embedded.servers import ValkeyProcess
 from producer.http import run_folder, run_store
 from producer.http.run_store import RunStore, Upload
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import PromptFileError, SettingsError
+from worker.state.keys import HTTP_FORGOTTEN
+from worker.state.redis_client import connect
 
 DAY_S = 86_400.0
 SECRET = "a very private prompt"
@@ -265,3 +270,36 @@ def test_a_strict_run_is_looked_at_in_the_fleets_syntax(
             store.take(folder, file, Upload("prompts.txt", strict=True), "0" * 8)
     assert store.names("0" * 8) == []
     assert send(store, text) in store.names("0" * 8)
+
+
+def test_runs_that_were_forgotten_are_deleted_and_do_not_go_on(
+    tmp_path: Path, valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+    store = RunStore(str(tmp_path), DAY_S)
+    folders: dict[str, Path] = {}
+    for number, (name, owner, tenant) in enumerate(
+        (
+            ("acme's", "acme", "acme"),
+            ("shared", "shared-x", "acme"),
+            ("evil's", "evil", "evil"),
+            ("old", "", ""),
+        )
+    ):
+        folders[name] = tmp_path / f"{number:032x}"
+        folders[name].mkdir()
+        values = dataclasses.asdict(Upload("prompts.txt")) | {"file": "prompts.txt", "owner": owner}
+        values["tenant"] = {"name": tenant} if tenant else None
+        (folders[name] / "run.json").write_text(json.dumps(values))
+    os.utime(folders["old"] / "run.json", (5, 5))
+    with connect(valkey.url, 1) as redis:
+        redis.hset(HTTP_FORGOTTEN, mapping={"tenant:acme": time.time() + 5, "before": 10})
+        with pytest.raises(PromptFileError, match="The run was forgotten"):
+            store._feed_once(folders["acme's"].name, folders["acme's"])
+        store.delete_forgotten()
+        assert [name for name, folder in folders.items() if folder.exists()] == ["evil's"]
+        # One that is uploaded since stays.
+        redis.hset(HTTP_FORGOTTEN, "tenant:evil", time.time() - 5)
+        store.delete_forgotten()
+        assert folders["evil's"].exists()
+    store.close()

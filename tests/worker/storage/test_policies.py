@@ -23,6 +23,7 @@ from tests.worker.storage.wire import Wire
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError
 from worker.storage.bucket import Bucket
+from worker.storage.deletion import Deletion
 from worker.storage.options import BucketOptions
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +65,7 @@ def produce(bucket: Bucket) -> None:
     assert uri in {address for address, _ in bucket.below(bucket.root)}
 
 
-@pytest.mark.parametrize("side", ["worker", "producer"])
+@pytest.mark.parametrize("side", ["worker", "producer", "forget"])
 def test_a_policy_is_iam_s_json_for_one_bucket_and_prefix(side: str) -> None:
     policy = policy_of(side)
     assert set(policy) == {"Version", "Statement"}
@@ -165,6 +166,18 @@ def keys_of(services: Callable[[str], S3Process], monkeypatch: pytest.MonkeyPatc
 
     yield use
     judge("inf")
+
+
+@pytest.mark.services
+def test_forgetting_does_with_its_policy_by_moto_s_iam(keys_of: Callable[[str], str]) -> None:
+    work(Bucket(keys_of("worker"), PREFIX))
+    bucket = Bucket(keys_of("forget"), PREFIX)
+    deletion = Deletion(bucket)
+    # Of many at once, moto asks for s3:DeleteObjects, a right that AWS does not have.
+    assert [deletion._delete_one(each) for each in list(deletion.of_all())] == ["", ""]
+    assert list(deletion.of_all()) == []
+    with pytest.raises(PermanentStorageError, match="AccessDenied"):
+        bucket.put(JOB_ID, PNG, b"picture", b"{}", "image/png")
 
 
 @pytest.mark.services
