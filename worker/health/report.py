@@ -205,5 +205,6 @@ def _listen(port: int) -> socket.socket:
         return socket.create_server(("", port))
     except OSError as error:
         raise SettingsError(
-            f"SMALLCAT_HEALTH_PORT is {port}, which cannot be listened on ({error.strerror}): name another."
+            f"SMALLCAT_HEALTH_PORT is {port}, which cannot be listened on ({error.strerror}): name another. "
+            "Each process of a machine needs one of its own."
         ) from None

@@ -20,12 +20,14 @@ def free_port() -> int:
 
 
 def ask(port: int, path: str, timeout_s: float = 5) -> tuple[int, dict[str, Any]]:
-    """Status and body; raises `OSError` where nobody listens."""
+    """Status and body; raises `OSError` where nobody listens, or whoever does ends meanwhile."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
+    except http.client.HTTPException as error:
+        raise OSError(f"The answer broke off: {error!r}") from error
     finally:
         connection.close()
 
