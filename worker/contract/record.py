@@ -78,9 +78,9 @@ class JobRecord(BaseModel):
     state: State
     #: The job as submitted, or, once done, as rendered: with the model's defaults and revision filled in.
     job: Annotated[Job, AfterValidator(_as_it_was)]
-    #: Denoising steps done.
+    #: Denoising steps done, of those that the job asks for: Heun evaluates the model twice in one step.
     step: int = 0
-    #: Denoising steps in all; 0 until a worker renders the job.
+    #: Denoising steps that the job asks for; 0 until a worker renders the job.
     steps: int = 0
     #: Attempts so far; one that was given back for a reason that was not the job's does not count.
     attempts: int = 0
