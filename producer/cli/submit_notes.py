@@ -7,6 +7,8 @@ from producer.cli.json_output import say
 from producer.client import JobHandle
 from producer.session import session
 from worker.contract.choices import PromptSyntax
+from worker.contract.file_index import NO_FILES
+from worker.contract.job_files import unknown_warnings
 from worker.contract.prompt_syntax import (
     UNUSED_NEGATIVE,
     has_unused_negative,
@@ -20,6 +22,12 @@ def of_prompts(handle: JobHandle, prompt: str, negative: str | None) -> None:
     found = only_words(prompt, negative)
     if found and handle.record().job.prompt_syntax is PromptSyntax.PLAIN:
         say(f"note  {only_words_warning(found)}", err=True)
+    if "<" in prompt or "<" in (negative or ""):
+        job, now = handle.record().job, session()
+        with now.queue_errors():
+            meant = now.fleet.meant(job)
+        for warning in unknown_warnings(job, meant.index if meant else NO_FILES):
+            say(f"note  {warning}", err=True)
     # Whether there is guidance may be for the model to say.
     if negative and has_unused_negative(vars(handle.record().job)):
         say(f"note  {UNUSED_NEGATIVE}", err=True)

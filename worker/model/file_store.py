@@ -7,6 +7,7 @@ lies in a bucket is copied into the cache once, and kept there under its SHA-256
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import secrets
@@ -32,6 +33,8 @@ logger = logging.getLogger("smallcat.files")
 #: Seconds between two looks at folders and at buckets; and between two that jobs ask for.
 LOOK_EVERY_S, LOOK_AT_BUCKET_EVERY_S, ASKED_EVERY_S = 10.0, 60.0, 5.0
 SUFFIX = ".safetensors"
+#: Where what is known of files is kept, in the cache; and the version of how they are described.
+REMEMBERED, DESCRIBED = "known.json", 1
 #: Names of files that say nothing: their folder's name counts.
 _GENERAL = ("learned_embeds", "diffusion_pytorch_model", "model")
 #: What a file fits, and why it cannot be used, by its kind.
@@ -95,8 +98,8 @@ class FileStore:
         """
         self._places = [_place(kind, place) for kind, found in places.items() for place in found if place]
         self._cache, self._remote_of = cache / "files", remote_of
-        #: What is known of each file, by its stamp: the entry, and where it is.
-        self._known: dict[str, tuple[FileEntry, Path | None]] = {}
+        #: What is known of each file, by its stamp: kept in the cache, since reading a file again takes long.
+        self._known: dict[str, FileEntry] = _remembered(self._cache / REMEMBERED)
         self._paths: Mapping[tuple[str, str], Path] = {}
         self._looking, self._looked_s = threading.Lock(), 0.0
         #: All of them. Replaced when something changes.
@@ -127,16 +130,21 @@ class FileStore:
         with self._looking:
             entries: dict[tuple[str, str], FileEntry] = {}
             paths: dict[tuple[str, str], Path] = {}
-            known: dict[str, tuple[FileEntry, Path | None]] = {}
+            known: dict[str, FileEntry] = {}
             for found in self._found():
-                entry, path = self._known.get(found.stamp) or self._entry(found)
-                known[found.stamp] = entry, path
+                entry = self._known.get(found.stamp)
+                path = found.path or self._cache / f"{entry.sha256 if entry else ''}{SUFFIX}"
+                if entry is None or not (entry.problem or path.is_file()):
+                    entry, path = self._entry(found)
+                known[found.stamp] = entry
                 if (entry.kind, entry.name) in entries:
                     problem = f"two files have this name, {found.where} is one: rename it"
                     entry = entry.model_copy(update={"problem": problem})
                 entries[entry.kind, entry.name] = entry
-                if path is not None and not entry.problem:
+                if not entry.problem:
                     paths[entry.kind, entry.sha256] = path
+            if known != self._known:
+                self._remember(known)
             self._known, self._paths = known, paths
             if (index := FileIndex.of(entries.values())) != self.index:
                 self.index = index
@@ -197,13 +205,29 @@ class FileStore:
             raise SettingsError(f"{uri} is in a bucket, and there is none here.")
         return self._remote_of(uri.removeprefix("s3://").partition("/")[0])
 
-    def _entry(self, found: _Found) -> tuple[FileEntry, Path | None]:
+    def _remember(self, known: Mapping[str, FileEntry]) -> None:
+        """Keep what is known for the next start, beside what other workers of this machine know.
+
+        A cache that cannot be written costs that start some time.
+        """
+        others = _remembered(self._cache / REMEMBERED)
+        both = known if len(others) > 4 * MAX_FILES else {**others, **known}
+        values = {stamp: entry.model_dump(mode="json") for stamp, entry in both.items()}
+        part = self._cache / f".{secrets.token_hex(8)}.part"
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps({"version": DESCRIBED, "files": values}), "utf-8")
+            part.replace(self._cache / REMEMBERED)
+        except OSError as error:
+            logger.warning("What is known of files cannot be kept in %s: %s", self._cache, error)
+
+    def _entry(self, found: _Found) -> tuple[FileEntry, Path]:
         """What is to be known of a file, and where it is on this machine."""
         name = found.name.removeprefix("<").removesuffix(">")
         if PurePosixPath(found.where).suffix.lower() in PICKLED:
-            return FileEntry(kind=found.kind, name=name[:200], problem=PICKLE_REASON), None
+            return FileEntry(kind=found.kind, name=name[:200], problem=PICKLE_REASON), Path()
         if problem := name_problem(name):
-            return FileEntry(kind=found.kind, name=name[:200], problem=problem), None
+            return FileEntry(kind=found.kind, name=name[:200], problem=problem), Path()
         try:
             path = found.path or self._fetch(found)
             size = path.stat().st_size
@@ -211,7 +235,7 @@ class FileStore:
         except (OSError, SmallcatError) as error:
             if isinstance(error, ServiceError):
                 raise
-            return FileEntry(kind=found.kind, name=name, problem=str(error).rstrip(".")), None
+            return FileEntry(kind=found.kind, name=name, problem=str(error).rstrip(".")), Path()
         fits, problem = _DESCRIBE[found.kind](path)
         entry = FileEntry(
             kind=found.kind, name=name, sha256=sha256, architecture=fits, size=size, problem=problem
@@ -265,10 +289,22 @@ def _here(place: _Place) -> Iterator[_Found]:
             continue
         # The config of a VAE is part of its content.
         stats = [each.stat() for each in (path, path.with_name(vae_files.CONFIG)) if each.is_file()]
-        stamp = f"{place.kind} {path} {[(each.st_size, each.st_mtime_ns, each.st_ino) for each in stats]}"
+        found = [(each.st_size, each.st_mtime_ns, each.st_ino) for each in stats]
+        stamp = f"{place.kind} {place.name} {path} {found}"
         is_general = path.stem.removesuffix(".fp16") in _GENERAL
         name = (place.name if path.parent == root else path.parent.name) if is_general else path.stem
         yield _Found(place.kind, path.as_posix(), stamp, name, path)
+
+
+def _remembered(path: Path) -> dict[str, FileEntry]:
+    """What an earlier process knew of files; nothing where that cannot be read, or is another version's."""
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        if kept["version"] != DESCRIBED:
+            return {}
+        return {stamp: FileEntry.model_validate(entry) for stamp, entry in kept["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def _sha256(path: Path) -> str:

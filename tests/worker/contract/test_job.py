@@ -266,7 +266,7 @@ OTHER_VALUES: dict[str, Any] = {
     "prompt_syntax": "a1111",
     "clip_skip": 2,
     "vae": "ft-mse",
-    "file_hashes": {"embedding:easynegative": "ab" * 32},
+    "file_hashes": {"vae:ft-mse": "ab" * 32},
     "model": "another/model",
     "revision": "fedcba9876543210",
     "format": "webp",

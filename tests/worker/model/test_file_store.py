@@ -215,6 +215,17 @@ def test_files_in_a_bucket_are_copied_once_and_again_when_they_are_replaced(tmp_
     assert bucket.opened == [uri, uri]
     assert by_name(files)["x"].sha256 != entry.sha256
     assert not list((tmp_path / "files").glob("*.part"))
+    # Another worker of this machine, and the next start, know it already; unless somebody emptied the cache.
+    again = store("s3://b/embeddings", tmp_path, remote_of=lambda _: bucket)
+    assert again.index == files.index
+    assert bucket.opened == [uri, uri]
+    (tmp_path / "files" / "known.json").write_text("[")
+    assert store("s3://b/embeddings", tmp_path, remote_of=lambda _: bucket).index == files.index
+    assert bucket.opened == [uri, uri, uri]
+    for kept in (tmp_path / "files").glob("*.safetensors"):
+        kept.unlink()
+    assert store("s3://b/embeddings", tmp_path, remote_of=lambda _: bucket).index == files.index
+    assert len(bucket.opened) == 4
     bucket.fails = True
     with pytest.raises(StorageError):
         files.look()
@@ -226,4 +237,4 @@ def test_an_object_that_is_too_large_is_not_copied(tmp_path: Path, monkeypatch: 
     bucket = FakeBucket({"s3://b/e/x.safetensors": embedding()})
     files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
     assert "more than 100 bytes" in by_name(files)["x"].problem
-    assert list((tmp_path / "files").iterdir()) == []
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["known.json"]
