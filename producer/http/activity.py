@@ -156,10 +156,14 @@ class Reader:
         """Read once, for each audience. Raises redis-py's errors."""
         listed = {audience: self._places(audience) for audience in audiences}
         places = {name: place for found in listed.values() for name, place in found.items()}
-        trouble, fleet = self._read_jobs(places), self._fleet()
+        trouble, workers = self._read_jobs(places), self._session.fleet.workers()
         self._watch(places)
         return {
-            audience: Activity({name: job for name in found if (job := self._of(name))}, fleet, trouble)
+            audience: Activity(
+                {name: job for name in found if (job := self._of(name))},
+                self._fleet(workers, audience),
+                trouble,
+            )
             for audience, found in listed.items()
         }
 
@@ -248,11 +252,11 @@ class Reader:
             return str(error)
         return ""
 
-    def _fleet(self) -> dict[str, Any]:
-        fleet = self._session.fleet
-        workers = fleet.workers()
+    def _fleet(self, workers: Sequence[WorkerInfo], audience: Audience) -> dict[str, Any]:
+        """The workers, and what waits in the queues: of a tenant, its own messages."""
         served = [set(queues_of(each.served)) for each in workers if not each.paused]
-        waiting = {queue: count for queue, count in fleet.waiting().items() if count}
+        found = self._session.fleet.waiting(audience.owner if audience.tenant else None)
+        waiting = {queue: count for queue, count in found.items() if count}
         return {
             "workers": [_shown(each) for each in workers[:MAX_WORKERS]],
             "more_workers": max(0, len(workers) - MAX_WORKERS),

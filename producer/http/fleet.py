@@ -11,7 +11,7 @@ from starlette.responses import Response
 from producer.http import schema
 from producer.http.auth import Reader, Shared
 from producer.http.jobs import as_json
-from producer.http.models import served_models
+from producer.http.models import allowed, served_models
 
 router = APIRouter(tags=["fleet"])
 
@@ -36,7 +36,7 @@ _FLEET: Final = {
         },
         "queues": {
             "type": "object",
-            "description": "Messages that wait, by queue.",
+            "description": "Messages that wait, by queue; of a tenant, its own.",
             "additionalProperties": {"type": "integer"},
         },
     },
@@ -45,14 +45,17 @@ _FLEET: Final = {
 
 @router.get("/v1/fleet", summary="Workers, models and queues", responses=schema.answers(200, _FLEET))
 async def get_fleet(caller: Reader, backend: Shared) -> Response:
-    """The live workers, those that have been up longest first; the models; and the queues."""
+    """The live workers, those that have been up longest first; the models; and the queues.
+
+    A tenant's key gets how many of its own messages wait, and the models that it may use.
+    """
     fleet = backend.session.fleet
 
     def look() -> dict[str, Any]:
         return {
             "workers": [each.model_dump(mode="json") for each in fleet.workers()],
-            "models": [dataclasses.asdict(each) for each in served_models(fleet)],
-            "queues": fleet.waiting(),
+            "models": [dataclasses.asdict(each) for each in allowed(caller, served_models(fleet))],
+            "queues": fleet.waiting(caller.owner if caller.tenant else None),
         }
 
     return as_json(await backend.run(look))

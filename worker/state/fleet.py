@@ -330,9 +330,15 @@ class Fleet:
         """The version of messages up to which a live worker takes jobs from `queue`; 0 where none does."""
         return version_read(self.groups(), queue)
 
-    def waiting(self) -> dict[str, int]:
-        """The number of messages that wait in each queue that jobs were sent to lately, of all tenants."""
+    def waiting(self, tenant: str | None = None) -> dict[str, int]:
+        """The number of messages that wait in each queue that jobs were sent to lately.
+
+        `tenant`: of its messages alone; None: of all.
+        """
         queues = sorted(str(queue) for queue in self._redis.smembers(QUEUES))
+        if tenant is not None:
+            found = {queue: self.length(queue, tenant=tenant) for queue in queues}
+            return {queue: count for queue, count in found.items() if count}
         of_tenants = {queue: sum(waiting_of_tenants(self._redis, queue).values()) for queue in queues}
         return {queue: self.length(queue) + of_tenants[queue] for queue in queues}
 

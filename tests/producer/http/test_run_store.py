@@ -258,7 +258,8 @@ def test_a_strict_run_is_looked_at_in_the_fleets_syntax(
     tmp_path: Path, feeds: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     syntax = PromptSyntax.A1111
-    fleet = SimpleNamespace(snapshot=lambda: SimpleNamespace(resolve=lambda job: job.in_syntax(syntax)))
+    snapshot = SimpleNamespace(resolve=lambda job: job.in_syntax(syntax), meant=lambda job: None)
+    fleet = SimpleNamespace(snapshot=lambda: snapshot)
     stand_in = SimpleNamespace(queue_errors=contextlib.nullcontext, fleet=fleet)
     monkeypatch.setattr(run_store, "session", lambda: stand_in)
     store = RunStore(str(tmp_path / "runs"), DAY_S)

@@ -29,6 +29,15 @@ def submit(api: Api, key: str, body: Any = WAITING, **options: Any) -> Answer:
     return api.call("POST", "/v1/jobs", body, key=key, **options)
 
 
+def activity(api: Api, key: str) -> str:
+    """What the page is told first, until the figures of the fleet."""
+    stream = Stream(Api(api.stack, api.url, key), "/v1/activity")
+    text = ""
+    while (event := stream.next()) is not None and event["event"] != "fleet":
+        text += json.dumps(event)
+    return text
+
+
 @pytest.fixture(scope="module")
 def keys(api: Api) -> dict[str, str]:
     """Two keys of a tenant, its admin's, another tenant's two, and one of nobody."""
@@ -42,6 +51,8 @@ def keys(api: Api) -> dict[str, str]:
     }
 
 
+#: The paths of a job that can be read.
+READ = ("", "/events", "/image", "/thumbnail", "/preview")
 #: Who may not see a job of acme's.
 STRANGERS = ("evil", "evil-admin", "nobody")
 
@@ -78,7 +89,7 @@ def test_nobody_else_sees_a_job_in_any_way(api: Api, keys: dict[str, str], is_do
     path, named = f"/v1/jobs/{job['id']}", job["links"]["self"].partition("?")[2]
     unknown = "0" * 32
     for who in STRANGERS:
-        for method, ending in (("GET", ""), ("GET", "/events"), ("GET", "/image"), ("DELETE", "")):
+        for method, ending in (*(("GET", each) for each in READ), ("DELETE", "")):
             for query in ("", f"?{named}"):
                 answer = api.call(method, path + ending + query, key=keys[who])
                 assert answer.status == 404, (who, method, ending, query)
@@ -88,6 +99,8 @@ def test_nobody_else_sees_a_job_in_any_way(api: Api, keys: dict[str, str], is_do
         listed = api.call("GET", "/v1/jobs?limit=1000", key=keys[who])
         assert listed.status == 200
         assert "a secret" not in listed.body.decode()
+        assert "a secret" not in activity(api, keys[who])
+    assert "a secret" in activity(api, keys["acme-2"])
     for who in ("acme", "acme-2", "acme-admin", ""):
         key = keys[who] if who else None
         assert api.call("GET", path, key=key).status == 200, who
@@ -100,6 +113,14 @@ def test_a_tenants_list_is_not_pushed_out_by_others(api: Api, keys: dict[str, st
         client.delete(latest_key(""))
     listed = api.call("GET", "/v1/jobs", key=keys["acme-2"]).json["jobs"]
     assert job["id"] in [each["id"] for each in listed]
+
+
+def test_the_fleets_figures_are_of_a_tenants_own_messages(api: Api, keys: dict[str, str]) -> None:
+    key = api.new_key("few", tenant="few")
+    submit(api, keys["acme"], [WAITING | {"seed": seed} for seed in range(50, 55)])
+    submit(api, key, [WAITING | {"seed": seed} for seed in range(2)])
+    assert list(api.call("GET", "/v1/fleet", key=key).json["queues"].values()) == [2]
+    assert sum(api.call("GET", "/v1/fleet").json["queues"].values()) >= 7
 
 
 def test_an_admin_of_a_tenant_cancels_its_jobs_and_no_others(api: Api, keys: dict[str, str]) -> None:
@@ -126,7 +147,7 @@ def test_runs_and_waiting_requests_are_their_tenants(api: Api, keys: dict[str, s
     theirs = upload(api, b"a cat\n", "seed_start=1", key=keys["evil"]).json
     assert run["run"] != theirs["run"]
     for who in (*STRANGERS, "acme-2"):
-        for ending in ("", "/manifest", "/rejected"):
+        for ending in ("", "/manifest", "/rejected", "/gallery"):
             assert api.call("GET", f"/v1/runs/{run['run']}{ending}", key=keys[who]).status == 404
         assert api.call("DELETE", f"/v1/runs/{run['run']}", key=keys[who]).status == 404
         assert run["run"] not in api.call("GET", "/v1/runs", key=keys[who]).body.decode()
