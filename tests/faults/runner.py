@@ -149,9 +149,6 @@ class FaultRunner:
             state.step += 1
         return [None] * len(states)
 
-    def preview(self, state: object) -> None:
-        """There is none."""
-
     def decode(self, states: Sequence[FaultState]) -> Iterator[Picture | SmallcatError]:
         """As in `Runner`."""
         for state in states:

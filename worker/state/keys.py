@@ -13,9 +13,9 @@
     smallcat:latest          zset     ids of the 1,000 jobs that were submitted last, by time; before those of
                                       tenants "TENANT/"
       ...:<tenant>           zset     likewise, of a tenant
-    smallcat:drawn           zset     ids of the 200 jobs that were done last, also of runs, by time; before
-                                      those of tenants "TENANT/"
-      ...:<tenant>           zset     likewise, of the jobs that say this tenant
+    smallcat:drawn           zset     ids of the jobs without a tenant that were done last, also of runs, by
+                                      time: 200 and some
+      ...:<tenant>           zset     likewise, of a tenant's jobs
     smallcat:runs            zset     names of the 1,000 runs that were begun or resumed last, by time
     smallcat:run:<run>       hash     a run of prompt files (`producer.ingest.run_state`), and with it:
       ...:done, ...:failed   bitmaps  a bit for each job of the run, set by the script that ends the job
@@ -95,7 +95,7 @@ QUEUES: Final = "smallcat:queues"
 FAILED: Final = "smallcat:failed"
 #: Ids of the jobs that were submitted last, scored by the time. Jobs of runs are not among them.
 LATEST: Final = "smallcat:latest"
-#: Ids of the jobs that were done last, scored by the time. Jobs of runs are among them. Workers write it.
+#: Ids of the jobs without a tenant that were done last, scored by the time. Workers write it.
 DRAWN: Final = "smallcat:drawn"
 #: Names of the runs, scored by when they were begun or resumed last.
 RUNS: Final = "smallcat:runs"
@@ -152,10 +152,7 @@ def latest_key(tenant: str) -> str:
 
 
 def drawn_key(tenant: str) -> str:
-    """The key of the jobs of a tenant that were done last; of all jobs where it is empty.
-
-    `finish.lua` takes the tenant out of it.
-    """
+    """The key of the jobs of a tenant that were done last; of those without one where it is empty."""
     return f"{DRAWN}:{tenant}" if tenant else DRAWN
 
 

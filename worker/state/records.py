@@ -34,7 +34,6 @@ from worker.state.hashes import (
     unreadable,
 )
 from worker.state.keys import (
-    DRAWN,
     FAILED,
     WORKERS_CHANNEL,
     attempts_key,
@@ -358,8 +357,7 @@ class Records:
         tenant: str = "",
     ) -> int:
         pairs = [item for pair in fields.items() for item in pair]
-        drawn = (DRAWN, drawn_key(tenant))
-        keys = [job_key(job_id), FAILED, attempts_key(job_id), *drawn, *(self._held or ())]
+        keys = [job_key(job_id), FAILED, attempts_key(job_id), drawn_key(tenant), *(self._held or ())]
         args: list[str | int] = [state, self._ttl_s, *holder_of(message), job_id]
         return int(self._finish(keys=keys, args=[*args, tag if self._held else "", *pairs]))
 
