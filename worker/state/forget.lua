@@ -1,7 +1,8 @@
 -- Forgets a job, and leaves a mark that ends what is still under way of it: whoever fetches a message of it, or
 -- renders it, finds the job cancelled. It can be submitted anew.
 --
--- KEYS     the record, the job's attempts, the failed jobs, the latest jobs of all, those of its tenant
+-- KEYS     the record, the job's attempts, the failed jobs, the latest jobs of all, those of its tenant, its
+--          tenant's jobs that were done last
 -- ARGV     job id, tenant, seconds that the mark stays, the workers' channel, what it is forgotten for
 -- Returns  until when a worker may be working on it, in Unix seconds as text; '0': no worker is
 -- include heal.lua
@@ -24,6 +25,7 @@ if not forgotten then
   on(KEYS[3], 'ZREM', id)
   on(KEYS[4], 'ZREM', id, tenant .. '/' .. id)
   on(KEYS[5], 'ZREM', id)
+  on(KEYS[6], 'ZREM', id)
   if is_under_way then
     redis.call('PUBLISH', KEYS[1], 'cancelled')
     redis.call('PUBLISH', channel, 'cancel ' .. id)

@@ -28,6 +28,7 @@ from worker.state.keys import (
     RUNS,
     WORKERS_CHANNEL,
     attempts_key,
+    drawn_key,
     job_key,
     latest_key,
     run_key,
@@ -156,7 +157,8 @@ class Forgetting:
             part = ids[start : start + AT_ONCE]
             with self._redis.pipeline(transaction=False) as pipe:
                 for job_id in part:
-                    keys = [job_key(job_id), attempts_key(job_id), FAILED, LATEST, latest_key(jobs[job_id])]
+                    of_tenant = latest_key(jobs[job_id]), drawn_key(jobs[job_id])
+                    keys = [job_key(job_id), attempts_key(job_id), FAILED, LATEST, *of_tenant]
                     args: list[str | int] = [
                         job_id,
                         jobs[job_id],
@@ -208,7 +210,8 @@ class Forgetting:
                 )
         if tenant := self._scope.tenant:
             starts = (HTTP_RATE, HTTP_SPENT, HTTP_OPEN, HTTP_FEEDING)
-            self._remove([*(f"{start}{tenant}" for start in starts), latest_key(tenant)], is_counted=False)
+            names = [*(f"{start}{tenant}" for start in starts), latest_key(tenant), drawn_key(tenant)]
+            self._remove(names, is_counted=False)
 
     def wait(self) -> list[str]:
         """The jobs that a worker may still be working on."""
