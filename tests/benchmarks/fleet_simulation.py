@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import heapq
 import json
 import multiprocessing
@@ -20,7 +19,7 @@ import redis
 from tests.faults.runner import SERVED
 from worker.broker.fetching import MAX_READ
 from worker.broker.job_message import UNREGISTERED
-from worker.broker.layout import json_name
+from worker.broker.layout import words_of
 from worker.broker.moves import KEPT_BYTES
 from worker.broker.scripts import EXPIRED, FETCH, FETCH_DIGEST
 from worker.broker.transport import (
@@ -31,8 +30,7 @@ from worker.broker.transport import (
     transport_options,
 )
 from worker.broker.waiting import CALL, PLACE_MS, ROOM
-from worker.contract.job import FORMAT_VERSION
-from worker.contract.queues import SHARES, UNDECODABLE, WEIGHTS, arrivals_of, lists_at, queues_of
+from worker.contract.queues import SHARES, UNDECODABLE, WEIGHTS, arrivals_of, list_of, queues_of
 from worker.state.fleet import ANNOUNCE_EVERY_S, Fleet, WorkerInfo
 from worker.state.redis_client import connect
 
@@ -141,15 +139,14 @@ class _Waiting:
         )
         self._connection = redis.Redis.from_url(url, protocol=3).connection_pool.get_connection()
         queues = queues_of(served)
-        at = functools.partial(lists_at, version=FORMAT_VERSION)
         lists = [(queue, arrivals_of(queue, step), str(step // 5)) for queue in queues for step in (0, 5)]
-        lists += [(queue, name, "") for step in range(10) for queue in queues for name in at(queue, step)]
+        lists += [(queue, list_of(queue, step), "") for step in range(10) for queue in queues]
         keys = [UNACKED, UNACKED_INDEX, UNDECODABLE, f"{ROOM}simulated", SHARES, WEIGHTS]
         keys += [name for _, name, _ in lists]
         limits = (MAX_READ, UNDECODABLE_TTL_S, UNDECODABLE_MAX, KEPT_BYTES, UNREGISTERED)
-        names = [kind + json_name(queue) for queue, _, kind in lists]
+        said = words_of((queue, kind) for queue, _, kind in lists)
         self._place = ""
-        self._command = lambda: (len(keys), *keys, *limits, f"{CALL}{number}", self._place, PLACE_MS, *names)
+        self._command = lambda: (len(keys), *keys, *limits, f"{CALL}{number}", self._place, PLACE_MS, *said)
 
     def fetch(self) -> None:
         """Fetch, as `worker.broker.fetching` does."""

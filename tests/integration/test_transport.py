@@ -29,6 +29,7 @@ from tests.integration.transport_app import read_any
 from tests.integration.transport_harness import Fleet, Server, TLSProxy, storm, wait_until
 from worker.broker import fetching, lease, sending, transport
 from worker.broker.fetching import MAX_READ
+from worker.broker.layout import words_of
 from worker.broker.leases import acknowledge_by_record, acknowledged, postpone
 from worker.broker.moves import KEPT_BYTES
 from worker.broker.scripts import EXPIRED, FETCH, MOVE, RENEW
@@ -45,7 +46,7 @@ from worker.contract.queues import PARKED, SHARES, UNDECODABLE, WEIGHTS, list_of
 LEASE_S = 1.0
 #: Keys and arguments of a fetch from the queue "q".
 KEYS_OF_ONE = (UNACKED, UNACKED_INDEX, UNDECODABLE, "", SHARES, WEIGHTS, "q")
-FETCH_ONE = (*KEYS_OF_ONE, 1_000, 60, 10, 1_000, "why", "", "", 0, '"q"')
+FETCH_ONE = (*KEYS_OF_ONE, 1_000, 60, 10, 1_000, "why", "", "", 0, *words_of([("q", "")]))
 #: A worker process takes seconds to start on a busy machine, and a test may start four.
 pytestmark = pytest.mark.timeout(120)
 

@@ -5,8 +5,9 @@
 --          fetching order: first those of arrivals (`shares.lua`)
 -- ARGV     bytes of a message at most, seconds that the list of unreadable messages stays, how many it has at
 --          most, bytes kept of each, why; who waits when there is no message, or '', its place in the room,
---          milliseconds that a place lasts; then for each of the lists its queue as JSON, or '' where messages
---          are not acknowledged; before that of a list of arrivals its class of priorities, 0 or 1
+--          milliseconds that a place lasts; two characters for each of the lists: the number of its queue from
+--          '0', and the class of priorities of a list of arrivals, '0' or '1'; then the queues as JSON, '' where
+--          messages are not acknowledged (`words_of` of `worker.broker.layout`)
 -- Returns  {number of the list from 0, message, delivery tag}; for a tenant's message the number of a list of
 --          the same queue; the tag is null for a message that was moved to the list of unreadable ones; when
 --          all lists are empty {place in the room}, or {} for who does not wait; {'again'} when there may be
@@ -18,7 +19,7 @@
 -- include ../contract/clock.lua
 -- include waiting_room.lua
 -- include shares.lua
-local FIRST_LIST, FIRST_QUEUE = 7, 9
+local FIRST_LIST, FIRST_QUEUE = 7, 10
 
 -- Returns  the number of the list among KEYS and the message; nothing when all lists are empty; an error alone
 local function pop()
@@ -41,9 +42,8 @@ end
 
 -- What is said of a list among KEYS: its queue, and its class where it is one of arrivals.
 local function about(i)
-  local name = ARGV[i - FIRST_LIST + FIRST_QUEUE]
-  local class, queue = string.match(name, '^([01])(".*)$')
-  return queue or name, tonumber(class)
+  local at = 2 * (i - FIRST_LIST) + 1
+  return ARGV[FIRST_QUEUE + string.byte(ARGV[9], at) - 48], tonumber(string.sub(ARGV[9], at + 1, at + 1))
 end
 
 -- Pops the message that is next where tenants wait in the queue of the list of arrivals `i`, from which `entry`

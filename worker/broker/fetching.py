@@ -30,7 +30,7 @@ import redis.exceptions
 from kombu.transport import redis as stock
 
 from worker.broker.job_message import UNREGISTERED
-from worker.broker.layout import Layout, json_name
+from worker.broker.layout import Layout, words_of
 from worker.broker.moves import KEPT_BYTES
 from worker.broker.poller import CHECK_AGAIN_S
 from worker.broker.scripts import FETCH, FETCH_DIGEST, LEAVE
@@ -173,10 +173,10 @@ class Fetching(stock.Channel):
         layout = self.layout
         keys = [layout.unacked, layout.index, layout.undecodable, room.key if room else ""]
         keys += [layout.prefix + SHARES, layout.prefix + WEIGHTS, *(key for _, key in lists)]
-        names = [self._said(queue, key, no_ack=no_ack) for queue, key in lists]
+        said = words_of(self._said(queue, key, no_ack=no_ack) for queue, key in lists)
         limits = (MAX_READ, UNDECODABLE_TTL_S, UNDECODABLE_MAX, KEPT_BYTES, UNREGISTERED)
         place = (self._who, room.place) if room else ("", "")
-        return (len(keys), *keys, *limits, *place, PLACE_MS, *names)
+        return (len(keys), *keys, *limits, *place, PLACE_MS, *said)
 
     def _lists_at(self, queues: Sequence[str], priorities: Sequence[int]) -> list[tuple[str, str]]:
         """The lists of these queues and priorities in fetching order, each with its queue.
@@ -193,12 +193,12 @@ class Fetching(stock.Channel):
             names.append((queue, plain))
         return [(queue, prefix + name) for queue, name in (*arrivals, *names)]
 
-    def _said(self, queue: str, key: str, *, no_ack: bool) -> str:
-        """What `FETCH` is told of a list: its queue, and the class of a list of arrivals."""
+    def _said(self, queue: str, key: str, *, no_ack: bool) -> tuple[str, str]:
+        """What `words_of` takes of a list."""
         if no_ack or self._receivers.get(queue, (False,))[0]:
-            return ""
+            return "", ""
         is_of_arrivals = key.startswith(f"{self.layout.prefix}{queue}{ARRIVALS}")
-        return (key[-1] if is_of_arrivals else "") + json_name(queue)
+        return queue, key[-1] if is_of_arrivals else ""
 
     def _plain_client(self) -> Any:
         """A client that leaves keys alone: here they are complete."""

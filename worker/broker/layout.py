@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,3 +44,16 @@ class Layout:
 def json_name(queue: str) -> str:
     """A queue's name as it stands in an entry of the `unacked` hash."""
     return json.dumps(queue)
+
+
+def words_of(lists: Iterable[tuple[str, str]]) -> list[bytes | str]:
+    """What `fetch.lua` is told of the lists that it fetches from: two bytes for each, then the queues.
+
+    Of each: its queue, or "" where messages are not acknowledged; and the class of a list of arrivals, "0" or
+    "1", else "". Each queue is named once, because every fetch sends this. At most 200 queues.
+    """
+    numbers: dict[str, int] = {}
+    said = bytearray()
+    for queue, kind in lists:
+        said += bytes((ord("0") + numbers.setdefault(queue, len(numbers)), ord(kind or "-")))
+    return [bytes(said), *(queue and json_name(queue) for queue in numbers)]

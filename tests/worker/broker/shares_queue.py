@@ -9,6 +9,7 @@ from typing import Any
 
 import redis
 
+from worker.broker.layout import words_of
 from worker.broker.scripts import FETCH, FETCH_DIGEST
 from worker.broker.transport import UNACKED, UNACKED_INDEX
 from worker.contract import queues
@@ -61,7 +62,7 @@ class SharedQueue:
         ]
         lists += [(each, list_of(each, step), "") for step in steps for each in names]
         keys = [UNACKED, UNACKED_INDEX, UNDECODABLE, "", SHARES, WEIGHTS, *(key for _, key, _ in lists)]
-        said = [kind + json.dumps(each) for each, _, kind in lists]
+        said = words_of((each, kind) for each, _, kind in lists)
         while True:
             answer: Any = self._client.evalsha(
                 FETCH_DIGEST, len(keys), *keys, 100_000, 60, 10, 1_000, "why", "", "", 0, *said

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.broker.layout import Layout, json_name
+from worker.broker.layout import Layout, json_name, words_of
 from worker.broker.moves import (
     KEPT_BYTES,
     NEXT,
@@ -159,6 +159,10 @@ def test_an_entry_with_an_exchange_is_not_ours_and_is_set_aside() -> None:
 
 def test_an_entry_that_is_gone_leaves_only_the_index_to_clear() -> None:
     assert restored(LAYOUT, None, 9) == Move([], b"", NEXT)
+
+
+def test_a_fetch_names_each_queue_once() -> None:
+    assert words_of([("q", "1"), ("q", ""), ("r", ""), ("", "")]) == [b"010-1-2-", '"q"', '"r"', ""]
 
 
 def test_a_queue_s_name_is_json_in_an_entry() -> None:
