@@ -27,6 +27,7 @@ PROGRAMS = (
     "load",
     "mates",
     "previews",
+    "shares",
     "system",
     "text_lengths",
 )
