@@ -106,7 +106,7 @@ def submit(
     if (named := output_path.format_of(output)) is not None:
         given.setdefault("format", named)
         output_path.check(output, "jpeg" if given["format"] == "jpg" else given["format"])
-    if webhook:
+    if webhook is not None:
         given["webhook"] = webhook
     handle = submit_job(prompt, **given)
     submit_notes.of_prompts(handle, prompt, given.get("negative_prompt"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -33,9 +32,8 @@ def serve(host: str | None, port: int | None, no_auth: bool, access_log: bool, w
         raise CallerError(f'{error.name} is not installed: pip install "smallcat[http]".') from None
     given = {"http_host": host, "http_port": port}
     values = server_settings().model_dump() | {name: value for name, value in given.items() if value}
-    sending = in_background(session(redis_retry_s=2), webhook_settings()) if webhooks else nullcontext()
-    with sending:
-        server.serve(ServerSettings(**values), is_open=no_auth, access_log=access_log)
+    sending = in_background(session(redis_retry_s=2), webhook_settings()) if webhooks else None
+    server.serve(ServerSettings(**values), is_open=no_auth, access_log=access_log, beside=sending)
 
 
 @click.group()

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Any
 
@@ -68,8 +69,10 @@ async def is_ready(backend: Shared) -> dict[str, str]:
     return {"status": "ok"}
 
 
-def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
-    """The app. `is_open`: everybody may do everything, without a key."""
+def make_app(
+    settings: ServerSettings, *, is_open: bool = False, beside: AbstractContextManager[None] | None = None
+) -> FastAPI:
+    """The app. `is_open`: everybody may do everything, without a key. `beside` runs as long as the app."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,8 +80,12 @@ def make_app(settings: ServerSettings, *, is_open: bool = False) -> FastAPI:
         app.state.backend = backend
         app.state.authentication = Authentication(backend, is_open=is_open)
         await asyncio.to_thread(backend.runs.resume)
+        if beside is not None:
+            beside.__enter__()
         yield
         await backend.close()
+        if beside is not None:
+            await asyncio.to_thread(beside.__exit__, None, None, None)
 
     app = FastAPI(
         title="smallcat",

@@ -104,6 +104,8 @@ async def upload_file(
         hook_of(webhook, backend.settings.webhook_hosts, caller.tenant),
         webhook_jobs,
     )
+    if webhook_jobs and webhook is None:
+        raise PromptFileError("webhook_jobs is for a webhook: give its address with webhook.")
     await backend.limits.admit_run(caller, upload.fields)
     if backend.runs.is_full:
         raise RefusedError(

@@ -31,8 +31,9 @@ JOB_ID, SUBMISSION = "[0-9a-f]{32}", "[0-9a-f]{16,40}"
 
 #: What is told when a job or a run has ended.
 WEBHOOK: Final = {
-    "type": "string",
+    "type": ["string", "null"],
     "format": "uri",
+    "minLength": 1,
     "maxLength": MAX_WEBHOOK,
     "title": "Webhook",
     "description": "Address of https that is told how it ended: see docs/webhooks.md.",

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Final
 
@@ -125,8 +126,14 @@ class _Server(uvicorn.Server):
         return ""
 
 
-def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what was begun.
+def serve(
+    settings: ServerSettings,
+    *,
+    is_open: bool,
+    access_log: bool = False,
+    beside: AbstractContextManager[None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was begun; `beside` runs as long.
 
     Raises `CallerError`, `SettingsError`, `OSError`.
     """
@@ -141,7 +148,7 @@ def serve(settings: ServerSettings, *, is_open: bool, access_log: bool = False) 
         logging.getLogger(name).setLevel(logging.INFO)
     health = Health(settings.health_port)
     health.start()
-    app = make_app(settings, is_open=is_open)
+    app = make_app(settings, is_open=is_open, beside=beside)
     guard = Guard(
         app,
         max_body=settings.http_max_body_mb * 1_000_000,

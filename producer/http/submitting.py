@@ -84,7 +84,7 @@ def _checked(
             webhook = fields.pop("webhook", None)
             hook_of(webhook, hosts)
             job = templates.fill(_own(fields, caller), caller.owner)
-            if webhook:
+            if webhook is not None:
                 job = replace(job, webhook=webhook, version=max(job.version, WEBHOOK_SINCE))
             jobs.append(job)
         except InvalidJobError as error:
@@ -134,7 +134,7 @@ async def send(
     ids = submissions or [new_submission(caller) for _ in jobs]
     try:
         whose = caller.tenant or caller.owner
-        hooks = [hook_of(job.webhook, backend.settings.webhook_hosts, caller.tenant) for job in jobs]
+        hooks = [hook_of(job.webhook or None, backend.settings.webhook_hosts, caller.tenant) for job in jobs]
         ready = [Ready(*each[:2], whose, each[2]) for each in zip(jobs, ids, hooks, strict=True)]
         await backend.sender.send(ready)
     except RefusedError:  # Nothing was sent. After a `QueueError` some of it may have been.

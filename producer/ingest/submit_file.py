@@ -99,7 +99,7 @@ def submit_file(
 
 def webhook_of(webhook: str | None, of_jobs: bool, tenant: str) -> str:
     """What `Options.hook` is to be for jobs of `tenant`. Raises `InvalidJobError`, `PromptFileError`."""
-    if of_jobs and not webhook:
+    if of_jobs and webhook is None:
         raise PromptFileError("webhook_jobs is for a webhook: give its address with webhook.")
     return hook_of(webhook, producer_settings().webhook_hosts, tenant)
 

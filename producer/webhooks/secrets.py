@@ -4,7 +4,7 @@ Redis has none of them. They are where the sender runs:
 
     SMALLCAT_WEBHOOK_SECRET            of jobs that are no tenant's
     SMALLCAT_WEBHOOK_SECRETS_DIR       a folder, such as a mounted secret of Kubernetes
-        default                        of jobs that are no tenant's
+        _default                       of jobs that are no tenant's
         acme                           of the tenant acme
 
 A file has one secret a line, the newest first. Whoever gets a notification finds it signed with each of them.
@@ -25,7 +25,7 @@ from worker.contract.errors import CallerError, SettingsError
 from worker.contract.explain import short
 
 #: The file of jobs that are no tenant's. No tenant can have that name.
-DEFAULT: Final = "default"
+DEFAULT: Final = "_default"
 #: How secrets begin, as Standard Webhooks has it; bytes of a new one, and those that one may have.
 PREFIX, NEW_BYTES = "whsec_", 32
 _BYTES: Final = range(24, 65)
@@ -99,7 +99,7 @@ class Secrets:
         return kept[0]
 
     def _path(self, tenant: str) -> Path | None:
-        if tenant == DEFAULT or (tenant and not _TENANT.fullmatch(tenant)):
+        if tenant and not _TENANT.fullmatch(tenant):
             raise SettingsError(f"There can be no secret of a tenant named {short(tenant)}.")
         return self._folder / (tenant or DEFAULT) if self._folder else None
 

@@ -208,7 +208,7 @@ class WebhookSettings(ProducerSettings):
     #: What signs the notifications of jobs that are no tenant's: whsec_ and base64, as
     #: `smallcat webhooks secret` makes it. Two, separated by a blank, while one replaces the other.
     webhook_secret: str = Field(default="", repr=False)
-    #: Folder with such secrets: a file for each tenant, by its name, and `default`.
+    #: Folder with such secrets: a file for each tenant, by its name, and `_default`.
     webhook_secrets_dir: str = ""
     #: Seconds, 1 to 60, that a receiver may take to answer.
     webhook_timeout_s: float = Field(default=15, ge=1, le=60)

@@ -14,6 +14,7 @@ connects, because a name may stand for something else by then.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import json
 import re
@@ -149,13 +150,18 @@ def hook_of(url: object, hosts: str, tenant: str = "") -> str:
 
     `hosts` is `SMALLCAT_WEBHOOK_HOSTS`. Raises `InvalidJobError` for an address that it does not permit.
     """
-    if url is None or url == "":
+    if url is None:
         return ""
     try:
-        Hosts.parse(hosts).check(url)
+        _parsed(hosts).check(url)
     except ValueError as error:
         raise InvalidJobError(f"webhook {error}.") from None
     return json.dumps({"url": url, **({"tenant": tenant} if tenant else {})})
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(hosts: str) -> Hosts:
+    return Hosts.parse(hosts)
 
 
 def host_of(parts: SplitResult) -> str:
@@ -171,6 +177,8 @@ def port_of(parts: SplitResult) -> int:
 def _parts_of(url: object) -> SplitResult:
     if not isinstance(url, str):
         raise ValueError(f"is {short(url)}: it must be a text, such as https://example.com/hook")
+    if not url:
+        raise ValueError("is empty: leave it out, or write https://example.com/hook")
     if len(url) > MAX_WEBHOOK:
         raise ValueError(f"has {len(url):,} characters, the limit is {MAX_WEBHOOK:,}")
     if not re.fullmatch(r"[!-\[\]-~]+", url):

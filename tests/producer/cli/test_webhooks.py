@@ -77,7 +77,7 @@ def test_secrets_are_made_rotated_and_dropped(tmp_path: Path, monkeypatch: pytes
     second = json.loads(webhooks("secret", "--tenant", "acme", "--rotate", "--json").stdout)["secret"]
     assert (tmp_path / "acme").read_text().split() == [second, first]
     assert webhooks("secret", "--tenant", "acme", "--drop-old").stdout.strip() == second
-    assert webhooks("secret").stdout.strip() == (tmp_path / "default").read_text().strip()
+    assert webhooks("secret").stdout.strip() == (tmp_path / "_default").read_text().strip()
     assert isinstance(webhooks("secret", "--rotate", "--drop-old").exception, CallerError)
 
 

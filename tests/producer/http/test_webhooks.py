@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +18,11 @@ from producer.ingest.submit_file import submit_file
 from tests.faults.harness import wait_until
 from tests.producer.http.conftest import NOBODYS, Api, fast_worker
 from tests.producer.http.test_runs import finished, upload
-from tests.producer.webhooks.receiver import Receiver, receiving
+from tests.producer.webhooks.receiver import Handler, Receiver, receiving
 from worker.contract.errors import InvalidJobError, PromptFileError
 from worker.contract.message import payload_in
 from worker.contract.webhook import WEBHOOK_SINCE
+from worker.state.notifications import Notifications
 from worker.state.redis_client import connect
 
 #: What the address of a receiver that must not be reached is refused with.
@@ -87,7 +89,7 @@ def test_a_job_that_is_given_up(api: Api, receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize(
-    "webhook", [PRIVATE, "http://a.example.com", "nonsense", 7, ["x"], "https://u:p@a.b/"]
+    "webhook", [PRIVATE, "http://a.example.com", "nonsense", "", 7, ["x"], "https://u:p@a.b/"]
 )
 def test_an_address_that_is_not_permitted_is_refused_at_the_door(api: Api, webhook: Any) -> None:
     for path, body in (("/v1/jobs", {"prompt": "a", "webhook": webhook}),):
@@ -98,6 +100,7 @@ def test_an_address_that_is_not_permitted_is_refused_at_the_door(api: Api, webho
         assert (several.status, several.json["errors"][0]["index"]) == (422, 1)
     if isinstance(webhook, str):
         assert upload(api, b"a cat\n", f"webhook={webhook}").json["detail"].startswith("webhook ")
+        assert "webhook_jobs is for" in upload(api, b"a cat\n", "webhook_jobs=true").json["detail"]
 
 
 def test_a_run_is_told_when_it_is_over_and_of_its_jobs_where_asked(api: Api, receiver: Receiver) -> None:
@@ -162,6 +165,26 @@ def test_jobs_and_files_from_python_and_the_command_line(api: Api, receiver: Rec
         submit_file(tmp_path / "prompts.txt", webhook_jobs=True)
     wrong = CliRunner().invoke(cli, ["submit", "a dog", "--webhook", PRIVATE])
     assert isinstance(wrong.exception, InvalidJobError)
+
+
+def test_at_sigterm_the_server_finishes_what_it_tells(api: Api) -> None:
+    release = threading.Event()
+
+    def answer(handler: Handler) -> None:
+        release.wait(20)
+        handler.status(204)
+
+    server = api.stack.http
+    assert server is not None
+    with receiving(answer) as receiver:
+        api.call("POST", "/v1/jobs", {"prompt": "a cat", "seed": 77, "webhook": receiver.url})
+        receiver.wait_for(1)
+        server.ask_to_end()
+        release.set()
+        assert server.wait(30)
+        with connect(api.stack.valkey.url, 1) as client:
+            assert not Notifications(client).waiting(), "it is told, and that is noted"
+        server.start()
 
 
 @pytest.mark.usefixtures("environment")

@@ -210,7 +210,7 @@ def test_at_sigterm_what_is_being_sent_is_finished_and_nothing_new_begun(client:
 
 
 def test_a_killed_senders_notifications_come_back(client: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.state.notifications.HELD_S", 1)
+    monkeypatch.setattr("worker.state.notifications.HELD_S", 0.2)
     with receiving() as receiver:
         name = tell(client, receiver.url)
         assert Notifications(client).take(1, 1, {}), "a sender that dies now"
