@@ -26,6 +26,7 @@ COUNTED: Final = {
     "messages": "messages in queues",
     "set_aside": "messages that were set aside",
     "runs": "runs",
+    "notifications": "notifications to webhooks",
     "answers": "answers to requests with an Idempotency-Key",
     "pictures": "pictures",
     "lasting_records": "records in the bucket",
@@ -77,6 +78,7 @@ class Forget:
                 self._state.forget({self._scope.job: self._state.jobs.get(self._scope.job, "")})
             self._state.messages()
             self._state.set_aside()
+            self._state.notifications()
             self._state.rest()
             self._delete(deletion, self._objects(deletion))
             if not self._is_dry:

@@ -26,6 +26,8 @@ from worker.state.keys import (
     HTTP_SPENT,
     LATEST,
     RUNS,
+    TOLD_BY_PRODUCERS,
+    WEBHOOKS,
     WORKERS_CHANNEL,
     attempts_key,
     drawn_key,
@@ -196,6 +198,42 @@ class Forgetting:
                 self._count("set_aside", 1)
                 if not self._is_dry:
                     self._redis.lrem(UNDECODABLE, 1, entry)
+
+    def notifications(self) -> None:
+        """Take out what webhooks are to be told, and what they could not be told: it has metadata."""
+        for name in (f"{WEBHOOKS}:new", TOLD_BY_PRODUCERS):
+            told = cast("list[str]", self._redis.lrange(name, 0, -1))
+            for entry in filter(lambda each: self._is_told(each.partition(" ")[2]), told):
+                self._count("notifications", 1)
+                if not self._is_dry:
+                    self._redis.lrem(name, 1, entry)
+        start = f"{WEBHOOKS}:of:"
+        for names in self._keys(f"{start}*"):
+            with self._redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.hmget(name, "entry", "host")
+                found = pipe.execute(raise_on_error=False)
+            for name, fields in zip(names, found, strict=True):
+                if not isinstance(fields, list) or not self._is_told(fields[0]):
+                    continue
+                self._count("notifications", 1)
+                if not self._is_dry:
+                    with self._redis.pipeline() as pipe:
+                        pipe.unlink(name)
+                        for book in ("failed", f"due:{fields[1]}"):
+                            pipe.zrem(f"{WEBHOOKS}:{book}", name.removeprefix(start))
+                        pipe.execute()
+
+    def _is_told(self, text: str | None) -> bool:
+        """Whether a notification is of a job or a run that is forgotten."""
+        try:
+            what = json.loads(text or "{}")
+            hook = json.loads(what.get("hook") or "{}")
+            job_id, at = str(what.get("job", "")), _number(what.get("at"))
+            tenant = str(hook.get("tenant", ""))
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            return False
+        return job_id in self.jobs or self._scope.has(job_id, tenant, at)
 
     def rest(self) -> None:
         """Forget what is left of the jobs: submissions, attempts, previews, and answers of the HTTP API."""

@@ -25,7 +25,7 @@ from worker.contract.job import Job
 from worker.contract.message import payload_of
 from worker.contract.queues import UNDECODABLE, queue_of
 from worker.state.forgetting import Forgetting, Scope
-from worker.state.keys import HTTP_FORGOTTEN, RUNS, attempts_key, job_key, run_key
+from worker.state.keys import HTTP_FORGOTTEN, RUNS, WEBHOOKS, attempts_key, job_key, run_key
 from worker.state.redis_client import connect
 from worker.storage.bucket import Bucket
 from worker.storage.deletion import Deletion
@@ -111,6 +111,12 @@ def much(redis: Redis, worker: Worker) -> dict[str, Job]:
     waiting = redis.lrange(list_in(redis, jobs["queued"]), 0, -1)
     [raw] = [text for text in waiting if jobs["queued"].id in text]
     redis.lpush(UNDECODABLE, json.dumps({"at": 1, "queue": "q", "reason": "odd", "bytes": 1}) + "\n" + raw)
+    for tenant, name in (("acme", "done"), ("evil", "theirs")):
+        hook = json.dumps({"url": "https://h", "tenant": tenant})
+        entry = json.dumps({"job": jobs[name].id, "own": f"{tenant}'s secret", "hook": hook, "at": "5.0"})
+        redis.lpush(f"{WEBHOOKS}:new", f"{'0' * 40} {entry}")
+        redis.hset(f"{WEBHOOKS}:of:w{tenant}", mapping={"entry": entry, "host": "h"})
+        redis.zadd(f"{WEBHOOKS}:failed", {f"w{tenant}": 1})
     for run, tenant in (("r1", "acme"), ("r2", "evil")):
         redis.hset(run_key(run), mapping={"fed": 1, "created": 5, "tenant": tenant, "files": f"{tenant}.txt"})
         redis.zadd(RUNS, {run: 1})
@@ -129,7 +135,15 @@ def _payload(one: Job) -> dict[str, Any]:
     return dict(payload_of(one))
 
 
-COUNTS = {"records": 4, "submissions": 5, "messages": 1, "set_aside": 1, "runs": 1, "answers": 0}
+COUNTS = {
+    "records": 4,
+    "submissions": 5,
+    "messages": 1,
+    "set_aside": 1,
+    "runs": 1,
+    "notifications": 2,
+    "answers": 0,
+}
 COUNTS |= {"pictures": 2, "lasting_records": 2, "older_versions": 0}
 
 
@@ -151,6 +165,8 @@ def test_a_tenant_is_forgotten_and_others_stay(redis: Redis, worker: Worker, sto
         assert worker.records.get(jobs[name].id).state == "done"
     assert worker.records.get(jobs["theirs, queued"].id).state == "queued"
     assert list_in(redis, jobs["theirs, queued"])
+    assert redis.zrange(f"{WEBHOOKS}:failed", 0, -1) == ["wevil"]
+    assert redis.llen(f"{WEBHOOKS}:new") == 1
     with pytest.raises(UnknownJobError):
         JobHandle(jobs["done"].id, tenant="acme").record()
     assert forget("--tenant", "acme") == {**done, **dict.fromkeys(COUNTS, 0)}
@@ -245,7 +261,8 @@ class Killed(BaseException):
     """The process dies here."""
 
 
-STEPS = [(Forgetting, name) for name in ("tell_servers", "runs", "records", "messages", "set_aside", "rest")]
+STEPS = [(Forgetting, name) for name in ("tell_servers", "runs", "records", "messages", "set_aside")]
+STEPS += [(Forgetting, name) for name in ("notifications", "rest")]
 STEPS += [(Deletion, "delete"), (Forget, "_wait"), (Forget, "_finish")]
 
 
