@@ -269,7 +269,6 @@ def _send(now: Session, job: Job, hook: str) -> JobHandle:
     from worker.celery import connection, message_of
     from worker.contract.found_message import digest_of
     from worker.contract.message import route_of, task_call_of
-    from worker.contract.queues import list_of
     from worker.contract.refusals import too_few_replicas
 
     deadline = time.monotonic() + now.redis_retry_s
@@ -291,7 +290,7 @@ def _send(now: Session, job: Job, hook: str) -> JobHandle:
                     message = json.dumps(message_of(call, message_id, producer))
                 is_sent = True
                 with now.queue_errors(), now.one_retry(deadline - time.monotonic()):
-                    put = (list_of(*route), message)
+                    put = (route.list, message)
                     now.records.submitted(
                         job, route.queue, submission, message_id, digest_of(message), put, hook
                     )

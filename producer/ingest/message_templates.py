@@ -29,7 +29,6 @@ from worker.contract.job import JOB_FIELDS, WRITTEN_FIELDS, Job, hashed, version
 from worker.contract.job_checks import VISIBLE
 from worker.contract.job_parameters import FIRST_MAX_PROMPT, MAX_METADATA, MAX_SEED
 from worker.contract.message import Route, args_repr, payload_text, route_of, task_call
-from worker.contract.queues import list_of
 
 if TYPE_CHECKING:
     from worker.state.fleet import FleetSnapshot
@@ -182,7 +181,7 @@ class MessageTemplate:
         call = task_call(gaps["payload"], gaps["shown"], route)
         message = message_of(call, gaps["id"], producer)
         #: The Redis list that the messages go to.
-        self.list = list_of(*route)
+        self.list = route.list
         body = base64.b64decode(message["body"]).decode()
         self._body = body.partition(json.dumps(gaps["payload"]))[::2]
         message["body"] = gaps["body"] = _gap()

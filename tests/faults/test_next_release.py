@@ -25,7 +25,7 @@ from tests.faults.test_security import arguments, envelope
 from worker.contract.errors import UnknownJobError
 from worker.contract.job import FORMAT_VERSION
 from worker.contract.message import payload_of, route_of
-from worker.contract.queues import list_of, queues_of
+from worker.contract.queues import queues_of
 
 QUEUE = queues_of(SERVED)[0]
 
@@ -116,7 +116,7 @@ def test_5000_messages_of_a_newer_version_are_looked_at_once_and_hold_up_the_oth
         for _ in range(number):
             job = ground.job()
             body = arguments({**payload_of(job), "version": NEXT_VERSION, "to_come": 1})
-            pipe.lpush(list_of(*route_of(job)), envelope(body, id=f"{job.id}-newer"))
+            pipe.lpush(route_of(job).list, envelope(body, id=f"{job.id}-newer"))
         began_s = time.monotonic()
         pipe.execute()
     during = latencies(submit(100))

@@ -123,14 +123,14 @@ local queue = about(i)
 if queue == '' then
   return {i - FIRST_LIST, raw, ''}
 end
-local cost = 1
+local cost
 local read, tag = pcall(function()
   if #raw > tonumber(ARGV[1]) then return false end
   local message = cjson.decode(raw)
-  if charge and type(message.headers) == 'table' then cost = message.headers['smallcat-cost'] or cost end
+  if charge and type(message.headers) == 'table' then cost = message.headers['smallcat-cost'] end
   return message.properties.delivery_tag
 end)
-if charge then charge(type(cost) == 'number' and cost >= 0.01 and cost <= 100 and cost or 1) end
+if charge then charge(type(cost) == 'number' and cost >= 1 and cost <= 1e12 and cost or nil) end
 local reason = ARGV[5]
 local done = false
 if read and type(tag) == 'string' and string.find(tag, '^[!-~]+$') then

@@ -1,6 +1,7 @@
 -- Whose message is next in a queue where several tenants wait: start-time fair queueing (Goyal, Vin and Cheng,
 -- 1996). Each tenant has a tag, the virtual time at which its next job starts. The lowest tag is next, and
--- then grows by the job's cost divided by the tenant's weight. A tenant that comes starts at the queue's
+-- then grows by the job's cost divided by the tenant's weight: 1 for a job of as many pixels x steps as those
+-- before it had on average, and for one that does not say. A tenant that comes starts at the queue's
 -- virtual time, less what it may be ahead: so its first jobs are next, however many others wait. What a tenant
 -- had is remembered when it leaves, so that it gains nothing by coming again. Jobs without a tenant count as
 -- one tenant more. Their lists are looked at each time that it is their turn: producers of earlier versions
@@ -10,7 +11,8 @@
 --   arrivals      list  tenants one of whose empty lists got a message; and `MARK`, while there are tags. So the
 --                       pop that looks for messages finds whether tenants wait, at no cost where none do.
 --   shares .. :0, :1  zset  the tags of the tenants that may have messages
---   shares .. :book   hash  `v` the virtual time, `none` the tag of jobs without a tenant
+--   shares .. :book   hash  `v` the virtual time, `none` the tag of jobs without a tenant, `mean` the pixels x
+--                     steps of a job on average
 --   shares .. :left   zset  the tags of tenants that have left, while they count
 --
 -- An error after a message was popped would lose it: so from there on none is raised.
@@ -109,7 +111,7 @@ end
 --          when more has to be looked at than may be in one call
 local function share_out(shares, weights, queue, open, classes, come, plain)
   local book = shares .. ':book'
-  local known = redis.call('HMGET', book, 'v', 'none')
+  local known = redis.call('HMGET', book, 'v', 'none', 'mean')
   local tenant, tag = lowest(shares, classes)
   local v = tonumber(known[1]) or tag or 0
   local mine = math.max(tonumber(known[2]) or v, v - AHEAD)
@@ -121,6 +123,13 @@ local function share_out(shares, weights, queue, open, classes, come, plain)
     end
   end
   if have_come then tenant, tag = lowest(shares, classes) end
+  -- Returns  what a job adds to a tag of weight 1
+  local function measure(cost)
+    if not cost then return 1 end
+    local mean = tonumber(known[3]) or cost
+    redis.pcall('HSET', book, 'mean', text(mean + (cost - mean) / 64))
+    return math.max(0.02, math.min(50, cost / mean))
+  end
   local have_looked = false
   for _ = 1, AT_ONCE do
     if not have_looked and (not tenant or mine <= tag) then
@@ -128,7 +137,7 @@ local function share_out(shares, weights, queue, open, classes, come, plain)
       local list, raw = pop_from(plain)
       if raw then
         return list, raw, function(cost)
-          local after = mine + cost / weight_of(weights, '')
+          local after = mine + measure(cost) / weight_of(weights, '')
           redis.pcall('HSET', book, 'v', text(math.max(v, mine)), 'none', text(after))
         end
       end
@@ -137,7 +146,7 @@ local function share_out(shares, weights, queue, open, classes, come, plain)
     local list, raw = pop_from(lists_of(queue, tenant, classes))
     if raw then
       return list, raw, function(cost)
-        local after = text(tag + cost / weight_of(weights, tenant))
+        local after = text(tag + measure(cost) / weight_of(weights, tenant))
         -- It has one tag, also in a class that may not be fetched now.
         for _, class in ipairs(#open == 1 and {0, 1} or classes) do
           redis.pcall('ZADD', shares .. ':' .. class, 'XX', after, tenant)

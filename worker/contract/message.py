@@ -22,7 +22,7 @@ from worker.contract.errors import InvalidJobError, NewerMessageError
 from worker.contract.job import FORMAT_VERSION, Job, version_needed
 from worker.contract.job_checks import is_tenant
 from worker.contract.job_parameters import MAX_PRIORITY
-from worker.contract.queues import queue_of
+from worker.contract.queues import list_of, queue_of
 
 #: Name of the one Celery task.
 TASK = "smallcat.render"
@@ -44,6 +44,8 @@ OURS = "smallcat-"
 #: Headers that workers set on a message that comes back to its queue. How often it came back without an
 #: outcome that a worker chose: the worker died before it had the job, or failed in a way that nobody foresaw.
 RETURNS = "smallcat-returns"
+#: What a tenant's job costs, in pixels x steps: `shares.lua` deals out the queue by it.
+COST = "smallcat-cost"
 #: True while a worker lets the message wait: that it comes back is no death.
 WAITS = "smallcat-waits"
 #: In a delivery tag, what follows was added by a worker: another message of the same tag was held.
@@ -205,11 +207,20 @@ class Route(NamedTuple):
     priority: int
     #: Whose it is; empty: nobody's.
     tenant: str = ""
+    #: What a tenant's job costs, in pixels x steps; 0: it is nobody's, or that is not known yet.
+    cost: int = 0
+
+    @property
+    def list(self) -> str:
+        """Its Redis list."""
+        return list_of(self.queue, self.priority, self.tenant)
 
 
 def route_of(job: Job) -> Route:
     """Where the message of `job` waits."""
-    return Route(queue_of(job), MAX_PRIORITY - job.priority, job.tenant)
+    is_known = job.tenant and job.width and job.height and job.steps
+    cost = job.width * job.height * job.steps if is_known else 0  # type: ignore[operator]
+    return Route(queue_of(job), MAX_PRIORITY - job.priority, job.tenant, cost)
 
 
 def args_repr(prompt: str, seed: int) -> str:
@@ -228,6 +239,7 @@ def task_call(payload: object, shown: str, route: Route) -> dict[str, Any]:
         "argsrepr": shown,
         "queue": route.queue,
         "priority": route.priority,
+        **({"headers": {COST: route.cost}} if route.cost else {}),
     }
 
 

@@ -76,7 +76,8 @@ def test_templated_jobs_are_those_that_job_parse_makes(lines: list[dict[str, Any
         assert templated.job == json.dumps(job.model_dump(mode="json"))
         assert (templated.prompt, templated.seed) == (job.prompt, job.seed)
         assert templated.metadata == job.metadata
-        assert templated.route == route_of(job) == (queue_of(job), 9 - job.priority)
+        assert templated.route == route_of(job)
+        assert templated.route[:2] == (queue_of(job), 9 - job.priority)
         values = job.model_dump(mode="json", exclude={"prompt", "seed", "metadata"})
         assert templated.shape == values
 

@@ -29,14 +29,14 @@ class SharedQueue:
         client.script_load(FETCH)
         self._numbers = 0
 
-    def put(self, tenant: str, step: int = 4, *, cost: float | None = None, command: str = "LPUSH") -> int:
+    def put(self, tenant: str, step: int = 4, *, cost: Any = None, command: str = "LPUSH") -> int:
         """Put one more message. Returns its number."""
         self._numbers += 1
         self.put_again(tenant, step, self._numbers, cost=cost, command=command)
         return self._numbers
 
     def put_again(
-        self, tenant: str, step: int, number: int, *, cost: float | None = None, command: str = "LPUSH"
+        self, tenant: str, step: int, number: int, *, cost: Any = None, command: str = "LPUSH"
     ) -> None:
         """Put a message of that number."""
         raw = message(tenant, step, number, cost)
@@ -76,7 +76,7 @@ class SharedQueue:
         return found["tenant"], found["step"], found["number"]
 
 
-def message(tenant: str, step: int, number: int, cost: float | None = None) -> str:
+def message(tenant: str, step: int, number: int, cost: Any = None) -> str:
     """A message, as far as the fetch looks into it."""
     headers = {"tenant": tenant, "step": step, "number": number}
     own = {} if cost is None else {"smallcat-cost": cost}

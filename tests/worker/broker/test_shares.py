@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -86,10 +87,18 @@ def test_what_is_no_weight_counts_as_one(queue: SharedQueue, client: redis.Redis
 
 def test_dearer_jobs_count_for_more(queue: SharedQueue) -> None:
     for _ in range(120):
-        queue.put("large", cost=4)
-        queue.put("small", cost=1)
+        queue.put("large", cost=4_000_000)
+        queue.put("small", cost=1_000_000)
     counts = Counter(served(queue, 100))
-    assert counts["small"] == pytest.approx(80, abs=2)
+    assert counts["small"] == pytest.approx(80, abs=5)
+
+
+@pytest.mark.parametrize("cost", ["x", -1, 0, 1e300, [], {}, True, None])
+def test_what_is_no_cost_counts_as_one(queue: SharedQueue, cost: Any) -> None:
+    for _ in range(40):
+        queue.put("a", cost=cost)
+        queue.put("b")
+    assert Counter(served(queue, 60)) == {"a": 30, "b": 30}
 
 
 def test_jobs_without_a_tenant_are_one_tenant_more(queue: SharedQueue, client: redis.Redis) -> None:

@@ -41,7 +41,7 @@ from worker.contract.message import (
     run_mark_in,
     task_call_of,
 )
-from worker.contract.queues import URGENT, list_of
+from worker.contract.queues import URGENT
 
 #: Messages as the first version left them in Redis: one of `submit_job`, one of a prompt file's run.
 #: A later version sent `guidance_start` and `guidance_stop` also at their defaults.
@@ -81,7 +81,7 @@ def test_a_stored_message_of_an_earlier_version_is_read(name: str) -> None:
 
     assert message.job == job_of(name)
     assert (message.id, message.version) == (IDS[name], 1)
-    assert list_of(*route_of(message.job)) == LISTS[name]
+    assert route_of(message.job).list == LISTS[name]
     mark = run_mark_in(stored)
     if name == "submit_job":
         assert (message.run, mark) == ("", None)
@@ -215,6 +215,6 @@ def test_a_message_may_be_twice_as_large_as_that_of_the_largest_job(valkey: Valk
     with connection(valkey.url) as link, redis.Redis.from_url(valkey.url) as client:
         producer = app.amqp.Producer(link)
         app.send_task(**task_call_of(job, run), task_id=f"{job.id}-{'9' * 60}", producer=producer)
-        [sent] = client.lrange(list_of(*route_of(job)), 0, -1)
+        [sent] = client.lrange(route_of(job).list, 0, -1)
     assert 1.9 * len(sent) < MAX_MESSAGE <= 2 * len(sent), len(sent)
     assert check(sent, "").body[0] == [payload_of(job, run)]

@@ -16,7 +16,7 @@ from producer.prompts.fields import meaning_of, near_miss
 from worker.contract import infotext
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import WRITTEN_FIELDS, Job, hashed
-from worker.contract.message import Message, payload_of
+from worker.contract.message import COST, Message, payload_of, route_of, task_call_of
 from worker.contract.object_keys import object_key
 from worker.contract.record import JobRecord, State
 
@@ -59,6 +59,14 @@ def test_another_tenant_in_a_message_is_another_id_and_so_is_refused() -> None:
     payload = json.loads(json.dumps(payload_of(job(tenant="a"))).replace('"tenant": "a"', '"tenant": "b"'))
     with pytest.raises(InvalidJobError, match="its job's id is"):
         Message.parse(payload)
+
+
+def test_a_tenants_message_says_what_its_job_costs_and_others_do_not() -> None:
+    costs = {tenant: route_of(job(tenant=tenant)).cost for tenant in ("", "a")}
+    assert costs == {"": 0, "a": 64 * 64 * 4}
+    assert route_of(job(tenant="a", steps=None)).cost == 0
+    assert "headers" not in task_call_of(job())
+    assert task_call_of(job(tenant="a"))["headers"] == {COST: 64 * 64 * 4}
 
 
 def test_each_tenant_has_a_folder_of_its_own() -> None:
