@@ -172,6 +172,7 @@ def test_a_tenant_is_forgotten_and_others_stay(redis: Redis, worker: Worker, sto
     assert forget("--tenant", "acme") == {**done, **dict.fromkeys(COUNTS, 0)}
 
 
+@pytest.mark.slow
 def test_a_job_that_was_forgotten_can_be_submitted_anew(
     redis: Redis, worker: Worker, storage: FlakyBucket
 ) -> None:
@@ -198,7 +199,7 @@ def test_a_message_that_comes_back_ends_its_job_without_a_picture(
     assert "acme" not in "".join(keys_in(storage))
 
 
-@pytest.mark.parametrize("may_delete", [True, False])
+@pytest.mark.parametrize("may_delete", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_worker_that_renders_it_leaves_no_picture(
     redis: Redis,
     worker: Worker,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from redis.client import Redis
@@ -141,6 +142,21 @@ def test_a_run_that_ends_early_gives_back_what_it_has_open(
     assert admit(limits, ids(1)) == 0
     redis.hset(run_key("r"), "cancelled", 1) if how == "cancelled" else redis.delete(run_key("r"))
     assert admit(limits, ids(10)) == 10
+
+
+def test_limits_hold_while_several_servers_ask_at_once(valkey: ValkeyProcess) -> None:
+    def server(number: int) -> int:
+        with connect(valkey.url, 1) as client:
+            own = TenantLimits(client, 1_000)
+            asked = [
+                own.admit("t", ids(2, 100 * number + 2 * each), most_open=15, most_work=150)
+                for each in range(20)
+            ]
+            assert all(found.jobs in (0, 2) for found in asked)
+            return sum(found.jobs for found in asked)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(server, range(8))) == 14
 
 
 def test_many_open_jobs_are_looked_at_once_a_second(redis: Redis, limits: TenantLimits) -> None:
