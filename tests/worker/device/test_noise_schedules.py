@@ -113,13 +113,30 @@ def by_weights(schedule: Schedule) -> list[torch.Tensor]:
     return path
 
 
+def by_sampler(config: str, name: Scheduler, schedule: NoiseSchedule, steps: int) -> list[torch.Tensor]:
+    """The same by a job's own sampler, which it has where a schedule has no weights."""
+    sampler = samplers_of(config).own(name, steps, a_generator(SEED), noise=schedule)
+    path = [torch.randn(SHAPE, generator=a_generator(1)) * sampler.noise_scale]
+    for step in range(len(sampler.timesteps)):
+        prediction = guess(step) + 0.1 * sampler.model_input(path[-1], step)
+        latents, sampler = sampler.advance(prediction, path[-1], step)
+        path.append(latents)
+    return path
+
+
 @functools.cache
 def samplers_of(config: str) -> Samplers:
     return Samplers(Schedulers(CONFIGS[config], CLASSES, "a model", "StableDiffusion"))
 
 
 def is_near(config: str, name: Scheduler, schedule: NoiseSchedule, steps: int) -> None:
-    mine = by_weights(samplers_of(config).schedule(name, steps, noise=schedule))
+    made = samplers_of(config).schedule(name, steps, noise=schedule)
+    if made.weights is not None:
+        mine = by_weights(made)
+    else:
+        # The coefficients of LMS are large there, and rounding may be too much for weights.
+        assert (name, schedule, steps) == (Scheduler.LMS, NoiseSchedule.EXPONENTIAL, 150)
+        mine = by_sampler(config, name, schedule, steps)
     expected = by_diffusers(config, name, schedule, steps)
     assert len(mine) == len(expected)
     largest = torch.zeros(())
