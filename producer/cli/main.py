@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -76,6 +76,12 @@ def cli() -> None:
 @cli.command(context_settings={"token_normalize_func": option_of})
 @click.argument("words", nargs=-1, required=True, metavar="PROMPT")
 @job_options
+@click.option(
+    "--images",
+    "-n",
+    type=int,
+    help="So many pictures, of consecutive seeds; each has its id in a line. One when not given.",
+)
 @click.option("--wait", is_flag=True, help="Wait for the picture.")
 @click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
 @click.option(
@@ -88,6 +94,7 @@ def cli() -> None:
 @json_option
 def submit(
     words: tuple[str, ...],
+    images: int | None,
     wait: bool,
     show: bool,
     output: Path | None,
@@ -96,7 +103,7 @@ def submit(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Enqueue one job."""
+    """Enqueue one job, or several of consecutive seeds."""
     if len(words) > 1:
         raise click.UsageError(
             f"The prompt is one argument: write it in quotes, {shlex.quote(' '.join(words))}."
@@ -105,19 +112,24 @@ def submit(
     given = given_fields(fields)
     if (named := output_path.format_of(output)) is not None:
         given.setdefault("format", named)
-        output_path.check(output, "jpeg" if given["format"] == "jpg" else given["format"])
+        image_format = "jpeg" if given["format"] == "jpg" else given["format"]
+        output_path.check(output, image_format, images or 1)
     if webhook is not None:
         given["webhook"] = webhook
-    handle = submit_job(prompt, **given)
-    submit_notes.of_prompts(handle, prompt, given.get("negative_prompt"))
+    handles = [submit_job(prompt, **given)] if images is None else submit_job(prompt, images=images, **given)
+    submit_notes.of_prompts(handles[0], prompt, given.get("negative_prompt"))
     waits = bool(wait or show or output)
-    submit_notes.of_workers(handle, waits=waits)
-    if not waits:
-        print_json(_names(handle)) if as_json else say(handle.id)
-        return
-    report = _report(_follow(handle, timeout), save_in=output, show=show, as_json=as_json)
-    if as_json:
-        print_json(report | _names(handle))
+    submit_notes.of_workers(handles[0], waits=waits)
+    reports: list[dict[str, Any]] = [_names(each) for each in handles]
+    errors: list[Exception] = []
+    if waits:
+        reports, errors = _reports(handles, timeout, save_in=output, show=show, as_json=as_json)
+    elif not as_json:
+        for each in handles:
+            say(each.id)
+    if as_json and (reports or images is not None):
+        print_json(reports[0] if images is None else reports)
+    _raise_last(errors)
 
 
 cli.add_command(status)
@@ -153,19 +165,11 @@ def fetch(
 ) -> None:
     """Wait for jobs to be done, and save their pictures."""
     output_path.check(output, None, len(job_ids))
-    reports, errors = [], []
-    for handle in handles_of(job_ids, submission):
-        try:
-            result = _follow(handle, timeout)
-            reports.append(_report(result, save_in=output, show=show, as_json=as_json))
-        except (JobError, CallerError, TimeoutError) as error:  # Of one job: the others are fetched.
-            errors.append(error)
+    handles = handles_of(job_ids, submission)
+    reports, errors = _reports(handles, timeout, save_in=output, show=show, as_json=as_json)
     if as_json:
         print_json(reports)
-    for each in errors[:-1]:
-        say_error(each)
-    if errors:
-        raise errors[-1]
+    _raise_last(errors)
 
 
 @cli.command()
@@ -260,6 +264,34 @@ def _exit_code(error: Exception) -> int:
 def _names(handle: JobHandle) -> dict[str, str]:
     """What other commands know the submission by."""
     return {"id": handle.id, "submission": handle.submission}
+
+
+def _reports(
+    handles: Sequence[JobHandle],
+    timeout: float | None,
+    *,
+    save_in: Path | None,
+    show: bool,
+    as_json: bool,
+) -> tuple[list[dict[str, Any]], list[Exception]]:
+    """What `--json` prints of each job that is done, and the errors of the others. Waits for all."""
+    reports: list[dict[str, Any]] = []
+    errors: list[Exception] = []
+    for handle in handles:
+        try:
+            report = _report(_follow(handle, timeout), save_in=save_in, show=show, as_json=as_json)
+            reports.append(report | _names(handle))
+        except (JobError, CallerError, TimeoutError) as error:  # Of one job: the others are fetched.
+            errors.append(error)
+    return reports, errors
+
+
+def _raise_last(errors: Sequence[Exception]) -> None:
+    """Say all errors in a sentence each; the last one becomes the exit code."""
+    for each in errors[:-1]:
+        say_error(each)
+    if errors:
+        raise errors[-1]
 
 
 def _follow(handle: JobHandle, timeout: float | None) -> JobResult:

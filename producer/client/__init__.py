@@ -12,14 +12,15 @@ import time
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack, overload
 
 from producer.client.job_result import JobResult
 from producer.session import Session, session, short_look_up
-from worker.contract.errors import QueueError, UnknownJobError
+from worker.contract.errors import InvalidJobError, QueueError, UnknownJobError
+from worker.contract.explain import short
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.job_files import files_of
-from worker.contract.job_parameters import JobFields
+from worker.contract.job_parameters import MAX_SEED, JobFields
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
 from worker.contract.webhook import WEBHOOK_SINCE, hook_of
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from worker.contract.queues import Takers
 
 _ID = re.compile(r"[0-9a-f]{32}")
+#: Images that one call of `submit_job` enqueues, at most.
+MAX_IMAGES: Final = 1_000
 
 
 @dataclass(frozen=True)
@@ -238,8 +241,22 @@ class JobHandle:
         return record._repr_png_() if record.state is State.DONE else None
 
 
-def submit_job(prompt: str | Job, *, webhook: str | None = None, **fields: Unpack[JobFields]) -> JobHandle:
-    """Enqueue one job and return at once.
+@overload
+def submit_job(
+    prompt: str | Job, *, images: None = None, webhook: str | None = None, **fields: Unpack[JobFields]
+) -> JobHandle: ...
+@overload
+def submit_job(
+    prompt: str | Job, *, images: int, webhook: str | None = None, **fields: Unpack[JobFields]
+) -> list[JobHandle]: ...
+def submit_job(
+    prompt: str | Job,
+    *,
+    images: int | None = None,
+    webhook: str | None = None,
+    **fields: Unpack[JobFields],
+) -> JobHandle | list[JobHandle]:
+    """Enqueue one job and return at once. With `images`, 1 to 1,000, so many, of consecutive seeds: a list.
 
     `prompt` is a text, with the other fields of `Job` as keywords, or a whole `Job`, whose fields the
     keywords replace. A job that says no `tenant` is `SMALLCAT_TENANT`'s. Every field is checked before
@@ -250,7 +267,8 @@ def submit_job(prompt: str | Job, *, webhook: str | None = None, **fields: Unpac
     Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
     cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an
     error nothing is enqueued, unless the connection was lost after the message was sent: submitting again
-    is safe.
+    is safe. Of several `images` the first ones may be enqueued; with a `seed` of yours, submitting again is
+    safe likewise.
     """
     if isinstance(prompt, Job):
         said = {name: getattr(prompt, name) for name in prompt.said}
@@ -259,7 +277,22 @@ def submit_job(prompt: str | Job, *, webhook: str | None = None, **fields: Unpac
         job = Job.parse({"prompt": prompt, **fields})
     now = session()
     job = job.of_tenant(now.settings.tenant)
-    return _send(now, job, hook_of(webhook, now.settings.webhook_hosts, job.tenant))
+    hook = hook_of(webhook, now.settings.webhook_hosts, job.tenant)
+    if images is None:
+        return _send(now, job, hook)
+    return [_send(now, each, hook) for each in _of_consecutive_seeds(job, images)]
+
+
+def _of_consecutive_seeds(job: Job, images: int) -> list[Job]:
+    """`job` and its next ones, as AUTOMATIC1111 counts a batch's seeds. Raises `InvalidJobError`."""
+    if type(images) is not int or not 1 <= images <= MAX_IMAGES:
+        raise InvalidJobError(f"images is {short(images)}: it must be 1 to {MAX_IMAGES:,}.")
+    if job.seed + images - 1 > MAX_SEED:
+        raise InvalidJobError(
+            f"seed is {job.seed}, and {images} images count on from it: it must be at most "
+            f"{MAX_SEED - images + 1}."
+        )
+    return [job.model_copy(update={"seed": job.seed + number}) for number in range(images)]
 
 
 def _send(now: Session, job: Job, hook: str) -> JobHandle:

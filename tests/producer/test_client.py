@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,7 +50,7 @@ from worker.contract.record import JobRecord, State, Timings
 from worker.contract.served_model import ServedModel
 from worker.jobs.image_file import encode
 from worker.state.fleet import Fleet, WorkerInfo
-from worker.state.keys import job_key
+from worker.state.keys import LATEST, job_key
 from worker.state.records import Records
 from worker.state.redis_client import connect
 from worker.storage.bucket import Bucket
@@ -146,6 +147,32 @@ def test_a_drawn_seed_is_recorded(fleet: Fleet) -> None:
     handle, other = submit_job("a small cat"), submit_job("a small cat")
     assert 0 <= handle.record().seed <= MAX_SEED
     assert handle.id != other.id
+
+
+def test_several_images_have_consecutive_seeds(fleet: Fleet, client: Redis) -> None:
+    # As AUTOMATIC1111 1.10 counts the seeds of a batch (modules/processing.py, `all_seeds`).
+    handles = submit_job("a small cat", images=3, seed=7)
+    assert [handle.id for handle in handles] == [submit_job("a small cat", seed=7 + n).id for n in range(3)]
+    drawn = [handle.record().job.seed for handle in submit_job("a small cat", images=2)]
+    assert drawn[1] == drawn[0] + 1
+    assert [type(each) for each in submit_job("a", images=1)] == [JobHandle]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"images": 0}, "images is 0: it must be 1 to 1,000."),
+        ({"images": 1_001}, "images is 1001: it must be 1 to 1,000."),
+        ({"images": True}, "images is True: it must be 1 to 1,000."),
+        ({"images": 2, "seed": MAX_SEED}, f"it must be at most {MAX_SEED - 1}."),
+    ],
+)
+def test_images_beyond_their_limits_are_refused_before_anything_is_sent(
+    fleet: Fleet, client: Redis, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidJobError, match=re.escape(said)):
+        submit_job("a small cat", **fields)
+    assert not client.exists(LATEST)
 
 
 def test_a_whole_job_can_be_submitted_and_changed(fleet: Fleet) -> None:

@@ -461,6 +461,17 @@ def test_the_latest_jobs_are_bounded_and_expire(client: Redis) -> None:
     assert 0 < int(client.ttl("smallcat:latest")) <= 1_000  # type: ignore[arg-type]
 
 
+def test_several_images_of_one_prompt(smallcat: Shell, client: Redis, environment: dict[str, str]) -> None:
+    ran = smallcat("submit", "a cat", "--seed", "5", "-n", "3")
+    assert ran.code == 0
+    ids = ran.out.split()
+    assert [JobHandle(each).record().job.seed for each in ids] == [5, 6, 7]
+    ran = smallcat("submit", "a cat", "--seed", "5", "--images", "1", "--json")
+    assert [each["id"] for each in ran.document] == ids[:1]
+    ran = smallcat("submit", "a cat", "-n", "2", "--output", "cat.png")
+    assert (ran.code, ran.err) == (2, "--output cat.png is one file for 2 pictures: name a folder.\n")
+
+
 def test_fetching_saves_each_picture(
     smallcat: Shell, client: Redis, environment: dict[str, str], tmp_path: Path
 ) -> None:
