@@ -10,6 +10,7 @@ A watcher has what was read last, and no list of what it has not seen yet, so a 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two readings, at least, and how many times longer than a reading a pause is, at least.
 EVERY_S, PAUSE = 1.0, 10.0
+#: Watchers that are told within a second: with more of them, they are told less often.
+WATCHERS_A_SECOND: Final = 200
 #: Jobs that are shown: of those submitted last, drawn last, and failed last.
 LATEST_JOBS, LATEST_PICTURES, LATEST_FAILURES = 100, 120, 30
 #: Workers that are shown.
@@ -62,16 +65,20 @@ class SeenJob:
     at: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activity:
     """What was read at one time."""
 
+    #: Another one for each.
+    number: int = 0
     #: The jobs by id.
     jobs: Mapping[str, SeenJob] = field(default_factory=dict)
     #: Queues, workers and counts, as JSON has them.
     fleet: Mapping[str, Any] = field(default_factory=dict)
     #: What could not be read, in a sentence; empty: nothing is wrong.
     trouble: str = ""
+    #: What is sent of it to those who have the same and see the same: most watchers go in step.
+    events: dict[object, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -125,12 +132,14 @@ class Watching:
             try:
                 self._last = await self._run_in_thread(self._reader.read, audiences)
             except Exception as error:  # noqa: BLE001 - each watcher is told
-                self._last = dict.fromkeys(audiences, Activity(trouble=sentence_of(error)))
+                trouble = Activity(self._reader.next_number(), trouble=sentence_of(error))
+                self._last = dict.fromkeys(audiences, trouble)
             for watcher in self._watchers:
                 if (seen := self._last.get(watcher.audience)) is not None:  # Not one that came meanwhile.
                     watcher.seen = seen
                     watcher.changed.set()
-            await asyncio.sleep(max(EVERY_S, PAUSE * (loop.time() - began_s)))
+            many_s = len(self._watchers) / WATCHERS_A_SECOND
+            await asyncio.sleep(max(EVERY_S, PAUSE * (loop.time() - began_s), many_s))
         self._last = {}
 
 
@@ -151,6 +160,11 @@ class Reader:
         #: What is known of each job: where it stands in the lists, the text of its record, and the job.
         self._known: dict[str, tuple[tuple[float, ...], Mapping[str, str], SeenJob | None]] = {}
         self._asked_s = -math.inf
+        self._numbers = itertools.count(1)
+
+    def next_number(self) -> int:
+        """A number that no earlier activity has."""
+        return next(self._numbers)
 
     def read(self, audiences: Iterable[Audience]) -> dict[Audience, Activity]:
         """Read once, for each audience. Raises redis-py's errors."""
@@ -160,6 +174,7 @@ class Reader:
         self._watch(places)
         return {
             audience: Activity(
+                self.next_number(),
                 {name: job for name in found if (job := self._of(name))},
                 self._fleet(workers, audience),
                 trouble,

@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 
 from producer.client.job_result import JobResult
 from producer.gallery.rows import row_of_record
-from producer.http.activity import Audience, SeenJob, Watcher
+from producer.http.activity import Activity, Audience, SeenJob, Watcher
 from producer.http.auth import Reader, Shared
 from producer.http.backend import Backend
 from producer.http.caller import Caller
@@ -59,12 +59,26 @@ class _Sent:
         self._jobs: dict[str, SeenJob] | None = None
         self._fleet: Mapping[str, Any] | None = None
         self._trouble = ""
+        #: The number of the activity that was sent last.
+        self._number = 0
 
     def news(self, watcher: Watcher) -> list[str]:
         """The events that are due."""
-        seen, found = watcher.seen, []
-        if seen is None:
+        seen, caller = watcher.seen, self._caller
+        if seen is None or seen.number == self._number:
             return []
+        # All that `row` and `may_see` depend on, and what this client has.
+        key = self._number, caller.mark, caller.scopes, caller.owner, caller.shares
+        if (known := seen.events.get(key)) is None:
+            events = self._compose(seen)
+            seen.events[key] = known = events, self._jobs, self._fleet, self._trouble
+        events, self._jobs, self._fleet, self._trouble = known
+        self._number = seen.number
+        return list(events)
+
+    def _compose(self, seen: Activity) -> list[str]:
+        """The events that lead from what was sent to `seen`."""
+        found: list[str] = []
         if seen.trouble != self._trouble:
             self._trouble = seen.trouble
             found.append(_text("trouble", {"text": seen.trouble}))

@@ -32,7 +32,7 @@ async def get_gallery(run: str, caller: Reader, backend: Shared) -> Response:
     require_own(run, caller)
     found = await backend.run(look, backend, run)
     source = backend.runs.listed(run)
-    if source is None or not found["done"] + found["failed"]:
+    if source is None or not found["done"] + found["failed"] + found["cancelled"]:
         raise RefusedError(
             409,
             f"The run {run} is {found['state']}, and none of its jobs has ended: come back later.",

@@ -13,8 +13,8 @@ function showFleet() {
   const alone = (fleet?.queues ?? []).filter((each) => !each.workers);
   $("now-note").hidden = !alone.length;
   $("now-note").textContent = alone.map((each) =>
-    `${many(each.waiting, "job")} in the queue ${each.queue} ${each.waiting === 1 ? "waits" : "wait"} for a worker: ` +
-    "none that takes them is running.").join(" ");
+    `${many(each.waiting, "message")} in the queue ${each.queue} ${each.waiting === 1 ? "waits" : "wait"}, and no ` +
+    "worker that takes them is running.").join(" ");
   $("now-empty").hidden = !fleet || [...jobs.values()].some((row) => !ENDED.has(row.state));
   $("pictures-empty").hidden = !fleet || [...jobs.values()].some((row) => row.state === "done");
   showSummary();
@@ -90,10 +90,11 @@ function makeRun() {
 }
 
 function fillRun(item, run) {
-  const all = run.total ?? run.sent, ended = run.done + run.failed;
+  const all = run.total ?? run.sent, ended = run.done + run.failed + run.cancelled;
   item.querySelector(".prompt").textContent = run.files.join(", ") || run.run;
   const counts = [run.state, `${format.format(run.done)} of ${format.format(all)} done`];
   if (run.failed) counts.push(`${format.format(run.failed)} failed`);
+  if (run.cancelled) counts.push(`${format.format(run.cancelled)} cancelled`);
   if (run.rejected) counts.push(`${many(run.rejected, "line")} rejected`);
   item.querySelector(".how").textContent = counts.join(" · ");
   item.querySelector(".why").textContent = run.error;

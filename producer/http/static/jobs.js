@@ -69,7 +69,7 @@ function makeNow(row) {
 function fillNow(item, row) {
   const isRunning = row.state === "running";
   item.querySelector(".how").textContent = !isRunning ? `waits since ${clock(row.at)}`
-    : row.of ? `step ${row.step} of ${row.of}` : "begins";
+    : row.of && row.step ? `step ${row.step} of ${row.of}` : "begins";
   item.querySelector(".preview").hidden = !isRunning || !$("previews").checked;
   const bar = item.querySelector("progress");
   bar.hidden = !isRunning;

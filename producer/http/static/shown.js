@@ -26,7 +26,7 @@ function fillShown(row) {
   giveUp.hidden = ENDED.has(row.state) || !row.may_cancel || !may("submit");
   if (ENDED.has(row.state)) return;
   const text = row.state === "queued" ? `It waits since ${clock(row.at)}.`
-    : row.of ? `Step ${row.step} of ${row.of}.` : "It begins.";
+    : row.of && row.step ? `Step ${row.step} of ${row.of}.` : "It begins.";
   $("viewer-note").textContent = text;
   if (shownPreviews.has(row.id)) showPreview(shownPreviews.get(row.id));
 }
