@@ -17,7 +17,7 @@ from standardwebhooks import Webhook
 
 from deploy.embedded.process import Process
 from producer import JobHandle, submit_job
-from producer.webhooks.secrets import new_secret
+from producer.webhooks.secrets import Secrets
 from producer.webhooks.sender import STARTED
 from tests.faults import oracle
 from tests.faults.harness import ROOT, Ground, wait_until
@@ -30,7 +30,6 @@ pytestmark = pytest.mark.timeout(150)
 
 #: Kills of a long storm.
 KILLS = int(os.environ.get("STORM_KILLS", "200")) // 2
-SECRET = new_secret()
 HOSTS = "127.0.0.1"
 
 
@@ -50,7 +49,7 @@ class FaultSender(Process):
             **ground.stack.environment,
             "PYTHONPATH": str(ROOT),
             "SMALLCAT_WEBHOOK_HOSTS": HOSTS,
-            "SMALLCAT_WEBHOOK_SECRET": SECRET,
+            "SMALLCAT_WEBHOOK_SECRETS_DIR": str(ground.folder / "secrets"),
         }
 
     def _argv(self) -> list[str]:
@@ -82,13 +81,18 @@ def storm(ground: Ground, kills: int, rate: float, of_each: int, **faults: objec
     """Kill a worker and a sender together, under load. Each submission is told how it ended, for good."""
     handles: dict[str, JobHandle] = {}
     numbers = itertools.count()
+    # Of each tenant of the storm's jobs.
+    secrets, tenants = Secrets("", str(ground.folder / "secrets")), dict[str, str]()
     workers = [ground.worker(ready=False, settings=PATIENT, **faults) for _ in range(of_each)]
     parts = [FaultSender(ground, f"sender{number}") for number in range(of_each)]
     ground.stack.workers += parts  # type: ignore[arg-type] - they end with the stack
     with receiving(sometimes_failing(random.Random(1))) as receiver:
 
         def submit(job: Job) -> str:
+            if job.tenant not in tenants.values():
+                secrets.rotate(job.tenant)
             handle = submit_job(job, webhook=f"{receiver.url}?n={len(handles)}")
+            tenants[handle.submission] = job.tenant
             handles[handle.submission] = handle
             if next(numbers) % 7 == 3:
                 handle.cancel()
@@ -116,7 +120,8 @@ def storm(ground: Ground, kills: int, rate: float, of_each: int, **faults: objec
         def all_are_told() -> bool:
             nonlocal seen
             for request in receiver.requests[seen:]:
-                event = Webhook(SECRET).verify(request.body, request.headers)
+                tenant = tenants[request.json["data"]["submission"]]
+                event = Webhook(secrets.of(tenant)[0]).verify(request.body, request.headers)
                 told[event["data"]["submission"]].add(event["data"]["state"])
                 seen += 1
             return handles.keys() <= told.keys()
