@@ -273,14 +273,23 @@ def metric_names() -> str:
     def rows() -> Iterator[tuple[str, ...]]:
         for name, value in vars(metrics).items():
             if isinstance(
-                value, prometheus_client.Counter | prometheus_client.Gauge | prometheus_client.Histogram
+                value,
+                prometheus_client.Counter
+                | prometheus_client.Gauge
+                | prometheus_client.Histogram
+                | prometheus_client.Info,
             ):
                 metric = next(iter(value.describe()))
-                suffix = "_total" if metric.type == "counter" else ""
+                suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
                 labels = ", ".join(f"`{label}`" for label in value._labelnames)
                 yield f"`{metric.name}{suffix}`", metric.type, labels, texts[name]
         gauge = next(iter(metrics.MemoryCollector.collect(cast(Any, SimpleNamespace(_read=dict)))))
         yield f"`{gauge.name}`", gauge.type, "`what`", f"{gauge.documentation}, in bytes, by what has it."
+
+        device = SimpleNamespace(utilisation=lambda: None, out_of_memory=0, padded_rows=0)
+        for found in metrics.DeviceCollector.collect(cast(Any, SimpleNamespace(_device=device))):
+            suffix = "_total" if found.type == "counter" else ""
+            yield f"`{found.name}{suffix}`", found.type, "", f"{found.documentation}."
 
     return _table("Metric, Type, Labels, Meaning", rows())
 

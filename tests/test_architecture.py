@@ -46,7 +46,7 @@ DOORS = {
         "worker.device worker.model worker.bench"
     ),
     "boto3 botocore": "worker.storage",
-    "prometheus_client": "worker.jobs.metrics producer.cli.metrics",
+    "prometheus_client": "worker.jobs.metrics producer.cli.metrics producer.webhooks.metrics",
     "celery": "worker.celery worker.tasks worker.broker.event_batches worker.broker.stop_signals",
     "redis": (
         "worker.contract.redis_pool worker.state.redis_client "

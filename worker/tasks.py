@@ -22,7 +22,7 @@ from kombu.asynchronous import get_event_loop
 
 from worker.broker import log_lines, stop_signals, transport
 from worker.broker.event_batches import EventBatches
-from worker.broker.leases import acknowledge_by_record, acknowledged, postpone, set_aside_held
+from worker.broker.leases import acknowledge_by_record, acknowledged, held, postpone, set_aside_held
 from worker.celery import app
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import (
@@ -161,7 +161,7 @@ def _start(sender: Any, **_: Any) -> None:
         raise SystemExit(EX_SOFTWARE) from error
     stop_signals.set_hurry(_hurry)
     records = Records(connect(_process.settings.redis_url, retry_s=1), _process.settings.record_ttl_s)
-    transport.set_on_unreadable(records.set_aside)
+    transport.set_on_unreadable(metrics.counted(records.set_aside))
     transport.set_max_returns(_process.settings.max_attempts + MORE_RETURNS)
     transport.set_liveness(lambda: _here().engine.is_alive())
     transport.set_pause(lambda: bool(_here().handler.access.reason))
@@ -255,7 +255,7 @@ def _warm_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
         _log_choice(choice.what, choice.choice, choice.reason)
     for choice in runner.warm_up():
         _log_choice(choice.what, choice.choice, choice.reason)
-    metrics.MemoryCollector(runner.memory)
+    metrics.observe_process(runner, held, {"model": runner.served.name, **versions(VERSIONS)})
     return runner
 
 

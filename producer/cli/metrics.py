@@ -30,6 +30,12 @@ GAUGES = {
     "in_flight": ("smallcat_queue_jobs_in_flight", "Jobs that workers have fetched and not ended yet"),
     "workers": ("smallcat_workers", "Live workers that take jobs, by model and revision"),
 }
+#: Likewise, of those that wait, by whose they are: `tenants` is "yes" for jobs of tenants, else "no".
+BY_CLASS = {
+    "depth": ("smallcat_queue_depth", "Jobs that wait for workers of this version"),
+    "oldest_s": ("smallcat_queue_oldest_seconds", "Seconds that the oldest job waits; 0: none waits"),
+}
+PARKED = ("smallcat_queue_jobs_parked", "Jobs that wait for a newer worker, by the version of their messages")
 #: Seconds that a scrape waits for a Redis that is away.
 REDIS_RETRY_S = 2.0
 
@@ -66,8 +72,9 @@ def metrics(port: int | None) -> None:
 
 def _collector(*, is_served: bool) -> Collector:
     """Reads the figures when Prometheus asks. `is_served`: a Redis that is away is a figure, and no error."""
-    from prometheus_client.core import GaugeMetricFamily
+    from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
+    from worker.contract.versions import versions
     from worker.state.queue_figures import queue_figures
 
     now = session(REDIS_RETRY_S)
@@ -76,6 +83,7 @@ def _collector(*, is_served: bool) -> Collector:
         """As Prometheus' client calls it."""
 
         def collect(self) -> Iterator[Metric]:
+            yield InfoMetricFamily("smallcat_build", "What runs here", value=versions(("smallcat",)))
             try:
                 with now.queue_errors():
                     figures = queue_figures(now.redis, now.fleet)
@@ -91,6 +99,16 @@ def _collector(*, is_served: bool) -> Collector:
                 for served, count in sorted(getattr(figures, field).items()):
                     gauge.add_metric([served.model, served.revision], count)
                 yield gauge
+            for field, (name, what) in BY_CLASS.items():
+                gauge = GaugeMetricFamily(name, what, labels=["model", "revision", "tenants"])
+                for queued, value in sorted(getattr(figures, field).items()):
+                    tenants = "yes" if queued.of_tenants else "no"
+                    gauge.add_metric([queued.served.model, queued.served.revision, tenants], value)
+                yield gauge
+            gauge = GaugeMetricFamily(*PARKED, labels=["version"])
+            for version, count in sorted(figures.parked.items()):
+                gauge.add_metric([str(version)], count)
+            yield gauge
 
     made: Collector = QueueCollector()
     return made

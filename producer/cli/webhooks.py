@@ -29,14 +29,29 @@ def webhooks() -> None:
 @click.option(
     "--per-host", type=click.IntRange(1, 256), default=8, help="Of these to one host; 8 when not given."
 )
-def webhooks_run(concurrency: int, per_host: int) -> None:
+@click.option("--metrics-port", type=click.IntRange(1, 65_535), help="Serve Prometheus metrics on this port.")
+def webhooks_run(concurrency: int, per_host: int, metrics_port: int | None) -> None:
     """Send notifications until SIGTERM or Ctrl-C. Several may run at once."""
     try:
         from producer.webhooks import sender
     except ModuleNotFoundError as error:
         raise CallerError(f'{error.name} is not installed: pip install "smallcat[http]".') from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    sender.run(session(redis_retry_s=2), webhook_settings(), concurrency, per_host)
+    now, settings = session(redis_retry_s=2), webhook_settings()
+    if metrics_port is None:
+        sender.run(now, settings, concurrency, per_host)
+        return
+    try:
+        from producer.webhooks import metrics
+    except ModuleNotFoundError as error:
+        raise CallerError(f'{error.name} is not installed: pip install "smallcat[metrics]".') from None
+    try:
+        count = metrics.serve(now, metrics_port)
+    except OSError as error:
+        raise CallerError(
+            f"Port {metrics_port} cannot be listened on ({error.strerror}): name another."
+        ) from None
+    sender.run(now, settings, concurrency, per_host, count)
 
 
 @webhooks.command("list")

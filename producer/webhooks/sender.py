@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from producer.session import Session
@@ -45,9 +45,19 @@ STARTED: Final = "Notifications are sent"
 class Sender:
     """Sends what is due until it is stopped."""
 
-    def __init__(self, session: Session, settings: WebhookSettings, at_once: int, per_host: int) -> None:
-        """Raises `SettingsError` where a setting is no secret, or no host."""
-        self._session = session
+    def __init__(
+        self,
+        session: Session,
+        settings: WebhookSettings,
+        at_once: int,
+        per_host: int,
+        on_ended: Callable[[str], None] = lambda ended: None,
+    ) -> None:
+        """`on_ended` is called with how each attempt ended: see `Ended`.
+
+        Raises `SettingsError` where a setting is no secret, or no host.
+        """
+        self._session, self._on_ended = session, on_ended
         self._notifications = Notifications(session.redis)
         self._secrets = Secrets(settings.webhook_secret, settings.webhook_secrets_dir)
         self._hosts = Hosts.parse(settings.webhook_hosts)
@@ -124,6 +134,7 @@ class Sender:
             self._busy[notification.host] -= 1
             if not self._busy[notification.host]:
                 del self._busy[notification.host]
+        self._on_ended(ended)
         shown = notification.id[1:], plain(notification.host), plain(text)
         if ended == "failed":
             logger.error("The notification %s to %s is given up: %s.", *shown)
@@ -188,14 +199,20 @@ def in_background(session: Session, settings: WebhookSettings) -> Iterator[None]
         loop.close()
 
 
-def run(session: Session, settings: WebhookSettings, at_once: int, per_host: int) -> None:
+def run(
+    session: Session,
+    settings: WebhookSettings,
+    at_once: int,
+    per_host: int,
+    on_ended: Callable[[str], None] = lambda ended: None,
+) -> None:
     """Send notifications until SIGTERM or Ctrl-C; then finish what is being sent. Raises `SettingsError`."""
 
     health = Health(settings.health_port)
     health.start()
 
     async def serve() -> None:
-        sender = Sender(session, settings, at_once, per_host)
+        sender = Sender(session, settings, at_once, per_host, on_ended)
 
         def stop() -> None:
             health.stopping()

@@ -23,7 +23,7 @@ PORTS = {
     "s3": (8333,),
     "worker": (8081, 9090),
     "http": (8000, 8081),
-    "webhooks": (8081,),
+    "webhooks": (8081, 9090),
     "flower": (5555,),
     "metrics": (9090,),
     "prometheus": (9090,),

@@ -179,7 +179,7 @@ def test_the_services_start_in_their_order_are_healthy_and_draw(tmp_path: Path) 
                 with urllib.request.urlopen(url, timeout=10) as answer:
                     return bytes(answer.read())
 
-            wait_for(lambda: b'"2"' in scraped(), lambda: scraped().decode(), 60)
+            wait_for(lambda: b'"3"' in scraped(), lambda: scraped().decode(), 60)
 
         shown = "\n".join(command_lines(process) for process in processes.values())
         assert not [name for name, value in secrets.items() if value in shown], "every user can read them"

@@ -64,6 +64,12 @@ def acknowledged(delivery_tag: str) -> None:
             lease.acknowledged(delivery_tag)
 
 
+def held() -> int:
+    """How many messages this process holds."""
+    with _lock:
+        return sum(lease.count for lease in _leases.values())
+
+
 def _forget() -> None:
     """After a fork: the child has the parent's leases, but not its threads."""
     for lease in _leases.values():

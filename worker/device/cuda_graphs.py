@@ -157,6 +157,8 @@ class StepGraphs:
         self._lanes: CompiledLanes[_Function] = CompiledLanes("step", partial(denoise, forward), compiler)
         self._pools = [GraphPool(compiler) for _ in range(at_once)]
         self._streams = [torch.cuda.Stream() for _ in range(at_once)] if at_once > 1 else []
+        #: Rows that batches had beside those of jobs so far.
+        self.padded_rows = 0
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -195,6 +197,7 @@ class StepGraphs:
         if (function := functions[_name(lane, batch)]) is None:
             return None
         jobs, rows = len(batch.states), batch_size(len(batch.job_of_row))
+        self.padded_rows += rows - len(batch.job_of_row)
         # Where all jobs are guided there are half as many jobs as rows, and what is computed once for each
         # job costs half as much. Compiled code takes two jobs or more.
         padded_jobs = max(2, rows // 2)

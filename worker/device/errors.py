@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 
 from worker.contract.errors import DeviceError, OutOfMemoryError, RenderError, SmallcatError, first_line
+
+#: How often that was raised in this process.
+times = Counter({"out of memory": 0})
 
 
 @contextlib.contextmanager
@@ -25,6 +29,7 @@ def mapped(doing: str) -> Iterator[None]:
         if is_out_of_memory(error):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            times["out of memory"] += 1
             raise OutOfMemoryError(f"Out of memory while trying to {doing}: {first_line(error)}") from error
         if isinstance(error, torch.AcceleratorError):
             raise DeviceError(f"The device failed to {doing}: {first_line(error)}") from error

@@ -28,7 +28,7 @@ from worker.device import attention, warm_up
 from worker.device.compiler import Compiler, keep_kernels_in
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
 from worker.device.embeddings import Files
-from worker.device.errors import mapped
+from worker.device.errors import mapped, times
 from worker.device.family import Lane, ModelFamily
 from worker.device.host_copy import HostCopy
 from worker.device.job_state import FiniteCheck, JobState
@@ -159,6 +159,28 @@ class ModelRunner:
             "held": torch.cuda.memory_reserved(self._device),
         }
         return now | (self._graphs.peaks if self._graphs is not None else {})
+
+    def utilisation(self) -> float | None:
+        """The share of the last moment in which the GPU worked, 0 to 1, as NVIDIA's driver counts.
+
+        None on a CPU, and where nvidia-ml-py is not installed or the driver does not say.
+        """
+        if not self._on_gpu:
+            return None
+        try:
+            return float(torch.cuda.utilization(self._device)) / 100
+        except Exception:  # noqa: BLE001 - a figure that is not there is no fault of the worker
+            return None
+
+    @property
+    def out_of_memory(self) -> int:
+        """How often a step, a text or a picture did not fit in memory: then fewer are tried together."""
+        return times["out of memory"]
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows that steps had beside those of jobs, to fit a captured batch size."""
+        return self._graphs.padded_rows if self._graphs is not None else 0
 
     # --- before the first job -------------------------------------------------------------------------------
 

@@ -71,7 +71,9 @@ class DecodeStage(Generic[StateT]):
         with self._changed:
             if self._stopped:
                 return
-            self._waiting.extend(tickets)
+            for ticket in tickets:
+                ticket.stepped_s = self._clock()
+                self._waiting.append(ticket)
         self._run_on(self._decode_thread, self._start_next)
 
     def wait_until_idle(self) -> None:

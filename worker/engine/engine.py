@@ -362,7 +362,8 @@ class Engine(Generic[StateT]):
         """End a job with its picture or its error."""
         if isinstance(outcome, Picture):
             assert ticket.state is not None  # noqa: S101 - it had its last step
-            self._resolve(ticket, Rendered(outcome, ticket.state.warnings, ticket.device_s))
+            seconds = ticket.device_s, ticket.decode_s(self._clock())
+            self._resolve(ticket, Rendered(outcome, ticket.state.warnings, *seconds))
         else:
             self._resolve(ticket, outcome)
 
@@ -376,7 +377,6 @@ class Engine(Generic[StateT]):
         ticket.resolve(outcome)
 
     def _notify(self) -> None:
-        """Let the engine's thread check for work."""
         with self._changed:
             self._changed.notify_all()
 

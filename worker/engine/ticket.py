@@ -27,6 +27,8 @@ class Rendered:
     warnings: tuple[str, ...]
     #: Its share of the device's time: of each of its steps by its rows, in seconds.
     device_s: float = 0.0
+    #: Seconds from its last step until its picture was decoded.
+    decode_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -43,6 +45,8 @@ class Ticket(Generic[StateT]):
     cancelled: bool = False
     #: Its share of the steps so far, in seconds.
     device_s: float = 0.0
+    #: When its last step ended, by the engine's clock; None: it has not.
+    stepped_s: float | None = None
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -54,6 +58,10 @@ class Ticket(Generic[StateT]):
             return 0, 0
         asked = self.job.steps or self.state.steps
         return self.state.step * asked // self.state.steps, asked
+
+    def decode_s(self, now_s: float) -> float:
+        """Seconds from its last step until `now_s`; 0 where it had none."""
+        return 0.0 if self.stepped_s is None else now_s - self.stepped_s
 
     def resolve(self, outcome: Rendered | BaseException) -> None:
         """Give the job's future its result or its error. A second outcome is ignored."""

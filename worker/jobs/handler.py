@@ -136,15 +136,17 @@ class JobHandler:
         Raises `MachineError` where the message must go back to the queue, and `InvalidJobError` where nothing
         can be read in it. `redelivered`: the message was fetched before.
         """
+        if redelivered:
+            metrics.REDELIVERED.inc()
         try:
             message = Message.parse(payload)
-        except InvalidJobError:
-            metrics.JOBS.labels("failed").inc()
+        except InvalidJobError as error:
+            metrics.JOBS.labels("failed", type(error).__name__).inc()
             raise
         try:
             self.access.require()
-        except BucketRefusedError:  # Fetched just before access closed.
-            metrics.JOBS.labels("given_back").inc()
+        except BucketRefusedError as error:  # Fetched just before access closed.
+            metrics.JOBS.labels("given_back", type(error).__name__).inc()
             raise
         alone = redelivered and self._policy.runs_alone(*self._records.attempts_and_deaths(message.id))
         with self._quarantine.admit(alone=alone):
@@ -170,10 +172,10 @@ class JobHandler:
         )
         keys = job_key(message.id), attempts_key(message.id)
         if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED):
-            metrics.JOBS.labels("taken").inc()
+            metrics.JOBS.labels("taken", "").inc()
             return Handled(None if claim is Claim.DROPPED else keys)
         tag = message_id.partition("/")[2]
-        with self._in_flight.hold(message.id):
+        with self._in_flight.hold(message.id), metrics.IN_FLIGHT.track_inprogress():
             try:
                 self._complete(message, tag, attempt, queued_s, may_render=claim is Claim.RENDER)
             except SmallcatError as error:
@@ -208,9 +210,8 @@ class JobHandler:
             raise self._policy.poison(attempt)
         job = self._files.provide(job)
         started_s = time.monotonic()
-        rendered: Rendered = self._engine.submit(message.id, job).result()
+        rendered = self._rendered(message.id, job)
         rendered_s = time.monotonic()
-        metrics.RENDERED.observe(rendered_s - started_s)
         steps = job.steps or 0
         self._in_flight.rendered(message.id, steps)
         record = JobRecord(
@@ -226,16 +227,28 @@ class JobHandler:
             warnings=(*rendered.warnings, *warnings_of(job), *unknown_warnings(job, self._files.index)),
             nsfw=rendered.picture.nsfw,
         )
-        data = _encode(rendered.picture, job, mark_as_generated=self._mark_as_generated)
-        self._put(record, data)
+        with metrics.ENCODED.time():
+            data = _encode(rendered.picture, job, mark_as_generated=self._mark_as_generated)
+        with metrics.UPLOADED.time():
+            self._put(record, data)
         uploaded_s = time.monotonic() - rendered_s
-        metrics.UPLOADED.observe(uploaded_s)
         timings = record.timings.model_copy(update={"uploaded": uploaded_s})
         used = Used(device_s=rendered.device_s, size=len(data))
         if not self._records.done(record.model_copy(update={"timings": timings}), tag, used):
             self._delete_if_forgotten(record)
-        metrics.JOBS.labels("rendered").inc()
+        metrics.JOBS.labels("rendered", "").inc()
         self.rates.picture()
+
+    def _rendered(self, job_id: str, job: Job) -> Rendered:
+        """The picture, from the engine. Raises `SmallcatError`."""
+        metrics.ATTEMPTS.inc()
+        with metrics.RENDERED.time():
+            # Returns once the texts are encoded.
+            with metrics.TEXT_ENCODED.time():
+                future = self._engine.submit(job_id, job)
+            rendered = future.result()
+        metrics.DECODED.observe(rendered.decode_s)
+        return rendered
 
     def _delete_if_forgotten(self, record: JobRecord) -> None:
         """Delete a picture that was put while its job was forgotten, where this worker has the right to.
@@ -290,7 +303,7 @@ class JobHandler:
             tag,
             Used(is_cached=True),
         )
-        metrics.JOBS.labels("cached").inc()
+        metrics.JOBS.labels("cached", "").inc()
         return True
 
     def _put(self, record: JobRecord, picture: bytes) -> None:
@@ -316,26 +329,26 @@ class JobHandler:
         match self._policy.verdict(error, attempt):
             case Verdict.GIVE_BACK:
                 self._records.give_back(job_id, message_id)
-                metrics.JOBS.labels("given_back").inc()
+                metrics.JOBS.labels("given_back", name).inc()
                 raise error
             case Verdict.RETRY:
                 at = time.time()
                 failure = Attempt(attempt=attempt, worker=self._name, at=at, error_type=name, error=text)
                 self._records.retried(job_id, message_id, failure)
-                metrics.JOBS.labels("retried").inc()
+                metrics.JOBS.labels("retried", name).inc()
                 logger.warning("%s", line)
                 return self._policy.pause_s(attempt, random.random())  # noqa: S311 - nothing secret
             case Verdict.CANCEL:
                 if not self._records.cancelled(job_id, message_id, error):
                     # It was submitted again while this render was being stopped.
                     self._records.give_back(job_id, message_id)
-                    metrics.JOBS.labels("given_back").inc()
+                    metrics.JOBS.labels("given_back", name).inc()
                     return 0.0
-                metrics.JOBS.labels("cancelled").inc()
+                metrics.JOBS.labels("cancelled", "").inc()
                 logger.info("%s", line)
             case Verdict.FAIL:
                 self._records.failed(job_id, message_id, error)
-                metrics.JOBS.labels("failed").inc()
+                metrics.JOBS.labels("failed", name).inc()
                 logger.error("%s", line)
         return None
 

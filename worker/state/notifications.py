@@ -110,6 +110,16 @@ class Notifications:
             pipe.llen(TOLD_BY_PRODUCERS)
             return sum(pipe.execute())
 
+    def counts(self) -> tuple[int, int]:
+        """How many wait or are sent now, also those that no sender has seen; and how many were given up."""
+        hosts: Any = self._redis.zrange(f"{WEBHOOKS}:hosts", 0, -1)
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.zcard(f"{WEBHOOKS}:failed")
+            for host in hosts:
+                pipe.zcard(f"{WEBHOOKS}:due:{host}")
+            given_up, *due = pipe.execute()
+        return sum(due) + self.untaken(), given_up
+
     def _read(self, names: Mapping[str, float]) -> list[Notification]:
         fields = ("host", "attempts", "told_at", "entry", "ended", "ended_at")
         with self._redis.pipeline(transaction=False) as pipe:

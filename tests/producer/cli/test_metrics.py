@@ -36,6 +36,10 @@ def test_the_figures_are_printed_once(environment: dict[str, str]) -> None:
     assert found["smallcat_queue_jobs_waiting", "sdxl"] == 3
     assert found["smallcat_queue_jobs_in_flight", "sdxl"] == 0
     assert found["smallcat_redis_up", ""] == 1
+    # They are no tenant's.
+    assert 'smallcat_queue_depth{model="sdxl",revision="",tenants="no"} 3.0' in printed.output
+    assert 'smallcat_queue_depth{model="sdxl",revision="",tenants="yes"} 0.0' in printed.output
+    assert 0 <= found["smallcat_queue_oldest_seconds", "sdxl"] < 60
 
 
 def test_a_prometheus_that_asks_is_told_whether_redis_answers(
@@ -57,7 +61,8 @@ def test_a_prometheus_that_asks_is_told_whether_redis_answers(
                 return True
 
             wait_for(answers, lambda: "it does not listen")
-            assert figures(found[-1]) == {("smallcat_redis_up", ""): 0}
+            shown = figures(found[-1])
+            assert shown == {("smallcat_build_info", ""): 1, ("smallcat_redis_up", ""): 0}
         finally:
             served.terminate()
     assert served.returncode == 0

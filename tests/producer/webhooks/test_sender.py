@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.session import session
+from producer.webhooks import metrics
 from producer.webhooks import sender as sender_module
 from producer.webhooks.secrets import new_secret
 from producer.webhooks.sender import Sender
 from tests.faults.harness import wait_until
 from tests.producer.webhooks.receiver import Handler, Receiver, ok, receiving
+from tests.worker.health.probes import free_port
 from worker.contract.settings import webhook_settings
 from worker.state.keys import WEBHOOKS
 from worker.state.notifications import Notifications
@@ -343,3 +346,22 @@ def test_while_redis_is_away_it_waits(
         client.client_kill_filter(_type="normal", skipme=True)
         tell(client, receiver.url)
         receiver.wait_for(1)
+
+
+def test_prometheus_is_told_what_waits_was_sent_and_given_up(client: Redis) -> None:
+    port = free_port()
+    count = metrics.serve(session(2), port)
+    for ended in ("sent", "sent", "failed"):
+        count(ended)
+    tell(client, "http://127.0.0.1:9/", 1)
+    tell(client, "http://127.0.0.1:9/", 2)
+    notifications = Notifications(client)
+    for each in notifications.take(1, 1, {}):
+        notifications.settle(each, "failed", text="gone")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        shown = answer.read().decode()
+    assert 'smallcat_webhooks_total{ended="sent"} 2.0' in shown
+    assert 'smallcat_webhooks_total{ended="later"} 0.0' in shown
+    assert 'smallcat_webhooks_total{ended="failed"} 1.0' in shown
+    assert "smallcat_webhooks_waiting 1.0" in shown
+    assert "smallcat_webhooks_given_up 1.0" in shown

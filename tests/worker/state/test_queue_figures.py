@@ -30,7 +30,7 @@ def test_jobs_are_counted_by_model_and_revision_with_and_without_workers(client:
     fleet = Fleet(client, 60)
     served = SERVED.model_copy(update={"name": "an/other model"})
     exact, open_to_all, default = queues_of(served)
-    assert queue_figures(client, fleet) == ({}, {}, {})
+    assert queue_figures(client, fleet) == ({}, {}, {}, {}, {}, {})
 
     client.sadd(QUEUES, exact, open_to_all, default)
     client.lpush(list_of(exact, 0), "urgent")
