@@ -29,7 +29,8 @@ def usage(tenant: str | None, since: str, until: str, is_csv: bool, as_json: boo
         print_json([each._asdict() for each in found])
         return
     if is_csv:
-        click.echo(as_csv(found), nl=False)
+        for line in as_csv(found).splitlines():
+            say(line)
         return
     for each in found:
         made = f"{each.images:>9,} pictures  {each.cached:>9,} cached"

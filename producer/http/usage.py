@@ -37,9 +37,11 @@ _ANSWER: Final = {
 }
 
 
-@router.get(
-    "/v1/usage", summary="What was used, by tenant and day", responses=schema.answers(200, _ANSWER, 422)
-)
+_ANSWERS: Final = schema.answers(200, _ANSWER, 422)
+_ANSWERS[200]["content"]["text/csv"] = {"schema": {"type": "string"}}
+
+
+@router.get("/v1/usage", summary="What was used, by tenant and day", responses=_ANSWERS)
 async def get_usage(
     caller: Reader,
     backend: Shared,

@@ -291,7 +291,8 @@ class Forgetting:
             return
         key = run_key(run)
         with self._redis.pipeline() as pipe:
-            pipe.unlink(key, *(f"{key}:{part}" for part in ("done", "failed", "news", "prints", "feeder")))
+            parts = ("done", "failed", "cancelled", "news", "prints", "feeder")
+            pipe.unlink(key, *(f"{key}:{part}" for part in parts))
             pipe.hset(key, mapping={"cancelled": 1, "forgotten": 1})
             pipe.expire(key, self._ttl_s)
             pipe.zrem(RUNS, run)
