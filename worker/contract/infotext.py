@@ -21,7 +21,7 @@ from typing import Any
 from PIL import ExifTags
 
 from worker.contract import a1111_syntax
-from worker.contract.choices import PromptSyntax
+from worker.contract.choices import NoiseSchedule, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.file_index import AUTO_V2
@@ -30,7 +30,7 @@ from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.job_files import embeddings_of, vae_of
 from worker.contract.metadata.a1111_text import pairs_of, split
 from worker.contract.metadata.reading import Reading, left_out, number
-from worker.contract.scheduler_names import pair_of
+from worker.contract.scheduler_names import AUTOMATIC, pair_of
 
 #: The keys in the order in which they are written, each with its fields: width and height are one key.
 _KEYS: tuple[tuple[str, tuple[FieldEntry, ...]], ...] = tuple(
@@ -55,15 +55,19 @@ _TEXTS = "Texts"
 #: AUTOMATIC1111's key for embeddings, and digits of the hashes in it.
 _TI_HASHES, _TI_DIGITS = "TI hashes", 12
 _VAE_HASH = "VAE hash"
+#: The key under which Civitai looks for what it has: AutoV2 hashes by kind and name, as bare JSON.
+_HASHES = "Hashes"
 #: Whose infotext it is: another tool's model and its hash mean nothing here.
 _VERSION, _OURS = "Version", "smallcat"
-#: AUTOMATIC1111's key for the eta of DDIM alone.
-_ETA_OF_DDIM = "Eta DDIM"
+#: AUTOMATIC1111 has a key for the eta of DDIM, and one for that of all others.
+_ETA, _ETA_OF_DDIM = "Eta", "Eta DDIM"
+#: For AUTOMATIC1111 1.10 a sampler without a schedule is "Automatic". This is its name for its own one.
+_OWN_SCHEDULE = "Uniform"
 #: Keys of a schedule beside the sampler.
 _SCHEDULES = ("Schedule type", "Scheduler")
 #: Keys that are read, and keys that say nothing of how the picture was made beside the job's own fields: the
 #: model is the fleet's.
-_READ = frozenset((*(key for key, _ in _KEYS), _VERSION, *_SCHEDULES))
+_READ = frozenset((*(key for key, _ in _KEYS), _VERSION, _ETA_OF_DDIM, *_SCHEDULES))
 _HARMLESS = frozenset(
     each.casefold()
     for each in (
@@ -96,12 +100,16 @@ _SPECIAL = re.compile(r'[,:\n"]')
 
 def write(job: Job) -> str:
     """The infotext of a resolved job. `read` of it gives back all that determines the picture."""
-    pairs = {key: value for key, entries in _KEYS if (value := _value(job, entries)) is not None}
-    if embeddings := embeddings_of(job):
+    pairs = {_key(job, key): value for key, entries in _KEYS if (value := _value(job, entries)) is not None}
+    embeddings, vae = embeddings_of(job), vae_of(job)
+    if embeddings:
         shown = ", ".join(f"{name}: {sha256[:_TI_DIGITS]}" for name, sha256 in embeddings.items())
         pairs[_TI_HASHES] = _quote(shown)
-    if vae := vae_of(job):
+    if vae:
         pairs[_VAE_HASH] = vae[:AUTO_V2]
+    if embeddings or vae:
+        hashes = {f"embed:{name}": sha256[:AUTO_V2] for name, sha256 in embeddings.items()}
+        pairs[_HASHES] = json.dumps(hashes | ({"vae": vae[:AUTO_V2]} if vae else {}), ensure_ascii=False)
     pairs[_VERSION] = _OURS
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):
@@ -143,8 +151,6 @@ def read_fields(text: str) -> Reading:
     _refuse_other_start(pairs)
     left = [f"Civitai resources: {each}" for each in sorted(resources)]
     left += [each for each in left_out(pairs, _READ, _HARMLESS) if each not in _NEUTRAL]
-    if _ETA_OF_DDIM in pairs:
-        pairs["Eta"] = pairs.pop(_ETA_OF_DDIM)
     fields = _prompts(prompt, negative) | _job_fields(pairs, is_ours=False)
     if parts is not None:
         # Its own syntax, but for the networks, which a job cannot ask for.
@@ -182,6 +188,8 @@ def _prompts(prompt: str, negative: str) -> dict[str, Any]:
 
 def _job_fields(pairs: Mapping[str, str], *, is_ours: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    if _ETA_OF_DDIM in pairs:
+        pairs = {**pairs, _ETA: pairs[_ETA_OF_DDIM]}
     for key, entries in _KEYS:
         if key in (_SAMPLER, *_SCHEDULES):
             continue
@@ -198,12 +206,18 @@ def _schedule(pairs: Mapping[str, str]) -> str | None:
     return next((pairs[name] for name in _SCHEDULES if name in pairs), None)
 
 
+def _key(job: Job, key: str) -> str:
+    return _ETA_OF_DDIM if key == _ETA and job.scheduler is Scheduler.DDIM else key
+
+
 def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
     """The value of a key; None where it is not written: a later version's field at its default."""
     if len(entries) > 1:
         return "x".join(str(getattr(job, entry.name)) for entry in entries)
     [entry] = entries
     value = getattr(job, entry.name)
+    if value is NoiseSchedule.DEFAULT and job.scheduler in AUTOMATIC:
+        return _OWN_SCHEDULE
     if not entry.is_original and value == entry.default:
         return None
     if entry.kind is dict:

@@ -58,7 +58,7 @@ SAMPLER_NAMES: Mapping[Scheduler, tuple[str, ...]] = MappingProxyType(
 SCHEDULE_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         NoiseSchedule.DEFAULT: ("normal", "uniform", "default"),
-        # AUTOMATIC1111 and Forge: what the sampler is made with there, which is `_AUTOMATIC`.
+        # AUTOMATIC1111 and Forge: what the sampler is made with there, which is `AUTOMATIC`.
         "automatic": ("automatic",),
         # "_k" is InvokeAI's, "_ka" AUTOMATIC1111's short form.
         NoiseSchedule.KARRAS: ("karras", "k", "ka"),
@@ -122,7 +122,7 @@ OWN: frozenset[tuple[Scheduler, str]] = frozenset(
     )
 )
 #: What AUTOMATIC1111's "Automatic" is, where it is not the default (`scheduler` in its samplers' options).
-_AUTOMATIC: Mapping[Scheduler, NoiseSchedule] = {
+AUTOMATIC: Mapping[Scheduler, NoiseSchedule] = {
     **dict.fromkeys(
         (
             *(Scheduler.DPMPP_2M, Scheduler.DPMPP_SDE, Scheduler.DPMPP_2S_ANCESTRAL),
@@ -212,7 +212,7 @@ def read_pair(sampler: str, schedule: str) -> Pair:
         elif given not in (own, "automatic"):
             raise ValueError(f"is {short(sampler)} with the schedule {short(schedule)}: use one of the two")
     if asked == "automatic":
-        asked = _AUTOMATIC.get(base, NoiseSchedule.DEFAULT)
+        asked = AUTOMATIC.get(base, NoiseSchedule.DEFAULT)
     if asked in (None, NoiseSchedule.DEFAULT) or (base, asked) in OWN:
         return Pair(base, NoiseSchedule.DEFAULT)
     if asked not in OFFERED[base]:
