@@ -65,9 +65,14 @@ _ETA, _ETA_OF_DDIM = "Eta", "Eta DDIM"
 _OWN_SCHEDULE = "Uniform"
 #: Keys of a schedule beside the sampler.
 _SCHEDULES = ("Schedule type", "Scheduler")
-#: Keys that are read, and keys that say nothing of how the picture was made beside the job's own fields: the
-#: model is the fleet's.
-_READ = frozenset((*(key for key, _ in _KEYS), _VERSION, _ETA_OF_DDIM, *_SCHEDULES))
+#: Keys that are read of other tools, and keys that say nothing of how the picture was made beside the job's
+#: own fields: the model is the fleet's.
+_READ = frozenset(
+    (
+        *(key for key, entries in _KEYS if not entries[0].infotext_ours_only),
+        *(_VERSION, _ETA_OF_DDIM, *_SCHEDULES),
+    )
+)
 _HARMLESS = frozenset(
     each.casefold()
     for each in (
@@ -88,7 +93,7 @@ _HARMLESS = frozenset(
 #: Keys of pictures that began with another one, beside the denoising strength.
 _OTHER_START = frozenset(("Mask blur", "Masked area padding", "Inpaint area", "Masked content", "Init image"))
 #: What is left out and is as a job does it.
-_NEUTRAL = frozenset(("Emphasis: Original", "Operations: txt2img"))
+_NEUTRAL = frozenset(("Emphasis: Original", "Operations: txt2img", "VAE: Automatic", "VAE: None"))
 #: The type of each of Civitai's resources.
 _RESOURCE = re.compile(r'"type": ?"(\w{1,30})"')
 #: What is never part of a prompt that was read rightly.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from worker.contract.choices import ALIGN_YOUR_STEPS, ETA, SAMPLERS, ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
-from worker.contract.infotext import read, write
+from worker.contract.infotext import read, read_fields, write
 from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_checks import VISIBLE
 from worker.contract.job_parameters import MAX_SEED
@@ -215,6 +215,22 @@ def test_a_picture_of_automatic1111_can_be_asked_for_again() -> None:
     assert (job.seed, job.width, job.height, job.clip_skip) == (2961093478, 512, 768, 2)
     # Its model's file name and hash mean nothing to this fleet.
     assert (job.model, job.revision) == ("default", "")
+
+
+@pytest.mark.parametrize(
+    ("pair", "left_out"),
+    [
+        ("VAE hash: 63aeecb90f, VAE: vae-ft-mse.pt", ("VAE: vae-ft-mse.pt",)),
+        ("VAE: Automatic", ()),
+        ("ENSD: 31337", ("ENSD: 31337",)),
+        ("Variation seed strength: 0.5", ("Variation seed strength: 0.5",)),
+    ],
+)
+def test_what_a_job_does_not_take_from_elsewhere_is_named(pair: str, left_out: tuple[str, ...]) -> None:
+    """A VAE's file name is another fleet's; the others are not offered."""
+    reading = read_fields(f"a cat\nSteps: 20, Seed: 1, {pair}, Version: v1.10.1")
+    assert tuple(reading.left_out) == left_out
+    assert "vae" not in reading.fields
 
 
 @pytest.mark.parametrize(("text", "clip_skip"), [("0", 1), ("1", 1), ("2", 2), ("-2", 2), ("12", 12)])

@@ -1,0 +1,51 @@
+"""A grid's pictures as one PNG: each in its cell, and nothing left out in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from deploy.grid import CELL, GAP, HEAD, NAMES, draw
+
+COLOURS = {("ddim", 5): "red", ("ddim", 9): "lime", ("lcm", 5): "blue", ("lcm", 9): "black"}
+
+
+def manifest_in(folder: Path) -> Path:
+    lines = []
+    for number, ((scheduler, steps), colour) in enumerate(COLOURS.items()):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{number}.png")
+        grid = {"scheduler": scheduler, "steps": steps}
+        lines.append(
+            {"prompt": "a cat", "path": str(folder / f"{number}.png"), "state": "done", "grid": grid}
+        )
+    path = folder / "m.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_each_picture_is_in_its_row_and_column(tmp_path: Path) -> None:
+    output = tmp_path / "grid.png"
+    assert draw(manifest_in(tmp_path), output) == (2, 2)
+    with Image.open(output) as picture:
+        sheet = picture.convert("RGB")
+    middles = [
+        (NAMES + column * (CELL + GAP) + CELL // 2, HEAD + row * (CELL + GAP) + CELL // 2)
+        for row in range(2)
+        for column in range(2)
+    ]
+    assert [sheet.getpixel(each) for each in middles] == [
+        (255, 0, 0),
+        (0, 255, 0),
+        (0, 0, 255),
+        (0, 0, 0),
+    ]
+
+
+def test_a_job_without_a_picture_is_said(tmp_path: Path) -> None:
+    path = manifest_in(tmp_path)
+    path.write_text(path.read_text() + "\n" + json.dumps({"prompt": "a cat", "state": "failed"}))
+    with pytest.raises(ValueError, match="1 of 5"):
+        draw(path, tmp_path / "grid.png")
