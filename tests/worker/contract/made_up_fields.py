@@ -82,6 +82,7 @@ def command_line() -> dict[str, Any]:
 
     class Handle:
         id = "0"
+        submission = "s"
 
         def progress(self) -> Progress:
             return Progress(State.QUEUED, 0, 0, 1, 1)
