@@ -2,6 +2,9 @@
 
 What is logged quotes messages, records and announcements, which whoever reaches Redis can write. Escaping
 where it is quoted would have to be remembered at each place, also in other people's code.
+
+Nor does a log have secrets or prompts, at any level: loggers of other people's code that write them are not
+let below a level at which they do not.
 """
 
 from __future__ import annotations
@@ -12,6 +15,19 @@ import logging
 from worker.contract.plain_text import plain
 
 _BASIC = logging.Formatter("[%(asctime)s: %(levelname)s] %(message)s")
+
+#: Loggers, with those below them, and the lowest level that they may have: below it they write requests with
+#: their headers, which have tokens and signatures, addresses that are signed, and tasks with their prompts.
+LOWEST = {
+    "botocore": logging.INFO,
+    "boto3": logging.INFO,
+    "s3transfer": logging.INFO,
+    "urllib3": logging.INFO,
+    "httpcore": logging.INFO,
+    "httpcore2": logging.INFO,
+    "httpx": logging.WARNING,
+    "celery.pool": logging.INFO,
+}
 
 
 class PlainFormatter(logging.Formatter):
@@ -40,7 +56,13 @@ class PlainFormatter(logging.Formatter):
 
 
 def escape_logs() -> None:
-    """Let all handlers that there are format through `PlainFormatter`. Calling it again changes nothing."""
+    """Let all handlers that there are format through `PlainFormatter`, and keep to `LOWEST`.
+
+    Calling it again changes nothing.
+    """
+    for name, level in LOWEST.items():
+        logger = logging.getLogger(name)
+        logger.setLevel(max(level, logger.level))
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     for logger in (logging.root, *loggers):
         for handler in logger.handlers:

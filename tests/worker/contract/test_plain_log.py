@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from collections.abc import Iterator
 
+import boto3
+import botocore.config
+import botocore.exceptions
 import pytest
 from celery.utils.log import ColorFormatter
 
@@ -91,3 +95,28 @@ def test_all_handlers_of_a_worker_and_of_whoever_logs_in_it_are_covered(
             logger.removeHandler(handler)
         for handler, formatter in before:
             handler.setFormatter(formatter)
+
+
+def test_boto_writes_no_token_at_debug(caplog: pytest.LogCaptureFixture) -> None:
+    """It wrote the token of the session with the request that it signs, and with the one that it sends."""
+    caplog.set_level(logging.DEBUG)
+    escape_logs()
+    session = boto3.session.Session("AKIDKNOWN", "secret-known", "token-known", "us-east-1")
+    config = botocore.config.Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"})
+    client = session.client("s3", endpoint_url="http://127.0.0.1:9", config=config)
+    with pytest.raises(botocore.exceptions.EndpointConnectionError):
+        client.put_object(Bucket="pictures", Key="a.png", Body=b"")
+    signed = client.generate_presigned_url("get_object", Params={"Bucket": "pictures", "Key": "a.png"})
+    assert "token-known" in signed
+    assert not re.search("known|Signature", caplog.text, re.IGNORECASE)
+
+
+def test_a_logger_that_was_set_higher_stays_there() -> None:
+    logger = logging.getLogger("urllib3")
+    before = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        escape_logs()
+        assert logger.level == logging.ERROR
+    finally:
+        logger.setLevel(before)
