@@ -24,6 +24,8 @@ from worker.contract.scheduler_names import Pair, pair_of
 MAX_IMAGES: Final = 100
 #: Samplers that take an eta there, and here have the one that is set where none is.
 _ETA_IS_ONE: Final = (Scheduler.DPMPP_SDE, Scheduler.DPMPP_2M_SDE, Scheduler.DPMPP_3M_SDE)
+#: The schedule of a request that says none.
+_AUTOMATIC: Final = "Automatic"
 #: Job fields whose names mean something else in these requests.
 _READ_APART: Final = ("scheduler", "schedule", "model")
 #: AUTOMATIC1111's names of job fields.
@@ -44,6 +46,10 @@ def _is_empty(value: Any) -> bool:
 
 def _is_one(value: Any) -> bool:
     return value in (None, 0, 1, "1", "0", "")
+
+
+def _is_exactly_one(value: Any) -> bool:
+    return value is None or (value in (1, "1", "1.0") and value is not True)
 
 
 def _is_automatic(value: Any) -> bool:
@@ -67,7 +73,7 @@ _HARMLESS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "refiner_checkpoint": (_is_automatic, "refiners are not offered: leave it out"),
     "s_churn": (_is_off, "it is not offered: set it to 0"),
     "s_min_uncond": (_is_off, "it is not offered: set it to 0"),
-    "s_noise": (_is_one, "it is not offered: set it to 1"),
+    "s_noise": (_is_exactly_one, "it is not offered: set it to 1"),
     "init_images": (_is_empty, "image to image is not offered: leave it out"),
     "mask": (_is_empty, "inpainting is not offered: leave it out"),
     "infotext": (_is_empty, "it is not offered: send its parameters by their names"),
@@ -183,7 +189,8 @@ def _pair(body: Mapping[str, Any]) -> Pair:
     for name, value in (("sampler_name", sampler), ("scheduler", schedule)):
         if value is not None and not isinstance(value, str):
             raise InvalidJobError(f"{name} is {short(value)}: it must be a text such as Euler a.")
-    return pair_of(sampler, schedule)
+    # What is left out is "Automatic" there: Karras for DPM++ 2M, not that sampler's own schedule.
+    return pair_of(sampler, schedule if schedule and schedule.strip() else _AUTOMATIC)
 
 
 def _eta(eta: Any, scheduler: Scheduler) -> Any:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from deploy.embedded.stack import Stack
 from producer import job_from_image
+from producer.http.a1111_request import read_request
 from tests.producer.http.conftest import Api, fast_worker
 from worker.contract.infotext import read
 
@@ -85,6 +86,25 @@ def test_the_file_has_the_infotext(api: Api) -> None:
     job = job_from_image(base64.b64decode(answer["images"][0]))
     assert (job.seed, job.scheduler) == (3, "dpmpp_2m_karras")
     assert json.loads(answer["info"])["infotexts"][0].startswith("a cat\nSteps: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "scheduler", "schedule"),
+    [
+        ({"sampler_name": "DPM++ 2M"}, "dpmpp_2m_karras", None),
+        ({"sampler_index": "DPM2 a", "scheduler": None}, "dpm2_ancestral", "karras"),
+        ({"sampler_name": "DPM++ 3M SDE", "scheduler": ""}, "dpmpp_3m_sde", "exponential"),
+        ({"sampler_name": "DPM++ 2M", "scheduler": "Uniform"}, "dpmpp_2m", None),
+        ({"sampler_name": "DPM++ 2M Exponential"}, "dpmpp_2m", "exponential"),
+        ({"sampler_name": "Euler a"}, "euler_ancestral", None),
+        ({}, "default", None),
+    ],
+)
+def test_a_scheduler_that_is_left_out_is_automatic(
+    given: dict[str, Any], scheduler: str, schedule: str | None
+) -> None:
+    fields = read_request({"prompt": "a cat", **given}).fields
+    assert (fields["scheduler"], fields.get("schedule")) == (scheduler, schedule)
 
 
 # Open WebUI
@@ -177,6 +197,7 @@ def test_silly_tavern_draws(api: Api) -> None:
             "has 'ControlNet'",
         ),
         ({"restore_faces": True}, "restoring faces is not offered"),
+        ({"s_noise": 0}, "s_noise is 0, and it is not offered: set it to 1"),
         ({"tiling": True}, "tiling is not offered"),
         ({"subseed_strength": 0.5}, "variation seeds are not offered"),
         ({"refiner_checkpoint": "xl-refiner"}, "refiners are not offered"),
