@@ -29,6 +29,7 @@ from typing import Any, Final, cast
 
 from producer.http import run_folder
 from producer.http.run_limits import gate_of
+from producer.http.run_slots import MAX_RUNS, MAX_RUNS_OF_ONE, RunSlots, Slot, tenant_of
 from producer.ingest.check import refuse_bad_lines
 from producer.ingest.feeder import Ingest
 from producer.ingest.message_templates import resolver_of
@@ -47,8 +48,6 @@ logger = logging.getLogger("smallcat.http")
 _AGAIN_S: Final = 5.0
 #: Seconds between two looks for runs that were forgotten.
 _LOOK_EVERY_S: Final = 30.0
-#: Runs that are fed at once, and runs that are fed or wait.
-AT_ONCE, MAX_RUNS = 16, 500
 #: Characters of a run's name, at most.
 MAX_NAME: Final = 40
 #: Lines that are looked at before a file is taken.
@@ -107,7 +106,7 @@ class RunStore:
         self._ttl_s = ttl_s
         self._feeding: dict[str, tuple[Ingest, _Display]] = {}
         self._ending = threading.Event()
-        self._slots = threading.Semaphore(AT_ONCE)
+        self._slots = RunSlots(self._ending)
         #: The runs that have a thread, and those that need one more when it ends.
         self._begun: set[str] = set()
         self._again: set[str] = set()
@@ -206,10 +205,11 @@ class RunStore:
         with now.queue_errors():
             set_webhook(now.redis, run, upload.hook, of_jobs=upload.webhook_jobs)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether so many runs are fed or wait that no further one is taken."""
-        return len(self._begun) >= MAX_RUNS
+    def is_full(self, tenant_mark: str) -> bool:
+        """Whether so many runs are fed or wait, in all or of this tenant, that no further one is taken."""
+        with self._starting:
+            of_one = sum(tenant_of(each) == tenant_mark for each in self._begun) if tenant_mark else 0
+            return len(self._begun) >= MAX_RUNS or of_one >= MAX_RUNS_OF_ONE
 
     def knows(self, run: str) -> bool:
         """Whether the run is this server's."""
@@ -279,8 +279,8 @@ class RunStore:
     def _try(self, run: str, folder: Path) -> bool:
         """Feed a run once. Returns whether it has ended, well or with an error that is kept."""
         try:
-            with self._slots:
-                self._feed_once(run, folder)
+            with self._slots.taken(run) as slot:
+                self._feed_once(run, folder, slot)
             return True
         except ServiceError as error:
             logger.warning("The run %s waits: %s", run, error)
@@ -304,7 +304,7 @@ class RunStore:
                 if hook:
                     tell_run(now.redis, run, hook, "failed", text)
 
-    def _feed_once(self, run: str, folder: Path) -> None:
+    def _feed_once(self, run: str, folder: Path, slot: Slot) -> None:
         try:
             values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             file = folder / values.pop("file")
@@ -323,7 +323,8 @@ class RunStore:
             hook=upload.hook,
             webhook_jobs=upload.webhook_jobs,
         )
-        ingest = make_ingest(_plan_of(file, upload), options, display, gate=gate_of(upload.tenant, run))
+        gate = slot.gate(gate_of(upload.tenant, run))
+        ingest = make_ingest(_plan_of(file, upload), options, display, gate=gate)
         self._feeding[run] = ingest, display
         ingest()
 

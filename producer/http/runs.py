@@ -18,6 +18,7 @@ from producer.http.caller import Caller
 from producer.http.jobs import as_json
 from producer.http.limits import with_priority
 from producer.http.problems import RefusedError
+from producer.http.run_slots import MAX_RUNS, MAX_RUNS_OF_ONE
 from producer.http.run_store import Upload
 from producer.ingest.runs import RunInfo, cancel_run, find_run
 from producer.ingest.types import FILE_PRIORITY
@@ -107,10 +108,11 @@ async def upload_file(
     if webhook_jobs and webhook is None:
         raise PromptFileError("webhook_jobs is for a webhook: give its address with webhook.")
     await backend.limits.admit_run(caller, upload.fields)
-    if backend.runs.is_full:
+    if backend.runs.is_full(caller.tenant_mark):
         raise RefusedError(
             503,
-            "So many runs wait that no further one is taken: try again later.",
+            f"So many runs wait that no further one is taken, of {MAX_RUNS:,} in all and {MAX_RUNS_OF_ONE:,} "
+            "of a tenant: try again when some have ended, or cancel some.",
             code="Overloaded",
             headers={"Retry-After": "60"},
         )

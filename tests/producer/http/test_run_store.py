@@ -18,6 +18,7 @@ import pytest
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.http import run_folder, run_store
+from producer.http.run_slots import Slot
 from producer.http.run_store import RunStore, Upload
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import PromptFileError, SettingsError
@@ -45,7 +46,7 @@ def feeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
     def feed(function: Any) -> None:
         monkeypatch.setattr(RunStore, "_feed_once", function)
 
-    feed(lambda self, run, folder: (folder / "manifest.jsonl").write_text("done"))
+    feed(lambda self, run, folder, slot: (folder / "manifest.jsonl").write_text("done"))
     stores: list[RunStore] = []
     make = RunStore.__init__
 
@@ -145,7 +146,7 @@ def test_only_uploads_and_runs_are_deleted(tmp_path: Path, feeds: Any) -> None:
 def test_a_second_server_leaves_what_the_first_receives_and_feeds(tmp_path: Path, feeds: Any) -> None:
     begun, may_end, counts = threading.Event(), threading.Event(), []
 
-    def feed(self: RunStore, run: str, folder: Path) -> None:
+    def feed(self: RunStore, run: str, folder: Path, slot: Any) -> None:
         counts.append(run)
         begun.set()
         may_end.wait(10)
@@ -193,7 +194,7 @@ def test_an_upload_that_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
 def test_a_run_that_failed_is_begun_again_by_the_same_upload(tmp_path: Path, feeds: Any) -> None:
     fed = RunStore._feed_once
 
-    def fail(self: RunStore, run: str, folder: Path) -> None:
+    def fail(self: RunStore, run: str, folder: Path, slot: Any) -> None:
         raise PromptFileError(f"{folder}/prompts.txt is away.")
 
     feeds(fail)
@@ -222,7 +223,7 @@ def test_a_broken_description_of_a_run_is_an_error_of_that_run(tmp_path: Path, t
 def test_a_fault_ends_the_run_and_is_logged_without_prompts(
     tmp_path: Path, feeds: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(self: RunStore, run: str, folder: Path) -> None:
+    def fail(self: RunStore, run: str, folder: Path, slot: Any) -> None:
         raise ZeroDivisionError(SECRET)
 
     feeds(fail)
@@ -296,7 +297,7 @@ def test_runs_that_were_forgotten_are_deleted_and_do_not_go_on(
     with connect(valkey.url, 1) as redis:
         redis.hset(HTTP_FORGOTTEN, mapping={"tenant:acme": time.time() + 5, "before": 10})
         with pytest.raises(PromptFileError, match="The run was forgotten"):
-            store._feed_once(folders["acme's"].name, folders["acme's"])
+            store._feed_once(folders["acme's"].name, folders["acme's"], Slot(store._slots, ""))
         store.delete_forgotten()
         assert [name for name, folder in folders.items() if folder.exists()] == ["evil's"]
         # One that is uploaded since stays.
