@@ -416,7 +416,7 @@ def _command(name: str, command: click.Command, shared: dict[str, click.Option])
         names = ", ".join(f"`{option.opts[0]}`" for option in ours)
         text += [f"For jobs that do not say, as [`smallcat submit`](#smallcat-submit) has them: {names}.", ""]
     rows = (
-        (f"`{' '.join([option.opts[0], _value(option)]).strip()}`", option.help or "")
+        (f"`{', '.join(f'{each} {_value(option)}'.strip() for each in option.opts)}`", option.help or "")
         for option in options
         if option not in ours
     )

@@ -43,7 +43,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
             "help": f"Of the files: {', '.join(FORMATS)}; or of the pictures: {_IMAGE_FORMATS}.",
         },
     ),
-    (("--images",), {"type": int, "default": 1, "help": "Seeds for each prompt; 1 when not given."}),
+    (("--images", "-n"), {"type": int, "default": 1, "help": "Seeds for each prompt; 1 when not given."}),
     (
         ("--seed-start",),
         {

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from producer.cli.json_output import json_option, moment, print_json, say
+from producer.cli.json_output import counted, json_option, moment, print_json, say
 from producer.http.key_store import KeyStore
 from producer.http.tenant_store import SETTINGS, Tenant, TenantStore
 from producer.session import session
@@ -19,6 +19,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: Takes a limit away.
 NONE: Final = "none"
+
+
+class _Product(int):
+    """A number that was typed as a product."""
+
+    typed: str
 
 
 class _Number(click.ParamType[Any]):
@@ -35,7 +41,11 @@ class _Number(click.ParamType[Any]):
             return NONE
         factors = text.split("x") if self._is_product else [text]
         try:
-            return math.prod(self._kind(factor) for factor in factors)
+            number = math.prod(self._kind(factor) for factor in factors)
+            if len(factors) > 1:
+                number = _Product(number)
+                number.typed = "x".join(map(str.strip, factors))
+            return number
         except (ValueError, OverflowError):
             form = "a number or a product such as 1024x1024x30" if self._is_product else "a number"
             self.fail(f"{value!r} is no limit: use {form}, or {NONE}.", param, ctx)
@@ -85,6 +95,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
                 found[name] = () if value == (NONE,) else value
         elif value is not None:
             found[name] = value if value != NONE else "" if name == "pictures" else None
+            if isinstance(value, _Product):
+                found.setdefault("typed", {})[name] = value.typed
     return found
 
 
@@ -144,7 +156,8 @@ def tenants_remove(name: str, as_json: bool) -> None:
         keys = [each.name for each in KeyStore(now.redis).list() if each.tenant == name]
         if keys:
             raise CallerError(
-                f"{name} has {len(keys)} keys, such as {keys[0]}: `smallcat keys revoke` them first."
+                f"{name} has {counted(len(keys), 'key')}, such as {keys[0]}: "
+                "`smallcat keys revoke NAME` first."
             )
         TenantStore(now.redis).remove(name)
     print_json({"removed": name}) if as_json else say(f"{name} is removed")
@@ -166,5 +179,6 @@ def _settings_of(tenant: Tenant) -> str:
             continue
         is_number = isinstance(value, int | float)
         shown = f"{value:,}" if is_number else value if isinstance(value, str) else ",".join(map(str, value))
+        shown = tenant.typed.get(name, shown)
         found.append(f"{name.replace('_', '-')} {shown}")
     return "  ".join(found) or "without limits"

@@ -78,6 +78,11 @@ def _checked(
                 raise InvalidJobError(
                     f"A job is {short(item)}: it must be an object such as {{'prompt': ...}}."
                 )
+            if "images" in item:
+                raise InvalidJobError(
+                    f"images is {short(item['images'])}: a job here is one picture. For several of one "
+                    "prompt send a list of jobs to /v1/jobs, each with its seed."
+                )
             fields = {name: _whole(name, value) for name, value in item.items()}
             if "seed" not in fields or (type(fields["seed"]) is int and fields["seed"] == -1):
                 fields["seed"] = seeds[number] if seeds else secrets.randbits(SEED_BITS)

@@ -61,6 +61,9 @@ class Tenant(BaseModel):
     #: what it has submitted itself. Empty: the tenant shares with nobody.
     pictures: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,29})?$")] = ""
 
+    #: How limits were typed that are products, such as 1024x1024x30, by their names.
+    typed: dict[str, str] = {}
+
     @property
     def owner(self) -> str:
         """The tenant that its jobs say: a part of their ids, and of the keys of their pictures."""
@@ -68,7 +71,7 @@ class Tenant(BaseModel):
 
 
 #: The settings by name.
-SETTINGS: Final = tuple(name for name in Tenant.model_fields if name not in ("name", "created"))
+SETTINGS: Final = tuple(name for name in Tenant.model_fields if name not in ("name", "created", "typed"))
 
 
 class TenantStore:
@@ -91,7 +94,10 @@ class TenantStore:
 
     def set(self, name: str, settings: Mapping[str, Any]) -> Tenant:
         """Change those settings of a tenant; the others stay. Raises `CallerError`."""
-        made = _checked(self.get(name).model_dump() | dict(settings))
+        before = self.get(name)
+        typed = {each: text for each, text in before.typed.items() if each not in settings}
+        typed |= settings.get("typed", {})
+        made = _checked(before.model_dump() | dict(settings) | {"typed": typed})
         self._redis.hset(HTTP_TENANTS, name, made.model_dump_json())
         return made
 

@@ -17,7 +17,10 @@ _LONGEST = 100
 
 
 def explain(error: ValidationError, table: Mapping[str, FieldEntry]) -> str:
-    """One sentence for each finding, in one line. `table` has the fields there are."""
+    """One sentence for each finding, in one line. `table` has the fields there are.
+
+    What an unknown one is near, or else the names of all: a job's `webhook` stands beside its fields.
+    """
     sentences = []
     for finding in error.errors(include_url=False):
         field = str(finding["loc"][0]) if finding["loc"] else "job"
@@ -25,7 +28,8 @@ def explain(error: ValidationError, table: Mapping[str, FieldEntry]) -> str:
         match finding["type"]:
             case "extra_forbidden":
                 near = _near(field, table)
-                hint = f'did you mean "{near}"?' if near else f"known are {', '.join(table)}."
+                known = ", ".join((*table, "webhook"))
+                hint = f'did you mean "{near}"?' if near else f"known are {known}."
                 shown = f'"{field}"' if field.isprintable() and len(field) <= 60 else short(field)
                 sentences.append(f"There is no job field {shown}: {hint}")
             case "missing":

@@ -48,6 +48,7 @@ def test_every_setting_is_set_kept_when_another_is_and_taken_away() -> None:
     assert tenant("add", "acme") | {"created": 0} == {
         "name": "acme",
         "created": 0,
+        "typed": {},
         **dict.fromkeys(SETTINGS),
         "formats": [],
         "models": [],
@@ -66,6 +67,15 @@ def test_every_setting_is_set_kept_when_another_is_and_taken_away() -> None:
     assert "without limits" in call("tenants", "list").stdout
 
 
+def test_limits_are_shown_as_they_were_typed() -> None:
+    tenant("add", "acme", "--max-pixel-steps-a-day", "1024x1024x30x5000")
+    shown = "max-pixel-steps-a-day 1024x1024x30x5000"
+    assert shown in call("tenants", "set", "acme", "--burst", "8").stdout
+    assert shown in call("tenants", "list").stdout
+    text = call("tenants", "set", "acme", "--max-pixel-steps-a-day", "5000").stdout
+    assert "max-pixel-steps-a-day 5,000" in text
+
+
 def test_a_key_belongs_to_a_tenant_that_stays_while_it_has_keys(valkey: ValkeyProcess) -> None:
     tenant("add", "acme")
     key = call("keys", "add", "site", "--tenant", "acme").stdout.strip()
@@ -75,7 +85,7 @@ def test_a_key_belongs_to_a_tenant_that_stays_while_it_has_keys(valkey: ValkeyPr
         assert found.tenant == "acme"
         assert TenantStore(client).get("acme").name == "acme"
     assert "tenant acme" in call("keys", "list").stdout
-    with pytest.raises(CallerError, match="acme has 1 keys, such as site: `smallcat keys revoke` them"):
+    with pytest.raises(CallerError, match="acme has 1 key, such as site: `smallcat keys revoke NAME` first"):
         call("tenants", "remove", "acme")
     call("keys", "revoke", "site")
     assert call("tenants", "remove", "acme").stdout == "acme is removed\n"
