@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from producer.http.problems import sentence_of
 from worker.contract.errors import StorageError, UnknownJobError
+from worker.contract.file_index import FileIndex, Kind
 from worker.contract.queues import queues_of
 from worker.contract.record import State
 from worker.state.hashes import readable
@@ -273,7 +274,9 @@ class Reader:
         found = self._session.fleet.waiting(audience.owner if audience.tenant else None)
         waiting = {queue: count for queue, count in found.items() if count}
         return {
-            "workers": [_shown(each) for each in workers[:MAX_WORKERS]],
+            "workers": [
+                _shown(each, self._session.fleet.indexes.get(each.files)) for each in workers[:MAX_WORKERS]
+            ],
             "more_workers": max(0, len(workers) - MAX_WORKERS),
             "running": sum(each.running for each in workers),
             "waiting": sum(waiting.values()),
@@ -284,10 +287,13 @@ class Reader:
         }
 
 
-def _shown(worker: WorkerInfo) -> dict[str, Any]:
+def _shown(worker: WorkerInfo, index: FileIndex) -> dict[str, Any]:
     names = ("name", "device", "attention", "max_rows", "paused", "started_at")
     lately = ("running", "images_s", "step_rows")
     values = {name: getattr(worker, name) for name in (*names, *lately)}
     served = worker.served
     defaults = served.defaults.model_dump(mode="json")
-    return {**values, "model": served.name, "revision": served.revision, "defaults": defaults}
+    return {**values, "model": served.name, "revision": served.revision, "defaults": defaults} | {
+        "prompt_syntax": str(worker.prompt_syntax),
+        "vaes": [each.name for each in index.files if each.kind == Kind.VAE and not each.problem],
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from importlib.resources import files
 from typing import Any, Final
 
@@ -25,12 +26,14 @@ from producer.http.key_store import SCOPES, digest_of
 from producer.http.problems import RefusedError
 from producer.http.reading import read_json
 from producer.http.sessions import COOKIE, LASTS_S, proof_of
+from worker.contract.prompt_syntax import SYNTAX, only_words_warning
+from worker.contract.scheduler_names import OFFERED
 
 router = APIRouter(include_in_schema=False)
 
 #: The parts of its script and its style that are the gallery's, and its own.
 GALLERY_SCRIPTS: Final = ("elements.js", "picture.js", "viewer.js")
-SCRIPTS: Final = ("calls.js", "form.js", "jobs.js", "fleet.js", "shown.js", "begin.js")
+SCRIPTS: Final = ("calls.js", "form.js", "notes.js", "jobs.js", "fleet.js", "shown.js", "begin.js")
 GALLERY_STYLES: Final = ("look.css", "viewer.css")
 #: Nothing is inline, and text cannot become markup.
 POLICY: Final = "; ".join(
@@ -152,7 +155,7 @@ def _files() -> dict[str, str]:
 def _html() -> str:
     """The page, with the names of its files and the table of job fields."""
     by_ending = {name.rpartition(".")[2]: name for name in _files()}
-    about = {"fields": fields.as_json()}
+    about = {"fields": fields.as_json(), "words": _words(), "schedules": _schedules()}
     filled = {
         "viewer": static("viewer.html"),
         "script": by_ending["js"],
@@ -161,6 +164,25 @@ def _html() -> str:
         "about": as_data(about),
     }
     return "".join(text + filled.get(name, "") for text, name in pieces(_own("page.html")))
+
+
+def _words() -> dict[str, Any]:
+    """The patterns of what a plain prompt draws as words, as JavaScript reads them, with the sentences."""
+    patterns = [
+        {
+            "name": name,
+            "pattern": pattern.pattern,
+            "flags": "i" if pattern.flags & re.IGNORECASE else "",
+            "alone": only_words_warning([name]),
+        }
+        for name, pattern in SYNTAX.items()
+    ]
+    return {"patterns": patterns, "several": only_words_warning(["{names}"])}
+
+
+def _schedules() -> dict[str, list[str]]:
+    """The schedules that each scheduler is offered with beside its own."""
+    return {str(name): [str(each) for each in schedules] for name, schedules in OFFERED.items()}
 
 
 def _named(text: str, ending: str) -> str:

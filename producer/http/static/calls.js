@@ -71,10 +71,12 @@ $("sign-in-form").addEventListener("submit", async (event) => {
     $("key").value = "";
     showSession();
   } catch (error) {
-    $("sign-in-error").textContent = error.message;
+    say($("sign-in-error"), error.message);
     $("key").select();
   }
 });
+// The browser's own bubbles would hide what the server says.
+$("sign-in-form").noValidate = true;
 $("sign-out").addEventListener("click", async () => {
   try {
     await call("DELETE", "/page/session");

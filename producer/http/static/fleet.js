@@ -21,6 +21,11 @@ function showFleet() {
   showDefaults();
 }
 
+/** Pictures a second; while nothing runs, they are of the work before. */
+const paceOf = (value, running) => (running ? pace(value) : `lately ${pace(value)}`);
+const ABOUT_ROWS = "Each step of a batch draws several pictures at once, one row each, or two with guidance. " +
+  "This is how many rows a step has had lately, of those that fit.";
+
 /** What goes on, in a sentence. */
 function showSummary() {
   if (!fleet) return;
@@ -28,7 +33,7 @@ function showSummary() {
   const pictures = fleet.workers.reduce((sum, each) => sum + each.images_s, 0);
   const parts = [`${format.format(fleet.waiting)} waiting`, `${format.format(fleet.running)} running`];
   if (failed) parts.push(`${format.format(failed)} failed`);
-  if (pictures) parts.push(pace(pictures));
+  if (pictures) parts.push(paceOf(pictures, fleet.running));
   parts.push(many(fleet.workers.length + fleet.more_workers, "worker"));
   const text = parts.join(" · ");
   if ($("summary").textContent !== text) $("summary").textContent = text;
@@ -45,10 +50,11 @@ function fillWorker(item, worker) {
   item.querySelector("b").textContent = worker.device;
   item.querySelector(".model").textContent = `${worker.model} at ${worker.revision.slice(0, 8)}`;
   const parts = [`${format.format(worker.running)} running`];
-  if (worker.images_s) parts.push(pace(worker.images_s));
+  if (worker.images_s) parts.push(paceOf(worker.images_s, worker.running));
   parts.push(worker.step_rows ? `${rate(worker.step_rows)} of ${worker.max_rows} rows a step`
     : `up to ${many(worker.max_rows, "row")} a step`);
   item.querySelector(".numbers-of").textContent = parts.join(" · ");
+  item.querySelector(".numbers-of").title = ABOUT_ROWS;
   item.querySelector(".paused").textContent = worker.paused ? `Paused: ${worker.paused}` : "";
 }
 

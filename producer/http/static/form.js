@@ -1,6 +1,8 @@
 // The form: a control for each field of a job, made from the server's own description of a job. A field that is
 // added to the table of job fields is here by itself.
 
+/** What the server fills in, and nobody writes. */
+const NOT_ASKED = new Set(["file_hashes"]);
 /** Fields in sight; all others are under "All fields". */
 const MAIN = ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "scheduler", "model"];
 /** From this number of characters on a text has several lines. */
@@ -25,23 +27,26 @@ async function makeForm() {
     ...[schemas[schema.$ref?.split("/").pop()], ...(schema.allOf ?? []), ...(schema.anyOf ?? [])]
       .filter((part) => part && part.type !== "null").map(resolved), schema);
   const all = schemas.Job.properties;
-  const names = [...MAIN.filter((name) => all[name]), ...Object.keys(all).filter((name) => !MAIN.includes(name))];
+  const names = [...MAIN.filter((name) => all[name]), ...Object.keys(all).filter((name) => !MAIN.includes(name) && !NOT_ASKED.has(name))];
   for (const name of names) {
     const control = makeControl(name, resolved(all[name]), schemas.Job.required.includes(name));
     controls.set(name, control);
     $(MAIN.includes(name) ? "main-fields" : "more-fields").append(control.box);
   }
+  controls.get("prompt").box.after(promptNote);
+  fitSchedules();
   showDefaults();
 }
 
 function makeControl(name, schema, isRequired) {
-  const title = (schema.title ?? name).toLowerCase().replace(/^./, (letter) => letter.toUpperCase());
+  const title = (fields.get(name)?.label ?? schema.title ?? name).replace(/\b[A-Z](?=[a-z])/g, (letter) => letter.toLowerCase())
+    .replace(/^./, (letter) => letter.toUpperCase());
   const box = make("label", "field", title);
   const kind = kindOf(schema);
   const element = make(kind === "choice" ? "select" : kind === "long" || kind === "object" ? "textarea" : "input");
   element.id = `field-${name}`;
   element.name = name;
-  element.title = schema.description ?? "";
+  element.title = (schema.description ?? "").replaceAll("`", "");
   element.required = isRequired;
   element.autocomplete = "off";
   box.classList.add(`of-${kind}`, `is-${name}`);
@@ -55,7 +60,7 @@ function makeControl(name, schema, isRequired) {
   if (name === "prompt") element.placeholder = "a small cat on a windowsill";
   if (kind === "long") element.rows = isRequired ? 2 : 1;
   box.append(element);
-  if (!MAIN.includes(name) && schema.description) box.append(make("small", "", schema.description));
+  if (!MAIN.includes(name) && schema.description) box.append(say(make("small"), schema.description));
   return { box, element, schema, kind, read: () => read(name, element, kind) };
 }
 
@@ -71,7 +76,9 @@ function kindOf(schema) {
 }
 
 function fillChoices(element, schema) {
-  for (const value of ["", ...schema.enum.filter((each) => each !== schema.default)]) {
+  // What the workers take where nothing is given may be another choice than the table's default.
+  const choices = schema.enum.filter((each) => each !== schema.default || element.name === "prompt_syntax");
+  for (const value of ["", ...choices]) {
     const option = make("option", "", value || String(schema.default ?? "not given"));
     option.value = value;
     element.append(option);
@@ -103,13 +110,20 @@ function asObject(element) {
   element.placeholder = "{}";
 }
 
+/** What a field of numbers takes, in a sentence. */
+function limitsOf({ min, max, step }) {
+  const what = step === "any" ? "a number" : step === "1" ? "a whole number" : `a multiple of ${step}`;
+  return `write ${what}${min === "" ? "" : ` from ${min}`}${max === "" ? "" : ` to ${max}`}, or nothing.`;
+}
+
 /** A field's value as JSON; "" where nothing is given. Throws an `Error` with a sentence. */
 function read(name, element, kind) {
   const text = kind === "long" ? element.value : element.value.trim();
   if (kind === "truth") return JSON.stringify(element.checked);
+  if (element.validity.badInput) throw wrong(name, `${name} is no number: ${limitsOf(element)}`);
   if (text === "") return "";
   if (kind === "number") {
-    if (!element.validity.valid) throw wrong(name, `${name} is ${text}: ${element.validationMessage}`);
+    if (!element.validity.valid) throw wrong(name, `${name} is ${text}: ${limitsOf(element)}`);
     return String(Number(text));
   }
   if (kind === "digits") {
@@ -148,15 +162,16 @@ function readForm() {
 }
 
 async function draw() {
-  $("draw-error").textContent = "";
+  $("draw-error").textContent = $("sent-text").textContent = "";
+  $("sent-link").hidden = true;
   for (const { element } of controls.values()) element.removeAttribute("aria-invalid");
   $("draw-button").disabled = true;
   try {
     const sent = await call("POST", "/v1/jobs", readForm());
-    $("count").textContent = sent.jobs.length === 1 ? "Submitted" : `${format.format(sent.jobs.length)} submitted`;
-    setTimeout(showCount, 2500);
+    $("sent-text").textContent = `${many(sent.jobs.length, "picture")} sent.`;
+    $("sent-link").hidden = false;
   } catch (error) {
-    $("draw-error").textContent = error.message;
+    say($("draw-error"), error.message);
     const control = controls.get(error.field ?? /^(\w+) (is|has|would)/.exec(error.message)?.[1]);
     if (control) {
       if ($("more").contains(control.element)) $("more").open = true;
@@ -176,7 +191,9 @@ function fillForm(job, row) {
     else if ((value ?? null) === null || value === schema.default) element.value = "";
     else if (kind === "object") element.value = Object.keys(value).length ? JSON.stringify(value) : "";
     else element.value = value;
+    if (name === "scheduler") fitSchedules();
   }
+  notePrompt();
   grow();
 }
 
@@ -187,17 +204,27 @@ function showDefaults() {
   for (const [name, { element, kind, schema }] of controls) {
     if (kind === "number" && (schema.default ?? null) === null) element.placeholder = worker?.defaults[name] ?? "model's own";
   }
+  const syntax = controls.get("prompt_syntax")?.element.options[0];
+  if (syntax) syntax.textContent = `the workers' own: ${worker?.prompt_syntax ?? "plain"}`;
+  notePrompt();
+  offer("model", fleet?.workers.map((each) => each.model));
+  offer("vae", fleet?.workers.flatMap((each) => each.vaes));
   const model = controls.get("model")?.element;
-  if (!model) return;
-  let options = $("models");
+  if (model) model.placeholder = fleet?.workers[0]?.model ?? "default";
+}
+
+/** Offers names below a field of text, which takes others as well. */
+function offer(field, names) {
+  const element = controls.get(field)?.element;
+  if (!element) return;
+  let options = $(`${field}-names`);
   if (!options) {
     options = make("datalist");
-    options.id = "models";
-    model.after(options);
-    model.setAttribute("list", "models");
+    options.id = `${field}-names`;
+    element.after(options);
+    element.setAttribute("list", options.id);
   }
-  model.placeholder = fleet?.workers[0]?.model ?? "default";
-  options.replaceChildren(...[...new Set(fleet?.workers.map((each) => each.model))].map((name) => {
+  options.replaceChildren(...[...new Set(names)].map((name) => {
     const option = make("option");
     option.value = name;
     return option;
@@ -218,13 +245,18 @@ $("draw").addEventListener("input", (event) => {
   event.target.removeAttribute("aria-invalid");
   if (event.target.tagName === "TEXTAREA") grow();
   if (event.target.name === "model") showDefaults();
+  if (event.target.name === "scheduler") fitSchedules();
+  notePrompt();
 });
 $("draw").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); draw(); }
 });
 $("clear").addEventListener("click", () => {
   $("draw").reset();
-  $("draw-error").textContent = "";
+  $("draw-error").textContent = $("sent-text").textContent = "";
+  $("sent-link").hidden = true;
+  fitSchedules();
+  notePrompt();
   grow();
   controls.get("prompt")?.element.focus();
 });

@@ -53,6 +53,12 @@ function notice(what, text) {
   $("notice").hidden = !all;
 }
 
+/** Shows a text in an element, with what is in backticks as code. Returns the element. */
+function say(element, text) {
+  element.replaceChildren(...text.split("`").map((part, index) => (index % 2 ? make("code", "", part) : part)));
+  return element;
+}
+
 /** Brings the children of `parent` into the order of `elements`, and moves none that is in its place. */
 function arrange(parent, elements) {
   const wanted = new Set(elements);
