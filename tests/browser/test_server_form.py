@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,20 @@ def test_a_missing_key_is_told_by_the_server(stranger: Chromium, api: Api) -> No
     stranger.key("Enter")
     stranger.wait("document.querySelector('#sign-in-error code')")
     assert text(stranger, "#sign-in-error").startswith("The key is missing")
+
+
+def test_a_prompt_file_becomes_a_run(page: Chromium, tmp_path: Path) -> None:
+    press(page, "#run-form button")
+    assert "No file is chosen" in page.wait("document.getElementById('run-said').textContent")
+    file = tmp_path / "a few & cats.txt"
+    file.write_text("a cat of a sent file\n")
+    root = page.send("DOM.getDocument")["root"]["nodeId"]
+    node = page.send("DOM.querySelector", nodeId=root, selector="#run-file")["nodeId"]
+    page.send("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+    press(page, "#run-form button")
+    page.wait("document.querySelector('#runs .prompt')?.textContent === 'a few & cats.txt'")
+    assert text(page, "#run-said") == ""
+    assert page.errors == []
 
 
 def test_files_are_offered_and_rates_at_rest_are_of_before(page: Chromium, api: Api) -> None:

@@ -1,9 +1,9 @@
 // Talking to the server: calls of its API, signing in and out, and the stream of what goes on.
 
-/** Calls the API. `body` is a text of JSON. Returns what was answered; throws an `Error` with its sentence. */
+/** Calls the API. `body` is a text of JSON, or a file. Returns what was answered; throws an `Error` with its sentence. */
 async function call(method, path, body) {
   const headers = { Accept: "application/json" };
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+  if (body !== undefined) headers["Content-Type"] = body instanceof File ? "application/octet-stream" : "application/json";
   if (method !== "GET" && session.proof) headers["X-CSRF-Token"] = session.proof;
   let answer, found = {};
   try {
@@ -40,7 +40,7 @@ function showSession() {
   $("all").hidden = $("keys").hidden = !isIn;
   $("sign-out").hidden = !isIn || session.is_open;
   $("name").textContent = isIn && !session.is_open ? session.name : "";
-  $("draw").hidden = !may("submit");
+  $("draw").hidden = $("run-form").hidden = !may("submit");
   $("summary").textContent = "";
   if (isIn) {
     follow();

@@ -141,3 +141,20 @@ function cancelRun(run) {
   return button;
 }
 document.addEventListener("visibilitychange", () => { if (!document.hidden) showRuns(); });
+
+$("run-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const [file] = $("run-file").files, button = event.submitter ?? $("run-form").querySelector("button");
+  $("run-said").textContent = file ? "" : "No file is chosen: choose one with a prompt a line, or a table.";
+  if (!file) return;
+  button.disabled = true;
+  try {
+    await call("POST", `/v1/runs?${new URLSearchParams({ name: file.name })}`, file);
+    $("run-form").reset();
+    showRuns();
+  } catch (error) {
+    say($("run-said"), error.message);
+  } finally {
+    button.disabled = false;
+  }
+});
