@@ -67,6 +67,20 @@ SECONDS = _Seconds()
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_urls_option = click.option("--urls", is_flag=True, help="Print links beside files. JSON has them anyway.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    """What is made of a picture that is done."""
+
+    save_in: Path | None
+    _: dataclasses.KW_ONLY
+    show: bool
+    urls: bool
+    as_json: bool
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="smallcat")
 def cli() -> None:
@@ -80,7 +94,7 @@ def cli() -> None:
     "--images",
     "-n",
     type=int,
-    help="So many pictures, of consecutive seeds; each has its id in a line. One when not given.",
+    help="So many pictures, of consecutive seeds; each has its id and seed in a line. One when not given.",
 )
 @click.option("--wait", is_flag=True, help="Wait for the picture.")
 @click.option("--show", is_flag=True, help="Wait, and show the picture in the terminal.")
@@ -91,6 +105,7 @@ def cli() -> None:
 )
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @click.option("--webhook", metavar="URL", help="Address of https that is told how the job ended.")
+@_urls_option
 @json_option
 def submit(
     words: tuple[str, ...],
@@ -100,6 +115,7 @@ def submit(
     output: Path | None,
     timeout: float | None,
     webhook: str | None,
+    urls: bool,
     as_json: bool,
     **fields: Any,
 ) -> None:
@@ -120,13 +136,16 @@ def submit(
     submit_notes.of_prompts(handles[0], prompt, given.get("negative_prompt"))
     waits = bool(wait or show or output)
     submit_notes.of_workers(handles[0], waits=waits)
-    reports: list[dict[str, Any]] = [_names(each) for each in handles]
+    seed = handles[0].record().job.seed if as_json or images is not None else 0
+    names = [_names(each) | {"seed": seed + number} for number, each in enumerate(handles)]
+    reports: list[dict[str, Any]] = names
     errors: list[Exception] = []
     if waits:
-        reports, errors = _reports(handles, timeout, save_in=output, show=show, as_json=as_json)
+        how = _Report(output, show=show, urls=urls, as_json=as_json)
+        reports, errors = _reports(handles, timeout, how)
     elif not as_json:
-        for each in handles:
-            say(each.id)
+        for each in names:
+            say(each["id"] if images is None else f"{each['id']}  seed {each['seed']}")
     if as_json and (reports or images is not None):
         print_json(reports[0] if images is None else reports)
     _raise_last(errors)
@@ -154,6 +173,7 @@ cli.add_command(forget)
 @click.option("--timeout", type=SECONDS, default=None, help="Seconds to wait; without end when not given.")
 @click.option("--show", is_flag=True, help="Show the pictures in the terminal.")
 @submission_option
+@_urls_option
 @json_option
 def fetch(
     job_ids: tuple[str, ...],
@@ -161,12 +181,14 @@ def fetch(
     timeout: float | None,
     show: bool,
     submission: str,
+    urls: bool,
     as_json: bool,
 ) -> None:
     """Wait for jobs to be done, and save their pictures."""
     output_path.check(output, None, len(job_ids))
     handles = handles_of(job_ids, submission)
-    reports, errors = _reports(handles, timeout, save_in=output, show=show, as_json=as_json)
+    how = _Report(output, show=show, urls=urls, as_json=as_json)
+    reports, errors = _reports(handles, timeout, how)
     if as_json:
         print_json(reports)
     _raise_last(errors)
@@ -269,17 +291,14 @@ def _names(handle: JobHandle) -> dict[str, str]:
 def _reports(
     handles: Sequence[JobHandle],
     timeout: float | None,
-    *,
-    save_in: Path | None,
-    show: bool,
-    as_json: bool,
+    how: _Report,
 ) -> tuple[list[dict[str, Any]], list[Exception]]:
     """What `--json` prints of each job that is done, and the errors of the others. Waits for all."""
     reports: list[dict[str, Any]] = []
     errors: list[Exception] = []
     for handle in handles:
         try:
-            report = _report(_follow(handle, timeout), save_in=save_in, show=show, as_json=as_json)
+            report = _report(_follow(handle, timeout), how)
             reports.append(report | _names(handle))
         except (JobError, CallerError, TimeoutError) as error:  # Of one job: the others are fetched.
             errors.append(error)
@@ -311,20 +330,24 @@ def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
         raise
 
 
-def _report(result: JobResult, *, save_in: Path | None, show: bool, as_json: bool) -> dict[str, Any]:
+def _report(result: JobResult, how: _Report) -> dict[str, Any]:
     """Save and show the picture as the options say. Returns what `--json` prints of it."""
-    path = None if save_in is None else output_path.save(result, save_in)
-    if as_json:
-        return result.model_dump(mode="json") | {"url": result.url(), "path": path and str(path)}
-    if show:
+    path = None if how.save_in is None else output_path.save(result, how.save_in)
+    if how.as_json:
+        found = {"url": result.url(), "path": path and str(path), "seed": result.job.seed}
+        return result.model_dump(mode="json") | found
+    if how.show:
         from producer.cli.job_display import show_picture
 
         show_picture(result)
     for warning in result.warnings:
         say(f"note  {warning}", err=True)
     say(f"id    {result.id}")
+    say(f"seed  {result.job.seed}")
     say(f"uri   {result.uri}")
-    say(f"url   {result.url()}")
+    # It is long, and there is the file.
+    if how.urls or path is None:
+        say(f"url   {result.url()}")
     if path:
         say(f"file  {path.resolve()}")
     return {}

@@ -13,6 +13,7 @@ from worker.contract.prompt_syntax import (
     UNUSED_NEGATIVE,
     has_unused_negative,
     only_words,
+    only_words_in,
     only_words_warning,
 )
 
@@ -21,7 +22,8 @@ def of_prompts(handle: JobHandle, prompt: str, negative: str | None) -> None:
     """Say what of the prompts no picture shows. Raises `QueueError`."""
     found = only_words(prompt, negative)
     if found and handle.record().job.prompt_syntax is PromptSyntax.PLAIN:
-        say(f"note  {only_words_warning(found)}", err=True)
+        texts = only_words_in(prompt, negative or "")
+        say(f"note  {only_words_warning(found, texts, '--prompt-syntax a1111')}", err=True)
     if "<" in prompt or "<" in (negative or ""):
         job, now = handle.record().job, session()
         with now.queue_errors():

@@ -38,6 +38,8 @@ COMMENT_IN_A1111: Final = (
 )
 ONLY_COMMENTS: Final = "The prompt is empty without its comments: the picture is of no prompt."
 _NETWORKS = "<lora:...>"
+#: Characters of what is quoted from a prompt, at most.
+_QUOTED: Final = 40
 #: Each of them has one of these: most prompts have none.
 _MARK = re.compile(r":\s*[+-]?\.?\d|<[A-Za-z]+:|BREAK|AND")
 
@@ -58,12 +60,24 @@ def only_words(*prompts: object) -> tuple[str, ...]:
     )
 
 
-def only_words_warning(names: tuple[str, ...] | list[str]) -> str:
-    """The sentence that tells of them."""
-    shown = f"{', '.join(names)} in the prompt: only drawn as words"
+def only_words_in(*prompts: str) -> tuple[str, ...]:
+    """The first text of the prompts for each of these names, of 40 characters at most."""
+    found = []
+    for name in only_words(*prompts):
+        matches = (SYNTAX[name].search(text) for text in prompts)
+        text = next(match[0] for match in matches if match is not None)
+        found.append(text if len(text) <= _QUOTED else f"{text[: _QUOTED - 3]}...")
+    return tuple(found)
+
+
+def only_words_warning(
+    names: tuple[str, ...] | list[str], found: tuple[str, ...] = (), remedy: str = "prompt_syntax a1111"
+) -> str:
+    """The sentence that tells of them, or of the texts that were `found`; `remedy` as it is written there."""
+    shown = f"{', '.join(found or names)} in the prompt: only drawn as words"
     if set(names) == {_NETWORKS}:
         return f"{shown}, LoRAs are not offered yet."
-    return f"{shown}, since its syntax is plain. prompt_syntax a1111 reads them."
+    return f"{shown}, since its syntax is plain. {remedy} reads them."
 
 
 def has_unused_negative(fields: Mapping[str, Any]) -> bool:
@@ -82,8 +96,9 @@ def warnings_of(job: Job) -> tuple[str, ...]:
         unused = (*unused, UNUSED_RESCALE)
     if job.prompt_syntax is PromptSyntax.A1111:
         return (*odd_in_a1111(job.prompt, job.negative_prompt), *unused)
-    names = only_words(job.prompt, job.negative_prompt)
-    return (*((only_words_warning(names),) if names else ()), *unused)
+    prompts = job.prompt, job.negative_prompt
+    names = only_words(*prompts)
+    return (*((only_words_warning(names, only_words_in(*prompts)),) if names else ()), *unused)
 
 
 def odd_in_a1111(prompt: str, negative: str) -> tuple[str, ...]:

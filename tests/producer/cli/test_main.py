@@ -298,7 +298,7 @@ def test_a_submission_is_given_up_alone_and_the_job_goes_on_for_the_others(
     mine = smallcat("submit", "x", "--seed", "1", "--metadata", '{"of": "me"}', "--json").document
     others = smallcat("submit", "x", "--seed", "1", "--metadata", '{"of": "others"}', "--json").document
     assert mine["id"] == others["id"]
-    assert mine.keys() == {"id", "submission"}
+    assert mine.keys() == {"id", "seed", "submission"}
     job_id, of_mine = mine["id"], ("--submission", mine["submission"])
     of_others = ("--submission", others["submission"])
     records = claim(client, JobHandle(job_id).record().job)
@@ -464,10 +464,11 @@ def test_the_latest_jobs_are_bounded_and_expire(client: Redis) -> None:
 def test_several_images_of_one_prompt(smallcat: Shell, client: Redis, environment: dict[str, str]) -> None:
     ran = smallcat("submit", "a cat", "--seed", "5", "-n", "3")
     assert ran.code == 0
-    ids = ran.out.split()
+    ids = [line.split()[0] for line in ran.out.splitlines()]
+    assert ran.out.splitlines() == [f"{each}  seed {5 + n}" for n, each in enumerate(ids)]
     assert [JobHandle(each).record().job.seed for each in ids] == [5, 6, 7]
     ran = smallcat("submit", "a cat", "--seed", "5", "--images", "1", "--json")
-    assert [each["id"] for each in ran.document] == ids[:1]
+    assert [(each["id"], each["seed"]) for each in ran.document] == [(ids[0], 5)]
     ran = smallcat("submit", "a cat", "-n", "2", "--output", "cat.png")
     assert (ran.code, ran.err) == (2, "--output cat.png is one file for 2 pictures: name a folder.\n")
 
@@ -511,6 +512,9 @@ def test_waiting_for_a_picture(
     ran = smallcat("fetch", job.id, "--show", "--output", str(tmp_path))
     assert ran.code == 0
     assert "seed 3, 4 steps" in ran.out
+    assert "\nseed  3\n" in ran.out
+    assert "\nurl " not in ran.out
+    assert "\nurl   http" in smallcat("fetch", job.id, "--urls", "--output", str(tmp_path)).out
     ran = smallcat("submit", "x", "--wait", "--timeout", "0", "--json")
     assert (ran.code, ran.out) == (1, "")
     assert "is still queued after 0 s" in ran.err

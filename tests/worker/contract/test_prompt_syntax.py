@@ -33,10 +33,12 @@ def test_what_is_only_drawn_as_words_is_named(prompt: str, names: tuple[str, ...
 def test_a_job_gets_one_warning() -> None:
     [warning] = warnings_of(Job(prompt="a (cat:1.2) AND a dog", negative_prompt="(x:2)"))
     assert warning == (
-        "(x:1.3), AND in the prompt: only drawn as words, since its syntax is plain. "
+        "(cat:1.2), AND in the prompt: only drawn as words, since its syntax is plain. "
         "prompt_syntax a1111 reads them."
     )
     assert not warnings_of(Job(prompt="a cat and a dog"))
+    [warning] = warnings_of(Job(prompt="a cat", negative_prompt=f"({'x' * 90}:1.2)"))
+    assert warning.startswith(f"({'x' * 36}... in the prompt")
 
 
 def test_it_takes_linear_time() -> None:

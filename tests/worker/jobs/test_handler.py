@@ -163,7 +163,7 @@ def test_what_is_only_drawn_as_words_is_in_the_record(worker: Worker) -> None:
     worker.submit(job)
     assert worker.handle(job) is None
     [warning] = worker.records.get(job.id).warnings
-    assert warning.startswith("(x:1.3), AND in the prompt")
+    assert warning.startswith("(red:1.3), AND in the prompt")
 
 
 def test_a_tenants_picture_is_in_its_own_folder_and_answers_nobody_elses_job(worker: Worker) -> None:
