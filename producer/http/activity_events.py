@@ -15,15 +15,16 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from fastapi import APIRouter
-from starlette.responses import Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import Response
 
 from producer.client.job_result import JobResult
 from producer.gallery.rows import row_of_record
 from producer.http.activity import Activity, Audience, SeenJob, Watcher
-from producer.http.auth import Reader, Shared
+from producer.http.auth import Reader, Rights, Shared
 from producer.http.backend import Backend
 from producer.http.caller import Caller
-from producer.http.events import HEADERS, until_changed
+from producer.http.events import until_changed
 from producer.http.jobs import view
 
 router = APIRouter(include_in_schema=False)
@@ -33,18 +34,21 @@ _RETRY_MS: Final = 2_000
 
 
 @router.get("/v1/activity")
-async def activity(caller: Reader, backend: Shared) -> Response:
-    """Server-sent events until the client hangs up."""
-    return StreamingResponse(_events(backend, caller), media_type="text/event-stream", headers=HEADERS)
+async def activity(request: Request, caller: Reader, backend: Shared) -> Response:
+    """Server-sent events until the client hangs up, or may not read any longer."""
+    return backend.streams.open(caller, _events(backend, caller, Rights(request, caller)))
 
 
-async def _events(backend: Backend, caller: Caller) -> AsyncIterator[str]:
+async def _events(backend: Backend, caller: Caller, rights: Rights) -> AsyncIterator[str]:
     yield f"retry: {_RETRY_MS}\n\n"
     sent = _Sent(caller)
     audience = Audience(None if caller.sees_all else caller.tenant or caller.owner, caller.owner)
     with backend.watching.watch(audience) as watcher:
         while not backend.draining.is_set():
-            if not await until_changed(backend, watcher.changed):
+            is_changed = await until_changed(backend, watcher.changed)
+            if await rights.have_ended():
+                return
+            if not is_changed:
                 yield ": still here\n\n"
                 continue
             for event in sent.news(watcher):
@@ -67,12 +71,18 @@ class _Sent:
         seen, caller = watcher.seen, self._caller
         if seen is None or seen.number == self._number:
             return []
-        # All that `row` and `may_see` depend on, and what this client has.
-        key = self._number, caller.mark, caller.scopes, caller.owner, caller.shares
+        # What this client has, which is the same object for those that go in step; and all that `row` and
+        # `may_see` depend on. Equal numbers would not do: who came during an outage has less.
+        has = self._jobs, self._fleet
+        key = (
+            *(*map(id, has), self._trouble),
+            *(caller.mark, caller.scopes, caller.owner, caller.shares),
+        )
         if (known := seen.events.get(key)) is None:
             events = self._compose(seen)
-            seen.events[key] = known = events, self._jobs, self._fleet, self._trouble
-        events, self._jobs, self._fleet, self._trouble = known
+            # `has` is kept, so that no other object gets its id.
+            seen.events[key] = known = has, events, self._jobs, self._fleet, self._trouble
+        _, events, self._jobs, self._fleet, self._trouble = known
         self._number = seen.number
         return list(events)
 

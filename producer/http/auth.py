@@ -23,6 +23,7 @@ from producer.http.key_store import digest_of
 from producer.http.problems import RefusedError
 from producer.http.sessions import COOKIE, PROOF_HEADER, is_proof
 from producer.http.sessions import digest_of as session_digest
+from worker.contract.errors import QueueError
 
 #: Seconds that a key is believed without asking Redis again, and so those after which a revoked one ends.
 BELIEVED_S: Final = 5.0
@@ -107,6 +108,27 @@ class Authentication:
         tenant = self._backend.tenants.find(key.tenant) if key.tenant else None
         owner = tenant.owner if tenant else self._backend.session.settings.tenant
         return Caller(key.name, frozenset(key.scopes), key.tenant, tenant, owner)
+
+
+class Rights:
+    """What the caller of a request that goes on may still do. Asked again every `BELIEVED_S` seconds."""
+
+    def __init__(self, request: Request, caller: Caller) -> None:
+        self._request, self._caller = request, caller
+        self._asked_s = time.monotonic()
+
+    async def have_ended(self) -> bool:
+        """Whether the key, the session, the tenant or the rights are other than when the request began."""
+        if time.monotonic() - self._asked_s < BELIEVED_S:
+            return False
+        self._asked_s = time.monotonic()
+        authentication: Authentication = self._request.app.state.authentication
+        try:
+            return await authentication.caller(self._request) != self._caller
+        except RefusedError as error:
+            return error.status in (401, 403)
+        except QueueError:
+            return False  # Nobody can tell: Redis is away.
 
 
 def require_tenant(caller: Caller) -> None:

@@ -20,6 +20,7 @@ from producer.http.problems import RETRY_S, RefusedError
 from producer.http.run_store import RunStore
 from producer.http.sending import Sender
 from producer.http.sessions import Sessions
+from producer.http.streams import Streams
 from producer.http.tenant_store import TenantStore
 from producer.http.thumbnails import Thumbnails
 from producer.http.waiting import Waiting
@@ -51,6 +52,7 @@ class Backend:
         self.runs = RunStore(settings.http_data_dir, settings.record_ttl_s)
         self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)
         self.watching = Watching(self.session, self.run)
+        self.streams = Streams(settings.http_max_connections)
         self.thumbnails = Thumbnails()
         #: Set when the server is to end: streams close, and nothing new is begun.
         self.draining = asyncio.Event()

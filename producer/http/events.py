@@ -18,12 +18,13 @@ from contextlib import suppress
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from producer.client import JobHandle
 from producer.client.job_result import JobResult
 from producer.http import schema
-from producer.http.auth import Reader, Shared
+from producer.http.auth import BELIEVED_S, Reader, Rights, Shared
 from producer.http.backend import Backend
 from producer.http.caller import Caller
 from producer.http.jobs import Mine, own_record, view
@@ -32,13 +33,11 @@ from worker.state.following import Seen
 
 router = APIRouter(tags=["jobs"])
 
-#: Seconds of silence after which a comment is sent: proxies close what is silent, and a client that is gone
-#: is noticed.
-BEAT_S: Final = 15.0
+#: Seconds of silence after which a comment is sent: proxies close what is silent, a client that is gone is
+#: noticed, and so is one that may not read any longer.
+BEAT_S: Final = BELIEVED_S
 #: Milliseconds after which a client comes back when the stream was cut off.
 _RETRY_MS: Final = 2_000
-#: Of every stream.
-HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 @router.get(
@@ -52,6 +51,7 @@ HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 )
 async def job_events(
     job_id: str,
+    request: Request,
     caller: Reader,
     backend: Shared,
     submission: Mine = "",
@@ -61,14 +61,14 @@ async def job_events(
     handle, record = await backend.run(own_record, backend, caller, job_id, submission)
     if record.state.is_final and last_event_id == str(record.state):
         return Response(status_code=204)
-    stream = _events(backend, caller, handle, record, last_event_id)
-    return StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
+    events = _events(backend, caller, Rights(request, caller), handle, record, last_event_id)
+    return backend.streams.open(caller, events)
 
 
 async def _events(
-    backend: Backend, caller: Caller, handle: JobHandle, record: JobResult, last: str
+    backend: Backend, caller: Caller, rights: Rights, handle: JobHandle, record: JobResult, last: str
 ) -> AsyncIterator[str]:
-    """The events as text. Ends with the job, when Redis is lost, and when the server ends."""
+    """The events as text. Ends with the job, the caller's rights and the server, and when Redis is lost."""
     yield f"retry: {_RETRY_MS}\n\n"
     if record.state.is_final:
         yield _last_event(record, handle.submission, caller)
@@ -76,7 +76,10 @@ async def _events(
     priority, tenant = record.job.priority, record.job.tenant
     with backend.following.follow(handle.id, handle.submission, priority, tenant) as follower:
         while not backend.draining.is_set():
-            if not await until_changed(backend, follower.changed):
+            is_changed = await until_changed(backend, follower.changed)
+            if await rights.have_ended():
+                return
+            if not is_changed:
                 yield ": still here\n\n"
                 continue
             seen = follower.seen
