@@ -47,7 +47,7 @@ class Backend:
         self.sessions = Sessions(self.session.redis)
         self.sender = Sender(self.session)
         self.tenants = TenantStore(self.session.redis)
-        self.limits = Limits(TenantLimits(self.session.redis, settings.record_ttl_s), self.run)
+        self.limits = Limits(TenantLimits(self.session.redis, settings.record_ttl_s), self.run, self._length)
         self.waiting = Waiting()
         self.runs = RunStore(settings.http_data_dir, settings.record_ttl_s)
         self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)
@@ -78,6 +78,9 @@ class Backend:
             return await asyncio.get_running_loop().run_in_executor(self._threads, call)
         finally:
             self._waiting -= 1
+
+    def _length(self, queue: str, tenant: str) -> int:
+        return self.session.fleet.length(queue, tenant=tenant)
 
     async def close(self) -> None:
         """End all parts. What was sent is in Redis."""

@@ -1,6 +1,7 @@
 """What a tenant may send and submit: all ways of submitting go through here.
 
     403   what the tenant may never ask for: a priority, a format, a model, a size, or too much at once
+    404   a model that nobody serves: each name is a queue, and its messages would lie there
     429   what it may ask for later, with Retry-After
 
 Each refusal says which limit, its value, and what was asked. What is refused is neither sent nor counted. The
@@ -10,12 +11,14 @@ counters are in Redis (`worker.state.tenant_limits`), so that limits hold across
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from producer.http.problems import RefusedError
 from worker.contract.explain import short
-from worker.contract.job_parameters import DEFAULT_PRIORITY
+from worker.contract.job import OPEN_REVISION
+from worker.contract.job_parameters import DEFAULT_MODEL, DEFAULT_PRIORITY
 
 if TYPE_CHECKING:
     from producer.http.caller import Caller
@@ -25,13 +28,21 @@ if TYPE_CHECKING:
 
 #: Seconds after which a client may try again while a tenant's jobs fill its queue.
 FULL_RETRY_S: Final = 5
+#: Messages that a tenant may have in a queue: so many for each job that it may have queued, and some.
+_MESSAGES_A_JOB, _MORE_MESSAGES = 2, 10
 
 
 class Limits:
     """The limits of the callers of one server. `run` calls what blocks in a thread."""
 
-    def __init__(self, counters: TenantLimits, run: Callable[..., Awaitable[Any]]) -> None:
-        self._counters, self._run = counters, run
+    def __init__(
+        self,
+        counters: TenantLimits,
+        run: Callable[..., Awaitable[Any]],
+        length: Callable[[str, str], int],
+    ) -> None:
+        """`length`: how many messages of a tenant wait in a queue."""
+        self._counters, self._run, self._length = counters, run, length
 
     async def request(self, caller: Caller) -> None:
         """Count a request. Raises `RefusedError` (429)."""
@@ -47,22 +58,33 @@ class Limits:
                 wait_s,
             )
 
-    async def admit(self, caller: Caller, jobs: Sequence[TemplatedJob], note: str = "") -> None:
+    async def admit(
+        self,
+        caller: Caller,
+        jobs: Sequence[TemplatedJob],
+        served: Collection[tuple[str, str]],
+        note: str = "",
+    ) -> None:
         """Return where `caller` may submit all of `jobs` now, and count them. Raises `RefusedError`.
 
+        `served`: names and revisions of the models that workers serve, or served last.
         `note` is a key in Redis that is the request's own: sent again, it is counted once.
         """
         tenant = caller.limits
         if tenant is None:
             return
         for number, job in enumerate(jobs):
+            where = f"Job {number} of the list: " if len(jobs) > 1 else ""
             if reason := refusal(tenant, job.shape):
-                where = f"Job {number} of the list: " if len(jobs) > 1 else ""
                 raise _never(f"{where}{reason}")
+            if reason := unserved(tenant, job.shape["model"], job.shape["revision"], served):
+                raise RefusedError(404, f"{where}{reason}", code="NoModel")
         if tenant.max_queued is None and tenant.max_pixel_steps_a_day is None:
             return
         asked = [(job.id, pixel_steps(job.shape) or 0) for job in jobs]
         _refuse_more_than_ever(tenant, asked)
+        if sentence := await self._run(crowded, tenant, jobs, self._length):
+            raise _later(sentence, FULL_RETRY_S)
         found = await self._run(
             lambda: self._counters.admit(
                 tenant.name,
@@ -136,6 +158,45 @@ def refusal(tenant: Tenant, fields: Mapping[str, Any], *, is_whole: bool = True)
             f"width x height x steps is {said} = {work:,}: the tenant {tenant.name} may ask for up to "
             f"{tenant.max_pixel_steps:,} in a job. Ask for a smaller picture or fewer steps."
         )
+    return ""
+
+
+def unserved(tenant: Tenant, model: str, revision: str, served: Collection[tuple[str, str]]) -> str:
+    """Why a tenant may not have a job of a model that is not among `served`, in a sentence; else empty.
+
+    A model that the tenant's settings list may be asked for before a worker of it runs, at no revision of
+    the caller's own: each would be a queue.
+    """
+    is_open = revision.startswith(OPEN_REVISION)
+    if (model, revision) in served or (is_open and model in (DEFAULT_MODEL, *tenant.models)):
+        return ""
+    if not is_open and (model in tenant.models or model in [name for name, _ in served]):
+        return (
+            f"No worker serves the model {short(model)} at the revision {short(revision)}, nor did one "
+            "lately: leave revision out."
+        )
+    return (
+        f"No worker serves the model {short(model)}, nor did one lately: /v1/models has those that are "
+        f"served. `smallcat tenants set {tenant.name} --model` lets the tenant ask for it before."
+    )
+
+
+def crowded(tenant: Tenant, jobs: Sequence[TemplatedJob], length: Callable[[str, str], int]) -> str:
+    """Why a tenant's messages leave no room for those of `jobs`, in a sentence; empty where there is room.
+
+    A job that was cancelled counts no longer, and its message lies in the queue until a worker takes it out.
+    Lists that tenants share are not looked at.
+    """
+    if tenant.max_queued is None or tenant.owner != tenant.name:
+        return ""
+    most = _MESSAGES_A_JOB * tenant.max_queued + _MORE_MESSAGES
+    for queue, more in Counter(job.route.queue for job in jobs).items():
+        if (there := length(queue, tenant.name)) + more > most:
+            return (
+                f"{there:,} messages of the tenant {tenant.name} lie in one queue, those of cancelled jobs "
+                f"included, and {more:,} more are asked for: its limit is {most:,}, twice its jobs and "
+                f"{_MORE_MESSAGES}. Send them when workers have taken some."
+            )
     return ""
 
 

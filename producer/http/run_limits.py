@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from producer.http.limits import pixel_steps, refusal, stopped
+from producer.http.limits import crowded, pixel_steps, refusal, stopped, unserved
 from producer.http.tenant_store import Tenant, TenantStore
 from producer.ingest.message_templates import TemplatedJob
 from producer.ingest.types import Gate
@@ -29,10 +29,16 @@ class TenantGate(Gate):
         self._store = TenantStore(now.redis)
         self._counters = TenantLimits(now.redis, now.settings.record_ttl_s)
         self._why = ""
+        self._length = lambda queue, tenant: now.fleet.length(queue, tenant=tenant)
 
     def check(self, job: Job) -> None:
         """Raise `InvalidJobError` for a job that the tenant may never have."""
         if reason := refusal(self._tenant, job.model_dump(mode="json")):
+            raise InvalidJobError(reason)
+
+    def check_unserved(self, job: Job) -> None:
+        """Raise `InvalidJobError` for a job of a model that the tenant may ask for only once it is served."""
+        if reason := unserved(self._tenant, job.model, job.revision, ()):
             raise InvalidJobError(reason)
 
     def admit(self, first: int, jobs: Sequence[TemplatedJob]) -> tuple[int, str]:
@@ -40,6 +46,8 @@ class TenantGate(Gate):
         tenant = self._store.find(self._tenant.name) or self._tenant
         if not jobs or (tenant.max_queued is None and tenant.max_pixel_steps_a_day is None):
             return len(jobs), ""
+        if sentence := crowded(tenant, jobs, self._length):
+            return 0, sentence
         asked = [(job.id, pixel_steps(job.shape) or 0) for job in jobs]
         found = self._counters.admit_of_run(
             tenant.name,

@@ -81,6 +81,8 @@ class Sender:
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._waiting = 0
         self._templates: JobTemplates | None = None
+        #: Names and revisions of the models that workers serve, or served last: since `templates` was called.
+        self.served: frozenset[tuple[str, str]] = frozenset()
         self._fresh_until_s = 0.0
         self._refreshing: asyncio.Task[None] | None = None
         self._messages: dict[Route, MessageTemplate] = {}
@@ -104,6 +106,8 @@ class Sender:
     async def _refresh(self) -> None:
         snapshot = await asyncio.to_thread(self._snapshot)
         self._templates = JobTemplates(resolver_of(snapshot))
+        groups = (*snapshot.live, *snapshot.last_seen)
+        self.served = frozenset((each.served.name, each.served.revision) for each in groups)
         self._fresh_until_s = time.monotonic() + FRESH_S
 
     async def send(self, jobs: Sequence[Ready]) -> None:

@@ -135,7 +135,7 @@ async def send(
 
     `note`: see `Limits.admit`.
     """
-    await backend.limits.admit(caller, jobs, note)
+    await backend.limits.admit(caller, jobs, backend.sender.served, note)
     ids = submissions or [new_submission(caller) for _ in jobs]
     try:
         whose = caller.tenant or caller.owner

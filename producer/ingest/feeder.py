@@ -73,7 +73,7 @@ class Ingest:
         #: Where it goes: see `manifest_path`.
         self._manifest = self._wanted
         self.run = self._run_of(plan.digest)
-        self._pinned = Pinned(self.run, session.fleet, self._gate.check)
+        self._pinned = Pinned(self.run, session.fleet, self._gate)
         self._results = Results(self.run, session, plan.tenant)
         self._stop = threading.Event()
         self._templates: dict[Route, MessageTemplate] = {}
@@ -149,7 +149,7 @@ class Ingest:
         plan = self._plan.as_begun(self._is_begun)
         if plan is not self._plan:
             self._plan, self.run = plan, self._run_of(plan.digest)
-            self._pinned = Pinned(self.run, self._session.fleet, self._gate.check)
+            self._pinned = Pinned(self.run, self._session.fleet, self._gate)
             self._results = Results(self.run, self._session, plan.tenant)
             self._display.notice(
                 f"An earlier version began the run {self.run.id}: its files are read as they were then. "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from producer.ingest.message_templates import Resolver
 from producer.ingest.run_state import Run
+from producer.ingest.types import Gate
 from worker.contract.choices import PromptSyntax
 from worker.contract.file_index import FileIndex
 from worker.contract.job import OPEN_REVISION, Job
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 class Pinned:
     """Resolves jobs as `Fleet.resolve` does, but each model once in a run. Redis keeps the answer."""
 
-    def __init__(self, run: Run, fleet: Fleet, check: Callable[[Job], None] = lambda job: None) -> None:
-        """`check` raises `InvalidJobError` for a resolved job that the run may not have."""
-        self._run, self._fleet, self._check = run, fleet, check
+    def __init__(self, run: Run, fleet: Fleet, gate: Gate | None = None) -> None:
+        """`gate` says which resolved jobs the run may not have."""
+        self._run, self._fleet, self._gate = run, fleet, gate or Gate()
         self._known: dict[tuple[str, str], _Pin] = {}
         self._foreseen: dict[tuple[str, str], _Pin] = {}
 
@@ -33,11 +34,11 @@ class Pinned:
 
         Raises `InvalidJobError` for one that the run may not have.
         """
-        return self._checked(self._pin(job).resolve(job))
+        return self._checked(self._pin(job), job)
 
     def foreseen(self, job: Job) -> Job:
         """What `resolve` would give now. Pins nothing, for a run that may not begin."""
-        return self._checked(self._foresee(job).resolve(job))
+        return self._checked(self._foresee(job), job)
 
     @property
     def resolver(self) -> Resolver:
@@ -63,9 +64,12 @@ class Pinned:
             self._foreseen[name] = _Pin.of(json.loads(pin) if pin else self._resolve(job))
         return self._foreseen[name]
 
-    def _checked(self, job: Job) -> Job:
-        self._check(job)
-        return job
+    def _checked(self, pin: _Pin, job: Job) -> Job:
+        resolved = pin.resolve(job)
+        self._gate.check(resolved)
+        if pin.values.get("unserved"):
+            self._gate.check_unserved(resolved)
+        return resolved
 
     def _resolve(self, job: Job) -> dict[str, Any]:
         probe = Job(prompt="x", seed=0, model=job.model, revision=job.revision)
@@ -82,7 +86,8 @@ class Pinned:
         )
         # All of the index: that of now may be gone from Redis when the run is resumed.
         files = {"files": meant.index.model_dump(mode="json")} if meant and meant.index.files else {}
-        return {**defaults, **syntax, **files, "model": resolved.model, "revision": revision}
+        unserved = {} if meant else {"unserved": True}
+        return {**defaults, **syntax, **files, **unserved, "model": resolved.model, "revision": revision}
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,9 @@ class Gate:
     def check(self, job: Job) -> None:
         """Raise `InvalidJobError` for a job that is rejected. Whenever it is asked, it says the same."""
 
+    def check_unserved(self, job: Job) -> None:
+        """Likewise for a job whose model nobody served when the run first named it."""
+
     def admit(self, first: int, jobs: Sequence[TemplatedJob]) -> tuple[int, str]:
         """How many of the run's next jobs may be sent now; why not the others, in a sentence.
 

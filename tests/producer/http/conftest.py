@@ -6,6 +6,7 @@ api      the server, its key and its stack; `api.call` sends a request, `api.wor
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -30,6 +31,8 @@ from worker.state.redis_client import connect
 ROOT = Path(__file__).parents[3]
 #: A model that nobody serves: its jobs stay queued.
 NOBODYS = "nobody-serves-this"
+#: A model that was served until lately, at the revision "r": a tenant's jobs of it stay queued.
+AWAY = "served-lately"
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,21 @@ def fast_worker(stack: Stack, seconds: float = 0.0) -> subprocess.Popen[bytes]:
     )
 
 
+def remember(stack: Stack) -> None:
+    """Let the fleet remember `AWAY`."""
+    with connect(stack.valkey.url, 1) as client:
+        seen = json.loads(client.get("smallcat:served") or "[]")
+        gone = copy.deepcopy(seen[0])
+        gone["served"] |= {"name": AWAY, "revision": "r"}
+        client.set("smallcat:served", json.dumps([*seen, gone]))
+
+
 @pytest.fixture(scope="module")
 def api() -> Iterator[Api]:
     """The server, with a key that may do everything."""
     with Stack(workers=0, http=True) as stack:
         worker = fast_worker(stack)
+        remember(stack)
         try:
             assert stack.http is not None
             yield Api(stack, stack.http.url, stack.http.key)

@@ -12,14 +12,14 @@ from click.testing import CliRunner
 
 from producer.cli.main import cli
 from tests.fast_worker import DEVICE_S
-from tests.producer.http.conftest import NOBODYS, Answer, Api
+from tests.producer.http.conftest import AWAY, Answer, Api
 from tests.producer.http.test_events import Stream
 from tests.producer.http.test_runs import lines_of, upload
 from worker.state.keys import latest_key
 from worker.state.redis_client import connect
 
 #: A job that stays queued.
-WAITING = {"prompt": "a cat", "seed": 1, "model": NOBODYS, "revision": "r"}
+WAITING = {"prompt": "a cat", "seed": 1, "model": AWAY, "revision": "r"}
 #: One of known pixels x steps, likewise: 64 x 64 x 10.
 SMALL = WAITING | {"width": 64, "height": 64, "steps": 10}
 WORK = 64 * 64 * 10
@@ -204,14 +204,18 @@ def limited(api: Api, name: str, **settings: Any) -> str:
             {"format": "jpeg"},
             "format is 'jpeg': the tenant NAME may use png, webp.",
         ),
-        ({"models": ["fast"]}, {}, f"model is '{NOBODYS}': the tenant NAME may use fast."),
+        ({"models": ["fast"]}, {}, f"model is '{AWAY}': the tenant NAME may use fast."),
         (
             {"max_pixel_steps": WORK - 1},
             {},
             f"is 64 x 64 x 10 = {WORK:,}: the tenant NAME may ask for up to {WORK - 1:,} in a job.",
         ),
         ({"max_pixel_steps_a_day": WORK - 1}, {}, f"may submit {WORK - 1:,} a day."),
-        ({"max_pixel_steps": WORK}, {"steps": None}, "give width, height and steps."),
+        (
+            {"max_pixel_steps": WORK, "models": ["new"]},
+            {"model": "new", "revision": "", "steps": None},
+            "give width, height and steps.",
+        ),
     ],
 )
 def test_what_a_tenant_may_never_ask_for_is_forbidden(
@@ -241,7 +245,7 @@ def test_a_priority_that_is_not_given_is_one_that_the_tenant_may_have(api: Api) 
     key = limited(api, "lowly", max_priority=2)
     assert api.call("GET", submit(api, key).json["links"]["self"], key=key).json["job"]["priority"] == 2
     assert upload(api, b"a cat\n", "priority=3", key=key).status == 403
-    assert upload(api, b"a cat\n", f"model={NOBODYS}&revision=r", key=key).status == 202
+    assert upload(api, b"a cat\n", f"model={AWAY}&revision=r", key=key).status == 202
 
 
 def test_jobs_queued_are_limited_and_a_list_counts_as_its_jobs(api: Api) -> None:
@@ -271,6 +275,53 @@ def test_jobs_queued_are_limited_and_a_list_counts_as_its_jobs(api: Api) -> None
     assert submit(api, key, jobs[3]).status == 202
 
 
+def test_messages_of_cancelled_jobs_are_limited_too(api: Api) -> None:
+    """Each lies in the queue until a worker takes it out, and none of that model runs."""
+    key = limited(api, "cancels", max_queued=2)
+    found = []
+    for seed in range(20):
+        found.append(submit(api, key, SMALL | {"seed": seed, "prompt": "cancelled"}))
+        if found[-1].status == 202:
+            api.call("DELETE", found[-1].json["links"]["self"], key=key)
+            with connect(api.stack.valkey.url, 1) as client:
+                client.delete("smallcat:http:open:cancels")
+    assert [each.status for each in found] == [202] * 14 + [429] * 6
+    assert "14 messages of the tenant cancels lie in one queue" in found[-1].json["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"model": "made-up"}, "No worker serves the model 'made-up', nor did one lately"),
+        ({"model": "made-up", "revision": "x"}, "`smallcat tenants set NAME --model` lets"),
+        ({"model": "fast", "revision": "x"}, "at the revision 'x', nor did one lately: leave revision out."),
+        ({"model": "new", "revision": "x"}, "at the revision 'x', nor did one lately: leave revision out."),
+        ({"revision": "x"}, "No worker serves the model 'default'"),
+    ],
+)
+def test_a_tenant_cannot_make_queues_by_naming_models(api: Api, fields: dict[str, str], part: str) -> None:
+    models = ["new", "fast", "default"] if fields.get("model") == "new" else []
+    name = f"names-{len(str(fields))}-{len(models)}"
+    key = limited(api, name, models=models)
+    with connect(api.stack.valkey.url, 1) as client:
+        before = client.smembers("smallcat:queues")
+        answer = submit(api, key, {"prompt": "a cat", **fields})
+        assert (answer.status, part.replace("NAME", name) in answer.json["detail"]) == (404, True), (
+            answer.body
+        )
+        assert client.smembers("smallcat:queues") == before
+        if models:
+            assert submit(api, key, {"prompt": "a cat", "model": "new"}).status == 202
+        run = upload(api, json.dumps({"prompt": "x", **fields}).encode() + b"\n", "name=a.jsonl", key=key)
+        for _ in range(200):
+            found = api.call("GET", run.json["links"]["self"], key=key).json
+            if found["rejected"]:
+                break
+            time.sleep(0.05)
+        [line] = lines_of(api.call("GET", run.json["links"]["rejected"], key=key))
+        assert "nor did one lately" in line["reason"]
+
+
 def test_a_day_of_work_is_limited_and_an_idempotency_key_is_counted_once(api: Api) -> None:
     key = limited(api, "day", max_pixel_steps_a_day=3 * WORK)
     once = {"headers": {"Idempotency-Key": "k"}}
@@ -289,7 +340,7 @@ def test_a_day_of_work_is_limited_and_an_idempotency_key_is_counted_once(api: Ap
 def test_a_run_is_sent_as_its_tenants_limits_permit(api: Api) -> None:
     key = limited(api, "runs", max_queued=5)
     text = b"".join(b"a cat %d\n" % number for number in range(12))
-    waiting = upload(api, text, f"model={NOBODYS}&revision=r", key=key).json
+    waiting = upload(api, text, f"model={AWAY}&revision=r", key=key).json
     for _ in range(200):
         held = api.call("GET", waiting["links"]["self"], key=key).json
         if held["notices"]:
