@@ -94,6 +94,7 @@ class FaultRunner:
     job_s = 1.0
     decodes_beside = False
     is_compiling = False
+    out_of_memory = padded_rows = 0
     choices = (Choice("device", "none", "a fake"), Choice("attention", "none", "a fake"))
 
     def __init__(
@@ -115,6 +116,10 @@ class FaultRunner:
     def memory(self) -> dict[str, int]:
         """It has no GPU."""
         return {}
+
+    def utilisation(self) -> float | None:
+        """Nor can it be asked how busy it is."""
+        return None
 
     def preview(self, state: FaultState) -> None:
         """It has none."""
