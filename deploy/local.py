@@ -202,10 +202,11 @@ class _Session:
         with contextlib.suppress(Interrupted):
             print(exports(self._stack.variables), flush=True)
             if self._stack.home.kept:
-                file = shlex.quote(os.path.relpath(self._stack.home.path / ENV_FILE))
+                file = shlex.quote(str(self._stack.home.path / ENV_FILE))
                 self._print_note(f"In another terminal: source {file}")
             if self._stack.http is not None:
-                self._print_note(f"The HTTP API is at {self._stack.http.url}, its key in SMALLCAT_HTTP_KEY.")
+                self._print_note(f"The page: {self._stack.http.url}")
+                self._print_note("The HTTP API has the same address; SMALLCAT_HTTP_KEY is the key of both.")
                 self._print_note(
                     "It tells webhooks, also on this machine; SMALLCAT_WEBHOOK_SECRET verifies them."
                 )

@@ -210,6 +210,7 @@ class HttpProcess(_Server):
             self.of_webhooks = {
                 "SMALLCAT_WEBHOOK_HOSTS": f"*, localhost, {HOST}",
                 "SMALLCAT_WEBHOOK_SECRET": self._kept["webhook_secret"],
+                "SMALLCAT_WEBHOOK_SECRETS_DIR": str(self.folder / "webhook-secrets"),
             }
 
     def _secrets(self) -> dict[str, str]:

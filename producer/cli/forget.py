@@ -13,7 +13,7 @@ from producer.http.caller import tenant_mark
 from producer.http.key_store import KeyStore
 from producer.http.tenant_store import TenantStore
 from producer.session import Session, session
-from worker.contract.errors import CallerError
+from worker.contract.errors import CallerError, UnknownJobError
 from worker.contract.explain import short
 from worker.contract.job_checks import tenant_name
 from worker.state.forgetting import Scope
@@ -38,12 +38,16 @@ def forget(tenant: str | None, job: str | None, before: str | None, dry_run: boo
         if tenant and (keys := [each.name for each in KeyStore(now.redis).list() if each.tenant == tenant]):
             say(f"note  {tenant} has keys still, such as {keys[0]}, and may submit meanwhile.", err=True)
     done = Forget(now, scope, is_dry=dry_run, tell=lambda text: say(f"note  {text}", err=True))()
+    if job and not done.kept and not any(done.counts.values()):
+        raise UnknownJobError(f"There is nothing of job {job}: its id is wrong, or it was forgotten already.")
     if as_json:
         print_json({"scope": scope.name, "dry_run": dry_run, **done.counts, "kept": done.kept})
     else:
-        for what, text in COUNTED.items():
-            say(f"{done.counts[what]:>9,}  {text}")
-        if not scope.job:
+        found = [(what, count) for what, count in done.counts.items() if count]
+        say(f"{'Would remove' if dry_run else 'Removed'}{':' if found else ' nothing: there is nothing.'}")
+        for what, count in found:
+            say(f"{count:>9,}  {COUNTED[what]}")
+        if not scope.job and not dry_run:
             say("note  HTTP servers delete the files of these runs within a minute.", err=True)
         for said in done.kept[:20]:
             say(f"kept  {said}", err=True)

@@ -354,8 +354,21 @@ def test_what_cannot_be_forgotten_is_said(redis: Redis, words: tuple[str, ...], 
     assert part in str(caught.value)
 
 
-def test_all_that_is_counted_is_shown(redis: Redis) -> None:
+def test_what_is_counted_is_shown_without_zeros(redis: Redis, worker: Worker, storage: FlakyBucket) -> None:
     shown = CliRunner().invoke(cli, ["forget", "--tenant", "nobody", "--dry-run"])
-    assert shown.exit_code == 0
-    assert all(text in shown.stdout for text in COUNTED.values())
-    assert "HTTP servers delete the files" in shown.stderr
+    assert (shown.exit_code, shown.stdout) == (0, "Would remove nothing: there is nothing.\n")
+    much(redis, worker)
+    would, removed = (
+        CliRunner().invoke(cli, ["forget", "--tenant", "acme", *dry]) for dry in (["--dry-run"], [])
+    )
+    assert would.stdout.startswith("Would remove:\n")
+    assert removed.stdout.startswith("Removed:\n")
+    assert all(shown.stdout.count(COUNTED["records"]) == 1 for shown in (would, removed))
+    assert "        0  " not in would.stdout + removed.stdout
+    assert "HTTP servers delete the files" not in would.stderr
+    assert "HTTP servers delete the files" in removed.stderr
+
+
+def test_an_unknown_job_is_an_error(redis: Redis, storage: FlakyBucket) -> None:
+    with pytest.raises(UnknownJobError, match="There is nothing of job 00000"):
+        forget("--job", "0" * 32)
