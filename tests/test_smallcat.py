@@ -196,6 +196,8 @@ async def main() -> None:
     except {module}.JobError as error:
         print(error)
     handle = {module}.submit_job({module}.Job(prompt="a cat"), steps=None)
+    handles = {module}.submit_job("a cat", images=2)
+    handles = typing.assert_type(handles, list[{module}.JobHandle])
 """,
         tmp_path,
     )
@@ -213,7 +215,17 @@ async def main() -> None:
 """,
         tmp_path,
     )
-    patterns = ["stpes", "seed", "submit_job", "timout", "result", "stpes", "submit_jbo"]
+    # With overloads, mypy names the argument where it is unknown, and the types where one is of another type.
+    patterns = [
+        '"stpes"',
+        '"str", "int"',
+        '"str", "str"',
+        'type "int"',
+        "timout",
+        "result",
+        "stpes",
+        "submit_jbo",
+    ]
     assert len(wrong) == len(patterns), wrong
     assert all(pattern in line for pattern, line in zip(patterns, wrong, strict=True)), wrong
 
