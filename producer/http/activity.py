@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
+from producer.http.models import may_use
 from producer.http.problems import sentence_of
 from worker.contract.errors import StorageError, UnknownJobError
 from worker.contract.file_index import FileIndex, Kind
@@ -53,6 +54,8 @@ class Audience(NamedTuple):
     tenant: str | None
     #: The tenant that their jobs say.
     owner: str
+    #: The models whose workers are shown; empty: all.
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,9 +272,10 @@ class Reader:
         return ""
 
     def _fleet(self, workers: Sequence[WorkerInfo], audience: Audience) -> dict[str, Any]:
-        """The workers, and what waits in the queues: of a tenant, its own messages."""
+        """The workers of models that the audience may use, and those of its messages that wait."""
+        workers = [each for each in workers if may_use(audience.models, each.served.name)]
         served = [set(queues_of(each.served)) for each in workers if not each.paused]
-        found = self._session.fleet.waiting(audience.owner if audience.tenant else None)
+        found = self._session.fleet.waiting(None if audience.tenant is None else audience.owner)
         waiting = {queue: count for queue, count in found.items() if count}
         return {
             "workers": [

@@ -26,6 +26,7 @@ from producer.http.backend import Backend
 from producer.http.caller import Caller
 from producer.http.events import until_changed
 from producer.http.jobs import view
+from producer.http.models import models_of
 
 router = APIRouter(include_in_schema=False)
 
@@ -42,7 +43,8 @@ async def activity(request: Request, caller: Reader, backend: Shared) -> Respons
 async def _events(backend: Backend, caller: Caller, rights: Rights) -> AsyncIterator[str]:
     yield f"retry: {_RETRY_MS}\n\n"
     sent = _Sent(caller)
-    audience = Audience(None if caller.sees_all else caller.tenant or caller.owner, caller.owner)
+    tenant = None if caller.sees_all else caller.tenant or caller.owner
+    audience = Audience(tenant, caller.owner, models_of(caller))
     with backend.watching.watch(audience) as watcher:
         while not backend.draining.is_set():
             is_changed = await until_changed(backend, watcher.changed)

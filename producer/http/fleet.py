@@ -11,7 +11,7 @@ from starlette.responses import Response
 from producer.http import schema
 from producer.http.auth import Reader, Shared
 from producer.http.jobs import as_json
-from producer.http.models import allowed, served_models
+from producer.http.models import allowed, may_use, models_of, served_models
 
 router = APIRouter(tags=["fleet"])
 
@@ -36,7 +36,7 @@ _FLEET: Final = {
         },
         "queues": {
             "type": "object",
-            "description": "Messages that wait, by queue; of a tenant, its own.",
+            "description": "Messages that wait, by queue: your tenant's, or those of none.",
             "additionalProperties": {"type": "integer"},
         },
     },
@@ -47,15 +47,20 @@ _FLEET: Final = {
 async def get_fleet(caller: Reader, backend: Shared) -> Response:
     """The live workers, those that have been up longest first; the models; and the queues.
 
-    A tenant's key gets how many of its own messages wait, and the models that it may use.
+    A tenant's key gets how many of its own messages wait, and the models that it may use with their workers.
+    A key without a tenant gets the messages of no tenant, and an admin's without one all.
     """
     fleet = backend.session.fleet
 
     def look() -> dict[str, Any]:
         return {
-            "workers": [each.model_dump(mode="json") for each in fleet.workers()],
+            "workers": [
+                each.model_dump(mode="json")
+                for each in fleet.workers()
+                if may_use(models_of(caller), each.served.name)
+            ],
             "models": [dataclasses.asdict(each) for each in allowed(caller, served_models(fleet))],
-            "queues": fleet.waiting(caller.owner if caller.tenant else None),
+            "queues": fleet.waiting(None if caller.sees_all else caller.owner),
         }
 
     return as_json(await backend.run(look))

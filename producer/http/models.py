@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,17 @@ def served_models(fleet: Fleet) -> list[Model]:
     return list(found.values())
 
 
+def may_use(models: Collection[str], name: str) -> bool:
+    """Whether a tenant that may use `models` may use this one; empty: all."""
+    return not models or name in models
+
+
+def models_of(caller: Caller) -> tuple[str, ...]:
+    """The models that the caller may use and hears of; empty: all."""
+    return caller.limits.models if caller.limits else ()
+
+
 def allowed(caller: Caller, models: list[Model]) -> list[Model]:
     """Those of the models that the caller's tenant may use."""
-    named = caller.limits.models if caller.limits else ()
-    return [each for each in models if not named or each.name in named]
+    named = models_of(caller)
+    return [each for each in models if may_use(named, each.name)]

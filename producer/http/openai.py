@@ -21,6 +21,7 @@ from starlette.responses import Response
 from producer.client.job_result import JobResult
 from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
+from producer.http.caller import Caller
 from producer.http.jobs import as_json
 from producer.http.models import allowed, served_models
 from producer.http.problems import RefusedError, headers_of, name_of, sentence_of, status_of
@@ -65,7 +66,7 @@ async def generate(request: Request, caller: Submitter, backend: Shared) -> Resp
     fields = {name: value for name, value in body.items() if value is not None}
     count, form = _number(fields), _form(fields)
     job = _job_fields(fields)
-    await _require_model(backend, job)
+    await _require_model(backend, caller, job)
     jobs = await check(backend, caller, numbered(job, count), is_list=False)
     results = await render(request, backend, caller, jobs)
     if None in results:
@@ -139,12 +140,13 @@ def _job_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-async def _require_model(backend: Backend, fields: Mapping[str, Any]) -> None:
+async def _require_model(backend: Backend, caller: Caller, fields: Mapping[str, Any]) -> None:
     """Raise `RefusedError` (404) for a model that nobody serves: its request would wait without end."""
     name = fields.get("model", DEFAULT_MODEL)
     if not isinstance(name, str) or name == DEFAULT_MODEL:
         return
-    if name not in [each.name for each in await backend.run(served_models, backend.session.fleet)]:
+    found = allowed(caller, await backend.run(served_models, backend.session.fleet))
+    if name not in [each.name for each in found]:
         raise _no_model(name)
 
 

@@ -38,6 +38,17 @@ def activity(api: Api, key: str) -> str:
     return text
 
 
+def fleet_event(api: Api, key: str, path: str = "/v1/fleet") -> Any:
+    """The figures of the fleet; with `/v1/activity` as the page is told them, with the queues by name."""
+    if path == "/v1/fleet":
+        return api.call("GET", path, key=key).json
+    stream = Stream(Api(api.stack, api.url, key), path)
+    while (event := stream.next()) is not None and event["event"] != "fleet":
+        pass
+    assert event is not None
+    return event["data"]
+
+
 @pytest.fixture(scope="module")
 def keys(api: Api) -> dict[str, str]:
     """Two keys of a tenant, its admin's, another tenant's two, and one of nobody."""
@@ -121,6 +132,15 @@ def test_the_fleets_figures_are_of_a_tenants_own_messages(api: Api, keys: dict[s
     submit(api, key, [WAITING | {"seed": seed} for seed in range(2)])
     assert list(api.call("GET", "/v1/fleet", key=key).json["queues"].values()) == [2]
     assert sum(api.call("GET", "/v1/fleet").json["queues"].values()) >= 7
+    # A key of no tenant hears of no tenant's.
+    submit(api, keys["acme"], {"prompt": "a", "model": "a-secret-model"})
+    before = sum(fleet_event(api, keys["nobody"])["queues"].values())
+    submit(api, keys["nobody"], WAITING | {"prompt": "nobody's own"})
+    assert sum(fleet_event(api, keys["nobody"])["queues"].values()) == before + 1
+    for who, is_told in (("nobody", False), ("acme", True), (None, True)):
+        for path in ("/v1/fleet", "/v1/activity"):
+            found = fleet_event(api, keys[who] if who else api.key, path)
+            assert ("a-secret-model" in json.dumps(found["queues"])) is is_told, (who, path)
 
 
 def test_an_admin_of_a_tenant_cancels_its_jobs_and_no_others(api: Api, keys: dict[str, str]) -> None:
@@ -420,6 +440,14 @@ def test_only_models_that_a_tenant_may_use_are_shown_to_it(api: Api) -> None:
     assert [each["id"] for each in api.call("GET", "/v1/models", key=allowed).json["data"]] == ["fast"]
     assert api.call("GET", "/v1/models", key=none).json["data"] == []
     assert api.call("GET", "/sdapi/v1/sd-models", key=none).json == []
+    for path in ("/v1/fleet", "/v1/activity"):
+        assert fleet_event(api, allowed, path)["workers"] != []
+        assert fleet_event(api, none, path)["workers"] == []
+    body = {"prompt": "a", "model": "fast"}
+    served = api.call("POST", "/v1/images/generations", body, key=none)
+    missing = api.call("POST", "/v1/images/generations", body | {"model": "nowhere"}, key=none)
+    assert (served.status, served.json["error"]["code"]) == (404, "model_not_found")
+    assert served.body.replace(b"fast", b"nowhere") == missing.body
 
 
 def test_events_of_a_job_are_its_tenants(api: Api, keys: dict[str, str]) -> None:
