@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -9,14 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from producer.cli.json_output import json_option, moment, print_json, say
+from producer.cli.json_output import counted, json_option, moment, print_json, say
 from producer.client import JobHandle
 from producer.client.job_result import JobResult
 from producer.session import session
 from worker.contract.errors import CallerError, UnknownJobError
+from worker.state.hashes import JOB_ID
 
 if TYPE_CHECKING:
     from producer.ingest.runs import RunInfo
+    from worker.contract.job import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -102,7 +105,8 @@ def cancel(job_ids: tuple[str, ...], run: str | None, submission: str, as_json: 
         print_json(states)
     else:
         for job_id, state in states.items():
-            say(f"{job_id}  {'cancelling' if state == 'running' else state}")
+            shown = f"was {state} already" if state in ("done", "failed") else state
+            say(f"{job_id}  {'cancelling' if state == 'running' else shown}")
     _raise_last(unknown)
 
 
@@ -130,6 +134,7 @@ def _status(handles: Sequence[JobHandle], *, urls: bool, as_json: bool) -> None:
             shown.append({"id": handle.id, "state": "unknown", "error": str(error)})
             if not as_json:
                 say(f"{handle.id}  unknown")
+            _hint_at_run(handle.id)
             continue
         shown.append(
             record.model_dump(mode="json")
@@ -138,10 +143,11 @@ def _status(handles: Sequence[JobHandle], *, urls: bool, as_json: bool) -> None:
         if as_json:
             continue
         say(f"{record.id}  {record.state}")
+        _show_job(record.job)
         if record.steps:
             say(f"step       {progress.step} of {progress.steps}")
         if progress.queued:
-            say(f"queue      {progress.queued} waiting, {progress.workers} workers")
+            say(f"queue      {progress.queued} waiting, {counted(progress.workers, 'worker')}")
         for name in ("worker", "uri", "error"):
             if value := getattr(record, name):
                 say(f"{name:10} {value}")
@@ -153,6 +159,24 @@ def _status(handles: Sequence[JobHandle], *, urls: bool, as_json: bool) -> None:
     if as_json:
         print_json(shown if len(handles) > 1 else shown[0])
     _raise_last(unknown)
+
+
+def _show_job(job: Job) -> None:
+    """What was asked for."""
+    say(f"prompt     {_short(job.prompt)}")
+    say(f"seed       {job.seed}")
+    if job.width and job.height:
+        say(f"size       {job.width}x{job.height}")
+    if job.tenant:
+        say(f"tenant     {job.tenant}")
+
+
+def _hint_at_run(name: str) -> None:
+    """Say so where an unknown job's id is a run's name."""
+    if not JOB_ID.fullmatch(name):
+        with contextlib.suppress(UnknownJobError):
+            _run(name)
+            say(f"note       {name} is a run: smallcat status --run {name}", err=True)
 
 
 def _latest(limit: int, *, urls: bool, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from producer.cli.json_output import json_option, print_json, say
+from producer.cli.json_output import counted, json_option, print_json, say
 from producer.session import session
 from worker.state.tenants import Weights, waiting_of_tenants
 
@@ -39,8 +39,12 @@ def shares_list(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    for each in found:
-        say(f"{each['tenant'] or _NOBODY:40}  weight {each['weight']:<6g}  {each['waiting']:,} jobs wait")
+    for name in [str(each["tenant"]) for each in found]:
+        count = waiting.get(name, 0)
+        wait = f"{counted(count, 'job')} {'waits' if count == 1 else 'wait'}"
+        say(f"{name or _NOBODY:40}  weight {weights.get(name, 1.0):<6g}  {wait}")
+    if not found:
+        say("No jobs wait, and no tenant has a weight other than 1.", err=True)
 
 
 @shares.command("set")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from producer.cli import local_stack
 from producer.cli.json_output import say
 from producer.client import JobHandle
@@ -16,6 +18,9 @@ from worker.contract.prompt_syntax import (
     only_words_in,
     only_words_warning,
 )
+
+#: Characters of a model's name that are compared with others.
+_LONGEST = 200
 
 
 def of_prompts(handle: JobHandle, prompt: str, negative: str | None) -> None:
@@ -49,6 +54,8 @@ def of_workers(handle: JobHandle, *, waits: bool) -> None:
     if not waits:
         say(f"note  {note}", err=True)
     if served:
-        say(f"note  The live workers serve {', '.join(served)}.", err=True)
+        near = difflib.get_close_matches(handle.record().job.model[:_LONGEST], served, 1)
+        meant = f" Did you mean --model {near[0]}?" if near and near[0] != handle.record().job.model else ""
+        say(f"note  The live workers serve {', '.join(served)}.{meant}", err=True)
     elif text := local_stack.hint():
         say(f"note  {text}", err=True)

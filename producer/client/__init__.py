@@ -8,6 +8,7 @@ import json
 import math
 import re
 import secrets
+import shlex
 import time
 import warnings
 from collections.abc import Generator
@@ -20,7 +21,7 @@ from worker.contract.errors import InvalidJobError, QueueError, UnknownJobError
 from worker.contract.explain import short
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.job_files import files_of
-from worker.contract.job_parameters import MAX_SEED, JobFields
+from worker.contract.job_parameters import DEFAULT_MODEL, MAX_SEED, JobFields
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
 from worker.contract.webhook import WEBHOOK_SINCE, hook_of
@@ -380,7 +381,8 @@ def _unserved(record: JobRecord, takers: Takers) -> str:
             f"read up to version {reads}. It waits until one of them is upgraded."
         )
     if job.is_open:
-        return f'No worker serves the model "{job.model}": start one with `celery -A worker worker`.'
+        model = "" if job.model == DEFAULT_MODEL else f"SMALLCAT_MODEL={shlex.quote(job.model)} "
+        return f'No worker serves the model "{job.model}": start one with `{model}celery -A worker worker`.'
     return (
         f'No worker serves the model "{job.model}" at revision {job.revision}: '
         "start one that does, or submit again to use what the live workers serve."

@@ -266,14 +266,27 @@ def test_status_of_each_state(smallcat: Shell, client: Redis, environment: dict[
     job = JobHandle(job_id).record().job
     ran = smallcat("status", job_id)
     assert ran.code == 0
-    assert ran.out.splitlines() == [f"{job_id}  queued", "queue      1 waiting, 1 workers"]
+    assert ran.out.splitlines() == [
+        f"{job_id}  queued",
+        "prompt     a small cat",
+        "seed       3",
+        f"size       {job.width}x{job.height}",
+        "queue      1 waiting, 1 worker",
+    ]
     claim(client, job).progress({job_id: (1, 4)}, 30)
     assert "step       1 of 4" in smallcat("status", job_id).out
     uri = finish(client, environment, job)
     assert f"uri        {uri}" in smallcat("status", job_id).out
+    assert smallcat("cancel", job_id).out == f"{job_id}  was done already\n"
     document = smallcat("status", job_id, "--json").document
     assert (document["id"], document["state"], document["uri"]) == (job_id, "done", uri)
     assert document["warnings"] == ["cut"]
+
+
+def test_a_run_s_name_given_as_an_id_gets_a_hint(smallcat: Shell, client: Redis) -> None:
+    client.hset("smallcat:run:cats", mapping={"fed": "1", "created": "1"})
+    assert "cats is a run: smallcat status --run cats" in smallcat("status", "cats").err
+    assert "is a run" not in smallcat("status", "dogs").err
 
 
 def test_status_shows_that_no_worker_serves_the_job(smallcat: Shell, client: Redis) -> None:
@@ -347,7 +360,10 @@ def test_submitting_says_at_once_that_no_worker_serves_the_model_and_what_is_ser
     assert ran.code == 0
     assert len(ran.document["id"]) == 32
     assert 'No worker serves the model "another"' in ran.err
-    assert f"The live workers serve {SERVED.name}." in ran.err
+    assert "start one with `SMALLCAT_MODEL=another celery -A worker worker`" in ran.err
+    assert f"The live workers serve {SERVED.name}.\n" in ran.err
+    ran = smallcat("submit", "x", "--model", f"{SERVED.name}x")
+    assert f"Did you mean --model {SERVED.name}?" in ran.err
     assert smallcat("submit", "x").err == ""
 
 

@@ -35,6 +35,7 @@ def test_weights_are_set_listed_and_taken_back() -> None:
     for tenant in ("acme", ""):
         shares("set", tenant, "1")
     assert session().redis.exists(WEIGHTS) == 0
+    assert shares("list").stderr == "No jobs wait, and no tenant has a weight other than 1.\n"
 
 
 @pytest.mark.parametrize(
