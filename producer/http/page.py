@@ -94,6 +94,7 @@ async def sign_in(request: Request, backend: Shared) -> Response:
             403, "There is no such key: `smallcat keys list` has all, by their names.", code="Forbidden"
         )
     require_tenant(caller)
+    await backend.limits.request(caller)
     token = await backend.run(backend.sessions.begin, digest)
     answer = _about(caller, token)
     _set_cookie(answer, request, token)

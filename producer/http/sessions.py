@@ -1,10 +1,11 @@
 """Sign-ins of browsers, which keep no key: a cookie has a random token, and Redis has the token's SHA-256.
 
     smallcat:http:session:<SHA-256 of the token>   string   the SHA-256 of the key that signed in
+    smallcat:http:sessions:<SHA-256 of the key>    zset     its sessions, by when they began
 
-A session ends with its key, when it is signed out, and after a week. The cookie is HttpOnly and SameSite, so
-that neither scripts nor pages of other sites can use it. Requests that change something need the session's
-proof as well, which only a script of the page can read.
+A session ends with its key, when it is signed out, when its key has signed in 20 times more, and after a
+week. The cookie is HttpOnly and SameSite, so that neither scripts nor pages of other sites can use it.
+Requests that change something need the session's proof as well, which only a script of the page can read.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import time
 from typing import TYPE_CHECKING, Final, cast
 
-from worker.state.keys import HTTP_SESSION
+from worker.state.keys import HTTP_SESSION, HTTP_SESSIONS
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 COOKIE, PROOF_HEADER = "smallcat_session", "x-csrf-token"
 #: Seconds that a session lasts.
 LASTS_S: Final = 7 * 86_400
+#: Sessions that a key has, at most: one more ends the oldest.
+MAX_SESSIONS: Final = 20
 #: Characters of a token that are looked at: a token has 43.
 _LONGEST: Final = 100
 
@@ -36,7 +40,16 @@ class Sessions:
     def begin(self, key_digest: str) -> str:
         """Sign in with the key of that hash, which is known to be valid. Returns the token."""
         token = secrets.token_urlsafe(32)
-        self._redis.set(_name(token), key_digest, ex=LASTS_S)
+        of_key = f"{HTTP_SESSIONS}{key_digest}"
+        with self._redis.pipeline() as pipe:
+            pipe.set(_name(token), key_digest, ex=LASTS_S)
+            pipe.zadd(of_key, {digest_of(token): time.time()})
+            pipe.expire(of_key, LASTS_S)
+            pipe.zrangebyscore(of_key, "-inf", "+inf")
+            found = cast("list[str]", pipe.execute()[-1])
+        if too_many := found[:-MAX_SESSIONS]:
+            self._redis.delete(*(f"{HTTP_SESSION}{each}" for each in too_many))
+            self._redis.zrem(of_key, *too_many)
         return token
 
     def key_of(self, token: str) -> str | None:
@@ -45,7 +58,9 @@ class Sessions:
 
     def end(self, token: str) -> None:
         """Sign out."""
-        self._redis.delete(_name(token))
+        if key_digest := self.key_of(token):
+            self._redis.delete(_name(token))
+            self._redis.zrem(f"{HTTP_SESSIONS}{key_digest}", digest_of(token))
 
 
 def digest_of(token: str) -> str:

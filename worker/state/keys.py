@@ -42,6 +42,8 @@
     smallcat:http:once:...   string   what was answered to a request with an Idempotency-Key
     smallcat:http:session:...         who signed in with a browser (`producer.http.sessions`)
                              string
+    smallcat:http:sessions:...        the sessions of a key, by when they began
+                             zset
     smallcat:http:model:...  string   the model that a caller of AUTOMATIC1111's API has chosen
     smallcat:webhooks:new    list     what producers tell webhooks of (`notify.lua`), until it is taken
     smallcat:worker-only:webhooks:... the book of notifications (`webhook_book.lua`), and what workers tell
@@ -120,8 +122,9 @@ HTTP_FEEDING: Final = "smallcat:http:feeding:"
 #: Begins the keys of answers to requests with an Idempotency-Key, and of callers' models.
 HTTP_ONCE: Final = "smallcat:http:once:"
 HTTP_MODEL: Final = "smallcat:http:model:"
-#: Begins the keys of browsers' sessions.
+#: Begins the keys of browsers' sessions, and of the sessions of each key.
 HTTP_SESSION: Final = "smallcat:http:session:"
+HTTP_SESSIONS: Final = "smallcat:http:sessions:"
 #: Begins the keys that workers alone write.
 WORKER_ONLY: Final = "smallcat:worker-only:"
 #: Begins the keys of what tenants have used, by day (`worker.state.usage`).

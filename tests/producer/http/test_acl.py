@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.embedded.stack import Stack
+from producer.http.sessions import MAX_SESSIONS
 from tests.integration.test_acl import SERVERS
 from tests.producer.http.conftest import Api, fast_worker
 from tests.producer.http.test_events import Stream
@@ -91,7 +92,12 @@ def test_its_own_redis_user_is_enough_and_makes_no_keys(
         assert api.call("POST", "/sdapi/v1/txt2img", {"prompt": "a"}).status == 200
         assert api.call("GET", "/readyz").status == 200
         uses_a_tenant(api)
-        assert api.call("POST", "/page/session", {"key": api.key}, key="").status == 200
+        for _ in range(MAX_SESSIONS + 1):
+            session = api.call("POST", "/page/session", {"key": api.key}, key="")
+            assert session.status == 200
+        cookie = {"Cookie": session.headers["set-cookie"].partition(";")[0]}
+        with_proof = {**cookie, "X-CSRF-Token": session.json["proof"]}
+        assert api.call("DELETE", "/page/session", key="", headers=with_proof).status == 200
         assert api.call("GET", f"/v1/jobs/{job['id']}/thumbnail").status == 200
         assert api.call("GET", f"/v1/jobs/{job['id']}/preview").status == 204
         event = Stream(api, "/v1/activity").next()

@@ -395,6 +395,8 @@ def test_requests_a_second_are_limited_at_every_path_and_for_all_keys_of_a_tenan
     assert answer.status == 429
     assert "its limit is 0.01 requests a second, and 6 at once." in answer.json["detail"]
     assert 1 <= int(answer.headers["retry-after"]) <= 100
+    # Signing in on the page is a request, too.
+    assert api.call("POST", "/page/session", {"key": key}, key="").status == 429
     assert api.call("GET", "/healthz", key=key).status == 200
 
 
