@@ -141,5 +141,5 @@ def _checked(values: Mapping[str, Any]) -> Tenant:
         return Tenant.model_validate(values)
     except ValidationError as error:
         finding = error.errors(include_url=False)[0]
-        said = str(finding["msg"]).removeprefix("Input should ")
+        said = re.sub(r"^\w+ should ", "", str(finding["msg"]))
         raise CallerError(f"{finding['loc'][0]} is {short(finding['input'])}: it must {said}.") from None

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from worker.contract.job_parameters import MAX_PRIORITY
 from worker.contract.message import payload_in
-from worker.contract.queues import UNDECODABLE
+from worker.contract.queues import ARRIVALS, UNDECODABLE, arrivals_of, queue_of_list
 from worker.state import scripts
 from worker.state.keys import (
     FAILED,
@@ -25,6 +26,7 @@ from worker.state.keys import (
     HTTP_RATE,
     HTTP_SPENT,
     LATEST,
+    QUEUES,
     RUNS,
     TOLD_BY_PRODUCERS,
     WEBHOOKS,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 #: Keys, and messages, that are looked at in one round trip.
 AT_ONCE: Final = 500
+_DAY_S: Final = 86_400
 _JOB: Final = re.compile(r"smallcat:job:([0-9a-f]{32})(?::(\w+))?")
 _ATTEMPTS: Final = re.compile(r"smallcat:worker-only:job:([0-9a-f]{32})")
 _PREVIEW: Final = re.compile(r"smallcat:preview:([0-9a-f]{32})")
@@ -247,9 +250,13 @@ class Forgetting:
                     [n for n, text in zip(names, texts, strict=True) if self._scope.job in (text or "")]
                 )
         if tenant := self._scope.tenant:
-            starts = (HTTP_RATE, HTTP_SPENT, HTTP_OPEN, HTTP_FEEDING)
+            starts = (HTTP_RATE, HTTP_OPEN, HTTP_FEEDING)
             names = [*(f"{start}{tenant}" for start in starts), latest_key(tenant), drawn_key(tenant)]
             self._remove(names, is_counted=False)
+            if not self._is_dry:
+                # The day's allowance is not given back: it lasts until the day ends, and says no more.
+                self._redis.expireat(f"{HTTP_SPENT}{tenant}", (int(self.now()) // _DAY_S + 1) * _DAY_S)
+                self._forget_queues()
 
     def wait(self) -> list[str]:
         """The jobs that a worker may still be working on."""
@@ -284,6 +291,29 @@ class Forgetting:
                 self._count(what, sum(name.startswith(start) for name in names))
         if not self._is_dry:
             self._redis.unlink(*names)
+
+    def _forget_queues(self) -> None:
+        """Forget the names of queues that have no messages, with the lists of whose messages had arrived."""
+        names = sorted(str(name) for name in cast("Any", self._redis.smembers(QUEUES)))
+        for start in range(0, len(names), AT_ONCE):
+            arrivals = {
+                name: [arrivals_of(name, 0), arrivals_of(name, MAX_PRIORITY)]
+                for name in names[start : start + AT_ONCE]
+            }
+            with self._redis.pipeline() as pipe:
+                watched = [each for lists in arrivals.values() for each in lists]
+                pipe.watch(*watched)  # type: ignore[no-untyped-call]
+                full = {queue_of_list(each) for each in self._lists() if ARRIVALS not in each}
+                pipe.multi()
+                for name in arrivals.keys() - full:
+                    pipe.srem(QUEUES, name)
+                    pipe.unlink(*arrivals[name])
+                try:
+                    pipe.execute()
+                except Exception as error:
+                    # Where a message has come meanwhile, all stay: a later call removes them.
+                    if type(error).__name__ != "WatchError":
+                        raise
 
     def _forget_run(self, run: str) -> None:
         self._count("runs", 1)

@@ -20,7 +20,10 @@ local function put(entry, by_producer)
   local url = read and type(hook) == 'table' and hook.url
   local host = string.lower(string.match(type(url) == 'string' and url or '', '^%a+://([^/?#]+)') or '')
   local id = (by_producer and 'p' or 'w') .. digest
-  if #host > 300 or redis.call('HSETNX', BOOK .. ':of:' .. id, 'entry', text) == 0 then return end
+  if #host > 300 then return end
+  -- One that was given up, and is told again, is sent again.
+  local is_given_up = redis.call('ZREM', BOOK .. ':failed', id) == 1
+  if redis.call('HSETNX', BOOK .. ':of:' .. id, 'entry', text) == 0 and not is_given_up then return end
   redis.call('HSET', BOOK .. ':of:' .. id, 'host', host, 'attempts', 0, 'told_at', time)
   redis.call('EXPIRE', BOOK .. ':of:' .. id, KEPT_S)
   plan(id, host, time)

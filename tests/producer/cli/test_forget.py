@@ -23,7 +23,7 @@ from tests.worker.jobs.test_handler import FlakyBucket, Worker
 from worker.contract.errors import CallerError, InvalidJobError, PermanentStorageError, UnknownJobError
 from worker.contract.job import Job
 from worker.contract.message import payload_of
-from worker.contract.queues import UNDECODABLE, queue_of
+from worker.contract.queues import UNDECODABLE, arrivals_of, queue_of
 from worker.state.forgetting import Forgetting, Scope
 from worker.state.keys import HTTP_FORGOTTEN, RUNS, WEBHOOKS, attempts_key, job_key, run_key
 from worker.state.redis_client import connect
@@ -170,6 +170,24 @@ def test_a_tenant_is_forgotten_and_others_stay(redis: Redis, worker: Worker, sto
     with pytest.raises(UnknownJobError):
         JobHandle(jobs["done"].id, tenant="acme").record()
     assert forget("--tenant", "acme") == {**done, **dict.fromkeys(COUNTS, 0)}
+
+
+def test_a_tenant_leaves_no_empty_queues_and_keeps_what_it_spent_today(
+    redis: Redis, worker: Worker, storage: FlakyBucket
+) -> None:
+    submit_job(job(6))
+    submit_job(job(6, "evil"))
+    shared = queue_of(job(6))
+    alone = Job(prompt="x", seed=1, tenant="acme", model="made-up", revision="r")
+    submit_job(alone)
+    redis.hset("smallcat:http:spent:acme", "1", 5)
+    assert forget("--tenant", "acme", "--dry-run")["messages"] == 2
+    assert redis.smembers("smallcat:queues") == {shared, queue_of(alone)}
+    forget("--tenant", "acme")
+    assert redis.smembers("smallcat:queues") == {shared}
+    assert not redis.keys(f"{queue_of(alone)}*")
+    assert redis.exists(arrivals_of(shared, 9)) + redis.exists(arrivals_of(shared, 0)) > 0
+    assert 0 < redis.ttl("smallcat:http:spent:acme") <= 86_400
 
 
 @pytest.mark.slow

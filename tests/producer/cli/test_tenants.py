@@ -125,6 +125,12 @@ def test_what_cannot_be_done_is_said(words: tuple[str, ...], part: str) -> None:
     assert part in str(caught.value)
 
 
+def test_an_empty_model_is_refused_in_whole_words() -> None:
+    tenant("add", "acme")
+    with pytest.raises(CallerError, match="it must have at least 1 character"):
+        call("tenants", "set", "acme", "--model", "")
+
+
 def test_a_limit_that_is_no_number_is_refused() -> None:
     answer = call("tenants", "add", "t", "--max-queued", "many")
     assert answer.exit_code == 2

@@ -291,6 +291,18 @@ def test_what_is_given_up_is_listed_and_can_be_sent_again(
     assert ids(notifications.take(10, 10, {})) == {one.id}
 
 
+def test_what_is_given_up_and_told_again_is_sent_again(client: Redis, notifications: Notifications) -> None:
+    tell(client, 1)
+    (one,) = notifications.take(10, 10, {})
+    tell(client, 1)
+    assert notifications.take(10, 10, {}) == [], "it is being sent"
+    notifications.settle(one, "failed")
+    tell(client, 1)
+    (again,) = notifications.take(10, 10, {})
+    assert (again.id, again.attempts) == (one.id, 0)
+    assert notifications.failed() == []
+
+
 def test_the_list_of_what_is_given_up_is_bounded(
     notifications: Notifications, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
