@@ -31,6 +31,10 @@ class UnsentError(Exception):
     """Raised when a notification could not be delivered. Its text says why, for the operator."""
 
 
+class LateError(UnsentError):
+    """Raised when a receiver did not answer in time."""
+
+
 class RefusedAddressError(UnsentError):
     """Raised when a webhook leads where it must not."""
 
@@ -70,7 +74,7 @@ class Connections:
                 await _read(answer)
                 return answer.status, retry_after
         except TimeoutError:
-            raise UnsentError(f"it did not answer within {self._timeout_s:g} s") from None
+            raise LateError(f"it did not answer within {self._timeout_s:g} s") from None
         except RefusedAddressError:
             raise
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError) as error:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from producer.session import Session
-from producer.webhooks.connection import Connections, UnsentError
+from producer.webhooks.connection import Connections, LateError, UnsentError
 from producer.webhooks.payload import body_of, headers_of
 from producer.webhooks.schedule import GONE, asked_s, pause_s
 from producer.webhooks.secrets import Secrets
@@ -28,12 +28,16 @@ from worker.contract.plain_text import plain
 from worker.contract.settings import WebhookSettings
 from worker.contract.webhook import Hosts
 from worker.health.report import Health
-from worker.state.notifications import HELD_S, Ended, Notification, Notifications
+from worker.state.notifications import HELD_S, Ended, Notification, Notifications, Shares, name_of
 
 logger = logging.getLogger("smallcat.webhooks")
 
 #: Notifications that are sent at once, and those of them to one host.
 AT_ONCE, PER_HOST = 128, 8
+#: Ports of one host name that may have all of a host's requests at once.
+_PORTS: Final = 2
+#: Hosts that are remembered as slow, or as warned of, at most.
+_MAX_NOTED: Final = 1_000
 #: Seconds between two looks at Redis while nothing is due, and while it is away.
 LOOK_EVERY_S, AWAY_S = 0.25, 1.0
 #: Seconds without a look after which a sender counts as stuck.
@@ -64,6 +68,9 @@ class Sender:
         self._timeout_s = settings.webhook_timeout_s
         self._at_once, self._per_host = at_once, per_host
         self._busy: Counter[str] = Counter()
+        self._tenants: Counter[str] = Counter()
+        self._slow: set[str] = set()
+        self._warned: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._looked_s = time.monotonic()
@@ -95,6 +102,7 @@ class Sender:
                     is_away, taken = True, []
                 for each in taken:
                     self._busy[each.host] += 1
+                    self._tenants[_tenant_of(each)] += 1
                     task = asyncio.create_task(self._handle(each))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
@@ -116,11 +124,43 @@ class Sender:
     async def _take(self) -> list[Notification]:
         if (room := self._at_once - len(self._tasks)) <= 0:
             return []
-        return await asyncio.to_thread(self._taken, room, dict(self._busy))
+        return await asyncio.to_thread(self._taken, room, dict(self._busy), self._shares())
 
-    def _taken(self, room: int, busy: dict[str, int]) -> list[Notification]:
+    def _taken(self, room: int, busy: dict[str, int], shares: Shares) -> list[Notification]:
         with self._session.queue_errors():
-            return self._notifications.take(room, self._per_host, busy)
+            return self._notifications.take(room, self._per_host, busy, shares)
+
+    def _shares(self) -> Shares:
+        """A tenant has a quarter of what is sent at once, and three where no others wait."""
+        names: Counter[str] = Counter()
+        for host, count in self._busy.items():
+            names[name_of(host)] += count
+        quarter = self._at_once // 4
+        return Shares(
+            per_tenant=max(1, quarter),
+            alone=max(1, self._at_once - quarter),
+            per_name=_PORTS * self._per_host,
+            per_slow=max(1, self._per_host // 4),
+            tenants=dict(self._tenants),
+            names=names,
+            slow=sorted(self._slow),
+        )
+
+    def _note_late(self, host: str, *, is_late: bool) -> None:
+        if not is_late:
+            self._slow.discard(name_of(host))
+        elif len(self._slow) < _MAX_NOTED:
+            self._slow.add(name_of(host))
+
+    def _may_warn(self, host: str) -> bool:
+        """Whether it is a minute since the log said that something is sent to this host again."""
+        now_s = time.monotonic()
+        if self._warned.get(host, 0.0) > now_s:
+            return False
+        if len(self._warned) >= _MAX_NOTED:
+            self._warned.clear()
+        self._warned[host] = now_s + 60
+        return True
 
     async def _handle(self, notification: Notification) -> None:
         """Try to send one, and note how that ended."""
@@ -131,14 +171,18 @@ class Sender:
             logger.exception("The notification %s has a fault.", notification.id)
             ended, delay_s, text = self._after(notification, f"a fault of the sender, {type(error).__name__}")
         finally:
-            self._busy[notification.host] -= 1
-            if not self._busy[notification.host]:
-                del self._busy[notification.host]
+            for counter, key in (
+                (self._busy, notification.host),
+                (self._tenants, _tenant_of(notification)),
+            ):
+                counter[key] -= 1
+                if not counter[key]:
+                    del counter[key]
         self._on_ended(ended)
         shown = notification.id[1:], plain(notification.host), plain(text)
         if ended == "failed":
             logger.error("The notification %s to %s is given up: %s.", *shown)
-        elif ended == "later" and not notification.attempts:
+        elif ended == "later" and not notification.attempts and self._may_warn(notification.host):
             logger.warning("The notification %s to %s is sent again later: %s.", *shown)
         while True:
             try:
@@ -165,6 +209,10 @@ class Sender:
             secrets = await asyncio.to_thread(self._secrets.of, str(notification.hook.get("tenant", "")))
             headers = headers_of(f"msg_{notification.id[1:]}", time.time(), body, secrets)
             status, retry_after = await self._connections.post(url, body, headers)
+            self._note_late(notification.host, is_late=False)
+        except LateError as error:
+            self._note_late(notification.host, is_late=True)
+            return self._after(notification, str(error))
         except (SettingsError, UnsentError) as error:
             return self._after(notification, str(error).rstrip("."))
         if 200 <= status < 300:
@@ -180,6 +228,11 @@ class Sender:
         """What to do after an attempt that failed."""
         pause = pause_s(notification.attempts + 1, random.random(), asked)  # noqa: S311 - nothing secret
         return ("failed", 0.0, text) if pause is None else ("later", pause, text)
+
+
+def _tenant_of(notification: Notification) -> str:
+    tenant = notification.hook.get("tenant")
+    return tenant if isinstance(tenant, str) else ""
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ which no producer may write.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
@@ -31,6 +32,34 @@ FAILED_KEPT_S: Final = 30 * 86_400
 MAX_FAILED: Final = 10_000
 #: How an attempt ends: delivered, to be tried again, or given up.
 Ended = Literal["sent", "later", "failed"]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many of what one sender sends at once may be of one tenant, and go to one machine."""
+
+    #: Of one tenant, or of none, while others wait; and where no others do.
+    per_tenant: int
+    alone: int
+    #: To one host name at all its ports; to one that lately did not answer in time.
+    per_name: int
+    per_slow: int
+    #: What is sent now, by tenant, and by host name.
+    tenants: Mapping[str, int]
+    names: Mapping[str, int]
+    #: The names that lately did not answer in time.
+    slow: Sequence[str] = ()
+
+    def as_json(self) -> str:
+        """As `webhook_take.lua` reads it."""
+        found = {name: getattr(self, name) for name in ("per_tenant", "alone", "per_name", "per_slow")}
+        counts = {"tenants": dict(self.tenants), "names": dict(self.names)}
+        return json.dumps(found | counts | {"slow": dict.fromkeys(self.slow, 1)})
+
+
+def name_of(host: str) -> str:
+    """A host and port without the port, as `webhook_take.lua` has it."""
+    return re.sub(r":\d*$", "", host).removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -68,12 +97,16 @@ class Notifications:
         self._settle = Script(client, scripts.WEBHOOK_SETTLE)
         self._retry = Script(client, scripts.WEBHOOK_RETRY)
 
-    def take(self, most: int, per_host: int, busy: Mapping[str, int]) -> list[Notification]:
+    def take(
+        self, most: int, per_host: int, busy: Mapping[str, int], shares: Shares | None = None
+    ) -> list[Notification]:
         """Up to `most` notifications that are due, held for `HELD_S` seconds.
 
         Of each host so many that it has at most `per_host`, with those that are `busy` at this sender.
+        `shares`: of each tenant and host name; None: without limit.
         """
-        found = self._take(keys=[], args=[most, HELD_S, per_host, json.dumps(dict(busy))])
+        said = shares.as_json() if shares else "{}"
+        found = self._take(keys=[], args=[most, HELD_S, per_host, json.dumps(dict(busy)), said])
         return [
             Notification(str(name), str(host), int(attempts), float(told_at), _object(entry))
             for name, host, attempts, told_at, entry in found

@@ -19,7 +19,7 @@ from worker.contract.errors import InvalidJobError, JobCancelledError
 from worker.contract.record import JobRecord, State
 from worker.contract.webhook import hook_of
 from worker.state.keys import TOLD_BY_PRODUCERS, WEBHOOKS, job_key, run_key
-from worker.state.notifications import MAX_FAILED, Notification, Notifications
+from worker.state.notifications import MAX_FAILED, Notification, Notifications, Shares
 from worker.state.records import Claim, Records
 from worker.state.redis_client import connect
 
@@ -268,6 +268,53 @@ def test_a_host_gets_no_more_than_its_share_and_holds_up_no_other(
     assert len(found & slow) == 3
     assert notifications.take(5, 3, {"a.example.com": 3}) == []
     assert len(notifications.take(5, 3, {"a.example.com": 1})) == 2
+
+
+def of_tenant(client: Redis, number: int, host: str, tenant: str) -> str:
+    what = {"state": "done", "job": "j", "hook": json.dumps({"url": f"https://{host}/", "tenant": tenant})}
+    client.lpush(f"{WEBHOOKS}:new", f"{number:040x} {json.dumps(what)}")
+    return f"w{number:040x}"
+
+
+def shares(**given: Any) -> Shares:
+    return Shares(
+        **{"per_tenant": 4, "alone": 12, "per_name": 6, "per_slow": 1, "tenants": {}, "names": {}} | given
+    )
+
+
+def test_a_tenant_gets_its_share_while_others_wait_and_leaves_room_where_none_do(
+    notifications: Notifications, client: Redis
+) -> None:
+    evil = {of_tenant(client, number, f"h{number}.example.com", "evil") for number in range(30)}
+    acme = {of_tenant(client, number, "a.example.com", "acme") for number in range(30, 33)}
+    found = ids(notifications.take(7, 8, {}, shares()))
+    assert (len(found & evil), found & acme) == (4, acme)
+    assert len(notifications.take(9, 8, {}, shares(tenants={"evil": 4}))) == 8, (
+        "twelve with those that are sent"
+    )
+    assert notifications.take(9, 8, {}, shares(tenants={"evil": 12})) == []
+    late = of_tenant(client, 40, "b.example.com", "acme")
+    assert ids(notifications.take(4, 8, {}, shares(tenants={"evil": 12}))) == {late}
+
+
+def test_behind_a_tenants_own_at_the_same_host_others_are_taken(
+    notifications: Notifications, client: Redis
+) -> None:
+    for number in range(10):
+        of_tenant(client, number, "a.example.com", "evil")
+    other = of_tenant(client, 10, "a.example.com", "acme")
+    assert ids(notifications.take(4, 8, {}, shares(tenants={"evil": 12}))) == {other}
+
+
+def test_a_machine_gets_no_more_by_having_many_ports_and_less_while_it_is_slow(
+    notifications: Notifications, client: Redis
+) -> None:
+    for number in range(16):
+        of_tenant(client, number, f"a.example.com:{8000 + number}", f"t{number}")
+    slow = shares(slow=["a.example.com"])
+    assert len(notifications.take(16, 3, {}, slow)) == 1
+    assert notifications.take(16, 3, {}, shares(slow=["a.example.com"], names={"a.example.com": 1})) == []
+    assert len(notifications.take(16, 3, {}, shares())) == 6
 
 
 def test_what_is_given_up_is_listed_and_can_be_sent_again(
