@@ -12,7 +12,7 @@ import string
 import threading
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,13 @@ class Template:
         return path.with_name(f"{cut}.{ending}")
 
 
+def default_template(files: int, axes: Iterable[str]) -> str:
+    """The template when none is given. Pictures of one line differ in their seeds and the grid's values."""
+    crossed = "".join(f"{{{axis}}}-" for axis in axes if axis in _JOB_FIELDS and axis != "seed")
+    default = TEMPLATE.replace("{slug}", f"{crossed}{{slug}}")
+    return default if files == 1 else "{file}-" + default
+
+
 class Downloads:
     """Fetches pictures into a folder. Called from one thread; fetches on several."""
 
@@ -89,14 +96,16 @@ class Downloads:
         sources: Sequence[Source],
         template: str | None = None,
         notice: Callable[[str], None] = lambda _: None,
+        axes: Iterable[str] = (),
     ) -> None:
         """`notice` gets a sentence for a picture that is gone from the bucket.
+
+        `axes` are the fields that a grid crosses: names of the default template have them.
 
         Raises `PromptFileError` for a bad template or a folder that cannot be made.
         """
         self._notice = notice
-        default = TEMPLATE if len(sources) == 1 else "{file}-" + TEMPLATE
-        self._template = Template(template or default)
+        self._template = Template(template or default_template(len(sources), axes))
         self._folder, self._sources = folder, sources
         #: Where the pictures are.
         self.storage = storage

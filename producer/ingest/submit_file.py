@@ -210,7 +210,8 @@ def make_ingest(
     if download is not None:
         if feeder_session.bucket is None:
             raise StorageError("S3_BUCKET is not set: name the bucket that the pictures are in.")
-        downloads = Downloads(download, feeder_session.bucket, plan.sources, name, display.notice)
+        axes = plan.variants.grid
+        downloads = Downloads(download, feeder_session.bucket, plan.sources, name, display.notice, axes)
     return Ingest(plan, options, feeder_session, display, downloads, gate)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.ingest.download import FIELDS, Downloads, Template, slug
+from producer.ingest.download import FIELDS, Downloads, Template, default_template, slug
 from producer.ingest.ended import Ended
 from producer.ingest.journal import Journal
 from producer.prompts.sources import Source
@@ -106,3 +106,11 @@ def test_a_file_of_the_user_s_own_is_not_overwritten(tmp_path: Path) -> None:
     downloads.close()
     assert (tmp_path / "x.png").read_text() == "mine"
     assert (tmp_path / f"x-{job.id}.png").read_bytes() == bucket.get(uri)
+
+
+def test_with_a_grid_all_names_have_its_values() -> None:
+    template = default_template(1, ["steps", "guidance_scale", "prompt", "seed"])
+    assert template == "{line:06d}-{seed}-{steps}-{guidance_scale}-{slug}.png"
+    assert default_template(2, []) == "{file}-{line:06d}-{seed}-{slug}.png"
+    values = {"line": 1, "seed": 7, "steps": 20, "guidance_scale": 7.5, "slug": "a-cat"}
+    assert str(Template(template).name(values, "png")) == "000001-7-20-7.5-a-cat.png"
