@@ -188,6 +188,26 @@ def test_slow_and_endless_receivers_hold_up_no_other(client: Redis) -> None:
         release.set()
 
 
+def test_a_host_that_answers_too_late_gets_fewer_at_once_and_one_line_in_the_log(
+    client: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = threading.Event()
+    try:
+        with receiving(lambda handler: (release.wait(20), None)[1]) as slow:
+            for number in range(8):
+                tell(client, slow.url, number)
+            with sending(per_host=4, timeout_s=0.5) as sender:
+                slow.wait_for(5)
+                assert len(slow.requests) == 5, "four, and after them one"
+                assert sender._shares().slow == ["127.0.0.1"]
+                slow.wait_for(8)
+                release.set()
+    finally:
+        release.set()
+    warned = [each for each in caplog.records if "is sent again later" in each.getMessage()]
+    assert len(warned) == 1
+
+
 def _is_waiting(client: Redis, receiver: Receiver) -> bool:
     return any(str(receiver.server_port) in each.host for each in Notifications(client).waiting())
 
