@@ -89,6 +89,9 @@ class _SlotGate(Gate):
     def check(self, job: Job) -> None:
         self._gate.check(job)
 
+    def check_unserved(self, job: Job) -> None:
+        self._gate.check_unserved(job)
+
     def admit(self, first: int, jobs: Sequence[TemplatedJob]) -> tuple[int, str]:
         admitted, why = 0, "the server feeds as many prompt files as it may at once."
         if self._slot.slots.try_take(self._slot):
