@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from producer import submit_job
 from producer.cli.main import cli
 from tests.fast_worker import DEVICE_S
 from tests.producer.http.conftest import AWAY, Answer, Api
 from tests.producer.http.test_events import Stream
 from tests.producer.http.test_runs import lines_of, upload
+from worker.contract.job import Job
 from worker.state.keys import latest_key
 from worker.state.redis_client import connect
 
@@ -126,14 +128,16 @@ def test_a_tenants_list_is_not_pushed_out_by_others(api: Api, keys: dict[str, st
     assert job["id"] in [each["id"] for each in listed]
 
 
-def test_the_fleets_figures_are_of_a_tenants_own_messages(api: Api, keys: dict[str, str]) -> None:
+def test_the_fleets_figures_are_of_a_tenants_own_messages(
+    api: Api, keys: dict[str, str], environment: None
+) -> None:
     key = api.new_key("few", tenant="few")
     submit(api, keys["acme"], [WAITING | {"seed": seed} for seed in range(50, 55)])
     submit(api, key, [WAITING | {"seed": seed} for seed in range(2)])
     assert list(api.call("GET", "/v1/fleet", key=key).json["queues"].values()) == [2]
     assert sum(api.call("GET", "/v1/fleet").json["queues"].values()) >= 7
     # A key of no tenant hears of no tenant's.
-    submit(api, keys["acme"], {"prompt": "a", "model": "a-secret-model"})
+    submit_job(Job(prompt="a", seed=1, model="a-secret-model", tenant="acme"))
     before = sum(fleet_event(api, keys["nobody"])["queues"].values())
     submit(api, keys["nobody"], WAITING | {"prompt": "nobody's own"})
     assert sum(fleet_event(api, keys["nobody"])["queues"].values()) == before + 1
