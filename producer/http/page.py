@@ -174,7 +174,7 @@ def _words() -> dict[str, Any]:
             "name": name,
             "pattern": pattern.pattern,
             "flags": "i" if pattern.flags & re.IGNORECASE else "",
-            "alone": only_words_warning([name]),
+            "alone": only_words_warning([name], ("{names}",)),
         }
         for name, pattern in SYNTAX.items()
     ]

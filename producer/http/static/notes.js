@@ -2,6 +2,8 @@
 
 /** The patterns of `worker.contract.prompt_syntax`, with their sentences, and the schedules of each scheduler. */
 const { words, schedules } = JSON.parse($("about").textContent);
+/** Characters of what is quoted from a prompt, at most. */
+const QUOTED = 40;
 const patterns = words.patterns.map(({ name, pattern, flags, alone }) => ({ name, alone, pattern: new RegExp(pattern, flags) }));
 
 const promptNote = make("p", "prompt-note");
@@ -19,12 +21,18 @@ function syntaxOfForm() {
   return controls.get("prompt_syntax")?.element.value || worker?.prompt_syntax || "plain";
 }
 
+/** The first text that a pattern finds, as the record quotes it. */
+function quotedFrom(texts, pattern) {
+  const characters = [...texts.map((text) => pattern.exec(text)).find((match) => match)[0]];
+  return characters.length <= QUOTED ? characters.join("") : characters.slice(0, QUOTED - 3).join("") + "...";
+}
+
 /** Says what of the prompts would be drawn as words, in the sentence that the record will have. */
 function notePrompt() {
   const texts = ["prompt", "negative_prompt"].map((name) => controls.get(name)?.element.value ?? "");
   const found = syntaxOfForm() === "plain" ? patterns.filter(({ pattern }) => texts.some((text) => pattern.test(text))) : [];
-  const sentence = !found.length ? "" : found.length === 1 ? found[0].alone
-    : words.several.replace("{names}", () => found.map(({ name }) => name).join(", "));
+  const sentence = !found.length ? "" : (found.length === 1 ? found[0].alone : words.several)
+    .replace("{names}", () => found.map(({ pattern }) => quotedFrom(texts, pattern)).join(", "));
   if (promptNoteText.textContent !== sentence) promptNoteText.textContent = sentence;
   readWeights.hidden = !sentence.includes("prompt_syntax");
 }
