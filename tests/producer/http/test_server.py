@@ -112,6 +112,7 @@ def test_a_head_without_end_is_refused(api: Api) -> None:
     assert answer.startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.services  # It waits for the server's own time limits, 20 s.
 @pytest.mark.timeout(120)
 def test_half_sent_requests_are_cut_off_and_harm_nobody(api: Api) -> None:
     port = int(api.url.rpartition(":")[2])

@@ -80,7 +80,11 @@ def test_the_shapes_are_those_of_the_real_model(kind: shapes.Shapes) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("kind", get_args(shapes.Shapes))
+@pytest.mark.parametrize(
+    "kind",
+    # SDXL's takes as long as all the others together.
+    [pytest.param(kind, marks=[pytest.mark.services] * (kind == "sdxl")) for kind in get_args(shapes.Shapes)],
+)
 def test_a_worker_serves_it_and_fifty_guided_steps_in_fp16_stay_finite(
     kind: shapes.Shapes, tmp_path: Path
 ) -> None:
