@@ -88,8 +88,8 @@ def test_a_worker_is_probed_and_finishes_or_gives_back_its_jobs_within_its_grace
         pod.probe_until("readiness")
         assert ask(*pod.probe("liveness"))[0] == 200
 
-        # 150 steps of a large picture take minutes on a CPU, and two small ones seconds.
-        long = [submit_job("a small cat", seed=seed, steps=150, width=768, height=768) for seed in range(2)]
+        # 150 steps of a very large picture take many minutes on a CPU, and two small ones seconds.
+        long = [submit_job("a small cat", seed=seed, steps=150, width=1536, height=1536) for seed in range(2)]
         wait_for(lambda: all(each.state() is State.RUNNING for each in long), pod.shown, 60)
         short = [submit_job("a small cat", seed=seed, steps=2) for seed in range(4)]
         wait_for(lambda: all(each.state() is not State.QUEUED for each in short), pod.shown, 60)
