@@ -145,7 +145,7 @@ def test_the_run_lines_make_what_the_image_runs(image: str, tmp_path: Path) -> N
     source = tmp_path / "src"
     source.mkdir()
     copied(source)
-    (tmp_path / "opt").mkdir()
+    (tmp_path / "srv").mkdir()
     environment = {
         **{name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "TMP"))},
         "PATH": f"{Path(sys.base_prefix) / 'bin'}:/usr/local/bin:/usr/bin:/bin",
@@ -156,13 +156,13 @@ def test_the_run_lines_make_what_the_image_runs(image: str, tmp_path: Path) -> N
     }
     for stage in BUILDS[image]:
         for line in run_lines(stage):
-            here = re.sub(r"(?<![\w.])/(opt|data|cache)\b", rf"{tmp_path}/\1", line)
+            here = re.sub(r"(?<![\w.])/(srv|data|cache)\b", rf"{tmp_path}/\1", line)
             here = here if os.geteuid() == 0 else re.sub(r"&& chown \S+ \S+", "", here)
             done = subprocess.run(
                 ["/bin/sh", "-ec", here], cwd=source, env=environment, capture_output=True, text=True
             )
             assert done.returncode == 0, f"{here}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-    programs = tmp_path / "opt" / "smallcat" / "bin"
+    programs = tmp_path / "srv" / "smallcat" / "bin"
     for target in ("http", "flower") if image == "http" else ("worker",):
         words = " ".join(stages()[target].command)
         assert any((programs / name).exists() for name in re.findall(r"\b(?:smallcat|celery)\b", words))

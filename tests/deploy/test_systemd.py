@@ -44,7 +44,7 @@ def environment_of(unit: Path, folder: Path) -> dict[str, str]:
 
 def command_of(unit: Path) -> list[str]:
     """As systemd runs it, with the programs of this environment."""
-    command = only(unit, "ExecStart").replace("/opt/smallcat/bin", str(BIN)).replace("$$", "$")
+    command = only(unit, "ExecStart").replace("/srv/smallcat/bin", str(BIN)).replace("$$", "$")
     return shlex.split(command)
 
 
@@ -58,7 +58,7 @@ def test_systemd_finds_nothing_wrong(unit: Path, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze")
     copy = tmp_path / unit.name.replace("@", "@0")
-    copy.write_text(unit.read_text().replace("/opt/smallcat/bin", str(BIN)))
+    copy.write_text(unit.read_text().replace("/srv/smallcat/bin", str(BIN)))
     done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True, timeout=50)
     ours = [line for line in (done.stdout + done.stderr).splitlines() if unit.stem.rstrip("@") in line]
     assert ours == []
