@@ -8,19 +8,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests import a1111_oracle, tiny_models
+from tests.worker.device.beside_diffusers import BesideDiffusers
+from tests.worker.device.test_a1111_text import model
 from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
 from worker.contract.embedding_names import EmbeddingNames, Name
@@ -40,12 +40,7 @@ CLIP = Path(__file__).parents[3] / "worker" / "model" / "configs" / "clip"
 SIZES = {"one": 1, "three": 3, "many-v2": 40}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vectors(name: str, width: int = 32, seed: int = 0) -> torch.Tensor:
@@ -73,14 +68,11 @@ def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Model:
+class Model(BesideDiffusers):
     """A tiny model behind a runner that offers embeddings, and diffusers' pipeline that has loaded them."""
 
     def __init__(self, path: Path, folder: Path, cache: Path) -> None:
-        self.files = FileStore({Kind.EMBEDDING: [str(folder)]}, cache)
-        self.runner = ModelRunner(WorkerSettings(model=str(path)), files=self.files)
-        self.pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(path)
-        self.pipeline.set_progress_bar_config(disable=True)
+        super().__init__(path, FileStore({Kind.EMBEDDING: [str(folder)]}, cache))
         is_xl = hasattr(self.pipeline, "text_encoder_2")
         for name in SIZES:
             tensor = vectors(name).half().float() if name == "many-v2" and not is_xl else vectors(name)
@@ -94,26 +86,7 @@ class Model:
                 )
 
     def job(self, prompt: str, negative: str = "", **fields: Any) -> Job:
-        job = Job(prompt=prompt, negative_prompt=negative, **{"seed": 7, "steps": 3, **fields})
-        return with_files(job.resolved(self.runner.served), self.files.index)
-
-    def expected(self, job: Job) -> Any:
-        image = self.pipeline(
-            job.prompt,
-            negative_prompt=job.negative_prompt or None,
-            width=64,
-            height=64,
-            num_inference_steps=job.steps,
-            guidance_scale=job.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(job.seed),
-        ).images[0]
-        return np.asarray(image)
-
-    def together(self, jobs: list[Job]) -> list[Any]:
-        states = [self.runner.prepare(job) for job in jobs]
-        while left := [state for state in states if state.step < state.steps]:
-            assert self.runner.step(left) == [None] * len(left)
-        return list(self.runner.decode(states))
+        return self.job_of(prompt=prompt, negative_prompt=negative, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -168,24 +141,6 @@ def test_an_embedding_that_is_not_used_changes_no_picture(sd1: Model) -> None:
 # --- as the web UI reads them -------------------------------------------------------------------------------
 
 
-def small(kind: Any, seed: int) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = kind(
-            CLIPTextConfig(
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                projection_dim=12,
-                bos_token_id=49_406,
-                eos_token_id=49_407,
-                pad_token_id=49_407,
-            )
-        )
-    return made.eval().requires_grad_(False)
-
-
 #: With CLIP's own vocabulary: names of several words, of one that begins another one, and in other cases.
 NAMES = {"EasyNegative": 8, "ng_deepnegative_v1_75t": 75, "cat": 1, "cat dog": 2, "bad-hands-5": 3, "été": 2}
 TEXTS = (
@@ -208,7 +163,7 @@ def test_texts_with_names_are_the_web_uis(kind: str) -> None:
         CLIPTokenizer.from_pretrained(CLIP, model_max_length=77, pad_token=pad)
         for pad in ("<|endoftext|>", "!")
     ]
-    models = [small(CLIPTextModel, 1), small(CLIPTextModelWithProjection, 2)]
+    models = [model(CLIPTextModel, 1), model(CLIPTextModelWithProjection, 2)]
     is_xl = kind == "sdxl"
     pipeline = SimpleNamespace(
         tokenizer=tokenizers[0],

@@ -6,7 +6,6 @@ import gc
 import random
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,10 @@ LONG = "a small cat that sits on a very long wall and looks at a very long list 
 
 
 #: numpy's word about what diffusers' schedulers call 1,000 times.
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
+]
 
 
 class Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import original_layout, tiny_models
+from tests.worker.device.beside_diffusers import BesideDiffusers
 from worker.contract import infotext
 from worker.contract.errors import InvalidJobError, RenderError
 from worker.contract.file_index import Kind
@@ -24,13 +24,7 @@ from worker.device.model_runner import ModelRunner
 from worker.engine.runner import Picture
 from worker.model.file_store import FileStore
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def a_vae(seed: int, **more: Any) -> diffusers.AutoencoderKL:
@@ -39,7 +33,7 @@ def a_vae(seed: int, **more: Any) -> diffusers.AutoencoderKL:
         return tiny_models.vae(**{"channels": 4, "levels": 4, **more}).eval()
 
 
-class Model:
+class Model(BesideDiffusers):
     """A tiny model behind a runner that offers three VAEs, and diffusers' pipeline beside it."""
 
     def __init__(self, path: Path, folder: Path) -> None:
@@ -47,36 +41,19 @@ class Model:
         self.vaes["folder"].save_pretrained(folder / "folder")
         save_file(original_layout.vae(self.vaes["ldm"]), folder / "ldm.safetensors")
         save_file(self.vaes["flat"].state_dict(), folder / "flat.safetensors")
-        self.files = FileStore({Kind.VAE: [str(folder)]}, folder)
-        self.runner = ModelRunner(WorkerSettings(model=str(path)), files=self.files)
-        self.pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(path)
-        self.pipeline.set_progress_bar_config(disable=True)
+        super().__init__(path, FileStore({Kind.VAE: [str(folder)]}, folder))
         self.own = self.pipeline.vae
         for name in ("ldm", "flat"):
             # A single file has no config: the model's own counts.
             self.vaes[name].register_to_config(scaling_factor=self.own.config.scaling_factor)
 
     def job(self, vae: str, **fields: Any) -> Job:
-        job = Job(prompt="a small cat", vae=vae, **{"seed": 7, "steps": 3, **fields})
-        return with_files(job.resolved(self.runner.served), self.files.index)
+        return self.job_of(**{"prompt": "a small cat", "vae": vae, **fields})
 
     def expected(self, job: Job) -> Any:
+        """With the VAE that the job names."""
         self.pipeline.vae = self.vaes.get(job.vae, self.own)
-        image = self.pipeline(
-            job.prompt,
-            width=64,
-            height=64,
-            num_inference_steps=job.steps,
-            guidance_scale=job.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(job.seed),
-        ).images[0]
-        return np.asarray(image)
-
-    def together(self, jobs: list[Job]) -> list[Any]:
-        states = [self.runner.prepare(job) for job in jobs]
-        while left := [state for state in states if state.step < state.steps]:
-            assert self.runner.step(left) == [None] * len(left)
-        return list(self.runner.decode(states))
+        return super().expected(job)
 
 
 @pytest.fixture(scope="module")
