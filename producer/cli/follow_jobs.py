@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from producer.cli.json_output import counted, json_option, moment, print_json, say
+from producer.cli.json_output import counted, json_option, moment, print_json, raise_last, say
 from producer.client import JobHandle
 from producer.client.job_result import JobResult
 from producer.session import session
@@ -107,7 +107,7 @@ def cancel(job_ids: tuple[str, ...], run: str | None, submission: str, as_json: 
         for job_id, state in states.items():
             shown = f"was {state} already" if state in ("done", "failed") else state
             say(f"{job_id}  {'cancelling' if state == 'running' else shown}")
-    _raise_last(unknown)
+    raise_last(unknown)
 
 
 @click.command()
@@ -158,7 +158,7 @@ def _status(handles: Sequence[JobHandle], *, urls: bool, as_json: bool) -> None:
                 say(f"note       {warning}")
     if as_json:
         print_json(shown if len(handles) > 1 else shown[0])
-    _raise_last(unknown)
+    raise_last(unknown)
 
 
 def _show_job(job: Job) -> None:
@@ -271,11 +271,3 @@ def _short(prompt: str) -> str:
 def _refuse_ids(named: Sequence[str]) -> None:
     if named:
         raise CallerError("Give ids or --run, not both.")
-
-
-def _raise_last(errors: list[UnknownJobError]) -> None:
-    """Say all errors in a sentence each; the last one becomes the exit code."""
-    for each in errors[:-1]:
-        say(str(each), err=True)
-    if errors:
-        raise errors[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -58,3 +58,11 @@ def say_error(error: object) -> None:
     first, *others = str(error).split("\n")
     for line in (first, *(f"  {each}" for each in others)):
         say(line, err=True, colour="red")
+
+
+def raise_last(errors: Sequence[Exception]) -> None:
+    """Print all errors but the last one, which is raised: it becomes the exit code."""
+    for each in errors[:-1]:
+        say_error(each)
+    if errors:
+        raise errors[-1]

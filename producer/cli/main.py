@@ -24,7 +24,7 @@ from producer.cli.follow_jobs import cancel, handles_of, runs, status, submissio
 from producer.cli.forget import forget
 from producer.cli.ingest import ingest_options, run_ingest
 from producer.cli.job_options import given_fields, job_options, option_of
-from producer.cli.json_output import NobodyReadsError, json_option, print_json, say, say_error
+from producer.cli.json_output import NobodyReadsError, json_option, print_json, raise_last, say, say_error
 from producer.cli.metrics import metrics
 from producer.cli.serve import keys, serve
 from producer.cli.shares import shares
@@ -148,7 +148,7 @@ def submit(
             say(each["id"] if images is None else f"{each['id']}  seed {each['seed']}")
     if as_json and (reports or images is not None):
         print_json(reports[0] if images is None else reports)
-    _raise_last(errors)
+    raise_last(errors)
 
 
 cli.add_command(status)
@@ -191,7 +191,7 @@ def fetch(
     reports, errors = _reports(handles, timeout, how)
     if as_json:
         print_json(reports)
-    _raise_last(errors)
+    raise_last(errors)
 
 
 @cli.command()
@@ -303,14 +303,6 @@ def _reports(
         except (JobError, CallerError, TimeoutError) as error:  # Of one job: the others are fetched.
             errors.append(error)
     return reports, errors
-
-
-def _raise_last(errors: Sequence[Exception]) -> None:
-    """Say all errors in a sentence each; the last one becomes the exit code."""
-    for each in errors[:-1]:
-        say_error(each)
-    if errors:
-        raise errors[-1]
 
 
 def _follow(handle: JobHandle, timeout: float | None) -> JobResult:
