@@ -237,7 +237,7 @@ def _field_default(entry: FieldEntry) -> str:
     if entry.is_filled_by_fleet:
         return "the newest served"
     if entry.is_left_open:
-        return "the scheduler's own"
+        return "see there"
     if entry.is_made:
         return "empty" if entry.kind is dict else "drawn"
     if entry.kind is bool:

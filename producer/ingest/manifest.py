@@ -26,14 +26,22 @@ _TIMINGS = tuple(Timings.model_fields)
 #: Fields of a job that are JSON in a cell of CSV.
 _OBJECTS = tuple(each.name for each in JOB_FIELDS.values() if each.kind is dict)
 _FIRST_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_original)
+
+
+def _since(name: str) -> int:
+    since = JOB_FIELDS[name].since
+    # Those of the first three versions are in the order of the table.
+    return max(since, 3) if isinstance(since, int) else 3
+
+
 #: Columns of a manifest in CSV. They are only ever appended to: the first version's come first, in its order,
-#: then the job fields that were added later.
+#: then the job fields that were added later, by the version that added them.
 COLUMNS = (
     *("file", "line", "id", "state", "uri", "path", "seed"),
     *(name for name in _FIRST_FIELDS if name not in ("seed", *_OBJECTS)),
     *("grid", "cached", "error_type", "error", *_TIMINGS),
     *(name for name in _FIRST_FIELDS if name in _OBJECTS),
-    *(name for name in JOB_FIELDS if name not in _FIRST_FIELDS),
+    *sorted((name for name in JOB_FIELDS if name not in _FIRST_FIELDS), key=_since),
 )
 _COLUMNS = frozenset(COLUMNS)
 #: Fields that a shape has or leaves out, with their default.

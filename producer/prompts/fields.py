@@ -47,9 +47,9 @@ _SAMPLERS = frozenset(("sampler", "samplername"))
 _MEANINGLESS = (
     *("outpath_samples", "outpath_grids", "prompt_for_display", "styles", "subseed_strength", "subseed"),
     *("seed_resize_from_h", "seed_resize_from_w", "sampler_index", "restore_faces", "tiling"),
-    *("do_not_save_samples", "do_not_save_grid", "denoising_strength", "strength", "init_image", "mask"),
+    *("do_not_save_samples", "do_not_save_grid"),
     *("enable_hr", "hr_scale", "hr_upscaler", "hires", "hires_fix", "loras", "lora", "refiner"),
-    *("webhook", "aspect_ratio", "checkpoint", "ckpt_name", "sd_model_checkpoint", "model_hash", "denoise"),
+    *("webhook", "aspect_ratio", "checkpoint", "ckpt_name", "sd_model_checkpoint", "model_hash"),
 )
 #: For each field with choices these by AUTOMATIC1111's names for them, in lower case.
 _CHOICES = {

@@ -182,8 +182,8 @@ def _refuse_other_start(pairs: Mapping[str, str]) -> None:
         start = "Denoising strength"
     if start is not None:
         raise InvalidJobError(
-            f"The infotext has {start}: {short(pairs[start])}, so the picture began with another one: a job "
-            "begins with noise alone."
+            f"The infotext has {start}: {short(pairs[start])}, so the picture began with another one, which "
+            "is not in it."
         )
 
 

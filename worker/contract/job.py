@@ -17,14 +17,14 @@ from pydantic import SerializationInfo, SerializerFunctionWrapHandler, Validatio
 from worker.contract.choices import NoiseSchedule, PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
+from worker.contract.input_parameters import InputParameters
 from worker.contract.job_checks import NEW, tenant_name
 from worker.contract.job_fields import FieldEntry, table_of, version_that_has
-from worker.contract.job_parameters import JobParameters
 from worker.contract.served_model import Defaults, ServedModel
 
 #: Version of messages that this code reads, and writes at most: see `version_needed`. Every change of what a
 #: job may be (a field, a choice, a wider limit) takes a new number, and says so by `JobField.since`.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 #: Version of what is hashed into the id, which a new field does not change: at its default it is left out.
 #: Another number here gives every job another id, and so orphans all stored pictures.
 ID_VERSION = 1
@@ -32,8 +32,8 @@ ID_VERSION = 1
 OPEN_REVISION = "open-"
 
 
-class Job(JobParameters):
-    """One prompt with its parameters, which `JobParameters` lists. Frozen.
+class Job(InputParameters):
+    """One prompt with its parameters, which `JobParameters` and `InputParameters` list. Frozen.
 
     A field that is None means the model's own default, which `resolved` fills in. The id is a hash of
     what determines the picture; what belongs to the submission is left out of it.
@@ -89,7 +89,8 @@ class Job(JobParameters):
         """This job for `served`: with the model's revision, and its defaults for what was left open."""
         filled = {n: getattr(served.defaults, n) for n in Defaults.model_fields if getattr(self, n) is None}
         has_own_steps = self.schedule is NoiseSchedule.ALIGN_YOUR_STEPS
-        if "steps" in filled and (has_own_steps or self.prompt_syntax is PromptSyntax.A1111):
+        asks_for_steps = has_own_steps or self.image or self.prompt_syntax is PromptSyntax.A1111
+        if "steps" in filled and asks_for_steps:
             self.parse(dict(self) | {"steps": filled["steps"]}, is_new=False)
         return self.model_copy(update={**filled, "model": served.name, "revision": served.revision})
 

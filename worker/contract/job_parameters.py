@@ -370,3 +370,10 @@ class JobFields(TypedDict, total=False):
     tenant: str
     priority: int
     metadata: dict[str, Any]
+    # `worker.contract.input_parameters`; `submit_job` makes a reference of what is given as a picture.
+    image: Any
+    mask: Any
+    strength: float | None
+    mask_blur: int
+    padding: int | None
+    preserve_unmasked: bool

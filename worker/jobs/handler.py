@@ -208,6 +208,8 @@ class JobHandler:
             return
         if not may_render:
             raise self._policy.poison(attempt)
+        if job.image:
+            raise InvalidJobError("image is for later workers: this one draws from text alone.")
         job = self._files.provide(job)
         started_s = time.monotonic()
         rendered = self._rendered(message.id, job)

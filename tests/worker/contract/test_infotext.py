@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.worker.contract.test_job import OTHER_VALUES
+from tests.worker.contract.test_job import OTHER_VALUES, REFERENCE
 from worker.contract.choices import ALIGN_YOUR_STEPS, ETA, SAMPLERS, ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.infotext import read, read_fields, write
@@ -97,6 +97,21 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
     return {"vae": vae, "file_hashes": hashes | ({f"vae:{vae}": draw(SHA256)} if vae else {})}
 
 
+@st.composite
+def inputs(draw: st.DrawFn) -> dict[str, Any]:
+    """What a job begins with, that has two steps or more: nothing, a picture, or one and its mask."""
+    image, mask = draw(st.sampled_from([("", ""), (REFERENCE, ""), (REFERENCE, "alpha"), (REFERENCE,) * 2]))
+    strength = st.floats(0.5, 1) | st.none()
+    found = {"image": image, "mask": mask, "strength": draw(strength) if image else None}
+    if mask:
+        padding = draw(st.none() | st.integers(0, 256))
+        found |= {"mask_blur": draw(st.integers(0, 64)), "padding": padding}
+        found["preserve_unmasked"] = draw(st.booleans())
+    return found
+
+
+#: The fields of `inputs`.
+INPUTS = "image mask strength mask_blur padding preserve_unmasked"
 #: A strategy for each field; where several fields have limits together, for all of them.
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": TEXT.filter(VISIBLE.search),
@@ -116,6 +131,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "clip_skip": st.integers(1, 12),
     "vae file_hashes": files(),
     "format": st.sampled_from(list(ImageFormat)),
+    INPUTS: inputs(),
 }
 
 
@@ -136,6 +152,8 @@ def jobs(draw: st.DrawFn) -> Job:
         fields |= {names: value} if " " not in names else value
     if fields["schedule"] == "align_your_steps":
         fields["steps"] = ALIGN_YOUR_STEPS
+    if fields["image"]:
+        fields["steps"] = max(2, fields["steps"])
     try:
         return Job.parse(fields | {"priority": 9, "metadata": {"mine": 1}, "tenant": "acme"})
     except InvalidJobError:

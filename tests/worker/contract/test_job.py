@@ -37,6 +37,8 @@ GOLDEN = Job(
     revision="0123456789abcdef",
     format=ImageFormat.PNG,
 )
+#: A picture in the bucket.
+REFERENCE = f"sha256:{'ab' * 32}:640x480"
 
 
 def parsed(**fields: Any) -> Job:
@@ -273,13 +275,27 @@ OTHER_VALUES: dict[str, Any] = {
     "priority": 9,
     "metadata": {"mine": 1},
     "tenant": "acme",
+    "image": REFERENCE,
+    "mask": "alpha",
+    "strength": 0.5,
+    "mask_blur": 8,
+    "padding": 32,
+    "preserve_unmasked": False,
+}
+#: What a field needs beside it.
+NEEDED: dict[str, dict[str, Any]] = {
+    "eta": {"scheduler": "ddim"},
+    "mask": {"image": REFERENCE},
+    "strength": {"image": REFERENCE},
+    "mask_blur": {"image": REFERENCE, "mask": "alpha"},
+    "padding": {"image": REFERENCE, "mask": "alpha"},
+    "preserve_unmasked": {"image": REFERENCE, "mask": "alpha"},
 }
 
 
 @pytest.mark.parametrize("field", Job.model_fields)
 def test_the_id_follows_what_determines_the_picture_and_nothing_else(field: str) -> None:
-    # Euler takes no eta.
-    golden = GOLDEN.model_dump() | ({"scheduler": "ddim"} if field == "eta" else {})
+    golden = GOLDEN.model_dump() | NEEDED.get(field, {})
     other = Job.parse(golden | {field: OTHER_VALUES[field]})
     belongs_to_the_submission = field in SUBMISSION_FIELDS
     assert (other.id == Job.parse(golden).id) is belongs_to_the_submission
@@ -371,6 +387,8 @@ def test_the_keyword_parameters_are_the_fields_of_a_job_with_their_types() -> No
         is_choice = isinstance(kind, type) and issubclass(kind, StrEnum)
         meant[name] = kind | str if is_choice else kind
     del meant["prompt"]
+    # A path, bytes and more, of which `submit_job` makes a reference.
+    meant |= {"image": Any, "mask": Any}
     keywords = get_type_hints(JobFields)
     assert keywords == meant
     assert list(keywords) == list(meant)

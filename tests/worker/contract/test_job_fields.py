@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from tests.worker.contract.made_up_fields import VALUES, WHOLE
 from worker.contract.errors import InvalidJobError
-from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, Job
 from worker.contract.job_fields import JobField, help_lines, table_of
 from worker.contract.message import Message
 from worker.contract.record import JobRecord
@@ -31,20 +31,22 @@ IN_JOB = """
     sharpness: Annotated[
         float,
         Field(ge=0, le=4, strict=True),
-        JobField(a1111_option="sharpen", diffusers="sharpness_scale", headings=("crispness",)),
+        JobField(since=NEXT, a1111_option="sharpen", diffusers="sharpness_scale", headings=("crispness",)),
     ] = 0.0
     #: Its colours.
     palette: Annotated[
         Palette,
         BeforeValidator(spelled_as(Palette, {})),
-        JobField(a1111_option="colors", a1111_values={"warm": "Warm tones"}),
+        JobField(since=NEXT, a1111_option="colors", a1111_values={"warm": "Warm tones"}),
     ] = Palette.ANY
     #: What it is like: up to 50 characters.
-    mood: Annotated[str, Field(max_length=50, strict=True)] = ""
+    mood: Annotated[str, Field(max_length=50, strict=True), JobField(since=NEXT)] = ""
     #: What the team says of it: up to 50 characters.
-    team_note: Annotated[str, Field(max_length=50, strict=True), JobField(is_submission=True)] = ""
+    team_note: Annotated[
+        str, Field(max_length=50, strict=True), JobField(since=NEXT, is_submission=True)
+    ] = ""
     #: Whether its edges meet.
-    seamless: Annotated[bool, Field(strict=True), JobField(a1111_option="seamlessly")] = False
+    seamless: Annotated[bool, Field(strict=True), JobField(since=NEXT, a1111_option="seamlessly")] = False
 """
 IN_KEYWORDS = """
     sharpness: float
@@ -78,12 +80,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     text = job.read_text()
     for before, added in (
         ("class JobParameters(BaseModel):", CHOICES),
-        ("    #: 0 to 9: jobs of a higher priority", IN_JOB),
+        ("    #: 0 to 9: jobs of a higher priority", IN_JOB.replace("NEXT", str(FORMAT_VERSION + 1))),
         ("    priority: int\n", IN_KEYWORDS),
     ):
         assert text.count(before) == 1
         text = text.replace(before, added.lstrip("\n") + before)
     job.write_text(text)
+    version = job.with_name("job.py")
+    version.write_text(
+        version.read_text().replace(
+            f"FORMAT_VERSION = {FORMAT_VERSION}\n", f"FORMAT_VERSION = {FORMAT_VERSION + 1}\n"
+        )
+    )
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
     ran = subprocess.run(
         [sys.executable, "made_up_fields.py"],

@@ -94,7 +94,7 @@ def test_a_refusal_is_logged_once_and_its_end_once(caplog: pytest.LogCaptureFixt
         for _ in range(100):
             log.refused("jobs", full)
             log.refused("fetch", full)
-        assert [record.message for record in caplog.records] == [
+        assert [record.getMessage() for record in caplog.records] == [
             f"{sentence('', full)} Jobs wait for it; none counts an attempt."
         ]
         log.answered("jobs")

@@ -1,0 +1,224 @@
+"""The parameters of jobs that begin with a picture: image to image, inpainting. With their checks.
+
+Such a job has an `image`; one that draws only a part of it has a `mask` as well. A job without an image has
+all of them at their defaults, or it is refused: what would have no effect is no silent mistake.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+
+from worker.contract.explain import short
+from worker.contract.input_reference import ALPHA, FILE_REFERENCE, REFERENCE, InputReference
+from worker.contract.job_fields import JobField
+from worker.contract.job_parameters import MAX_SIZE, MIN_SIZE, SIZE_STEP, JobParameters
+
+#: The version of messages that has these fields.
+INPUTS_SINCE: Final = 4
+#: `strength` where it is not given: diffusers' for image to image, and for inpainting.
+STRENGTH, STRENGTH_WITH_MASK = 0.8, 1.0
+#: Pixels of AUTOMATIC1111's sliders, at most; and its blur where none is given.
+MAX_MASK_BLUR, MASK_BLUR = 64, 4
+MAX_PADDING = 256
+#: By which share the proportions of a mask may differ from the image's.
+_MASK_TOLERANCE: Final = 0.02
+
+
+def size_for(
+    of: tuple[int, int], width: int | None = None, height: int | None = None
+) -> tuple[int, int] | None:
+    """The size of a job that begins with a picture of the size `of`, (width, height) in pixels.
+
+    The picture's own; larger ones are made smaller, and smaller ones larger, to a job's limits with their
+    proportions kept; then each side is rounded down to a multiple of 8, as diffusers does. With one side
+    given the other follows from the proportions. None where no size has these proportions.
+    """
+    if width is not None and height is not None:
+        return width, height
+    if width is not None:
+        scale = width / of[0]
+    elif height is not None:
+        scale = height / of[1]
+    else:
+        scale = min(1.0, MAX_SIZE / max(of))
+        scale = max(scale, MIN_SIZE / min(of))
+    # A little above, because 0.1 * 640 may be a little less than 64.
+    sides = [int(side * scale + 1e-6) // SIZE_STEP * SIZE_STEP for side in of]
+    found = width or sides[0], height or sides[1]
+    return found if min(found) >= MIN_SIZE and max(found) <= MAX_SIZE else None
+
+
+def _with_own_size(values: Any) -> Any:
+    """A job's fields with what follows from its image: its size, and its strength, where none is given."""
+    image = values.get("image") if isinstance(values, dict) else None
+    if not isinstance(image, str):
+        return values
+    try:
+        reference = InputReference.parse(image)
+    except ValueError:
+        return values  # The field's own check says so.
+    given = values.get("width"), values.get("height")
+    if None in given and all(side is None or (type(side) is int and side > 0) for side in given):
+        size = size_for((reference.width, reference.height), *given)
+        if size is not None:
+            values = values | {"width": size[0], "height": size[1]}
+    if values.get("strength") is None:
+        values = values | {"strength": STRENGTH_WITH_MASK if values.get("mask") else STRENGTH}
+    return values
+
+
+def _image(value: str, info: ValidationInfo) -> str:
+    """Refuse what is no reference, and proportions that no job has."""
+    if not value:
+        return value
+    reference = InputReference.parse(value)
+    sides = [info.data.get(name, 0) for name in ("width", "height")]
+    if None in sides:
+        raise ValueError(
+            f"is {reference.width}x{reference.height}, and no size of {MIN_SIZE} to {MAX_SIZE:,} px has "
+            "these proportions: give width and height"
+        )
+    return value
+
+
+def _not_given(value: object) -> object:
+    return "" if value is None else value
+
+
+def _mask(value: str, info: ValidationInfo) -> str:
+    """Refuse what is no mask of the image."""
+    if not value or "image" not in info.data:
+        return value  # An image that is wrong by itself has its own error.
+    image = info.data["image"]
+    if not image:
+        raise ValueError("is for an image: give one, or leave the mask out")
+    about = InputReference.parse(image)
+    if value == ALPHA:
+        if about.kind == "job":
+            raise ValueError("is alpha, and pictures of jobs have no alpha channel: give a picture")
+        return value
+    mask = InputReference.parse(value)
+    if mask.kind == "job":
+        raise ValueError("is a job's picture: give a picture, or alpha")
+    distortion = mask.width * about.height / (mask.height * about.width)
+    if abs(distortion - 1) > _MASK_TOLERANCE:
+        raise ValueError(
+            f"is {mask.width}x{mask.height} and the image {about.width}x{about.height}: give a mask of the "
+            "image's proportions (an image is turned as its Exif says)"
+        )
+    return value
+
+
+def leaves_steps(strength: float, steps: int) -> bool:
+    """Whether a job of so many steps has one left: diffusers runs `int(steps * strength)` of them."""
+    return int(steps * strength) >= 1
+
+
+def _strength(value: float | None, info: ValidationInfo) -> float | None:
+    """Refuse a strength without an image, or that leaves no step."""
+    if "image" not in info.data or value is None:
+        return value
+    if not info.data["image"]:
+        raise ValueError(f"is {value:g}, and there is no image to begin with: give one, or leave it out")
+    steps = info.data.get("steps")
+    if value == 0:
+        raise ValueError("is 0, which leaves the image as it is: use more")
+    if steps is not None and not leaves_steps(value, steps):
+        raise ValueError(
+            f"is {value:g}, which leaves none of {steps} steps: use at least {1 / steps:.2g}, or more steps"
+        )
+    return value
+
+
+def _for_a_mask(default: object) -> AfterValidator:
+    """Refuse another value than the default where there is no mask."""
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if value != default and info.data.get("mask") == "":
+            raise ValueError(f"is {short(value)}, and is for a mask: give one, or leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+class InputParameters(JobParameters):
+    """The parameters of one picture and of its submission, with those of the picture before it. Frozen."""
+
+    #: The picture that the job begins with: a path, an s3:// address, or the id of a job whose picture it is.
+    #: Without a size the job has the picture's own, within its limits and rounded down to multiples of 8.
+    image: Annotated[
+        str,
+        Field(strict=True, json_schema_extra={"pattern": f"^({REFERENCE})?$"}),
+        BeforeValidator(_not_given),
+        AfterValidator(_image),
+        JobField(
+            since=INPUTS_SINCE,
+            infotext="Init image",
+            infotext_ours_only=True,
+            diffusers="image",
+            headings=("init_image", "input_image", "source_image"),
+        ),
+    ] = ""
+    #: The part of the image that is drawn: a path or an s3:// address of a picture that is white there and
+    #: black elsewhere, or `alpha`: where the image is transparent. Empty: all of it.
+    mask: Annotated[
+        str,
+        Field(strict=True, json_schema_extra={"pattern": f"^({FILE_REFERENCE}|{ALPHA})?$"}),
+        BeforeValidator(_not_given),
+        AfterValidator(_mask),
+        JobField(
+            since=INPUTS_SINCE, infotext_ours_only=True, diffusers="mask_image", headings=("inpaint_mask",)
+        ),
+    ] = ""
+    #: How much of the image is drawn anew, above 0 and up to 1: `int(steps * strength)` steps are run. Not
+    #: given: 0.8, or 1 with a mask. AUTOMATIC1111 calls it denoising strength.
+    strength: Annotated[
+        float | None,
+        Field(ge=0, le=1, strict=True, allow_inf_nan=False),
+        AfterValidator(_strength),
+        JobField(
+            since=INPUTS_SINCE,
+            infotext="Denoising strength",
+            infotext_ours_only=True,
+            diffusers="strength",
+            headings=("denoising_strength", "denoise"),
+            is_left_open=True,
+        ),
+    ] = None
+    #: Pixels of the job's size by which the mask's edge is blurred (a Gaussian's sigma), 0 to 64.
+    mask_blur: Annotated[
+        int,
+        Field(ge=0, le=MAX_MASK_BLUR, strict=True),
+        _for_a_mask(MASK_BLUR),
+        JobField(since=INPUTS_SINCE, infotext_ours_only=True),
+    ] = MASK_BLUR
+    #: Draw only the masked part, at the job's whole size, with so many pixels of the image around it, 0 to
+    #: 256. Not given: the whole image. AUTOMATIC1111 calls it "only masked".
+    padding: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_PADDING, strict=True),
+        _for_a_mask(None),
+        JobField(
+            since=INPUTS_SINCE,
+            infotext="Masked area padding",
+            infotext_ours_only=True,
+            diffusers="padding_mask_crop",
+            headings=("masked_area_padding", "inpaint_full_res_padding"),
+            is_left_open=True,
+        ),
+    ] = None
+    #: Whether the image's own pixels are put back where the mask is black. Without it they have gone through
+    #: the VAE, as in diffusers.
+    preserve_unmasked: Annotated[
+        bool,
+        Field(strict=True),
+        _for_a_mask(True),
+        JobField(since=INPUTS_SINCE, infotext_ours_only=True),
+    ] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_size(cls, values: Any) -> Any:
+        return _with_own_size(values)
