@@ -17,6 +17,8 @@ from worker.model.index import PICKLE_REASON
 
 #: The sides of a tensor.
 Shape = tuple[int, ...]
+#: Bytes of a header, at most: the format's own limit.
+MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ def read_header(path: Path) -> Header:
             raise SettingsError(
                 f"{path} is truncated or not a safetensors file ({size:,} bytes): download it again, with "
                 "git-lfs if it came from a git clone."
+            )
+        if length > MAX_HEADER:
+            raise SettingsError(
+                f"{path} has a header of {length:,} bytes, the limit of the format is {MAX_HEADER:,}."
             )
         text = file.read(length)
     try:

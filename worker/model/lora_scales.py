@@ -1,0 +1,133 @@
+"""By what a LoRA's products are multiplied: alpha, where a file has it elsewhere than beside its factors.
+
+diffusers (0.34 and later) writes the settings of PEFT into the file's metadata, by part of the model. PEFT
+itself writes them into `adapter_config.json` beside the file. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from worker.model.lora_names import PEFT, TEXT, TEXT_2, UNET
+
+#: Where diffusers writes them, in the file; and PEFT, beside it; bytes of that file, at most.
+METADATA, CONFIG, MAX_CONFIG = "lora_adapter_metadata", "adapter_config.json", 1 << 20
+#: How PEFT names the file that has its config beside it.
+PEFT_STEM = "adapter_model"
+#: Settings of PEFT by which a product is another one, and that are not read: they must be off.
+_MUST_BE_OFF = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+#: How PEFT may have started a training. Others take something out of the model's own weights.
+_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+_PATTERN = re.compile(r"\^?[\w.]+")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """PEFT's settings of one part of a model."""
+
+    alpha: float
+    #: Alpha of modules that have another one, by the end of their names, or all of it after "^".
+    patterns: Mapping[str, float] = field(default_factory=dict)
+    #: Divided by the root of the rank (Kalajdzievski, 2023), not by the rank.
+    root: bool = False
+    #: Whether each module has a magnitude.
+    dora: bool = False
+
+    def scale(self, module: str, rank: int) -> float:
+        """By what the product of a module is multiplied. `module`: with dots, as in the model."""
+        short = module.removeprefix("text_model.")
+        for pattern, alpha in self.patterns.items():
+            whole = pattern.startswith("^")
+            name = pattern.removeprefix("^").removeprefix("text_model.")
+            if name == short or (not whole and short.endswith(f".{name}")):
+                return alpha / (math.sqrt(rank) if self.root else rank)
+        return self.alpha / (math.sqrt(rank) if self.root else rank)
+
+
+def settings_of(path: Path, metadata: Mapping[str, str], names: list[str]) -> Mapping[str, Settings]:
+    """PEFT's settings by part of the model, under "" where they are of all; empty: alpha is in the file.
+
+    Raises `ValueError` for those that are not read.
+    """
+    if text := metadata.get(METADATA):
+        entries = _json(text, f"its {METADATA}")
+        parts: dict[str, dict[str, Any]] = {}
+        for key, value in entries.items():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = value
+        return {part: _settings(found) for part, found in parts.items() if part in (UNET, TEXT, TEXT_2)}
+    if (text := config_of(path)) is not None:
+        return {"": _settings(_json(text, f"its {CONFIG}"))}
+    if any(PEFT in name for name in names) and not any(name.endswith(".alpha") for name in names):
+        raise ValueError(
+            f"it is PEFT's and lacks alpha: keep it as {PEFT_STEM}.safetensors in a folder with its {CONFIG}"
+        )
+    return {}
+
+
+def config_of(path: Path) -> str | None:
+    """The text of PEFT's config beside a file; None where there is none. Raises `ValueError`, `OSError`."""
+    place = path.with_name(CONFIG)
+    # Others in a folder have nothing to do with a config that lies there.
+    if path.stem != PEFT_STEM or not place.is_file():
+        return None
+    if place.stat().st_size > MAX_CONFIG:
+        raise ValueError(f"its {CONFIG} has more than {MAX_CONFIG:,} bytes")
+    return place.read_text("utf-8")
+
+
+def _json(text: str, what: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{what} is no JSON object: save the LoRA again") from None
+
+
+def _settings(config: Mapping[str, Any]) -> Settings:
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(f"it is PEFT's {kind}, which is not offered: LoRA and DoRA are")
+    if on := next((name for name in _MUST_BE_OFF if config.get(name)), None):
+        raise ValueError(f"PEFT's setting {on} is on, which is not read here: use a LoRA without it")
+    if (bias := config.get("bias", "none")) != "none":
+        raise ValueError(f"PEFT's setting bias is {bias}, which is not read here: use a LoRA without it")
+    if (start := config.get("init_lora_weights")) not in _STARTS:
+        raise ValueError(
+            f"it was trained from {start}, which changes the model's own weights too: convert it into a LoRA"
+        )
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError("PEFT's setting alpha_pattern is no table of names: save the LoRA again")
+    if odd := next((each for each in patterns if not _PATTERN.fullmatch(each)), None):
+        raise ValueError(f'PEFT\'s alpha_pattern has "{odd[:60]}", and only names of modules are read')
+    return Settings(
+        _number(config.get("lora_alpha", 8)),
+        {name: _number(value) for name, value in patterns.items()},
+        bool(config.get("use_rslora")),
+        bool(config.get("use_dora")),
+    )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"its alpha is {value!r}, a number is needed: save the LoRA again")
+    return float(value)
