@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import platform
 import threading
 import time
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from worker.broker import log_lines, stop_signals, transport
 from worker.broker.event_batches import EventBatches
 from worker.broker.leases import acknowledge_by_record, acknowledged, held, postpone, set_aside_held
 from worker.celery import app
-from worker.contract.choices import PromptSyntax
 from worker.contract.errors import (
     EngineStoppedError,
     InvalidJobError,
@@ -32,7 +30,6 @@ from worker.contract.errors import (
     SmallcatError,
     first_line,
 )
-from worker.contract.job import FORMAT_VERSION
 from worker.contract.job_parameters import DEFAULT_PRIORITY
 from worker.contract.message import TASK
 from worker.contract.plain_text import plain
@@ -44,6 +41,7 @@ from worker.engine.capacity import JOBS_PER_ROW, jobs_in_flight, uploading_jobs
 from worker.engine.engine import Engine
 from worker.health.report import Health
 from worker.jobs import metrics
+from worker.jobs.announcement import VERSIONS, announcement
 from worker.jobs.handler import JobHandler
 from worker.jobs.heartbeat import Heartbeat
 from worker.jobs.previews import PreviewMaker
@@ -75,8 +73,6 @@ UNKNOWN_DELAY_S = 1.0
 #: A message may come back so often, beyond SMALLCAT_MAX_ATTEMPTS, because its worker died: also those that a
 #: worker has not begun come back.
 MORE_RETURNS = 10
-#: Packages whose versions a worker announces.
-VERSIONS = ("smallcat", "torch", "diffusers", "transformers", "xformers", "celery", "kombu")
 
 
 @dataclass(frozen=True)
@@ -222,7 +218,9 @@ def _assemble(name: str) -> _Process:
         files=files,
         rates=rates,
     )
-    info = _worker_info(settings, name, runner, started_at=Fleet(client, settings.record_ttl_s).now())
+    chosen = {choice.what: choice.choice for choice in runner.choices}
+    started_at = Fleet(client, settings.record_ttl_s).now()
+    info = announcement(settings, name, runner.served, chosen, runner.max_rows, started_at)
     heartbeat = _heartbeat(settings, info, handler, engine, files, runner)
     return _Process(settings, engine, handler, heartbeat, bucket, health, stop_waiting)
 
@@ -257,22 +255,6 @@ def _warm_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
         _log_choice(choice.what, choice.choice, choice.reason)
     metrics.observe_process(runner, held, {"model": runner.served.name, **versions(VERSIONS)})
     return runner
-
-
-def _worker_info(settings: WorkerSettings, name: str, runner: ModelRunner, started_at: float) -> WorkerInfo:
-    """What the worker announces."""
-    chosen = {choice.what: choice.choice for choice in runner.choices}
-    return WorkerInfo(
-        name=name,
-        served=runner.served,
-        started_at=started_at,
-        device=chosen["device"],
-        attention=chosen["attention"],
-        max_rows=runner.max_rows,
-        reads=FORMAT_VERSION,
-        versions={"python": platform.python_version(), **versions(VERSIONS)},
-        prompt_syntax=PromptSyntax(settings.default_prompt_syntax),
-    )
 
 
 def _heartbeat(

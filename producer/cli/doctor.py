@@ -16,7 +16,7 @@ from worker.contract.job import OPEN_REVISION
 from worker.contract.plain_text import plain
 from worker.contract.queues import queues_of
 from worker.contract.settings import hidden
-from worker.state.fleet import WorkerInfo, groups_of, version_read
+from worker.state.groups import WorkerInfo, groups_of, version_read
 from worker.state.parked import parked
 from worker.state.waiting import waiting_in
 
@@ -185,7 +185,8 @@ def _workers(now: Session) -> Iterator[Finding]:
         what = (
             f"{worker.served.name} at {worker.served.revision}, {worker.device}, attention {worker.attention}"
         )
-        yield Finding("workers", True, f"{worker.name} serves {what}, up to {worker.max_rows} rows")
+        retires = "; it retires: new jobs mean other workers" if worker.retiring else ""
+        yield Finding("workers", True, f"{worker.name} serves {what}, up to {worker.max_rows} rows{retires}")
         if worker.paused:
             yield Finding("workers", False, f"{worker.name} takes no jobs at present: {worker.paused}")
     yield from _files(now, live)

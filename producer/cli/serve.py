@@ -78,11 +78,32 @@ def keys_list(as_json: bool) -> None:
         say(f"{each.name:20}  {','.join(each.scopes):20}  {times}{tenant}")
 
 
+@keys.command("rotate")
+@click.argument("name")
+@click.option("--drop-old", is_flag=True, help="Revoke the older one: its users have the new one.")
+@json_option
+def keys_rotate(name: str, drop_old: bool, as_json: bool) -> None:
+    """Make a new key beside the old one of NAME, and print it: this once.
+
+    Both are valid until --drop-old, and what one has submitted is the other's, too.
+    """
+    now = session()
+    with now.queue_errors():
+        store = KeyStore(now.redis)
+        if not drop_old:
+            key = store.rotate(name)
+            print_json({"name": name, "key": key}) if as_json else say(key)
+            return
+        count = store.drop_old(name)
+    text = f"the older key {name} is revoked" if count else f"{name} has one key alone"
+    print_json({"name": name, "revoked": count}) if as_json else say(text)
+
+
 @keys.command("revoke")
 @click.argument("name")
 @json_option
 def keys_revoke(name: str, as_json: bool) -> None:
-    """Revoke a key. Servers refuse it within seconds."""
+    """Revoke a key, both while it is rotated. Servers refuse it within seconds."""
     now = session()
     with now.queue_errors():
         KeyStore(now.redis).revoke(name)

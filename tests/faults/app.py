@@ -6,6 +6,7 @@ without torch, a journal, and the points at which a process can be made to die. 
     FAULTS_JOURNAL      file that every event of a job goes to, one line each
     FAULTS_ROWS         rows in a step; twice as many jobs are in flight
     FAULTS_STEP_S       seconds a step takes
+    FAULTS_REVISION     the revision of the fake's model, in the place of `tests.faults.runner.SERVED`'s
     FAULTS_JOURNAL_STEPS    1: the journal also has when each step began and ended
     FAULTS_TRANSPORT    "stock": kombu's own Redis transport, the negative control
     FAULTS_STORAGE      "folder": pictures go straight into FAULTS_FOLDER, where the S3 server has its bucket
@@ -93,12 +94,14 @@ class TellingRunner(FaultRunner):
 
 def load_runner(settings: WorkerSettings, files: object) -> FaultRunner:
     runner = TellingRunner if os.environ.get("FAULTS_JOURNAL_STEPS") else FaultRunner
-    return runner(
+    made = runner(
         int(os.environ.get("FAULTS_ROWS", "4")),
         float(os.environ.get("FAULTS_STEP_S", "0")),
         lambda event, job: note(event, job.id),
         may_die,
     )
+    made.served = made.served.model_copy(update={"revision": os.environ.get("FAULTS_REVISION", "f" * 40)})
+    return made
 
 
 tasks.load_runner = load_runner  # type: ignore[assignment]

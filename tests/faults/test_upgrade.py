@@ -1,7 +1,7 @@
 """An upgrade and its way back, under load and kills: between earlier versions and this one, and to the next.
 
 Workers and producers of both releases are on one queue all the time. One worker after the other is replaced,
-in the order that docs/operations.md gives, and killed on the way; then one after the other goes back.
+in the order that docs/upgrades.md gives, and killed on the way; then one after the other goes back.
 """
 
 from __future__ import annotations

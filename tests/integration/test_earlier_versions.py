@@ -1,4 +1,4 @@
-"""Jobs of this version beside workers of earlier ones: what holds, and what docs/operations.md says does not.
+"""Jobs of this version beside workers of earlier ones: what holds, and what docs/upgrades.md says does not.
 
 An earlier worker knows nothing of submissions: it sees one job, and whether it was cancelled. What each
 caller is told holds there, too.
@@ -166,7 +166,7 @@ def test_what_the_last_worker_of_this_version_held_when_it_was_killed_waits_for_
 def test_a_job_with_a_field_that_the_first_version_does_not_know_is_dropped_there_until_it_is_sent_again(
     ground: Ground, tree: Path, earlier: FaultWorker
 ) -> None:
-    """Its record stays queued, as docs/operations.md says. Later versions render it."""
+    """Its record stays queued, as docs/upgrades.md says. Later versions render it."""
     handle = submit_job(ground.job(guidance_start=0.5))
     plain = ground.submit(1)
     ground.journal.wait_for("put", plain)

@@ -229,6 +229,8 @@ class WorkerSettings(Settings):
     default_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     #: Guidance for jobs that do not say. Not set: the model's, else 7.5.
     default_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+    #: 1: the worker renders what is queued for its model and revision, and new jobs mean other workers.
+    retiring: bool = False
     #: How prompts of jobs are read that do not say: plain, or a1111.
     default_prompt_syntax: Literal["plain", "a1111"] = "plain"
     #: Folder or s3:// prefix of embeddings (textual inversion, .safetensors) that prompts may name.

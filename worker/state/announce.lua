@@ -5,8 +5,10 @@
 -- ARGV     name, the announcement as JSON, seconds that it lives, seconds that the names and the book live,
 --          group, what it serves and reads as members of a JSON object, when it started
 -- Returns  the version of the digest whose models are to be noted as last seen; '' while they are
+-- A full Redis refuses a script's first write if that may take memory, and none after it: so it deletes first.
 -- include fleet_book.lua
 local name, announcement, ttl, keep_s, group, served, started_at = unpack(ARGV)
+redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[1], announcement, 'EX', ttl)
 redis.call('SADD', KEYS[2], name)
 local is_changed = enter(KEYS[4], name, string.format('%.6f', time + ttl), group, served, started_at)

@@ -18,7 +18,7 @@ from worker.contract.file_index import NO_FILES
 from worker.contract.queues import Takers
 from worker.contract.record import JobRecord
 from worker.state.file_indexes import index_in
-from worker.state.fleet import WorkerInfo, groups_in, groups_of, takers
+from worker.state.groups import WorkerInfo, groups_in, groups_of, takers
 from worker.state.hashes import is_in_doubt, record_of, says_final, seen_by, unknown
 from worker.state.keys import DIGEST, WORKERS, index_key, job_key, submission_key, worker_key
 from worker.state.records import READ_AT_ONCE

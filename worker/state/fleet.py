@@ -4,30 +4,26 @@ A worker announces itself every few seconds; its announcement expires when it no
 worker keeps a digest up to date: which models are served, and by how many. That is all that a producer needs,
 and it is as small for a thousand workers as for one; `workers` reads all announcements.
 
-A job that names a model gets the revision of the newest live worker that serves it. A job that names none
-gets the fleet's default: the model of the worker that has been up longest. A worker takes only jobs of its
-own model and revision, so a new revision never answers with the old one's pictures.
+A worker takes only jobs of its own model and revision, so a new revision never answers with the old one's
+pictures. `groups` says which of them a job means.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from pydantic import BaseModel, ConfigDict
 
 from worker.contract.choices import PromptSyntax
 from worker.contract.file_index import FileIndex
 from worker.contract.job import Job
-from worker.contract.job_files import lacking, with_files
-from worker.contract.job_parameters import DEFAULT_MODEL
 from worker.contract.queues import Takers, lists_of, queues_of
 from worker.contract.refusals import code_of
-from worker.contract.served_model import ServedModel
 from worker.state.file_indexes import FileIndexes
+from worker.state.groups import Group, Meant, groups_in, groups_of, meant_by, takers, version_read
+from worker.state.groups import WorkerInfo as WorkerInfo
 from worker.state.keys import BOOK, DIGEST, LATEST, QUEUES, SERVED, WORKERS, worker_key
 from worker.state.scripts import ANNOUNCE, WITHDRAW
 from worker.state.shared_scripts import load
@@ -40,140 +36,6 @@ if TYPE_CHECKING:
 ANNOUNCE_EVERY_S, ANNOUNCE_TTL_S = 5, 15
 #: Announcements that are remembered, at most.
 MAX_SEEN = 1_000
-
-
-class WorkerInfo(BaseModel):
-    """A worker as it announces itself."""
-
-    model_config = ConfigDict(frozen=True)
-
-    #: Celery's node name.
-    name: str
-    #: What it serves.
-    served: ServedModel
-    #: Unix seconds by Redis' clock when it started.
-    started_at: float
-    #: What it runs on, such as "NVIDIA H200" or "CPU, 2 threads".
-    device: str
-    #: Attention backend in use.
-    attention: str
-    #: Rows of one forward pass, at most: its largest batch size.
-    max_rows: int
-    #: Versions of what it runs, by package.
-    versions: dict[str, str]
-    #: Why it takes no jobs at present; empty while it does.
-    paused: str = ""
-    #: Version of messages up to which it reads jobs (`worker.contract.job.FORMAT_VERSION`).
-    reads: int = 1
-    #: The syntax of jobs that do not say theirs. Not among the model's defaults, where older producers refuse
-    #: names that they do not know.
-    prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
-    #: Digest of the index of the files that it offers; empty where it offers none.
-    files: str = ""
-    #: Jobs that it works on.
-    running: int = 0
-    #: Pictures a second, and mean rows of a step, lately; 0 while it does nothing.
-    images_s: float = 0.0
-    step_rows: float = 0.0
-
-
-class Group(BaseModel):
-    """The live workers that serve and read the same. Those that pause are a group of their own."""
-
-    model_config = ConfigDict(frozen=True)
-
-    #: What they serve.
-    served: ServedModel
-    #: How many they are.
-    workers: int
-    #: When the one that has been up longest started, Unix seconds by Redis' clock, and its name.
-    first: tuple[float, str]
-    #: When the newest one started, and its name.
-    last: tuple[float, str]
-    #: As `WorkerInfo.reads`.
-    reads: int = 1
-    #: Whether they take no jobs at present.
-    paused: bool = False
-    #: As `WorkerInfo.prompt_syntax`.
-    prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
-    #: As `WorkerInfo.files`.
-    files: str = ""
-
-
-class Digest(BaseModel):
-    """What the live workers serve. Workers write it when it changes."""
-
-    model_config = ConfigDict(frozen=True)
-
-    #: Another one with each change.
-    version: int
-    #: Whether workers of earlier versions are live, which are not in it.
-    mixed: bool
-    groups: tuple[Group, ...]
-
-
-def groups_in(digest: object) -> Sequence[Group] | None:
-    """The groups in the text of the digest; None where all announcements must be read instead."""
-    if not isinstance(digest, str):
-        return None
-    try:
-        read = Digest.model_validate_json(digest)
-    except ValueError:
-        return None
-    return None if read.mixed else read.groups
-
-
-def groups_of(workers: Iterable[WorkerInfo]) -> Sequence[Group]:
-    """The groups of `workers`."""
-    members: dict[tuple[ServedModel, int, bool, PromptSyntax, str], list[tuple[float, str]]] = {}
-    for worker in workers:
-        kind = (worker.served, worker.reads, bool(worker.paused), worker.prompt_syntax, worker.files)
-        members.setdefault(kind, []).append((worker.started_at, worker.name))
-    return [
-        Group(
-            served=served,
-            workers=len(of),
-            first=min(of),
-            last=max(of),
-            reads=reads,
-            paused=paused,
-            prompt_syntax=syntax,
-            files=files,
-        )
-        for (served, reads, paused, syntax, files), of in members.items()
-    ]
-
-
-def takers(groups: Iterable[Group], queue: str, job: Job, index_of: Callable[[str], FileIndex]) -> Takers:
-    """Who of `groups` takes messages of `job` from `queue`. `index_of` a digest: the files of a group."""
-    fitting = [group for group in groups if queue in queues_of(group.served)]
-    reading = [group for group in fitting if group.reads >= job.version]
-    taking = [group for group in reading if not lacking(job, index_of(group.files))]
-    return Takers(
-        workers=sum(group.workers for group in taking if not group.paused),
-        paused=sum(group.workers for group in taking if group.paused),
-        reads=max((group.reads for group in fitting), default=0),
-        lacking=sum(group.workers for group in reading) - sum(group.workers for group in taking),
-    )
-
-
-def version_read(groups: Iterable[Group], queue: str) -> int:
-    """The version of messages up to which one of `groups` takes jobs from `queue`; 0 where none does."""
-    return max((group.reads for group in groups if queue in queues_of(group.served)), default=0)
-
-
-@dataclass(frozen=True)
-class Meant:
-    """What a job means that names no revision, or no model."""
-
-    served: ServedModel
-    prompt_syntax: PromptSyntax
-    #: The files that jobs may name.
-    index: FileIndex
-
-    def resolve(self, job: Job) -> Job:
-        """`job` with all of it. Raises `InvalidJobError`."""
-        return with_files(job.in_syntax(self.prompt_syntax).resolved(self.served), self.index)
 
 
 @dataclass(frozen=True)
@@ -189,10 +51,8 @@ class FleetSnapshot:
 
     def meant(self, job: Job) -> Meant | None:
         """As `Fleet.meant`, at that moment."""
-        for groups in (self.live, self.last_seen):
-            if (group := _meant_by(job, groups)) is not None:
-                return Meant(group.served, group.prompt_syntax, self.indexes[group.files])
-        return None
+        group = meant_by(job, lambda: self.live, lambda: self.last_seen)
+        return group.meaning(self.indexes[group.files]) if group else None
 
     def resolve(self, job: Job) -> Job:
         """As `Fleet.resolve`, at that moment."""
@@ -234,6 +94,8 @@ class Fleet:
             served += f',"prompt_syntax":"{worker.prompt_syntax}"'
         if worker.files:
             served += f',"files":"{worker.files}"'
+        if worker.retiring:
+            served += ',"retiring":true'
         group = hashlib.sha256(served.encode()).hexdigest()[:16]
         said = worker.model_dump_json(exclude_defaults=True)
         keys = [worker_key(worker.name), WORKERS, DIGEST, BOOK, SERVED, QUEUES, LATEST]
@@ -250,9 +112,12 @@ class Fleet:
         else:
             names = {name for group in groups for _, name in (group.first, group.last)}
             live = self._announced(sorted(names))
-        models = {each.served.name for each in live}
-        # Models that no live worker serves come after those that are served.
-        away = [each for each in self._last_seen() if each.served.name not in models]
+        # Models that no live worker serves come after those that are served, and where the live ones retire
+        # so do other revisions of their model: these are meant while their workers are away.
+        models = {each.served.name for each in live if not each.retiring}
+        here = {each.served for each in live}
+        before = [each for each in self._last_seen() if each.served not in here]
+        away = [each for each in before if each.served.name not in models]
         seen = json.dumps(
             [each.model_dump(mode="json", exclude_defaults=True) for each in [*live, *away][:MAX_SEEN]]
         )
@@ -293,10 +158,8 @@ class Fleet:
 
     def meant(self, job: Job) -> Meant | None:
         """What `job` means; None where no worker announced its model."""
-        for known in (self.groups, self._groups_last_seen):
-            if (group := _meant_by(job, known())) is not None:
-                return Meant(group.served, group.prompt_syntax, self.indexes.get(group.files))
-        return None
+        group = meant_by(job, self.groups, self._groups_last_seen)
+        return group.meaning(self.indexes.get(group.files)) if group else None
 
     def resolve(self, job: Job) -> Job:
         """`job` with the model, revision, syntax and files that it means.
@@ -375,17 +238,7 @@ class Fleet:
                     last=place,
                     prompt_syntax=worker.prompt_syntax,
                     files=worker.files,
+                    retiring=worker.retiring,
                 )
             )
         return found
-
-
-def _meant_by(job: Job, groups: Sequence[Group]) -> Group | None:
-    """Whom a job without a revision, or without a model, means; None where no group serves it."""
-    name = job.model
-    if groups and name == DEFAULT_MODEL:
-        name = min(groups, key=lambda group: group.first).served.name
-    fitting = [
-        group for group in groups if group.served.name == name and job.revision in ("", group.served.revision)
-    ]
-    return max(fitting, key=lambda group: group.last) if fitting else None

@@ -13,7 +13,7 @@ from worker.contract.choices import PromptSyntax
 from worker.contract.file_index import NO_FILES, FileEntry, FileIndex
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
-from worker.state.fleet import Meant
+from worker.state.groups import Meant
 
 SERVED = ServedModel(
     name="m", revision="r", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)

@@ -101,6 +101,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_EXACT": ("1", True, [("perhaps", "valid boolean")]),
     "SMALLCAT_CACHE_DIR": ("/cache", "/cache", []),
     "SMALLCAT_MAX_BATCH": ("256", 256, [("0", "greater than or equal to 1"), ("257", "less than or equal")]),
+    "SMALLCAT_RETIRING": ("1", True, [("perhaps", "valid boolean")]),
     "SMALLCAT_SAFETY_CHECKER": ("0", False, [("perhaps", "valid boolean")]),
     "SMALLCAT_MARK_AS_GENERATED": ("0", False, [("perhaps", "valid boolean")]),
     "SMALLCAT_JOB_TIMEOUT_S": ("1.5", 1.5, [("0", "greater than 0"), ("inf", "less than")]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -22,10 +23,11 @@ from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.message import task_call_of
 from worker.contract.queues import lists_of, queue_of, queues_of
 from worker.contract.served_model import Defaults, ServedModel
-from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo, groups_of, version_read
+from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo
+from worker.state.groups import groups_of, version_read
 from worker.state.keys import worker_key
 from worker.state.records import Records
-from worker.state.redis_client import connect
+from worker.state.redis_client import RedisError, connect
 
 TTL_S = 1_000
 
@@ -56,6 +58,10 @@ def worker(name: str, model: str, revision: str = "r1", started_at: float = 1.0)
         max_rows=8,
         versions={"torch": "2"},
     )
+
+
+def retires(name: str, model: str, revision: str = "r1", started_at: float = 1.0) -> WorkerInfo:
+    return worker(name, model, revision, started_at).model_copy(update={"retiring": True})
 
 
 def job(**fields: Any) -> Job:
@@ -135,6 +141,50 @@ def test_a_model_is_remembered_while_its_workers_are_away_and_others_are_up(flee
     assert fleet.resolve(job()).model == "n"
     fleet.withdraw("b")
     assert fleet.resolve(job()).model == "n"
+
+
+def test_new_jobs_mean_a_worker_that_retires_only_where_no_other_serves_their_model(fleet: Fleet) -> None:
+    """It has been up longest, and was started again last: neither makes it the one that is meant."""
+    fleet.announce(retires("old", "m", "r1", started_at=1.0))
+    assert fleet.resolve(job()).revision == "r1"
+    fleet.announce(worker("new", "m", "r2", started_at=2.0))
+    fleet.announce(retires("old again", "m", "r1", started_at=3.0))
+    for meant in (fleet, fleet.snapshot()):
+        assert [meant.resolve(job(**named)).revision for named in ({}, {"model": "m"})] == ["r2", "r2"]
+        assert meant.resolve(job(model="m", revision="r1")).revision == "r1"
+
+
+def test_the_default_model_is_none_that_retires(fleet: Fleet) -> None:
+    fleet.announce(retires("old", "m1", started_at=1.0))
+    fleet.announce(worker("new", "m2", started_at=2.0))
+    assert fleet.resolve(job()).model == "m2"
+    assert fleet.resolve(job(model="m1")).revision == "r1"
+
+
+def test_a_full_redis_takes_the_announcements_of_workers(fleet: Fleet, client: Redis) -> None:
+    """Or nobody would serve the queue that fills it, as far as doctor and autoscalers can see."""
+    fleet.announce(worker("before", "m"))
+    client.config_set("maxmemory", 1)
+    try:
+        fleet.announce(worker("before", "m"))
+        # What was last seen is noted when there is room.
+        with contextlib.suppress(RedisError):
+            fleet.announce(worker("new", "m"))
+        assert [each.name for each in fleet.workers()] == ["before", "new"]
+    finally:
+        client.config_set("maxmemory", 0)
+
+
+def test_what_was_last_seen_is_meant_while_only_workers_that_retire_are_up(fleet: Fleet) -> None:
+    """The new revision's workers may be scaled to zero while the old one's drain."""
+    fleet.announce(retires("old", "m", "r1", started_at=1.0))
+    fleet.announce(worker("new", "m", "r2", started_at=2.0))
+    fleet.withdraw("new")
+    for number in range(3):
+        fleet.announce(retires(f"old {number}", "m", "r1", started_at=3.0 + number))
+        for meant in (fleet, fleet.snapshot()):
+            assert meant.resolve(job()).revision == "r2"
+    assert len(fleet.snapshot().last_seen) <= 3
 
 
 def test_a_job_is_open_where_nobody_ever_announced_its_model(fleet: Fleet) -> None:

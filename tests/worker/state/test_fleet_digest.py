@@ -12,7 +12,8 @@ from redis import Redis
 from deploy.embedded.servers import ValkeyProcess
 from tests.worker.state.test_fleet import job, served, worker
 from worker.contract.queues import queue_of
-from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo, groups_of
+from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo
+from worker.state.groups import groups_of
 from worker.state.keys import BOOK, DIGEST
 from worker.state.redis_client import connect
 
