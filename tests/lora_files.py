@@ -77,7 +77,8 @@ def merged(
         if (magnitude := change.magnitude) is not None:
             kept = 0 if magnitude.shape[0] == own.shape[0] and magnitude.shape[1] == 1 else 1
             sides = [side for side in range(own.dim()) if side != kept]
-            new = magnitude.double() * new / new.norm(dim=sides, keepdim=True)
+            norm = new.square().sum(dim=sides, keepdim=True).sqrt()
+            new = magnitude.double() * new / norm
         found[key] = new.to(own.dtype)
     return found
 

@@ -133,26 +133,23 @@ def _modules(tensors: Mapping[str, Tensor]) -> Mapping[Module, Names]:
 def _check_shapes(module: str, tensors: Mapping[Role, Tensor]) -> None:
     """Raise `ValueError` where the factors of a module cannot be multiplied, or are too many."""
     for role, tensor in tensors.items():
+        if min(tensor.shape, default=1) < 1:
+            raise ValueError(f"it has no numbers at {module}: download it again")
         if tensor.dtype not in _DTYPES and role is not Role.ALPHA:
             raise ValueError(f"{module} is stored as {tensor.dtype}: use a LoRA in fp32, fp16 or bf16")
     down, up, mid = tensors[Role.DOWN].shape, tensors[Role.UP].shape, tensors.get(Role.MID)
     rank = down[0] if down else 0
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"its rank at {module} is {rank:,}, the limit is 1 to {MAX_RANK}")
-    ways = [
-        len(down) in (2, 4),
-        len(up) in (2, 4),
-        math.prod(up[2:]) == 1,
-        *(side > 0 for side in (*down, *up)),
-    ]
     inner = up[1] if len(up) > 1 else 0
-    if mid is not None:
-        inner_of_mid = mid.shape[0] if len(mid.shape) == 4 and mid.shape[1] == rank else 0
-        ways += [math.prod(down[2:]) == 1, inner == inner_of_mid, 1 <= inner <= MAX_RANK]
-        ways += [all(mid.shape)]
+    fits = len(down) in (2, 4) and len(up) in (2, 4) and math.prod(up[2:]) == 1
+    if mid is None:
+        fits = fits and inner == rank
     else:
-        ways += [inner == rank]
-    if not all(ways):
+        fits = fits and len(mid.shape) == 4 and mid.shape[:2] == (inner, rank) and math.prod(down[2:]) == 1
+        if not 1 <= inner <= MAX_RANK:
+            raise ValueError(f"its rank at {module} is {inner:,}, the limit is 1 to {MAX_RANK}")
+    if not fits:
         raise ValueError(
             f"its factors at {module} have the shapes {up} and {down}, which do not fit each other"
         )

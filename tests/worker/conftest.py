@@ -1,4 +1,4 @@
-"""What tests of the device share."""
+"""What tests of models and of the device share."""
 
 from __future__ import annotations
 
