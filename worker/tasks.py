@@ -31,7 +31,9 @@ from worker.contract.errors import (
     first_line,
 )
 from worker.contract.job_parameters import DEFAULT_PRIORITY
+from worker.contract.job_scope import about_job
 from worker.contract.message import TASK
+from worker.contract.plain_log import ended
 from worker.contract.plain_text import plain
 from worker.contract.queues import URGENT, queues_of
 from worker.contract.refusals import refusal_log
@@ -105,28 +107,34 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
     request = task.request
     tag, counts = request.properties["delivery_tag"], False
     message = f"{request.id}/{tag}"
-    try:
-        handled = _here().handler.handle(
-            payload, message, redelivered=bool(request.delivery_info.get("redelivered"))
-        )
-        delay_s = handled.delay_s
-        if handled.is_done:
-            acknowledged(tag)
-        elif delay_s is None and handled.records:
-            acknowledge_by_record(tag, handled.records, holder_of(message))
-    except InvalidJobError as error:
-        logger.error("Message %s is set aside: %s", ascii(request.id), plain(error))
-        set_aside_held(tag, str(error))
-        delay_s = None
-    except (MachineError, RedisError) as error:
-        logger.info("Message %s goes back to its queue: %s", request.id, plain(first_line(error)))
-        delay_s = error.delay_s if isinstance(error, MachineError) else UNKNOWN_DELAY_S
-    except BaseException as error:
-        logger.critical("The message goes back to the queue: %r", error, exc_info=True)
-        delay_s, counts = UNKNOWN_DELAY_S, True
+    with about_job(str(payload.get("id", ""))[:32]):
+        try:
+            handled = _here().handler.handle(
+                payload, message, redelivered=bool(request.delivery_info.get("redelivered"))
+            )
+            delay_s = handled.delay_s
+            if handled.is_done:
+                acknowledged(tag)
+            elif delay_s is None and handled.records:
+                acknowledge_by_record(tag, handled.records, holder_of(message))
+        except InvalidJobError as error:
+            logger.error("Message %s is set aside: %s", ascii(request.id), plain(error))
+            set_aside_held(tag, str(error))
+            delay_s = None
+        except (MachineError, RedisError) as error:
+            logger.info("Message %s goes back to its queue: %s", request.id, plain(first_line(error)))
+            delay_s = error.delay_s if isinstance(error, MachineError) else UNKNOWN_DELAY_S
+        except BaseException as error:
+            logger.critical("The message goes back to the queue: %r", error, exc_info=True)
+            delay_s, counts = UNKNOWN_DELAY_S, True
     if delay_s is not None:
         postpone(tag, delay_s, counts=counts)
         raise Reject("the message goes back to its queue", requeue=True)
+
+
+@signals.celeryd_init.connect
+def _begin_log(**_: Any) -> None:
+    log_lines.before_celery()
 
 
 @signals.worker_init.connect
@@ -143,14 +151,12 @@ def _start(sender: Any, **_: Any) -> None:
     # Without this each worker receives the heartbeats of all others, and uses none.
     sender.options["without_gossip"] = True
     stop_signals.until_ready()
-    sender.setup_logging()
-    log_lines.shorten()
-    # The line for each choice is logged whatever the level of Celery's own log.
-    logging.getLogger("smallcat").setLevel(min(logging.INFO, sender.loglevel))
     try:
-        _process = _assemble(sender.hostname)
+        settings = worker_settings()
+        log_lines.begin(sender, settings.log)
+        _process = _assemble(settings, sender.hostname)
     except SmallcatError as error:
-        raise SystemExit(f"smallcat: {error}") from None
+        raise ended(str(error)) from None
     except Exception as error:
         # Celery would log it and go on, with a worker that has no engine.
         logger.critical("The worker cannot start.", exc_info=True)
@@ -189,9 +195,8 @@ def load_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
     return ModelRunner(settings, files=files)
 
 
-def _assemble(name: str) -> _Process:
+def _assemble(settings: WorkerSettings, name: str) -> _Process:
     """All parts, in the order in which they can be checked quickly. Raises `SmallcatError`."""
-    settings = worker_settings()
     refusal_log.where = hidden(settings.redis_url)
     stop_waiting = threading.Event()
     health = Health(settings.health_port)
@@ -249,6 +254,8 @@ def _files(settings: WorkerSettings) -> FileStore:
 def _warm_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
     """The model, loaded and warmed up; each choice that is made for the user is logged."""
     runner = load_runner(settings, files)
+    # Torch, diffusers and others have brought handlers of their own.
+    log_lines.shorten(settings.log)
     for choice in runner.choices:
         _log_choice(choice.what, choice.choice, choice.reason)
     for choice in runner.warm_up():

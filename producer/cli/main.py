@@ -42,6 +42,7 @@ from worker.contract.errors import (
     SmallcatError,
     UnknownModelError,
 )
+from worker.contract.plain_log import ended, log_form
 
 #: Exit code where nobody reads standard output any more: that of a process that SIGPIPE ends.
 BROKEN_PIPE = 141
@@ -262,6 +263,8 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except (SmallcatError, OSError) as error:
+        if log_form() == "json":
+            raise ended(str(error), _exit_code(error)) from None
         say_error(error)
         if isinstance(error, ServiceError | SettingsError) and (text := local_stack.hint()):
             say(text, err=True)

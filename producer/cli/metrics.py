@@ -15,6 +15,7 @@ import click
 from producer.cli.json_output import say
 from producer.session import session
 from worker.contract.errors import CallerError, QueueError
+from worker.contract.plain_log import set_up_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +53,8 @@ def metrics(port: int | None) -> None:
         from prometheus_client import CollectorRegistry, generate_latest, start_http_server
     except ModuleNotFoundError as error:
         raise CallerError(f'{error.name} is not installed: pip install "smallcat[metrics]".') from None
+    if port is not None:
+        set_up_log(session(REDIS_RETRY_S).settings.log)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_collector(is_served=port is not None))
     if port is None:
@@ -65,7 +68,7 @@ def metrics(port: int | None) -> None:
         server, _ = start_http_server(port, registry=registry)
     except OSError as error:
         raise CallerError(f"Port {port} cannot be listened on ({error.strerror}): name another.") from None
-    say(f"Figures of the queues are at http://localhost:{port}/metrics.")
+    logger.info("Figures of the queues are at http://localhost:%d/metrics.", port)
     ended.wait()
     server.shutdown()
 

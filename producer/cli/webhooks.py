@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import click
 from producer.cli.json_output import json_option, moment, print_json, say
 from producer.session import session
 from worker.contract.errors import CallerError, UnknownJobError
+from worker.contract.plain_log import set_up_log
 from worker.contract.settings import webhook_settings
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def webhooks_run(concurrency: int, per_host: int, metrics_port: int | None) -> N
         from producer.webhooks import sender
     except ModuleNotFoundError as error:
         raise CallerError(f'{error.name} is not installed: pip install "smallcat[http]".') from None
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     now, settings = session(redis_retry_s=2), webhook_settings()
+    set_up_log(settings.log)
     if metrics_port is None:
         sender.run(now, settings, concurrency, per_host)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import queue
 import secrets
 import threading
@@ -27,6 +28,8 @@ from worker.contract.job import SUBMISSION_FIELDS
 from worker.contract.message import Route
 from worker.contract.refusals import sentence, too_few_replicas
 from worker.state.submissions import Submission, Submissions
+
+logger = logging.getLogger("smallcat.http")
 
 #: Jobs that are sent in one round trip, and jobs that may wait for theirs.
 AT_ONCE, MAX_WAITING = 200, 20_000
@@ -181,9 +184,11 @@ class Sender:
                         raise
                     self._session.reconnect()
                     time.sleep(_RETRY_EVERY_S)
-            for (request, _), error in zip(part, refused, strict=True):
+            for (request, ready), error in zip(part, refused, strict=True):
                 if error is not None:
                     request.error = QueueError(sentence("", error))
+                else:
+                    _log_submitted(ready)
             if replicas and have_it < replicas:
                 for request, _ in part:
                     request.error = request.error or QueueError(too_few_replicas(have_it, replicas))
@@ -218,6 +223,12 @@ class Sender:
             with pool.acquire(block=True) as producer:
                 self._messages[route] = MessageTemplate(route, producer)
         return self._messages[route]
+
+
+def _log_submitted(ready: Ready) -> None:
+    fields = {"submission": ready.submission, "queue": ready.job.route.queue}
+    fields |= {"tenant": ready.tenant} if ready.tenant else {}
+    logger.info("Job %s is submitted.", ready.job.id, extra={"job": ready.job.id, "fields": fields})
 
 
 def own_of(job: TemplatedJob) -> Mapping[str, Any]:

@@ -8,7 +8,6 @@ import logging
 import math
 import signal
 import socket
-import sys
 import time
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -22,7 +21,7 @@ from producer.http.app import make_app
 from producer.http.guard import Guard
 from producer.http.run_store import RunStore
 from worker.contract.errors import CallerError
-from worker.contract.plain_log import escape_logs
+from worker.contract.plain_log import set_up_log
 from worker.contract.settings import ServerSettings
 from worker.health.report import Health
 
@@ -142,10 +141,8 @@ def serve(
             f"--no-auth on {settings.http_host} would let everybody in: listen on 127.0.0.1, or make a key "
             "with `smallcat keys add NAME`."
         )
-    logging.basicConfig(stream=sys.stderr, format="[%(asctime)s: %(levelname)s] %(message)s")
-    escape_logs()
-    for name in ("smallcat", "uvicorn.access"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    set_up_log(settings.log)
+    logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     health = Health(settings.health_port)
     health.start()
     app = make_app(settings, is_open=is_open, beside=beside)

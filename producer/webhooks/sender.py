@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 from producer.session import Session
 from producer.webhooks.connection import Connections, LateError, UnsentError
@@ -180,10 +180,13 @@ class Sender:
                     del counter[key]
         self._on_ended(ended)
         shown = notification.id[1:], plain(notification.host), plain(text)
-        if ended == "failed":
-            logger.error("The notification %s to %s is given up: %s.", *shown)
-        elif ended == "later" and not notification.attempts and self._may_warn(notification.host):
-            logger.warning("The notification %s to %s is sent again later: %s.", *shown)
+        extra = {"job": notification.what.get("job", ""), "fields": _fields_of(notification)}
+        if ended == "sent":
+            logger.info("The notification %s to %s is delivered.", *shown[:2], extra=extra)
+        elif ended == "failed":
+            logger.error("The notification %s to %s is given up: %s.", *shown, extra=extra)
+        elif not notification.attempts and self._may_warn(notification.host):
+            logger.warning("The notification %s to %s is sent again later: %s.", *shown, extra=extra)
         while True:
             try:
                 await asyncio.to_thread(self._settle, notification, ended, delay_s, text)
@@ -228,6 +231,12 @@ class Sender:
         """What to do after an attempt that failed."""
         pause = pause_s(notification.attempts + 1, random.random(), asked)  # noqa: S311 - nothing secret
         return ("failed", 0.0, text) if pause is None else ("later", pause, text)
+
+
+def _fields_of(notification: Notification) -> dict[str, Any]:
+    """What lines of the log say of it as fields."""
+    what = {name: notification.what[name] for name in ("submission", "run") if notification.what.get(name)}
+    return {"notification": notification.id[1:], "attempt": notification.attempts + 1, **what}
 
 
 def _tenant_of(notification: Notification) -> str:

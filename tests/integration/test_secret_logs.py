@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from worker.contract.record import State
 
 @pytest.mark.services
 @pytest.mark.timeout(200)
+@pytest.mark.parametrize("form", ["human", "json"])
 def test_a_worker_at_debug_logs_neither_secrets_nor_prompts(
-    new_stack: Callable[..., Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, new_stack: Callable[..., Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack, log = new_stack(workers=0), tmp_path / "worker.log"
     for name, value in stack.variables.items():
@@ -33,6 +35,7 @@ def test_a_worker_at_debug_logs_neither_secrets_nor_prompts(
     environment = {
         **stack.environment,
         "AWS_SESSION_TOKEN": secrets["token"],
+        "SMALLCAT_LOG": form,
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     command = [sys.executable, "-m", "celery", "-A", "worker", "worker", "--loglevel", "DEBUG"]
@@ -43,4 +46,6 @@ def test_a_worker_at_debug_logs_neither_secrets_nor_prompts(
         process.wait(60)
     text = log.read_text()
     assert "DEBUG" in text
+    if form == "json":
+        assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
     assert [name for name, secret in secrets.items() if secret in text] == []

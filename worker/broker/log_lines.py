@@ -7,10 +7,14 @@ message that goes back is logged where that is decided.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from typing import Any
 
-from worker.contract.plain_log import escape_logs
+from worker.contract.errors import SettingsError
+from worker.contract.plain_log import LogForm, escape_logs, log_uncaught, set_up_log
 from worker.contract.refusals import code_of, refusal_log
+from worker.contract.settings import worker_settings
 
 #: Celery's loggers whose lines are looked at.
 _CONSUMER = "celery.worker.consumer.consumer"
@@ -18,11 +22,35 @@ _CONNECTION = "celery.worker.consumer.connection"
 _TRACE = "celery.app.trace"
 _KOMBU = "kombu.transport.redis"
 _WARNINGS = "py.warnings"
+#: What they say below warnings, that a message came and that a task ended, is said of its job by
+#: `worker.jobs.handler`.
+_SAID_BY_US = ("celery.worker.strategy", "celery.app.trace")
 
 
-def shorten() -> None:
+def before_celery() -> None:
+    """As JSON also what Celery says before it sets up its log."""
+    # A worker that starts says what is wrong with the settings.
+    with contextlib.suppress(SettingsError):
+        if worker_settings().log == "json":
+            set_up_log("json")
+
+
+def begin(sender: Any, form: LogForm) -> None:
+    """Set up the log of a worker, `sender`."""
+    sender.setup_logging()
+    # The lines of smallcat itself are logged whatever the level of Celery's own log.
+    logging.getLogger("smallcat").setLevel(min(logging.INFO, sender.loglevel))
+    shorten(form)
+    # Celery's banner is no JSON.
+    sender.quiet = sender.quiet or form == "json"
+
+
+def shorten(form: LogForm = "human") -> None:
     """Begin, once Celery has set up its logging. Calling it again changes nothing."""
-    escape_logs()
+    escape_logs(form)
+    log_uncaught(form)
+    for name in _SAID_BY_US:
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name in (_CONSUMER, _CONNECTION, _TRACE, _KOMBU, _WARNINGS):
         logger = logging.getLogger(name)
         if _to_be_logged not in logger.filters:

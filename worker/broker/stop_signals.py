@@ -21,6 +21,8 @@ from celery import signals
 from celery.bootsteps import StartStopStep
 from celery.worker import state
 
+from worker.contract.plain_log import ended
+
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 _hurry: Callable[[], None] = lambda: None  # noqa: E731 -- until `set_hurry` is called
@@ -69,4 +71,4 @@ def _install(handler: Callable[[int, FrameType | None], object]) -> None:
 
 
 def _leave(number: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(f"smallcat: {signal.Signals(number).name} ended the worker before it was ready.")
+    raise ended(f"{signal.Signals(number).name} ended the worker before it was ready.")

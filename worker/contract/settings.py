@@ -122,6 +122,8 @@ class Settings(BaseModel):
     record_ttl_s: int = Field(default=604_800, gt=0, le=_YEAR_S)
     #: Seconds, >= 1, until a dead worker's jobs go to another one. The same on every worker of a queue.
     lease_s: float = Field(default=30, ge=1, le=_YEAR_S)
+    #: How a process that stays writes its log: human, or json: an object a line.
+    log: Literal["human", "json"] = "human"
     #: Port, 1 to 65535, of `/live`, `/ready` and `/startup` of a process that stays. Not set: none.
     health_port: int | None = Field(default=None, ge=1, le=65_535)
 

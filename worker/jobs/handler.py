@@ -19,7 +19,6 @@ An attempt counts when the job failed or its worker died.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import random
 import time
@@ -49,7 +48,7 @@ from worker.contract.served_model import ServedModel
 from worker.engine.engine import Engine
 from worker.engine.runner import Picture
 from worker.engine.ticket import Rendered
-from worker.jobs import metrics
+from worker.jobs import job_log, metrics
 from worker.jobs.bucket_access import BucketAccess
 from worker.jobs.image_file import CONTENT_TYPES, encode
 from worker.jobs.in_flight import JobsInFlight
@@ -173,6 +172,7 @@ class JobHandler:
         keys = job_key(message.id), attempts_key(message.id)
         if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED):
             metrics.JOBS.labels("taken", "").inc()
+            job_log.not_begun(message.id, claim)
             return Handled(None if claim is Claim.DROPPED else keys)
         tag = message_id.partition("/")[2]
         with self._in_flight.hold(message.id), metrics.IN_FLIGHT.track_inprogress():
@@ -201,6 +201,7 @@ class JobHandler:
         """
         if may_render:
             metrics.QUEUED.observe(queued_s)
+            job_log.begun(message.id, attempt, queued_s)
         job = self._resolved(message.job)
         where = message.id, job.format, job.tenant
         stored = self._retry_storage(message.id, lambda: self._bucket.find(*where))
@@ -216,6 +217,7 @@ class JobHandler:
         rendered_s = time.monotonic()
         steps = job.steps or 0
         self._in_flight.rendered(message.id, steps)
+        job_log.rendered(message.id, steps, rendered_s - started_s, rendered)
         record = JobRecord(
             id=message.id,
             state=State.DONE,
@@ -238,6 +240,7 @@ class JobHandler:
         used = Used(device_s=rendered.device_s, size=len(data))
         if not self._records.done(record.model_copy(update={"timings": timings}), tag, used):
             self._delete_if_forgotten(record)
+        job_log.done(message.id, len(data), uploaded_s)
         metrics.JOBS.labels("rendered", "").inc()
         self.rates.picture()
 
@@ -306,6 +309,7 @@ class JobHandler:
             Used(is_cached=True),
         )
         metrics.JOBS.labels("cached", "").inc()
+        job_log.cached(message.id)
         return True
 
     def _put(self, record: JobRecord, picture: bytes) -> None:
@@ -327,7 +331,6 @@ class JobHandler:
         Raises `error` where the message must go back to the queue.
         """
         name, text = type(error).__name__, str(error)
-        line = json.dumps({"job": job_id, "attempt": attempt, "error": name, "text": text})
         match self._policy.verdict(error, attempt):
             case Verdict.GIVE_BACK:
                 self._records.give_back(job_id, message_id)
@@ -338,7 +341,7 @@ class JobHandler:
                 failure = Attempt(attempt=attempt, worker=self._name, at=at, error_type=name, error=text)
                 self._records.retried(job_id, message_id, failure)
                 metrics.JOBS.labels("retried", name).inc()
-                logger.warning("%s", line)
+                job_log.failed(job_id, attempt, error, logging.WARNING)
                 return self._policy.pause_s(attempt, random.random())  # noqa: S311 - nothing secret
             case Verdict.CANCEL:
                 if not self._records.cancelled(job_id, message_id, error):
@@ -347,11 +350,11 @@ class JobHandler:
                     metrics.JOBS.labels("given_back", name).inc()
                     return 0.0
                 metrics.JOBS.labels("cancelled", "").inc()
-                logger.info("%s", line)
+                job_log.failed(job_id, attempt, error, logging.INFO)
             case Verdict.FAIL:
                 self._records.failed(job_id, message_id, error)
                 metrics.JOBS.labels("failed", name).inc()
-                logger.error("%s", line)
+                job_log.failed(job_id, attempt, error, logging.ERROR)
         return None
 
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import StorageError
+from worker.contract.plain_log import LogForm, log_form, set_up_log
 from worker.storage.bucket import Bucket
 from worker.storage.options import BucketOptions
 
@@ -99,7 +100,7 @@ class BucketProcess(Bucket):
         with self._starting:
             if self._remote is None:
                 manager = _Manager(_address(), ctx=multiprocessing.get_context("spawn"))
-                manager.start(_end_with_parent)
+                manager.start(_begin, (log_form(),))
                 self._remote = cast("Any", manager).storage(
                     self.name,
                     self._prefix.removesuffix("/"),
@@ -113,6 +114,12 @@ class BucketProcess(Bucket):
 def _address() -> str | None:
     """The socket's address: on Linux an abstract one, so that a process that is killed leaves no file."""
     return f"\0smallcat-storage-{secrets.token_hex(8)}" if sys.platform == "linux" else None
+
+
+def _begin(form: LogForm) -> None:
+    """Log as the worker does, and end with it."""
+    set_up_log(form)
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:

@@ -123,6 +123,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_HTTP_LOG_PROMPTS": ("1", True, [("perhaps", "valid boolean")]),
     "SMALLCAT_HTTP_URL": ("http://127.0.0.1:8000", "http://127.0.0.1:8000", []),
     "SMALLCAT_HTTP_KEY": ("k", "k", []),
+    "SMALLCAT_LOG": ("json", "json", [("xml", "'human' or 'json'"), ("JSON", "'human' or 'json'")]),
     "SMALLCAT_HEALTH_PORT": ("65535", 65_535, [("0", "greater than or equal to 1"), ("65536", "less")]),
     "SMALLCAT_METRICS_PORT": ("65535", 65_535, [("0", "greater than or equal to 1"), ("65536", "less")]),
 }

@@ -1,0 +1,79 @@
+"""A job's way through a worker in the log: one line for each event, its figures as fields for programs."""
+
+from __future__ import annotations
+
+import logging
+
+from worker.contract.errors import SmallcatError
+from worker.contract.plain_text import plain
+from worker.engine.ticket import Rendered
+from worker.state.records import Claim
+
+logger = logging.getLogger("smallcat.jobs")
+
+#: Why a message is not worked on.
+_NOT_BEGUN = {
+    Claim.TAKEN: "another message of it is worked on",
+    Claim.FINAL: "it has ended",
+    Claim.DROPPED: "its run was cancelled",
+}
+
+
+def begun(job_id: str, attempt: int, queued_s: float) -> None:
+    """The job was claimed: an attempt begins."""
+    _event(
+        "Job %s begins: attempt %d, %.3g s after it was submitted.",
+        *(job_id, attempt, queued_s),
+        attempt=attempt,
+        queued_s=queued_s,
+    )
+
+
+def not_begun(job_id: str, claim: Claim) -> None:
+    """The message is acknowledged without any work."""
+    _event("Job %s is not begun: %s.", job_id, _NOT_BEGUN[claim], claim=str(claim))
+
+
+def rendered(job_id: str, steps: int, seconds: float, rendered: Rendered) -> None:
+    """The picture is in memory. `seconds`: in the engine."""
+    _event(
+        "Job %s is rendered: %d steps in %.3g s, of which it had %.3g s of the device.",
+        *(job_id, steps, seconds, rendered.device_s),
+        steps=steps,
+        rendered_s=seconds,
+        device_s=rendered.device_s,
+        decode_s=rendered.decode_s,
+    )
+
+
+def done(job_id: str, size: int, uploaded_s: float) -> None:
+    """The picture is stored. `uploaded_s`: since it was rendered."""
+    _event(
+        "Job %s is done: %d bytes, encoded and stored in %.3g s.",
+        *(job_id, size, uploaded_s),
+        size=size,
+        uploaded_s=uploaded_s,
+    )
+
+
+def cached(job_id: str) -> None:
+    """The picture was in the bucket."""
+    _event("Job %s is done: its picture was in the bucket.", job_id, cached=True)
+
+
+def failed(job_id: str, attempt: int, error: SmallcatError, level: int) -> None:
+    """An attempt has failed, for good unless `level` is that of a warning; or the job was cancelled."""
+    name, text = type(error).__name__, str(error)
+    what = {logging.WARNING: "failed and is made again", logging.INFO: "is cancelled"}.get(level, "failed")
+    fields = {"attempt": attempt, "error": name, "text": text}
+    logger.log(
+        level,
+        "Job %s: attempt %d %s: %s: %s",
+        *(job_id, attempt, what, name, plain(text)),
+        extra={"job": job_id, "fields": fields},
+    )
+
+
+def _event(text: str, job_id: str, *args: object, **fields: object) -> None:
+    rounded = {name: round(each, 6) if isinstance(each, float) else each for name, each in fields.items()}
+    logger.info(text, job_id, *args, extra={"job": job_id, "fields": rounded})
