@@ -41,8 +41,7 @@ test: lint  ## Run all checks: style, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-services: $(SERVICES)  ## Run tests on more S3 and Redis servers, and with Sentinel
-	$(BIN)/python -m pytest -m services tests/worker/storage tests/worker/jobs tests/integration tests/faults \
-		tests/deploy tests/producer/http tests/worker/bench
+	$(BIN)/python -m pytest -m services
 
 # s3rver is a program for node, and is left out where there is no npm.
 $(SERVICES): $(READY)

@@ -130,6 +130,7 @@ def test_the_new_parameter_makes_another_picture_and_is_everywhere(copy: Path) -
     assert said == "noise_multiplier is 3.0: it must be less than or equal to 2."
 
 
+@pytest.mark.services
 def test_the_tests_of_the_contract_and_of_the_documents_pass_in_the_new_tree(copy: Path) -> None:
     tests = [
         *("tests/worker/contract/test_job.py", "tests/worker/contract/test_infotext.py"),

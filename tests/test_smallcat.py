@@ -160,74 +160,69 @@ def test_without_strangers_the_modules_are_the_command(run: Run, module: str) ->
 # --- types ------------------------------------------------------------------------------------------------
 
 
-def mypy(source: str, folder: Path) -> list[str]:
-    """The errors that mypy finds in a user's program, by line. With the project's own cache, to be quick."""
-    program = folder / "program.py"
-    program.write_text(source)
+#: What a user's program may do, and the types that it gets.
+RIGHT = """import typing
+import MODULE
+
+async def main() -> None:
+    handle = MODULE.submit_job("a cat", steps=3, seed=7, scheduler="ddim", metadata={"a": 1})
+    handle = typing.assert_type(handle, MODULE.JobHandle)
+    result = await handle
+    result = typing.assert_type(result, MODULE.JobResult)
+    print(handle.result(timeout=5).seed, result.uri, await handle.aresult(timeout=1.5), MODULE.State.DONE)
+    MODULE.submit_file("p.txt", images=2, steps=3, grid={"steps": [20, 30]}).is_clean
+
+    try:
+        handle.image()
+    except MODULE.JobError as error:
+        print(error)
+    handle = MODULE.submit_job(MODULE.Job(prompt="a cat"), steps=None)
+    handles = MODULE.submit_job("a cat", images=2)
+    handles = typing.assert_type(handles, list[MODULE.JobHandle])
+"""
+#: A mistake in each line but the first, and a part of what mypy says of it. With overloads it names the
+#: argument where it is unknown, and the types where one is of another type.
+WRONG = """import MODULE
+
+MODULE.submit_job("a cat", stpes=3).id
+MODULE.submit_job("a cat", seed="a").id
+MODULE.submit_job(3).id
+MODULE.submit_job("a cat").result(timout=3)
+MODULE.submit_job("a cat").result("a")
+MODULE.submit_file("p.txt", stpes=3)
+MODULE.submit_jbo("a cat")
+"""
+SAID = ['"stpes"', '"str", "int"', '"str", "str"', 'type "int"', "timout", "result", "stpes", "submit_jbo"]
+
+
+@pytest.fixture(scope="module")
+def mypy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What mypy finds in users' programs, by their names. In one run, with the project's own cache."""
+    folder = tmp_path_factory.mktemp("programs")
+    for module in ("producer", "smallcat"):
+        (folder / f"right_{module}.py").write_text(RIGHT.replace("MODULE", module))
+        (folder / f"wrong_{module}.py").write_text(WRONG.replace("MODULE", module))
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--no-error-summary", "--hide-error-context", str(program)],
+        [sys.executable, "-m", "mypy", "--no-error-summary", "--hide-error-context", *folder.glob("*.py")],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.stderr == ""
-    found = re.findall(r"^[^:]*program\.py:(\d+): error: (.*)$", done.stdout, re.MULTILINE)
-    return [text for _, text in sorted((int(line), text) for line, text in found)]
+    found: dict[str, list[str]] = {}
+    for name, text in re.findall(r"^[^:]*?(\w+)\.py:\d+: error: (.*)$", done.stdout, re.MULTILINE):
+        found.setdefault(name, []).append(text)
+    return found
 
 
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("module", ["producer", "smallcat"])
-def test_a_type_checker_finds_what_is_wrong(module: str, tmp_path: Path) -> None:
-    wrong = mypy(
-        f"""import typing
-import {module}
-
-async def main() -> None:
-    handle = {module}.submit_job("a cat", steps=3, seed=7, scheduler="ddim", metadata={{"a": 1}})
-    handle = typing.assert_type(handle, {module}.JobHandle)
-    result = await handle
-    result = typing.assert_type(result, {module}.JobResult)
-    print(handle.result(timeout=5).seed, result.uri, await handle.aresult(timeout=1.5), {module}.State.DONE)
-    {module}.submit_file("p.txt", images=2, steps=3, grid={{"steps": [20, 30]}}).is_clean
-
-    try:
-        handle.image()
-    except {module}.JobError as error:
-        print(error)
-    handle = {module}.submit_job({module}.Job(prompt="a cat"), steps=None)
-    handles = {module}.submit_job("a cat", images=2)
-    handles = typing.assert_type(handles, list[{module}.JobHandle])
-""",
-        tmp_path,
-    )
-    assert wrong == []
-    wrong = mypy(
-        f"""import {module}
-
-{module}.submit_job("a cat", stpes=3).id
-{module}.submit_job("a cat", seed="a").id
-{module}.submit_job(3).id
-{module}.submit_job("a cat").result(timout=3)
-{module}.submit_job("a cat").result("a")
-{module}.submit_file("p.txt", stpes=3)
-{module}.submit_jbo("a cat")
-""",
-        tmp_path,
-    )
-    # With overloads, mypy names the argument where it is unknown, and the types where one is of another type.
-    patterns = [
-        '"stpes"',
-        '"str", "int"',
-        '"str", "str"',
-        'type "int"',
-        "timout",
-        "result",
-        "stpes",
-        "submit_jbo",
-    ]
-    assert len(wrong) == len(patterns), wrong
-    assert all(any(pattern in line for line in wrong) for pattern in patterns), wrong
+def test_a_type_checker_finds_what_is_wrong(module: str, mypy: dict[str, list[str]]) -> None:
+    assert mypy.get(f"right_{module}", []) == []
+    wrong = mypy[f"wrong_{module}"]
+    assert len(wrong) == len(SAID), wrong
+    assert all(any(pattern in line for line in wrong) for pattern in SAID), wrong
 
 
 def test_its_version_is_that_of_the_package(run: Run) -> None:

@@ -129,7 +129,8 @@ def test_a_worker_whose_clock_is_two_minutes_ahead_takes_nothing_early(ground: G
     ahead = ground.worker(ready=False, clock_s=120)
     right.wait_ready()
     ahead.wait_ready()
-    ids = ground.submit(8, f"sleep:{1.5 * LEASE_S}")
+    # More than one of them takes at once.
+    ids = ground.submit(14, f"sleep:{1.5 * LEASE_S}")
     found = oracle.settle(ground, ids)
     assert found.renders_over == 0
     assert {event.pid for event in ground.journal.events()} == {right.pid, ahead.pid}

@@ -163,7 +163,8 @@ def test_a_job_that_fails_fails_alone() -> None:
 
 
 def test_a_running_job_reports_its_steps_and_stops_when_cancelled() -> None:
-    handle = submit_job("long", **LONG)
+    # Long enough for a test that is held up while it runs.
+    handle = submit_job("long", **{**LONG, "width": 512, "height": 512})
     wait_until_running(handle)
     while not (progress := handle.progress()).step:
         pass

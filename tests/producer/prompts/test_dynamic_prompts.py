@@ -231,6 +231,7 @@ def templates() -> st.SearchStrategy[str]:
     return st.recursive(texts | names, braces, max_leaves=10)
 
 
+@pytest.mark.services
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(prompt=templates(), value=st.sampled_from(["{p|q}", "r", "__ab__"]))
 def test_made_up_prompts_stand_for_what_they_stand_for_in_dynamicprompts(
