@@ -226,7 +226,9 @@ def name_fields() -> str:
 def _type(entry: FieldEntry) -> str:
     if entry.choices:
         return ", ".join(f"`{choice}`" for choice in entry.choices)
-    return {int: "integer", float: "number", bool: "boolean", str: "text", dict: "JSON object"}[entry.kind]
+    return {int: "integer", float: "number", bool: "boolean", str: "text", dict: "JSON object", list: "list"}[
+        entry.kind
+    ]
 
 
 def _field_default(entry: FieldEntry) -> str:

@@ -234,6 +234,8 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
         "job_checks",
         "job_fields",
         "job_parameters",
+        "lora_tags",
+        "loras",
         "scheduler_names",
         "spelling",
         "webhook",

@@ -11,7 +11,7 @@ import click
 from producer.prompts.fields import COUNT, NOT_GIVEN, meaning_of, value_of
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS, Job
-from worker.contract.job_fields import FieldEntry, help_lines
+from worker.contract.job_fields import NESTED, FieldEntry, help_lines
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,13 +50,22 @@ def job_options(command: F, *, taken: Container[str] = (), defaults: Mapping[str
     """
     for name, entry in reversed(list(JOB_OPTIONS.items())):
         if entry.option not in taken:
-            # An object is given as JSON.
-            kind = str if entry.kind is dict else _Value(entry)
+            # An object is given as JSON, a list as a text for each of its values.
+            kind = str if entry.kind in NESTED else _Value(entry)
             text = _help(entry, (defaults or {}).get(name, entry.default))
             # Without a value, one that says yes or no says yes.
-            flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if entry.kind is bool else {}
-            command = click.option(entry.option, name, type=kind, default=None, help=text, **flag)(command)
+            more: dict[str, Any] = {"default": None}
+            if entry.kind is bool:
+                more |= {"is_flag": False, "flag_value": "true"}
+            if entry.kind is list:
+                more = {"multiple": True, "callback": _none_is_not_given}
+            called = dict.fromkeys((entry.option, f"--{name.replace('_', '-')}"))
+            command = click.option(*called, name, type=kind, help=text, **more)(command)
     return command
+
+
+def _none_is_not_given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> Any:
+    return list(value) or None
 
 
 def option_of(name: str) -> str:
@@ -74,7 +83,7 @@ def _help(entry: FieldEntry, default: Any) -> str:
         sentences.append(f"One of {', '.join(entry.choices)}.")
     if entry.is_nullable:
         sentences.append("The model's own when not given.")
-    elif default not in (None, "") and f"`{default}`" not in line:
+    elif default not in (None, "", []) and f"`{default}`" not in line:
         value = f"{default:g}" if entry.kind is float else str(default)
         value = value.lower() if entry.kind is bool else value
         sentences.append(f"{value} when not given.")

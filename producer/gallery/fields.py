@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -42,6 +43,14 @@ def text_of(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def text_of_field(name: str, value: object) -> str:
+    """The value of a job field as people read it."""
+    as_text = JOB_FIELDS[name].as_text
+    with contextlib.suppress(ValueError):
+        return text_of(value) if as_text is None else as_text(value)
+    return text_of(value)
+
+
 def _page_fields() -> Iterator[PageField]:
     shown = (each for each in JOB_FIELDS.values() if each.is_hashed)
     for name, group in itertools.groupby(shown, key=lambda each: each.pair or each.name):
@@ -51,10 +60,10 @@ def _page_fields() -> Iterator[PageField]:
             name,
             first.label,
             # A text that anybody may write is found by a part of it.
-            exact=first.kind is not str or bool(first.choices),
+            exact=first.kind not in (str, list) or bool(first.choices),
             searched=first.is_searched,
             # What a later version added is shown where it is not at its default, as in the infotext.
-            default="" if first.is_original else text_of(first.default),
+            default="" if first.is_original else text_of_field(first.name, first.default),
             job_fields=tuple(each.name for each in entries),
         )
 

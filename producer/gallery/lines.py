@@ -16,14 +16,14 @@ from worker.contract.choices import ImageFormat
 from worker.contract.csv_cells import plain
 from worker.contract.errors import CallerError
 from worker.contract.job import JOB_FIELDS
-from worker.contract.job_fields import truth_of
+from worker.contract.job_fields import NESTED, truth_of
 from worker.contract.record import Timings
 
 #: One job: the manifest's fields, or a record's, with the job's own fields beside them. Any may be missing.
 Line = dict[str, Any]
 
 #: Columns of a CSV manifest that hold JSON.
-_JSON = {"grid", *(each.name for each in JOB_FIELDS.values() if each.kind is dict)}
+_JSON = {"grid", *(each.name for each in JOB_FIELDS.values() if each.kind in NESTED)}
 #: Columns of a CSV manifest that hold numbers.
 _INTEGERS = {each.name for each in JOB_FIELDS.values() if each.kind is int}
 #: Columns of a CSV manifest that say yes or no.

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from producer.gallery.fields import FIELDS, PageField, text_of
+from producer.gallery.fields import FIELDS, PageField, text_of, text_of_field
 from producer.gallery.lines import Line
 from producer.session import session
 from worker.contract import infotext
@@ -185,7 +185,7 @@ def _field_text(field: PageField, line: Line) -> str:
     """The field's value; empty where the line lacks a part of it, and at the field's default."""
     if any(name not in line for name in field.job_fields):
         return ""
-    text = "x".join(text_of(line[name]) for name in field.job_fields)
+    text = "x".join(text_of_field(name, line[name]) for name in field.job_fields)
     return "" if text == field.default else text
 
 

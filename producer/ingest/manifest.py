@@ -20,11 +20,12 @@ from producer.ingest.plan import Planned, Rejected
 from producer.prompts.sources import Source
 from worker.contract.csv_cells import neutral
 from worker.contract.job import JOB_FIELDS
+from worker.contract.job_fields import NESTED
 from worker.contract.record import Timings
 
 _TIMINGS = tuple(Timings.model_fields)
 #: Fields of a job that are JSON in a cell of CSV.
-_OBJECTS = tuple(each.name for each in JOB_FIELDS.values() if each.kind is dict)
+_OBJECTS = tuple(each.name for each in JOB_FIELDS.values() if each.kind in NESTED)
 _FIRST_FIELDS = tuple(each.name for each in JOB_FIELDS.values() if each.is_original)
 
 

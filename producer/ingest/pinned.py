@@ -112,4 +112,6 @@ class _Pin:
             if field in self.values and getattr(job, field) is None
         }
         place = {name: self.values[name] for name in ("model", "revision")}
-        return with_files(job.model_copy(update={**filled, **place}), self.index)
+        job = job.model_copy(update={**filled, **place})
+        # Nobody serves the model yet: the worker that does says which files are meant.
+        return job if self.values.get("unserved") else with_files(job, self.index)

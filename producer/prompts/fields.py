@@ -28,7 +28,7 @@ from producer.prompts.pasted import refuse_parameters
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS
-from worker.contract.job_fields import FieldEntry, truth_of
+from worker.contract.job_fields import NESTED, FieldEntry, truth_of
 from worker.contract.scheduler_names import pair_of
 from worker.contract.spelling import distance
 
@@ -48,7 +48,7 @@ _MEANINGLESS = (
     *("outpath_samples", "outpath_grids", "prompt_for_display", "styles", "subseed_strength", "subseed"),
     *("seed_resize_from_h", "seed_resize_from_w", "sampler_index", "restore_faces", "tiling"),
     *("do_not_save_samples", "do_not_save_grid"),
-    *("enable_hr", "hr_scale", "hr_upscaler", "hires", "hires_fix", "loras", "lora", "refiner"),
+    *("enable_hr", "hr_scale", "hr_upscaler", "hires", "hires_fix", "refiner"),
     *("webhook", "aspect_ratio", "checkpoint", "ckpt_name", "sd_model_checkpoint", "model_hash"),
 )
 #: For each field with choices these by AUTOMATIC1111's names for them, in lower case.
@@ -146,7 +146,7 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
 
     What cannot be of the field's type stays as it is, and the job's own error names it. Raises `LineError`.
     """
-    if isinstance(raw, bytes) and field.kind is not dict:
+    if isinstance(raw, bytes) and field.kind not in NESTED:
         raw = raw.decode("utf-8", "surrogateescape")
     if isinstance(raw, str):
         text = raw.strip()

@@ -58,7 +58,7 @@ def check(prompt: str, negative: str, steps: int | None) -> None:
     """
     if asked := networks(prompt):
         shown = ", ".join(dict.fromkeys(each if len(each) <= 60 else f"{each[:57]}..." for each in asked[:3]))
-        raise ValueError(f"is a1111, and the prompt asks for {shown}: not offered yet, take it out")
+        raise ValueError(f"is a1111, and the prompt asks for {shown}: not offered, take it out")
     composed = parts(prompt)
     if len(composed) > MAX_PARTS:
         raise ValueError(

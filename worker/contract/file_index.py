@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
@@ -21,6 +22,8 @@ from worker.contract.embedding_names import EmbeddingNames
 MAX_NAME, MARKS = 100, '<>:,"/\\|[](){}'
 #: Digits of a SHA-256 that Civitai's AutoV2 has.
 AUTO_V2 = 10
+#: Digits of a SHA-256 by which a file is found, beside all 64: Civitai's, and the web UI's own.
+_SHORT = (AUTO_V2, 12)
 #: Files of all kinds in one index, at most.
 MAX_FILES = 10_000
 
@@ -32,6 +35,11 @@ class Kind(StrEnum):
     EMBEDDING = "embedding"
     #: What turns latents into pixels.
     VAE = "vae"
+    #: What is added to a model's weights.
+    LORA = "lora"
+
+
+_CALLED: Mapping[str, str] = {Kind.VAE: "VAE", Kind.LORA: "LoRA"}
 
 
 class FileEntry(BaseModel):
@@ -85,6 +93,23 @@ class FileIndex(BaseModel):
         return self._by_name.get((kind, name))
 
     @functools.cached_property
+    def _by_hash(self) -> Mapping[tuple[str, str], FileEntry]:
+        # Backwards: of two names of one content the first one stays.
+        return {
+            (each.kind, each.sha256[:digits]): each
+            for each in reversed(self.files)
+            if not each.problem
+            for digits in (*_SHORT, 64)
+        }
+
+    def find_any(self, kind: Kind, name: str) -> FileEntry | None:
+        """The file of that name, or of that SHA-256, in full or by its first 10 or 12 digits, in any case.
+
+        For `name@hash` it is the file of that hash.
+        """
+        return self.find(kind, name) or self._by_hash.get((kind, name.rpartition("@")[2].lower()))
+
+    @functools.cached_property
     def _contents(self) -> frozenset[tuple[str, str]]:
         return frozenset((each.kind, each.sha256) for each in self.files if not each.problem)
 
@@ -119,6 +144,16 @@ def name_problem(name: str) -> str:
         shown = f'"{found}"' if name.isprintable() else "an unprintable character"
         return f"its name has {shown}, which means something else in a prompt: rename it"
     return ""
+
+
+def called(kind: str) -> str:
+    """A kind as messages call it."""
+    return _CALLED.get(kind, kind)
+
+
+def with_hash(name: str, digits: str) -> str:
+    """A name for the file of that hash alone, as `FileIndex.find_any` reads it; the name where it is none."""
+    return f"{name}@{digits.lower()}" if re.fullmatch(r"[0-9a-fA-F]{8,64}", digits) else name
 
 
 def key_of(kind: str, name: str) -> str:

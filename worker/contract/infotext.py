@@ -11,11 +11,12 @@ infotext would not give the same job, the prompts are added once more as JSON, w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import ExifTags
@@ -24,10 +25,12 @@ from worker.contract import a1111_syntax
 from worker.contract.choices import NoiseSchedule, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.file_index import AUTO_V2
-from worker.contract.job import WRITTEN_FIELDS, Job
+from worker.contract.file_index import AUTO_V2, Kind, key_of, with_hash
+from worker.contract.job import JOB_FIELDS, WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.job_files import embeddings_of, vae_of
+from worker.contract.lora_tags import tags_of, taken
+from worker.contract.loras import Lora, read_loras
 from worker.contract.metadata.a1111_text import pairs_of, split
 from worker.contract.metadata.reading import Reading, left_out, number
 from worker.contract.scheduler_names import AUTOMATIC, pair_of
@@ -55,6 +58,8 @@ _TEXTS = "Texts"
 #: AUTOMATIC1111's key for embeddings, and digits of the hashes in it.
 _TI_HASHES, _TI_DIGITS = "TI hashes", 12
 _VAE_HASH = "VAE hash"
+#: AUTOMATIC1111's key for LoRAs.
+_LORA_HASHES = "Lora hashes"
 #: The key under which Civitai looks for what it has: AutoV2 hashes by kind and name, as bare JSON.
 _HASHES = "Hashes"
 #: Whose infotext it is: another tool's model and its hash mean nothing here.
@@ -107,14 +112,20 @@ def write(job: Job) -> str:
     """The infotext of a resolved job. `read` of it gives back all that determines the picture."""
     pairs = {_key(job, key): value for key, entries in _KEYS if (value := _value(job, entries)) is not None}
     embeddings, vae = embeddings_of(job), vae_of(job)
+    loras = {each.name: job.file_hashes.get(key_of(Kind.LORA, each.name), "") for each in job.loras}
+    if shown := ", ".join(f"{name}: {sha256[:AUTO_V2]}" for name, sha256 in loras.items() if sha256):
+        pairs[_LORA_HASHES] = _quote(shown)
     if embeddings:
         shown = ", ".join(f"{name}: {sha256[:_TI_DIGITS]}" for name, sha256 in embeddings.items())
         pairs[_TI_HASHES] = _quote(shown)
     if vae:
         pairs[_VAE_HASH] = vae[:AUTO_V2]
-    if embeddings or vae:
-        hashes = {f"embed:{name}": sha256[:AUTO_V2] for name, sha256 in embeddings.items()}
-        pairs[_HASHES] = json.dumps(hashes | ({"vae": vae[:AUTO_V2]} if vae else {}), ensure_ascii=False)
+    known = [(f"embed:{name}", sha256) for name, sha256 in embeddings.items()]
+    known += [(f"lora:{name}", sha256) for name, sha256 in loras.items() if sha256]
+    known += [("vae", vae)] if vae else []
+    if known:
+        hashes = {name: sha256[:AUTO_V2] for name, sha256 in known}
+        pairs[_HASHES] = json.dumps(hashes, ensure_ascii=False)
     pairs[_VERSION] = _OURS
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):
@@ -145,6 +156,10 @@ def read_fields(text: str) -> Reading:
             # Earlier versions had no other syntax.
             fields = {"prompt_syntax": PromptSyntax.PLAIN, **_job_fields(pairs, is_ours=True)}
             return Reading(_prompts(prompt, negative) | fields, is_ours=True)
+    return _read_others(text)
+
+
+def _read_others(text: str) -> Reading:
     parts = split(text)
     prompt, negative, pairs = parts or (text, "", {})
     if _STEPS.search(prompt) or _STEPS.search(negative):
@@ -154,17 +169,34 @@ def read_fields(text: str) -> Reading:
         )
     resources = set(_RESOURCE.findall(pairs.pop("Civitai resources", ""))) - {"checkpoint", "Checkpoint"}
     _refuse_other_start(pairs)
+    fields = _prompts(prompt, negative) | _job_fields(pairs, is_ours=False)
+    others: Sequence[str] = ()
+    if parts is not None:
+        prompt, loras, others = _networks(prompt, pairs)
+        fields |= {"prompt": prompt, "prompt_syntax": PromptSyntax.A1111}
+        fields |= {"loras": loras} if loras else {}
+        resources -= {"lora", "LORA", "lycoris"} if loras else set()
     left = [f"Civitai resources: {each}" for each in sorted(resources)]
     left += [each for each in left_out(pairs, _READ, _HARMLESS) if each not in _NEUTRAL]
-    fields = _prompts(prompt, negative) | _job_fields(pairs, is_ours=False)
-    if parts is not None:
-        # Its own syntax, but for the networks, which a job cannot ask for.
-        left += a1111_syntax.networks(prompt)
-        fields |= {
-            "prompt": a1111_syntax.without_networks(prompt),
-            "prompt_syntax": PromptSyntax.A1111,
-        }
-    return Reading(fields, tuple(left))
+    return Reading(fields, (*left, *others))
+
+
+def _networks(prompt: str, pairs: dict[str, str]) -> tuple[str, list[Lora], Sequence[str]]:
+    """A prompt without extra networks, its LoRAs, and the networks that a job cannot ask for.
+
+    A LoRA whose hash the infotext says is asked for by that as well: its name may mean another file here.
+    """
+    said = (each.partition(":") for each in pairs.get(_LORA_HASHES, "").split(","))
+    hashes = {name.strip(): digits.strip() for name, _, digits in said}
+    try:
+        rest, found = taken(prompt)
+        names = {each.name: with_hash(each.name, hashes.get(each.name, "")) for each in found}
+        loras = read_loras([each.model_copy(update={"name": names[each.name]}) for each in found])
+        if hashes.keys() <= names.keys():
+            pairs.pop(_LORA_HASHES, None)
+    except ValueError:
+        rest, loras = prompt, []
+    return a1111_syntax.without_networks(rest), loras, a1111_syntax.networks(rest)
 
 
 def _refuse_other_start(pairs: Mapping[str, str]) -> None:
@@ -227,6 +259,8 @@ def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
         return None
     if entry.kind is dict:
         return _quote(json.dumps(value, ensure_ascii=False))
+    if entry.as_text is not None:
+        return _quote(entry.as_text(value))
     return _quote(entry.a1111_values.get(value, value)) if entry.kind is str else value
 
 
@@ -273,23 +307,41 @@ def _number(kind: type, key: str, text: str) -> int | float:
 
 
 def _join(job: Job, pairs: Mapping[str, object]) -> str:
-    lines = [job.prompt]
+    lines = [job.prompt + _tags(job.prompt, job.loras)]
     if job.negative_prompt:
         lines.append(_NEGATIVE + job.negative_prompt)
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in pairs.items())])
 
 
+def _tags(prompt: str, loras: Sequence[Lora]) -> str:
+    """What follows a prompt in an infotext: LoRAs, where the web UI reads them and Civitai finds weights."""
+    tags = tags_of(loras)
+    # Behind a comment they need a line of their own.
+    return (("\n" if "#" in prompt.rpartition("\n")[2] else " ") + tags) if tags else ""
+
+
 def _texts(text: str) -> tuple[str, str]:
     """Prompt and negative prompt of an infotext of ours."""
     body, _, last = text.rpartition("\n")
-    if texts := pairs_of(last).get(_TEXTS):
+    pairs = pairs_of(last)
+    if texts := pairs.get(_TEXTS):
         try:
             prompt, negative = json.loads(texts)
         except (ValueError, TypeError, RecursionError):
             raise InvalidJobError(f"The infotext has {_TEXTS} that are no pair of texts.") from None
         return prompt, negative
     prompt, mark, negative = ("\n" + body).partition("\n" + _NEGATIVE)
-    return prompt[1:], negative if mark else ""
+    prompt = prompt[1:]
+    if tags := tags_of(_loras_in(pairs)):
+        prompt = prompt.removesuffix(tags).removesuffix("\n" if prompt.endswith(f"\n{tags}") else " ")
+    return prompt, negative if mark else ""
+
+
+def _loras_in(pairs: Mapping[str, str]) -> list[Lora]:
+    """The LoRAs that an infotext of ours has; none where they cannot be read: the job's own check says so."""
+    with contextlib.suppress(ValueError):
+        return read_loras(pairs.get(JOB_FIELDS["loras"].infotext, ""))
+    return []
 
 
 def _quote(value: str) -> str:

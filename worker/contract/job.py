@@ -20,6 +20,7 @@ from worker.contract.explain import explain
 from worker.contract.input_parameters import InputParameters
 from worker.contract.job_checks import NEW, tenant_name
 from worker.contract.job_fields import FieldEntry, table_of, version_that_has
+from worker.contract.loras import key_of_lora
 from worker.contract.served_model import Defaults, ServedModel
 
 #: Version of messages that this code reads, and writes at most: see `version_needed`. Every change of what a
@@ -150,4 +151,19 @@ def hashed(fields: Mapping[str, Any]) -> str:
     for name, default in _LATER.items():
         if picture.get(name) == default:
             picture.pop(name, None)
+    if "loras" in picture:
+        picture |= _by_content(picture["loras"], picture.pop("file_hashes", {}))
     return json.dumps([ID_VERSION, picture], sort_keys=True, separators=(",", ":"))
+
+
+def _by_content(loras: list[dict[str, Any]], hashes: Mapping[str, str]) -> dict[str, Any]:
+    """LoRAs and hashes of files without the LoRAs' names, where their content is known.
+
+    A file under another name is the same picture.
+    """
+    keys = [key_of_lora(each["name"]) for each in loras]
+    known = [each | {"name": hashes.get(key, each["name"])} for key, each in zip(keys, loras, strict=True)]
+    others = {key: sha256 for key, sha256 in hashes.items() if key not in keys}
+    return {"loras": sorted(known, key=lambda each: each["name"])} | (
+        {"file_hashes": others} if others else {}
+    )

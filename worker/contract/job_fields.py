@@ -22,8 +22,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-#: Types that a field can have: a number, yes or no, a text (choices are texts) or a JSON object.
-KINDS = (int, float, bool, str, dict)
+#: Types that a field can have: a number, yes or no, a text (choices are texts), a JSON object, or a list of
+#: objects that a text says as well.
+KINDS = (int, float, bool, str, dict, list)
+#: Those of them that are JSON in a cell of a table.
+NESTED = (dict, list)
 #: What stands for yes and no where a field's value is a text.
 _WORDS = {"true": True, "yes": True, "on": True, "1": True} | {
     "false": False,
@@ -61,6 +64,11 @@ class JobField:
     diffusers: str = ""
     #: Other headings in tables of prompts, in lower case with underscores, beside the two names above.
     headings: tuple[str, ...] = ()
+    #: What one of its values is called, where it is a list: its option is given once for each.
+    each: str = ""
+    #: How a list is written as one text, which its check reads. Takes its values as they are or as JSON has
+    #: them; raises `ValueError`.
+    as_text: Callable[[Any], str] | None = None
     #: Whether the gallery's filter finds its values without the field's name.
     is_searched: bool = False
     #: Whether None, its default, stays None: it stands for nothing of the model's.
@@ -103,7 +111,7 @@ class FieldEntry(JobField):
     @property
     def option(self) -> str:
         """Its option on the command line."""
-        return f"--{self.name.replace('_', '-')}"
+        return f"--{(self.each or self.name).replace('_', '-')}"
 
     @property
     def is_hashed(self) -> bool:
@@ -177,6 +185,8 @@ def _kind(annotation: Any) -> tuple[Any, bool]:
     if origin in (Union, UnionType):
         [kind] = [each for each in get_args(annotation) if each is not NoneType]
         return _kind(kind)[0], True
+    if origin is list and not issubclass(get_args(annotation)[0], BaseModel):
+        return annotation, False
     return origin or annotation, False
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from worker.contract.choices import PromptSyntax
 from worker.contract.embedding_names import EmbeddingNames, unknown_in
 from worker.contract.errors import InvalidJobError
-from worker.contract.file_index import AUTO_V2, FileIndex, Kind, key_of, parts_of
+from worker.contract.file_index import AUTO_V2, FileEntry, FileIndex, Kind, called, key_of, parts_of
 from worker.contract.job import Job
+from worker.contract.loras import Lora
 
 
 def with_files(job: Job, index: FileIndex) -> Job:
@@ -21,20 +22,74 @@ def with_files(job: Job, index: FileIndex) -> Job:
     names = index.embedding_names if not given else EmbeddingNames({*index.embedding_names.names, *given})
     hashes = {}
     for name in names.of(job):
-        hashes[key_of(Kind.EMBEDDING, name)] = given.get(name) or _usable(index, Kind.EMBEDDING, name)
+        hashes[key_of(Kind.EMBEDDING, name)] = given.get(name) or _usable(
+            index.find(Kind.EMBEDDING, name), Kind.EMBEDDING, name
+        )
     if job.vae:
         key = key_of(Kind.VAE, job.vae)
         hashes[key] = job.file_hashes.get(key) or _vae(job.vae, index)
-    hashes = dict(sorted(hashes.items()))
-    return job if hashes == job.file_hashes else job.model_copy(update={"file_hashes": hashes})
+    loras = _loras(job, index)
+    hashes |= {key_of(Kind.LORA, each.name): sha256 for each, sha256 in loras}
+    found = {"loras": [each for each, _ in loras], "file_hashes": dict(sorted(hashes.items()))}
+    return job.model_copy(update=found) if any(getattr(job, name) != found[name] for name in found) else job
+
+
+def lacks_hashes(job: Job) -> bool:
+    """Whether a job names a file of which it does not say the content."""
+    keys = [key_of(Kind.LORA, each.name) for each in job.loras]
+    keys += [key_of(Kind.VAE, job.vae)] if job.vae else []
+    return not job.file_hashes.keys() >= set(keys)
 
 
 def _vae(name: str, index: FileIndex) -> str:
     if index.find(Kind.VAE, name) is None:
-        near = index.near(Kind.VAE, name)
-        hint = f"did you mean {' or '.join(near)}?" if near else "SMALLCAT_VAES of the workers names them."
+        hint = _hint(index, Kind.VAE, name, "SMALLCAT_VAES")
         raise InvalidJobError(f'vae is "{name}", which no worker offers: {hint}')
-    return _usable(index, Kind.VAE, name)
+    return _usable(index.find(Kind.VAE, name), Kind.VAE, name)
+
+
+def _hint(index: FileIndex, kind: Kind, name: str, setting: str) -> str:
+    near = index.near(kind, name)
+    return f"did you mean {' or '.join(near)}?" if near else f"{setting} of the workers names them."
+
+
+def _loras(job: Job, index: FileIndex) -> list[tuple[Lora, str]]:
+    """The LoRAs of a job by their files' names, each with its SHA-256, in the order of the names."""
+    found: dict[str, Lora] = {}
+    for each in job.loras:
+        sha256 = job.file_hashes.get(key_of(Kind.LORA, each.name))
+        if sha256 is None:
+            entry = index.find_any(Kind.LORA, each.name)
+            if entry is None:
+                raise InvalidJobError(
+                    f'loras has "{each.name}", which no worker offers: {_no_lora(index, each)}'
+                )
+            sha256 = _usable(entry, Kind.LORA, each.name)
+            each = each.model_copy(update={"name": entry.name})
+        if (other := found.get(sha256)) is not None:
+            raise InvalidJobError(
+                f'loras has the same file twice, as "{other.name}" and "{each.name}": keep one of them.'
+            )
+        found[sha256] = each
+    return sorted(((lora, sha256) for sha256, lora in found.items()), key=lambda pair: pair[0].name)
+
+
+def _no_lora(index: FileIndex, lora: Lora) -> str:
+    name = lora.name.rpartition("@")[0]
+    if other := index.find(Kind.LORA, name):
+        return f'their "{name}" is another file, {other.auto_v2}. To take that one, name it "{name}".'
+    return _hint(index, Kind.LORA, name or lora.name, "SMALLCAT_LORAS")
+
+
+def loras_of(job: Job) -> list[tuple[str, Lora]]:
+    """The LoRAs of a resolved job, each behind its SHA-256, in the order of these.
+
+    In that order they are added up: so a file under another name gives the same bits.
+    """
+    hashes = job.file_hashes
+    return sorted(
+        ((hashes[key_of(Kind.LORA, each.name)], each) for each in job.loras), key=lambda pair: pair[0]
+    )
 
 
 def vae_of(job: Job) -> str:
@@ -42,11 +97,10 @@ def vae_of(job: Job) -> str:
     return job.file_hashes.get(key_of(Kind.VAE, job.vae), "") if job.vae else ""
 
 
-def _usable(index: FileIndex, kind: Kind, name: str) -> str:
-    entry = index.find(kind, name)
+def _usable(entry: FileEntry | None, kind: Kind, name: str) -> str:
     if entry is None or entry.problem:
         why = entry.problem if entry else "it is gone"
-        raise InvalidJobError(f'The {kind} "{name}" cannot be used: {why}.')
+        raise InvalidJobError(f'The {called(kind)} "{name}" cannot be used: {why}.')
     return entry.sha256
 
 
@@ -72,7 +126,7 @@ def lacking(job: Job, index: FileIndex) -> list[str]:
 
 def _shown(key: str, sha256: str) -> str:
     kind, name = parts_of(key)
-    return f'{kind} "{name}" ({sha256[:AUTO_V2].upper()})'
+    return f'{called(kind)} "{name}" ({sha256[:AUTO_V2].upper()})'
 
 
 def unknown_warnings(job: Job, index: FileIndex) -> tuple[str, ...]:

@@ -46,6 +46,8 @@ from worker.contract.job_checks import (
     tenant_name,
 )
 from worker.contract.job_fields import JobField
+from worker.contract.lora_tags import without_tags
+from worker.contract.loras import MAX_LORAS, Lora, LorasLike, read_loras, shown_loras
 
 #: Characters in a prompt, at most; and in messages of version 1.
 MAX_PROMPT, FIRST_MAX_PROMPT = 8_000, 2_000
@@ -304,6 +306,23 @@ class JobParameters(BaseModel):
         AfterValidator(one_line),
         JobField(since=3, label="VAE", infotext_ours_only=True, headings=("sd_vae", "vae_name")),
     ] = ""
+    #: LoRAs that the workers offer, up to 8, by name, SHA-256 or AutoV2 hash, each with a weight of -4 to 4
+    #: (not given: 1): `detail=0.8; pixel=1:te=0.5`, where `te` is another weight for the text encoders, or as
+    #: JSON `[{"name": "detail", "weight": 0.8}]`.
+    loras: Annotated[
+        list[Lora],
+        Field(max_length=MAX_LORAS),
+        BeforeValidator(read_loras),
+        JobField(
+            since=4,
+            label="LoRAs",
+            each="lora",
+            as_text=shown_loras,
+            infotext_ours_only=True,
+            headings=("lora",),
+            is_searched=True,
+        ),
+    ] = []
     #: SHA-256 of each file that the job uses beside its model, by kind and name. Not given: filled in at
     #: submission from what the workers announced.
     file_hashes: Annotated[
@@ -338,8 +357,8 @@ class JobParameters(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_pair(cls, values: Any) -> Any:
-        return one_pair(values)
+    def _read_together(cls, values: Any) -> Any:
+        return without_tags(one_pair(values))
 
 
 class JobFields(TypedDict, total=False):
@@ -365,6 +384,7 @@ class JobFields(TypedDict, total=False):
     prompt_syntax: PromptSyntax | str
     clip_skip: int
     vae: str
+    loras: LorasLike
     file_hashes: dict[str, str]
     format: ImageFormat | str
     tenant: str

@@ -75,8 +75,6 @@ def only_words_warning(
 ) -> str:
     """The sentence that tells of them, or of the texts that were `found`; `remedy` as it is written there."""
     shown = f"{', '.join(found or names)} in the prompt: only drawn as words"
-    if set(names) == {_NETWORKS}:
-        return f"{shown}, LoRAs are not offered yet."
     return f"{shown}, since its syntax is plain. {remedy} reads them."
 
 

@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from worker.contract.errors import SettingsError
 from worker.contract.job_checks import MAX_TENANT, tenant_name
@@ -239,6 +247,11 @@ class WorkerSettings(Settings):
     embeddings: str = ""
     #: VAEs that jobs may name: folders, files, s3:// prefixes and hub ids, separated by commas.
     vaes: str = ""
+    #: LoRAs that jobs may name: folders, files, s3:// prefixes and hub ids, separated by commas.
+    loras: str = ""
+    #: Memory of the device in which LoRAs are kept, such as 2GiB or 512MB. Not set: chosen at start from what
+    #: the model leaves free.
+    lora_memory: ByteSize | None = Field(default=None, ge=0)
     #: Where to run: auto takes a GPU where there is one.
     device: Literal["auto", "cuda", "cpu"] = "auto"
     #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.

@@ -37,7 +37,7 @@ from worker.contract.errors import (
     UnknownModelError,
 )
 from worker.contract.job import Job
-from worker.contract.job_files import unknown_warnings
+from worker.contract.job_files import lacks_hashes, unknown_warnings
 from worker.contract.job_parameters import DEFAULT_MODEL
 from worker.contract.message import Message
 from worker.contract.plain_text import plain
@@ -358,12 +358,16 @@ class JobHandler:
         return None
 
 
+#: Fields of a job that the worker fills in where nobody could say them before.
+_SERVED = ("model", "revision", "loras", "file_hashes")
+
+
 def _is_of(record: JobRecord, message: Message, job: Job) -> bool:
     """Whether a stored record is that of the message's job, which is `job` with the model's defaults."""
     if record.id != message.id or record.state is not State.DONE:
         return False
-    if message.job.is_open:  # Rendered with the revision that was served then.
-        rendered = {name: getattr(record.job, name) for name in ("model", "revision", "file_hashes")}
+    if message.job.is_open or lacks_hashes(message.job):  # Rendered with what was served then.
+        rendered = {name: getattr(record.job, name) for name in _SERVED}
         job = job.model_copy(update=rendered)
     return record.job.id in (job.id, message.id)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from worker.contract.errors import MissingFileError
 from worker.contract.file_index import NO_FILES, FileIndex
 from worker.contract.job import Job
-from worker.contract.job_files import files_of
+from worker.contract.job_files import files_of, lacks_hashes, with_files
 
 
 class Files(Protocol):
@@ -27,7 +27,9 @@ class NoFiles:
     index = NO_FILES
 
     def provide(self, job: Job) -> Job:
-        """`job`, if it uses none. Raises `MissingFileError`."""
+        """`job`, if it uses none. Raises `MissingFileError`, `InvalidJobError`."""
+        if lacks_hashes(job):
+            return with_files(job, NO_FILES)
         if job.file_hashes:
             raise MissingFileError(f"This worker lacks {', '.join(files_of(job))}: another one may have it.")
         return job

@@ -23,7 +23,7 @@ from typing import IO, NamedTuple, Protocol
 from worker.contract.errors import MissingFileError, ServiceError, SettingsError, SmallcatError
 from worker.contract.file_index import MAX_FILES, NO_FILES, FileEntry, FileIndex, Kind, name_problem
 from worker.contract.job import Job
-from worker.contract.job_files import lacking, with_files
+from worker.contract.job_files import lacking, lacks_hashes, with_files
 from worker.contract.settings import WorkerSettings
 from worker.model import embedding_files, vae_files
 from worker.model.index import PICKLE_REASON, PICKLED
@@ -151,11 +151,11 @@ class FileStore:
             self._looked_s = time.monotonic()
 
     def provide(self, job: Job) -> Job:
-        """`job` with its files here; with the names that it means here, where its model was not known before.
+        """`job` with its files here; with those that its names mean here, where nobody could say it before.
 
         Raises `MissingFileError` where this worker has not got them, `InvalidJobError`, `StorageError`.
         """
-        if job.is_open:
+        if job.is_open or lacks_hashes(job):
             return with_files(job, self.index)
         is_due = time.monotonic() > self._looked_s + ASKED_EVERY_S
         if self._places and is_due and lacking(job, self.index):

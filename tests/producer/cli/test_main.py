@@ -174,7 +174,9 @@ def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
         name: OTHER_VALUES[name] for name in Job.model_fields if name not in ("prompt", "tenant")
     } | served
     assert set(given) == set(JOB_OPTIONS)
-    texts = {name: json.dumps(each) if isinstance(each, dict) else str(each) for name, each in given.items()}
+    texts = {
+        name: json.dumps(each) if isinstance(each, dict | list) else str(each) for name, each in given.items()
+    }
     # Choices go by the names that people use.
     texts |= {"scheduler": "Euler a", "metadata": '{"mine": [1, "ä"]}'}
     options = [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]

@@ -264,7 +264,7 @@ def test_a_strict_run_is_looked_at_in_the_fleets_syntax(
     stand_in = SimpleNamespace(queue_errors=contextlib.nullcontext, fleet=fleet)
     monkeypatch.setattr(run_store, "session", lambda: stand_in)
     store = RunStore(str(tmp_path / "runs"), DAY_S)
-    text = "a (cat:1.3)\na <lora:foo:1> dog\n"
+    text = "a (cat:1.3)\na <hypernet:foo:1> dog\n"
     with store.uploading() as folder:
         file = folder / "prompts.txt"
         file.write_text(text)

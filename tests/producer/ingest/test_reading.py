@@ -209,10 +209,10 @@ def test_a_run_that_an_earlier_version_began_stays_plain() -> None:
 
 
 def test_a_prompt_that_cannot_be_read_in_its_syntax_is_a_bad_line() -> None:
-    plan = a_plan('a cat --steps 9\na dog <lora:x:1>\n"a <lora:x:1> --prompt-syntax plain"\n')
+    plan = a_plan('a cat --steps 9\na dog <hypernet:x:1>\n"a <hypernet:x:1> --prompt-syntax plain"\n')
     [bad] = [each for each in plan.items(unresolved) if not isinstance(each, Planned)][:1]
     assert (bad.line, bad.field) == (2, "prompt_syntax")
-    assert "<lora:x:1>" in bad.reason
+    assert "<hypernet:x:1>" in bad.reason
 
 
 def test_a_comment_in_a_prompt_of_a1111_is_warned_of_without_a_remedy_that_is_none() -> None:
@@ -230,7 +230,7 @@ def in_a1111(job: Job) -> Job:
 
 
 def test_strict_and_check_read_lines_in_the_fleets_syntax(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = a_plan("a (cat:1.3)\na <lora:foo:1> dog\n")
+    plan = a_plan("a (cat:1.3)\na <hypernet:foo:1> dog\n")
     refuse_bad_lines(plan, lambda _: None)
     with pytest.raises(PromptFileError, match=r"1 lines are no jobs, and nothing was sent:\np.txt, line 2"):
         refuse_bad_lines(plan, lambda _: None, in_a1111)
@@ -238,7 +238,7 @@ def test_strict_and_check_read_lines_in_the_fleets_syntax(monkeypatch: pytest.Mo
     monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: fleet)
     code, said, errors = checked("p.txt")
     assert code == 1
-    assert "p.txt, line 2: prompt_syntax is a1111, and the prompt asks for <lora:foo:1>" in errors
+    assert "p.txt, line 2: prompt_syntax is a1111, and the prompt asks for <hypernet:foo:1>" in errors
     assert not any("since its syntax is plain" in line for line in said)
     # Who says the syntax is not asked again.
     assert checked("p.txt", "--prompt-syntax", "plain")[0] == 0

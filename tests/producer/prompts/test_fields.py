@@ -348,7 +348,9 @@ def test_job_fields_inside_another_object_have_no_effect_and_a_warning_says_so(t
     assert '"parameters" goes to metadata, and so "steps" in it has no effect' in said
 
 
-@pytest.mark.parametrize("name", ["aspect_ratio", "checkpoint", "ckpt_name", "refiner", "hires_fix", "lora"])
+@pytest.mark.parametrize(
+    "name", ["aspect_ratio", "checkpoint", "ckpt_name", "refiner", "hires_fix", "tiling"]
+)
 def test_what_would_change_the_picture_elsewhere_and_means_nothing_here_is_named(
     tmp_path: Path, name: str
 ) -> None:

@@ -130,8 +130,8 @@ def test_what_is_behind_a_number_sign_is_a_comment() -> None:
     ("fields", "sentence"),
     [
         (
-            {"prompt": "a cat <lora:pixel:0.8>"},
-            "prompt_syntax is a1111, and the prompt asks for <lora:pixel:0.8>: not offered yet, take it out.",
+            {"prompt": "a cat <hypernet:pixel:0.8>"},
+            "prompt_syntax is a1111, and the prompt asks for <hypernet:pixel:0.8>: not offered, take it out.",
         ),
         (
             {"prompt": " AND ".join("x" * (MAX_PARTS + 1))},

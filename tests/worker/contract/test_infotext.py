@@ -89,12 +89,25 @@ FILE_NAME = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zs", "Zl", "Z
 SHA256 = st.text("0123456789abcdef", min_size=64, max_size=64)
 
 
+LORA_NAME = FILE_NAME.filter(str.isprintable) | st.sampled_from(["detail", "a=b", "a:b", "a b", "x#y", "[x]"])
+LORA_WEIGHT = st.sampled_from([0.8, 1, -4, 1e-07, 0.1234567890123456])
+
+
 @st.composite
 def files(draw: st.DrawFn) -> dict[str, Any]:
     """A VAE or none, and embeddings, with their hashes, as a resolved job has them."""
     vae = draw(st.just("") | FILE_NAME)
+    loras = draw(st.dictionaries(LORA_NAME, st.tuples(LORA_WEIGHT, st.none() | LORA_WEIGHT), max_size=3))
     hashes = {f"embedding:{name}": draw(SHA256) for name in draw(st.lists(FILE_NAME, max_size=3))}
-    return {"vae": vae, "file_hashes": hashes | ({f"vae:{vae}": draw(SHA256)} if vae else {})}
+    hashes |= {f"lora:{name.strip()}": draw(SHA256) for name in loras}
+    return {
+        "vae": vae,
+        "loras": [
+            {"name": name, "weight": weight, "text_encoder_weight": of_text}
+            for name, (weight, of_text) in loras.items()
+        ],
+        "file_hashes": hashes | ({f"vae:{vae}": draw(SHA256)} if vae else {}),
+    }
 
 
 @st.composite
@@ -129,7 +142,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "revision": NAME,
     "prompt_syntax": st.sampled_from(list(PromptSyntax)),
     "clip_skip": st.integers(1, 12),
-    "vae file_hashes": files(),
+    "vae loras file_hashes": files(),
     "format": st.sampled_from(list(ImageFormat)),
     INPUTS: inputs(),
 }
@@ -231,8 +244,9 @@ Lora hashes: "add_detail: 7c6bad76eb54", Version: v1.6.0"""
 def test_a_picture_of_automatic1111_can_be_asked_for_again() -> None:
     job = read(AUTOMATIC1111)
     assert job.prompt_syntax == "a1111"
-    # The network is none of the job's: the reading's warning names it.
+    # The network is a field of the job, by its hash: its name may mean another file here.
     assert job.prompt == 'masterpiece, (small cat:1.3), \non a "red" sofa'
+    assert [(each.name, each.weight) for each in job.loras] == [("add_detail@7c6bad76eb54", 0.8)]
     assert job.negative_prompt == "EasyNegative, lowres,\nbad anatomy"
     assert (job.steps, job.scheduler, job.guidance_scale) == (28, Scheduler.DPMPP_2M_KARRAS, 7.0)
     assert (job.seed, job.width, job.height, job.clip_skip) == (2961093478, 512, 768, 2)

@@ -16,6 +16,7 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.job_checks import VISIBLE
 from worker.contract.job_parameters import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, JobFields
+from worker.contract.loras import LorasLike
 from worker.contract.record import JobRecord, State
 from worker.contract.served_model import Defaults, ServedModel
 
@@ -268,6 +269,7 @@ OTHER_VALUES: dict[str, Any] = {
     "prompt_syntax": "a1111",
     "clip_skip": 2,
     "vae": "ft-mse",
+    "loras": [{"name": "detail", "weight": 0.8}],
     "file_hashes": {"vae:ft-mse": "ab" * 32},
     "model": "another/model",
     "revision": "fedcba9876543210",
@@ -389,6 +391,8 @@ def test_the_keyword_parameters_are_the_fields_of_a_job_with_their_types() -> No
     del meant["prompt"]
     # A path, bytes and more, of which `submit_job` makes a reference.
     meant |= {"image": Any, "mask": Any}
+    # They are taken as texts and objects as well.
+    meant["loras"] = LorasLike
     keywords = get_type_hints(JobFields)
     assert keywords == meant
     assert list(keywords) == list(meant)

@@ -97,6 +97,8 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "USE_MEMORY_EFFICIENT_ATTENTION": ("0", "0", [("yes", "'0' or '1'"), ("2", "'0' or '1'")]),
     "SMALLCAT_COMPILE": ("0", False, [("perhaps", "valid boolean")]),
     "SMALLCAT_EMBEDDINGS": ("/embeddings", "/embeddings", []),
+    "SMALLCAT_LORAS": ("/loras,s3://b/loras", "/loras,s3://b/loras", []),
+    "SMALLCAT_LORA_MEMORY": ("2GiB", 2 << 30, [("much", "value and unit"), ("2parsecs", "byte unit")]),
     "SMALLCAT_VAES": ("/vaes,stabilityai/sd-vae-ft-mse", "/vaes,stabilityai/sd-vae-ft-mse", []),
     "SMALLCAT_EXACT": ("1", True, [("perhaps", "valid boolean")]),
     "SMALLCAT_CACHE_DIR": ("/cache", "/cache", []),

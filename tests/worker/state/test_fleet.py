@@ -333,7 +333,9 @@ def test_a_silent_job_takes_the_syntax_that_the_workers_announce(fleet: Fleet, c
         assert known(job()).prompt_syntax == "a1111"
         assert known(job(prompt_syntax="plain")).prompt_syntax == "plain"
         assert known(job()).id == known(job(prompt_syntax="a1111")).id != known(job(prompt_syntax="plain")).id
-    with pytest.raises(InvalidJobError, match="asks for <lora:x:1>"):
+    with pytest.raises(InvalidJobError, match="asks for <hypernet:x:1>"):
+        fleet.resolve(job(prompt="a cat <hypernet:x:1>"))
+    with pytest.raises(InvalidJobError, match='loras has "x", which no worker offers'):
         fleet.resolve(job(prompt="a cat <lora:x:1>"))
     # What was announced last counts while no worker lives.
     fleet.withdraw("a")

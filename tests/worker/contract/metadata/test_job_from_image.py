@@ -421,7 +421,10 @@ def test_an_infotext_is_read_as_it_looks_after_its_travels(text: str) -> None:
         ),
         ({"parameters": f"a cat\n{PAIRS}, Refiner: xl [1], Refiner switch at: 0.8"}, ["Refiner: xl"]),
         ({"parameters": f'a cat\n{PAIRS}, ControlNet 0: "Module: canny, Weight: 1"'}, ["ControlNet 0"]),
-        ({"parameters": f"a (small:1.3) cat <lora:x:1>\n{PAIRS}"}, ["<lora:x:1>"]),
+        ({"parameters": f"a (small:1.3) cat <hypernet:x:1>\n{PAIRS}"}, ["<hypernet:x:1>"]),
+        # A weight that no job has, and a name that is there twice: the other tool's own way to add them up.
+        ({"parameters": f"a (small:1.3) cat <lora:x:5>\n{PAIRS}"}, ["<lora:x:5>"]),
+        ({"parameters": f"a (small:1.3) cat <lora:x:1> <lora:x:1>\n{PAIRS}"}, ["<lora:x:1>"]),
         ({"Dream": DREAM.replace("cat", "cat BREAK", 1)}, ["BREAK"]),
         ({"parameters": CIVITAI.replace('"checkpoint"', '"lora"')}, ["Civitai resources: lora"]),
         ({"parameters": SWARM.replace('"aspectratio"', '"variationseed"')}, ["variationseed: Custom"]),
@@ -459,6 +462,25 @@ def test_what_a_job_cannot_say_is_named(texts: dict[str, str], names: list[str])
     assert (job.seed, job.steps) == (5, 20)
     assert all(name in str(warned[0].message) for name in names)
     assert warned[0].filename == __file__
+
+
+def test_the_loras_of_a_prompt_are_those_of_the_job_by_name_and_by_hash() -> None:
+    """AUTOMATIC1111 1.10.1: extensions-builtin/Lora/scripts/lora_script.py, `infotext_pasted`."""
+    hashes = 'Lora hashes: "x: 7c6bad76eb54, y: 0123456789ab"'
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        job = job_from_image(
+            png({"parameters": f"a cat <lora:x:0.8>, <lora:z> <lyco:y:1:0.5>\n{PAIRS}, {hashes}"})
+        )
+    assert job.prompt == "a cat ,"
+    assert [each.model_dump() for each in job.loras] == [
+        {"name": "x@7c6bad76eb54", "weight": 0.8},
+        {"name": "y@0123456789ab", "weight": 0.5, "text_encoder_weight": 1.0},
+        {"name": "z", "weight": 1.0},
+    ]
+    # That of a network which the prompt has not is named.
+    with pytest.warns(UserWarning, match="Lora hashes: x: 7c6bad76eb54, y"):
+        assert len(job_from_image(png({"parameters": f"a cat <lora:x:1>\n{PAIRS}, {hashes}"})).loras) == 1
 
 
 @pytest.mark.parametrize(
@@ -710,15 +732,15 @@ def test_other_formats_are_read_as_pillow_reads_them() -> None:
 def test_what_a_job_cannot_say_goes_with_it_in_its_metadata() -> None:
     """A warning is gone with the process that read the picture; metadata is in the record."""
     infotext = (
-        "a cat <lora:x:1>\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, "
+        "a cat <hypernet:x:1>\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, "
         "Tiling: True, Hires upscale: 2, Note: " + "y" * 9_000
     )
     with pytest.warns(UserWarning, match="Tiling: True"):
         job = job_from_image(png({"parameters": infotext}))
     left = job.metadata["left_out"]
-    assert {"Tiling: True", "Hires upscale: 2", "<lora:x:1>"} <= set(left)
+    assert {"Tiling: True", "Hires upscale: 2", "<hypernet:x:1>"} <= set(left)
     assert Job.parse(job.model_dump()) == job
-    plain = infotext.partition(" <lora")[0] + infotext[infotext.index("\n") : infotext.index(", Tiling")]
+    plain = infotext.partition(" <hypernet")[0] + infotext[infotext.index("\n") : infotext.index(", Tiling")]
     assert job_from_image(png({"parameters": plain})).metadata == {}
     many = ", ".join(f"Key {number}: {'z' * 200}" for number in range(500))
     with pytest.warns(UserWarning, match="and 4"):

@@ -1,0 +1,272 @@
+"""The LoRAs of a job: how they are written, what is refused, and that their content is in the id."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.contract.errors import InvalidJobError
+from worker.contract.file_index import NO_FILES, FileEntry, FileIndex, Kind
+from worker.contract.job import Job
+from worker.contract.job_files import files_of, lacking, lacks_hashes, loras_of, with_files
+from worker.contract.lora_tags import tags_of, taken
+from worker.contract.loras import MAX_LORAS, Lora, read_loras, shown_loras
+from worker.contract.message import Message, payload_of
+
+
+def parsed(loras: Any, **fields: Any) -> Job:
+    return Job.parse({"prompt": "a small cat", "seed": 1, "loras": loras, **fields})
+
+
+def refusal(loras: Any, **fields: Any) -> str:
+    with pytest.raises(InvalidJobError) as caught:
+        parsed(loras, **fields)
+    return str(caught.value)
+
+
+DETAIL = {"name": "detail", "weight": 0.8}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        [DETAIL],
+        [Lora(**DETAIL)],
+        (DETAIL,),
+        DETAIL,
+        {"detail": 0.8},
+        {"detail": {"weight": 0.8}},
+        "detail=0.8",
+        " detail = 0.8 ; ",
+        ["detail=.8"],
+        "detail.safetensors=0.8",
+        "detail=0.8:te=0.8",
+        json.dumps([DETAIL]),
+        json.dumps({"detail": 0.8}),
+        [DETAIL, {"name": "other", "weight": 0}],
+        [{**DETAIL, "text_encoder_weight": None}],
+    ],
+)
+def test_they_are_one_thing_however_they_are_written(written: Any) -> None:
+    job = parsed(written)
+    assert job.model_dump(mode="json")["loras"] == [DETAIL]
+    assert job.id == parsed([DETAIL]).id
+    assert job.version == 4
+
+
+def test_a_weight_that_is_not_given_is_one_and_text_encoders_may_have_another() -> None:
+    [lora] = parsed("detail").loras
+    assert (lora.weight, lora.in_text_encoders) == (1.0, 1.0)
+    [lora] = parsed("detail=0.5:te=-2").loras
+    assert (lora.weight, lora.in_text_encoders) == (0.5, -2.0)
+    # In one of the two alone.
+    assert [(each.name, each.in_text_encoders) for each in parsed("a=0:te=1; b=1:te=0").loras] == [
+        ("a", 1.0),
+        ("b", 0.0),
+    ]
+
+
+@pytest.mark.parametrize("none", [[], {}, "", "none", "a=0", {"a": 0, "b": -0.0}, "a=0:te=0"])
+def test_none_of_any_weight_are_the_job_of_before(none: Any) -> None:
+    job = parsed(none)
+    assert job.id == Job.parse({"prompt": "a small cat", "seed": 1}).id
+    assert "loras" not in job.model_dump(mode="json")
+    assert job.version == 1
+
+
+def test_their_order_does_not_count() -> None:
+    one, other = parsed("a=1; b=0.5"), parsed([{"name": "b", "weight": 0.5}, "a"])
+    assert one == other
+    assert one.id == other.id
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("detail=5", "loras has the weight 5.0 for 'detail': it must be -4 to 4."),
+        ({"detail": float("nan")}, "loras has the weight nan for 'detail': it must be -4 to 4."),
+        ({"detail": "x"}, "loras has the weight 'x' for 'detail': it must be a number, -4 to 4."),
+        ({"detail": True}, "loras has the weight True for 'detail': it must be a number, -4 to 4."),
+        ("detail=much", "loras has 'detail=much', and 'much' is no weight: write a number, -4 to 4."),
+        ("a=1; a=2", "loras has 'a' twice: name it once, with one weight."),
+        ("a; a=0", "loras has 'a' twice: name it once, with one weight."),
+        ([f"a{number}" for number in range(9)], f"loras has 9 LoRAs, the limit is {MAX_LORAS}: use fewer."),
+        ([{"nam": "x"}], "loras has 'nam' beside a name: known are name, weight, text_encoder_weight."),
+        ([{"weight": 1}], "loras has {'weight': 1}, which has no name: write a list such as"),
+        ("a=1:unet=2", "loras has 'a=1:unet=2': write name, name=0.8, or name=0.8:te=0.5 for another weight"),
+        ("=1", "loras has the name '': it must be 1 to"),
+        ("[1", "loras is '[1', which is no JSON"),
+        (5, "loras is 5: write a list such as"),
+        ([5], "loras has 5: write a list such as"),
+        ([[]], "loras has []: write a list such as"),
+        ([{"name": 5}], "loras has the name 5: it must be a text such as detail."),
+    ],
+)
+def test_what_is_none_is_refused_with_its_value_and_the_remedy(written: Any, sentence: str) -> None:
+    assert refusal(written).startswith(sentence)
+
+
+NAME = st.text(min_size=1, max_size=12).filter(lambda name: name.isprintable() and name.strip())
+WEIGHT = st.floats(-4, 4)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.tuples(NAME, WEIGHT, st.none() | WEIGHT), max_size=4, unique_by=lambda each: each[0].strip())
+)
+def test_reading_what_is_shown_gives_the_same(written: list[tuple[str, float, float | None]]) -> None:
+    names = ("name", "weight", "text_encoder_weight")
+    try:
+        loras = read_loras([dict(zip(names, each, strict=True)) for each in written])
+    except ValueError:  # The names are one, or none, without blanks and suffixes.
+        return
+    assert read_loras(shown_loras(loras)) == loras
+    assert read_loras(json.loads(json.dumps([each.model_dump() for each in loras]))) == loras
+    prompt, found = taken(f"a cat {tags_of(loras)}") if tags_of(loras) else ("a cat", [])
+    assert prompt == "a cat"
+    assert read_loras(found) == [each for each in loras if not set(each.name) & set(">:=#\n")]
+
+
+# --- which files they are -----------------------------------------------------------------------------------
+
+
+def index(**contents: str) -> FileIndex:
+    return FileIndex.of(
+        FileEntry(kind=Kind.LORA, name=name, sha256=digits * 32) for name, digits in contents.items()
+    )
+
+
+HERE = index(detail="ab", pixel="cd", detail_v2="ef")
+
+
+@pytest.mark.parametrize("name", ["detail", "ab" * 32, "AB" * 32, "ABABABABAB", "ababababab", "abababababab"])
+def test_a_file_is_found_by_its_name_and_by_its_hashes(name: str) -> None:
+    job = with_files(parsed({name: 0.5}), HERE)
+    assert [each.name for each in job.loras] == ["detail"]
+    assert job.file_hashes == {"lora:detail": "ab" * 32}
+    assert job.id == with_files(parsed({"detail": 0.5}), HERE).id
+    assert Message.parse(payload_of(job)).job == job
+
+
+def test_a_name_with_a_hash_is_that_file_or_none() -> None:
+    assert with_files(parsed("other@cdcdcdcdcdcd"), HERE).loras == parsed("pixel").loras
+    with pytest.raises(InvalidJobError) as caught:
+        with_files(parsed("detail@000000000000"), HERE)
+    assert str(caught.value) == (
+        'loras has "detail@000000000000", which no worker offers: their "detail" is another file, '
+        'ABABABABAB. To take that one, name it "detail".'
+    )
+
+
+def test_a_name_that_nobody_has_is_refused_with_near_misses() -> None:
+    with pytest.raises(
+        InvalidJobError, match=r'loras has "detial", which no worker offers: did you mean detail'
+    ):
+        with_files(parsed("detial"), HERE)
+    with pytest.raises(InvalidJobError, match=r"SMALLCAT_LORAS of the workers names them\."):
+        with_files(parsed("detail"), NO_FILES)
+    broken = FileIndex.of([FileEntry(kind=Kind.LORA, name="x", problem="it is a LoHa")])
+    with pytest.raises(InvalidJobError, match=r'The LoRA "x" cannot be used: it is a LoHa\.'):
+        with_files(parsed("x"), broken)
+    # One of weight 0 is not looked for.
+    assert with_files(parsed("nobody=0"), NO_FILES).loras == []
+
+
+def test_another_content_is_another_picture_and_another_name_is_the_same_one() -> None:
+    job = parsed("detail=0.5; pixel")
+    first = with_files(job, HERE)
+    assert with_files(job, index(detail="00", pixel="cd")).id != first.id
+    renamed = with_files(parsed("a=0.5; z"), index(z="cd", a="ab"))
+    swapped = with_files(parsed("z=0.5; a"), index(a="cd", z="ab"))
+    assert first.id == renamed.id == swapped.id
+    assert with_files(parsed("z; a=0.5"), index(z="ab", a="cd")).id != first.id
+    # Added up in an order that depends on the content alone.
+    assert [(sha256, each.weight) for sha256, each in loras_of(first)] == [("ab" * 32, 0.5), ("cd" * 32, 1.0)]
+    assert [each[0] for each in loras_of(swapped)] == [each[0] for each in loras_of(first)]
+    # A job that is sent again is the same one, whatever became of its files.
+    assert with_files(first, index(detail="00")) == first
+
+
+def test_one_file_under_two_names_is_refused() -> None:
+    with pytest.raises(InvalidJobError, match=r'the same file twice, as "a" and "b": keep one of them\.'):
+        with_files(parsed("a=1; b=1"), index(a="ab", b="ab"))
+
+
+def test_who_lacks_one_lacks_its_content() -> None:
+    job = parsed("detail")
+    assert lacks_hashes(job)
+    job = with_files(job, HERE)
+    assert not lacks_hashes(job)
+    assert files_of(job) == ['LoRA "detail" (ABABABABAB)']
+    assert lacking(job, index(renamed="ab")) == []
+    assert lacking(job, index(detail="cd")) == files_of(job)
+
+
+# --- in prompts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rest", "loras"),
+    [
+        ("a cat <lora:x>", "a cat", "x=1"),
+        ("a <lora:x:0.8>, <lyco:y:-1> cat", "a ,  cat", "x=0.8; y=-1"),
+        ("<lora:x:0.5:0.8>a cat", "a cat", "x=0.8:te=0.5"),
+        ("a cat <lora:x:te=0.5:unet=0.8>", "a cat", "x=0.8:te=0.5"),
+        ("a cat <lora:x:unet=0.8:0.5>", "a cat", "x=0.8:te=0.5"),
+        ("a cat <lora:x:te=0.5>", "a cat", "x=0.5"),
+        ("[a <lora:x:1>:b:0.5] AND c", "[a :b:0.5] AND c", "x"),
+        ("a cat <lora:x:0>", "a cat", ""),
+        ("a cat # <lora:x:1>", "a cat # <lora:x:1>", ""),
+        ("a cat <lora:x #y\n:0.8>", "a cat", "x=0.8"),
+        ("a cat <Lora:x:1>", None, "prompt_syntax is a1111, and the prompt asks for <Lora:x:1>"),
+        (
+            "a cat <lora:x:1:1:16>",
+            None,
+            "loras has '<lora:x:1:1:16>' in the prompt, and a part of a LoRA's rank",
+        ),
+        (
+            "a cat <lora:x:1:lbw=ALL>",
+            None,
+            "loras has '<lora:x:1:lbw=ALL>' in the prompt: write <lora:name:0.8>",
+        ),
+        ("a cat <lora:x:y>", None, "loras has '<lora:x:y>' in the prompt, and 'y' is no weight"),
+        ("a cat <lora:x:9>", None, "loras has the weight 9.0 for 'x': it must be -4 to 4."),
+        ("a cat <lora:x> <lyco:x>", None, "loras has 'x' twice: name it once, with one weight."),
+        ("<lora:x:1>", None, "loras are all that the prompt has: say what to draw, too."),
+        (
+            "a <<lora:x:1>lora:y:1>",
+            None,
+            "loras has '<lora:y:1>' in the prompt once other tags are out of it",
+        ),
+        (
+            "a <lora:x:1> <hypernet:y:1>",
+            None,
+            "prompt_syntax is a1111, and the prompt asks for <hypernet:y:1>",
+        ),
+    ],
+)
+def test_tags_of_a_prompt_are_read_as_automatic1111_reads_them(
+    prompt: str, rest: str | None, loras: str
+) -> None:
+    """AUTOMATIC1111 1.10.1: modules/extra_networks.py, extensions-builtin/Lora/extra_networks_lora.py."""
+    if rest is None:
+        assert refusal([], prompt=prompt, prompt_syntax="a1111").startswith(loras)
+        return
+    job = parsed([], prompt=prompt, prompt_syntax="AUTOMATIC1111")
+    assert (job.prompt, job.loras) == (rest, parsed(loras).loras)
+    assert Job.parse(job.model_dump(mode="json")) == job
+
+
+def test_tags_are_added_to_the_loras_of_the_job_and_are_words_in_a_plain_one() -> None:
+    job = parsed("b", prompt="a cat <lora:a:0.5>", prompt_syntax="a1111")
+    assert job.loras == parsed("a=0.5; b").loras
+    assert job.id == parsed("a=0.5; b", prompt="a cat", prompt_syntax="a1111").id
+    assert "'a' twice" in refusal("a=0.5", prompt="a cat <lora:a:0.5>", prompt_syntax="a1111")
+    assert parsed("b", prompt="a cat <lora:a:0.5>").prompt == "a cat <lora:a:0.5>"
+    # In a negative prompt they are words, as there.
+    negative = "<lora:a:0.5>"
+    assert parsed([], negative_prompt=negative, prompt_syntax="a1111").negative_prompt == negative
