@@ -270,7 +270,7 @@ OTHER_VALUES: dict[str, Any] = {
     "clip_skip": 2,
     "vae": "ft-mse",
     "loras": [{"name": "detail", "weight": 0.8}],
-    "file_hashes": {"vae:ft-mse": "ab" * 32},
+    "file_hashes": {"lora:detail": "cd" * 32, "vae:ft-mse": "ab" * 32},
     "model": "another/model",
     "revision": "fedcba9876543210",
     "format": "webp",
