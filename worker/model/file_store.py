@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,7 @@ from worker.contract.file_index import MAX_FILES, NO_FILES, FileEntry, FileIndex
 from worker.contract.job import Job
 from worker.contract.job_files import lacking, lacks_hashes, with_files
 from worker.contract.settings import WorkerSettings
-from worker.model import embedding_files, vae_files
+from worker.model import embedding_files, lora_files, lora_hub, lora_scales, vae_files
 from worker.model.index import PICKLE_REASON, PICKLED
 
 logger = logging.getLogger("smallcat.files")
@@ -36,16 +37,35 @@ SUFFIX = ".safetensors"
 #: Where what is known of files is kept, in the cache; and the version of how they are described.
 REMEMBERED, DESCRIBED = "known.json", 1
 #: Names of files that say nothing: their folder's name counts.
-_GENERAL = ("learned_embeds", "diffusion_pytorch_model", "model")
+_GENERAL = ("learned_embeds", "diffusion_pytorch_model", "model", *lora_hub.GENERAL)
 #: What a file fits, and why it cannot be used, by its kind.
 _DESCRIBE: Mapping[Kind, Callable[[Path], tuple[str, str]]] = MappingProxyType(
-    {Kind.EMBEDDING: embedding_files.describe, Kind.VAE: vae_files.describe}
+    {Kind.EMBEDDING: embedding_files.describe, Kind.VAE: vae_files.describe, Kind.LORA: lora_files.describe}
 )
 #: Bytes of a file that is copied from a bucket, at most, by its kind.
 _MOST: Mapping[Kind, int] = MappingProxyType(
-    {Kind.EMBEDDING: embedding_files.MAX_BYTES, Kind.VAE: vae_files.MAX_BYTES}
+    {
+        Kind.EMBEDDING: embedding_files.MAX_BYTES,
+        Kind.VAE: vae_files.MAX_BYTES,
+        Kind.LORA: lora_files.MAX_BYTES,
+    }
 )
+#: The file beside one of these kinds that is part of its content.
+_CONFIGS: Mapping[Kind, str] = MappingProxyType({Kind.VAE: vae_files.CONFIG, Kind.LORA: lora_scales.CONFIG})
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: Files that are read at once when they are new: hashing one takes a core.
+_AT_ONCE = 4
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+#: The SHA-256 of a file's content, by its kind.
+_SHA256: Mapping[Kind, Callable[[Path], str]] = MappingProxyType(
+    {Kind.EMBEDDING: _sha256, Kind.VAE: vae_files.sha256_of, Kind.LORA: lora_files.sha256_of}
+)
 
 
 class Remote(Protocol):
@@ -110,7 +130,8 @@ class FileStore:
     def of(cls, settings: WorkerSettings, remote_of: Callable[[str], Remote]) -> FileStore:
         """The files that a worker's settings name. Raises as the class does."""
         vaes = [place.strip() for place in settings.vaes.split(",")]
-        places = {Kind.EMBEDDING: [settings.embeddings], Kind.VAE: vaes}
+        loras = [place.strip() for place in settings.loras.split(",")]
+        places = {Kind.EMBEDDING: [settings.embeddings], Kind.VAE: vaes, Kind.LORA: loras}
         return cls(places, settings.cache_folder, remote_of)
 
     def start(self) -> None:
@@ -131,11 +152,7 @@ class FileStore:
             entries: dict[tuple[str, str], FileEntry] = {}
             paths: dict[tuple[str, str], Path] = {}
             known: dict[str, FileEntry] = {}
-            for found in self._found():
-                entry = self._known.get(found.stamp)
-                path = found.path or self._cache / f"{entry.sha256 if entry else ''}{SUFFIX}"
-                if entry is None or not (entry.problem or path.is_file()):
-                    entry, path = self._entry(found)
+            for found, entry, path in self._looked_at():
                 known[found.stamp] = entry
                 if (entry.kind, entry.name) in entries:
                     problem = f"two files have this name, {found.where} is one: rename it"
@@ -181,6 +198,25 @@ class FileStore:
                 is_logged = True
             else:
                 is_logged = False
+
+    def _looked_at(self) -> list[tuple[_Found, FileEntry, Path]]:
+        """What there is, in the order of places: what is to be known of it, and where it is here."""
+        found = list(self._found())
+        known = {each.stamp: here for each in found if (here := self._known_here(each)) is not None}
+        new = [each for each in found if each.stamp not in known]
+        if len(new) > _AT_ONCE:
+            logger.info("%d new files are read, once: for their hashes", len(new))
+        # Hashing releases Python's lock.
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="files") as pool:
+            known |= zip((each.stamp for each in new), pool.map(self._entry, new), strict=True)
+        return [(each, *known[each.stamp]) for each in found]
+
+    def _known_here(self, found: _Found) -> tuple[FileEntry, Path] | None:
+        """What is known of a file, if it is still here or cannot be used; where it is."""
+        if (entry := self._known.get(found.stamp)) is None:
+            return None
+        path = found.path or self._cache / f"{entry.sha256}{SUFFIX}"
+        return (entry, path) if entry.problem or path.is_file() else None
 
     def _found(self) -> Iterator[_Found]:
         count = 0
@@ -231,7 +267,7 @@ class FileStore:
         try:
             path = found.path or self._fetch(found)
             size = path.stat().st_size
-            sha256 = vae_files.sha256_of(path) if found.kind is Kind.VAE else _sha256(path)
+            sha256 = _SHA256[found.kind](path)
         except (OSError, SmallcatError) as error:
             if isinstance(error, ServiceError):
                 raise
@@ -269,9 +305,11 @@ def _place(kind: Kind, place: str) -> _Place:
         return _Place(kind, place)
     path = Path(place).expanduser()
     if path.exists():
-        return _Place(kind, str(path), path.name)
+        return _Place(kind, str(path), path.parent.name if path.is_file() else path.name)
     if kind is Kind.VAE and _HUB_ID.fullmatch(place) and not place.startswith("."):
         return _Place(kind, str(vae_files.from_hub(place)), place.partition("/")[2])
+    if kind is Kind.LORA and lora_hub.PLACE.fullmatch(place):
+        return _Place(kind, str(lora_hub.fetch(place)), place.split("/")[1])
     raise SettingsError(f"The folder {place} for files of the kind {kind} is not there: make it.")
 
 
@@ -287,12 +325,12 @@ def _here(place: _Place) -> Iterator[_Found]:
         is_other = path.suffix.lower() in PICKLED or path.stem.endswith(".fp16")
         if is_other and f"{plain.as_posix()}{SUFFIX}".lower() in known:
             continue
-        # The config of a VAE is part of its content.
-        stats = [each.stat() for each in (path, path.with_name(vae_files.CONFIG)) if each.is_file()]
+        beside = [path.with_name(_CONFIGS[place.kind])] if place.kind in _CONFIGS else []
+        stats = [each.stat() for each in (path, *beside) if each.is_file()]
         found = [(each.st_size, each.st_mtime_ns, each.st_ino) for each in stats]
         stamp = f"{place.kind} {place.name} {path} {found}"
         is_general = path.stem.removesuffix(".fp16") in _GENERAL
-        name = (place.name if path.parent == root else path.parent.name) if is_general else path.stem
+        name = (place.name if root in (path, path.parent) else path.parent.name) if is_general else path.stem
         yield _Found(place.kind, path.as_posix(), stamp, name, path)
 
 
@@ -305,8 +343,3 @@ def _remembered(path: Path) -> dict[str, FileEntry]:
         return {stamp: FileEntry.model_validate(entry) for stamp, entry in kept["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
