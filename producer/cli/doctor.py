@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from producer.session import Session, session
 from worker.contract.errors import PermanentStorageError, QueueError, SmallcatError, StorageError
+from worker.contract.file_index import FileEntry, called
 from worker.contract.job import OPEN_REVISION
 from worker.contract.plain_text import plain
 from worker.contract.queues import queues_of
@@ -212,15 +213,23 @@ def _files(now: Session, live: Sequence[WorkerInfo]) -> Iterator[Finding]:
     with now.queue_errors():
         indexes = {worker.files: now.fleet.indexes.get(worker.files) for worker in live if worker.files}
     for index in indexes.values():
-        good = [entry for entry in index.files if not entry.problem]
-        for entry in good[:_FILES]:
-            text = f"{entry.name}: {entry.architecture}, {entry.size:,} bytes, AutoV2 {entry.auto_v2}"
-            yield Finding("files", True, f"{entry.kind} {text}")
-        if len(good) > _FILES:
-            yield Finding("files", True, f"and {len(good) - _FILES:,} more that can be used")
+        good: dict[str, list[FileEntry]] = defaultdict(list)
+        for entry in index.files:
+            if not entry.problem:
+                good[entry.kind].append(entry)
+        for kind, entries in good.items():
+            for entry in entries[:_FILES]:
+                fits = entry.architecture or "what it fits is not known"
+                text = f"{entry.name}: {fits}, {entry.size:,} bytes, AutoV2 {entry.auto_v2}"
+                yield Finding("files", True, f"{called(kind)} {text}")
+            if len(entries) > _FILES:
+                more = f"and {len(entries) - _FILES:,} more {called(kind)} files that can be used"
+                yield Finding("files", True, more)
         for entry in index.files:
             if entry.problem:
-                yield Finding("files", False, f"{entry.kind} {entry.name} cannot be used: {entry.problem}")
+                yield Finding(
+                    "files", False, f"{called(entry.kind)} {entry.name} cannot be used: {entry.problem}"
+                )
     by_model: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for worker in live:
         by_model[worker.served.name][worker.files].append(worker.name)

@@ -26,7 +26,7 @@ from worker.contract.file_index import MAX_FILES, NO_FILES, FileEntry, FileIndex
 from worker.contract.job import Job
 from worker.contract.job_files import lacking, lacks_hashes, with_files
 from worker.contract.settings import WorkerSettings
-from worker.model import embedding_files, lora_files, lora_hub, lora_scales, vae_files
+from worker.model import embedding_files, lora_files, lora_header, lora_hub, lora_scales, vae_files
 from worker.model.index import PICKLE_REASON, PICKLED
 
 logger = logging.getLogger("smallcat.files")
@@ -47,7 +47,7 @@ _MOST: Mapping[Kind, int] = MappingProxyType(
     {
         Kind.EMBEDDING: embedding_files.MAX_BYTES,
         Kind.VAE: vae_files.MAX_BYTES,
-        Kind.LORA: lora_files.MAX_BYTES,
+        Kind.LORA: lora_header.MAX_BYTES,
     }
 )
 #: The file beside one of these kinds that is part of its content.

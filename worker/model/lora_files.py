@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from worker.contract.errors import InvalidJobError, RenderError, SettingsError
 from worker.model import lora_header, lora_scales
 from worker.model.headers import Shape
-from worker.model.lora_header import MAX_BYTES, LoraHeader, Names
+from worker.model.lora_header import LoraHeader, Names
 from worker.model.lora_names import ANY_TEXT, TEXT, TEXT_2, UNET, Role, Targets
 from worker.model.lora_scales import Settings
 
@@ -108,7 +108,7 @@ def load(path: Path, name: str, sha256: str, targets: Targets) -> LoraFile:
 
     replaced = RenderError(f'The LoRA "{name}" was replaced while a job asked for it.')
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if path.stat().st_size > lora_header.MAX_BYTES:
             raise ValueError(lora_header.too_large(path))
         data = path.read_bytes()
         if _with_config(hashlib.sha256(data).hexdigest(), path) != sha256:

@@ -272,5 +272,20 @@ def test_files_beside_the_model_are_listed_and_what_is_wrong_with_any(client: Re
     listed, wrong = found("files")
     assert (listed.ok, listed.text) == (True, "embedding cat: SD 1.x, 3,200 bytes, AutoV2 ABABABABAB")
     assert (wrong.ok, wrong.text) == (False, "embedding dog cannot be used: it is a pickle: convert it")
+    of_each = [
+        FileEntry(kind=kind, name=f"{number:02}", sha256=f"{number:064}", size=10)
+        for kind in ("lora", "vae")
+        for number in range(52)
+    ]
+    index = FileIndex.of([*of_each, FileEntry(kind="lora", name="x", problem="it is a LoHa: use a LoRA")])
+    Fleet(client, 1_000).indexes.put(index)
+    announce(client, "a", files=index.digest)
+    texts = [each.text for each in found("files")]
+    assert texts[0] == "LoRA 00: what it fits is not known, 10 bytes, AutoV2 0000000000"
+    assert (texts[50], texts[101]) == (
+        "and 2 more LoRA files that can be used",
+        "and 2 more VAE files that can be used",
+    )
+    assert texts[102:] == ["LoRA x cannot be used: it is a LoHa: use a LoRA"]
     announce(client, "b")
     assert "offer different files (a; b): give them the same ones" in found("files")[-1].text

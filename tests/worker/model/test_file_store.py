@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save, save_file
@@ -238,3 +239,121 @@ def test_an_object_that_is_too_large_is_not_copied(tmp_path: Path, monkeypatch: 
     files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
     assert "more than 100 bytes" in by_name(files)["x"].problem
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["known.json"]
+
+
+# --- LoRAs ----------------------------------------------------------------------------------------------
+
+
+def lora(rank: int = 2, **more: torch.Tensor) -> bytes:
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {
+        f"{module}.lora_A.weight": torch.ones(rank, 768),
+        f"{module}.lora_B.weight": torch.ones(8, rank),
+    }
+    return save({f"unet.{name}": each for name, each in tensors.items()} | more)
+
+
+def test_loras_are_found_by_name_and_what_is_wrong_with_one_is_told(tmp_path: Path) -> None:
+    for name in ("mine", "pixel-art-xl", "peft"):
+        (tmp_path / "loras" / name).mkdir(parents=True)
+    (tmp_path / "loras" / "detail v1.2.safetensors").write_bytes(lora())
+    (tmp_path / "loras" / "mine" / "pytorch_lora_weights.safetensors").write_bytes(lora(3))
+    (tmp_path / "loras" / "peft" / "adapter_model.safetensors").write_bytes(lora(4))
+    (tmp_path / "loras" / "peft" / "adapter_config.json").write_text('{"lora_alpha": 4}')
+    (tmp_path / "loras" / "old.ckpt").write_bytes(b"PK")
+    (tmp_path / "loras" / "loha.safetensors").write_bytes(lora(**{"x.hada_w1_a": torch.ones(1)}))
+    files = FileStore({Kind.LORA: [str(tmp_path / "loras")]}, tmp_path)
+    entries = by_name(files)
+    assert {name: entry.architecture for name, entry in entries.items() if not entry.problem} == {
+        "detail v1.2": "SD 1.x",
+        "mine": "SD 1.x",
+        "peft": "SD 1.x",
+    }
+    assert "it is a LoHa" in entries["loha"].problem
+    assert "pickled" in entries["old"].problem
+    # Civitai's hash is of the file alone; a config that comes with a file is part of its content.
+    data = (tmp_path / "loras" / "detail v1.2.safetensors").read_bytes()
+    assert entries["detail v1.2"].auto_v2 == hashlib.sha256(data).hexdigest()[:10].upper()
+    (tmp_path / "loras" / "peft" / "adapter_config.json").write_text('{"lora_alpha": 80}')
+    files.look()
+    assert by_name(files)["peft"].sha256 != entries["peft"].sha256
+    assert by_name(files)["mine"] == entries["mine"]
+
+
+def test_a_place_may_be_one_lora(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine" / "pytorch_lora_weights.safetensors"
+    path.write_bytes(lora())
+    (tmp_path / "mine" / "other.safetensors").write_bytes(lora())
+    assert list(by_name(FileStore({Kind.LORA: [str(path)]}, tmp_path))) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("place", "names", "name"),
+    [
+        (
+            "latent-consistency/lcm-lora-sdxl",
+            ["README.md", "pytorch_lora_weights.safetensors"],
+            "lcm-lora-sdxl",
+        ),
+        ("nerijs/pixel-art-xl", ["pixel-art-xl.safetensors", "sub/x.safetensors"], "pixel-art-xl"),
+        ("a/b/sub/two v1.safetensors", ["sub/one.safetensors", "sub/two v1.safetensors"], "two v1"),
+        ("a/b", ["one.safetensors", "pytorch_lora_weights.safetensors"], "b"),
+    ],
+)
+def test_a_lora_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, names: list[str], name: str
+) -> None:
+    fake_hub(tmp_path / "snapshots" / "0123abcd", names, monkeypatch)
+    assert list(by_name(FileStore({Kind.LORA: [place]}, tmp_path / "cache"))) == [name]
+
+
+@pytest.mark.parametrize(
+    ("place", "names", "part"),
+    [
+        ("a/b", ["one.safetensors", "two.safetensors"], r"has 2 \.safetensors files \(one.safetensors, two"),
+        ("a/b", ["x.bin"], r"has 0 \.safetensors files \(none\)"),
+        ("a/b/c.safetensors", ["d.safetensors"], "a/b/c.safetensors, which has no c.safetensors: correct it"),
+        ("a/gone", [], "which is neither here nor can be downloaded from the hub"),
+        ("nowhere", [], "is not there: make it"),
+    ],
+)
+def test_a_place_on_the_hub_that_is_no_lora_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, names: list[str], part: str
+) -> None:
+    fake_hub(tmp_path / "snapshots", names, monkeypatch)
+    with pytest.raises(SettingsError, match=part):
+        FileStore({Kind.LORA: [place]}, tmp_path / "cache")
+
+
+def fake_hub(folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub on which every repository but "a/gone" has these files."""
+
+    def list_repo_files(repo: str) -> list[str]:
+        if repo == "a/gone":
+            raise OSError("no such repository")
+        return names
+
+    def snapshot_download(repo: str, allow_patterns: list[str] | None = None, **_: Any) -> str:
+        list_repo_files(repo)
+        folder.mkdir(parents=True)
+        for name in {*names} & {*(allow_patterns or ())}:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(lora())
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+def test_a_lora_of_the_hub_is_found_in_the_cache_where_the_hub_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`HF_HUB_OFFLINE` of huggingface_hub, which tests have on."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1" / "pixel.safetensors"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.write_bytes(lora())
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert list(by_name(FileStore({Kind.LORA: ["a/b"]}, tmp_path / "cache"))) == ["pixel"]

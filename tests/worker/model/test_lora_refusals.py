@@ -152,8 +152,7 @@ def test_a_file_that_is_broken_or_too_large(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as less:
         less.setattr(headers, "MAX_HEADER", 20)
         assert "the limit of the format is 20" in lora_files.describe(path)[1]
-    for module in (lora_header, lora_files):
-        monkeypatch.setattr(module, "MAX_BYTES", 20)
+    monkeypatch.setattr(lora_header, "MAX_BYTES", 20)
     assert "the limit is 20" in lora_files.describe(path)[1]
     with pytest.raises(InvalidJobError, match="the limit is 20"):
         lora_files.load(path, "x", "", TARGETS)
