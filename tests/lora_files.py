@@ -9,6 +9,8 @@ Algo-Details; Liu et al., 2024), and shares nothing with the code that is tested
     onetrainer   dots and OMI's prefixes; `kohya` is what it writes by default
     diffusers    `save_lora_weights` of 0.42
     processors   diffusers before 0.17: `save_attn_procs`, and its text encoders
+    layers       diffusers 0.17 to 0.24
+    comfyui      ComfyUI's node that saves a LoRA
     peft         PEFT's `save_pretrained`
 """
 
@@ -217,6 +219,30 @@ def processors(changes: Changes) -> Tensors:
                 name = f"{part}.{_long(place)}.{text[last]}_lora"
             found[f"{name}.down.weight"], found[f"{name}.up.weight"] = change.down, change.up
     return found
+
+
+def layers(changes: Changes) -> Tensors:
+    """As diffusers named them before it took PEFT's names; without alpha."""
+    found = {}
+    for name, tensor in diffusers(changes).items():
+        middle = "lora" if name.startswith("unet.") or "text_projection" in name else "lora_linear_layer"
+        new = name.replace("lora_A", f"{middle}.down").replace("lora_B", f"{middle}.up")
+        found[new] = tensor
+    return found
+
+
+def comfyui(changes: Changes, unet: Any) -> Tensors:
+    """With the names of its models."""
+    original = original_names(unet)
+    prefixes = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    return _kohya(
+        changes,
+        lambda part, module: (
+            f"diffusion_model.{original[module]}"
+            if part == "unet"
+            else f"text_encoders.{prefixes[part]}.transformer.{_long(module)}"
+        ),
+    )
 
 
 def peft(changes: Mapping[str, Change]) -> Tensors:

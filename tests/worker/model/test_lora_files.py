@@ -148,6 +148,12 @@ def test_files_of_attention_processors(models: dict[str, Model], tmp_path: Path,
     check(model, tmp_path / "x.safetensors", tensors, {"unet": changes["unet"]}, diffusers=False)
 
 
+def test_files_of_diffusers_between_the_two(models: dict[str, Model], tmp_path: Path) -> None:
+    model = models["sdxl"]
+    changes = model.changes(share=0.3)
+    check(model, tmp_path / "x.safetensors", made.layers(changes), changes, diffusers=True)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_onetrainers_files(models: dict[str, Model], tmp_path: Path, name: str) -> None:
     model = models[name]
@@ -273,7 +279,7 @@ def test_all_modules_of_the_real_models_are_found_by_each_spelling(name: str) ->
     alphas=st.lists(st.none() | st.floats(-64, 256, width=16), min_size=1, max_size=4),
     dora=st.sampled_from(["", "out", "in"]),
     tucker=st.booleans(),
-    tool=st.sampled_from(["kohya", "kohya_xl", "onetrainer"]),
+    tool=st.sampled_from(["kohya", "kohya_xl", "onetrainer", "comfyui"]),
 )
 def test_any_ranks_alphas_and_modules(
     models: dict[str, Model], tmp_path: Path, seed: int, tool: str, **options: Any
