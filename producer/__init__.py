@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from producer.ingest.submit_file import submit_file
     from worker.contract.errors import (
         CallerError,
+        InputError,
         InvalidJobError,
         JobCancelledError,
         JobError,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 #: The public names. Those of `worker.contract.errors` that only a worker raises are left out.
 __all__ = [
     "CallerError",
+    "InputError",
     "InvalidJobError",
     "Job",
     "JobCancelledError",

@@ -67,6 +67,7 @@ REMEDIES: dict[type[errors.SmallcatError], str] = {
     errors.SmallcatError: "Read the text: it names the value, the limit and the remedy.",
     errors.CallerError: "Correct what the text names.",
     errors.InvalidJobError: "Correct the fields that the text names.",
+    errors.InputError: "Submit the job again with the picture.",
     errors.PromptFileError: "Correct the file or the option that the text names, and run the command again.",
     errors.UnknownModelError: "Start a worker for that model, or submit again without `revision`.",
     errors.UnknownJobError: "Check the id. An expired record is looked up in the bucket: set `S3_BUCKET`.",

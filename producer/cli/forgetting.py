@@ -30,6 +30,7 @@ COUNTED: Final = {
     "answers": "answers to requests with an Idempotency-Key",
     "pictures": "pictures",
     "lasting_records": "records in the bucket",
+    "inputs": "files that jobs begin with",
     "older_versions": "older versions in the bucket",
 }
 #: Seconds between two looks at jobs that a worker has.
@@ -81,6 +82,7 @@ class Forget:
             self._state.notifications()
             self._state.rest()
             self._delete(deletion, self._objects(deletion))
+            self._delete(deletion, self._inputs(deletion))
             if not self._is_dry:
                 self._wait(deletion)
                 self._finish()
@@ -104,6 +106,13 @@ class Forget:
         else:
             yield from (each for each in deletion.of_all() if each.at < self._scope.before)
 
+    def _inputs(self, deletion: Deletion) -> Iterator[Stored]:
+        """The files to be deleted that jobs begin with. Those of one job may be others' as well, and stay."""
+        if self._scope.tenant:
+            yield from deletion.inputs_of_tenant(self._scope.tenant)
+        elif not self._scope.job:
+            yield from deletion.inputs_before(self._scope.before)
+
     def _delete(self, deletion: Deletion, objects: Iterator[Stored]) -> None:
         from worker.storage.deletion import batches
 
@@ -114,10 +123,12 @@ class Forget:
                 self._done.kept += stays
             refused = {said.partition(":")[0] for said in stays}
             gone = [each for each in batch if each.key not in refused]
-            is_record = [each.key.endswith(".json") for each in gone if each.is_current]
+            pictures = [each for each in gone if each.job_id]
+            is_record = [each.key.endswith(".json") for each in pictures if each.is_current]
             self._count("pictures", len(is_record) - sum(is_record))
             self._count("lasting_records", sum(is_record))
-            self._count("older_versions", len(gone) - len(is_record))
+            self._count("older_versions", sum(not each.is_current for each in gone))
+            self._count("inputs", sum(not each.job_id and each.is_current for each in gone))
 
     def _wait(self, deletion: Deletion) -> None:
         """Until no worker works on one of the jobs; then delete what they have put meanwhile."""

@@ -17,7 +17,7 @@ from worker.device.job_state import FiniteCheck, JobState
 from worker.device.job_text import plain_text
 from worker.device.schedule import SLOTS, Schedule
 from worker.device.step import batch_of
-from worker.engine.runner import Picture
+from worker.engine.runner import JobInputs, Picture
 
 #: Milliseconds of a step by its rows, and of a decode call by its pictures: about as on an H200, with Stable
 #: Diffusion 1.x shapes at 512x512 px, compiled (docs/performance.md).
@@ -86,7 +86,7 @@ class EmulatedRunner(FaultRunner):
         #: The last step of each job in flight.
         self._steps: dict[int, threading.Event] = {}
 
-    def prepare(self, job: Job) -> JobState:  # type: ignore[override]
+    def prepare(self, job: Job, inputs: JobInputs | None = None) -> JobState:  # type: ignore[override]
         steps = job.steps or 1
         schedule = Schedule(
             tuple(map(float, range(steps))),

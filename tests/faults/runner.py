@@ -27,7 +27,7 @@ import numpy as np
 from worker.contract.errors import DeviceError, NotFiniteError, OutOfMemoryError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
-from worker.engine.runner import Picture
+from worker.engine.runner import JobInputs, Picture
 
 #: What the fake serves.
 SERVED = ServedModel(
@@ -132,7 +132,7 @@ class FaultRunner:
         """The same for any rows."""
         return 1.0
 
-    def prepare(self, job: Job) -> FaultState:
+    def prepare(self, job: Job, inputs: JobInputs | None = None) -> FaultState:
         """As in `Runner`."""
         self._note("start", job)
         verbs = verbs_of(job.prompt)

@@ -3,6 +3,7 @@
     SmallcatError
     ├── CallerError                 the caller's fault: never tried again
     │   ├── InvalidJobError         a field is outside its limits
+    │   ├── InputError              a picture that the job begins with is gone, or is none
     │   ├── PromptFileError         a file of prompts cannot be read, or does not fit the run
     │   ├── UnknownModelError       no worker may serve that model
     │   ├── UnknownJobError         there is no job of that id
@@ -45,6 +46,10 @@ class CallerError(SmallcatError):
 
 class InvalidJobError(CallerError):
     """Raised when a field of a job is unknown or outside its limits. Nothing has been sent."""
+
+
+class InputError(CallerError):
+    """Raised when a picture that the job begins with is not there any more, or is not what it was."""
 
 
 class PromptFileError(CallerError):

@@ -39,7 +39,7 @@ from worker.device.unet_family import UNetFamily
 from worker.device.vae_decoder import VaeDecoder
 from worker.device.vaes import Vaes
 from worker.engine import step_cost
-from worker.engine.runner import Picture
+from worker.engine.runner import JobInputs, Picture
 from worker.engine.step_cost import StepCost
 from worker.model import loader
 from worker.model.loader import Loaded
@@ -244,13 +244,15 @@ class ModelRunner:
     # --- a job: prepare, step, decode -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def prepare(self, job: Job) -> JobState:
+    def prepare(self, job: Job, inputs: JobInputs | None = None) -> JobState:
         """`job` with its text encoded, its noise drawn and its schedule made, ready for its first step.
 
         Raises `InvalidJobError` for what the model cannot do, `RenderError` when the text encoder fails, and
         `OutOfMemoryError` when it does not fit. No other job is affected.
         """
         self._set_device()
+        if job.image:
+            raise InvalidJobError("image is for later workers: this one draws from text alone.")
         job = job.resolved(self.served)
         assert job.width and job.height and job.steps  # noqa: S101, PT018 - resolved, which mypy cannot know
         assert job.guidance_scale is not None  # noqa: S101

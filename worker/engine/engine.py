@@ -38,7 +38,7 @@ from worker.contract.job import Job
 from worker.engine.batcher import Batcher
 from worker.engine.decode_stage import DecodeStage
 from worker.engine.movement import Movement
-from worker.engine.runner import Outcome, Picture, Runner, StateT
+from worker.engine.runner import JobInputs, Outcome, Picture, Runner, StateT
 from worker.engine.ticket import Rendered, Ticket, as_job_error, is_machine_fault, shared
 
 logger = logging.getLogger("smallcat.engine")
@@ -103,7 +103,7 @@ class Engine(Generic[StateT]):
         """Start the loop."""
         self._thread.start()
 
-    def submit(self, job_id: str, job: Job) -> Future[Rendered]:
+    def submit(self, job_id: str, job: Job, inputs: JobInputs | None = None) -> Future[Rendered]:
         """Encode the job's text on the caller's thread, and let the job wait for its first step.
 
         The future resolves to a `Rendered`, or to the job's own `SmallcatError`. A job whose id is in flight
@@ -114,7 +114,7 @@ class Engine(Generic[StateT]):
                 # Submitted again after its cancellation: it is wanted again.
                 known.cancelled = False
                 return known.future
-            ticket: Ticket[StateT] = Ticket(job_id, job, self._clock() + self._job_timeout_s)
+            ticket: Ticket[StateT] = Ticket(job_id, job, self._clock() + self._job_timeout_s, inputs)
             if self._stopped:
                 ticket.resolve(EngineStoppedError("The engine has stopped: the job goes back to the queue."))
                 return ticket.future
@@ -334,7 +334,7 @@ class Engine(Generic[StateT]):
     def _prepare(self, ticket: Ticket[StateT]) -> None:
         """Make a job ready for its first step. Raises `OutOfMemoryError`: it may fit at another time."""
         try:
-            ticket.state = self._runner.prepare(ticket.job)
+            ticket.state = self._runner.prepare(ticket.job, ticket.inputs)
         except OutOfMemoryError:
             raise
         except BaseException as error:  # noqa: BLE001 - a job fails alone

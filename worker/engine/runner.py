@@ -25,6 +25,20 @@ class Picture:
     nsfw: bool | None = None
 
 
+@dataclass(frozen=True)
+class JobInputs:
+    """The pictures that a job begins with, in the host's memory; nobody changes them.
+
+    Without `padding` both have the job's own size. With it both have the image's, of which a part is drawn.
+    """
+
+    #: (height, width, 3) uint8 RGB, turned as it is seen, on white where it was transparent.
+    image: NDArray[np.uint8]
+    #: (height, width) uint8: 255 where the image is to be drawn, 0 where it stays, as the mask's file or the
+    #: image's alpha channel says: with neither blur nor threshold. None: all of it is drawn.
+    mask: NDArray[np.uint8] | None = None
+
+
 #: The result of a finished job.
 Outcome = Picture | SmallcatError
 
@@ -86,8 +100,11 @@ class Runner(Costs, Protocol[StateT]):
     def is_compiling(self) -> bool:
         """Whether something compiles or is captured, so that a step may take minutes."""
 
-    def prepare(self, job: Job) -> StateT:
-        """Encode the text and draw the noise. An error is this job's alone. Called on any thread."""
+    def prepare(self, job: Job, inputs: JobInputs | None = None) -> StateT:
+        """Encode the text and draw the noise, and `inputs` where the job has an image.
+
+        An error is this job's alone. Called on any thread.
+        """
 
     def step(self, states: Sequence[StateT]) -> list[SmallcatError | None]:
         """Run one step of jobs of one lane, none of them finished.

@@ -15,7 +15,7 @@ from worker.contract.errors import (
     SmallcatError,
 )
 from worker.contract.job import Job
-from worker.engine.runner import Picture, StateT
+from worker.engine.runner import JobInputs, Picture, StateT
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Ticket(Generic[StateT]):
     job: Job
     #: On the engine's clock, in seconds.
     deadline_s: float
+    #: The pictures that it begins with; None: it begins with noise.
+    inputs: JobInputs | None = None
     future: Future[Rendered] = field(default_factory=Future)
     #: Set once the job is prepared.
     state: StateT | None = None

@@ -46,12 +46,13 @@ from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, JobRecord, State, Timings
 from worker.contract.served_model import ServedModel
 from worker.engine.engine import Engine
-from worker.engine.runner import Picture
+from worker.engine.runner import JobInputs, Picture
 from worker.engine.ticket import Rendered
 from worker.jobs import job_log, metrics
 from worker.jobs.bucket_access import BucketAccess
 from worker.jobs.image_file import CONTENT_TYPES, encode
 from worker.jobs.in_flight import JobsInFlight
+from worker.jobs.input_arrays import arrays_of
 from worker.jobs.job_files import Files, NoFiles
 from worker.jobs.quarantine import Quarantine
 from worker.jobs.rates import Rates
@@ -209,11 +210,10 @@ class JobHandler:
             return
         if not may_render:
             raise self._policy.poison(attempt)
-        if job.image:
-            raise InvalidJobError("image is for later workers: this one draws from text alone.")
         job = self._files.provide(job)
+        inputs, noticed = self._inputs(message.id, job)
         started_s = time.monotonic()
-        rendered = self._rendered(message.id, job)
+        rendered = self._rendered(message.id, job, inputs)
         rendered_s = time.monotonic()
         steps = job.steps or 0
         self._in_flight.rendered(message.id, steps)
@@ -228,7 +228,12 @@ class JobHandler:
             uri=self._bucket.uri(*where),
             timings=Timings(queued=queued_s, rendered=rendered_s - started_s),
             worker=self._name,
-            warnings=(*rendered.warnings, *warnings_of(job), *unknown_warnings(job, self._files.index)),
+            warnings=(
+                *noticed,
+                *rendered.warnings,
+                *warnings_of(job),
+                *unknown_warnings(job, self._files.index),
+            ),
             nsfw=rendered.picture.nsfw,
         )
         with metrics.ENCODED.time():
@@ -244,13 +249,20 @@ class JobHandler:
         metrics.JOBS.labels("rendered", "").inc()
         self.rates.picture()
 
-    def _rendered(self, job_id: str, job: Job) -> Rendered:
+    def _inputs(self, job_id: str, job: Job) -> tuple[JobInputs | None, tuple[str, ...]]:
+        """What the job begins with, and what is to be said of it. Raises `SmallcatError`."""
+        if not job.image:
+            return None, ()
+        pixels = self._retry_storage(job_id, lambda: self._bucket.pixels_of(job))
+        return arrays_of(pixels), pixels.warnings
+
+    def _rendered(self, job_id: str, job: Job, inputs: JobInputs | None) -> Rendered:
         """The picture, from the engine. Raises `SmallcatError`."""
         metrics.ATTEMPTS.inc()
         with metrics.RENDERED.time():
             # Returns once the texts are encoded.
             with metrics.TEXT_ENCODED.time():
-                future = self._engine.submit(job_id, job)
+                future = self._engine.submit(job_id, job, inputs)
             rendered = future.result()
         metrics.DECODED.observe(rendered.decode_s)
         return rendered

@@ -3,6 +3,7 @@
     PREFIX/images/<id[:2]>/<id>.png     the picture (or .webp, .jpeg), put first
     PREFIX/images/<id[:2]>/<id>.json    the job's lasting record, put last
     PREFIX/images/tenants/<tenant>/...  both of a job that has a tenant
+    PREFIX/inputs/...                   the files that jobs begin with (`worker.storage.inputs`)
 
 A job is done when its record is there. When a worker dies between the two, or a full storage refuses one of
 them, there is no record, and the job's next attempt puts both. The picture is larger than the record, so a
@@ -22,15 +23,18 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import IO, TYPE_CHECKING, cast
 
 import botocore.exceptions
 
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError, UnknownJobError
-from worker.contract.object_keys import object_key
+from worker.contract.input_reference import MAX_INPUT_BYTES
+from worker.contract.job import Job
+from worker.contract.object_keys import input_key, object_key
 from worker.storage.client import is_aws, make_client, region_of
+from worker.storage.input_pixels import InputPixels, read_pixels
 from worker.storage.options import BucketOptions
 from worker.storage.refusals import DENIED, code_of, storage_errors
 
@@ -171,6 +175,32 @@ class Bucket:
                 if self._says_missing(error):
                     return None
                 raise
+
+    def read_input(self, sha256: str, tenant: str = "") -> bytes | None:
+        """The file that jobs begin with, as it is there: its reader compares its hash. None: it is gone.
+
+        No more is read than a byte above an input's limit. Raises `StorageError`.
+        """
+        return self._bytes(f"{self._prefix}{input_key(sha256, tenant)}")
+
+    def picture(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
+        """A job's picture, up to as many bytes; None: it is not there. Raises `StorageError`."""
+        return self._bytes(self._key(job_id, image_format, tenant))
+
+    def _bytes(self, key: str) -> bytes | None:
+        with self._errors():
+            try:
+                body = self._client.get_object(Bucket=self.name, Key=key)["Body"]
+            except botocore.exceptions.ClientError as error:
+                if self._says_missing(error):
+                    return None
+                raise
+            with closing(body):
+                return body.read(MAX_INPUT_BYTES + 1)
+
+    def pixels_of(self, job: Job) -> InputPixels:
+        """The pixels of what a job with an image begins with. Raises `InputError`, `StorageError`."""
+        return read_pixels(self, job)
 
     def get(self, uri: str) -> bytes:
         """The bytes at an s3:// address. Raises `UnknownJobError` where nothing is, `StorageError`."""

@@ -14,6 +14,7 @@ import botocore.exceptions
 
 from worker.contract.choices import ImageFormat
 from worker.contract.object_keys import object_key
+from worker.storage.inputs import RENEW_S
 from worker.storage.refusals import code_of
 
 if TYPE_CHECKING:
@@ -23,19 +24,21 @@ if TYPE_CHECKING:
 AT_ONCE: Final = 1_000
 #: What the key of a job's object looks like, below the prefix.
 _KEY: Final = re.compile(r"images/(?:tenants/([a-z0-9-]+)/)?[0-9a-f]{2}/([0-9a-f]{32})\.([a-z]+)")
+#: What that of a file looks like that jobs begin with.
+_INPUT: Final = re.compile(r"inputs/(?:tenants/([a-z0-9-]+)/)?[0-9a-f]{64}()")
 #: What servers answer that do not have a request.
 _NOT_THERE: Final = frozenset({"NotImplemented", "MethodNotAllowed", "501", "405", "UnsupportedOperation"})
 
 
 class Stored(NamedTuple):
-    """A version of an object of a job; of a bucket without versions, the object."""
+    """A version of an object of jobs; of a bucket without versions, the object."""
 
     key: str
     #: Its version; empty: the bucket has none.
     version: str
     #: Unix seconds when it was put.
     at: float
-    #: The job's id and tenant.
+    #: The job's id, empty for an input, and the tenant.
     job_id: str
     tenant: str
     #: Whether it is the object as it is read now, and no older version or mark of a deletion.
@@ -56,6 +59,17 @@ class Deletion:
     def of_all(self) -> Iterator[Stored]:
         """All objects of jobs, those of tenants included."""
         return self._below("images/")
+
+    def inputs_of_tenant(self, tenant: str) -> Iterator[Stored]:
+        """All files that a tenant's jobs begin with."""
+        return self._below(f"inputs/tenants/{tenant}/")
+
+    def inputs_before(self, at: float) -> Iterator[Stored]:
+        """All files that no job begins with which was submitted since `at`, in Unix seconds, or later.
+
+        Those of tenants are included. A job renews what it begins with where it was put long ago.
+        """
+        return (each for each in self._below("inputs/") if each.at < at - RENEW_S)
 
     def of_job(self, job_id: str, tenants: Iterable[str]) -> Iterator[Stored]:
         """The objects of one job, which is of one of these tenants; "" stands for none."""
@@ -130,8 +144,9 @@ class Deletion:
         return "Status" in answer
 
     def _stored(self, found: Any, *, is_mark: bool) -> Stored | None:
-        """What a listing says; None for what is no job's object."""
-        match = _KEY.fullmatch(found["Key"].removeprefix(self._bucket._prefix))
+        """What a listing says; None for what is no object of jobs."""
+        name = found["Key"].removeprefix(self._bucket._prefix)
+        match = _KEY.fullmatch(name) or _INPUT.fullmatch(name)
         if match is None:
             return None
         is_current = not is_mark and found.get("IsLatest", True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ class BucketOptions:
             object_lock=settings.s3_object_lock,
             object_lock_days=settings.s3_object_lock_days,
         )
+
+    def for_inputs(self) -> BucketOptions:
+        """Those of the files that jobs begin with.
+
+        They are nobody's but the job's, and go when no job needs them: none is public or locked, whatever
+        pictures are.
+        """
+        acl = "" if self.acl.startswith(("public", "authenticated")) else self.acl
+        return replace(self, acl=acl, cache_control="", object_lock="", object_lock_days=None)
 
     def put_parameters(self, now: datetime.datetime, *, is_test: bool = False) -> Mapping[str, Any]:
         """The parameters of PutObject beside bucket, key and body; a test object is retained for a minute."""

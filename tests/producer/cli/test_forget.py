@@ -29,6 +29,7 @@ from worker.state.keys import HTTP_FORGOTTEN, RUNS, WEBHOOKS, attempts_key, job_
 from worker.state.redis_client import connect
 from worker.storage.bucket import Bucket
 from worker.storage.deletion import Deletion
+from worker.storage.inputs import RENEW_S, Inputs
 
 #: In all that acme's jobs are told by.
 SECRET = "acme's secret"
@@ -144,11 +145,13 @@ COUNTS = {
     "notifications": 2,
     "answers": 0,
 }
-COUNTS |= {"pictures": 2, "lasting_records": 2, "older_versions": 0}
+COUNTS |= {"pictures": 2, "lasting_records": 2, "inputs": 1, "older_versions": 0}
 
 
 def test_a_tenant_is_forgotten_and_others_stay(redis: Redis, worker: Worker, storage: FlakyBucket) -> None:
     jobs = much(redis, worker)
+    for tenant in ("acme", "acme-2"):
+        Inputs(storage).put(b"a picture", "image/png", tenant)
     before, objects = everything(redis), keys_in(storage)
     dry = forget("--tenant", "acme", "--dry-run")
     assert {name: dry[name] for name in COUNTS} == COUNTS
@@ -160,7 +163,7 @@ def test_a_tenant_is_forgotten_and_others_stay(redis: Redis, worker: Worker, sto
     assert SECRET not in left
     assert "acme.txt" not in left
     assert sorted(keys_in(storage)) == sorted(key for key in objects if "acme" not in key)
-    assert len(keys_in(storage)) == 4
+    assert len(keys_in(storage)) == 5
     for name in ("theirs", "nobody's"):
         assert worker.records.get(jobs[name].id).state == "done"
     assert worker.records.get(jobs["theirs, queued"].id).state == "queued"
@@ -343,8 +346,13 @@ def test_what_was_submitted_before_a_time_is_forgotten(
     jobs = much(redis, worker)
     redis.hset(job_key(jobs["theirs, queued"].id), "submitted_at", 10**10)
     redis.hset(run_key("r2"), "created", 10**10)
-    command = Forget(session(), Scope(before=redis.time()[0] + 100), is_dry=False)
+    Inputs(storage).put(b"a picture", "image/png", "acme")
+    counts = Forget(session(), Scope(before=redis.time()[0] + 100), is_dry=True)().counts
+    # A job that was submitted since then may have found it there, and not put it again.
+    assert counts["inputs"] == 0
+    command = Forget(session(), Scope(before=redis.time()[0] + RENEW_S + 100), is_dry=False)
     counts = command().counts
+    assert counts["inputs"] == 1
     assert (counts["records"], counts["messages"], counts["runs"]) == (6, 1, 1)
     assert (counts["pictures"], keys_in(storage)) == (4, [])
     assert SECRET not in everything(redis)

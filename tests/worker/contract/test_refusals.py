@@ -105,5 +105,5 @@ def test_a_refusal_is_logged_once_and_its_end_once(caplog: pytest.LogCaptureFixt
         assert len(caplog.records) == 2
         log.answered("jobs")
         log.answered("jobs")
-        assert "is back" in caplog.records[-1].message
+        assert "is back" in caplog.records[-1].getMessage()
         assert len(caplog.records) == 3

@@ -15,7 +15,7 @@ import numpy as np
 from worker.contract.errors import NotFiniteError, OutOfMemoryError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
-from worker.engine.runner import Picture
+from worker.engine.runner import JobInputs, Picture
 
 #: What the fake serves.
 SERVED = ServedModel(
@@ -100,6 +100,8 @@ class FakeRunner:
         self.steps_done: Counter[int] = Counter()
         #: Seeds in order of `prepare`.
         self.prepared: list[int] = []
+        #: What each job began with, by seed.
+        self.inputs: dict[int, JobInputs | None] = {}
         self._calls = 0
 
     def cap(self, lane: Hashable) -> int:
@@ -110,9 +112,10 @@ class FakeRunner:
         """Each row costs one."""
         return float(rows)
 
-    def prepare(self, job: Job) -> FakeState:
+    def prepare(self, job: Job, inputs: JobInputs | None = None) -> FakeState:
         """As the contract says."""
         self.prepared.append(job.seed)
+        self.inputs[job.seed] = inputs
         self._check_memory(job)
         if error := self._faults(job).prepare:
             raise error

@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import EmptyBucket
 from worker.contract.choices import ImageFormat
-from worker.contract.errors import PermanentStorageError, StorageError
+from worker.contract.errors import InputError, PermanentStorageError, StorageError
+from worker.contract.job import Job
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 
@@ -64,6 +65,9 @@ def test_many_threads_ask_one_process(storage: BucketProcess) -> None:
     storage.start()
     with ThreadPoolExecutor(16) as threads:
         assert set(threads.map(lambda number: storage.find(f"{number:032x}", PNG), range(64))) == {None}
+    job = Job.parse({"prompt": "x", "seed": 1, "image": f"sha256:{'ab' * 32}:64x64"})
+    with pytest.raises(InputError, match="image is gone from the bucket"):
+        storage.pixels_of(job)
     spawned = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
     assert [child.pid for child in spawned] == [process_of(storage).pid]
 

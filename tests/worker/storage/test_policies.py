@@ -24,6 +24,7 @@ from worker.contract.choices import ImageFormat
 from worker.contract.errors import PermanentStorageError
 from worker.storage.bucket import Bucket
 from worker.storage.deletion import Deletion
+from worker.storage.inputs import Inputs
 from worker.storage.options import BucketOptions
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +53,7 @@ def work(bucket: Bucket) -> None:
     assert bucket.find(ABSENT, PNG) is None
     bucket.put(JOB_ID, PNG, b"picture", b"{}", "image/png")
     assert bucket.find(JOB_ID, PNG) == b"{}"
+    assert bucket.read_input("0" * 64) is None
 
 
 def produce(bucket: Bucket) -> None:
@@ -62,6 +64,11 @@ def produce(bucket: Bucket) -> None:
         assert body.read() == b"picture"
     assert bucket.record(JOB_ID) == b"{}"
     assert bucket.find(ABSENT, PNG) is None
+    inputs = Inputs(bucket)
+    sha256 = inputs.put(b"input", "image/png")
+    assert inputs.put(b"input", "image/png") == sha256
+    assert inputs.renew(sha256)
+    assert not inputs.renew("0" * 64)
     assert uri in {address for address, _ in bucket.below(bucket.root)}
 
 
@@ -74,7 +81,7 @@ def test_a_policy_is_iam_s_json_for_one_bucket_and_prefix(side: str) -> None:
         assert set(statement) == {"Sid", "Effect", "Action", "Resource"}
         assert statement["Effect"] == "Allow"
         assert re.fullmatch(r"[A-Za-z0-9]+", statement["Sid"]), "AWS takes no other characters in it"
-        assert re.fullmatch(r"arn:aws:s3:::BUCKET(/PREFIX/images/[.\w-]*\*)?", statement["Resource"])
+        assert re.fullmatch(r"arn:aws:s3:::BUCKET(/PREFIX/(images|inputs)/[.\w-]*\*)?", statement["Resource"])
     assert not [action for action, _ in allowed(policy) if "*" in action]
 
 

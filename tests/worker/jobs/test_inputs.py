@@ -1,0 +1,166 @@
+"""A job that begins with a picture: it is read from the bucket, checked again, and given to the runner."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.worker.engine.fake_runner import job_of
+from tests.worker.jobs.test_handler import FlakyBucket, Worker, client, storage, worker
+from worker.contract.errors import StorageError
+from worker.contract.job import Job
+from worker.contract.job_parameters import MAX_SIZE
+from worker.contract.record import JobRecord, State
+from worker.storage.bucket import Bucket
+from worker.storage.inputs import Inputs
+
+__all__ = ["client", "storage", "worker"]
+
+#: A cut-out: a red square that is opaque in its left half.
+CUT_OUT = Image.new("RGBA", (128, 64), (255, 0, 0, 0))
+CUT_OUT.paste((255, 0, 0, 255), (0, 0, 64, 64))
+
+
+def file_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def put(bucket: Bucket, image: Image.Image, tenant: str = "") -> str:
+    """Put a picture; returns its reference."""
+    sha256 = Inputs(bucket).put(file_of(image), "image/png", tenant)
+    return f"sha256:{sha256}:{image.width}x{image.height}"
+
+
+def job(image: str, **fields: Any) -> Job:
+    given = {"width": 64, "height": 64} | fields
+    return Job.parse(job_of(5).model_dump() | {"image": image, **given})
+
+
+def record_of(worker: Worker, wanted: Job) -> JobRecord:
+    worker.submit(wanted)
+    assert worker.handle(wanted) is None
+    return worker.records.get(wanted.id)
+
+
+def test_the_runner_gets_the_pixels_at_the_jobs_size(worker: Worker, storage: FlakyBucket) -> None:
+    wanted = job(put(storage, CUT_OUT))
+    record = record_of(worker, wanted)
+    assert (record.state, record.attempts) == (State.DONE, 1)
+    assert record.warnings == (
+        "The image is transparent in places, and lies on white: mask=alpha draws there.",
+    )
+    inputs = worker.runner.inputs[5]
+    assert inputs is not None
+    white = Image.new("RGBA", CUT_OUT.size, "white")
+    white.alpha_composite(CUT_OUT)
+    resized = white.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(inputs.image, np.asarray(resized))
+    assert inputs.mask is None
+
+
+def test_the_alpha_channel_may_be_the_mask(worker: Worker, storage: FlakyBucket) -> None:
+    record = record_of(worker, job(put(storage, CUT_OUT), mask="alpha", width=128))
+    assert (record.state, record.warnings) == (State.DONE, ())
+    inputs = worker.runner.inputs[5]
+    assert inputs is not None
+    assert inputs.mask is not None
+    assert inputs.mask.shape == (64, 128)
+    assert (inputs.mask[:, :64].max(), inputs.mask[:, 64:].min()) == (0, 255)
+
+
+def test_with_padding_the_runner_gets_the_pictures_as_large_as_the_image(
+    worker: Worker, storage: FlakyBucket
+) -> None:
+    mask = Image.new("L", (256, 128), 255)
+    wanted = job(put(storage, CUT_OUT), mask=put(storage, mask), padding=8)
+    assert record_of(worker, wanted).state is State.DONE
+    inputs = worker.runner.inputs[5]
+    assert inputs is not None
+    assert inputs.mask is not None
+    assert (inputs.image.shape, inputs.mask.shape) == ((64, 128, 3), (64, 128))
+
+
+def test_a_job_without_an_image_begins_with_nothing(worker: Worker) -> None:
+    assert record_of(worker, job_of(5)).state is State.DONE
+    assert worker.runner.inputs == {5: None}
+
+
+def test_a_tenants_input_is_his_own(worker: Worker, storage: FlakyBucket) -> None:
+    reference = put(storage, CUT_OUT, "acme")
+    assert record_of(worker, job(reference, tenant="acme")).state is State.DONE
+    for tenant in ("", "acme-2"):
+        assert record_of(worker, job(reference, tenant=tenant)).error_type == "InputError"
+
+
+def test_an_input_that_is_gone_or_changed_or_no_picture_fails_its_job_at_once_in_a_sentence(
+    worker: Worker, storage: FlakyBucket
+) -> None:
+    reference = put(storage, CUT_OUT)
+    digits = reference[7:71]
+    key = f"inputs/{digits}"
+
+    def error(wanted: Job, body: bytes | None) -> str | None:
+        if body is None:
+            storage._client.delete_object(Bucket=storage.name, Key=key)
+        else:
+            storage._client.put_object(Bucket=storage.name, Key=key, Body=body)
+        record = record_of(worker, wanted)
+        assert (record.state, record.error_type, record.attempts) == (State.FAILED, "InputError", 1)
+        return record.error
+
+    remedy = "submit the job again with the picture."
+    assert error(job(reference), None) == f"image is gone from the bucket ({digits[:12]}...): {remedy}"
+    changed = f"image was changed in the bucket ({digits[:12]}...): {remedy}"
+    assert error(job(reference, seed=6), file_of(CUT_OUT.convert("RGB"))) == changed
+    said = job(reference.replace("128x64", "64x64"), seed=7)
+    assert (
+        error(said, file_of(CUT_OUT)) == "image is 128x64, and the job says 64x64: submit the picture again."
+    )
+    whole = put(storage, CUT_OUT.convert("RGB"))
+    opaque = record_of(worker, job(whole, mask="alpha", seed=8))
+    assert opaque.error == "mask is alpha, and no pixel of the image is transparent: give a mask."
+    text = Inputs(storage).put(b"a small cat", "image/png")
+    record = record_of(worker, job(f"sha256:{text}:64x64", seed=9))
+    assert record.error == "image is no picture that is read: give a PNG, JPEG or WebP."
+    assert worker.runner.prepared == []
+
+
+def test_a_bucket_that_fails_while_inputs_are_read_is_waited_for(
+    worker: Worker, storage: FlakyBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = job(put(storage, CUT_OUT))
+    errors = [StorageError("away"), StorageError("away")]
+    real = storage.read_input
+
+    def flaky(sha256: str, tenant: str = "") -> bytes | None:
+        if errors:
+            raise errors.pop()
+        return real(sha256, tenant)
+
+    monkeypatch.setattr(storage, "read_input", flaky)
+    record = record_of(worker, wanted)
+    assert (record.state, record.attempts, errors) == (State.DONE, 1, [])
+
+
+def test_the_picture_of_another_job_is_read_where_it_is(worker: Worker, storage: FlakyBucket) -> None:
+    first = job_of(3, format="webp")
+    assert record_of(worker, first).state is State.DONE
+    stored = Image.open(io.BytesIO(storage.get(storage.uri(first.id, first.format)))).convert("RGB")
+    wanted = job(f"job:{first.id}:{stored.width}x{stored.height}")
+    assert record_of(worker, wanted).state is State.DONE
+    inputs = worker.runner.inputs[5]
+    assert inputs is not None
+    assert np.array_equal(inputs.image, np.asarray(stored.resize((64, 64), Image.Resampling.LANCZOS)))
+    missing = record_of(worker, job(f"job:{'0' * 32}:64x64", seed=6))
+    assert missing.error_type == "InputError"
+    assert "which is not in the bucket: submit that job again." in (missing.error or "")
+
+
+def test_pictures_of_jobs_are_within_the_limits_of_inputs() -> None:
+    assert MAX_SIZE**2 < 64_000_000
