@@ -84,11 +84,13 @@ def everything(redis: Redis) -> str:
 
 
 def keys_in(storage: Bucket) -> list[str]:
-    return [uri.partition("images/")[2] for uri, _ in storage.below(f"s3://{storage.name}/")]
+    return [uri.split("/", 3)[3] for uri, _ in storage.below(f"s3://{storage.name}/")]
 
 
 def much(redis: Redis, worker: Worker) -> dict[str, Job]:
     """Of acme a job in every state, a message that nobody reads, and a run; and of others some, too."""
+    for tenant in ("acme", "evil"):
+        Inputs(worker.storage).put(b"a picture", "image/png", tenant)
     jobs = {
         "done": job(1),
         "trimmed": job(2),
@@ -150,8 +152,6 @@ COUNTS |= {"pictures": 2, "lasting_records": 2, "inputs": 1, "older_versions": 0
 
 def test_a_tenant_is_forgotten_and_others_stay(redis: Redis, worker: Worker, storage: FlakyBucket) -> None:
     jobs = much(redis, worker)
-    for tenant in ("acme", "acme-2"):
-        Inputs(storage).put(b"a picture", "image/png", tenant)
     before, objects = everything(redis), keys_in(storage)
     dry = forget("--tenant", "acme", "--dry-run")
     assert {name: dry[name] for name in COUNTS} == COUNTS
@@ -337,7 +337,7 @@ def test_one_job_is_forgotten(redis: Redis, worker: Worker, storage: FlakyBucket
         assert redis.hget(job_key(jobs[name].id), "forgotten") == f"job:{jobs[name].id}"
         assert redis.keys(f"{job_key(jobs[name].id)}:*") == []
     assert worker.records.get(jobs["theirs"].id).state == "done"
-    assert len(keys_in(storage)) == 4
+    assert len(keys_in(storage)) == 6
 
 
 def test_what_was_submitted_before_a_time_is_forgotten(
@@ -346,13 +346,12 @@ def test_what_was_submitted_before_a_time_is_forgotten(
     jobs = much(redis, worker)
     redis.hset(job_key(jobs["theirs, queued"].id), "submitted_at", 10**10)
     redis.hset(run_key("r2"), "created", 10**10)
-    Inputs(storage).put(b"a picture", "image/png", "acme")
     counts = Forget(session(), Scope(before=redis.time()[0] + 100), is_dry=True)().counts
     # A job that was submitted since then may have found it there, and not put it again.
     assert counts["inputs"] == 0
     command = Forget(session(), Scope(before=redis.time()[0] + RENEW_S + 100), is_dry=False)
     counts = command().counts
-    assert counts["inputs"] == 1
+    assert counts["inputs"] == 2
     assert (counts["records"], counts["messages"], counts["runs"]) == (6, 1, 1)
     assert (counts["pictures"], keys_in(storage)) == (4, [])
     assert SECRET not in everything(redis)

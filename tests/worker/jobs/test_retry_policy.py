@@ -18,6 +18,7 @@ POLICY = RetryPolicy(3)
 VERDICTS = {
     errors.CallerError: Verdict.FAIL,
     errors.InvalidJobError: Verdict.FAIL,
+    errors.InputError: Verdict.FAIL,
     errors.PromptFileError: Verdict.FAIL,
     errors.UnknownModelError: Verdict.FAIL,
     errors.UnknownJobError: Verdict.FAIL,
