@@ -7,7 +7,7 @@ A job's image is resized to the job's size by Lanczos, both sides, as diffusers 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -17,11 +17,24 @@ from worker.contract.input_reference import ALPHA, InputReference
 from worker.contract.record import JobRecord
 
 if TYPE_CHECKING:
+    from worker.contract.choices import ImageFormat
     from worker.contract.job import Job
-    from worker.storage.bucket import Bucket
 
 #: What is said of a picture whose transparency nobody asked for.
 _ON_WHITE = "The image is transparent in places, and lies on white: mask=alpha draws there."
+
+
+class Files(Protocol):
+    """What is asked of a bucket: `worker.storage.bucket.Bucket`."""
+
+    def read_input(self, sha256: str, tenant: str = "") -> bytes | None:
+        """A file that jobs begin with; None: it is not there."""
+
+    def record(self, job_id: str, tenant: str = "") -> bytes | None:
+        """The record of a job that is done; likewise."""
+
+    def picture(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
+        """Its picture; likewise."""
 
 
 class InputPixels(NamedTuple):
@@ -37,7 +50,7 @@ class InputPixels(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-def read_pixels(bucket: Bucket, job: Job) -> InputPixels:
+def read_pixels(bucket: Files, job: Job) -> InputPixels:
     """The pixels that a job with an image and a size begins with. Raises `InputError`, `StorageError`."""
     image = _read(bucket, "image", InputReference.parse(job.image), job.tenant)
     mask = _mask(bucket, job, image)
@@ -53,7 +66,7 @@ def read_pixels(bucket: Bucket, job: Job) -> InputPixels:
     )
 
 
-def _mask(bucket: Bucket, job: Job, image: InputImage) -> Image.Image | None:
+def _mask(bucket: Files, job: Job, image: InputImage) -> Image.Image | None:
     if not job.mask:
         return None
     try:
@@ -67,7 +80,7 @@ def _mask(bucket: Bucket, job: Job, image: InputImage) -> Image.Image | None:
     return mask
 
 
-def _read(bucket: Bucket, name: str, reference: InputReference, tenant: str) -> InputImage:
+def _read(bucket: Files, name: str, reference: InputReference, tenant: str) -> InputImage:
     data = _file(bucket, name, reference, tenant)
     try:
         image = read_input(data)
@@ -83,7 +96,7 @@ def _compare(name: str, size: tuple[int, int], reference: InputReference) -> Non
         raise InputError(f"{name} is {shown}, and the job says {said}: submit the picture again.")
 
 
-def _file(bucket: Bucket, name: str, reference: InputReference, tenant: str) -> bytes:
+def _file(bucket: Files, name: str, reference: InputReference, tenant: str) -> bytes:
     """The bytes that a reference means."""
     if reference.kind == "job":
         return _picture(bucket, name, reference.id, tenant)
@@ -100,7 +113,7 @@ def _file(bucket: Bucket, name: str, reference: InputReference, tenant: str) -> 
     return data
 
 
-def _picture(bucket: Bucket, name: str, job_id: str, tenant: str) -> bytes:
+def _picture(bucket: Files, name: str, job_id: str, tenant: str) -> bytes:
     """The picture of another job, which is done."""
     gone = f"{name} is the picture of job {job_id}, which is not in the bucket: submit that job again."
     stored = bucket.record(job_id, tenant)
