@@ -27,7 +27,6 @@ PROGRAMS = (
     "load",
     "mates",
     "previews",
-    "s3_requests",
     "shares",
     "system",
     "text_lengths",

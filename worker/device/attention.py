@@ -10,13 +10,10 @@ The model family names the attention modules and their shapes: see `worker.devic
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib.util
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ from diffusers.utils import import_utils
 from torch import library
 
 from worker.contract.errors import SettingsError, first_line
-from worker.contract.versions import versions
+from worker.device.attention_timings import Timings
 from worker.model.placement import Choice
 
 Backend = Literal["auto", "xformers", "sdpa", "naive"]
@@ -130,6 +127,11 @@ class Processor:
         self._kernel = kernel
         self._once_a_job = once_a_job
 
+    @property
+    def once_a_job(self) -> bool:
+        """See `Layer`."""
+        return self._once_a_job
+
     def __call__(
         self,
         attn: Any,
@@ -170,7 +172,7 @@ class Processor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = self._projected(attn, hidden_states, context)
         heads = (query.shape[0], -1, attn.heads, query.shape[-1] // attn.heads)
         query, key, value = query.view(heads), key.view(heads), value.view(heads)
         if bias is not None:
@@ -181,7 +183,7 @@ class Processor:
             result = naive(query.float(), key.float(), value.float(), attn.scale).to(query.dtype)
         else:
             result = self._kernel(query, key, value, attn.scale)
-        hidden_states = attn.to_out[0](result.flatten(2))
+        hidden_states = self._output(attn, result.flatten(2))
         if residual.ndim == 4:
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
@@ -189,6 +191,17 @@ class Processor:
         if attn.rescale_output_factor != 1.0:
             hidden_states = hidden_states / attn.rescale_output_factor
         return hidden_states
+
+    def _projected(
+        self, attn: Any, hidden_states: torch.Tensor, context: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Queries, keys and values."""
+        return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+
+    def _output(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The product behind the attention."""
+        output: torch.Tensor = attn.to_out[0](hidden_states)
+        return output
 
 
 @dataclass(frozen=True)
@@ -307,49 +320,19 @@ def _fastest(
     kernels: dict[Shape, Kernel], device: torch.device, cache: Path
 ) -> tuple[dict[Shape, Kernel], str]:
     """The faster of sdpa and `kernels` for each shape, and the times as a table."""
-    known = _Timings(cache, device)
+    known = Timings(cache, device)
     chosen: dict[Shape, Kernel] = {}
     table = []
     for shape, kernel in kernels.items():
-        times = {"sdpa": math.inf, "xformers": math.inf} | known.of(shape)
+        times = {"sdpa": math.inf, "xformers": math.inf} | known.of(str(shape))
         for name, each in (("sdpa", sdpa), ("xformers", kernel)):
             if times[name] == math.inf and (name == "sdpa" or kernel is not sdpa):
                 times[name] = _time(each, shape, device)
-        known.keep(shape, times)
+        known.keep(str(shape), times)
         chosen[shape] = kernel if times["xformers"] < times["sdpa"] else sdpa
         table.append(f"{shape}: " + " ".join(f"{name} {time:.3f}" for name, time in times.items()))
     known.save()
     return chosen, f"the fastest for each shape, ms for {TIMED_ROWS} rows: {'; '.join(table)}"
-
-
-class _Timings:
-    """Milliseconds by shape and backend, kept in a file for the next start on the same GPU and libraries."""
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self._path = path
-        xformers = (f"{name} {version}" for name, version in versions(["xformers"]).items())
-        self._setup = " ".join([torch.cuda.get_device_name(device), torch.__version__, *xformers])
-        self._all: dict[str, dict[str, dict[str, float]]] = {}
-        # A file that cannot be read counts as none, and is written anew.
-        with contextlib.suppress(OSError, ValueError):
-            self._all = dict(json.loads(path.read_text("utf-8")))
-
-    def of(self, shape: Shape) -> dict[str, float]:
-        """The times of `shape` that are known, by backend."""
-        return self._all.get(self._setup, {}).get(str(shape), {})
-
-    def keep(self, shape: Shape, times: dict[str, float]) -> None:
-        """Keep those of `times` that are finite."""
-        finite = {name: time for name, time in times.items() if math.isfinite(time)}
-        self._all.setdefault(self._setup, {})[str(shape)] = finite
-
-    def save(self) -> None:
-        """Write the file. Where that fails, the next start measures again."""
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self._all, indent=1), "utf-8")
-            temporary.replace(self._path)
 
 
 def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, Kernel], str]:

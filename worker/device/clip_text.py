@@ -268,12 +268,12 @@ class ClipTexts:
 
     def encode_plain(self, text: str, options: TextOptions = NO_OPTIONS) -> Encoded:
         """(1, tokens, width) float32; and the pooled output (1, width). See `ClipEncoder.encode_plain`."""
-        return _side_by_side(
-            [
+        with self._adapted(options):
+            outputs = [
                 encoder.encode_plain(text, options, options.table(number))
                 for number, encoder in enumerate(self.encoders)
             ]
-        )
+        return _side_by_side(outputs)
 
     def encode(
         self,
@@ -287,12 +287,18 @@ class ClipTexts:
         """
         chunked = [[encoder.chunks(text, options) for text in texts] for encoder in self.encoders]
         chunks = max(len(text) for of_encoder in chunked for text in of_encoder)
-        return _side_by_side(
-            [
+        with self._adapted(options):
+            outputs = [
                 encoder.encode(of_encoder, counts, chunks, options, options.table(number))
                 for number, (encoder, of_encoder) in enumerate(zip(self.encoders, chunked, strict=True))
             ]
-        )
+        return _side_by_side(outputs)
+
+    def _adapted(self, options: TextOptions) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile the encoders have the LoRAs of `options`."""
+        if options.loras is None:
+            return contextlib.nullcontext()
+        return options.loras.within([encoder.model for encoder in self.encoders])
 
 
 def _side_by_side(

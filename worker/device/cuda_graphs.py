@@ -7,6 +7,7 @@ scheduler to the next latents.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -194,7 +195,9 @@ class StepGraphs:
     def _step(
         self, functions: Mapping[str, _Function | None], lane: Lane, batch: Batch, pool: GraphPool
     ) -> Step | None:
-        if (function := functions[_name(lane, batch)]) is None:
+        # What no kernel does, is done uncompiled.
+        needs_loop = batch.loras is not None and batch.loras.needs_loop
+        if needs_loop or (function := functions[_name(lane, batch)]) is None:
             return None
         jobs, rows = len(batch.states), batch_size(len(batch.job_of_row))
         self.padded_rows += rows - len(batch.job_of_row)
@@ -204,6 +207,10 @@ class StepGraphs:
         if jobs > padded_jobs:
             padded_jobs = rows
         name = f"{rows} rows of {padded_jobs} jobs with {_name(lane, batch)}"
+        if batch.loras is not None:
+            name += f", ranks to {len(batch.loras.room)}"
+            # The addresses of jobs that are no longer there must not stay in the graph's input.
+            batch = dataclasses.replace(batch, loras=batch.loras.padded(padded_jobs))
 
         def make() -> tuple[Captured, Sequence[torch.Tensor]]:
             inputs = batch.zeros(padded_jobs, rows)

@@ -18,6 +18,7 @@ from worker.contract.errors import InvalidJobError, RenderError
 from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import embeddings_of
+from worker.device.lora_text import TextLoras
 from worker.model import embedding_files
 
 #: Bytes of vectors that are kept, at most.
@@ -50,11 +51,14 @@ class TextOptions:
     #: The layer of the text encoder that is taken, from its end; 1 is the last one.
     clip_skip: int = 1
     embeddings: tuple[Embedding, ...] = ()
+    #: What the job's LoRAs change of the text encoders; None: nothing.
+    loras: TextLoras | None = None
 
     @property
     def key(self) -> Hashable:
         """Equal for options that give equal texts."""
-        return self.clip_skip, tuple((each.name, each.sha256) for each in self.embeddings)
+        loras = None if self.loras is None else self.loras.key
+        return self.clip_skip, tuple((each.name, each.sha256) for each in self.embeddings), loras
 
     @functools.cached_property
     def _places(self) -> Mapping[str, range]:

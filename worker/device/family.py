@@ -25,6 +25,7 @@ from worker.contract.job import Job
 from worker.device.attention import Layer
 from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.job_text import Row
+from worker.device.lora_set import Adaptable, RowLoras
 
 #: What jobs must have in common to share a step: whole numbers, in every family so far (channels, height,
 #: width) of the latents before packing. Jobs of one lane have latents and conditions of equal shapes.
@@ -134,6 +135,10 @@ class ModelFamily(Protocol):
         `encode`, also where the family knows plain prompts alone.
         """
 
+    def adaptable(self) -> Adaptable | None:
+        """What LoRAs may change; by default the model takes none. Called when attention is chosen."""
+        return None
+
     def unused_in_a1111(self, options: TextOptions) -> tuple[str, ...]:
         """A sentence for each of the options that the syntax `a1111` has no use for here; by default none."""
         return ()
@@ -153,6 +158,7 @@ class ModelFamily(Protocol):
         *,
         prompted: torch.Tensor,
         job_of_row: torch.Tensor,
+        loras: RowLoras | None = None,
     ) -> torch.Tensor:
         """The model's output for R rows of J jobs, each with a timestep of its own: float32, as `latents`.
 
@@ -160,7 +166,8 @@ class ModelFamily(Protocol):
         scheduler. `conditions`: (R, ...) each, those of the texts and of `conditions` together, and maybe
         `worker.device.job_text.TEXT_BIAS`.
         `prompted`: (J,) int64, a row of each job that has its prompt; `job_of_row`: (R,) int64. With these
-        two, layers that depend on no prompt may be computed once for each job.
+        two, layers that depend on no prompt may be computed once for each job. `loras`: those of the jobs, of
+        a family that is `adaptable`; None where no job has one.
 
         Traced by torch.compile in one piece, for any R and J from 2 on, and captured in a CUDA graph: no
         data goes to the CPU, and nothing depends on a tensor's values.

@@ -13,6 +13,7 @@ from worker.device.errors import is_out_of_memory
 from worker.device.family import Lane
 from worker.device.host_copy import HostCopy
 from worker.device.job_text import JobText
+from worker.device.lora_set import LoraSet
 from worker.device.schedule import SLOTS, Sampler, Schedule
 from worker.device.step import StepInputs
 from worker.device.step_noise import StepNoise
@@ -74,6 +75,8 @@ class JobState:
         self.warnings = text.warnings
         #: What makes pixels of its latents, where it has a VAE of its own; None: the model's.
         self.decoder: VaeDecoder | None = None
+        #: What its LoRAs change of the model; None: nothing.
+        self.loras: LoraSet | None = None
         self._text = text
         self._conditions = conditions
         self._schedule = schedule
@@ -150,6 +153,7 @@ class JobState:
             time=self._schedule.timesteps[self.step],
             texts=texts,
             conditions={name: tensor[: len(texts)] for name, tensor in self._conditions.items()},
+            loras=self.loras,
         )
 
     def advance(

@@ -32,6 +32,7 @@ from worker.device.errors import mapped, times
 from worker.device.family import Lane, ModelFamily
 from worker.device.host_copy import HostCopy
 from worker.device.job_state import FiniteCheck, JobState
+from worker.device.loras import Loras
 from worker.device.samplers import Samplers
 from worker.device.step import Step, batch_of, denoise
 from worker.device.text_encoder import TextEncoder
@@ -106,6 +107,7 @@ class ModelRunner:
         self._preview_stream: Any = None
         self._samplers = Samplers(self._family.schedulers)
         self._texts = TextEncoder(self._family, files)
+        self._loras = Loras(files, self._family, self._device, settings.lora_memory)
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
         self._vae_decoder = VaeDecoder(self._family, self._device, alone=settings.exact, compiler=compiler)
@@ -213,11 +215,15 @@ class ModelRunner:
         return compiled, measured
 
     @torch.no_grad()
-    def compile(self, job: Job) -> bool:
-        """Compile now for jobs of the size of `job`. Returns whether that worked; False on a CPU."""
+    def compile(self, job: Job, *, loras: bool = False) -> bool:
+        """Compile now for jobs of the size of `job`. Returns whether that worked; False on a CPU.
+
+        `loras`: for steps in which some have LoRAs.
+        """
         if self._graphs is None:
             return False
         state = self.prepare(job)
+        state.loras = self._loras.none() if loras else None
         self._vae_decoder.compile(state.lane, state.latents)
         return self._graphs.compile(state.lane, batch_of([state.next_inputs()]))
 
@@ -272,14 +278,16 @@ class ModelRunner:
         rows = self._family.rows(job.guidance_scale)
         with mapped("load the VAE"):
             decoder = self._vaes.decoder_of(job)
+        with mapped("load the LoRAs"), self._preparing():
+            loras = self._loras.of(job)
         with mapped("encode the prompt"), self._preparing():
             # As AUTOMATIC1111 counts them, who has two for each step of a scheduler of second order.
             steps = job.steps * schedule.order if schedule.order > 1 else len(schedule.timesteps)
-            text = self._texts.encode(job, steps, guided=rows == 2)
+            text = self._texts.encode(job, steps, guided=rows == 2, loras=loras.texts)
             conditions = self._family.conditions(job, len(text.prompts) + rows - 1)
             latents = noise.to(self._device)
             state = JobState(job, lane, text, conditions, schedule, sampler, generator, latents)
-        state.decoder = decoder
+        state.decoder, state.loras = decoder, loras.unet
         return state
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 
 from worker.device.job_text import TEXT_BIAS, Row, batched
+from worker.device.lora_set import LoraSet, RowLoras
 from worker.device.schedule import SLOTS
 
 
@@ -34,6 +35,7 @@ class Forward(Protocol):
         *,
         prompted: torch.Tensor,
         job_of_row: torch.Tensor,
+        loras: RowLoras | None = None,
     ) -> torch.Tensor:
         """The output for each row, (R, *shape) float32."""
 
@@ -63,6 +65,8 @@ class StepInputs:
     texts: Sequence[Row]
     #: What the model takes besides, by name: (rows, ...) each, on the device.
     conditions: Mapping[str, torch.Tensor]
+    #: What its LoRAs change of the model; None: nothing.
+    loras: LoraSet | None = None
 
     @property
     def rows(self) -> int:
@@ -96,12 +100,15 @@ class Batch:
     conditions: dict[str, torch.Tensor]
     #: (J,): how far each job's guidance is rescaled; None where that of none is.
     rescale: torch.Tensor | None = None
+    #: The LoRAs of the jobs; None where no job has one.
+    loras: RowLoras | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them, always in the same order."""
-        named = [getattr(self, field.name) for field in dataclasses.fields(self)[:-2]]
+        named = [getattr(self, field.name) for field in dataclasses.fields(self)[:-3]]
         named += [self.conditions[name] for name in sorted(self.conditions)]
-        return named if self.rescale is None else [*named, self.rescale]
+        named += [] if self.rescale is None else [self.rescale]
+        return named if self.loras is None else [*named, self.loras.table, self.loras.room]
 
     @property
     def kind(self) -> str:
@@ -110,7 +117,8 @@ class Batch:
         prompts = self.prompted.shape[1]
         parts = [f"{tokens} tokens", *([f"{prompts} prompts"] if prompts > 1 else [])]
         parts += ["some hidden"] if TEXT_BIAS in self.conditions else []
-        return ", ".join([*parts, *(["some rescaled"] if self.rescale is not None else [])])
+        parts += ["some rescaled"] if self.rescale is not None else []
+        return ", ".join(parts if self.loras is None else [*parts, self.loras.kind])
 
     def zeros(self, jobs: int, rows: int) -> Batch:
         """A batch of `jobs` and `rows` with tensors of these shapes and dtypes, all zeros."""
@@ -125,6 +133,7 @@ class Batch:
             times=zeros(self.times, rows),
             conditions={name: zeros(tensor, rows) for name, tensor in self.conditions.items()},
             rescale=None if self.rescale is None else zeros(self.rescale, jobs),
+            loras=None if self.loras is None else self.loras.zeros(jobs),
         )
 
 
@@ -143,12 +152,15 @@ class Step:
 def denoise(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The step of `batch`: the fields of a `Step`, as a plain tuple for the compiler."""
     scaled = batch.states[:, 0] * _for_each(batch.input_scale, batch.noise)
+    # A family that takes no LoRAs needs no argument for them.
+    loras = {} if batch.loras is None else {"loras": batch.loras}
     output = forward(
         scaled[batch.job_of_row],
         batch.times,
         batch.conditions,
         prompted=batch.prompted[:, 0],
         job_of_row=batch.job_of_row,
+        **loras,
     )
     # Ho and Salimans (2022), equation 6, in the parametrisation of Saharia et al. (2022); for several prompts
     # Liu et al. (2022), equation 11. A job's rows alone are added: what is not finite stays its own.
@@ -218,6 +230,7 @@ def batch_of(jobs: Sequence[StepInputs]) -> Batch:
         conditions=texts
         | {name: torch.cat([job.conditions[name] for job in jobs]) for name in jobs[0].conditions},
         rescale=_to_device(rescale, device) if rescale.any() else None,
+        loras=RowLoras.of([job.loras for job in jobs]),
     )
 
 

@@ -15,6 +15,7 @@ from worker.contract.job import Job
 from worker.device.embeddings import FIRST_VECTOR, Embeddings, Files, TextOptions
 from worker.device.family import ModelFamily, Text
 from worker.device.job_text import JobText, Row, Timed, plain_text
+from worker.device.lora_text import TextLoras
 
 #: Numbers in the texts that are kept, at most: 256 pairs of prompts for SDXL, 180 MB in fp16.
 KEPT = 256 * 2 * 77 * 2_304
@@ -37,14 +38,16 @@ class TextEncoder:
         self._kept = 0
         self._lock = threading.Lock()
 
-    def encode(self, job: Job, steps: int, *, guided: bool) -> JobText:
+    def encode(self, job: Job, steps: int, *, guided: bool, loras: TextLoras | None = None) -> JobText:
         """The encoded texts of a job that takes `steps` steps: with a negative prompt if `guided`.
+
+        `loras`: what the job's LoRAs change of the text encoders.
 
         Equal texts are encoded once as long as the cache keeps them. An empty negative prompt is none. Raises
         what the text encoder raises.
         """
         negative = job.negative_prompt if guided else ""
-        options = TextOptions(job.clip_skip, self._embeddings.of(job))
+        options = TextOptions(job.clip_skip, self._embeddings.of(job), loras)
         with self._lock:
             if job.prompt_syntax is PromptSyntax.A1111:
                 return self._a1111(job.prompt, negative if guided else None, steps, options)

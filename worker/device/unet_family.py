@@ -7,8 +7,10 @@ sibling and `latent_consistency_models/pipeline_latent_consistency_text2img.py`.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,9 +27,12 @@ from worker.device.clip_text import ClipTexts, Encoded, encoders_of
 from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.family import Lane, Schedulers, Text
 from worker.device.job_text import TEXT_BIAS, Row
+from worker.device.lora_layers import LoraUNet
+from worker.device.lora_set import Adaptable, RowLoras
 from worker.device.samplers import CLASSES
 from worker.device.text_encoder import cut_warning, unknown_words_warning
 from worker.model import vae_files
+from worker.model.lora_names import Targets
 
 #: The name of the text embeddings among a row's conditions: (rows, tokens, width).
 TEXT = "encoder_hidden_states"
@@ -57,6 +62,10 @@ class UNetFamily:
         # `attentions` depends on it: choosing a backend replaces the processor of every layer, so what the
         # patches need of a processor must be part of the layer's description.
         self._is_patched = patched
+        # Before patches change what the UNet's modules are called.
+        self._targets = Targets.of(self._unet, [encoder.model for encoder in self._clip.encoders])
+        self._lora_unet: LoraUNet | None = None
+        self._lora_lock = threading.Lock()
         if patched:
             unet_patches.install(pipeline)
 
@@ -199,12 +208,17 @@ class UNetFamily:
         *,
         prompted: torch.Tensor,
         job_of_row: torch.Tensor,
+        loras: RowLoras | None = None,
     ) -> torch.Tensor:
         """The UNet's output, (R, channels, height, width) float32."""
         added = dict(conditions)
         text = added.pop(TEXT)
         timestep_cond, text_bias = added.pop("timestep_cond", None), added.pop(TEXT_BIAS, None)
-        output: torch.Tensor = self._unet(
+        unet = self._unet
+        if loras is not None:
+            assert self._lora_unet is not None  # noqa: S101 - made before the first of them was loaded
+            unet = partial(self._lora_unet, loras, prompted, job_of_row)
+        output: torch.Tensor = unet(
             latents.to(text.dtype),
             times,
             encoder_hidden_states=text,
@@ -214,6 +228,13 @@ class UNetFamily:
             return_dict=False,
         )[0]
         return output.float()
+
+    def adaptable(self) -> Adaptable:
+        """The linear layers and convolutions of the UNet, and the text encoders."""
+        with self._lora_lock:
+            made = self._lora_unet = self._lora_unet or LoraUNet(self._unet, self._device)
+        encoders = [encoder.model for encoder in self._clip.encoders]
+        return Adaptable(self._targets, made.places, made.weights, encoders)
 
     def attentions(self) -> Iterator[Layer]:
         """Each attention of the UNet, in the order in which it is computed, and of the VAE."""

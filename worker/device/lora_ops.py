@@ -1,0 +1,192 @@
+"""Layers with LoRAs as operators of torch, which the compiler does not trace into.
+
+Each takes the addresses of the jobs' factors, `table`, and the job of each of its rows, `owners`; see
+`worker.device.lora_set`. `room` has the length of the largest rank. Outputs are without the layer's bias,
+unless said. The kernels are `worker.device.lora_kernels`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import library
+
+_ROWS = "Tensor table, Tensor owners, Tensor room, int layer"
+
+
+@functools.cache
+def are_there(device_type: str) -> bool:
+    """Whether the operators work on such a device: on a GPU with Triton."""
+    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _kernels() -> ModuleType:
+    # Not at the top: it needs Triton, which only GPUs have.
+    from worker.device import lora_kernels
+
+    return lora_kernels
+
+
+@library.custom_op(
+    "smallcat::lora_linears", mutates_args=(), schema=f"(Tensor x, Tensor[] weights, {_ROWS}) -> Tensor[]"
+)
+def linears(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> list[torch.Tensor]:
+    """Up to three linear layers of one input, (rows, tokens, width), the first one `layer` in the table."""
+    kernels, x = _kernels(), x.contiguous()
+    low = kernels.low_of(x, table, owners, layer, len(weights), len(room))
+    outputs = [torch.nn.functional.linear(x, weight) for weight in weights]
+    kernels.add_up(outputs, low, table, owners, layer)
+    return outputs
+
+
+@linears.register_fake
+def _(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> list[torch.Tensor]:
+    return [x.new_empty((*x.shape[:-1], len(weight))) for weight in weights]
+
+
+@library.custom_op(
+    "smallcat::lora_gate",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, Tensor bias, {_ROWS}) -> Tensor",
+)
+def gate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> torch.Tensor:
+    """GEGLU: a linear layer with its bias, and one half of its output times the GELU of the other."""
+    kernels, x = _kernels(), x.contiguous()
+    low = kernels.low_of(x, table, owners, layer, 1, len(room))
+    output = torch.nn.functional.linear(x, weight)
+    gated: torch.Tensor = kernels.gated(output, bias, low, table, owners, layer)
+    return gated
+
+
+@gate.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight) // 2))
+
+
+@library.custom_op(
+    "smallcat::lora_conv",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, {_ROWS}, int stride, int padding) -> Tensor",
+)
+def conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+    stride: int,
+    padding: int,
+) -> torch.Tensor:
+    """A convolution, channels last: (rows, channels, height, width)."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    output = torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding)
+    output = output.contiguous(memory_format=torch.channels_last)
+    _add_convolved(output, x, table, owners, room, layer, weight.shape[2:], stride, padding, 1)
+    return output
+
+
+@conv.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+    stride: int,
+    padding: int,
+) -> torch.Tensor:
+    output = torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding)
+    return torch.empty_like(output, memory_format=torch.channels_last)
+
+
+@library.custom_op(
+    "smallcat::lora_upsampler", mutates_args=(), schema=f"(Tensor y, Tensor x, {_ROWS}) -> Tensor"
+)
+def upsampler(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> torch.Tensor:
+    """y, the output of an upsampler by 2 with a convolution of 3 x 3 over x, with what LoRAs add to it."""
+    output = y.clone(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    _add_convolved(output, x, table, owners, room, layer, (3, 3), 1, 1, 2)
+    return output
+
+
+@upsampler.register_fake
+def _(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> torch.Tensor:
+    return torch.empty_like(y, memory_format=torch.channels_last)
+
+
+def _add_convolved(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+    kernel: tuple[int, ...],
+    stride: int,
+    padding: int,
+    scale: int,
+) -> None:
+    """Add LoRAs to the output of a convolution, in place. Both tensors are channels last."""
+    kernels = _kernels()
+    low = kernels.conv_low_of(
+        x,
+        table,
+        owners,
+        layer,
+        len(room),
+        kernel=tuple(kernel),
+        stride=stride,
+        padding=padding,
+        scale=scale,
+    )
+    kernels.add_up([output.permute(0, 2, 3, 1).flatten(1, 2)], low, table, owners, layer)
