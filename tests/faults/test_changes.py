@@ -117,7 +117,8 @@ def test_the_passwords_of_redis_are_rotated_while_jobs_are_in_flight(
             client.execute_command("ACL", "SETUSER", *rule.split()[1:])
         administrator = user_of(ground, "default", ground.stack.valkey.password)
         environment = {**ground.stack.environment, "ADMIN": administrator}
-        workers = [ground.worker(settings={"REDIS_URL": user_of(ground, "worker", "old")}) for _ in range(2)]
+        before = {"REDIS_URL": user_of(ground, "worker", "old")}
+        workers = [ground.worker(settings=before) for _ in range(2)]
         monkeypatch.setenv("REDIS_URL", user_of(ground, "producer", "old"))
         with ground.holding() as hold, ground.feeding(RATE) as feeder:
             held = ground.submit(2, hold)
@@ -147,8 +148,28 @@ def test_the_passwords_of_redis_are_rotated_while_jobs_are_in_flight(
                 redis.Redis.from_url(user_of(ground, name, "old")).ping()
 
 
+def test_the_jobs_of_a_worker_that_still_has_the_old_password_go_on_with_another(ground: Ground) -> None:
+    """Its connections were cut: it says why it cannot come back, and its leases run out."""
+
+    def change(*rules: str) -> None:
+        with ground.redis as client:
+            client.execute_command("ACL", "SETUSER", "worker", *rules)
+
+    change("on", ">old", "~*", "&*", "+@all")
+    forgotten = ground.worker(settings={"REDIS_URL": user_of(ground, "worker", "old")})
+    with ground.holding() as hold:
+        ids = ground.submit(2, hold)
+        ground.journal.wait_for("start", ids)
+        change(">new", "<old")
+        ground.worker(settings={"REDIS_URL": user_of(ground, "worker", "new")})
+        ground.cut_connections()
+        wait_until("both begun again", lambda: min(ground.journal.count("start").values()) == 2, 60)
+    oracle.settle(ground)
+    assert [line for line in forgotten.output().splitlines() if "refuses the password" in line]
+
+
 def test_the_keys_of_the_bucket_are_rotated_while_jobs_are_in_flight(ground: Ground) -> None:
-    """In a file, without a restart: the new ones are read when the old ones are refused."""
+    """In a file, without a restart: nobody is refused, and no job goes back."""
     server, file = ground.stack.s3, ground.folder / "credentials"
     old = (server.access_key, server.secret_key)
     new = (secrets.token_hex(10), secrets.token_hex(20))
@@ -176,9 +197,10 @@ def test_the_keys_of_the_bucket_are_rotated_while_jobs_are_in_flight(ground: Gro
             done = ground.journal.total("leave")
             wait_until("progress", lambda done=done: ground.journal.total("leave") > done + 60, 60)
     found = oracle.settle(ground)
+    assert found.renders_over == 0
     assert ground.attempts(ground.ids) == {"1": len(ground.ids)}
-    assert all(worker.running for worker in workers)
-    print(f"{len(ground.ids)} jobs: 0 lost, {found.renders_over} rendered again")
+    assert not any("no others are taken" in worker.output() for worker in workers)
+    print(f"{len(ground.ids)} jobs: 0 lost, none rendered again")
 
 
 def test_keys_of_the_http_api_and_secrets_of_webhooks_are_rotated_as_the_page_says(ground: Ground) -> None:

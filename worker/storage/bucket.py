@@ -33,7 +33,7 @@ from worker.contract.errors import PermanentStorageError, UnknownJobError
 from worker.contract.input_reference import MAX_INPUT_BYTES
 from worker.contract.job import Job
 from worker.contract.object_keys import input_key, object_key
-from worker.storage.client import is_aws, make_client, region_of
+from worker.storage.client import KeyFiles, is_aws, make_client, region_of
 from worker.storage.input_pixels import InputPixels, read_pixels
 from worker.storage.options import BucketOptions
 from worker.storage.refusals import DENIED, code_of, storage_errors
@@ -56,7 +56,8 @@ class Bucket:
 
     `connections`: requests at once, at most. `attempts`: how often a request is tried while the server is out
     of reach or overloaded; 8 take about a minute, 2 about a second. `options`: what all objects have in
-    common. Credentials, endpoint and region are boto3's own settings.
+    common. Credentials, endpoint and region are boto3's own settings; keys in files are read again when these
+    change.
     """
 
     def __init__(
@@ -75,6 +76,9 @@ class Bucket:
         self._options = options
         self._lock = threading.Lock()
         self._made: S3Client | None = None
+        #: The files of keys, and their version when `_made` was made.
+        self._key_files: KeyFiles | None = None
+        self._keys_version: object = None
         #: Clients for links by region of AWS, where that is not the one of `_made`.
         self._link_clients: dict[str, S3Client] = {}
         #: The region of AWS that a bucket is in, and when to ask again where AWS did not say.
@@ -87,8 +91,13 @@ class Bucket:
     @property
     def _client(self) -> S3Client:
         with self._lock:  # Using a client is thread-safe; making one is not.
-            if self._made is None:
+            if self._key_files is None:
+                self._key_files = KeyFiles()
+            if self._made is None or self._keys_version != self._key_files.version():
+                # Before it is made: keys that are written meanwhile make another one.
+                self._keys_version = self._key_files.version()
                 self._made = self._make_client()
+                self._link_clients.clear()
             return self._made
 
     def _make_client(self, region: str | None = None) -> S3Client:

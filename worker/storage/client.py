@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -11,6 +12,7 @@ import boto3
 import botocore
 import botocore.config
 import botocore.exceptions
+import botocore.session
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -19,6 +21,27 @@ logger = logging.getLogger("smallcat.storage")
 
 #: Hosts of AWS itself, also where AWS_ENDPOINT_URL_S3 names one.
 _AWS_HOST = re.compile(r"\.amazonaws\.(com|com\.cn|eu)$")
+
+
+class KeyFiles:
+    """The files with keys that boto3 reads when a client is made, whether they are there or not."""
+
+    def __init__(self) -> None:
+        session = botocore.session.get_session()
+        names = ("credentials_file", "config_file")
+        self._paths = [Path(str(session.get_config_variable(name))).expanduser() for name in names]
+
+    def version(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Another value whenever one of them was written, replaced, made or removed."""
+        return tuple(map(_version, self._paths))
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def make_client(*, addressing: str, connections: int, attempts: int, region: str | None = None) -> S3Client:

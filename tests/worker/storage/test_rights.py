@@ -142,6 +142,26 @@ def test_a_test_object_is_as_large_as_asked(bucket: Bucket, wire: Wire) -> None:
     assert stored(bucket) == []
 
 
+def test_keys_that_are_rotated_in_their_file_are_used_before_the_old_ones_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Links, for which nobody is asked, are signed with the new ones, too."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    bucket = Bucket("pictures")
+    for name in ("first-key", "other-key", "third-key"):
+        beside = tmp_path / name
+        beside.write_text(f"[default]\naws_access_key_id = {name}\naws_secret_access_key = {'x' * 20}\n")
+        beside.replace(file)
+        assert f"X-Amz-Credential={name}%2F" in bucket.url("s3://pictures/cat.png")
+    made = bucket._client
+    assert bucket._client is made
+
+
 @pytest.mark.parametrize("ask", [put, Bucket.check, Bucket.probe, lambda bucket: bucket.find(JOB_ID, PNG)])
 def test_keys_that_were_renewed_in_their_file_are_used(
     s3_environment: EmptyBucket,
