@@ -160,6 +160,7 @@ def run_ingest(files: Sequence[str], options: Mapping[str, Any], *, as_json: boo
 
 def plan_of(files: Sequence[str], options: Mapping[str, Any]) -> Plan:
     """The plan that the command's arguments and options mean. Raises `PromptFileError`, `InvalidJobError`."""
+    from producer.ingest.pictures import Pictures
     from producer.ingest.submit_file import (
         first_variants,
         grid_of,
@@ -167,11 +168,14 @@ def plan_of(files: Sequence[str], options: Mapping[str, Any]) -> Plan:
         make_variants,
         wildcards_folder,
     )
+    from producer.session import session
 
     names = [each for each in files if not _is_axis(each)]
     grid = [*options["grid"], *(each for each in files if _is_axis(each))]
     untaken = {name: options[name] for name, each in JOB_OPTIONS.items() if each.option not in _TAKEN}
     file_format, formats = _formats(options["formats"])
+    now = session()
+    pictures = Pictures(now, now.settings.tenant)
     variants = make_variants(
         given_fields(untaken) | formats,
         options["images"],
@@ -180,8 +184,11 @@ def plan_of(files: Sequence[str], options: Mapping[str, Any]) -> Plan:
         options["sample"],
         wildcards_folder(options["wildcards"], names),
         literal=options["literal"],
+        pictures=pictures,
     )
-    plan = make_plan(names, file_format=file_format, variants=variants, extra=options["extra"])
+    plan = make_plan(
+        names, file_format=file_format, variants=variants, extra=options["extra"], pictures=pictures
+    )
     first = first_variants(variants, fields_as_given(untaken) | formats, grid)
     return dataclasses.replace(plan, first_variants=first)
 

@@ -250,6 +250,8 @@ class Ingest:
                 self._reject(each)
             else:
                 messages.append(self._message(each, status.fed + len(messages), at, ""))
+        if self._plan.pictures:
+            self._plan.pictures.store(each.templated.shape for each in window if isinstance(each, Planned))
         if is_last:
             total = status.fed + len(messages)
         elif not window:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from producer.ingest.message_templates import JobTemplates, Resolver, TemplatedJob
+from producer.ingest.pictures import Pictures
 from producer.prompts import fields_v1, reader_v1
 from producer.prompts.a1111_options import has_a1111_options
 from producer.prompts.entries import BadEntry, Entry, LineError
@@ -99,6 +100,8 @@ class Plan:
     knows_a1111: bool = True
     #: Whose jobs they are; empty: nobody's.
     tenant: str = ""
+    #: Reads the pictures that lines name; None: lines name none but those that are stored, by reference.
+    pictures: Pictures | None = None
 
     @property
     def digest(self) -> str:
@@ -175,6 +178,8 @@ class Plan:
                         after = Cursor(file, number, offset)
                         try:
                             fields = syntax | variant.fields if syntax else variant.fields
+                            if self.pictures:
+                                fields = dict(self.pictures.named(fields, self.sources[file]))
                             templated = templates.fill(fields, self.tenant)
                         except InvalidJobError as error:
                             finding = (_field(str(error)), str(error))

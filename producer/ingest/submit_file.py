@@ -6,10 +6,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Final, Unpack
 
 from producer.ingest.download import Downloads, Template
 from producer.ingest.feeder import Ingest
+from producer.ingest.pictures import Pictures
 from producer.ingest.plan import Plan
 from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Gate, Options, Outcome, SilentDisplay
 from producer.ingest.writing import writing
@@ -21,6 +22,7 @@ from producer.prompts.wildcards import Wildcards
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
 from worker.contract.explain import short
+from worker.contract.input_reference import ALPHA
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_parameters import JobFields
 from worker.contract.settings import producer_settings
@@ -30,6 +32,9 @@ from worker.contract.webhook import hook_of
 WILDCARDS = "wildcards"
 #: Job fields whose values a grid can cross.
 AXES = tuple(each.name for each in JOB_FIELDS.values() if each.is_axis)
+#: Job fields that are pictures, and a reference that stands for any.
+PICTURES: Final = ("image", "mask")
+_ANY_PICTURE: Final = f"sha256:{'0' * 64}:512x512"
 #: Cells of a grid, at most.
 MAX_GRID = 10_000
 #: Run names: see `worker.contract.message.RUN_MARK`.
@@ -75,6 +80,7 @@ def submit_file(
     Raises `PromptFileError`, `InvalidJobError`, `QueueError`, `StorageError`, `SettingsError`.
     """
     tenant = fields.pop("tenant", None)
+    pictures = Pictures(session(), producer_settings().tenant if tenant is None else tenant)
     plan = make_plan(
         [str(each) for each in files],
         file_format=file_format,
@@ -86,9 +92,11 @@ def submit_file(
             sample,
             wildcards_folder(wildcards, files),
             literal=literal,
+            pictures=pictures,
         ),
         extra=extra,
         tenant=tenant,
+        pictures=pictures,
     )
     hook = webhook_of(webhook, webhook_jobs, plan.tenant)
     path = None if manifest is None else Path(manifest)
@@ -111,6 +119,7 @@ def make_plan(
     variants: Variants,
     extra: bool = False,
     tenant: str | None = None,
+    pictures: Pictures | None = None,
 ) -> Plan:
     """The plan for these files. Raises `PromptFileError` for those that are not there, `InvalidJobError`.
 
@@ -123,7 +132,8 @@ def make_plan(
     if tenant is None:
         tenant = producer_settings().tenant
     Job.parse({"prompt": "x", "tenant": tenant})
-    return Plan([source(each, file_format) for each in files], variants, extra, tenant=tenant)
+    sources = [source(each, file_format) for each in files]
+    return Plan(sources, variants, extra, tenant=tenant, pictures=pictures)
 
 
 def make_variants(
@@ -135,6 +145,7 @@ def make_variants(
     wildcards: Path | None,
     *,
     literal: bool,
+    pictures: Pictures | None = None,
 ) -> Variants:
     """The variants of each line, checked. Raises `PromptFileError`, `InvalidJobError`."""
     for name, number, least, most in (("images", images, 1, 1_000_000), ("sample", sample, 1, 1_000_000)):
@@ -143,7 +154,13 @@ def make_variants(
     if seed_start is not None and "seed" in fields:
         raise PromptFileError("seed and seed_start are the same: give one of them.")
     defaults = {"priority": FILE_PRIORITY, **fields}
-    Job.parse({**defaults, "prompt": "x", "seed": fields.get("seed", seed_start or 0)})
+    if pictures:
+        defaults = dict(pictures.named(defaults))
+        grid = {
+            axis: [pictures.named({axis: value})[axis] for value in values] if axis in PICTURES else values
+            for axis, values in grid.items()
+        }
+    Job.parse({**_for_check(defaults, grid), "prompt": "x", "seed": fields.get("seed", seed_start or 0)})
     size = 1
     for axis, values in grid.items():
         if axis not in AXES:
@@ -153,7 +170,7 @@ def make_variants(
         if not values:
             raise PromptFileError(f"grid has no values for {axis}: write {axis}=VALUE,VALUE.")
         for value in values:
-            Job.parse({**defaults, "prompt": "x", "seed": 0, axis: value})
+            Job.parse({**_for_check({**defaults, axis: value}, grid), "prompt": "x", "seed": 0})
         size *= len(values)
     if size > MAX_GRID:
         raise PromptFileError(f"grid has {size:,} cells, the limit is {MAX_GRID:,}: take fewer values.")
@@ -166,6 +183,19 @@ def make_variants(
         Wildcards(wildcards),
         literal,
     )
+
+
+def _for_check(fields: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as a whole job's, where each line has its own picture or mask."""
+    names = {*fields, *grid}
+    is_of_mask = bool(names & {"mask", "mask_blur", "padding", "preserve_unmasked"})
+    found = dict(fields)
+    if not found.get("image") and (is_of_mask or "strength" in names):
+        found["image"] = _ANY_PICTURE
+        found.pop("mask", None)
+    if is_of_mask and not found.get("mask"):
+        found["mask"] = ALPHA
+    return found
 
 
 def first_variants(variants: Variants, fields: Mapping[str, Any], grid: Sequence[str]) -> Variants:
