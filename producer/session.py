@@ -12,11 +12,14 @@ import os
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
+from worker.contract.errors import InvalidJobError, PermanentStorageError, StorageError, UnknownJobError
+from worker.contract.input_reference import MAX_INPUT_BYTES, InputReference
 from worker.contract.object_keys import object_key
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from redis.client import Redis
 
     from worker.contract.choices import ImageFormat
+    from worker.contract.given_picture import Given
     from worker.state.awaiting import Awaiting
     from worker.state.failures import Failures
     from worker.state.fleet import Fleet
@@ -176,6 +180,59 @@ class Session:
         with contextlib.suppress(UnknownJobError):
             return self.lasting(job_id, tenant)
         return None
+
+    def given(self, fields: Mapping[str, Any], tenant: str, folder: Path | None = None) -> Given | None:
+        """The fields of a job of `tenant` with its pictures read, wherever they are; None: it has none.
+
+        `folder`: see `worker.contract.given_picture.Reach`. Raises `InvalidJobError`, `StorageError`.
+        """
+        pictures = (fields.get("image"), fields.get("mask"))
+        if all(each is None or (isinstance(each, str) and not each.strip()) for each in pictures):
+            return None
+        # Loads Pillow.
+        from worker.contract.given_picture import Reach, read_given
+
+        def fetch(uri: str) -> bytes:
+            try:
+                with self.bucket_of(uri).open(uri) as body:
+                    return body.read(MAX_INPUT_BYTES + 1)
+            except (UnknownJobError, ValueError) as error:
+                raise InvalidJobError(f"A picture cannot be read: {error}") from None
+
+        reach = Reach(fetch, lambda job_id: self.picture_of(job_id, tenant), folder or Path())
+        return read_given(fields, reach)
+
+    def picture_of(self, job_id: str, tenant: str) -> InputReference:
+        """The reference to the picture of another job of `tenant`. Raises `InvalidJobError`, `QueueError`."""
+        with self.queue_errors():
+            record = self.records.read([job_id]).get(job_id)
+        record = record or self.lasting(job_id, tenant)
+        if record is None or record.job.tenant != tenant:
+            raise InvalidJobError(f"image is the picture of job {job_id}, which is not known: check the id.")
+        if record.state is not State.DONE:
+            raise InvalidJobError(
+                f"image is the picture of job {job_id}, which is {record.state}: wait until it is done."
+            )
+        width, height = record.job.width or 0, record.job.height or 0
+        return InputReference("job", job_id, width, height)
+
+    def store(self, given: Given, tenant: str) -> None:
+        """Put the files of a job into the bucket, unless they are there.
+
+        Raises `InvalidJobError` for one that is named and not there, `StorageError`.
+        """
+        if self.bucket is None:
+            raise StorageError("S3_BUCKET is not set: name the bucket, from which workers read pictures.")
+        from worker.storage.inputs import Inputs
+
+        inputs = Inputs(self.bucket)
+        for file in given.files:
+            inputs.put(file.data, file.mime, tenant)
+        for reference in given.named:
+            if not inputs.renew(reference.id, tenant):
+                raise InvalidJobError(
+                    f"There is no file {reference.id[:12]}... among the bucket's inputs: give the picture."
+                )
 
     def bucket_named(self, name: str) -> Bucket:
         """The bucket of that name. Each has one client, whoever asks."""

@@ -60,6 +60,19 @@ ALERTS = (
         ),
     ),
     Alert(
+        "SmallcatRedisFull",
+        "max(smallcat_redis_memory_ratio) > 0.9",
+        "5m",
+        "critical",
+        "Redis uses more than 90% of its maxmemory.",
+        "When it is full, nobody can submit jobs. Workers go on, lose nothing, and make room.",
+        (
+            "`smallcat doctor` says how full it is, and what waits. Start more workers where jobs wait.",
+            "Raise its maxmemory at once where the machine has room: `CONFIG SET maxmemory`.",
+            "Find what takes the room, and what to do about it: [a full Redis](recovery.md#a-full-redis).",
+        ),
+    ),
+    Alert(
         "SmallcatNoQueueFigures",
         "absent(smallcat_redis_up)",
         "5m",

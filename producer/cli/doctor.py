@@ -19,6 +19,7 @@ from worker.contract.queues import queues_of
 from worker.contract.settings import hidden
 from worker.state.groups import WorkerInfo, groups_of, version_read
 from worker.state.parked import parked
+from worker.state.queue_figures import fullness
 from worker.state.waiting import waiting_in
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Files that can be used and are listed, at most.
 _FILES = 50
+#: Share of Redis' memory from which somebody should act.
+_NEARLY_FULL = 0.9
 #: Notifications that wait while a sender takes them a few times a second.
 _UNTAKEN = 200
 
@@ -80,6 +83,7 @@ def _redis(now: Session) -> Iterator[Finding]:
         if policy == "noeviction"
         else f"evicts jobs when it is full ({policy}): CONFIG SET maxmemory-policy noeviction",
     )
+    yield _fullness(info)
     durable = info.get("aof_enabled") in (1, "1")
     yield Finding(
         "redis",
@@ -88,6 +92,17 @@ def _redis(now: Session) -> Iterator[Finding]:
         if durable
         else "keeps no append-only file: jobs are lost if it dies. For production: CONFIG SET appendonly yes",
     )
+
+
+def _fullness(info: Mapping[str, object]) -> Finding:
+    """How much of its memory is in use."""
+    if (share := fullness(info)) is None:
+        text = "has no maxmemory: CONFIG SET maxmemory to less than the machine has, or its kernel may end it"
+        return Finding("redis", True, text)
+    text = f"uses {share:.0%} of its maxmemory"
+    if share >= _NEARLY_FULL:
+        text += ": it refuses jobs when it is full. Start workers, which make room, or raise maxmemory"
+    return Finding("redis", share < _NEARLY_FULL, text)
 
 
 def _replication(info: Mapping[str, object], wanted: int) -> Iterator[Finding]:

@@ -37,6 +37,10 @@ BY_CLASS = {
     "oldest_s": ("smallcat_queue_oldest_seconds", "Seconds that the oldest job waits; 0: none waits"),
 }
 PARKED = ("smallcat_queue_jobs_parked", "Jobs that wait for a newer worker, by the version of their messages")
+REDIS_MEMORY = (
+    "smallcat_redis_memory_ratio",
+    "Share of Redis' maxmemory in use; absent without one",
+)
 #: Seconds that a scrape waits for a Redis that is away.
 REDIS_RETRY_S = 2.0
 
@@ -78,7 +82,7 @@ def _collector(*, is_served: bool) -> Collector:
     from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
     from worker.contract.versions import versions
-    from worker.state.queue_figures import queue_figures
+    from worker.state.queue_figures import fullness, queue_figures
 
     now = session(REDIS_RETRY_S)
 
@@ -90,6 +94,7 @@ def _collector(*, is_served: bool) -> Collector:
             try:
                 with now.queue_errors():
                     figures = queue_figures(now.redis, now.fleet)
+                    full = fullness(now.redis.info("memory"))
             except QueueError as error:
                 if not is_served:
                     raise
@@ -97,6 +102,8 @@ def _collector(*, is_served: bool) -> Collector:
                 yield GaugeMetricFamily("smallcat_redis_up", "Whether Redis answered", value=0)
                 return
             yield GaugeMetricFamily("smallcat_redis_up", "Whether Redis answered", value=1)
+            if full is not None:
+                yield GaugeMetricFamily(*REDIS_MEMORY, value=full)
             for field, (name, what) in GAUGES.items():
                 gauge = GaugeMetricFamily(name, what, labels=["model", "revision"])
                 for served, count in sorted(getattr(figures, field).items()):

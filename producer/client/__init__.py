@@ -264,6 +264,7 @@ def submit_job(
     anything is sent. Equal jobs have equal ids, and are rendered once; the handle is this submission's own.
     `webhook` is an address of https that is told, by `smallcat webhooks run`, when the job is done, failed or
     cancelled for this submission.
+    `image` and `mask` are a path, bytes, a Pillow image, a numpy array, an s3:// address or a handle.
 
     Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
     cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an
@@ -271,14 +272,17 @@ def submit_job(
     is safe. Of several `images` the first ones may be enqueued; with a `seed` of yours, submitting again is
     safe likewise.
     """
+    now = session()
+    values: dict[str, Any] = {"prompt": prompt, **fields}
     if isinstance(prompt, Job):
         said = {name: getattr(prompt, name) for name in prompt.said}
-        job = Job.parse(prompt.model_dump(exclude_unset=False) | said | fields)
-    else:
-        job = Job.parse({"prompt": prompt, **fields})
-    now = session()
-    job = job.of_tenant(now.settings.tenant)
+        values = prompt.model_dump(exclude_unset=False) | said | fields
+    tenant = values.get("tenant", now.settings.tenant)
+    given = now.given(values, tenant)
+    job = Job.parse(given.fields if given else values).of_tenant(now.settings.tenant)
     hook = hook_of(webhook, now.settings.webhook_hosts, job.tenant)
+    if given:
+        now.store(given, job.tenant)
     if images is None:
         return _send(now, job, hook)
     return [_send(now, each, hook) for each in _of_consecutive_seeds(job, images)]

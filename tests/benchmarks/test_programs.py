@@ -27,6 +27,7 @@ PROGRAMS = (
     "load",
     "mates",
     "previews",
+    "s3_requests",
     "shares",
     "system",
     "text_lengths",

@@ -32,6 +32,10 @@ def _uploads(counts: tuple[int, ...]) -> Series:
 
 EXAMPLES = {
     "SmallcatRedisAway": Example({"smallcat_redis_up": "0x30"}, {"smallcat_redis_up": "0x29 1"}),
+    "SmallcatRedisFull": Example(
+        {"smallcat_redis_memory_ratio": "0.8 0.95x30"},
+        {"smallcat_redis_memory_ratio": "0.95x27 0.89x3"},
+    ),
     "SmallcatNoQueueFigures": Example({"up": "1x30"}, {"smallcat_redis_up": "0x30"}),
     "SmallcatTargetDown": Example(
         {'up{job="worker", instance="a"}': "0x30", 'up{job="worker", instance="b"}': "1x30"},

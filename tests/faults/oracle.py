@@ -69,13 +69,13 @@ def account(ground: Ground, ids: Iterable[str]) -> Account:
         if objects != [f"{job_id}.json", f"{job_id}.png"] or not marks.get(job_id):
             found.lost.add(job_id)
             continue
-        _is_its_own(ground, job_id)
+        is_its_own(ground, job_id)
         found.marks_over += marks[job_id] - 1
         found.renders_over += max(0, starts[job_id] - 1)
     return found
 
 
-def _is_its_own(ground: Ground, job_id: str) -> None:
+def is_its_own(ground: Ground, job_id: str) -> None:
     """The record beside the picture is the job's, and the picture is the one that its seed gives."""
     stem = ground.folder_of(job_id) / job_id
     record = JobRecord.model_validate(json.loads(stem.with_suffix(".json").read_bytes()))

@@ -21,11 +21,15 @@ def block(page: str, beginning: str) -> str:
 
 
 def run(
-    commands: str, environment: Mapping[str, str], folder: Path, instead: Mapping[str, str] | None = None
+    commands: str,
+    environment: Mapping[str, str],
+    folder: Path,
+    instead: Mapping[str, str] | None = None,
+    code: int = 0,
 ) -> str:
     """Run `commands` in `folder`, with what stands `instead` of some words; what they print.
 
-    Fails with what they said where one of them fails.
+    Fails with what they said where one of them ends with another exit code than `code`.
     """
     for word, own in (instead or {}).items():
         assert word in commands, f"{word} is not in: {commands}"
@@ -40,5 +44,5 @@ def run(
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == code, f"{commands}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from worker.contract.message import payload_in, run_mark_in
@@ -80,6 +80,12 @@ def queue_figures(client: Redis, fleet: Fleet) -> QueueFigures:
             figures.setdefault(known, 0)
     depth, oldest_s = _by_class(client, fleet.now(), names, {*waiting, *workers})
     return QueueFigures(dict(waiting), dict(in_flight), dict(workers), depth, oldest_s, dict(for_newer))
+
+
+def fullness(info: Mapping[str, object]) -> float | None:
+    """The share of Redis' `maxmemory` that is in use, by its INFO; None where it has no limit."""
+    most = int(str(info.get("maxmemory", 0)))
+    return int(str(info["used_memory"])) / most if most else None
 
 
 def _by_class(

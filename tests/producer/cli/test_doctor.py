@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_the_doctor_leaves_nothing_in_the_bucket(client: Redis, environment: dic
     list(examine())
     listing = boto3.client("s3").list_objects_v2(Bucket=environment["S3_BUCKET"])
     assert listing.get("Contents", []) == []
+
+
+def test_a_redis_that_is_nearly_full(client: Redis) -> None:
+    announce(client, "w1")
+    assert any(each.text.startswith("has no maxmemory: CONFIG SET") for each in found("redis"))
+    used = client.info("memory")["used_memory"]
+    try:
+        client.config_set("maxmemory", 4 * used)
+        assert all(finding.ok for finding in found("redis"))
+        client.config_set("maxmemory", used)
+        assert re.fullmatch(r"uses 1\d\d% of its maxmemory: .* or raise maxmemory", the_bad_one("redis"))
+    finally:
+        client.config_set("maxmemory", 0)
 
 
 def test_no_worker(client: Redis) -> None:

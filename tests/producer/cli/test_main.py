@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -168,7 +169,10 @@ def test_submitting_prints_the_id(smallcat: Shell, client: Redis) -> None:
     assert JobHandle(again.document["id"], again.document["submission"]).record()
 
 
-def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
+def test_every_option_reaches_the_job(smallcat: Shell, client: Redis, tmp_path: Path) -> None:
+    picture = tmp_path / "shoe.png"
+    Image.new("RGBA", (640, 480)).save(picture)
+    digits = hashlib.sha256(picture.read_bytes()).hexdigest()
     served = {"model": SERVED.name, "revision": SERVED.revision}
     given = {
         name: OTHER_VALUES[name] for name in Job.model_fields if name not in ("prompt", "tenant")
@@ -179,6 +183,8 @@ def test_every_option_reaches_the_job(smallcat: Shell, client: Redis) -> None:
     }
     # Choices go by the names that people use.
     texts |= {"scheduler": "Euler a", "metadata": '{"mine": [1, "ä"]}'}
+    # A path becomes what it has.
+    texts["image"], given["image"] = str(picture), f"sha256:{digits}:640x480"
     options = [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
     ran = smallcat("submit", "a small cat", *options)
     job = JobHandle(ran.out.strip()).record().job

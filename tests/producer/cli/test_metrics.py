@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from producer.cli.main import cli
 from tests.worker.health.probes import free_port, wait_for
+from worker.state.redis_client import connect
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,6 +41,19 @@ def test_the_figures_are_printed_once(environment: dict[str, str]) -> None:
     assert 'smallcat_queue_depth{model="sdxl",revision="",tenants="no"} 3.0' in printed.output
     assert 'smallcat_queue_depth{model="sdxl",revision="",tenants="yes"} 0.0' in printed.output
     assert 0 <= found["smallcat_queue_oldest_seconds", "sdxl"] < 60
+
+
+def test_how_full_redis_is_is_a_figure_where_it_has_a_limit(environment: dict[str, str]) -> None:
+    def shown() -> str:
+        return CliRunner().invoke(cli, ["metrics"], catch_exceptions=False).output
+
+    assert "smallcat_redis_memory_ratio" not in shown()
+    with connect(environment["REDIS_URL"], retry_s=1) as client:
+        client.config_set("maxmemory", 2 * client.info("memory")["used_memory"])
+        try:
+            assert 0.3 < figures(shown())["smallcat_redis_memory_ratio", ""] < 0.7
+        finally:
+            client.config_set("maxmemory", 0)
 
 
 def test_a_prometheus_that_asks_is_told_whether_redis_answers(

@@ -1,0 +1,170 @@
+"""`submit_job` with pictures: in every form in which Python has them, checked, and stored once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from redis import Redis
+
+from producer import JobHandle, submit_job
+from tests.producer.test_client import client, environment, finish, fleet, messages, records
+from tests.worker.engine.fake_runner import job_of
+from worker.contract.errors import InvalidJobError, StorageError
+from worker.contract.input_reference import MAX_INPUT_BYTES
+from worker.contract.job import Job
+from worker.state.records import Records
+from worker.storage.bucket import Bucket
+
+__all__ = ["client", "environment", "fleet", "records"]
+
+PHOTO = Image.effect_noise((80, 64), 60).convert("RGB")
+CUT_OUT = PHOTO.convert("RGBA")
+CUT_OUT.putalpha(Image.linear_gradient("L").resize(PHOTO.size))
+FIELDS: dict[str, Any] = {"seed": 1, "steps": 4}
+
+
+def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def bucket_of(environment: dict[str, str]) -> Bucket:
+    return Bucket(environment["S3_BUCKET"])
+
+
+def inputs_in(bucket: Bucket) -> dict[str, bytes]:
+    """What jobs begin with in a bucket, by key."""
+    found = {uri.split("/", 3)[3]: uri for uri, _ in bucket.below(bucket.root)}
+    return {key: bucket.get(uri) for key, uri in found.items() if key.startswith("inputs/")}
+
+
+def job(handle: JobHandle) -> Job:
+    return handle.record().job
+
+
+def test_a_picture_in_any_form_is_an_input_by_its_content(
+    environment: dict[str, str], fleet: Any, client: Redis, tmp_path: Path
+) -> None:
+    data = file_of(PHOTO, "JPEG")
+    (tmp_path / "photo.png").write_bytes(data)
+    bucket = bucket_of(environment)
+    bucket._client.put_object(Bucket=bucket.name, Key="elsewhere/photo", Body=data)
+    digits = hashlib.sha256(data).hexdigest()
+    forms: list[Any] = [
+        tmp_path / "photo.png",
+        str(tmp_path / "photo.png"),
+        data,
+        io.BytesIO(data),
+        f"s3://{bucket.name}/elsewhere/photo",
+        f"sha256:{digits}:80x64",
+    ]
+    jobs = [job(submit_job("a cat", image=each, **FIELDS)) for each in forms]
+    assert {each.image for each in jobs} == {f"sha256:{digits}:80x64"}
+    assert len({each.id for each in jobs}) == 1
+    assert (jobs[0].width, jobs[0].height, jobs[0].strength) == (80, 64, 0.8)
+    assert inputs_in(bucket) == {f"inputs/{digits}": data}
+    head = bucket._client.head_object(Bucket=bucket.name, Key=f"inputs/{digits}")
+    assert head["ContentType"] == "image/jpeg"
+    assert {each["version"] for each in messages(client, jobs[0])} == {4}
+
+
+def test_pixels_are_an_input_as_a_png(environment: dict[str, str], fleet: Any) -> None:
+    pixels = np.asarray(PHOTO)
+    forms: list[Any] = [PHOTO, pixels, np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])]
+    jobs = [job(submit_job("a cat", image=each, **FIELDS)) for each in forms]
+    assert jobs[0].id == jobs[1].id
+    found = inputs_in(bucket_of(environment))
+    for each in jobs:
+        stored = Image.open(io.BytesIO(found[f"inputs/{each.image.split(':')[1]}"]))
+        assert np.array_equal(np.asarray(stored.convert("RGB")), pixels)
+    mask = np.zeros((64, 80), bool)
+    mask[:32] = True
+    masked = job(submit_job("a cat", image=PHOTO, mask=mask, **FIELDS))
+    stored = Image.open(io.BytesIO(inputs_in(bucket_of(environment))[f"inputs/{masked.mask.split(':')[1]}"]))
+    assert np.array_equal(np.asarray(stored), mask * np.uint8(255))
+    assert masked.strength == 1.0
+
+
+def test_the_mask_may_be_the_alpha_channel(environment: dict[str, str], fleet: Any) -> None:
+    assert job(submit_job("a cat", image=CUT_OUT, mask="alpha", **FIELDS)).mask == "alpha"
+    with pytest.raises(InvalidJobError, match="mask is alpha, and no pixel of the image is transparent"):
+        submit_job("a cat", image=PHOTO, mask="alpha", **FIELDS)
+
+
+def test_a_tenants_pictures_are_in_his_folder(environment: dict[str, str], fleet: Any) -> None:
+    reference = job(submit_job("a cat", image=PHOTO, tenant="acme", **FIELDS)).image
+    [key] = inputs_in(bucket_of(environment))
+    assert key.startswith("inputs/tenants/acme/")
+    # Who knows its name has it no more than who does not.
+    with pytest.raises(InvalidJobError, match="among the bucket's inputs: give the picture"):
+        submit_job("a cat", image=reference, tenant="evil", **FIELDS)
+
+
+def test_a_job_is_submitted_again_with_its_picture(environment: dict[str, str], fleet: Any) -> None:
+    first = submit_job("a cat", image=PHOTO, **FIELDS)
+    assert submit_job(job(first), priority=9).id == first.id
+
+
+def test_the_picture_of_a_job_that_is_done_begins_another_one(
+    environment: dict[str, str], fleet: Any, records: Records
+) -> None:
+    parent = job_of(3)
+    finish(records, bucket_of(environment), parent)
+    forms: list[Any] = [JobHandle(parent.id), JobHandle(parent.id).record(), parent.id, f"job:{parent.id}"]
+    jobs = [job(submit_job("a cat", image=each, **FIELDS)) for each in forms]
+    assert {each.image for each in jobs} == {f"job:{parent.id}:{parent.width}x{parent.height}"}
+    assert jobs[0].width == parent.width
+    with pytest.raises(InvalidJobError, match="which is not known: check the id"):
+        submit_job("a cat", image="f" * 32, **FIELDS)
+    with pytest.raises(InvalidJobError, match="which is not known: check the id"):
+        submit_job("a cat", image=parent.id, tenant="evil", **FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        ("no-such.png", "image is 'no-such.png': there is no such file."),
+        (Path("/"), "image is '/': there is no such file."),
+        ("a\0b", "image is 'a\\x00b': there is no such file."),
+        (b"GIF89a", "image is a GIF: give a PNG, JPEG or WebP."),
+        (b"", "image is empty: give a PNG, JPEG or WebP."),
+        (5, "image is 5: give a path, bytes, a Pillow image, a numpy array, an s3:// address or the handle"),
+        (bytes(MAX_INPUT_BYTES + 1), "image is 50.0 MB, the limit is 50 MB: make it smaller."),
+        (np.zeros((8, 8, 3)), "image is an array of float64 and the shape (8, 8, 3): give uint8, 0 to 255"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "image is an array of uint8 and the shape (2, 8, 8, 3): give"),
+        (Image.new("CMYK", (8, 8)), "image has the mode CMYK: convert it to RGB or RGBA."),
+        (io.StringIO("x"), "image is a file of text: open it with mode 'rb'."),
+        (f"sha256:{'ab' * 32}:99999x99999", "image is 99999x99999, the limits are 64 megapixels"),
+        (f"sha256:{'ab' * 32}:64x64", "There is no file abababababab... among the bucket's inputs"),
+        ("s3://nothing", "A picture cannot be read: "),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_a_sentence_and_nothing_is_sent(
+    environment: dict[str, str], fleet: Any, client: Redis, image: Any, sentence: str
+) -> None:
+    with pytest.raises(InvalidJobError) as caught:
+        submit_job("a cat", image=image, **FIELDS)
+    assert str(caught.value).startswith(sentence)
+    assert messages(client, job_of(1)) == []
+
+
+def test_nothing_is_stored_for_a_job_that_is_wrong_elsewhere(environment: dict[str, str], fleet: Any) -> None:
+    for wrong in ({"steps": 0}, {"strength": 2.0}, {"width": 9}):
+        with pytest.raises(InvalidJobError):
+            submit_job("a cat", image=PHOTO, **wrong)
+    assert inputs_in(bucket_of(environment)) == {}
+
+
+def test_without_a_bucket_a_picture_is_refused(
+    environment: dict[str, str], fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("S3_BUCKET")
+    with pytest.raises(StorageError, match="S3_BUCKET is not set: name the bucket, from which workers read"):
+        submit_job("a cat", image=PHOTO, **FIELDS)

@@ -1,0 +1,212 @@
+"""From what a caller gives for `image` and `mask` to references, and to the files that are to be stored.
+
+    a path, bytes, an open file, a Pillow image, a numpy array    a file, by its content
+    s3://bucket/key                                               likewise, as it is there now
+    a handle or result of a job, job:<id>, a job's id             the picture of that job
+    sha256:<64 digits>:<width>x<height>                           a file that is stored already
+
+All is checked here by `worker.contract.input_image`, and nothing is stored: the caller does that once the
+whole job is known to be right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+
+from worker.contract.errors import InvalidJobError
+from worker.contract.explain import short
+from worker.contract.input_image import BadInputError, mask_of_alpha, read_input, read_mask, too_many_bytes
+from worker.contract.input_reference import ALPHA, MAX_INPUT_BYTES, REFERENCE, InputReference
+
+_JOB: Final = re.compile(r"(?:job:)?([0-9a-f]{32})")
+#: Modes of Pillow that a PNG holds as they are.
+_PNG_MODES: Final = frozenset(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that is to be stored before its job is sent."""
+
+    sha256: str
+    data: bytes
+    mime: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """A job's fields with references, and what is to be stored and renewed before it is sent."""
+
+    fields: dict[str, Any]
+    files: tuple[File, ...] = ()
+    #: References of files that must be there.
+    named: tuple[InputReference, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a caller's words may lead to: somebody else's words must not read the reader's own files."""
+
+    #: The bytes at an s3:// address, up to one above an input's limit; None: such addresses are refused.
+    fetch: Callable[[str], bytes] | None = None
+    #: The reference to the picture of a job by its id. Raises `UnknownJobError`, `InvalidJobError`.
+    job: Callable[[str], InputReference] | None = None
+    #: The folder that paths are below; None: paths are refused; empty: they may lead anywhere.
+    folder: Path | None = None
+
+
+def read_given(fields: Mapping[str, Any], reach: Reach) -> Given:
+    """The fields with references in the place of what was given. Raises `InvalidJobError`, `StorageError`."""
+    image, mask = fields.get("image"), fields.get("mask")
+    if _is_empty(image) and _is_empty(mask):
+        return Given(dict(fields))
+    found = dict(fields)
+    files: list[File] = []
+    named: list[InputReference] = []
+    is_alpha = isinstance(mask, str) and mask.strip().lower() == ALPHA
+    for name, value in (("image", image), ("mask", mask)):
+        if _is_empty(value) or (name == "mask" and is_alpha):
+            continue
+        reference = _reference(name, value, reach)
+        if reference is None:
+            data = _bytes(name, value, reach)
+            reference, mime = _checked(name, data, needs_alpha=name == "image" and is_alpha)
+            files.append(File(reference.id, data, mime))
+        elif reference.kind == "sha256":
+            named.append(reference)
+        found[name] = reference.encode()
+    if is_alpha:
+        found["mask"] = ALPHA
+    return Given(found, tuple(files), tuple(named))
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _checked(name: str, data: bytes, *, needs_alpha: bool) -> tuple[InputReference, str]:
+    try:
+        image = read_input(data)
+    except BadInputError as error:
+        raise InvalidJobError(f"{name} {error}.") from None
+    try:
+        if needs_alpha:
+            mask_of_alpha(image)
+        if name == "mask":
+            read_mask(data)
+    except BadInputError as error:
+        raise InvalidJobError(f"mask {error}.") from None
+    return InputReference("sha256", hashlib.sha256(data).hexdigest(), *image.size), image.mime
+
+
+def _reference(name: str, value: Any, reach: Reach) -> InputReference | None:
+    """The reference that a value is, or that of a job; None: it is a file in some form."""
+    job_id = getattr(value, "id", None)
+    if isinstance(job_id, str) and hasattr(value, "state"):  # A handle, or a result.
+        return _of_job(name, job_id, reach)
+    if not isinstance(value, str):
+        return None
+    text = value.strip()
+    if re.fullmatch(REFERENCE, text) and text.startswith("sha256:"):
+        try:
+            return InputReference.parse(text)
+        except ValueError as error:
+            raise InvalidJobError(f"{name} {error}.") from None
+    job = _JOB.fullmatch(text.rpartition(":")[0] if re.fullmatch(REFERENCE, text) else text)
+    if job and (text.startswith("job:") or not (reach.folder and (reach.folder / text).exists())):
+        return _of_job(name, job[1], reach)
+    return None
+
+
+def _of_job(name: str, job_id: str, reach: Reach) -> InputReference:
+    if reach.job is None:
+        raise InvalidJobError(f"{name} is the picture of a job, which is not offered here: give a picture.")
+    return reach.job(job_id)
+
+
+def _bytes(name: str, value: Any, reach: Reach) -> bytes:
+    """The bytes of a picture in any form but a reference."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _limited(name, bytes(value))
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        if isinstance(text, str) and text.startswith("s3://"):
+            if reach.fetch is None:
+                raise InvalidJobError(f"{name} is an s3:// address, which is not read here: send a picture.")
+            return _limited(name, reach.fetch(text))
+        return _of_path(name, Path(os.fsdecode(text)), reach)
+    if callable(read := getattr(value, "read", None)):
+        data = read(MAX_INPUT_BYTES + 1)
+        if not isinstance(data, bytes):
+            raise InvalidJobError(f"{name} is a file of text: open it with mode 'rb'.")
+        return _limited(name, data)
+    return _limited(name, _png(name, value))
+
+
+def _of_path(name: str, path: Path, reach: Reach) -> bytes:
+    if reach.folder is None:
+        raise InvalidJobError(
+            f"{name} is {short(str(path))}, a path, which is not read here: send the picture, or a reference."
+        )
+    whole = path.expanduser()
+    if reach.folder != Path():
+        whole = (reach.folder / path).resolve()
+        if not whole.is_relative_to(reach.folder.resolve()):
+            raise InvalidJobError(
+                f"{name} is {short(str(path))}, which is outside the folder of the prompt file: put it there."
+            )
+    try:
+        if not whole.is_file():
+            raise InvalidJobError(f"{name} is {short(str(path))}: there is no such file.")
+        with whole.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return _limited(name, b"" if size > MAX_INPUT_BYTES else file.read(MAX_INPUT_BYTES + 1), size)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidJobError(f"{name} is {short(str(path))}, which cannot be read: {why}.") from None
+
+
+def _limited(name: str, data: bytes, size: int = 0) -> bytes:
+    if (size := max(size, len(data))) > MAX_INPUT_BYTES:
+        raise InvalidJobError(f"{name} {too_many_bytes(size)}.")
+    return data
+
+
+def _png(name: str, value: Any) -> bytes:
+    """A Pillow image, or an array of (height, width) or (height, width, 3 or 4), as a PNG."""
+    if not isinstance(value, Image.Image):
+        value = _of_array(name, value)
+    if value.mode not in _PNG_MODES:
+        raise InvalidJobError(f"{name} has the mode {value.mode}: convert it to RGB or RGBA.")
+    file = io.BytesIO()
+    value.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _of_array(name: str, value: Any) -> Image.Image:
+    """The image of an array, without numpy: by what the array itself can do."""
+    if not hasattr(value, "__array_interface__"):
+        raise InvalidJobError(
+            f"{name} is {short(value)}: give a path, bytes, a Pillow image, a numpy array, an s3:// address "
+            "or the handle of a job."
+        )
+    kind = str(value.dtype)
+    if kind == "bool":
+        value, kind = value.astype("uint8") * 255, "uint8"
+    if kind != "uint8" or value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[2] not in (1, 3, 4)):
+        raise InvalidJobError(
+            f"{name} is an array of {kind} and the shape {tuple(value.shape)}: give uint8, 0 to 255, of "
+            "(height, width) or (height, width, 3 or 4)."
+        )
+    try:
+        return Image.fromarray(value[:, :, 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+    except (ValueError, TypeError, SystemError) as error:
+        raise InvalidJobError(f"{name} is no array that is a picture: {error}.") from None
