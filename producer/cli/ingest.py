@@ -174,8 +174,7 @@ def plan_of(files: Sequence[str], options: Mapping[str, Any]) -> Plan:
     grid = [*options["grid"], *(each for each in files if _is_axis(each))]
     untaken = {name: options[name] for name, each in JOB_OPTIONS.items() if each.option not in _TAKEN}
     file_format, formats = _formats(options["formats"])
-    now = session()
-    pictures = Pictures(now, now.settings.tenant)
+    pictures = Pictures(session())
     variants = make_variants(
         given_fields(untaken) | formats,
         options["images"],

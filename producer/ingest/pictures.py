@@ -20,10 +20,11 @@ _AT_ONCE = 8
 
 
 class Pictures:
-    """The pictures of the runs of one process, for jobs of `tenant`."""
+    """The pictures of the runs of one process, for jobs of `tenant`; None: of `SMALLCAT_TENANT`'s."""
 
-    def __init__(self, session: Session, tenant: str) -> None:
-        self._session, self._tenant = session, tenant
+    def __init__(self, session: Session, tenant: str | None = None) -> None:
+        self._session = session
+        self._tenant = session.settings.tenant if tenant is None else tenant
         #: What the words of a line mean, by them and the folder: references by field, or what is wrong.
         self._known: dict[tuple[Path | None, Any, Any], dict[str, Any] | str] = {}
         #: Where each file is, by its reference: the folder, the field, the words.

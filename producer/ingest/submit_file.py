@@ -80,7 +80,7 @@ def submit_file(
     Raises `PromptFileError`, `InvalidJobError`, `QueueError`, `StorageError`, `SettingsError`.
     """
     tenant = fields.pop("tenant", None)
-    pictures = Pictures(session(), producer_settings().tenant if tenant is None else tenant)
+    pictures = Pictures(session(), tenant)
     plan = make_plan(
         [str(each) for each in files],
         file_format=file_format,
@@ -99,9 +99,8 @@ def submit_file(
         pictures=pictures,
     )
     hook = webhook_of(webhook, webhook_jobs, plan.tenant)
-    path = None if manifest is None else Path(manifest)
+    path, folder = (None if each is None else Path(each) for each in (manifest, download))
     options = Options(path, run, max_queued, detach, strict, hook, webhook_jobs)
-    folder = None if download is None else Path(download)
     return make_ingest(plan, options, SilentDisplay(), folder, name)()
 
 
