@@ -79,8 +79,7 @@ def submit_file(
 
     Raises `PromptFileError`, `InvalidJobError`, `QueueError`, `StorageError`, `SettingsError`.
     """
-    tenant = fields.pop("tenant", None)
-    pictures = Pictures(session(), tenant)
+    pictures = Pictures(session(), tenant := fields.pop("tenant", None))
     plan = make_plan(
         [str(each) for each in files],
         file_format=file_format,
