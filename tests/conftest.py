@@ -36,6 +36,7 @@ _FOREIGN = (
     "AWS_",
     "CELERY_",
     "HF_",
+    "OTEL_",
     "RCLONE_",
     "REDIS_",
     "S3_",

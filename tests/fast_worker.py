@@ -50,7 +50,7 @@ app.conf.update({name: getattr(real.conf, name) for name in KEPT})
 class FastEngine:
     """What `JobHandler` needs of an engine."""
 
-    def submit(self, job_id: str, job: Job) -> Future[Rendered]:
+    def submit(self, job_id: str, job: Job, *_: object) -> Future[Rendered]:
         future: Future[Rendered] = Future()
         time.sleep(SECONDS)
         with open(JOURNAL, "a") as journal:  # noqa: PTH123 - one write, so lines do not mix

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 #: Each folder, or module beside folders, and what it imports. Everybody may import `worker.contract`.
 FOLDERS = {
     "worker.tasks": "worker.jobs worker.device worker.model worker.broker worker.celery worker.health",
-    "worker.tasks worker.jobs": "worker.engine worker.state worker.storage",
+    "worker.tasks worker.jobs": "worker.engine worker.state worker.storage worker.tracing",
     "worker.device": "worker.engine worker.model",
     "worker.bench": "worker.device worker.model",
     "worker.celery": "worker.broker",
@@ -26,13 +26,13 @@ FOLDERS = {
     "producer.cli": (
         "producer.client producer.gallery producer.http producer.ingest producer.prompts producer.webhooks"
     ),
-    "producer.http producer.client producer.ingest": "worker.celery",
+    "producer.http producer.client producer.ingest": "worker.celery worker.tracing",
     "producer.http": (
         "producer.client producer.gallery producer.ingest producer.prompts producer.session worker.state "
         "worker.health"
     ),
     "producer.ingest": "producer.prompts worker.broker",
-    "producer.webhooks": "producer.session worker.state worker.health",
+    "producer.webhooks": "producer.session worker.state worker.health worker.tracing",
     "producer.cli producer.client producer.gallery producer.ingest producer.prompts": "producer.session",
     "producer.cli producer.ingest producer.session": "worker.state worker.storage",
 }
@@ -55,6 +55,7 @@ DOORS = {
     "fastapi starlette uvicorn": "producer.http",
     "httpcore2": "producer.webhooks.connection",
     "standardwebhooks": "producer.webhooks.payload",
+    "opentelemetry": "worker.tracing.parents worker.tracing.spans worker.tracing.submissions",
     "kombu": (
         "worker.broker worker.celery worker.tasks worker.state.redis_client "
         "producer.client producer.http.sending producer.ingest"

@@ -31,7 +31,6 @@ from worker.contract.errors import (
     first_line,
 )
 from worker.contract.job_parameters import DEFAULT_PRIORITY
-from worker.contract.job_scope import about_job
 from worker.contract.message import TASK
 from worker.contract.plain_log import ended
 from worker.contract.plain_text import plain
@@ -58,6 +57,7 @@ from worker.state.redis_client import RedisError, connect, connect_until
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 from worker.storage.options import BucketOptions
+from worker.tracing import attempts, exporter
 
 if TYPE_CHECKING:
     from worker.device.model_runner import ModelRunner
@@ -107,7 +107,8 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
     request = task.request
     tag, counts = request.properties["delivery_tag"], False
     message = f"{request.id}/{tag}"
-    with about_job(str(payload.get("id", ""))[:32]):
+    trace = request.get("traceparent"), request.get("tracestate")
+    with attempts.attempt(str(payload.get("id", ""))[:32], *trace):
         try:
             handled = _here().handler.handle(
                 payload, message, redelivered=bool(request.delivery_info.get("redelivered"))
@@ -120,13 +121,17 @@ def run_job(task: Task[Any, Any], payload: dict[str, Any]) -> None:
         except InvalidJobError as error:
             logger.error("Message %s is set aside: %s", ascii(request.id), plain(error))
             set_aside_held(tag, str(error))
+            attempts.failed(error)
             delay_s = None
         except (MachineError, RedisError) as error:
             logger.info("Message %s goes back to its queue: %s", request.id, plain(first_line(error)))
             delay_s = error.delay_s if isinstance(error, MachineError) else UNKNOWN_DELAY_S
+            attempts.note(outcome="given_back")
+            attempts.failed(error)
         except BaseException as error:
             logger.critical("The message goes back to the queue: %r", error, exc_info=True)
             delay_s, counts = UNKNOWN_DELAY_S, True
+            attempts.failed(error)
     if delay_s is not None:
         postpone(tag, delay_s, counts=counts)
         raise Reject("the message goes back to its queue", requeue=True)
@@ -207,6 +212,8 @@ def _assemble(settings: WorkerSettings, name: str) -> _Process:
     bucket = _services(settings)
     files = _files(settings)
     health.doing("The worker loads the model, renders one small picture, and compiles.")
+    if to := exporter.begin():
+        _log_choice("traces", to, "OTEL_EXPORTER_OTLP_ENDPOINT")
     runner = _warm_runner(settings, files)
     timeout_s, rates = settings.job_timeout_s, Rates(metrics.observe_step)
     engine = Engine(runner, job_timeout_s=timeout_s, on_failure=_engine_failed, on_step=rates.step)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import math
 import re
-import secrets
 import shlex
-import time
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Unpack, overload
 
 from producer.client.job_result import JobResult
+from producer.client.sending import send
 from producer.session import Session, session, short_look_up
-from worker.contract.errors import InvalidJobError, QueueError, UnknownJobError
+from worker.contract.errors import InvalidJobError, UnknownJobError
 from worker.contract.explain import short
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.job_files import files_of
 from worker.contract.job_parameters import DEFAULT_MODEL, MAX_SEED, JobFields
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
-from worker.contract.webhook import WEBHOOK_SINCE, hook_of
+from worker.contract.webhook import hook_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -301,64 +298,17 @@ def _of_consecutive_seeds(job: Job, images: int) -> list[Job]:
 
 
 def _send(now: Session, job: Job, hook: str) -> JobHandle:
-    """Enqueue `job`, trying again while Redis is out of reach. Raises `QueueError`."""
-    from kombu.pools import producers
-
-    from worker.celery import connection, message_of
-    from worker.contract.found_message import digest_of
-    from worker.contract.message import route_of, task_call_of
-    from worker.contract.refusals import too_few_replicas
-
-    deadline = time.monotonic() + now.redis_retry_s
-    replicas = now.settings.wait_replicas
-    # Less than a client waits for an answer.
-    wait_s = 0.8 * min(now.redis_retry_s, 10.0)
-    pool = producers[connection(now.settings.redis_url)]
-    with now.queue_errors(), now.one_retry():
-        job = now.fleet.resolve(job)
-    submission, is_sent = secrets.token_hex(8), False
-    while True:
-        try:
-            # All of it again after a failure: a replica that became the primary may have none of it.
-            if not (is_sent and _is_taken(now, job.id)):
-                # Another one for each try: should both have arrived, the second finds the job taken.
-                message_id, route = f"{job.id}-{secrets.token_hex(4)}", route_of(job)
-                with now.queue_errors(), pool.acquire(block=True) as producer:
-                    call = task_call_of(job, least=WEBHOOK_SINCE if hook else 1)
-                    message = json.dumps(message_of(call, message_id, producer))
-                is_sent = True
-                with now.queue_errors(), now.one_retry(deadline - time.monotonic()):
-                    put = (route.list, message)
-                    now.records.submitted(
-                        job, route.queue, submission, message_id, digest_of(message), put, hook
-                    )
-            if replicas:
-                # Once: a connection that is made anew may lead to another primary.
-                with now.queue_errors(), now.one_retry(0):
-                    have_it = now.records.replicated(job.id, submission, replicas, wait_s)
-                if have_it < replicas:
-                    raise QueueError(too_few_replicas(have_it, replicas))
-            handle = JobHandle(job.id, submission, job.tenant)
-            handle._own = {name: getattr(job, name) for name in SUBMISSION_FIELDS}
-            return handle
-        except QueueError:
-            if time.monotonic() >= deadline:
-                raise
-            now.reconnect()
-            time.sleep(0.2)
+    """Enqueue `job`. Raises `QueueError`."""
+    resolved, submission = send(now, job, hook)
+    handle = JobHandle(resolved.id, submission, resolved.tenant)
+    handle._own = {name: getattr(resolved, name) for name in SUBMISSION_FIELDS}
+    return handle
 
 
 def _has_picture(record: JobRecord) -> bool:
     """Whether the bucket has a job's picture and its record. Raises `StorageError`."""
     bucket, job = session().bucket, record.job
     return bucket is not None and bucket.find(record.id, job.format, job.tenant) is not None
-
-
-def _is_taken(now: Session, job_id: str) -> bool:
-    """Whether a job that may have arrived has: a worker has it, or has done it. Raises `QueueError`."""
-    with now.queue_errors(), now.one_retry(0), contextlib.suppress(UnknownJobError):
-        return now.records.get(job_id).state in (State.RUNNING, State.DONE)
-    return False
 
 
 def _check_timeout(timeout: float | None) -> None:

@@ -28,6 +28,7 @@ from worker.contract.job import SUBMISSION_FIELDS
 from worker.contract.message import Route
 from worker.contract.refusals import sentence, too_few_replicas
 from worker.state.submissions import Submission, Submissions
+from worker.tracing.submissions import NO_SPAN, SentSpan
 
 logger = logging.getLogger("smallcat.http")
 
@@ -49,6 +50,8 @@ class Ready:
     tenant: str
     #: Its webhook, as `worker.contract.webhook.hook_of` makes it; empty: it has none.
     hook: str = ""
+    #: Its span; its webhook is to say it, too.
+    span: SentSpan = NO_SPAN
 
 
 class _Request:
@@ -206,9 +209,9 @@ class Sender:
             json.dumps(own_of(job)),
             message_id,
             template.list,
-            template.fill(job, "", message_id, f"{self._tag}{self._tags:012x}"),
+            template.fill(job, "", message_id, f"{self._tag}{self._tags:012x}", ready.span.headers),
             tenant=ready.tenant,
-            hook=ready.hook,
+            hook=ready.span.on_hook(ready.hook),
         )
 
     def _message_template(self, route: Route) -> MessageTemplate:
@@ -228,7 +231,8 @@ class Sender:
 def _log_submitted(ready: Ready) -> None:
     fields = {"submission": ready.submission, "queue": ready.job.route.queue}
     fields |= {"tenant": ready.tenant} if ready.tenant else {}
-    logger.info("Job %s is submitted.", ready.job.id, extra={"job": ready.job.id, "fields": fields})
+    about = {"job": ready.job.id, "trace": ready.span.trace}
+    logger.info("Job %s is submitted.", ready.job.id, extra={**about, "fields": fields})
 
 
 def own_of(job: TemplatedJob) -> Mapping[str, Any]:

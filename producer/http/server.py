@@ -20,10 +20,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from producer.http.app import make_app
 from producer.http.guard import Guard
 from producer.http.run_store import RunStore
+from producer.http.tracing import Traced
 from worker.contract.errors import CallerError
 from worker.contract.plain_log import set_up_log
 from worker.contract.settings import ServerSettings
 from worker.health.report import Health
+from worker.tracing.submissions import service_is
 
 logger = logging.getLogger("smallcat.http")
 
@@ -142,6 +144,7 @@ def serve(
             "with `smallcat keys add NAME`."
         )
     set_up_log(settings.log)
+    service_is("smallcat-api")
     logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     health = Health(settings.health_port)
     health.start()
@@ -158,7 +161,7 @@ def serve(
         "forwarded_allow_ips": settings.http_trusted_proxies or None,
     }
     config = uvicorn.Config(
-        guard,
+        Traced(guard),
         host=settings.http_host,
         port=settings.http_port,
         http=_Protocol,

@@ -17,6 +17,7 @@ from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
 from worker.contract.job_parameters import DEFAULT_PRIORITY
 from worker.contract.webhook import WEBHOOK_SINCE, hook_of
+from worker.tracing.submissions import send_span
 
 if TYPE_CHECKING:
     from producer.http.backend import Backend
@@ -124,6 +125,19 @@ def numbered(fields: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     return [{**fields, "seed": first + number} for number in range(count)]
 
 
+async def _sent(backend: Backend, ready: Sequence[Ready]) -> None:
+    """Send jobs; their spans end then."""
+    try:
+        await backend.sender.send(ready)
+    except BaseException as error:
+        for each in ready:
+            each.span.fail(error)
+        raise
+    finally:
+        for each in ready:
+            each.span.end()
+
+
 async def send(
     backend: Backend,
     caller: Caller,
@@ -140,8 +154,10 @@ async def send(
     try:
         whose = caller.tenant or caller.owner
         hooks = [hook_of(job.webhook or None, backend.settings.webhook_hosts, caller.tenant) for job in jobs]
-        ready = [Ready(*each[:2], whose, each[2]) for each in zip(jobs, ids, hooks, strict=True)]
-        await backend.sender.send(ready)
+        spans = [send_span(job.id, job.route.queue) for job in jobs]
+        parts = zip(jobs, ids, hooks, spans, strict=True)
+        ready = [Ready(job, submission, whose, hook, span) for job, submission, hook, span in parts]
+        await _sent(backend, ready)
     except RefusedError:  # Nothing was sent. After a `QueueError` some of it may have been.
         await backend.limits.give_back(caller, jobs, note)
         raise

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from producer.ingest import manifest_path
 from producer.ingest.check import refuse_bad_lines
 from producer.ingest.journal import Journal, journal_path
 from producer.ingest.manifest import write_manifest
-from producer.ingest.message_templates import MessageTemplate, TemplatedJob
+from producer.ingest.messages import Messages, tag_of_process
 from producer.ingest.pinned import Pinned
 from producer.ingest.plan import Cursor, Plan, Planned, Rejected
 from producer.ingest.rejects import OwnFiles, Rejects
@@ -33,7 +32,6 @@ from producer.ingest.windows import Windows
 from producer.ingest.writing import writing
 from producer.session import Session
 from worker.contract.errors import PromptFileError, QueueError
-from worker.contract.message import Route, RunMark
 
 if TYPE_CHECKING:
     from producer.ingest.download import Downloads
@@ -76,9 +74,7 @@ class Ingest:
         self._pinned = Pinned(self.run, session.fleet, self._gate)
         self._results = Results(self.run, session, plan.tenant)
         self._stop = threading.Event()
-        self._templates: dict[Route, MessageTemplate] = {}
-        self._tag = _tag_of_process()
-        self._tags = 0
+        self._messages = Messages(session)
         #: The run's cursor, as this process has moved it; None: it has not, and reads it again.
         self._cursor: str | None = None
         self._rejected = 0
@@ -249,7 +245,8 @@ class Ingest:
             if isinstance(each, Rejected):
                 self._reject(each)
             else:
-                messages.append(self._message(each, status.fed + len(messages), at, ""))
+                number = status.fed + len(messages)
+                messages.append(self._messages.of(each, self.run.id, number, at))
         if self._plan.pictures:
             self._plan.pictures.store(each.templated.shape for each in window if isinstance(each, Planned))
         if is_last:
@@ -257,6 +254,7 @@ class Ingest:
         elif not window:
             return False
         is_sent = self.run.feed(status.fed, messages, cursor, total, self._rejected)
+        self._messages.sent()
         self._cursor = cursor if is_sent else None
         return True
 
@@ -265,28 +263,6 @@ class Ingest:
         self._rejected += 1
         self._rejects.write(rejected)
         self._display.rejected(rejected, self._plan.sources[rejected.file].name)
-
-    def _message(self, job: Planned, number: int, at: int, again: str) -> tuple[str, str]:
-        """The list and the message of job `number`. Each message has an id of its own, for its claim."""
-        template = self._template(job.templated)
-        self._tags += 1
-        return template.list, template.fill(
-            job.templated,
-            RunMark(self.run.id, number, job.file, job.line, at).encode(),
-            f"{job.templated.id}-{self.run.id}-{number}{again}",
-            f"{self._tag}{self._tags:012x}",
-        )
-
-    def _template(self, templated: TemplatedJob) -> MessageTemplate:
-        if templated.route not in self._templates:
-            from kombu.pools import producers
-
-            from worker.celery import connection
-
-            pool = producers[connection(self._session.settings.redis_url)]
-            with pool.acquire(block=True) as producer:
-                self._templates[templated.route] = MessageTemplate(templated.route, producer)
-        return self._templates[templated.route]
 
     def _send_lost_again(self, status: Status) -> None:
         """Send jobs again whose messages were purged, or lost with a Redis that died."""
@@ -322,8 +298,11 @@ class Ingest:
                 "among them: see the workers' logs, and that nobody purges the queue."
             )
         self._display.notice(f"{len(missing)} jobs are gone from the queue and are sent again.")
-        at, again = self.run.now(), f"-{_tag_of_process()[:8]}"
-        self.run.send_again({number: self._message(job, number, at, again) for number, job in missing})
+        at, again = self.run.now(), f"-{tag_of_process()[:8]}"
+        self.run.send_again(
+            {number: self._messages.of(job, self.run.id, number, at, again) for number, job in missing}
+        )
+        self._messages.sent()
 
     # Receiving.
 
@@ -347,7 +326,7 @@ class Ingest:
     def _show(self, status: Status, journal: Journal) -> None:
         if time.monotonic() - self._counted_at > 0.5:
             self._counted_at = time.monotonic()
-            queues = {route.queue for route in self._templates} or set(self.run.queues)
+            queues = self._messages.queues or set(self.run.queues)
             workers = self._session.fleet.serving(*queues) if queues else None
             self._counts = replace(self._count(journal), workers=workers)
         self._display.update(status, self._counts)
@@ -386,8 +365,3 @@ class Ingest:
             rejected_files=tuple(self._rejects.paths()) if self._rejects else (),
             manifest=self._manifest if state == "finished" else None,
         )
-
-
-def _tag_of_process() -> str:
-    """The first 24 characters of delivery tags, in the form of a UUID, which no other process has."""
-    return str(uuid.uuid4())[:24]

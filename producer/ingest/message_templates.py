@@ -39,6 +39,8 @@ MAX_SHAPES = 1_000
 _SUBMITTERS = JOB_FIELDS.keys() - WRITTEN_FIELDS.keys()
 #: The prompt of a job that stands for others: a word that is longer than any name of a file.
 _NO_NAME = "x" * (MAX_NAME + 1)
+#: Where a message's headers begin.
+_HEADERS = '"headers": {'
 _NO_NAMES = EmbeddingNames(())
 #: What `Job` refuses in a text.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -194,8 +196,18 @@ class MessageTemplate:
         ]
         self._gaps = self._parts[1::2]
 
-    def fill(self, templated: TemplatedJob, mark: str, task_id: str, tag: str) -> str:
-        """The message of one job, with its run mark and its delivery tag, as it stands in the list."""
+    def fill(
+        self,
+        templated: TemplatedJob,
+        mark: str,
+        task_id: str,
+        tag: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> str:
+        """The message of one job, with its run mark and its delivery tag, as it stands in the list.
+
+        `headers`: those of its trace.
+        """
         before, after = self._body
         body = f"{before}{payload_text(templated.version, templated.id, templated.job, mark)}{after}"
         values = {
@@ -206,7 +218,9 @@ class MessageTemplate:
         }
         parts = self._parts.copy()
         parts[1::2] = [values[name] for name in self._gaps]
-        return "".join(parts)
+        text = "".join(parts)
+        # What stands before is base64.
+        return text.replace(_HEADERS, f"{_HEADERS}{json.dumps(headers)[1:-1]}, ", 1) if headers else text
 
 
 def _is_readable(prompt: str, fields: Mapping[str, Any]) -> bool:

@@ -29,6 +29,7 @@ from worker.contract.settings import WebhookSettings
 from worker.contract.webhook import Hosts
 from worker.health.report import Health
 from worker.state.notifications import HELD_S, Ended, Notification, Notifications, Shares, name_of
+from worker.tracing.submissions import NO_SPAN, notification_span, service_is
 
 logger = logging.getLogger("smallcat.webhooks")
 
@@ -164,9 +165,12 @@ class Sender:
 
     async def _handle(self, notification: Notification) -> None:
         """Try to send one, and note how that ended."""
-        began_s = time.monotonic()
+        began_s, span = time.monotonic(), NO_SPAN
         try:
-            ended, delay_s, text = await self._send(notification)
+            with notification_span(notification.hook, _attributes_of(notification)) as span:
+                ended, delay_s, text = await self._send(notification)
+                if ended != "sent":
+                    span.fail(text)
         except Exception as error:
             logger.exception("The notification %s has a fault.", notification.id)
             ended, delay_s, text = self._after(notification, f"a fault of the sender, {type(error).__name__}")
@@ -180,7 +184,8 @@ class Sender:
                     del counter[key]
         self._on_ended(ended)
         shown = notification.id[1:], plain(notification.host), plain(text)
-        extra = {"job": notification.what.get("job", ""), "fields": _fields_of(notification)}
+        about = {"job": notification.what.get("job", ""), "trace": span.trace}
+        extra = {**about, "fields": _fields_of(notification)}
         if ended == "sent":
             logger.info("The notification %s to %s is delivered.", *shown[:2], extra=extra)
         elif ended == "failed":
@@ -233,6 +238,16 @@ class Sender:
         return ("failed", 0.0, text) if pause is None else ("later", pause, text)
 
 
+def _attributes_of(notification: Notification) -> dict[str, Any]:
+    """What a span says of an attempt to send it: of the address its host alone, the rest may be secret."""
+    return {
+        "server.address": name_of(notification.host),
+        "http.request.method": "POST",
+        "http.request.resend_count": notification.attempts,
+        "smallcat.job.id": str(notification.what.get("job", "")),
+    }
+
+
 def _fields_of(notification: Notification) -> dict[str, Any]:
     """What lines of the log say of it as fields."""
     what = {name: notification.what[name] for name in ("submission", "run") if notification.what.get(name)}
@@ -270,6 +285,7 @@ def run(
 ) -> None:
     """Send notifications until SIGTERM or Ctrl-C; then finish what is being sent. Raises `SettingsError`."""
 
+    service_is("smallcat-webhooks")
     health = Health(settings.health_port)
     health.start()
 

@@ -1,17 +1,26 @@
 """Measures how much throughput the queue, the bucket and a worker's threads cost, without a GPU.
 
     python -m tests.benchmarks.emulated --steps 1 --jobs 1200
+    python -m tests.benchmarks.emulated --steps 1 --jobs 400 --turns 5     # what traces cost
 
 Valkey, the S3 server and the worker process are real. The GPU is emulated (`tests.benchmarks.emulated_gpu`):
 steps and decode calls take as long as on an H200. The result is compared with the engine alone on the same
 emulated GPU, without queue and bucket. Torch's Python code, which competes with all other threads, runs;
 CUDA launches do not.
+
+With `--turns` workers without and with traces take turns, and the medians of both are printed. A collector in
+a process of its own takes the spans and throws them away.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
 
 import click
 
@@ -42,17 +51,51 @@ class EmulatedWorker(FaultWorker):
     show_default=True,
     help="Milliseconds to encode a picture, without using a core.",
 )
-def main(jobs: int, steps: int, rows: int, encode_ms: float) -> None:
+@click.option("--turns", default=0, help="Turns without and with traces; 0: one without.")
+def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int) -> None:
     costs = {"ROWS": rows, "STEPS": steps, "ENCODE_MS": encode_ms}
     engine_s = saturate(EmulatedRunner(rows, steps), ENGINE_S, steps=steps, guidance_scale=1.0)["images_s"]
     with Stack(workers=0) as stack:
         emulated = {f"EMULATED_{name}": str(value) for name, value in costs.items()}
-        EmulatedWorker(stack.home, "worker1", {**stack.environment, **emulated}).start()
+        environment = {**stack.environment, **emulated}
         os.environ.update(stack.environment)
-        submit_job("a small cat", seed=10**9, steps=steps, guidance_scale=1.0).result(timeout=60)
-        measured = run(jobs, steps=steps, guidance_scale=1.0)
+        seeds = itertools.count(0, jobs)
+
+        def measure(more: dict[str, str]) -> dict[str, float]:
+            worker = EmulatedWorker(stack.home, "worker1", {**environment, **more})
+            worker.start()
+            seed = next(seeds)
+            submit_job("a small cat", seed=10**9 + seed, steps=steps, guidance_scale=1.0).result(timeout=60)
+            try:
+                return run(jobs, seed, steps=steps, guidance_scale=1.0)
+            finally:
+                worker.stop()
+
+        if turns:
+            compare(measure, turns)
+            return
+        measured = measure({})
     share = measured["images_s"] / engine_s
     print(json.dumps({"steps": steps, **measured, "engine_images_s": engine_s, "of_the_engine": share}))
+
+
+def compare(measure: Callable[[dict[str, str]], dict[str, float]], turns: int) -> None:
+    """Measure without and with traces in turns, and print the medians."""
+    found: dict[str, list[float]] = {"without": [], "with traces": []}
+    collector = subprocess.Popen([sys.executable, "-m", "tests.otlp"], stdout=subprocess.PIPE, text=True)
+    assert collector.stdout is not None
+    traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.stdout.readline().strip()}
+    try:
+        for turn in range(turns):
+            # Who goes first changes: the machine may get busier or hotter.
+            for name in sorted(found, reverse=bool(turn % 2)):
+                found[name].append(measure(traced if name == "with traces" else {})["images_s"])
+                print(json.dumps({"turn": turn, "name": name, "images_s": found[name][-1]}), flush=True)
+    finally:
+        collector.kill()
+        collector.wait()
+    without, with_traces = (statistics.median(found[name]) for name in ("without", "with traces"))
+    print(json.dumps({"without": without, "with traces": with_traces, "ratio": with_traces / without}))
 
 
 if __name__ == "__main__":

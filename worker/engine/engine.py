@@ -39,6 +39,7 @@ from worker.engine.batcher import Batcher
 from worker.engine.decode_stage import DecodeStage
 from worker.engine.movement import Movement
 from worker.engine.runner import JobInputs, Outcome, Picture, Runner, StateT
+from worker.engine.step_watch import StepWatch
 from worker.engine.ticket import Rendered, Ticket, as_job_error, is_machine_fault, shared
 
 logger = logging.getLogger("smallcat.engine")
@@ -103,18 +104,21 @@ class Engine(Generic[StateT]):
         """Start the loop."""
         self._thread.start()
 
-    def submit(self, job_id: str, job: Job, inputs: JobInputs | None = None) -> Future[Rendered]:
+    def submit(
+        self, job_id: str, job: Job, inputs: JobInputs | None = None, watch: StepWatch | None = None
+    ) -> Future[Rendered]:
         """Encode the job's text on the caller's thread, and let the job wait for its first step.
 
         The future resolves to a `Rendered`, or to the job's own `SmallcatError`. A job whose id is in flight
-        shares that one's future. If the engine has stopped, the error is `EngineStoppedError`.
+        shares that one's future. If the engine has stopped, it is `EngineStoppedError`. `watch` notes steps.
         """
         with self._changed:
             if (known := self._tickets.get(job_id)) is not None:
                 # Submitted again after its cancellation: it is wanted again.
                 known.cancelled = False
                 return known.future
-            ticket: Ticket[StateT] = Ticket(job_id, job, self._clock() + self._job_timeout_s, inputs)
+            deadline_s = self._clock() + self._job_timeout_s
+            ticket: Ticket[StateT] = Ticket(job_id, job, deadline_s, inputs, watch=watch)
             if self._stopped:
                 ticket.resolve(EngineStoppedError("The engine has stopped: the job goes back to the queue."))
                 return ticket.future
@@ -268,23 +272,18 @@ class Engine(Generic[StateT]):
             if is_out_of_memory:
                 self._lower_cap(states[0], rows)
             else:
-                jobs = len(batch)
-                logger.warning(
-                    "A step of %d jobs failed (%r): trying each half, to find the job.", jobs, error
-                )
-            self._step_halves(batch)
+                text = "A step of %d jobs failed (%r): trying each half, to find the job."
+                logger.warning(text, len(batch), error)
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                self._step(half)
             return
-        self._on_step(rows, shared(batch, shares, self._clock() - started_s))
+        self._on_step(rows, shared(batch, shares, started_s, self._clock()))
         for ticket, state, failure in zip(batch, states, failures, strict=True):
             if failure is not None:
                 self._drop(ticket, failure)
             else:
                 self._batcher.resize(ticket, state.rows, state.text_tokens)
-
-    def _step_halves(self, batch: Sequence[Ticket[StateT]]) -> None:
-        middle = len(batch) // 2
-        self._step(batch[:middle])
-        self._step(batch[middle:])
 
     def _lower_cap(self, state: StateT, rows: int) -> None:
         """Remember that `rows` rows of this job's lane do not fit in memory."""

@@ -16,6 +16,7 @@ from worker.contract.errors import (
 )
 from worker.contract.job import Job
 from worker.engine.runner import JobInputs, Picture, StateT
+from worker.engine.step_watch import StepWatch
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Ticket(Generic[StateT]):
     cancelled: bool = False
     #: Its share of the steps so far, in seconds.
     device_s: float = 0.0
+    #: Notes its steps; None: nobody wants to know.
+    watch: StepWatch | None = None
     #: When its last step ended, by the engine's clock; None: it has not.
     stepped_s: float | None = None
 
@@ -76,10 +79,15 @@ class Ticket(Generic[StateT]):
             pass  # `Engine.stop` gave the job back while its last step ran.
 
 
-def shared(batch: Sequence[Ticket[StateT]], rows: Sequence[int], seconds: float) -> float:
+def shared(batch: Sequence[Ticket[StateT]], rows: Sequence[int], began_s: float, ended_s: float) -> float:
     """Share the seconds of a step among its jobs, by the rows that each had in it. Returns the seconds."""
+    seconds, every = ended_s - began_s, sum(rows)
     for ticket, own in zip(batch, rows, strict=True):
-        ticket.device_s += seconds * own / sum(rows)
+        ticket.device_s += seconds * own / every
+    if watches := [ticket.watch for ticket in batch if ticket.watch is not None]:
+        names = [watch.name for watch in watches]
+        for watch in watches:
+            watch.stepped(began_s, ended_s, every, names)
     return seconds
 
 

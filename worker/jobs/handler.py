@@ -47,7 +47,6 @@ from worker.contract.record import Attempt, JobRecord, State, Timings
 from worker.contract.served_model import ServedModel
 from worker.engine.engine import Engine
 from worker.engine.runner import JobInputs, Picture
-from worker.engine.ticket import Rendered
 from worker.jobs import job_log, metrics
 from worker.jobs.bucket_access import BucketAccess
 from worker.jobs.image_file import CONTENT_TYPES, encode
@@ -56,6 +55,7 @@ from worker.jobs.input_arrays import arrays_of
 from worker.jobs.job_files import Files, NoFiles
 from worker.jobs.quarantine import Quarantine
 from worker.jobs.rates import Rates
+from worker.jobs.rendering import render
 from worker.jobs.retry_policy import RetryPolicy, Verdict
 from worker.jobs.storage_retry import StorageRetry
 from worker.state.keys import attempts_key, job_key
@@ -63,6 +63,7 @@ from worker.state.records import Claim, Records
 from worker.state.redis_client import RedisError
 from worker.state.usage import Used
 from worker.storage.bucket import Bucket
+from worker.tracing.attempts import stage
 
 logger = logging.getLogger("smallcat.jobs")
 
@@ -160,16 +161,17 @@ class JobHandler:
 
     def _attempt(self, message: Message, message_id: str) -> Handled:
         """As `handle`, for a message that can be read."""
-        claim, attempt, queued_s = self._records.claim(
-            message.job,
-            message_id,
-            worker=self._name,
-            lease_s=self._lease_s,
-            max_attempts=self._policy.max_attempts,
-            queue=queue_of(message.job),
-            run=message.run,
-            is_stored=lambda: self._is_stored(message),
-        )
+        with stage("claim"):
+            claim, attempt, queued_s = self._records.claim(
+                message.job,
+                message_id,
+                worker=self._name,
+                lease_s=self._lease_s,
+                max_attempts=self._policy.max_attempts,
+                queue=queue_of(message.job),
+                run=message.run,
+                is_stored=lambda: self._is_stored(message),
+            )
         keys = job_key(message.id), attempts_key(message.id)
         if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED):
             metrics.JOBS.labels("taken", "").inc()
@@ -202,10 +204,11 @@ class JobHandler:
         """
         if may_render:
             metrics.QUEUED.observe(queued_s)
-            job_log.begun(message.id, attempt, queued_s)
+            job_log.begun(message.id, attempt, queued_s, self._name)
         job = self._resolved(message.job)
         where = message.id, job.format, job.tenant
-        stored = self._retry_storage(message.id, lambda: self._bucket.find(*where))
+        with stage("find"):
+            stored = self._retry_storage(message.id, lambda: self._bucket.find(*where))
         if stored is not None and self._answer_from(message, tag, job, stored, queued_s):
             return
         if not may_render:
@@ -213,7 +216,7 @@ class JobHandler:
         job = self._files.provide(job)
         inputs, noticed = self._inputs(message.id, job)
         started_s = time.monotonic()
-        rendered = self._rendered(message.id, job, inputs)
+        rendered = render(self._engine, message.id, job, inputs)
         rendered_s = time.monotonic()
         steps = job.steps or 0
         self._in_flight.rendered(message.id, steps)
@@ -236,14 +239,16 @@ class JobHandler:
             ),
             nsfw=rendered.picture.nsfw,
         )
-        with metrics.ENCODED.time():
+        with metrics.ENCODED.time(), stage("encode"):
             data = _encode(rendered.picture, job, mark_as_generated=self._mark_as_generated)
-        with metrics.UPLOADED.time():
+        with metrics.UPLOADED.time(), stage("upload", size=len(data)):
             self._put(record, data)
         uploaded_s = time.monotonic() - rendered_s
         timings = record.timings.model_copy(update={"uploaded": uploaded_s})
         used = Used(device_s=rendered.device_s, size=len(data))
-        if not self._records.done(record.model_copy(update={"timings": timings}), tag, used):
+        with stage("done"):
+            is_done = self._records.done(record.model_copy(update={"timings": timings}), tag, used)
+        if not is_done:
             self._delete_if_forgotten(record)
         job_log.done(message.id, len(data), uploaded_s)
         metrics.JOBS.labels("rendered", "").inc()
@@ -253,19 +258,9 @@ class JobHandler:
         """What the job begins with, and what is to be said of it. Raises `SmallcatError`."""
         if not job.image:
             return None, ()
-        pixels = self._retry_storage(job_id, lambda: self._bucket.pixels_of(job))
+        with stage("inputs"):
+            pixels = self._retry_storage(job_id, lambda: self._bucket.pixels_of(job))
         return arrays_of(pixels), pixels.warnings
-
-    def _rendered(self, job_id: str, job: Job, inputs: JobInputs | None) -> Rendered:
-        """The picture, from the engine. Raises `SmallcatError`."""
-        metrics.ATTEMPTS.inc()
-        with metrics.RENDERED.time():
-            # Returns once the texts are encoded.
-            with metrics.TEXT_ENCODED.time():
-                future = self._engine.submit(job_id, job, inputs)
-            rendered = future.result()
-        metrics.DECODED.observe(rendered.decode_s)
-        return rendered
 
     def _delete_if_forgotten(self, record: JobRecord) -> None:
         """Delete a picture that was put while its job was forgotten, where this worker has the right to.

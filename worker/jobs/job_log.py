@@ -1,4 +1,7 @@
-"""A job's way through a worker in the log: one line for each event, its figures as fields for programs."""
+"""A job's way through a worker, in the log and in its trace.
+
+In the log it is one line for each event, with its figures as fields for programs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from worker.contract.errors import SmallcatError
 from worker.contract.plain_text import plain
 from worker.engine.ticket import Rendered
 from worker.state.records import Claim
+from worker.tracing import attempts
 
 logger = logging.getLogger("smallcat.jobs")
 
@@ -19,8 +23,14 @@ _NOT_BEGUN = {
 }
 
 
-def begun(job_id: str, attempt: int, queued_s: float) -> None:
-    """The job was claimed: an attempt begins."""
+#: How an attempt ended that has no picture, by the level of its line.
+_OUTCOMES = {logging.WARNING: "retried", logging.INFO: "cancelled"}
+
+
+def begun(job_id: str, attempt: int, queued_s: float, worker: str) -> None:
+    """The job was claimed: an attempt begins on `worker`."""
+    # Later attempts have waited since the one before, and nobody knows how long.
+    attempts.note(queued_s if attempt == 1 else None, attempt=attempt, worker=worker)
     _event(
         "Job %s begins: attempt %d, %.3g s after it was submitted.",
         *(job_id, attempt, queued_s),
@@ -31,6 +41,7 @@ def begun(job_id: str, attempt: int, queued_s: float) -> None:
 
 def not_begun(job_id: str, claim: Claim) -> None:
     """The message is acknowledged without any work."""
+    attempts.note(outcome=str(claim))
     _event("Job %s is not begun: %s.", job_id, _NOT_BEGUN[claim], claim=str(claim))
 
 
@@ -48,6 +59,7 @@ def rendered(job_id: str, steps: int, seconds: float, rendered: Rendered) -> Non
 
 def done(job_id: str, size: int, uploaded_s: float) -> None:
     """The picture is stored. `uploaded_s`: since it was rendered."""
+    attempts.note(outcome="done")
     _event(
         "Job %s is done: %d bytes, encoded and stored in %.3g s.",
         *(job_id, size, uploaded_s),
@@ -58,6 +70,7 @@ def done(job_id: str, size: int, uploaded_s: float) -> None:
 
 def cached(job_id: str) -> None:
     """The picture was in the bucket."""
+    attempts.note(outcome="cached")
     _event("Job %s is done: its picture was in the bucket.", job_id, cached=True)
 
 
@@ -66,6 +79,9 @@ def failed(job_id: str, attempt: int, error: SmallcatError, level: int) -> None:
     name, text = type(error).__name__, str(error)
     what = {logging.WARNING: "failed and is made again", logging.INFO: "is cancelled"}.get(level, "failed")
     fields = {"attempt": attempt, "error": name, "text": text}
+    attempts.note(outcome=_OUTCOMES.get(level, "failed"))
+    if level > logging.INFO:
+        attempts.failed(error)
     logger.log(
         level,
         "Job %s: attempt %d %s: %s: %s",

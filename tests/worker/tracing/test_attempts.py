@@ -1,0 +1,116 @@
+"""What a worker notes of an attempt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.worker.engine.fake_runner import SOON_S, FakeRunner, FakeState, job_of
+from worker.contract.job_scope import job_scope
+from worker.engine.engine import Engine
+from worker.engine.step_watch import MOST_MATES, StepWatch
+from worker.tracing import attempts, exporter
+from worker.tracing.context import TraceContext
+
+JOB, TRACE, SPAN = "a" * 32, "b" * 32, "c" * 16
+
+
+@pytest.fixture
+def sent() -> Iterator[list[dict[str, Any]]]:
+    found: list[dict[str, Any]] = []
+    attempts.trace_to(found.append)
+    yield found
+    attempts.trace_to(None)
+
+
+def test_an_attempt_has_its_stages_in_order_and_its_trace(sent: list[dict[str, Any]]) -> None:
+    with attempts.attempt(JOB, f"00-{TRACE}-{SPAN}-01", "v=1"):
+        assert job_scope() == (JOB, TRACE)
+        with attempts.stage("claim"):
+            pass
+        attempts.note(1.5, attempt=1)
+        with pytest.raises(KeyError), attempts.stage("upload", size=3):
+            raise KeyError
+        attempts.failed(ValueError("It failed.\nwith more"))
+    [found] = sent
+    assert (found["job"], found["trace"], found["parent"], found["state"]) == (JOB, TRACE, SPAN, "v=1")
+    assert found["span"] not in ("", SPAN)
+    assert [(stage[0], stage[3]) for stage in found["stages"]] == [("claim", {}), ("upload", {"size": 3})]
+    times = [found["queued"], found["began"], *(time for stage in found["stages"] for time in stage[1:3])]
+    assert [*times, found["ended"]] == sorted([*times, found["ended"]])
+    assert found["began"] - found["queued"] == pytest.approx(1.5e9, rel=1e-6)
+    assert found["attributes"] == {"attempt": 1}
+    assert found["error"] == ("ValueError", "It failed.")
+    assert attempts.current() is None
+
+
+@pytest.mark.parametrize("parent", [None, "nonsense"])
+def test_a_message_of_an_old_producer_begins_a_trace(parent: str | None, sent: list[dict[str, Any]]) -> None:
+    with attempts.attempt(JOB, parent, None):
+        trace = job_scope().trace
+    assert (sent[0]["parent"], sent[0]["trace"]) == ("", trace)
+    assert len(trace) == 32
+
+
+def test_a_job_that_is_not_sampled_is_not_noted(sent: list[dict[str, Any]]) -> None:
+    with attempts.attempt(JOB, f"00-{TRACE}-{SPAN}-00", None):
+        assert attempts.current() is None
+        assert job_scope() == (JOB, "")
+        with attempts.stage("claim"):
+            attempts.note(1.0, attempt=1)
+            attempts.failed(ValueError())
+    assert sent == []
+
+
+def test_without_a_collector_the_log_still_says_the_trace() -> None:
+    with attempts.attempt(JOB, f"00-{TRACE}-{SPAN}-01", None):
+        assert attempts.current() is None
+        assert job_scope() == (JOB, TRACE)
+
+
+def test_a_line_for_the_process_is_always_whole() -> None:
+    """Longer ones could be mixed with those of other threads: what is left out are links, then stages."""
+    made = attempts.Attempt(JOB, TraceContext(TRACE, SPAN, True, "v" * 512))
+    mates = [TraceContext(f"{number:032x}", f"{number:016x}") for number in range(MOST_MATES)]
+    made.add("steps", 0, 1, {"steps": 50, "rows": 16.5, "step_s": 0.064, "wait_s": 0.1}, mates)
+    made.fail(ValueError("x" * 10_000))
+    line = exporter._line(made.as_json())
+    assert len(line) <= 4096
+    assert len(json.loads(line)["stages"][0][4]) == MOST_MATES
+    for _ in range(40):
+        made.add("steps", 0, 1, {"steps": 50}, mates)
+    line = exporter._line(made.as_json())
+    assert len(line) <= 4096
+    assert json.loads(line)["error"][0] == "ValueError"
+
+
+def test_a_watch_knows_the_steps_of_its_job_and_whom_they_were_shared_with() -> None:
+    runner = FakeRunner()
+    engine: Engine[FakeState] = Engine(runner, job_timeout_s=60, on_failure=lambda error: None)
+    watches = [StepWatch(name) for name in "ab"]
+    futures = [
+        engine.submit(name, job_of(seed, steps=3), None, watch)
+        for seed, (name, watch) in enumerate(zip("ab", watches, strict=True))
+    ]
+    unwatched = engine.submit("c", job_of(9, steps=3))
+    engine.start()
+    for future in (*futures, unwatched):
+        future.result(SOON_S)
+    engine.stop()
+    first, second = watches
+    assert (list(first.mates), list(second.mates)) == (["b"], ["a"])
+    assert first.steps == 3
+    assert first.rows > first.steps
+    assert first.began_s is not None
+    assert 0 <= first.in_steps_s <= first.ended_s - first.began_s
+
+
+def test_a_watch_remembers_a_bounded_number_of_mates() -> None:
+    watch = StepWatch(0)
+    for step in range(10):
+        watch.stepped(step, step + 1, 8, range(step * 20, step * 20 + 20))
+    assert len(watch.mates) == MOST_MATES
+    assert (watch.steps, watch.rows, watch.in_steps_s) == (10, 80, 10)

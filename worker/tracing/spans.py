@@ -1,0 +1,164 @@
+"""Spans, made and sent with OpenTelemetry's SDK. Its own variables (`OTEL_*`) say how, and where to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
+from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+
+from worker.contract.versions import versions
+from worker.tracing.context import TraceContext, endpoint_of
+from worker.tracing.parents import below, span_context
+
+logger = logging.getLogger("smallcat.tracing")
+
+#: Seconds that spans are tried to be sent, where OpenTelemetry's variables do not say: its own default would
+#: hold up the end of a program by 10 s while nobody takes them.
+TIMEOUT_S: Final = 3.0
+#: The loggers of what sends spans: a line for each batch that cannot be sent, and each retry.
+_NOISY: Final = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
+
+
+def provider_of(service: str, ids: IdGenerator | None = None, pid: int = 0) -> TracerProvider:
+    """What makes and sends the spans of this process, or of the process `pid`.
+
+    `service` is its name, unless OpenTelemetry's variables say another.
+    """
+    attributes: dict[str, Any] = {
+        "service.version": versions(("smallcat",)).get("smallcat", ""),
+        "process.pid": pid or os.getpid(),
+    }
+    said = os.environ.get("OTEL_SERVICE_NAME") or "service.name=" in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    )
+    if not said:
+        attributes["service.name"] = service
+    provider = TracerProvider(resource=Resource.create(attributes), id_generator=ids)
+    is_said = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{name}TIMEOUT") for name in ("TRACES_", ""))
+    exporter = OTLPSpanExporter(timeout=None if is_said else TIMEOUT_S)
+    provider.add_span_processor(BatchSpanProcessor(_Told(exporter)))
+    return provider
+
+
+class _Told(SpanExporter):
+    """Another exporter. The log says once when spans cannot be sent, and once when they can again."""
+
+    def __init__(self, inner: SpanExporter) -> None:
+        self._inner, self._why, self._is_failing = inner, "", False
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(type(inner).__module__).addFilter(self._keep)
+
+    def _keep(self, record: logging.LogRecord) -> bool:
+        self._why = record.getMessage()
+        return False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Send spans."""
+        result = self._inner.export(spans)
+        is_failing = result is not SpanExportResult.SUCCESS
+        if is_failing and not self._is_failing:
+            where = endpoint_of(os.environ)
+            logger.warning("Spans cannot be sent to %s and are dropped: %s", where, self._why)
+        elif self._is_failing and not is_failing:
+            logger.warning("Spans are sent again.")
+        self._is_failing = is_failing
+        return result
+
+    def shutdown(self) -> None:
+        """Send no more."""
+        self._inner.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """As the other exporter's."""
+        return self._inner.force_flush(timeout_millis)
+
+
+class _GivenIds(IdGenerator):
+    """Ids that were chosen elsewhere, each used once; others are random."""
+
+    def __init__(self) -> None:
+        self._random = RandomIdGenerator()
+        self.span = self.trace = 0
+
+    def generate_span_id(self) -> int:
+        span, self.span = self.span, 0
+        return span or self._random.generate_span_id()
+
+    def generate_trace_id(self) -> int:
+        given, self.trace = self.trace, 0
+        return given or self._random.generate_trace_id()
+
+    def is_trace_id_random(self) -> bool:
+        return True
+
+
+class AttemptSpans:
+    """Makes spans of attempts (`worker.tracing.attempts`). Not thread-safe. `pid`: the worker's."""
+
+    def __init__(self, pid: int) -> None:
+        self._ids = _GivenIds()
+        self._provider = provider_of("smallcat-worker", self._ids, pid)
+        self._tracer = self._provider.get_tracer("smallcat")
+
+    def make(self, attempt: Mapping[str, Any]) -> None:
+        """The spans of an attempt, as `Attempt.as_json` has it."""
+        parent = None
+        if attempt["parent"]:
+            parent = below(TraceContext(attempt["trace"], attempt["parent"], True, attempt["state"]))
+        self._ids.trace, self._ids.span = int(attempt["trace"], 16), int(attempt["span"], 16)
+        own = self._tracer.start_span(
+            "process",
+            context=parent or Context(),
+            kind=SpanKind.CONSUMER,
+            start_time=attempt["began"],
+            attributes={
+                "messaging.system": "smallcat",
+                "messaging.operation.type": "process",
+                "smallcat.job.id": attempt["job"],
+                **{f"smallcat.{name}": value for name, value in attempt["attributes"].items()},
+            },
+        )
+        if not own.is_recording():
+            return
+        inside = trace.set_span_in_context(own, Context())
+        if attempt["queued"] is not None:
+            self._add("queue", parent or inside, attempt["queued"], attempt["began"], {}, [])
+        for name, began, ended, attributes, links in attempt["stages"]:
+            self._add(name, inside, began, ended, attributes, links)
+        if attempt["error"]:
+            name, text = attempt["error"]
+            own.set_attribute("error.type", name)
+            own.set_status(Status(StatusCode.ERROR, f"{name}: {text}"))
+        own.end(attempt["ended"])
+
+    def end(self) -> None:
+        """Send what there is."""
+        self._provider.shutdown()
+
+    def _add(
+        self,
+        name: str,
+        where: Context,
+        began: int,
+        ended: int,
+        attributes: Mapping[str, Any],
+        links: Sequence[Sequence[str]],
+    ) -> None:
+        self._tracer.start_span(
+            name,
+            context=where,
+            start_time=began,
+            attributes={f"smallcat.{key}": value for key, value in attributes.items()},
+            links=[Link(span_context(TraceContext(link[0], link[1]))) for link in links],
+        ).end(ended)
