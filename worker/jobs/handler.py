@@ -247,9 +247,8 @@ class JobHandler:
         timings = record.timings.model_copy(update={"uploaded": uploaded_s})
         used = Used(device_s=rendered.device_s, size=len(data))
         with stage("done"):
-            is_done = self._records.done(record.model_copy(update={"timings": timings}), tag, used)
-        if not is_done:
-            self._delete_if_forgotten(record)
+            if not self._records.done(record.model_copy(update={"timings": timings}), tag, used):
+                self._delete_if_forgotten(record)
         job_log.done(message.id, len(data), uploaded_s)
         metrics.JOBS.labels("rendered", "").inc()
         self.rates.picture()
