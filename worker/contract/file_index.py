@@ -7,7 +7,6 @@ that a file that is replaced is another picture.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import re
@@ -17,6 +16,7 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict
 
 from worker.contract.embedding_names import EmbeddingNames
+from worker.contract.spelling import Names
 
 #: Characters of a file's name, at most, and what it may not have: marks of prompts and of infotexts.
 MAX_NAME, MARKS = 100, '<>:,"/\\|[](){}'
@@ -126,10 +126,13 @@ class FileIndex(BaseModel):
         """Those that prompts may have."""
         return EmbeddingNames(self.names(Kind.EMBEDDING))
 
+    @functools.cached_property
+    def _spellings(self) -> Mapping[str, Names]:
+        return {kind: Names(self.names(kind)) for kind in Kind}
+
     def near(self, kind: Kind, name: str) -> list[str]:
         """Names of that kind that look like `name`, three at most."""
-        by_lower = {known.lower(): known for known in self.names(kind)}
-        return [by_lower[each] for each in difflib.get_close_matches(name.lower(), by_lower, 3)]
+        return self._spellings[kind].near(name)
 
 
 #: The index of a worker that offers nothing.
