@@ -23,7 +23,7 @@ from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
 from producer.http.caller import Caller
 from producer.http.jobs import as_json
-from producer.http.models import Model, allowed, served_models
+from producer.http.models import Model, allowed, models_of, offered_loras, served_models
 from producer.http.problems import RefusedError, headers_of, name_of, sentence_of, status_of
 from producer.http.reading import read_json
 from producer.http.rendering import render
@@ -34,6 +34,7 @@ from worker.contract.explain import short
 from worker.contract.infotext import write
 from worker.contract.job_files import vae_of
 from worker.contract.job_parameters import DEFAULT_MODEL
+from worker.contract.loras import SUFFIX
 from worker.state.keys import HTTP_MODEL
 
 router = APIRouter(prefix="/sdapi/v1", include_in_schema=False)
@@ -46,7 +47,7 @@ _HASH: Final = 10
 _CHOICE_S: Final = 30 * 86_400
 #: Lists that clients ask for, and that are empty here.
 _EMPTY: Final = (
-    *("upscalers", "latent-upscale-modes", "sd-vae", "loras", "hypernetworks", "face-restorers"),
+    *("upscalers", "latent-upscale-modes", "sd-vae", "hypernetworks", "face-restorers"),
     *("realesrgan-models", "prompt-styles", "script-info", "artists", "artist-categories"),
 )
 #: What is not offered, by path.
@@ -237,6 +238,16 @@ async def scripts(caller: Reader) -> Response:
 async def embeddings(caller: Reader) -> Response:
     """None."""
     return as_json({"loaded": {}, "skipped": {}})
+
+
+@router.get("/loras")
+async def loras(caller: Reader, backend: Shared) -> Response:
+    """The LoRAs that live workers offer. Where their files are is not told."""
+    found = await backend.run(offered_loras, backend.session.fleet, models_of(caller))
+    names = dict.fromkeys(entry.name for entry in found)
+    return as_json(
+        [{"name": name, "alias": name, "path": f"{name}{SUFFIX}", "metadata": {}} for name in names]
+    )
 
 
 @router.get("/cmd-flags")

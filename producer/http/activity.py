@@ -299,5 +299,6 @@ def _shown(worker: WorkerInfo, index: FileIndex) -> dict[str, Any]:
     defaults = served.defaults.model_dump(mode="json")
     return {**values, "model": served.name, "revision": served.revision, "defaults": defaults} | {
         "prompt_syntax": str(worker.prompt_syntax),
+        "files": worker.files,
         "vaes": [each.name for each in index.files if each.kind == Kind.VAE and not each.problem],
     }

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from producer.http import schema
 from producer.http.auth import Reader, Shared
 from producer.http.jobs import as_json
-from producer.http.models import allowed, may_use, models_of, served_models
+from producer.http.models import allowed, may_use, models_of, offered_loras, served_models
 
 router = APIRouter(tags=["fleet"])
 
@@ -64,3 +64,49 @@ async def get_fleet(caller: Reader, backend: Shared) -> Response:
         }
 
     return as_json(await backend.run(look))
+
+
+_LORAS: Final = {
+    "type": "object",
+    "title": "Loras",
+    "required": ["loras"],
+    "properties": {
+        "loras": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "sha256", "auto_v2", "architecture", "size", "models"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "sha256": {"type": "string"},
+                    "auto_v2": {"type": "string", "description": "The hash by which Civitai knows it."},
+                    "architecture": {"type": "string", "description": "What it fits, where that is known."},
+                    "size": {"type": "integer", "description": "Bytes."},
+                    "models": {
+                        "type": "array",
+                        "items": {"type": "string"},
+                        "description": "The models whose workers have it.",
+                    },
+                },
+            },
+        }
+    },
+}
+
+
+@router.get("/v1/loras", summary="The LoRAs that jobs may name", responses=schema.answers(200, _LORAS))
+async def get_loras(caller: Reader, backend: Shared) -> Response:
+    """The LoRAs that live workers offer and that can be used, by name.
+
+    A tenant's key gets those of the workers of models that it may use.
+    """
+    found = await backend.run(offered_loras, backend.session.fleet, models_of(caller))
+    names = ("name", "sha256", "auto_v2", "architecture", "size")
+    return as_json(
+        {
+            "loras": [
+                {name: getattr(entry, name) for name in names} | {"models": models}
+                for entry, models in found.items()
+            ]
+        }
+    )

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from worker.contract.file_index import FileEntry, Kind
+
 if TYPE_CHECKING:
     from producer.http.caller import Caller
     from worker.state.fleet import Fleet
@@ -51,3 +53,14 @@ def allowed(caller: Caller, models: list[Model]) -> list[Model]:
     """Those of the models that the caller's tenant may use."""
     named = models_of(caller)
     return [each for each in models if may_use(named, each.name)]
+
+
+def offered_loras(fleet: Fleet, models: Collection[str]) -> dict[FileEntry, list[str]]:
+    """The LoRAs that can be used, by name, each with those of `models` (empty: all) that have it."""
+    found: dict[FileEntry, dict[str, None]] = {}
+    for group in fleet.groups():
+        if may_use(models, group.served.name):
+            for entry in fleet.indexes.get(group.files).files:
+                if entry.kind == Kind.LORA and not entry.problem:
+                    found.setdefault(entry, {})[group.served.name] = None
+    return {entry: sorted(found[entry]) for entry in sorted(found, key=lambda each: each.name)}

@@ -161,6 +161,8 @@ def test_files_are_offered_and_rates_at_rest_are_of_before(page: Chromium, api: 
             FileEntry(kind=Kind.VAE, name="good", sha256="1" * 64),
             FileEntry(kind=Kind.VAE, name="broken", sha256="2" * 64, problem="It is broken."),
             FileEntry(kind=Kind.EMBEDDING, name="word", sha256="3" * 64),
+            FileEntry(kind=Kind.LORA, name="detail", sha256="4" * 64),
+            FileEntry(kind=Kind.LORA, name="pixel", sha256="5" * 64),
         ]
     )
     try:
@@ -179,6 +181,15 @@ def test_files_are_offered_and_rates_at_rest_are_of_before(page: Chromium, api: 
         assert page.run("[...document.getElementById('vae-names').options].map((each) => each.value)") == [
             "good"
         ]
+        page.wait("document.getElementById('loras-names')?.options.length === 2")
+        fill(page, loras="detail=0.5; pi")
+        offered = "[...document.getElementById('loras-names').options].map((each) => each.value)"
+        assert page.run(offered) == ["detail=0.5; pixel=1"]
+        fill(page, prompt="a cat", loras="detial=0.5")
+        press(page, "#draw-button")
+        page.wait("document.getElementById('draw-error').textContent")
+        assert 'loras has "detial", which no worker offers: did you mean detail?' in text(page, "#draw-error")
+        fill(page, loras="detail=0.5")
         assert page.run("document.getElementById('model-names').options[0].value") == SERVED.name
         assert "lately 2 pictures a second" in text(page, "#summary")
         assert "lately 2 pictures a second" in text(page, ".worker .numbers-of")

@@ -50,7 +50,7 @@ function makeControl(name, schema, isRequired) {
   element.required = isRequired;
   element.autocomplete = "off";
   box.classList.add(`of-${kind}`, `is-${name}`);
-  const setUp = { choice: fillChoices, truth: asTruth, number: asNumber, digits: asDigits, object: asObject };
+  const setUp = { choice: fillChoices, truth: asTruth, number: asNumber, digits: asDigits, object: asObject, list: asList };
   setUp[kind]?.(element, schema);
   if (kind === "long" || kind === "text") {
     element.dir = "auto";
@@ -64,14 +64,15 @@ function makeControl(name, schema, isRequired) {
   return { box, element, schema, kind, read: () => read(name, element, kind) };
 }
 
-/** What a field's control is made as: choice, truth, number, digits (a number that has too many), object, long, text. */
+/** What a field's control is made as: choice, truth, number, digits (a number that has too many), object, list, long, text. */
 function kindOf(schema) {
   if (schema.enum) return "choice";
   if (schema.type === "boolean") return "truth";
   if (schema.type === "number" || schema.type === "integer") {
     return (schema.maximum ?? 0) > Number.MAX_SAFE_INTEGER ? "digits" : "number";
   }
-  if (schema.type === "object" || schema.type === "array") return "object";
+  if (schema.type === "array") return "list";
+  if (schema.type === "object") return "object";
   return (schema.maxLength ?? 0) >= LONG ? "long" : "text";
 }
 
@@ -108,6 +109,40 @@ function asObject(element) {
   element.rows = 2;
   element.spellcheck = false;
   element.placeholder = "{}";
+}
+
+/** LoRAs as a text, which the server reads: detail=0.8; pixel=1:te=0.5. */
+function asList(element) {
+  element.placeholder = "none";
+  element.addEventListener("input", offerLoras);
+}
+
+const textOf = (list) => list.some((each) => /[;,:[{]/.test(each.name)) ? JSON.stringify(list) :
+  list.map((each) => `${each.name}=${each.weight}${
+    each.text_encoder_weight === undefined ? "" : `:te=${each.text_encoder_weight}`}`).join("; ");
+
+/** The names of the LoRAs that the workers offer, and the digests of the files that they had then. */
+let loras = [];
+let lorasOf = "";
+
+/** Asks for the names again where the workers' files are others. */
+async function findLoras() {
+  const digests = [...new Set(fleet?.workers.map((each) => each.files))].sort().join();
+  if (digests === lorasOf) return;
+  lorasOf = digests;
+  try {
+    loras = (await call("GET", "/v1/loras")).loras.map((each) => each.name);
+  } catch {
+    lorasOf = "";
+  }
+  offerLoras();
+}
+
+/** Offers names for the last of the LoRAs that are written: those that have what is there of it. */
+function offerLoras() {
+  const [, before, begun] = /^(.*;\s*)?(.*)$/.exec(controls.get("loras")?.element.value ?? "");
+  const found = loras.filter((name) => name.toLowerCase().includes(begun.toLowerCase()));
+  offer("loras", found.slice(0, 50).map((name) => `${before ?? ""}${name}=1`));
 }
 
 /** What a field of numbers takes, in a sentence. */
@@ -189,6 +224,7 @@ function fillForm(job, row) {
     const value = name === "seed" ? row.seed : job[name];
     if (kind === "truth") element.checked = value ?? schema.default ?? false;
     else if ((value ?? null) === null || value === schema.default) element.value = "";
+    else if (kind === "list") element.value = textOf(value);
     else if (kind === "object") element.value = Object.keys(value).length ? JSON.stringify(value) : "";
     else element.value = value;
     if (name === "scheduler") fitSchedules();
@@ -209,6 +245,7 @@ function showDefaults() {
   notePrompt();
   offer("model", fleet?.workers.map((each) => each.model));
   offer("vae", fleet?.workers.flatMap((each) => each.vaes));
+  findLoras();
   const model = controls.get("model")?.element;
   if (model) model.placeholder = fleet?.workers[0]?.model ?? "default";
 }

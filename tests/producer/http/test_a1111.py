@@ -21,8 +21,12 @@ from PIL import Image
 from deploy.embedded.stack import Stack
 from producer import job_from_image
 from producer.http.a1111_request import read_request
+from tests.fast_worker import announce
 from tests.producer.http.conftest import Api, fast_worker
+from worker.contract.file_index import FileEntry, FileIndex, Kind
 from worker.contract.infotext import read
+from worker.state.fleet import Fleet
+from worker.state.redis_client import connect
 
 REVISION = "f" * 10
 
@@ -69,7 +73,7 @@ def test_webuiapi_finds_its_way(client: webuiapi.WebUIApi) -> None:
     client.util_set_model("fast")
     client.util_wait_for_ready(check_interval=0.01)
     assert client.get_progress()["progress"] == 0.0
-    assert client.get_upscalers() == client.get_loras() == client.get_prompt_styles() == []
+    assert client.get_upscalers() == client.get_sd_vae() == client.get_prompt_styles() == []
     assert client.get_scripts() == {"txt2img": [], "img2img": []}
     client.refresh_checkpoints()
     client.interrupt()
@@ -308,3 +312,48 @@ def test_an_interrupted_request_gets_what_is_done(slow: Api) -> None:
     assert found[0].status == 200
     assert 0 < len(found[0].json["images"]) < 40
     assert slow.call("GET", "/sdapi/v1/progress").json["state"]["job_count"] == 0
+
+
+def test_loras_are_listed_and_named_in_prompts(api: Api, client: webuiapi.WebUIApi) -> None:
+    index = FileIndex.of(
+        [
+            FileEntry(kind=Kind.LORA, name="cats", sha256="ab" * 32, architecture="SD 1.x", size=7),
+            FileEntry(kind=Kind.LORA, name="broken", problem="It is broken"),
+            FileEntry(kind=Kind.VAE, name="vae", sha256="cd" * 32),
+        ]
+    )
+    with connect(api.stack.valkey.url, 2) as redis:
+        fleet = Fleet(redis, 60)
+        fleet.indexes.put(index)
+        [worker] = fleet.workers()
+        fleet.announce(worker.model_copy(update={"files": index.digest}))
+        try:
+            assert client.get_loras() == [
+                {"name": "cats", "alias": "cats", "path": "cats.safetensors", "metadata": {}}
+            ]
+            assert api.call("GET", "/v1/loras").json == {
+                "loras": [
+                    {
+                        "name": "cats",
+                        "sha256": "ab" * 32,
+                        "auto_v2": "ABABABABAB",
+                        "architecture": "SD 1.x",
+                        "size": 7,
+                        "models": ["fast"],
+                    }
+                ]
+            }
+            # The server looks at the fleet every second.
+            until_s = time.monotonic() + 30
+            while (refused := txt2img(api, prompt="a cat <lora:cat:0.5>")).status == 422:
+                if "did you mean cats?" in refused.json["errors"]:
+                    break
+                assert time.monotonic() < until_s
+            for loras in ("cats=0.5", {"cats": 0.5}, [{"name": "ABABABABAB", "weight": 0.5}]):
+                sent = api.call("POST", "/v1/jobs", {"prompt": "a cat", "loras": loras, "seed": 1}).json
+                job = api.call("GET", f"/v1/jobs/{sent['id']}").json["job"]
+                assert job["loras"] == [{"name": "cats", "weight": 0.5}]
+                assert job["file_hashes"] == {"lora:cats": "ab" * 32}
+                api.call("DELETE", f"/v1/jobs/{sent['id']}")
+        finally:
+            announce(api.stack.valkey.url)
