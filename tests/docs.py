@@ -130,7 +130,7 @@ def _table(headings: str, rows: Iterator[tuple[str, ...]]) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is PydanticUndefined or value is None or value in ("", {}):
+    if value is PydanticUndefined or value is None or value in ("", {}, []):
         return ""
     if isinstance(value, bool):
         return f"`{int(value)}`"

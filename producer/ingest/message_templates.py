@@ -135,7 +135,7 @@ class JobTemplates:
         try:
             shape = self._shape(fields, tenant)
         except (InvalidJobError, TypeError):
-            # The job's own error may name more fields; a field that is a list cannot be part of a key.
+            # The job's own error may name more fields; not every value can be part of a key.
             return self._parse(fields, tenant)
         if shape.names.may_be_in(prompt):
             return self._parse(fields, tenant)
@@ -159,7 +159,7 @@ class JobTemplates:
     def _shape(self, fields: Mapping[str, Any], tenant: str) -> _Shape:
         """The shape of these fields. Raises `InvalidJobError`; `TypeError` where they cannot be a key."""
         key = tuple(
-            (name, type(value), value)
+            (name, type(value), json.dumps(value) if isinstance(value, list | dict) else value)
             for name, value in (*fields.items(), ("tenant", tenant))
             if name not in ("prompt", "seed", "metadata")
         )

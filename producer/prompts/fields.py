@@ -6,6 +6,7 @@ them are values. The command line reads its options' values here too. Whatever t
 - a name is a job field's or one of its aliases, in any case, with or without blanks, dashes and underscores
 - None, NaN, an empty text and the words null, none and nan mean that the field is not given
 - `20.0` and `"20"` are integers; `7,5` is a number where semicolons part the cells
+- LoRAs are a text such as `detail=0.8; pixel=1`, or as JSON has them; the word none is a list without any
 - `true`, `yes`, `on` and 1 are yes; `false`, `no`, `off` and 0 are no
 - a seed of -1 is one that is to be drawn
 - other names go to the job's metadata, but for a near miss of a field's name, which is refused
@@ -60,6 +61,8 @@ _CHOICES = {
 _NULLS = frozenset(("null", "none", "nan", "<na>"))
 _INTEGER = re.compile(r"[+-]?\d{1,30}(\.0*)?")
 _NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,40})?|\.\d{1,40})(e[+-]?\d{1,3})?", re.IGNORECASE)
+#: A comma in a weight, where it is the mark in numbers: `detail=0,8`.
+_COMMA_IN_NUMBER = re.compile(r"(=[ ]?[+-]?\d{0,30}),(?=\d)")
 #: Pictures that one line can ask for, at most.
 _MAX_COUNT = 10_000
 #: Values and names that are kept, and characters of a value that is, at most.
@@ -150,7 +153,7 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
         raw = raw.decode("utf-8", "surrogateescape")
     if isinstance(raw, str):
         text = raw.strip()
-        if len(text) <= 4 and text.lower() in _NULLS:
+        if len(text) <= 4 and text.lower() in _NULLS and not _is_empty_list(field, text):
             if field.is_required:
                 raise LineError(field.name, f"{field.name} is {text}, which means none: say what to draw.")
             return NOT_GIVEN
@@ -175,7 +178,14 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
     return raw
 
 
+def _is_empty_list(field: FieldEntry, text: str) -> bool:
+    """Whether a text says that there is nothing in a list: also where most lines have something."""
+    return field.kind is list and text.lower() == "none"
+
+
 def _of_text(field: FieldEntry, text: str, decimal_comma: bool) -> Any:
+    if field.kind is list:
+        return _COMMA_IN_NUMBER.sub(r"\1.", text) if decimal_comma else text
     if field.kind is dict:
         try:
             return json.loads(text)

@@ -101,6 +101,24 @@ def test_prompts_that_name_files_are_resolved_one_by_one() -> None:
                 assert templated.job == json.dumps(job.model_dump(mode="json"))
 
 
+def test_loras_are_part_of_a_shape_and_those_of_a_prompt_are_resolved_by_themselves() -> None:
+    index = FileIndex.of(
+        FileEntry(kind="lora", name=name, sha256=digits * 32) for name, digits in (("a", "ab"), ("b", "cd"))
+    )
+    resolver = Resolver(lambda job: with_files(job.resolved(SERVED), index), lambda _: index.embedding_names)
+    templates = JobTemplates(resolver)
+    for loras in ("a=0.5", ["b", {"name": "a", "weight": 2}], {"a": 0.5}, [], "none"):
+        for prompt in ("a cat", "a dog", "a cat <lora:b:1>" if "b" not in loras else "a cat"):
+            for syntax in ("plain", "a1111"):
+                fields = {"prompt": prompt, "seed": 5, "loras": loras, "prompt_syntax": syntax}
+                job = resolver.job(Job.parse(fields))
+                templated = templates.fill(fields)
+                assert (templated.id, templated.version) == (job.id, job.version), fields
+                assert templated.job == json.dumps(job.model_dump(mode="json"))
+                assert templated.prompt == job.prompt
+    assert len(templates._shapes) == 10
+
+
 @pytest.fixture
 def producer(valkey: ValkeyProcess) -> Iterator[Any]:
     with connection(valkey.url) as open_connection:

@@ -15,7 +15,7 @@ from producer.cli.ingest_display import QuietDisplay
 from producer.cli.main import cli
 from producer.ingest.check import refuse_bad_lines
 from producer.ingest.plan import Plan, Planned, unresolved
-from producer.ingest.submit_file import make_ingest, make_plan, make_variants
+from producer.ingest.submit_file import grid_of, make_ingest, make_plan, make_variants
 from producer.ingest.types import Options
 from producer.prompts.variants import Variants
 from worker.contract.choices import PromptSyntax
@@ -223,6 +223,29 @@ def test_a_comment_in_a_prompt_of_a1111_is_warned_of_without_a_remedy_that_is_no
     assert "\\#" not in checked("p.txt")[2]
     Path("p.txt").write_text("a cat #3 {a|b}\n")
     assert "or write \\#" in checked("p.txt")[2]
+
+
+def test_loras_of_options_lines_and_grids() -> None:
+    Path("p.txt").write_text("a cat\na dog --lora pixel=1 --prompt_syntax plain\na <lora:x:0.5> cow\n")
+    grid = grid_of(["loras=none,detail=0.5,detail=1;pixel=1"])
+    plan = make_plan(
+        ["p.txt"],
+        file_format=None,
+        variants=make_variants({"loras": ["style=1"]}, 1, 0, {}, None, None, literal=False),
+    )
+    jobs = [json.loads(each.templated.job) for each in plan.items(unresolved) if isinstance(each, Planned)]
+    named = [[(each["name"], each["weight"]) for each in job["loras"]] for job in jobs]
+    assert named == [[("style", 1.0)], [("pixel", 1.0)], [("style", 1.0), ("x", 0.5)]]
+    assert [job["prompt"] for job in jobs] == ["a cat", "a dog", "a  cow"]
+    variants = make_variants({}, 1, 0, grid, None, None, literal=False)
+    plan = make_plan(["p.txt"], file_format=None, variants=variants)
+    planned = [each for each in plan.items(unresolved) if isinstance(each, Planned)]
+    assert [len(json.loads(each.templated.job).get("loras", [])) for each in planned] == [0, 1, 2] * 2 + [
+        1,
+        2,
+        3,
+    ]
+    assert [each.grid["loras"] for each in planned][:3] == grid["loras"]
 
 
 def in_a1111(job: Job) -> Job:

@@ -162,6 +162,35 @@ def test_what_is_several_pairs_means_the_same_in_every_format(tmp_path: Path, fo
     assert outcome(misspelt, extra=True) == {"prompt": "x", "metadata": {"stpes": "20"}}
 
 
+LORAS = [{"name": "detail", "weight": 0.8}, {"name": "pixel", "weight": 1.0, "text_encoder_weight": 0.5}]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["loras", "LoRA"])
+def test_loras_are_read_in_every_format(tmp_path: Path, form: str, name: str) -> None:
+    def found(value: Any) -> Any:
+        read_ = outcome(write(tmp_path, form, {"prompt": "a cat", name: value}))
+        return read_ if isinstance(read_, str) else Job.parse(read_).model_dump().get("loras", [])
+
+    for text in ("detail=0.8; pixel=1:te=0.5", json.dumps(LORAS), "pixel=1:te=.5;detail.safetensors=.8"):
+        assert found(text) == LORAS
+    assert found("none") == found("") == found("detail=0") == []
+    assert found("detail=9") == "loras has the weight 9.0 for 'detail': it must be -4 to 4."
+    assert "no weight" in found("detail=much")
+    if form in ("jsonl", "parquet"):
+        assert found(LORAS) == LORAS
+        assert found({"detail": 0.8, "pixel": {"weight": 1, "text_encoder_weight": 0.5}}) == LORAS
+    if form == "semicolons.csv":
+        assert found("detail=0,8; pixel=1") == [LORAS[0], {"name": "pixel", "weight": 1.0}]
+
+
+def test_the_word_none_in_a_line_is_none_of_the_loras_that_are_given_for_all(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,loras\na cat,none\na dog,\na cow,pixel\n")
+    entries = [each for each in read(source(str(tmp_path / "p.csv"))) if isinstance(each, Entry)]
+    jobs = [Job.parse({"loras": ["detail=0.5"], "seed": 1} | each.fields) for each in entries]
+    assert [[each.name for each in job.loras] for job in jobs] == [[], ["detail"], ["pixel"]]
+
+
 def test_a_comma_is_a_decimal_point_where_semicolons_part_cells_alone(tmp_path: Path) -> None:
     pairs = {"prompt": "a cat", "guidance_scale": "7,5"}
     found = {form: outcome(write(tmp_path, form, pairs)) for form in FORMATS}
