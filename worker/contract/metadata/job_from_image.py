@@ -42,7 +42,7 @@ def job_from_image(data: bytes) -> Job:
 
     `data` is a PNG, JPEG or WebP file of smallcat, AUTOMATIC1111, Forge, Civitai, Fooocus, SwarmUI, InvokeAI
     or ComfyUI. Another tool's noise and model are its own: the job has its parameters. What else made the
-    picture, such as a LoRA, is named in a `UserWarning`, and in the job's metadata under `left_out`, which
+    picture, such as hires fix, is named in a `UserWarning`, and in the job's metadata under `left_out`, which
     goes with it into its record. Raises `InvalidJobError` where there is nothing to
     read, or it cannot be read, or it is no text to image.
     """
