@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,14 +19,30 @@ from deploy.monitoring.dashboard import dashboard
 ROOT = Path(__file__).parents[2]
 RULES, RUNBOOK = "deploy/prometheus/alerts.yaml", "docs/runbook.md"
 DASHBOARD = "deploy/grafana/smallcat.json"
+#: The same rules as an object of the Prometheus Operator.
+RULES_OBJECT = "deploy/kubernetes/monitoring/rules.yaml"
+_MADE = "# Made by `python -m deploy.monitoring`: change deploy/monitoring/alerts.py.\n"
 
 
 def files(docs: str = "docs") -> dict[str, str]:
     """The text of each file, by its path in the repository."""
-    return {RULES: rules(docs), RUNBOOK: runbook(), DASHBOARD: json.dumps(dashboard(), indent=2) + "\n"}
+    groups = rule_groups(docs)
+    return {
+        RULES: _as_yaml(groups),
+        RULES_OBJECT: _as_yaml(
+            {
+                "apiVersion": "monitoring.coreos.com/v1",
+                "kind": "PrometheusRule",
+                "metadata": {"name": "smallcat", "labels": {"app.kubernetes.io/part-of": "smallcat"}},
+                "spec": groups,
+            }
+        ),
+        RUNBOOK: runbook(),
+        DASHBOARD: json.dumps(dashboard(), indent=2) + "\n",
+    }
 
 
-def rules(docs: str) -> str:
+def rule_groups(docs: str) -> dict[str, Any]:
     """The rules, as Prometheus reads them."""
     found = [
         {
@@ -41,8 +58,12 @@ def rules(docs: str) -> str:
         }
         for alert in ALERTS
     ]
-    text = yaml.safe_dump({"groups": [{"name": "smallcat", "rules": found}]}, sort_keys=False, width=1_000)
-    return f"# Made by `python -m deploy.monitoring`: change deploy/monitoring/alerts.py.\n{text}"
+    return {"groups": [{"name": "smallcat", "rules": found}]}
+
+
+def _as_yaml(value: Any) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False, width=1_000)
+    return _MADE + text
 
 
 def runbook() -> str:

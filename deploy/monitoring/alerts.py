@@ -41,6 +41,11 @@ _RETRIED_SHARE = (
     'sum(increase(smallcat_jobs_total{outcome="retried"}[15m])) > '
     "0.1 * sum(increase(smallcat_attempts_total[15m]))"
 )
+#: By its name, or because it has answered with our metrics within the hour, whatever the job is called.
+_TARGET_DOWN = (
+    '(up{job=~"(.+/)?smallcat.*"} == 0) or (up == 0 and on (job, instance) '
+    'last_over_time({__name__=~"smallcat_build_info|smallcat_webhooks_given_up"}[1h]))'
+)
 
 ALERTS = (
     Alert(
@@ -92,7 +97,7 @@ ALERTS = (
     ),
     Alert(
         "SmallcatTargetDown",
-        'up{job=~"worker|queue|webhooks"} == 0',
+        _TARGET_DOWN,
         "5m",
         "warning",
         "A worker, the exporter or a sender of webhooks does not answer Prometheus.",
@@ -103,6 +108,10 @@ ALERTS = (
                 "its last line."
             ),
             "Where it runs, check `SMALLCAT_METRICS_PORT` and the network between Prometheus and it.",
+            (
+                "Where it is gone for good, remove it from Prometheus' configuration. A target whose job is "
+                "not called `smallcat...` is forgotten an hour after its last answer."
+            ),
         ),
     ),
     Alert(

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from producer.cli.json_output import json_option, print_json, say
+from producer.cli.webhooks import counting
 from producer.http.key_store import DEFAULT_SCOPES, SCOPES, KeyStore
 from producer.session import session
 from worker.contract.errors import CallerError
@@ -23,8 +24,22 @@ from worker.contract.settings import ServerSettings, server_settings, webhook_se
 @click.option(
     "--webhooks", is_flag=True, help="Tell webhooks, too, as `webhooks run` does with workers' rights."
 )
-def serve(host: str | None, port: int | None, no_auth: bool, access_log: bool, webhooks: bool) -> None:
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(1, 65_535),
+    help="With --webhooks: serve Prometheus metrics of the notifications on this port.",
+)
+def serve(
+    host: str | None,
+    port: int | None,
+    no_auth: bool,
+    access_log: bool,
+    webhooks: bool,
+    metrics_port: int | None,
+) -> None:
     """Serve the HTTP API until Ctrl-C."""
+    if metrics_port is not None and not webhooks:
+        raise CallerError(f"--metrics-port {metrics_port} is for the sender of webhooks: add --webhooks.")
     try:
         from producer.http import server
         from producer.webhooks.sender import in_background
@@ -32,7 +47,10 @@ def serve(host: str | None, port: int | None, no_auth: bool, access_log: bool, w
         raise CallerError(f'{error.name} is not installed: pip install "smallcat[http]".') from None
     given = {"http_host": host, "http_port": port}
     values = server_settings().model_dump() | {name: value for name, value in given.items() if value}
-    sending = in_background(session(redis_retry_s=2), webhook_settings()) if webhooks else None
+    sending = None
+    if webhooks:
+        now = session(redis_retry_s=2)
+        sending = in_background(now, webhook_settings(), counting(now, metrics_port))
     server.serve(ServerSettings(**values), is_open=no_auth, access_log=access_log, beside=sending)
 
 

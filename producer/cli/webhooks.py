@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from producer.cli.json_output import json_option, moment, print_json, say
-from producer.session import session
+from producer.session import Session, session
 from worker.contract.errors import CallerError, UnknownJobError
 from worker.contract.plain_log import set_up_log
 from worker.contract.settings import webhook_settings
@@ -38,20 +38,24 @@ def webhooks_run(concurrency: int, per_host: int, metrics_port: int | None) -> N
         raise CallerError(f'{error.name} is not installed: pip install "smallcat[http]".') from None
     now, settings = session(redis_retry_s=2), webhook_settings()
     set_up_log(settings.log)
-    if metrics_port is None:
-        sender.run(now, settings, concurrency, per_host)
-        return
+    sender.run(now, settings, concurrency, per_host, counting(now, metrics_port))
+
+
+def counting(now: Session, port: int | None) -> Callable[[str], None]:
+    """Serve the metrics of a sender on `port`. Returns what counts how its attempts end; None: nothing does.
+
+    Raises `CallerError`.
+    """
+    if port is None:
+        return lambda ended: None
     try:
         from producer.webhooks import metrics
     except ModuleNotFoundError as error:
         raise CallerError(f'{error.name} is not installed: pip install "smallcat[metrics]".') from None
     try:
-        count = metrics.serve(now, metrics_port)
+        return metrics.serve(now, port)
     except OSError as error:
-        raise CallerError(
-            f"Port {metrics_port} cannot be listened on ({error.strerror}): name another."
-        ) from None
-    sender.run(now, settings, concurrency, per_host, count)
+        raise CallerError(f"Port {port} cannot be listened on ({error.strerror}): name another.") from None
 
 
 @webhooks.command("list")

@@ -260,9 +260,11 @@ def _tenant_of(notification: Notification) -> str:
 
 
 @contextlib.contextmanager
-def in_background(session: Session, settings: WebhookSettings) -> Iterator[None]:
+def in_background(
+    session: Session, settings: WebhookSettings, on_ended: Callable[[str], None] = lambda ended: None
+) -> Iterator[None]:
     """Send notifications beside what this process does. Raises `SettingsError`."""
-    sender = Sender(session, settings, AT_ONCE, PER_HOST)
+    sender = Sender(session, settings, AT_ONCE, PER_HOST, on_ended)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(
         target=loop.run_until_complete, args=[sender.run()], name="webhooks", daemon=True

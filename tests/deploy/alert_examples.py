@@ -38,9 +38,19 @@ EXAMPLES = {
     ),
     "SmallcatNoQueueFigures": Example({"up": "1x30"}, {"smallcat_redis_up": "0x30"}),
     "SmallcatTargetDown": Example(
-        {'up{job="worker", instance="a"}': "0x30", 'up{job="worker", instance="b"}': "1x30"},
-        {'up{job="worker", instance="a"}': "1x30", 'up{job="other"}': "0x30"},
-        {"job": "worker", "instance": "a"},
+        # Of a job of another name that has answered until lately, as an annotation's.
+        {
+            'up{job="pods", instance="a"}': "1x20 0x10",
+            'smallcat_build_info{job="pods", instance="a", model="sdxl"}': "1x20 _x10",
+            'up{job="pods", instance="b"}': "1x30",
+        },
+        {
+            'up{job="smallcat/smallcat", instance="a"}': "1x30",
+            'up{job="other", instance="a"}': "0x30",
+            'up{job="worker", instance="b"}': "0x30",
+            'smallcat_build_info{job="smallcat/smallcat", instance="a"}': "1x30",
+        },
+        {"job": "pods", "instance": "a"},
     ),
     "SmallcatNoWorkers": Example(
         {

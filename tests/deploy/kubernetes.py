@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,17 @@ EXAMPLE = DEPLOY / "kubernetes" / "overlays" / "example"
 
 @functools.cache
 def rendered() -> tuple[dict[str, Any], ...]:
-    """As `kubectl kustomize` renders them."""
+    """Those of the example."""
+    return render(EXAMPLE)
+
+
+def render(folder: Path) -> tuple[dict[str, Any], ...]:
+    """The objects of a folder, as `kubectl kustomize` renders them."""
     kubectl = shutil.which("kubectl", path=os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]))
     if kubectl is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("needs kubectl")
     text = subprocess.run(
-        [kubectl, "kustomize", EXAMPLE], capture_output=True, text=True, check=True, timeout=50
+        [kubectl, "kustomize", folder], capture_output=True, text=True, check=True, timeout=50
     ).stdout
     return tuple(yaml.safe_load_all(text))
 

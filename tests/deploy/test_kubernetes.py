@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.deploy.kubernetes import container, environment, of_kind, rendered
+from tests.deploy.kubernetes import EXAMPLE, container, environment, of_kind, render, rendered
+from tests.deploy.processes import DEPLOY
 from worker.contract.settings import variables
 
 pytestmark = pytest.mark.services
@@ -43,6 +47,32 @@ def test_the_scaling_is_valid_by_kedas_own_types() -> None:
     for each in of_kind("ScaledObject").values():
         read = ScaledObject.model_validate(each)
         assert read.model_dump(by_alias=True, exclude_unset=True, mode="json") == each
+
+
+def test_monitoring_is_valid_by_the_prometheus_operators_own_types(tmp_path: Path) -> None:
+    """Made from the CRDs of 0.80. They ignore what they do not know, so nothing may be lost by them."""
+    from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
+
+    monitoring = DEPLOY / "kubernetes" / "monitoring"
+    # As an overlay of a cluster that has the operator.
+    where = [os.path.relpath(path, tmp_path) for path in (EXAMPLE, monitoring)]
+    (tmp_path / "kustomization.yaml").write_text(
+        yaml.safe_dump({"namespace": "smallcat", "resources": where[:1], "components": where[1:]})
+    )
+    found = {each["kind"]: each for each in render(tmp_path)}
+    for kind, model in (("PodMonitor", PodMonitor), ("PrometheusRule", PrometheusRule)):
+        read = model.model_validate(found[kind])
+        assert read.model_dump(by_alias=True, exclude_unset=True, mode="json") == found[kind]
+        assert found[kind]["metadata"]["namespace"] == "smallcat"
+    # Each pod with metrics has a port of the name that is scraped.
+    [endpoint] = found["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    for name in DEPLOYMENTS:
+        names = {port["name"] for port in container(name).get("ports", [])}
+        template = of_kind("Deployment")[name]["spec"]["template"]["metadata"]
+        scraped = template.get("annotations", {}).get("prometheus.io/scrape") == "true"
+        assert (endpoint["port"] in names) is scraped
+        wanted = found["PodMonitor"]["spec"]["selector"]["matchLabels"].items()
+        assert wanted <= template["labels"].items()
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from deploy.embedded.stack import Stack
-from deploy.monitoring.__main__ import DASHBOARD, RULES, files
+from deploy.monitoring.__main__ import DASHBOARD, RULES, RULES_OBJECT, files
 from deploy.monitoring.alerts import ALERTS
 from deploy.monitoring.dashboard import RATE, dashboard, panels
 from producer import submit_job
@@ -60,6 +60,28 @@ def _promtool(*words: str) -> str:
     done = subprocess.run(["promtool", *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_kubernetes_has_the_same_rules() -> None:
+    object_ = yaml.safe_load((ROOT / RULES_OBJECT).read_text())
+    assert (object_["apiVersion"], object_["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert object_["spec"] == yaml.safe_load((ROOT / RULES).read_text())
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("job", ["smallcat-worker", "smallcat/smallcat", "monitoring/smallcat-workers"])
+def test_a_target_that_never_answered_is_known_by_the_name_of_its_job(job: str, tmp_path: Path) -> None:
+    rule = RULES_OF["SmallcatTargetDown"]
+    firing = {
+        "exp_labels": {**rule["labels"], "job": job, "instance": "a"},
+        "exp_annotations": rule["annotations"],
+    }
+    series = {"series": f'up{{job="{job}", instance="a"}}', "values": "0x30"}
+    alerts = {"eval_time": "30m", "alertname": "SmallcatTargetDown", "exp_alerts": [firing]}
+    tests = [{"interval": "1m", "input_series": [series], "alert_rule_test": [alerts]}]
+    file = tmp_path / "test.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(ROOT / RULES)], "tests": tests}))
+    _promtool("test", "rules", str(file))
 
 
 @pytest.mark.services

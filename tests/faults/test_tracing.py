@@ -141,12 +141,13 @@ def test_a_request_its_jobs_and_its_webhooks_are_one_trace_and_so_is_each_job_of
         "SMALLCAT_WEBHOOK_HOSTS": "127.0.0.1",
         "SMALLCAT_WEBHOOK_SECRET": new_secret(),
     }
-    port, log = _free_port(), tmp_path / "api.log"
+    port, metrics_port, log = _free_port(), _free_port(), tmp_path / "api.log"
     worker = ground.worker(settings=variables(collector))
     answers = iter([500, 204, 204])
     caller, call = "c" * 32, "d" * 16
     smallcat = [sys.executable, "-m", "producer"]
     serve = [*smallcat, "serve", "--no-auth", "--webhooks", "--port", str(port)]
+    serve += ["--metrics-port", str(metrics_port)]
     with (
         receiving(lambda handler: handler.status(next(answers))) as receiver,
         running(serve, environment, log) as server,
@@ -169,6 +170,11 @@ def test_a_request_its_jobs_and_its_webhooks_are_one_trace_and_so_is_each_job_of
         subprocess.run(
             ingest, env=here(environment), check=True, capture_output=True, timeout=60, cwd=tmp_path
         )
+        # Its own sender has metrics, as one in a process of its own has.
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as page:
+            shown = page.read().decode()
+        assert 'smallcat_webhooks_total{ended="sent"} 1.0' in shown
+        assert 'smallcat_webhooks_total{ended="later"} 1.0' in shown
         server.terminate()
         assert server.wait(30) == 0
     stop(worker)

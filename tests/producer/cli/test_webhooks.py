@@ -106,3 +106,9 @@ def test_the_sender_ends_at_sigterm(client: Redis, valkey: ValkeyProcess) -> Non
     assert sender.returncode == 0
     assert "Notifications are sent to 127.0.0.1" in said
     assert "No notifications are sent any more" in said
+
+
+def test_the_servers_metrics_are_of_its_own_sender() -> None:
+    result = CliRunner().invoke(cli, ["serve", "--metrics-port", "9090"])
+    assert isinstance(result.exception, CallerError)
+    assert "--metrics-port 9090 is for the sender of webhooks: add --webhooks." in str(result.exception)
