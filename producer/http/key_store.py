@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from producer.http.tenant_store import TenantStore
 from worker.contract.errors import CallerError
 from worker.contract.explain import short
+from worker.contract.refusals import code_of
 from worker.state.keys import HTTP_KEYS, HTTP_KEYS_USED
 
 if TYPE_CHECKING:
@@ -122,7 +123,13 @@ class KeyStore:
         found = _read(text)
         if found is not None:
             used = self._now()
-            self._redis.hset(HTTP_KEYS_USED, found.name, used, items=[_own_use(found.name, digest), used])
+            items: list[str | int] = [_own_use(found.name, digest), used]
+            try:
+                self._redis.hset(HTTP_KEYS_USED, found.name, used, items=items)
+            except Exception as error:
+                # A full Redis refuses it. That is no reason to let nobody read or cancel, which makes room.
+                if code_of(error) != "OOM":
+                    raise
         return found
 
     def _put(self, key: str, known: ApiKey) -> str:

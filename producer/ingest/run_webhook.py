@@ -1,7 +1,7 @@
 """The webhook of a run of prompt files: told when the run is over, and of each job where that is asked for.
 
-Workers tell it in the step that ends the last job (`worker/state/mark_runs.lua`). Here is what producers
-tell.
+Workers tell it in the step that ends the last job (`worker/state/mark_runs.lua`), and producers that it is
+cancelled in the step that cancels it (`worker/state/cancel_run.lua`). Here is what else they tell.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def set_webhook(redis: Redis, run: str, hook: str, *, of_jobs: bool) -> None:
 
 
 def tell_run(
-    redis: Redis, run: str, hook: str, state: Literal["finished", "cancelled", "failed"], error: str = ""
+    redis: Redis, run: str, hook: str, state: Literal["finished", "failed"], error: str = ""
 ) -> None:
     """Tell that a run is over. Told twice, it is one notification, as `notify_run` of `notify.lua` has it."""
     key = run_key(run)

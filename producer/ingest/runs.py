@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from producer.ingest.run_state import feeder_of
-from producer.ingest.run_webhook import tell_run
 from worker.broker.transport import UNACKED
 from worker.contract.errors import UnknownJobError
 from worker.contract.message import RunMark, run_mark_in
+from worker.state import run_scripts
 from worker.state.keys import RUNS, job_key, run_key
 from worker.state.records import Records
+from worker.state.shared_scripts import SharedScript
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -80,9 +81,7 @@ def cancel_run(redis: Redis, records: Records, run: str) -> RunInfo:
     info = find_run(redis, run)
     if info.state in ("finished", "cancelled"):
         return info
-    redis.hset(run_key(run), "cancelled", int(redis.time()[0]))
-    if hook := cast("str | None", redis.hget(run_key(run), "webhook")):
-        tell_run(redis, run, hook, "cancelled")
+    SharedScript(redis, run_scripts.CANCEL_RUN)(keys=[run_key(run), f"{run_key(run)}:room"])
     # Whatever a worker claims from now on is dropped by the script that claims it. Read after that: what was
     # claimed before is held by a worker.
     held = set()

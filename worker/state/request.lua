@@ -3,8 +3,10 @@
 -- KEYS     the bucket
 -- ARGV     requests a second, requests at once
 -- Returns  '0' where there was one; else seconds until there is one, as text
+-- include go_on.lua
 -- include heal.lua
 -- include ../contract/clock.lua
+go_on()
 local rate, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = tonumber(now())
 local tokens, at = unpack(on(KEYS[1], 'HMGET', 'tokens', 'at'))

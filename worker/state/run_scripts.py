@@ -15,4 +15,5 @@ _HERE = Path(__file__).parent
 FEED: Final = script(_HERE / "feed.lua")
 TAKE: Final = script(_HERE / "take.lua")
 ACKNOWLEDGE: Final = script(_HERE / "acknowledge.lua")
+CANCEL_RUN: Final = script(_HERE / "cancel_run.lua")
 HEX: Final = script(_HERE / "hex.lua")

@@ -34,6 +34,7 @@ _TEXTS: Final = (
     run_scripts.TAKE,
     run_scripts.ACKNOWLEDGE,
     run_scripts.HEX,
+    run_scripts.CANCEL_RUN,
 )
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli.main import cli
 from producer.http.key_store import KeyStore, digest_of
+from tests.full_redis import full
 from worker.contract.errors import CallerError
 from worker.state.redis_client import connect
 
@@ -98,6 +99,17 @@ def test_the_last_use_that_an_earlier_server_has_noted_is_shown(valkey: ValkeyPr
         assert [each["used"] for each in listed()] == [1_700_000_000]
         keys("rotate", "site")
         assert [each["used"] for each in listed()] == [None, None]
+
+
+def test_a_key_is_let_in_by_a_full_redis(valkey: ValkeyProcess) -> None:
+    """Its last use is not noted then."""
+    key = keys("add", "site").stdout.strip()
+    with connect(valkey.url, 1) as client:
+        with full(client):
+            assert KeyStore(client).find(digest_of(key)) is not None
+            assert [each["used"] for each in listed()] == [None]
+        assert KeyStore(client).find(digest_of(key)) is not None
+        assert listed()[0]["used"]
 
 
 def listed() -> list[dict[str, Any]]:

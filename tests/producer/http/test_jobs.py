@@ -15,8 +15,10 @@ from PIL import Image
 
 from deploy.embedded.stack import Stack
 from producer import JobHandle, submit_job
-from tests.producer.http.conftest import NOBODYS, Api
+from tests.full_redis import full
+from tests.producer.http.conftest import AWAY, NOBODYS, Api
 from worker.contract.job import WRITTEN_FIELDS
+from worker.state.fleet import Fleet
 from worker.state.keys import job_key
 from worker.state.redis_client import connect
 
@@ -39,6 +41,24 @@ def test_a_job_becomes_a_picture(api: Api) -> None:
     assert whole.headers["content-type"] == "image/png"
     assert whole.body == by_link
     assert Image.open(io.BytesIO(whole.body)).size == (8, 8)
+
+
+@pytest.mark.parametrize("tenant", ["", "crowded"])
+def test_a_full_redis_takes_no_job_and_lets_one_read_and_cancel(api: Api, tenant: str) -> None:
+    """Also who was not seen before, and whose requests are counted."""
+    settings = {"tenant": tenant, "requests_per_s": 100.0, "models": [AWAY]} if tenant else {}
+    key, other = (api.new_key(f"{name}{tenant}", **settings) for name in ("full", "full-2"))
+    job = api.call("POST", "/v1/jobs", {"prompt": "a cat", "model": AWAY}, key=key).json
+    with connect(api.stack.valkey.url, 2) as client:
+        lengths = Fleet(client, 1_000).waiting()
+        with full(client):
+            refused = api.call("POST", "/v1/jobs", {"prompt": "a dog", "model": AWAY}, key=other)
+            assert refused.status == 503
+            assert "is full" in refused.json["detail"]
+            assert Fleet(client, 1_000).waiting() == lengths
+            assert api.call("GET", "/v1/jobs", key=other).status == 200
+            assert api.call("GET", job["links"]["self"], key=key).json["state"] == "queued"
+            assert api.call("DELETE", job["links"]["self"], key=key).json["state"] == "cancelled"
 
 
 def test_a_picture_can_be_waited_for(api: Api) -> None:

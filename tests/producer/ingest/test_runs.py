@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import pytest
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli.ingest_display import QuietDisplay
 from producer.ingest.feeder import Ingest
+from producer.ingest.run_webhook import set_webhook
 from producer.ingest.runs import cancel_run, find_run, list_runs
 from producer.ingest.submit_file import make_ingest, make_plan, make_variants
 from producer.ingest.types import Options, Outcome
 from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
+from tests.full_redis import full
 from worker.broker.transport import UNACKED
 from worker.contract.errors import UnknownJobError
 from worker.contract.queues import lists_of, queues_of
 from worker.contract.record import State
+from worker.state.keys import TOLD_BY_PRODUCERS
 
 QUEUE = queues_of(SERVED)[0]
 
@@ -60,6 +64,18 @@ def test_runs_are_listed_with_state_counts_and_files(drain: Drain) -> None:
     assert "mine" not in {each.run for each in list_runs(drain.client)}
     with pytest.raises(UnknownJobError, match="no run mine"):
         find_run(drain.client, "mine")
+
+
+def test_a_run_is_cancelled_while_redis_is_full(drain: Drain) -> None:
+    """Its queued messages are what fills it."""
+    outcome = ingest(5, detach=True)()
+    set_webhook(drain.client, outcome.run, '{"url": "https://example.com"}', of_jobs=False)
+    with full(drain.client):
+        cancel_run(drain.client, drain.records, outcome.run)
+        assert find_run(drain.client, outcome.run).state == "cancelled"
+        (told,) = drain.client.lrange(TOLD_BY_PRODUCERS, 0, -1)
+        values = json.loads(str(told).partition(" ")[2])
+        assert (values["state"], values["total"], values["done"]) == ("cancelled", 5, 0)
 
 
 def test_a_cancelled_run_sends_no_more_and_its_queued_jobs_are_not_rendered(drain: Drain) -> None:

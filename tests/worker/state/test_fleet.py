@@ -15,6 +15,7 @@ from kombu import Connection
 from redis import Redis
 
 from deploy.embedded.servers import ValkeyProcess
+from tests.full_redis import full
 from worker.celery import app, connection
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
@@ -164,15 +165,12 @@ def test_the_default_model_is_none_that_retires(fleet: Fleet) -> None:
 def test_a_full_redis_takes_the_announcements_of_workers(fleet: Fleet, client: Redis) -> None:
     """Or nobody would serve the queue that fills it, as far as doctor and autoscalers can see."""
     fleet.announce(worker("before", "m"))
-    client.config_set("maxmemory", 1)
-    try:
+    with full(client):
         fleet.announce(worker("before", "m"))
         # What was last seen is noted when there is room.
         with contextlib.suppress(RedisError):
             fleet.announce(worker("new", "m"))
         assert [each.name for each in fleet.workers()] == ["before", "new"]
-    finally:
-        client.config_set("maxmemory", 0)
 
 
 def test_what_was_last_seen_is_meant_while_only_workers_that_retire_are_up(fleet: Fleet) -> None:

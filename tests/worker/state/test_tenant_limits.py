@@ -10,6 +10,7 @@ import pytest
 from redis.client import Redis
 
 from deploy.embedded.servers import ValkeyProcess
+from tests.full_redis import full
 from worker.state.keys import HTTP_OPEN, HTTP_RATE, HTTP_SPENT, job_key, run_key
 from worker.state.redis_client import connect
 from worker.state.tenant_limits import TenantLimits
@@ -55,6 +56,12 @@ def test_a_bucket_holds_a_burst_and_fills_at_its_rate(redis: Redis, limits: Tena
         redis.hincrbyfloat(f"{HTTP_RATE}t", "at", -later_s)
         assert [limits.request("t", 0.5, 3) for _ in range(more)] == [0] * more
         assert limits.request("t", 0.5, 3) > 0
+
+
+def test_a_bucket_holds_while_redis_is_full(redis: Redis, limits: TenantLimits) -> None:
+    with full(redis):
+        assert limits.request("t", 0.01, 1) == 0
+        assert limits.request("t", 0.01, 1) > 0
 
 
 def test_jobs_count_once_and_all_of_a_request_or_none(redis: Redis, limits: TenantLimits) -> None:
