@@ -6,6 +6,7 @@ import contextlib
 import json
 import secrets
 import time
+from typing import Final
 
 from producer.session import Session
 from worker.contract.errors import QueueError, UnknownJobError
@@ -13,6 +14,12 @@ from worker.contract.job import Job
 from worker.contract.record import State
 from worker.contract.webhook import WEBHOOK_SINCE
 from worker.tracing.submissions import SentSpan, sending
+
+#: Seconds for which `submit_job` goes by what it has read of the workers, where one of them serves the model.
+#: Who submits hundreds of jobs a second need not ask for each: a worker may as well leave just afterwards.
+WORKERS_AGE_S: Final = 0.05
+#: Random bytes in a submission's id. With 7 of them its key takes 64 bytes of Redis, and not 80.
+SUBMISSION_BYTES: Final = 7
 
 
 def send(now: Session, job: Job, hook: str) -> tuple[Job, str]:
@@ -24,7 +31,7 @@ def send(now: Session, job: Job, hook: str) -> tuple[Job, str]:
 
     deadline = time.monotonic() + now.redis_retry_s
     with now.queue_errors(), now.one_retry():
-        job = now.fleet.resolve(job)
+        job = now.fleet.resolve(job, WORKERS_AGE_S)
     with sending(job.id, queue_of(job)) as span:
         return job, _sent(now, job, span.on_hook(hook), deadline, span)
 
@@ -42,7 +49,7 @@ def _sent(now: Session, job: Job, hook: str, deadline: float, span: SentSpan) ->
     # Less than a client waits for an answer.
     wait_s = 0.8 * min(now.redis_retry_s, 10.0)
     pool = producers[connection(now.settings.redis_url)]
-    submission, is_sent = secrets.token_hex(8), False
+    submission, is_sent = secrets.token_hex(SUBMISSION_BYTES), False
     while True:
         try:
             # All of it again after a failure: a replica that became the primary may have none of it.

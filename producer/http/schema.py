@@ -27,7 +27,7 @@ MAX_JOBS: Final = 1_000
 #: A job as the document shows it.
 EXAMPLE: Final = {"prompt": "a small cat", "seed": 7, "width": 128, "height": 128, "steps": 20}
 #: Patterns of a job's id and of a submission's.
-JOB_ID, SUBMISSION = "[0-9a-f]{32}", "[0-9a-f]{16,40}"
+JOB_ID, SUBMISSION = "[0-9a-f]{32}", "[0-9a-f]{14,40}"
 
 #: What is told when a job or a run has ended.
 WEBHOOK: Final = {

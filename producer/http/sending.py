@@ -27,7 +27,7 @@ from worker.contract.errors import QueueError
 from worker.contract.job import SUBMISSION_FIELDS
 from worker.contract.message import Route
 from worker.contract.refusals import sentence, too_few_replicas
-from worker.state.submissions import Submission, Submissions
+from worker.state.submissions import Submission, Submissions, said
 from worker.tracing.submissions import NO_SPAN, SentSpan
 
 logger = logging.getLogger("smallcat.http")
@@ -206,7 +206,7 @@ class Sender:
             job.job,
             job.route.queue,
             ready.submission,
-            json.dumps(own_of(job)),
+            json.dumps(said(own_of(job)), separators=(",", ":")),
             message_id,
             template.list,
             template.fill(job, "", message_id, f"{self._tag}{self._tags:012x}", ready.span.headers),

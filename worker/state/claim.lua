@@ -4,8 +4,8 @@
 -- ARGV     message id, holder, worker, seconds that the claim lasts, attempts at most, seconds until the record
 --          expires, job as JSON, queue, delivery, the message's run mark or '', whether the bucket has the
 --          picture: 'yes', 'no', or '' while nobody has looked
--- Returns  {verdict, attempt, seconds queued}; the verdict is one of `worker.state.records.Claim`, or 'done'
---          where the record says so and somebody must look
+-- Returns  {verdict, attempt, seconds queued, Redis' time}, without the time where nothing is claimed; the verdict
+--          is one of `worker.state.records.Claim`, or 'done' where the record says so and somebody must look
 --
 -- The claim belongs to a message, not to a worker: the same message delivered again takes it over at once. The
 -- holder is one of its copies: each is held under a tag of its own. The same delivery asking again, because the
@@ -123,4 +123,4 @@ set_first(KEYS[2], unpack(own))
 redis.call('EXPIRE', KEYS[2], ttl)
 redis.call('HSET', KEYS[1], unpack(fields))
 if expires then redis.call('EXPIRE', KEYS[1], ttl) end
-return {verdict, attempts, tostring(time - (tonumber(submitted_at or time) or time))}
+return {verdict, attempts, tostring(time - (tonumber(submitted_at or time) or time)), string.format('%.6f', time)}

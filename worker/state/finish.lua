@@ -3,8 +3,9 @@
 -- KEYS     the record, the failed jobs, the job's attempts, the jobs of its tenant that were done last, the
 --          index of held messages, their hash
 -- ARGV     state, seconds until the record expires, message id, holder (`claim.lua`), job id, the tag of the
---          held message that is acknowledged or '', then field and value in turn; last, of a tenant's job that
---          is done, 'usage' and what it has used (`usage.lua`)
+--          held message that is acknowledged or '', Redis' time as the worker has it or '', 1 where the worker
+--          has written into the list of what was done last lately; then field and value in turn; last, of a
+--          tenant's job that is done, 'usage' and what it has used (`usage.lua`)
 -- Returns  1 when it was written, 0 when it was not, -1 when the job was to be cancelled and somebody wants it
 --
 -- A picture is done whoever made it, unless the job was cancelled: that was said already. A failure counts only
@@ -21,7 +22,7 @@
 local BULK_TTL_S = 60
 -- Seconds that the record stays of any other job that is done.
 local DONE_TTL_S = 3600
-local final, ttl, message, me, id, tag = unpack(ARGV, 1, 6)
+local final, ttl, message, me, id, tag, time, is_known = unpack(ARGV, 1, 8)
 if tag ~= '' then
   redis.call('ZREM', KEYS[5], tag)
   redis.call('HDEL', KEYS[6], tag)
@@ -44,7 +45,7 @@ end
 if final == 'cancelled' and not cancel then return -1 end
 -- A full Redis refuses a script's first write if that may take memory, and none after it: so it deletes first.
 redis.call('DEL', KEYS[3])
-redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'claim_until', '', 'deaths', '', unpack(ARGV, 7))
+redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'claim_until', '', 'deaths', '', unpack(ARGV, 9))
 if cancel then redis.call('HDEL', KEYS[1], 'cancel') end
 if final == 'done' and error_type then redis.call('HDEL', KEYS[1], 'error', 'error_type') end
 redis.call('EXPIRE', KEYS[1], final == 'done' and math.min(ttl, bulk and BULK_TTL_S or DONE_TTL_S) or ttl)
@@ -59,11 +60,13 @@ elseif state == 'failed' then
 end
 if ARGV[#ARGV - 1] == 'usage' then count_usage(ARGV[#ARGV]) end
 if final == 'done' then
-  local time = now()
+  -- The order of a page's pictures hangs on it, and no more.
+  if time == '' then time = now() end
   on(KEYS[4], 'ZADD', time, id)
-  redis.call('EXPIRE', KEYS[4], ttl)
   -- For one job of 16, which keeps the cost of the others down.
-  if tonumber(string.sub(time, -2)) % 16 == 0 then redis.call('ZREMRANGEBYRANK', KEYS[4], 0, -201) end
+  local refreshes = tonumber(string.sub(time, -2)) % 16 == 0
+  if refreshes then redis.call('ZREMRANGEBYRANK', KEYS[4], 0, -201) end
+  if refreshes or is_known ~= '1' then redis.call('EXPIRE', KEYS[4], ttl) end
 end
 redis.call('PUBLISH', KEYS[1], final)
 mark_runs(runs or '')

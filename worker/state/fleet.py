@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from worker.contract.choices import PromptSyntax
@@ -72,6 +74,8 @@ class Fleet:
     def __init__(self, client: Redis, ttl_s: int) -> None:
         self._redis = client
         self._ttl_s = ttl_s
+        #: The groups of live workers as they were read last, and the monotonic seconds of then.
+        self._known: tuple[float, Sequence[Group]] = (float("-inf"), ())
         self._announce = client.register_script(ANNOUNCE)
         self._withdraw = client.register_script(WITHDRAW)
         #: The files that workers offer.
@@ -130,11 +134,16 @@ class Fleet:
         """Remove the announcement of a worker that is leaving."""
         self._withdraw(keys=[worker_key(name), WORKERS, DIGEST, BOOK], args=[name, ANNOUNCE_TTL_S])
 
-    def groups(self) -> Sequence[Group]:
-        """The live workers by what they serve, from the digest."""
+    def groups(self, age_s: float = 0.0) -> Sequence[Group]:
+        """The live workers by what they serve; as they were read last, if less than `age_s` seconds ago."""
+        read_s, known = self._known
+        if time.monotonic() - read_s < age_s:
+            return known
         groups = groups_in(self._redis.get(DIGEST))
         # No worker of this version is live, or some of earlier ones are, too.
-        return groups_of(self.workers()) if groups is None else groups
+        found = groups_of(self.workers()) if groups is None else groups
+        self._known = time.monotonic(), found
+        return found
 
     def workers(self) -> list[WorkerInfo]:
         """The live workers, those that have been up longest first."""
@@ -156,18 +165,18 @@ class Fleet:
                 raise
             # A producer may not: the next worker that announces itself does.
 
-    def meant(self, job: Job) -> Meant | None:
-        """What `job` means; None where no worker announced its model."""
-        group = meant_by(job, self.groups, self._groups_last_seen)
+    def meant(self, job: Job, age_s: float = 0.0) -> Meant | None:
+        """What `job` means; None where no worker announced its model. `age_s`: as `groups`."""
+        group = meant_by(job, partial(self.groups, age_s), self.groups, self._groups_last_seen)
         return group.meaning(self.indexes.get(group.files)) if group else None
 
-    def resolve(self, job: Job) -> Job:
-        """`job` with the model, revision, syntax and files that it means.
+    def resolve(self, job: Job, age_s: float = 0.0) -> Job:
+        """`job` with the model, revision, syntax and files that it means. `age_s`: as `groups`.
 
         Open where no worker announced the model. A job that names a revision that nobody serves stays as it
         is, and waits for such a worker. Raises `InvalidJobError` for a file that cannot be used.
         """
-        return resolved_by(self.meant(job), job)
+        return resolved_by(self.meant(job, age_s), job)
 
     def snapshot(self) -> FleetSnapshot:
         """What is served now, for who resolves many jobs."""

@@ -43,8 +43,8 @@ from worker.state.keys import (
     latest_key,
     submission_key,
 )
-from worker.state.shared_scripts import NamedLately, Script, SharedScript
-from worker.state.submissions import Submission
+from worker.state.shared_scripts import Script, SharedScript, WrittenLately
+from worker.state.submissions import Submission, said
 from worker.state.usage import Used
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class Records:
         self._ttl_s = ttl_s
         self._held = held
         self._submit = SharedScript(client, scripts.SUBMIT)
-        self._named = NamedLately()
+        self._named, self._drawn = WrittenLately(ttl_s), WrittenLately(ttl_s)
+        #: Redis' clock less this process' monotonic one, as the last claim found it.
+        self._clock_s: float | None = None
         self._claim = Script(client, scripts.CLAIM)
         self._finish = Script(client, scripts.FINISH)
         self._give_back = Script(client, scripts.GIVE_BACK)
@@ -108,7 +110,7 @@ class Records:
         (`worker.contract.webhook.hook_of`). A record of a job that is queued or running stays as it is,
         unless it was cancelled.
         """
-        own = job.model_dump_json(include=set(SUBMISSION_FIELDS))
+        own = job.model_dump_json(include=set(said({name: getattr(job, name) for name in SUBMISSION_FIELDS})))
         sent = Submission(
             *(job.id, job.model_dump_json(), queue, submission, own, message, *(put or ("", "")), noted),
             job.tenant,
@@ -221,10 +223,12 @@ class Records:
         keys = [job_key(job.id), attempts_key(job.id)]
         args: list[str | int | float] = [*holder_of(message), worker, lease_s, max_attempts, self._ttl_s]
         args += [text, queue, delivery, run]
-        verdict, attempt, queued = self._claim(keys=keys, args=[*args, ""])
+        verdict, attempt, queued, *at = self._claim(keys=keys, args=[*args, ""])
         if verdict == State.DONE:
             looked = "yes" if is_stored() else "no"
-            verdict, attempt, queued = self._claim(keys=keys, args=[*args, looked])
+            verdict, attempt, queued, *at = self._claim(keys=keys, args=[*args, looked])
+        if at:
+            self._clock_s = float(at[0]) - time.monotonic()
         return Claim(verdict), int(attempt), max(0.0, float(queued))
 
     def progress(self, steps: Mapping[str, tuple[int, int]], lease_s: float) -> list[str]:
@@ -357,9 +361,15 @@ class Records:
         tenant: str = "",
     ) -> int:
         pairs = [item for pair in fields.items() for item in pair]
-        keys = [job_key(job_id), FAILED, attempts_key(job_id), drawn_key(tenant), *(self._held or ())]
+        drawn = drawn_key(tenant)
+        keys = [job_key(job_id), FAILED, attempts_key(job_id), drawn, *(self._held or ())]
+        at = "" if self._clock_s is None else f"{self._clock_s + time.monotonic():.6f}"
         args: list[str | int] = [state, self._ttl_s, *holder_of(message), job_id]
-        return int(self._finish(keys=keys, args=[*args, tag if self._held else "", *pairs]))
+        args += [tag if self._held else "", at, self._drawn.has(drawn)]
+        ended = int(self._finish(keys=keys, args=[*args, *pairs]))
+        if ended == 1 and state is State.DONE:
+            self._drawn.note(drawn)
+        return ended
 
 
 def _may_be_final(receive: Callable[[float], str | None], timeout_s: float) -> bool:

@@ -97,19 +97,21 @@ class SharedScript:
             time.sleep(RETRY_S)
 
 
-class NamedLately:
-    """The queues that this process has put into the set of all queues lately: it need not for each job."""
+class WrittenLately:
+    """What this process has written lately, and need not write for each job: that a queue is one of all
+    queues; when a list expires. `ttl_s`: seconds that it lives in Redis."""
 
     EVERY_S: Final = 60.0
 
-    def __init__(self) -> None:
+    def __init__(self, ttl_s: float) -> None:
+        self._every_s = min(self.EVERY_S, ttl_s / 2)
         self._until_s: dict[str, float] = {}
 
-    def has(self, queue: str) -> int:
+    def has(self, name: str) -> int:
         """1 where it has, else 0."""
-        return int(time.monotonic() < self._until_s.get(queue, 0.0))
+        return int(time.monotonic() < self._until_s.get(name, 0.0))
 
-    def note(self, queue: str) -> None:
+    def note(self, name: str) -> None:
         """It has now."""
-        if not self.has(queue):
-            self._until_s[queue] = time.monotonic() + self.EVERY_S
+        if not self.has(name):
+            self._until_s[name] = time.monotonic() + self._every_s

@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from worker.contract.errors import QueueError
 from worker.contract.found_message import digest_of
+from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.refusals import code_of
 from worker.state import scripts
 from worker.state.keys import FAILED, QUEUES, job_key, latest_key, submission_key
-from worker.state.shared_scripts import LOADED_WITHIN_S, RETRY_S, NamedLately, load
+from worker.state.shared_scripts import LOADED_WITHIN_S, RETRY_S, WrittenLately, load
 
 if TYPE_CHECKING:
     from redis.client import Redis
 
+_DEFAULTS: Final = {
+    name: Job.model_fields[name].get_default(call_default_factory=True) for name in SUBMISSION_FIELDS
+}
 _DIGEST: Final = hashlib.sha1(scripts.SUBMIT.encode(), usedforsecurity=False).hexdigest()
+
+
+def said(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What is a submission's own, without what is at its default: it stays for days, and there are many.
+
+    But for the priority: earlier versions take one that says nothing for an unknown submission.
+    """
+    return {name: own[name] for name in own if name == "priority" or own[name] != _DEFAULTS[name]}
 
 
 class Submission(NamedTuple):
@@ -64,7 +76,7 @@ class Submissions:
     def __init__(self, client: Redis, ttl_s: int) -> None:
         self._redis = client
         self._ttl_s = ttl_s
-        self._named = NamedLately()
+        self._named = WrittenLately(ttl_s)
 
     def send(
         self, submissions: Sequence[Submission], replicas: int = 0, wait_s: float = 0.0

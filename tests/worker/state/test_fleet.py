@@ -192,6 +192,17 @@ def test_a_job_is_open_where_nobody_ever_announced_its_model(fleet: Fleet) -> No
     assert fleet.resolve(job(model="another")).is_open
 
 
+def test_what_was_read_of_the_workers_counts_for_as_long_as_the_caller_says(fleet: Fleet) -> None:
+    fleet.announce(worker("a", "m", "old", started_at=1.0))
+    assert fleet.resolve(job(), age_s=60).revision == "old"
+    fleet.announce(worker("b", "m", "new", started_at=2.0))
+    assert fleet.resolve(job(), age_s=60).revision == "old"
+    assert fleet.resolve(job()).revision == "new"
+    fleet.announce(worker("c", "n", "first"))
+    # A model that none of those served is looked for.
+    assert fleet.resolve(job(model="n"), age_s=60).revision == "first"
+
+
 def test_a_named_revision_that_nobody_serves_is_waited_for(fleet: Fleet) -> None:
     fleet.announce(worker("a", "m"))
     wanted = job(model="m", revision="future")
