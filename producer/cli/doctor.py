@@ -14,7 +14,7 @@ from producer.session import Session, session
 from worker.contract.errors import PermanentStorageError, QueueError, SmallcatError, StorageError
 from worker.contract.file_index import FileEntry, called
 from worker.contract.job import OPEN_REVISION
-from worker.contract.plain_text import plain
+from worker.contract.plain_text import counted, plain
 from worker.contract.queues import queues_of
 from worker.contract.settings import hidden
 from worker.state.groups import WorkerInfo, groups_of, version_read
@@ -130,10 +130,11 @@ def _webhooks(now: Session) -> Iterator[Finding]:
     except QueueError:
         return
     if untaken > _UNTAKEN:
-        text = f"{untaken:,} notifications wait for a sender: start one with `smallcat webhooks run`"
+        waits = counted(untaken, "notification waits", "notifications wait")
+        text = f"{waits} for a sender: start one with `smallcat webhooks run`"
         yield Finding("webhooks", False, text)
     if failed:
-        text = f"{failed:,} notifications could not be delivered: `smallcat webhooks list` says why"
+        text = f"{counted(failed, 'notification')} could not be delivered: `smallcat webhooks list` says why"
         yield Finding("webhooks", False, text)
 
 
@@ -183,7 +184,8 @@ def _link(link: str) -> Finding:
 def _parked(found: Mapping[tuple[str, int], int], live: Sequence[WorkerInfo]) -> Iterator[Finding]:
     """Whether a live worker reads the messages that older ones have put aside."""
     for (queue, version), count in found.items():
-        text = f"{count} messages of version {version} wait for {queue}"
+        waits = counted(count, f"message of version {version} waits", f"messages of version {version} wait")
+        text = f"{waits} for {queue}"
         if (reads := version_read(groups_of(live), queue)) >= version:
             yield Finding("queues", True, f"{text}; a live worker reads them")
         else:
@@ -220,7 +222,7 @@ def _workers(now: Session) -> Iterator[Finding]:
         if count and queue not in served:
             yield _unserved(now, queue, count)
         elif count:
-            yield Finding("queues", True, f"{count} jobs wait in {queue}")
+            yield Finding("queues", True, f"{counted(count, 'job waits', 'jobs wait')} in {queue}")
 
 
 def _files(now: Session, live: Sequence[WorkerInfo]) -> Iterator[Finding]:
@@ -262,12 +264,12 @@ def _unserved(now: Session, queue: str, count: int) -> Finding:
     at = "" if waiting.revision.startswith(OPEN_REVISION) else f" at {plain(waiting.revision)}"
     of = f"the model {plain(waiting.model)}{at}" if waiting.model else queue
     if not waiting.wanted and waiting.messages >= count:
-        text = f"{count} messages of jobs that are over wait for {of}: its next worker drops them"
+        waits = counted(count, "message of a job that is over waits", "messages of jobs that are over wait")
+        text = f"{waits} for {of}: its next worker drops them"
         return Finding("queues", True, text)
     left = count - (waiting.messages - waiting.wanted)
-    return Finding(
-        "queues", False, f"{left} jobs wait for {of}, which no live worker serves: start one that does"
-    )
+    waits = counted(left, "job waits", "jobs wait")
+    return Finding("queues", False, f"{waits} for {of}, which no live worker serves: start one that does")
 
 
 def _device() -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from producer.session import session
 from worker.contract import errors
 from worker.contract.errors import CallerError, PoisonJobError, UnknownJobError
 from worker.contract.message import RunMark
+from worker.contract.plain_text import counted
 from worker.contract.record import State
 
 if TYPE_CHECKING:
@@ -192,7 +193,9 @@ def parked_lines() -> Iterator[str]:
     """What `parked` returns, for a terminal."""
     for each in parked():
         queue = ascii(each["queue"])[1:-1]
-        yield f"{queue}  {each['messages']:,} messages of version {each['version']} wait for a newer worker"
+        of = f"of version {each['version']}"
+        waits = counted(each["messages"], f"message {of} waits", f"messages {of} wait")
+        yield f"{queue}  {waits} for a newer worker"
 
 
 def parked_line(message: ParkedMessage) -> str:
@@ -341,7 +344,7 @@ def failed_drop(
         if as_json:
             print_json({"dropped": count})
             return
-        say(f"{count} messages dropped: their jobs have failed")
+        say(f"{counted(count, 'message')} dropped: their jobs have failed")
         return
     count = drop([failure.id for failure in find(job_ids, error_type=error_type, run=run)])
     if as_json:

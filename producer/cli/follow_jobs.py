@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from producer.cli.json_output import counted, json_option, moment, print_json, raise_last, say
+from producer.cli.json_output import json_option, moment, print_json, raise_last, say
 from producer.client import JobHandle
 from producer.client.job_result import JobResult
 from producer.session import session
 from worker.contract.errors import CallerError, UnknownJobError
+from worker.contract.plain_text import counted
 from worker.state.hashes import JOB_ID
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from worker.contract.errors import StorageError
+from worker.contract.plain_text import counted
 from worker.state.forgetting import Forgetting, Scope
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ class Forget:
         while self._state.wait():
             if not is_told:
                 is_told = True
-                self._tell(f"{len(self._state.held):,} jobs are on a worker: waiting until they have ended.")
+                held = counted(len(self._state.held), "job is", "jobs are")
+                self._tell(f"{held} on a worker: waiting for the end.")
             time.sleep(_LOOK_EVERY_S)
         for job_id in late:
             tenant = self._state.jobs[job_id]

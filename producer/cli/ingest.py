@@ -19,7 +19,7 @@ from producer.ingest.types import FILE_PRIORITY
 from producer.prompts.fields import meaning_of
 from producer.prompts.sources import FORMATS
 from worker.contract.job import JOB_FIELDS
-from worker.contract.plain_text import plain_json
+from worker.contract.plain_text import counted, plain_json
 
 if TYPE_CHECKING:
     from producer.cli.ingest_display import QuietDisplay
@@ -263,7 +263,7 @@ def _report(outcome: Outcome, *, as_json: bool, as_event: bool) -> None:
     if outcome.total == 0 and not outcome.rejected:
         say("note      the files have no prompts")
     if outcome.state == "detached":
-        say(f"sent      {outcome.sent:,} jobs; for the manifest: {_command()}")
+        say(f"sent      {counted(outcome.sent, 'job')}; for the manifest: {_command()}")
     if outcome.manifest:
         say(f"manifest  {outcome.manifest.resolve()}")
     for path in outcome.rejected_files:

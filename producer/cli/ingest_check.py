@@ -10,7 +10,7 @@ from producer.ingest.check import check, given_of, rejected_of
 from producer.session import session
 from worker.contract.errors import ServiceError, SettingsError
 from worker.contract.job import Job
-from worker.contract.plain_text import plain_json
+from worker.contract.plain_text import counted, plain_json
 from worker.contract.prompt_syntax import SYNTAX
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
 
     fleet = _FleetsSyntax()
     findings = check(plan, found, lambda text: say(text, err=True), read, fleet.resolve)
-    names = [f"{name} ({count:,} jobs)" for name, count in findings.metadata.items()]
+    names = [f"{name} ({counted(count, 'job')})" for name, count in findings.metadata.items()]
     if names:
         more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
         say(f"to metadata: {', '.join(map(_short, names[:_NAMES]))}{more}", err=as_json)
     for sentence, (count, file, line) in findings.warnings.items():
-        say(f"{sentence} ({count:,} jobs, the first in {file}, line {line})", err=as_json)
+        say(f"{sentence} ({counted(count, 'job')}, the first in {file}, line {line})", err=as_json)
     if fleet.is_unknown and any(sentence.startswith(fleet.names) for sentence in findings.warnings):
         say(
             "note  Redis does not answer, so the fleet's default syntax of prompts is not known: these were "
@@ -61,7 +61,8 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
         )
     if not (findings.jobs or findings.bad):
         say("note  the files have no prompts", err=True)
-    say(f"{findings.jobs:,} jobs, {findings.bad:,} bad lines; nothing was sent", err=as_json)
+    jobs, bad = counted(findings.jobs, "job"), counted(findings.bad, "bad line")
+    say(f"{jobs}, {bad}; nothing was sent", err=as_json)
     return 1 if findings.bad else 0
 
 

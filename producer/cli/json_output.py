@@ -40,11 +40,6 @@ def say(text: object = "", *, err: bool = False, mark: str = "", colour: str | N
     click.echo(shown, err=err)
 
 
-def counted(number: int, thing: str) -> str:
-    """`1 key`, `2 keys`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 def moment(seconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
     """A time by the clock of this place; of Unix seconds that no clock shows, so many words."""
     try:

@@ -43,6 +43,7 @@ from worker.contract.errors import (
     UnknownModelError,
 )
 from worker.contract.plain_log import ended, log_form
+from worker.contract.plain_text import counted
 
 #: Exit code where nobody reads standard output any more: that of a process that SIGPIPE ends.
 BROKEN_PIPE = 141
@@ -219,7 +220,7 @@ def gallery(source: str, output: Path | None, as_json: bool, **options: Any) -> 
         say(f"note  {notice}", err=True)
     failed = f", {page.failed:,} failed" if page.failed else ""
     say(f"page  {page.path.resolve()}")
-    say(f"      {page.pictures:,} pictures{failed}, {page.size / 1e6:.1f} MB")
+    say(f"      {counted(page.pictures, 'picture')}{failed}, {page.size / 1e6:.1f} MB")
 
 
 @cli.command(context_settings={"token_normalize_func": option_of})

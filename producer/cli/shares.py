@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from producer.cli.json_output import counted, json_option, print_json, say
+from producer.cli.json_output import json_option, print_json, say
 from producer.session import session
+from worker.contract.plain_text import counted
 from worker.state.tenants import Weights, waiting_of_tenants
 
 #: How jobs without a tenant are shown.
@@ -41,7 +42,7 @@ def shares_list(as_json: bool) -> None:
         return
     for name in [str(each["tenant"]) for each in found]:
         count = waiting.get(name, 0)
-        wait = f"{counted(count, 'job')} {'waits' if count == 1 else 'wait'}"
+        wait = counted(count, "job waits", "jobs wait")
         say(f"{name or _NOBODY:40}  weight {weights.get(name, 1.0):<6g}  {wait}")
     if not found:
         say("No jobs wait, and no tenant has a weight other than 1.", err=True)

@@ -8,12 +8,13 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from producer.cli.json_output import counted, json_option, moment, print_json, say
+from producer.cli.json_output import json_option, moment, print_json, say
 from producer.http.key_store import KeyStore
 from producer.http.tenant_store import SETTINGS, Tenant, TenantStore
 from producer.session import session
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import CallerError
+from worker.contract.plain_text import counted
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -11,6 +11,7 @@ from producer.cli.json_output import json_option, moment, print_json, say
 from producer.session import Session, session
 from worker.contract.errors import CallerError, UnknownJobError
 from worker.contract.plain_log import set_up_log
+from worker.contract.plain_text import counted
 from worker.contract.settings import webhook_settings
 
 if TYPE_CHECKING:
@@ -75,11 +76,13 @@ def webhooks_list(waiting: bool, as_json: bool) -> None:
         values = _shown(each)
         when = f"next {moment(each.due_at)}" if waiting else f"given up {moment(each.ended_at)}"
         ended = f": {values['error']}" if values["error"] else ""
-        say(f"{each.id}  {values['event']}  {values['host']}  {when}, {each.attempts} attempts{ended}")
+        attempts = counted(each.attempts, "attempt")
+        say(f"{each.id}  {values['event']}  {values['host']}  {when}, {attempts}{ended}")
     if not found:
         say("No notification waits." if waiting else "No notification was given up.", err=True)
     if untaken:
-        say(f"note  {untaken:,} notifications wait for a sender: `smallcat webhooks run` is one.", err=True)
+        waits = counted(untaken, "notification waits", "notifications wait")
+        say(f"note  {waits} for a sender: `smallcat webhooks run` is one.", err=True)
 
 
 @webhooks.command("retry")

@@ -11,6 +11,7 @@ from producer.ingest.plan import Plan, Planned, Rejected, sentences_of, unresolv
 from producer.ingest.types import FILE_PRIORITY
 from worker.contract.errors import PromptFileError
 from worker.contract.job import JOB_FIELDS, Job
+from worker.contract.plain_text import counted
 
 #: Bad lines that an error names.
 _NAMED = 10
@@ -97,4 +98,5 @@ def refuse_bad_lines(
     number = check(plan, found, warn, resolve=resolve).bad
     if number:
         shown = "\n".join(f"{plan.sources[each.file].name}, line {each.line}: {each.reason}" for each in bad)
-        raise PromptFileError(f"{number} lines are no jobs, and nothing was sent:\n{shown}")
+        lines = counted(number, "line is no job", "lines are no jobs")
+        raise PromptFileError(f"{lines}, and nothing was sent:\n{shown}")

@@ -32,6 +32,7 @@ from producer.ingest.windows import Windows
 from producer.ingest.writing import writing
 from producer.session import Session
 from worker.contract.errors import PromptFileError, QueueError
+from worker.contract.plain_text import counted
 
 if TYPE_CHECKING:
     from producer.ingest.download import Downloads
@@ -166,6 +167,9 @@ class Ingest:
     def _feed_until_over(self, journal: Journal) -> Outcome:
         status = self.run.status()
         self._go_to(status)
+        if status.is_over and status.total:
+            have = counted(status.total, "job has", "jobs have")
+            self._display.notice(f"This run is over already: its {have} ended before, and nothing is sent.")
         if status.is_over and self.run.noted("manifest") == manifest_path.fingerprint(self._manifest):
             if not self._downloads and not self.run.outcomes():
                 return self._outcome("finished", status, journal)
@@ -272,7 +276,8 @@ class Ingest:
         if status.parked and not self._told_of_parked:
             self._told_of_parked = True
             self._display.notice(
-                f"{status.parked:,} messages wait for a newer worker, which alone reads them: upgrade one."
+                f"{counted(status.parked, 'message waits', 'messages wait')} for a newer worker, "
+                "which alone reads them: upgrade one."
             )
         lost = self.run.lost(status.fed)
         if not lost:
@@ -293,11 +298,13 @@ class Ingest:
         self._sent_again += 1
         if self._sent_again > MAX_SENT_AGAIN:
             first = missing[0][1].templated.id
+            were = counted(len(missing), "job was", "jobs were")
             raise QueueError(
-                f"{len(missing)} jobs were sent {MAX_SENT_AGAIN} times and are gone from the queue, {first} "
-                "among them: see the workers' logs, and that nobody purges the queue."
+                f"{were} sent {MAX_SENT_AGAIN} times, and each time gone from the queue, {first} among them: "
+                "see the workers' logs, and that nobody purges the queue."
             )
-        self._display.notice(f"{len(missing)} jobs are gone from the queue and are sent again.")
+        gone = counted(len(missing), "job is gone", "jobs are gone")
+        self._display.notice(f"{gone} from the queue, and sent again.")
         at, again = self.run.now(), f"-{tag_of_process()[:8]}"
         self.run.send_again(
             {number: self._messages.of(job, self.run.id, number, at, again) for number, job in missing}

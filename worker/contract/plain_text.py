@@ -28,6 +28,11 @@ def plain(text: object, *, keep: str = "") -> str:
     return _escaped(str(text), keep, python=True)
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 key`, `2 keys`; with words for several of them, `1 job waits`, `2 jobs wait`."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def plain_json(value: Any, indent: int | None = 2) -> str:
     """The value as JSON that is the same JSON to a reader, and has nothing hidden in it."""
     return _escaped(json.dumps(value, ensure_ascii=False, indent=indent), "\n", python=False)

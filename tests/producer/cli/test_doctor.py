@@ -120,9 +120,9 @@ def test_jobs_in_a_queue_that_nobody_serves(client: Redis) -> None:
         Records(client, 1_000).submitted(job, queue_of(job))
         client.lpush(queue_of(job), "message")
     text = the_bad_one("queues")
-    assert text.startswith(f"1 jobs wait for {queue_of(lost)}, which no live worker serves")
+    assert text.startswith(f"1 job waits for {queue_of(lost)}, which no live worker serves")
     assert [finding.text for finding in found("queues") if finding.ok] == [
-        f"1 jobs wait in {queue_of(served)}"
+        f"1 job waits in {queue_of(served)}"
     ]
 
 

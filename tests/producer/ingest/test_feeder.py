@@ -104,13 +104,15 @@ def test_a_file_becomes_a_manifest_in_input_order(drain: Drain) -> None:
     assert not Path("p.txt.manifest.jsonl.part").exists()
 
 
-def test_a_finished_file_renders_nothing_again(drain: Drain) -> None:
+def test_a_finished_file_renders_nothing_again(drain: Drain, capsys: pytest.CaptureFixture[str]) -> None:
     first = drained(ingest("a cat\na dog\n"), drain)
     before = Path("p.txt.manifest.jsonl").read_bytes()
     seen = len(drain.seen)
     again = drained(ingest(), drain)
     assert (again.state, again.done, again.run) == ("finished", 2, first.run)
     assert len(drain.seen) == seen
+    told = "This run is over already: its 2 jobs have ended before, and nothing is sent."
+    assert capsys.readouterr().err.splitlines().count(told) == 1
     Path("p.txt.manifest.jsonl").unlink()
     drained(ingest(), drain)
     assert len(drain.seen) == seen
@@ -281,7 +283,7 @@ def test_messages_that_wait_for_a_newer_worker_are_neither_lost_nor_room_for_mor
     told = capsys.readouterr().err
     assert told.count("wait for a newer worker") == 1
     assert "9 messages wait for a newer worker, which alone reads them: upgrade one." in told
-    assert "1 jobs are gone from the queue and are sent again." in told
+    assert "1 job is gone from the queue, and sent again." in told
 
 
 def test_a_user_who_may_not_read_what_is_parked_feeds_all_the_same(

@@ -251,7 +251,7 @@ def test_strict_looks_at_the_lines_as_the_run_reads_them(drain: Drain) -> None:
     """The present reading refuses this option; the first one took it for text."""
     Path("p.txt").write_text("a cat --stpes 3\na dog\n")
     of = plan("p.txt")
-    with pytest.raises(PromptFileError, match="1 lines are no jobs"):
+    with pytest.raises(PromptFileError, match="1 line is no job"):
         ran(drain, of, Heard(), Options(strict=True))
     begun_by_the_first(drain, of, fed="1", cursor="0:0:1", ended="1")
     assert ran(drain, of, Heard(), Options(strict=True)).total == 2

@@ -49,7 +49,7 @@ def test_check_shows_how_the_first_lines_are_read_and_what_means_nothing_here() 
     assert said[6:] == [
         "to metadata: customer (9 jobs)",
         f"{only_words_warning(('(x:1.3)',))} (9 jobs, the first in p.csv, line 2)",
-        "9 jobs, 1 bad lines; nothing was sent",
+        "9 jobs, 1 bad line; nothing was sent",
     ]
     assert errors.startswith("p.csv, line 11: steps is 'many'")
 
@@ -68,7 +68,7 @@ def test_check_as_json_is_a_line_for_each_job_and_each_bad_line() -> None:
     ]
     assert (jobs[4]["line"], jobs[4]["field"]) == (3, "steps")
     assert 'did you mean "steps"' in jobs[4]["reason"]
-    assert errors.splitlines()[-1] == "4 jobs, 1 bad lines; nothing was sent"
+    assert errors.splitlines()[-1] == "4 jobs, 1 bad line; nothing was sent"
 
 
 @pytest.mark.parametrize("how", [["--seed", "-1"], ["--seed-start", "-1"], ["--grid", "seed=-1,-1"]])
@@ -94,7 +94,7 @@ def test_a_seed_that_is_none_is_refused_whatever_picture_it_is_for(seed: int) ->
     """Its third picture would have the seed 0 or -1, which is one that is drawn."""
     Path("p.csv").write_text(f"prompt,seed\na cat,{seed}\n")
     code, said, errors = checked("p.csv", "--images", "4")
-    assert (code, said) == (1, ["0 jobs, 1 bad lines; nothing was sent"])
+    assert (code, said) == (1, ["0 jobs, 1 bad line; nothing was sent"])
     assert f"seed is {seed}: it must be 0 or more, or -1 for a drawn one" in errors
 
 
@@ -255,7 +255,7 @@ def in_a1111(job: Job) -> Job:
 def test_strict_and_check_read_lines_in_the_fleets_syntax(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = a_plan("a (cat:1.3)\na <hypernet:foo:1> dog\n")
     refuse_bad_lines(plan, lambda _: None)
-    with pytest.raises(PromptFileError, match=r"1 lines are no jobs, and nothing was sent:\np.txt, line 2"):
+    with pytest.raises(PromptFileError, match=r"1 line is no job, and nothing was sent:\np.txt, line 2"):
         refuse_bad_lines(plan, lambda _: None, in_a1111)
     fleet = SimpleNamespace(resolve=in_a1111)
     monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: fleet)
