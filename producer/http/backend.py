@@ -7,6 +7,7 @@ another way (`sending`), and so do streams of events (`worker.state.following`).
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar, cast
@@ -62,9 +63,11 @@ class Backend:
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call what blocks in a thread. Raises its errors, `QueueError` for redis-py's, `RefusedError`."""
 
+        context = contextvars.copy_context()
+
         def call() -> T:
             with self.session.queue_errors():
-                return function(*arguments)
+                return context.run(function, *arguments)
 
         if self._waiting >= MAX_WAITING:
             raise RefusedError(

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from producer.http.problems import RefusedError, answer
+from worker.contract.explain import in_json
 
 logger = logging.getLogger("smallcat.http")
 
@@ -45,6 +46,7 @@ class Guard:
             return
         limit = self._max_upload if scope["path"] in UPLOADS else self._max_body
         body, reply = _Body(receive, limit), _Answer(send)
+        notation = in_json.set(True)
         try:
             if (refused := self._refused(scope, limit)) is not None:
                 await answer(refused)(scope, receive, send)
@@ -57,6 +59,8 @@ class Guard:
             self._log(error)
             if not reply.has_begun:
                 await answer(error)(scope, receive, send)
+        finally:
+            in_json.reset(notation)
 
     def _refused(self, scope: Scope, limit: int) -> RefusedError | None:
         """Why a request is refused by its head alone."""

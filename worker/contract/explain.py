@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from worker.contract.job_fields import FieldEntry
 
 
+#: Whether values are shown as JSON has them: to those who have sent JSON.
+in_json: Final = ContextVar("in_json", default=False)
 #: Characters of a name that are compared with others.
 _LONGEST = 100
 
@@ -70,9 +74,10 @@ def _plain(name: str) -> str:
 
 
 def short(value: object) -> str:
-    """A value as an error can show it: 60 characters at most."""
+    """A value as an error can show it: 60 characters at most. As Python has it, unless `in_json`."""
+    is_json = in_json.get() and not isinstance(value, str)
     try:
-        text = repr(value)
+        text = json.dumps(value, ensure_ascii=False, default=repr) if is_json else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists without end
         return f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

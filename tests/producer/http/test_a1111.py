@@ -193,8 +193,8 @@ def test_silly_tavern_draws(api: Api) -> None:
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ({"enable_hr": True}, "enable_hr is True, and hires fix is not offered"),
-        ({"styles": ["anime"]}, "styles is ['anime'], and styles are not offered"),
+        ({"enable_hr": True}, "enable_hr is true, and hires fix is not offered"),
+        ({"styles": ["anime"]}, 'styles is ["anime"], and styles are not offered'),
         ({"script_name": "X/Y/Z plot"}, "script_name is 'X/Y/Z plot', and scripts are not offered"),
         (
             {"alwayson_scripts": {"ControlNet": {"args": [{"model": "x"}]}}},

@@ -208,8 +208,16 @@ def test_of_a_list_with_wrong_jobs_nothing_is_sent(api: Api) -> None:
         (b'{"prompt": ""}', 422, "prompt is empty: say what to draw."),
         (b'{"prompt": "a", "steps": 1000}', 422, "steps is 1000: it must be less than or equal to 150."),
         (b'{"prompt": "a", "seed": "7"}', 422, "seed is '7'"),
+        # As JSON has them.
+        (b'{"prompt": "a", "steps": true}', 422, "steps is true: "),
+        (
+            b'{"prompt": {"a": [null, false, 1.5, "\\u00e4"]}}',
+            422,
+            'prompt is {"a": [null, false, 1.5, "\u00e4"]}: ',
+        ),
+        (b'[{"prompt": "a"}, {"prompt": null}]', 422, "1 of 2 jobs are refused"),
         (b'{"prompt": "a", "images": 4}', 422, "images is 4: a job here is one picture. For several of one"),
-        (b'{"prompt": "a", "zzz": 4}', 422, "metadata, webhook."),
+        (b'{"prompt": "a", "zzz": 4}', 422, ", webhook."),
         (b"[]", 422, "The list has 0 jobs: send 1 to 1,000"),
         (json.dumps([{"prompt": "a"}] * 1_001).encode(), 422, "The list has 1,001 jobs"),
         (b'"a cat"', 422, "A job is 'a cat': it must be an object"),

@@ -79,7 +79,7 @@ def test_the_models_are_those_that_are_served(client: openai.OpenAI) -> None:
         ({"background": "transparent"}, "background is 'transparent', which is not offered"),
         ({"output_format": "gif"}, "output_format is 'gif': use one of png, webp, jpeg."),
         ({"response_format": "file"}, "response_format is 'file': use url or b64_json."),
-        ({"stream": True}, "stream is True, which is not offered"),
+        ({"stream": True}, "stream is true, which is not offered"),
         ({"extra_body": {"stpes": 3}}, 'There is no job field "stpes": did you mean "steps"?'),
         ({"prompt": ""}, "prompt is empty: say what to draw."),
         ({"extra_body": {"seed": "x"}}, "seed is 'x'"),
