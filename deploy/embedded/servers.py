@@ -103,6 +103,8 @@ class ValkeyProcess(_Server):
             f'bind {HOST}\nport {self.port}\ndir "{folder}"\nrequirepass {self.password}\n'
             # As in production: the queue must lose nothing at a crash, and evict nothing when memory is full.
             "appendonly yes\nappendfsync everysec\nmaxmemory-policy noeviction\n"
+            # A record of a job takes half the memory.
+            "hash-max-ziplist-value 2048\n"
             # No snapshots: the append-only file has everything.
             'save ""\n'
         )

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _FILES = 50
 #: Share of Redis' memory from which somebody should act.
 _NEARLY_FULL = 0.9
+#: The setting of Redis by which a job's record stays one compact value, by the name that all versions know, and
+#: bytes that a field of it may have.
+_LONGEST_VALUE = ("hash-max-ziplist-value", "2048")
 #: Notifications that wait while a sender takes them a few times a second.
 _UNTAKEN = 200
 
@@ -92,6 +95,19 @@ def _redis(now: Session) -> Iterator[Finding]:
         if durable
         else "keeps no append-only file: jobs are lost if it dies. For production: CONFIG SET appendonly yes",
     )
+    yield from _record_size(now)
+
+
+def _record_size(now: Session) -> Iterator[Finding]:
+    """Whether Redis keeps the records of jobs in little memory. Nothing where this user may not ask."""
+    try:
+        with now.queue_errors():
+            longest = str(now.redis.config_get(_LONGEST_VALUE[0]).get(_LONGEST_VALUE[0], ""))
+    except QueueError:
+        return
+    if longest.isdigit() and int(longest) < int(_LONGEST_VALUE[1]):
+        text = f"records of jobs take twice the memory that they need: CONFIG SET {' '.join(_LONGEST_VALUE)}"
+        yield Finding("redis", True, text)
 
 
 def _fullness(info: Mapping[str, object]) -> Finding:

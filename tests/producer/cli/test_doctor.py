@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -179,6 +180,37 @@ def test_a_redis_that_evicts(client: Redis) -> None:
     finally:
         client.config_set("maxmemory-policy", before)
     assert text == "evicts jobs when it is full (allkeys-lru): CONFIG SET maxmemory-policy noeviction"
+
+
+def test_a_redis_whose_records_take_more_memory_than_they_need(
+    client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> list[str]:
+        return [finding.text for finding in found("redis") if finding.text.startswith("records of jobs")]
+
+    assert said() == []
+    before = client.config_get("hash-max-ziplist-value")["hash-max-ziplist-value"]
+    client.config_set("hash-max-ziplist-value", 64)  # Redis' default.
+    try:
+        [text] = said()
+        assert text.endswith("CONFIG SET hash-max-ziplist-value 2048")
+        client.acl_setuser(
+            "asks",
+            enabled=True,
+            passwords="+pw",
+            keys=["*"],
+            channels=["*"],
+            categories=["+@all"],
+            commands=["-config"],
+            reset=True,
+        )
+        monkeypatch.setenv("REDIS_URL", re.sub("//.*@", "//asks:pw@", os.environ["REDIS_URL"]))
+        # This user may not ask.
+        assert all(finding.ok for finding in found("redis"))
+        assert said() == []
+    finally:
+        client.config_set("hash-max-ziplist-value", before)
+        client.acl_deluser("asks")
 
 
 def test_a_replica(client: Redis) -> None:
