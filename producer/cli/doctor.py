@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _FILES = 50
 #: Share of Redis' memory from which somebody should act.
 _NEARLY_FULL = 0.9
-#: The setting of Redis by which a job's record stays one compact value, by the name that all versions know, and
-#: bytes that a field of it may have.
+#: The setting of Redis by which a job's record stays one compact value, by the name that all versions know,
+#: and bytes that a field of it may have.
 _LONGEST_VALUE = ("hash-max-ziplist-value", "2048")
 #: Notifications that wait while a sender takes them a few times a second.
 _UNTAKEN = 200
