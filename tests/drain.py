@@ -19,7 +19,7 @@ from worker.contract.message import Message, RunMark, payload_in
 from worker.contract.queues import lists_of
 from worker.contract.record import JobRecord, State
 from worker.state import scripts as scripts
-from worker.state.keys import FAILED, attempts_key, job_key
+from worker.state.keys import DRAWN, FAILED, attempts_key, job_key
 from worker.state.records import Claim, Records
 
 AT_ONCE = 500
@@ -100,8 +100,8 @@ def main(queues: list[str]) -> None:
                     keys = (record, attempts_key(payload["id"]))
                     claims = (task_id, task_id, "drain", 30, 3, 600, job, queues[0], task_id, run, "yes")
                     pipe.evalsha(claim, 2, *keys, *claims)
-                    ends = ("done", 600, "", "", payload["id"], "uri", "s3://nowhere/x.png")
-                    pipe.evalsha(finish, 3, record, FAILED, keys[1], *ends)
+                    ends = ("done", 600, "", "", payload["id"], "", "", 0, "uri", "s3://nowhere/x.png")
+                    pipe.evalsha(finish, 4, record, FAILED, keys[1], DRAWN, *ends)
                     pipe.delete(record)
                     journal.write(f"{RunMark.parse(run).number} {payload['id']}\n")
                 pipe.execute()
