@@ -285,7 +285,8 @@ def test_a_manifest_that_was_copied_here_stays_and_the_sentence_says_no_more_tha
     outcome = drained(ingest(display=heard), drain)
     assert outcome.manifest == Path("p.txt.manifest-2.jsonl")
     assert Path("p.txt.manifest.jsonl").read_bytes() == copy
-    [said] = heard.said
+    [said, over] = heard.said
+    assert over.startswith("This run is over already")
     assert "another run" not in said
     assert "p.txt.manifest.jsonl is there already, and not as this run wrote it" in said
 
