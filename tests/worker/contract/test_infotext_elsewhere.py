@@ -13,7 +13,7 @@ from PIL import Image
 from sd_parsers import ParserManager
 
 from worker.contract.choices import ETA, SAMPLERS, SCHEDULES, ImageFormat, Scheduler
-from worker.contract.infotext import write
+from worker.contract.infotext import read, write
 from worker.contract.job import Job
 from worker.contract.scheduler_names import OFFERED
 from worker.engine.runner import Picture
@@ -117,3 +117,51 @@ def test_files_and_the_rest_are_where_automatic1111_and_civitai_look() -> None:
     elsewhere = ParserManager().parse(picture_of(resolved(file_hashes=hashes, vae="vae-ft-mse")))
     assert elsewhere is not None
     assert elsewhere.metadata["Hashes"] == expected
+
+
+LORAS = {
+    "loras": "detail=0.8; pixel-art_v1.2=1:te=0.5",
+    "file_hashes": {
+        "lora:detail": "7c6bad76eb" + "0" * 54,
+        "lora:pixel-art_v1.2": "63aeecb90f" + "1" * 54,
+    },
+}
+
+
+@pytest.mark.parametrize("prompt", ["a small cat", "a (small:1.2) cat\non a roof", "a cat # of mine"])
+def test_loras_are_where_automatic1111_and_civitai_look(prompt: str) -> None:
+    """AUTOMATIC1111 1.10.1: modules/extra_networks.py and extensions-builtin/Lora.
+
+    Civitai in 2025: src/utils/metadata/automatic.metadata.ts, its expressions.
+    """
+    job = resolved(prompt=prompt, prompt_syntax="a1111", **LORAS)
+    text = write(job)
+    there = text.partition("\nNegative prompt: ")[0]
+    without_comments = re.sub(r"#[^\n]*", "", there)
+    assert re.findall(r"<(\w+):([^>]+)>", without_comments) == [
+        ("lora", "detail:0.8"),
+        ("lora", "pixel-art_v1.2:0.5:1"),
+    ]
+    # What it takes for the prompt, and for the LoRAs' names and hashes when it is pasted.
+    assert re.sub(r"<(\w+):([^>]+)>", "", without_comments).strip() == prompt.partition("#")[0].strip()
+    pairs = as_automatic1111_reads(text)
+    assert pairs["Lora hashes"] == "detail: 7c6bad76eb, pixel-art_v1.2: 63aeecb90f"
+    # Civitai: a resource of that weight, and hashes by kind and name, AutoV2 in either place.
+    extra = re.findall(r"<(lora|hypernet):([a-zA-Z0-9_\.\-]+):([0-9.]+)>", there)
+    assert extra == [("lora", "detail", "0.8")]
+    hashes = re.search(r", Hashes:\s*({[^}]+})", text)
+    assert hashes is not None
+    assert json.loads(hashes[1]) == {"lora:detail": "7c6bad76eb", "lora:pixel-art_v1.2": "63aeecb90f"}
+    elsewhere = ParserManager().parse(picture_of(job))
+    assert elsewhere is not None
+    assert elsewhere.full_prompt == there
+    assert elsewhere.metadata["Hashes"] == json.loads(hashes[1])
+    assert read(text) == job
+    assert read(text).id == job.id
+
+
+def test_a_name_that_cannot_stand_in_a_tag_is_in_our_own_key_alone() -> None:
+    job = resolved(loras={"strange=name": -1}, file_hashes={"lora:strange=name": "2" * 64})
+    text = write(job)
+    assert text.partition("\nNegative prompt: ")[0] == "a small cat"
+    assert read(text) == job

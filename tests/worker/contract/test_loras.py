@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import a1111_networks
+from worker.contract.a1111_syntax import without_comments
 from worker.contract.errors import InvalidJobError
 from worker.contract.file_index import NO_FILES, FileEntry, FileIndex, Kind
 from worker.contract.job import Job
@@ -259,6 +262,38 @@ def test_tags_of_a_prompt_are_read_as_automatic1111_reads_them(
     job = parsed([], prompt=prompt, prompt_syntax="AUTOMATIC1111")
     assert (job.prompt, job.loras) == (rest, parsed(loras).loras)
     assert Job.parse(job.model_dump(mode="json")) == job
+
+
+PIECES = st.sampled_from(
+    ["a cat", " ", "\n", "# by night", "[x:y:0.5]", "(red:1.2)", " AND ", ", ", "<", ">", ":", "a:b"]
+)
+TAGS = st.builds(
+    lambda kind, name, rest: f"<{kind}:{name}{rest}>",
+    st.sampled_from(["lora", "lyco"]),
+    st.sampled_from([f"l{number}" for number in range(99)]),
+    st.sampled_from(
+        ["", ":1", ":0.5", ":-.5:2", ":te=1", ":unet=2", ":0.5:unet=-1", ":te=0:unet=1", ":1#x\n"]
+    ),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(PIECES | TAGS, min_size=1, max_size=8).map("".join))
+def test_tags_are_those_that_the_oracle_finds(prompt: str) -> None:
+    rest, expected = a1111_networks.networks(prompt)
+    job = complaint = None
+    try:
+        job = Job.parse({"prompt": prompt, "seed": 1, "prompt_syntax": "a1111"})
+    except InvalidJobError as error:
+        complaint = str(error)
+    if job is None:
+        # What the web UI does otherwise: the same one twice, no prompt, a tag that others made.
+        assert re.search("twice|all that the prompt|once other tags|asks for|blank", complaint or "")
+        return
+    assert [(each.name, each.in_text_encoders, each.weight) for each in job.loras] == sorted(
+        each for each in expected if any(each[1:])
+    )
+    assert without_comments(job.prompt).strip() == rest.strip()
 
 
 def test_tags_are_added_to_the_loras_of_the_job_and_are_words_in_a_plain_one() -> None:
