@@ -8,8 +8,8 @@ import re
 def networks(prompt: str) -> tuple[str, list[tuple[str, float, float]]]:
     """The prompt without extra networks, and (name, weight of text encoders, of the UNet) of its LoRAs.
 
-    Version 1.10.1, modules/extra_networks.py, extensions-builtin/Lora/extra_networks_lora.py: all found by one expression in
-    the prompt without comments, read one after the other.
+    Version 1.10.1, modules/extra_networks.py and extensions-builtin/Lora/extra_networks_lora.py: all found by
+    one expression in the prompt without comments, and read one after the other.
     """
     plain = "\n".join(line.partition("#")[0] for line in prompt.split("\n"))
     found = []

@@ -20,6 +20,8 @@ from worker.contract.spelling import Names
 
 #: Characters of a file's name, at most, and what it may not have: marks of prompts and of infotexts.
 MAX_NAME, MARKS = 100, '<>:,"/\\|[](){}'
+#: What the name of a LoRA may not have: it stands in a tag, in which brackets are letters.
+LORA_MARKS = '<>:,"/\\|'
 #: Digits of a SHA-256 that Civitai's AutoV2 has.
 AUTO_V2 = 10
 #: Digits of a SHA-256 by which a file is found, beside all 64: Civitai's, and the web UI's own.
@@ -139,11 +141,12 @@ class FileIndex(BaseModel):
 NO_FILES = FileIndex()
 
 
-def name_problem(name: str) -> str:
-    """Why jobs cannot use a file by this name; empty where they can."""
+def name_problem(name: str, kind: str = Kind.EMBEDDING) -> str:
+    """Why jobs cannot use a file of that kind by this name; empty where they can."""
+    marks = LORA_MARKS if kind == Kind.LORA else MARKS
     if not name.strip() or len(name) > MAX_NAME:
         return f"its name has {len(name)} characters: rename it, to 1 to {MAX_NAME}"
-    if not name.isprintable() or (found := next((each for each in name if each in MARKS), "")):
+    if not name.isprintable() or (found := next((each for each in name if each in marks), "")):
         shown = f'"{found}"' if name.isprintable() else "an unprintable character"
         return f"its name has {shown}, which means something else in a prompt: rename it"
     return ""

@@ -262,7 +262,7 @@ class FileStore:
         name = found.name.removeprefix("<").removesuffix(">")
         if PurePosixPath(found.where).suffix.lower() in PICKLED:
             return FileEntry(kind=found.kind, name=name[:200], problem=PICKLE_REASON), Path()
-        if problem := name_problem(name):
+        if problem := name_problem(name, found.kind):
             return FileEntry(kind=found.kind, name=name[:200], problem=problem), Path()
         try:
             path = found.path or self._fetch(found)

@@ -159,6 +159,12 @@ def test_names_that_mean_something_else_in_a_prompt_are_no_names(name: str) -> N
     assert name_problem(name).endswith(("rename it", f"rename it, to 1 to {MAX_NAME}"))
 
 
+def test_brackets_are_letters_in_the_name_of_a_lora() -> None:
+    assert not name_problem("add_detail (v2) [final]", Kind.LORA)
+    assert name_problem("a:b", Kind.LORA).endswith("rename it")
+    assert name_problem("a(b)", Kind.VAE).endswith("rename it")
+
+
 def test_indexes_of_the_same_files_have_one_digest() -> None:
     assert index("a", "b").digest == index("b", "a").digest != index("a").digest
     assert NO_FILES.digest == ""

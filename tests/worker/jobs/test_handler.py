@@ -32,8 +32,9 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
-from worker.contract.file_index import NO_FILES
+from worker.contract.file_index import NO_FILES, FileEntry, FileIndex, Kind
 from worker.contract.job import FORMAT_VERSION, Job
+from worker.contract.job_files import with_files
 from worker.contract.message import payload_of
 from worker.contract.metadata.job_from_image import read_infotext
 from worker.contract.queues import queue_of
@@ -719,12 +720,60 @@ def test_a_job_whose_file_is_missing_goes_back_without_an_attempt(
     assert (record.state, record.attempts, record.warnings) == (State.DONE, 1, ())
 
 
+def test_a_job_whose_lora_is_missing_goes_back_without_an_attempt(
+    worker: Worker, client: Redis, storage: FlakyBucket
+) -> None:
+    job = job_of(8, loras="detail=0.5", file_hashes={"lora:detail": "ab" * 32})
+    worker.submit(job)
+    with pytest.raises(MissingFileError, match=r'lacks LoRA "detail" \(ABABABABAB\)'):
+        worker.handle(job)
+    assert worker.records.get(job.id).attempts == 0
+    with Worker(client, storage, "w2", files=HasAll()) as other:
+        assert other.handle(job) is None
+    assert worker.records.get(job.id).job.loras == job.loras
+
+
+@pytest.mark.parametrize("fields", [{"loras": "detail"}, {"vae": "mine"}])
+def test_a_job_that_does_not_say_which_file_its_name_means_is_looked_up_by_its_worker(
+    worker: Worker, client: Redis, storage: FlakyBucket, fields: dict[str, Any]
+) -> None:
+    """It named a revision that no live worker served when it was submitted."""
+    index = FileIndex.of(
+        FileEntry(kind=kind, name=name, sha256="ab" * 32)
+        for kind, name in ((Kind.LORA, "detail"), (Kind.VAE, "mine"))
+    )
+    job = job_of(9, **fields)
+    worker.submit(job)
+    assert worker.handle(job) is None
+    assert "which no worker offers" in (worker.records.get(job.id).error or "")
+    again = job_of(10, **fields)
+    with Worker(client, storage, "w2", files=Offers(index)) as other:
+        other.submit(again)
+        assert other.handle(again) is None
+        assert set(other.records.get(again.id).job.file_hashes.values()) == {"ab" * 32}
+        # Sent again, it is answered from the bucket.
+        client.delete(f"smallcat:job:{again.id}")
+        other.submit(again)
+        assert other.handle(again) is None
+        assert other.records.get(again.id).cached
+
+
 def test_what_looks_like_an_embedding_and_is_none_is_in_the_record(worker: Worker) -> None:
     job = job_of(7, prompt="a <dog>")
     worker.submit(job)
     assert worker.handle(job) is None
     [warning] = worker.records.get(job.id).warnings
     assert warning.startswith("<dog> in the prompt is drawn as words")
+
+
+class Offers:
+    """The files of a worker that has those of an index."""
+
+    def __init__(self, index: FileIndex) -> None:
+        self.index = index
+
+    def provide(self, job: Job) -> Job:
+        return with_files(job, self.index)
 
 
 class HasAll:
