@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from pathlib import Path
 
-from tests.docs import ROOT
 from tests.markdown import codes
 
-PAGE = ROOT / "docs" / "sizing.md"
+PAGE = Path(__file__).parent.parent / "docs" / "sizing.md"
 
 
 def printed(calculation: str) -> str:
