@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 
 import click
+import psutil
 
 from deploy.embedded.stack import Stack
 from producer import submit_job
@@ -66,8 +67,13 @@ def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int) -> None
             worker.start()
             seed = next(seeds)
             submit_job("a small cat", seed=10**9 + seed, steps=steps, guidance_scale=1.0).result(timeout=60)
+            process = psutil.Process(worker.pid)
+            before = process.cpu_times()
             try:
-                return run(jobs, seed, steps=steps, guidance_scale=1.0)
+                measured = run(jobs, seed, steps=steps, guidance_scale=1.0)
+                spent = process.cpu_times()
+                cpu_s = spent.user + spent.system - before.user - before.system
+                return {**measured, "worker_cpu_ms_a_job": 1e3 * cpu_s / jobs}
             finally:
                 worker.stop()
 
@@ -81,7 +87,7 @@ def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int) -> None
 
 def compare(measure: Callable[[dict[str, str]], dict[str, float]], turns: int) -> None:
     """Measure without and with traces in turns, and print the medians."""
-    found: dict[str, list[float]] = {"without": [], "with traces": []}
+    found: dict[str, list[dict[str, float]]] = {"without": [], "with traces": []}
     collector = subprocess.Popen([sys.executable, "-m", "tests.otlp"], stdout=subprocess.PIPE, text=True)
     assert collector.stdout is not None
     traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.stdout.readline().strip()}
@@ -91,16 +97,14 @@ def compare(measure: Callable[[dict[str, str]], dict[str, float]], turns: int) -
             for name in sorted(found, reverse=bool(turn % 2)):
                 measured = measure(traced if name == "with traces" else {})
                 # Of the whole run: on a busy machine jobs may be submitted more slowly than they are done.
-                found[name].append(measured["jobs"] / measured["whole_run_s"])
-                print(
-                    json.dumps({"turn": turn, "name": name, "jobs_s": found[name][-1], **measured}),
-                    flush=True,
-                )
+                found[name].append({"jobs_s": measured["jobs"] / measured["whole_run_s"], **measured})
+                print(json.dumps({"turn": turn, "name": name, **found[name][-1]}), flush=True)
     finally:
         collector.kill()
         collector.wait()
-    without, with_traces = (statistics.median(found[name]) for name in ("without", "with traces"))
-    print(json.dumps({"without": without, "with traces": with_traces, "ratio": with_traces / without}))
+    for what in ("jobs_s", "worker_cpu_ms_a_job"):
+        medians = {name: statistics.median(each[what] for each in runs) for name, runs in found.items()}
+        print(json.dumps({"what": what, **medians, "ratio": medians["with traces"] / medians["without"]}))
 
 
 if __name__ == "__main__":

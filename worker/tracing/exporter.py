@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,31 +30,39 @@ logger = logging.getLogger("smallcat.tracing")
 _MAX_LINE: Final = 4096
 #: Bytes that wait to be read, at most.
 _BUFFER: Final = 1 << 20
+#: The program.
+PROGRAM: Final = Path(__file__).with_name("process.py")
+#: Seconds between two starts, at least: it may not be able to run at all.
+REST_S: Final = 60.0
 #: Seconds that the end of a worker waits for its last spans.
 LAST_S: Final = 5.0
 
 
 class SpanProcess:
-    """The process, started at the first attempt. Thread-safe."""
+    """The process, which is started again when it has ended by itself. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Path = PROGRAM) -> None:
+        self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self._starting = threading.Lock()
+        #: Until when it is not started again, monotonic seconds.
+        self._rests_until_s = 0.0
         self._has_dropped = False
 
     def start(self) -> None:
         """Start it."""
         with self._starting:
-            if self._process is not None and self._process.poll() is None:
+            now_s = time.monotonic()
+            if now_s < self._rests_until_s or (self._process and self._process.poll() is None):
                 return
+            self._rests_until_s = now_s + REST_S
             root = str(Path(__file__).parents[2])
             environment = environment_of_exporter()
             environment["PYTHONPATH"] = os.pathsep.join(
                 each for each in (root, environment.get("PYTHONPATH")) if each
             )
-            program = str(Path(__file__).with_name("process.py"))
             self._process = process = subprocess.Popen(
-                [sys.executable, "-P", program, log_form(), str(os.getpid())],
+                [sys.executable, "-P", str(self._program), log_form(), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 env=environment,
@@ -79,13 +88,15 @@ class SpanProcess:
                 logger.warning("Spans are dropped: they are sent more slowly than jobs end.")
             self._has_dropped = True
         except (OSError, ValueError):
-            if process.poll() is not None:
+            if (code := process.poll()) is not None and time.monotonic() >= self._rests_until_s:
+                logger.warning("The process that sends spans has ended with %d: it is started again.", code)
                 self.start()
 
     def stop(self) -> None:
         """Let it send what it has, for some seconds."""
         trace_to(None)
-        if (process := self._process) is not None and process.stdin is not None:
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):

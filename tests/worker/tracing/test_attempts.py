@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +115,28 @@ def test_a_watch_remembers_a_bounded_number_of_mates() -> None:
         watch.stepped(step, step + 1, 8, range(step * 20, step * 20 + 20))
     assert len(watch.mates) == MOST_MATES
     assert (watch.steps, watch.rows, watch.in_steps_s) == (10, 80, 10)
+
+
+def test_a_process_that_cannot_run_is_not_started_for_each_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a variable of OpenTelemetry's that its SDK refuses."""
+    starts = tmp_path / "starts"
+    program = tmp_path / "process.py"
+    program.write_text(f"import sys; open({str(starts)!r}, 'a').write('start\\n'); sys.exit(3)")
+    process = exporter.SpanProcess(program)
+    process.start()
+    made = attempts.Attempt(JOB, None).as_json()
+    for ended in (1, 1, 2):
+        if ended == 2:
+            monkeypatch.setattr(process, "_rests_until_s", 0.0)
+        assert process._process is not None
+        assert process._process.wait(30) == 3
+        process.send(made)
+        assert process._process.wait(30) == 3
+        assert starts.read_text().count("start") == ended
+    assert [record.getMessage() for record in caplog.records] == [
+        "The process that sends spans has ended with 3: it is started again."
+    ]
+    process.stop()
+    process.send(made)
