@@ -6,6 +6,7 @@ caller is told holds there, too.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.faults.earlier import EARLIER
 from tests.faults.harness import FaultWorker, Ground, wait_until
 from tests.faults.releases import earlier_release
 from worker.broker.transport import UNACKED
+from worker.tracing.context import TraceContext
+from worker.tracing.submissions import SentSpan
 
 pytestmark = pytest.mark.services
 SOON_S = 30.0
@@ -191,4 +194,14 @@ def test_a_job_that_only_this_version_reads_waits_for_a_worker_of_it(
     assert handle.state() is State.QUEUED
     assert "the live workers read up to version 1" in handle.progress().note
     ground.worker()
+    assert handle.result(SOON_S).state is State.DONE
+
+
+def test_an_earlier_worker_ignores_the_trace_of_a_job(
+    ground: Ground, earlier: FaultWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = SentSpan()
+    sent.context = TraceContext("a" * 32, "b" * 16, True, "vendor=1")
+    monkeypatch.setattr("producer.client.sending.sending", lambda *_: contextlib.nullcontext(sent))
+    handle = submit_job(ground.job())
     assert handle.result(SOON_S).state is State.DONE
