@@ -62,6 +62,9 @@ class FileEntry(BaseModel):
     size: int = 0
     #: Why it cannot be used, and what to do; empty where it can.
     problem: str = ""
+    #: 12 digits of the SHA-256 over all behind the header of a LoRA's file, by which the web UI and Civitai
+    #: (as AutoV3) know it whatever its metadata; empty where that is not known.
+    auto_v3: str = ""
 
     @property
     def auto_v2(self) -> str:
@@ -83,8 +86,12 @@ class FileIndex(BaseModel):
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits over all of it; empty for an index without files."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16] if self.files else ""
+        """16 hexadecimal digits over all of it; empty for an index without files.
+
+        But for what came later: older producers compute it without that.
+        """
+        said = self.model_dump_json(exclude={"files": {"__all__": {"auto_v3"}}})
+        return hashlib.sha256(said.encode()).hexdigest()[:16] if self.files else ""
 
     @functools.cached_property
     def _by_name(self) -> Mapping[tuple[str, str], FileEntry]:
@@ -98,14 +105,15 @@ class FileIndex(BaseModel):
     def _by_hash(self) -> Mapping[tuple[str, str], FileEntry]:
         # Backwards: of two names of one content the first one stays.
         return {
-            (each.kind, each.sha256[:digits]): each
+            (each.kind, digits): each
             for each in reversed(self.files)
             if not each.problem
-            for digits in (*_SHORT, 64)
+            for digits in (*(each.sha256[:count] for count in _SHORT), each.auto_v3, each.sha256)
+            if digits
         }
 
     def find_any(self, kind: Kind, name: str) -> FileEntry | None:
-        """The file of that name, or of that SHA-256, in full or by its first 10 or 12 digits, in any case.
+        """The file of that name, SHA-256 (in full, or its first 10 or 12 digits) or AutoV3.
 
         For `name@hash` it is the file of that hash.
         """

@@ -25,7 +25,7 @@ from worker.contract import a1111_syntax
 from worker.contract.choices import NoiseSchedule, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.file_index import AUTO_V2, Kind, key_of, with_hash
+from worker.contract.file_index import AUTO_V2, NO_FILES, FileIndex, Kind, key_of, with_hash
 from worker.contract.job import JOB_FIELDS, WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.job_files import embeddings_of, vae_of
@@ -108,12 +108,15 @@ _STEPS = re.compile(r"\bSteps: ?\d")
 _SPECIAL = re.compile(r'[,:\n"]')
 
 
-def write(job: Job) -> str:
-    """The infotext of a resolved job. `read` of it gives back all that determines the picture."""
+def write(job: Job, files: FileIndex = NO_FILES) -> str:
+    """The infotext of a resolved job. `read` of it gives back all that determines the picture.
+
+    `files`: those of the worker that rendered it, which know the web UI's own hashes of LoRAs.
+    """
     pairs = {_key(job, key): value for key, entries in _KEYS if (value := _value(job, entries)) is not None}
     embeddings, vae = embeddings_of(job), vae_of(job)
     loras = {each.name: job.file_hashes.get(key_of(Kind.LORA, each.name), "") for each in job.loras}
-    if shown := ", ".join(f"{name}: {sha256[:AUTO_V2]}" for name, sha256 in loras.items() if sha256):
+    if shown := ", ".join(f"{name}: {_known_as(sha256, files)}" for name, sha256 in loras.items() if sha256):
         pairs[_LORA_HASHES] = _quote(shown)
     if embeddings:
         shown = ", ".join(f"{name}: {sha256[:_TI_DIGITS]}" for name, sha256 in embeddings.items())
@@ -179,6 +182,12 @@ def _read_others(text: str) -> Reading:
     left = [f"Civitai resources: {each}" for each in sorted(resources)]
     left += [each for each in left_out(pairs, _READ, _HARMLESS) if each not in _NEUTRAL]
     return Reading(fields, (*left, *others))
+
+
+def _known_as(sha256: str, files: FileIndex) -> str:
+    """The hash of a LoRA by which the web UI finds it, or else that by which Civitai does."""
+    entry = files.find_any(Kind.LORA, sha256)
+    return (entry.auto_v3 if entry else "") or sha256[:AUTO_V2]
 
 
 def _networks(prompt: str, pairs: dict[str, str]) -> tuple[str, list[Lora], Sequence[str]]:

@@ -240,7 +240,7 @@ class JobHandler:
             nsfw=rendered.picture.nsfw,
         )
         with metrics.ENCODED.time(), stage("encode"):
-            data = _encode(rendered.picture, job, mark_as_generated=self._mark_as_generated)
+            data = self._encode(rendered.picture, job)
         with metrics.UPLOADED.time(), stage("upload", size=len(data)):
             self._put(record, data)
         uploaded_s = time.monotonic() - rendered_s
@@ -363,6 +363,14 @@ class JobHandler:
                 job_log.failed(job_id, attempt, error, logging.ERROR)
         return None
 
+    def _encode(self, picture: Picture, job: Job) -> bytes:
+        """The picture's file. Whatever the encoder raises is this job's own failure."""
+        try:
+            text = infotext.write(job, self._files.index)
+            return encode(picture, job.format, text, mark_as_generated=self._mark_as_generated)
+        except Exception as error:
+            raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error
+
 
 #: Fields of a job that the worker fills in where nobody could say them before.
 _SERVED = ("model", "revision", "loras", "file_hashes")
@@ -376,11 +384,3 @@ def _is_of(record: JobRecord, message: Message, job: Job) -> bool:
         rendered = {name: getattr(record.job, name) for name in _SERVED}
         job = job.model_copy(update=rendered)
     return record.job.id in (job.id, message.id)
-
-
-def _encode(picture: Picture, job: Job, *, mark_as_generated: bool) -> bytes:
-    """The picture's file. Whatever the encoder raises is this job's own failure."""
-    try:
-        return encode(picture, job.format, infotext.write(job), mark_as_generated=mark_as_generated)
-    except Exception as error:
-        raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error

@@ -276,6 +276,8 @@ class FileStore:
         entry = FileEntry(
             kind=found.kind, name=name, sha256=sha256, architecture=fits, size=size, problem=problem
         )
+        if found.kind is Kind.LORA and not problem:
+            entry = entry.model_copy(update={"auto_v3": lora_files.auto_v3(path)})
         return entry, path
 
     def _fetch(self, found: _Found) -> Path:

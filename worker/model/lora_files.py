@@ -88,6 +88,19 @@ def sha256_of(path: Path) -> str:
         return _with_config(hashlib.file_digest(file, "sha256").hexdigest(), path)
 
 
+def auto_v3(path: Path) -> str:
+    """12 digits of the SHA-256 over all behind the header: the web UI's hash of a LoRA, Civitai's AutoV3.
+
+    Empty where the file is gone. Source: AUTOMATIC1111 1.10.1, modules/hashes.py, `addnet_hash_safetensors`.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    except OSError:
+        return ""
+
+
 def _with_config(of_file: str, path: Path) -> str:
     try:
         config = lora_scales.config_of(path)

@@ -14,11 +14,17 @@ from tests import a1111_networks
 from worker.contract.a1111_syntax import without_comments
 from worker.contract.errors import InvalidJobError
 from worker.contract.file_index import NO_FILES, FileEntry, FileIndex, Kind
+from worker.contract.infotext import read, write
 from worker.contract.job import Job
 from worker.contract.job_files import files_of, lacking, lacks_hashes, loras_of, with_files
 from worker.contract.lora_tags import tags_of, taken
 from worker.contract.loras import MAX_LORAS, Lora, read_loras, shown_loras
 from worker.contract.message import Message, payload_of
+from worker.contract.served_model import Defaults, ServedModel
+
+SERVED = ServedModel(
+    name="m", revision="r", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
+)
 
 
 def parsed(loras: Any, **fields: Any) -> Job:
@@ -153,6 +159,20 @@ def test_a_file_is_found_by_its_name_and_by_its_hashes(name: str) -> None:
     assert job.file_hashes == {"lora:detail": "ab" * 32}
     assert job.id == with_files(parsed({"detail": 0.5}), HERE).id
     assert Message.parse(payload_of(job)).job == job
+
+
+def test_the_web_uis_own_hash_finds_a_file_and_is_in_infotexts() -> None:
+    """AUTOMATIC1111 1.10.1 writes it as `Lora hashes`; Civitai calls it AutoV3."""
+    entry = FileEntry(kind=Kind.LORA, name="mine", sha256="ab" * 32, auto_v3="7c6bad76eb54")
+    files = FileIndex.of([entry])
+    for name in ("7C6BAD76EB54", "theirs@7c6bad76eb54"):
+        job = with_files(parsed({name: 0.5}).resolved(SERVED), files)
+        assert job.file_hashes == {"lora:mine": "ab" * 32}
+    assert 'Lora hashes: "mine: 7c6bad76eb54"' in write(job, files)
+    assert 'Lora hashes: "mine: ababababab"' in write(job)
+    assert read(write(job, files)) == read(write(job)) == job
+    # An older producer, which knows nothing of it, takes the index of a newer worker for what it is.
+    assert files.digest == FileIndex.of([entry.model_copy(update={"auto_v3": ""})]).digest
 
 
 def test_a_name_with_a_hash_is_that_file_or_none() -> None:

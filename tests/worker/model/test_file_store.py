@@ -273,6 +273,9 @@ def test_loras_are_found_by_name_and_what_is_wrong_with_one_is_told(tmp_path: Pa
     assert "pickled" in entries["old"].problem
     # Civitai's hash is of the file alone; a config that comes with a file is part of its content.
     data = (tmp_path / "loras" / "detail v1.2.safetensors").read_bytes()
+    # AUTOMATIC1111 1.10.1, modules/hashes.py: of all behind the header, whose length is in the first 8 bytes.
+    behind = data[8 + int.from_bytes(data[:8], "little") :]
+    assert by_name(files)["detail v1.2"].auto_v3 == hashlib.sha256(behind).hexdigest()[:12]
     assert entries["detail v1.2"].auto_v2 == hashlib.sha256(data).hexdigest()[:10].upper()
     (tmp_path / "loras" / "peft" / "adapter_config.json").write_text('{"lora_alpha": 80}')
     files.look()
