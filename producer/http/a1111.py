@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from producer.client.job_result import JobResult
+from producer.http.a1111_img2img import read_img2img
 from producer.http.a1111_request import HARMLESS_SETTINGS, Asked, read_request
 from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
@@ -51,7 +52,7 @@ _EMPTY: Final = (
     *("realesrgan-models", "prompt-styles", "script-info", "artists", "artist-categories"),
 )
 #: What is not offered, by path.
-_NOT_OFFERED: Final = ("img2img", "extra-single-image", "extra-batch-images", "interrogate", "png-info")
+_NOT_OFFERED: Final = ("extra-single-image", "extra-batch-images", "interrogate", "png-info")
 #: Options as clients read them, beside the model.
 _OPTIONS: Final = {
     "sd_vae": "Automatic",
@@ -67,7 +68,21 @@ _OPTIONS: Final = {
 async def txt2img(request: Request, caller: Submitter, backend: Shared) -> Response:
     """Pictures of one prompt."""
     body = await read_json(request, any_type=True)
-    asked = read_request(body)
+    return await _render(request, caller, backend, body, read_request(body))
+
+
+@router.post("/img2img")
+async def img2img(request: Request, caller: Submitter, backend: Shared) -> Response:
+    """Pictures that begin with one: all of it drawn anew, or what its mask says."""
+    body = await read_json(request, any_type=True)
+    async with backend.unpacking:
+        asked = await backend.run(read_img2img, body)
+    if not body.get("include_init_images"):
+        body = body | {"init_images": None, "mask": None}
+    return await _render(request, caller, backend, body, asked)
+
+
+async def _render(request: Request, caller: Caller, backend: Backend, body: Any, asked: Asked) -> Response:
     models = await _models(backend, caller)
     chosen = await _chosen(backend, caller) if asked.model is None else asked.model
     model = _find(models, chosen) if chosen else None
@@ -113,7 +128,7 @@ def _info(asked: Asked, results: Sequence[JobResult]) -> dict[str, Any]:
         "sd_vae_hash": (vae_of(first)[:_HASH] or None) if first else None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": None,
+        "denoising_strength": first.strength if first else None,
         "extra_generation_params": {},
         "index_of_first_image": 0,
         "infotexts": [write(job) for job in jobs],
@@ -273,7 +288,7 @@ async def _done(caller: Submitter) -> Response:
 async def _refuse(request: Request, caller: Submitter) -> Response:
     raise RefusedError(
         501,
-        f"{request.url.path.rpartition('/')[2]} is not offered: only text to image is.",
+        f"{request.url.path.rpartition('/')[2]} is not offered: txt2img and img2img are.",
         code="NotOffered",
     )
 

@@ -7,9 +7,9 @@ cannot here, is refused: nobody gets another picture in silence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from producer.http.problems import RefusedError
 from producer.prompts.entries import LineError
@@ -36,7 +36,8 @@ _NAMES: Final = {
 }
 
 
-def _is_off(value: Any) -> bool:
+def is_off(value: Any) -> bool:
+    """Whether a value means that something is not used."""
     return value in (None, False, 0, "", "0", "None", "none")
 
 
@@ -48,7 +49,8 @@ def _is_one(value: Any) -> bool:
     return value in (None, 0, 1, "1", "0", "")
 
 
-def _is_exactly_one(value: Any) -> bool:
+def is_exactly_one(value: Any) -> bool:
+    """Whether it is not given, or 1."""
     return value is None or (value in (1, "1", "1.0") and value is not True)
 
 
@@ -60,22 +62,24 @@ def _is_negative(value: Any) -> bool:
     return value in (None, "") or (isinstance(value, int | float) and value <= 0)
 
 
+#: Names of parameters, with how their harmless values are recognised, and what to say of others.
+Harmless: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
 #: Names that may have harmless values only: how these are recognised, and what to say of others.
-_HARMLESS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
-    "enable_hr": (_is_off, "hires fix is not offered: ask for the size in width and height"),
+HARMLESS: Final[Harmless] = {
+    "enable_hr": (is_off, "hires fix is not offered: ask for the size in width and height"),
     "styles": (_is_empty, "styles are not offered: write the style's text into the prompt"),
-    "script_name": (_is_off, "scripts are not offered: leave it out"),
-    "restore_faces": (_is_off, "restoring faces is not offered: switch it off"),
-    "tiling": (_is_off, "tiling is not offered: switch it off"),
-    "subseed_strength": (_is_off, "variation seeds are not offered: set it to 0"),
+    "script_name": (is_off, "scripts are not offered: leave it out"),
+    "restore_faces": (is_off, "restoring faces is not offered: switch it off"),
+    "tiling": (is_off, "tiling is not offered: switch it off"),
+    "subseed_strength": (is_off, "variation seeds are not offered: set it to 0"),
     "seed_resize_from_w": (_is_negative, "resizing from a seed is not offered: leave it out"),
     "seed_resize_from_h": (_is_negative, "resizing from a seed is not offered: leave it out"),
     "refiner_checkpoint": (_is_automatic, "refiners are not offered: leave it out"),
-    "s_churn": (_is_off, "it is not offered: set it to 0"),
-    "s_min_uncond": (_is_off, "it is not offered: set it to 0"),
-    "s_noise": (_is_exactly_one, "it is not offered: set it to 1"),
-    "init_images": (_is_empty, "image to image is not offered: leave it out"),
-    "mask": (_is_empty, "inpainting is not offered: leave it out"),
+    "s_churn": (is_off, "it is not offered: set it to 0"),
+    "s_min_uncond": (is_off, "it is not offered: set it to 0"),
+    "s_noise": (is_exactly_one, "it is not offered: set it to 1"),
+    "init_images": (_is_empty, "it is for img2img: send it there"),
+    "mask": (_is_empty, "it is for img2img: send it there"),
     "infotext": (_is_empty, "it is not offered: send its parameters by their names"),
 }
 #: Further names of AUTOMATIC1111's request: read elsewhere, or without effect where the above are harmless.
@@ -96,8 +100,8 @@ HARMLESS_SETTINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "sd_vae": (_is_automatic, "it is set in each request: give it in override_settings there"),
     "forge_additional_modules": (_is_empty, "modules of Forge are not offered: leave it out"),
     "forge_preset": (lambda _: True, ""),
-    "eta_noise_seed_delta": (_is_off, "it is not offered: set it to 0"),
-    "token_merging_ratio": (_is_off, "merging tokens is not offered: set it to 0"),
+    "eta_noise_seed_delta": (is_off, "it is not offered: set it to 0"),
+    "token_merging_ratio": (is_off, "merging tokens is not offered: set it to 0"),
     "randn_source": (lambda value: value in (None, "CPU"), "noise is made on the CPU: set it to CPU"),
     "samples_format": (lambda value: value in ("png", "jpg", "jpeg", "webp", None), "use png, jpg or webp"),
 }
@@ -118,12 +122,15 @@ class Asked:
     send_images: bool
 
 
-def read_request(body: Any) -> Asked:
-    """What a request asks for. Raises `InvalidJobError`, and `RefusedError` for what is not offered."""
+def read_request(body: Any, harmless: Harmless = HARMLESS, known: Container[str] = ()) -> Asked:
+    """What a request asks for. `harmless`: names that may have harmless values only; `known`: read elsewhere.
+
+    Raises `InvalidJobError`, and `RefusedError` for what is not offered.
+    """
     if not isinstance(body, dict):
         raise InvalidJobError(f"The body is {short(body)}: it must be an object with a prompt.")
-    _refuse_misspelt(body)
-    _refuse_others(body, _HARMLESS, "")
+    _refuse_misspelt(body, known)
+    _refuse_others(body, harmless, "")
     _refuse_scripts(body.get("alwayson_scripts"))
     settings = body.get("override_settings")
     settings = {} if settings is None else settings
@@ -213,11 +220,11 @@ def _refuse_others(
             raise RefusedError(422, f"{where}{name} is {short(values[name])}, and {remedy}.")
 
 
-def _refuse_misspelt(body: Mapping[str, Any]) -> None:
+def _refuse_misspelt(body: Mapping[str, Any], beside: Container[str]) -> None:
     """A name that is nearly a job field's would change nothing, and the picture would be another one."""
-    known = {*WRITTEN_FIELDS, *_NAMES, *_HARMLESS, *_WITHOUT_EFFECT}
+    known = {*WRITTEN_FIELDS, *_NAMES, *HARMLESS, *_WITHOUT_EFFECT}
     for name in body:
-        if name not in known and (near := near_miss(name)):
+        if name not in known and name not in beside and (near := near_miss(name)):
             near = WRITTEN_FIELDS[near].a1111_option or near if near in WRITTEN_FIELDS else near
             raise InvalidJobError(f"There is no {short(name)} in txt2img: did you mean {near}?")
 
@@ -232,8 +239,8 @@ def _refuse_scripts(scripts: Any) -> None:
         )
     for name, script in scripts.items():
         arguments = script.get("args") if isinstance(script, dict) else script
-        is_off = not arguments or (isinstance(arguments, list) and arguments[0] is False)
-        if not is_off:
+        is_unused = not arguments or (isinstance(arguments, list) and arguments[0] is False)
+        if not is_unused:
             raise RefusedError(
                 422, f"alwayson_scripts has {short(name)}, and scripts are not offered: leave it out."
             )

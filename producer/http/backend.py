@@ -55,6 +55,8 @@ class Backend:
         self.watching = Watching(self.session, self.run)
         self.streams = Streams(settings.http_max_connections)
         self.thumbnails = Thumbnails()
+        #: Held while a picture of a request is unpacked: a large one takes half a gigabyte meanwhile.
+        self.unpacking = asyncio.Semaphore(2)
         #: Set when the server is to end: streams close, and nothing new is begun.
         self.draining = asyncio.Event()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="http")

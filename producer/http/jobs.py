@@ -17,6 +17,7 @@ from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
 from producer.http.caller import Caller
 from producer.http.idempotency import Once
+from producer.http.pictures import fields_of, is_form, read_form
 from producer.http.problems import RETRY_S, RefusedError, status_of
 from producer.http.reading import read_json
 from producer.http.submitting import check, send
@@ -65,7 +66,7 @@ def links(job_id: str, submission: str) -> dict[str, str]:
     "/v1/jobs",
     status_code=202,
     summary="Submit one job, or up to 1,000",
-    openapi_extra=_BODY,
+    openapi_extra=schema.with_form(_BODY),
     responses=schema.answers(
         202,
         {"anyOf": [schema.reference("Submitted"), schema.reference("SubmittedList")]},
@@ -89,7 +90,7 @@ async def submit_jobs(
     ] = None,
 ) -> Response:
     """Enqueue jobs and return at once. Of a list with a wrong job nothing is sent: `errors` names each."""
-    body = await read_json(request)
+    body = fields_of(await read_form(request)) if is_form(request) else await read_json(request)
     once = None if idempotency_key is None else Once.of(caller, idempotency_key, await request.body())
     if once is None:
         return _accepted(await _submit(backend, caller, body, None))

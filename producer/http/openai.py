@@ -11,7 +11,7 @@ import base64
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -22,14 +22,18 @@ from producer.client.job_result import JobResult
 from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
 from producer.http.caller import Caller
+from producer.http.foreign_masks import is_transparent, openai_mask
 from producer.http.jobs import as_json
 from producer.http.models import allowed, served_models
+from producer.http.pictures import fields_of, is_form, read_form
 from producer.http.problems import RefusedError, headers_of, name_of, sentence_of, status_of
 from producer.http.reading import read_json
 from producer.http.rendering import render
 from producer.http.submitting import check, numbered
 from worker.contract.errors import InvalidJobError, JobError
 from worker.contract.explain import short
+from worker.contract.input_reference import ALPHA
+from worker.contract.job import WRITTEN_FIELDS
 from worker.contract.job_parameters import DEFAULT_MODEL
 
 router = APIRouter(include_in_schema=False)
@@ -54,6 +58,8 @@ _ONLY: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
 }
 #: Parameters that say who asks, and change nothing.
 _UNREAD: Final = ("user", "safety_identifier")
+#: Job fields, and what is read as them; OpenAI's own of the same names are read apart.
+_OURS: Final = frozenset(WRITTEN_FIELDS) - {"image", "mask", "size"}
 _FORMATS: Final = ("png", "webp", "jpeg")
 
 
@@ -63,6 +69,10 @@ async def generate(request: Request, caller: Submitter, backend: Shared) -> Resp
     body = await read_json(request)
     if not isinstance(body, dict):
         raise InvalidJobError(f"The body is {short(body)}: it must be an object such as {{'prompt': ...}}.")
+    return await _render(request, caller, backend, body)
+
+
+async def _render(request: Request, caller: Caller, backend: Backend, body: Mapping[str, Any]) -> Response:
     fields = {name: value for name, value in body.items() if value is not None}
     count, form = _number(fields), _form(fields)
     job = _job_fields(fields)
@@ -82,6 +92,50 @@ async def generate(request: Request, caller: Submitter, backend: Shared) -> Resp
             "output_format": str(first.job.format),
         }
     )
+
+
+@router.post("/v1/images/edits")
+async def edit(request: Request, caller: Submitter, backend: Shared) -> Response:
+    """Pictures that begin with one: all of it drawn anew, or the part where the mask is transparent."""
+    if not is_form(request):
+        raise RefusedError(415, "An edit is a form with files: send it as multipart/form-data.")
+    body = _edit_fields(await read_form(request))
+    async with backend.unpacking:
+        body = await backend.run(_with_mask, body)
+    return await _render(request, caller, backend, body)
+
+
+def _edit_fields(parts: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The parameters of an edit by the parts of its form, where clients send the image as a list, too."""
+    images = [(name, value) for name, value in parts if name in ("image", "image[]")]
+    if len(images) != 1:
+        raise InvalidJobError(f"image is {len(images)} pictures: a job begins with one.")
+    numbers = {"n": int, "output_compression": int, "partial_images": int}
+    found: dict[str, Any] = {}
+    for name, value in parts:
+        if name in ("image", "image[]"):
+            found["image"] = value
+        elif name in numbers and isinstance(value, str) and value.isascii() and value.isdigit():
+            found[name] = int(value)
+        elif name == "stream" and value in ("true", "false"):
+            found[name] = value == "true"
+        elif name in _OURS or name in found:
+            found |= fields_of([(name, value)])
+        else:
+            found[name] = value
+    return found
+
+
+def _with_mask(body: dict[str, Any]) -> dict[str, Any]:
+    """The same with the mask as ours is. Without one, a transparent image is its own, as for DALL-E 2."""
+    image, mask = body["image"], body.get("mask")
+    if not isinstance(image, bytes):
+        raise InvalidJobError("image is a text: send it as a file of the form.")
+    if isinstance(mask, bytes):
+        return body | {"mask": openai_mask(mask)}
+    if mask is None and is_transparent(image):
+        return body | {"mask": ALPHA}
+    return body
 
 
 @router.get("/v1/models")

@@ -130,6 +130,20 @@ def json_body(schema: Mapping[str, Any], example: Any = None) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
+def with_form(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The same `openapi_extra` for a route that takes a job as a form as well, with its pictures as files."""
+    file = {"type": "string", "format": "binary"}
+    form = {
+        "type": "object",
+        "required": ["prompt"],
+        "description": "The fields of Job as texts, but for pictures.",
+        "properties": {"prompt": {"type": "string"}, "image": file, "mask": file},
+    }
+    body = extra["requestBody"]
+    content = {**body["content"], "multipart/form-data": {"schema": form}}
+    return {**extra, "requestBody": {**body, "content": content}}
+
+
 def answers(
     status: int, schema: Mapping[str, Any] | None, *refusals: int, media: str = "application/json"
 ) -> dict[int | str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from producer.client import JobHandle
+from producer.http import pictures
 from producer.http.limits import with_priority
 from producer.http.problems import InvalidJobsError, RefusedError
 from producer.http.sending import Ready
@@ -48,12 +49,17 @@ async def check(
     Raises `InvalidJobsError` that names all that are wrong, or the `InvalidJobError` of a job alone;
     `QueueError`.
     """
+    items, given = await pictures.take(backend, caller, items, is_list=is_list)
     templates = await backend.sender.templates()
     hosts = backend.settings.webhook_hosts
     if len(items) <= _FEW and sum(map(_length, items)) <= _SHORT:
-        return _checked(templates, caller, items, seeds, is_list, hosts)
-    # Other requests go on meanwhile.
-    return await backend.run(_checked, templates, caller, items, seeds, is_list, hosts)
+        jobs = _checked(templates, caller, items, seeds, is_list, hosts)
+    else:
+        # Other requests go on meanwhile.
+        jobs = await backend.run(_checked, templates, caller, items, seeds, is_list, hosts)
+    # Of jobs that are refused nothing is stored.
+    await pictures.store(backend, caller, given)
+    return jobs
 
 
 def _length(item: Any) -> int:

@@ -27,6 +27,7 @@ from worker.contract.file_index import FileEntry, FileIndex, Kind
 from worker.contract.infotext import read
 from worker.state.fleet import Fleet
 from worker.state.redis_client import connect
+from worker.storage.bucket import Bucket
 
 REVISION = "f" * 10
 
@@ -205,7 +206,7 @@ def test_silly_tavern_draws(api: Api) -> None:
         ({"tiling": True}, "tiling is not offered"),
         ({"subseed_strength": 0.5}, "variation seeds are not offered"),
         ({"refiner_checkpoint": "xl-refiner"}, "refiners are not offered"),
-        ({"init_images": ["x"]}, "image to image is not offered"),
+        ({"init_images": ["x"]}, "it is for img2img: send it there"),
         ({"clip_skip": 13}, "clip_skip is 13"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 13}}, "clip_skip is 13"),
         ({"override_settings": {"sd_vae": "x.vae.pt"}}, 'vae is "x.vae.pt", which no worker offers'),
@@ -254,10 +255,10 @@ def test_what_automatic1111_has_and_changes_nothing_here_is_taken(api: Api) -> N
     assert answer.status == 200, answer.body
 
 
-@pytest.mark.parametrize("path", ["img2img", "extra-single-image", "interrogate", "png-info"])
+@pytest.mark.parametrize("path", ["extra-single-image", "extra-batch-images", "interrogate", "png-info"])
 def test_what_is_no_text_to_image_is_not_offered(api: Api, path: str) -> None:
     answer = api.call("POST", f"/sdapi/v1/{path}", {"init_images": []})
-    assert (answer.status, answer.json["detail"]) == (501, f"{path} is not offered: only text to image is.")
+    assert (answer.status, answer.json["detail"]) == (501, f"{path} is not offered: txt2img and img2img are.")
 
 
 def test_an_option_can_only_be_set_to_what_it_is(api: Api) -> None:
@@ -357,3 +358,118 @@ def test_loras_are_listed_and_named_in_prompts(api: Api, client: webuiapi.WebUIA
                 api.call("DELETE", f"/v1/jobs/{sent['id']}")
         finally:
             announce(api.stack.valkey.url)
+
+
+# img2img
+
+
+@pytest.fixture
+def bucket(api: Api, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    for name, value in api.stack.variables.items():
+        monkeypatch.setenv(name, value)
+    return Bucket(api.stack.variables["S3_BUCKET"])
+
+
+def stored(bucket: Bucket, reference: str) -> Image.Image:
+    image = Image.open(io.BytesIO(bucket.read_input(reference.split(":")[1]) or b""))
+    image.load()
+    return image
+
+
+def photo() -> Image.Image:
+    image = Image.new("RGB", (80, 64), "navy")
+    image.paste("white", (40, 0, 80, 64))
+    return image
+
+
+def mask() -> Image.Image:
+    made = Image.new("RGB", (80, 64))
+    made.paste("white", (0, 0, 40, 64))
+    return made
+
+
+def base64_of(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_webuiapi_draws_from_an_image(client: webuiapi.WebUIApi, bucket: Bucket) -> None:
+    result = client.img2img(
+        images=[photo()], prompt="a cat", seed=7, steps=4, width=64, height=64, batch_size=2
+    )
+    assert [image.getpixel((0, 0))[0] for image in result.images] == [7, 8]
+    assert result.info["denoising_strength"] == 0.75
+    job = read(result.info["infotexts"][0])
+    assert (job.strength, job.width, job.mask) == (0.75, 64, "")
+    assert stored(bucket, job.image).tobytes() == photo().tobytes()
+
+
+def test_webuiapi_draws_a_part(client: webuiapi.WebUIApi, bucket: Bucket) -> None:
+    result = client.img2img(
+        images=[photo()],
+        mask_image=mask(),
+        prompt="a cat",
+        seed=7,
+        steps=4,
+        width=64,
+        height=64,
+        denoising_strength=0.6,
+        mask_blur=2,
+        inpainting_fill=1,
+        inpaint_full_res=True,
+        inpaint_full_res_padding=16,
+        inpainting_mask_invert=1,
+    )
+    job = read(result.info["infotexts"][0])
+    assert (job.strength, job.mask_blur, job.padding) == (0.6, 2, 16)
+    drawn = stored(bucket, job.mask)
+    assert (drawn.mode, drawn.getpixel((0, 0)), drawn.getpixel((79, 0))) == ("L", 0, 255)
+
+
+def test_what_is_masked_is_filled_by_the_colours_around_unless_it_is_said_otherwise(
+    api: Api, bucket: Bucket
+) -> None:
+    """As modules/masking.py `fill` of AUTOMATIC1111 1.10 does: what is not masked stays as it is."""
+    body = {"init_images": [base64_of(photo())], "mask": base64_of(mask()), "inpaint_full_res": False}
+    answer = api.call("POST", "/sdapi/v1/img2img", {"prompt": "a cat", "seed": 3, "steps": 4, **body})
+    assert answer.status == 200, answer.body
+    job = read(json.loads(answer.json["info"])["infotexts"][0])
+    image = stored(bucket, job.image)
+    assert image.crop((40, 0, 80, 64)).tobytes() == photo().crop((40, 0, 80, 64)).tobytes()
+    assert image.getpixel((5, 30)) == (255, 255, 255), "the white beside it, and not the blue that was there"
+    assert (job.padding, job.mask_blur, job.width) == (None, 4, 80)
+    assert answer.json["parameters"]["init_images"] is None
+
+
+def test_a_mask_with_an_alpha_channel_draws_what_is_opaque(api: Api, bucket: Bucket) -> None:
+    """As modules/processing.py `create_binary_mask` of AUTOMATIC1111 1.10."""
+    drawn = Image.new("RGBA", (80, 64))
+    drawn.paste((0, 0, 0, 200), (0, 0, 40, 64))
+    body = {"init_images": [f"data:image/png;base64,{base64_of(photo())}"], "mask": base64_of(drawn)}
+    answer = api.call("POST", "/sdapi/v1/img2img", {"prompt": "a cat", "seed": 4, "steps": 4, **body})
+    job = read(json.loads(answer.json["info"])["infotexts"][0])
+    found = stored(bucket, job.mask)
+    assert (found.getpixel((0, 0)), found.getpixel((79, 0)), job.padding) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"init_images": []}, "init_images is 0 pictures: send a list of one picture in base64."),
+        ({"init_images": ["?"]}, "init_images is '?', which is no base64: encode the file so."),
+        ({"init_images": ["R0lGODlh"]}, "image is a GIF: give a PNG, JPEG or WebP."),
+        ({"resize_mode": 1}, "resize_mode is 1, and cropping and filling are not offered: set it to 0"),
+        ({"latent_mask": "x"}, "latent_mask is 'x', and it is not offered: send a mask."),
+        ({"mask": base64_of(mask()), "inpainting_fill": 2}, "inpainting_fill is 2, which is not offered"),
+        ({"mask": base64_of(mask()), "mask_blur_x": 3}, "mask_blur_x and mask_blur_y are [3, 4]"),
+        ({"denoising_strength": 2}, "strength is 2: it must be less than or equal to 1."),
+        ({"denoising_strenght": 0.5}, "There is no 'denoising_strenght' in"),
+        ({"script_name": "loopback"}, "scripts are not offered"),
+    ],
+)
+def test_what_img2img_does_not_offer_is_refused_by_name(api: Api, given: Any, part: str) -> None:
+    body = {"prompt": "a cat", "steps": 4, "init_images": [base64_of(photo())], **given}
+    answer = api.call("POST", "/sdapi/v1/img2img", body)
+    assert answer.status == 422
+    assert part in answer.json["detail"]

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.producer.http.conftest import Api
+from worker.storage.bucket import Bucket
 
 
 @pytest.fixture
@@ -118,3 +119,70 @@ def test_a_key_without_the_scope_is_a_permission_error(api: Api) -> None:
     assert [each.id for each in client.models.list()] == ["fast"]
     with pytest.raises(openai.PermissionDeniedError):
         client.images.generate(prompt="a")
+
+
+# Edits
+
+
+def cut_out() -> bytes:
+    image = Image.new("RGBA", (80, 64), (200, 10, 10, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 40, 64))
+    return png(image)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def job_of(api: Api, answer: Any) -> Any:
+    return api.call("GET", f"/v1/jobs/{answer.data[0].id}").json["job"]
+
+
+def test_the_package_edits_where_the_mask_is_transparent(
+    client: openai.OpenAI, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in api.stack.variables.items():
+        monkeypatch.setenv(name, value)
+    photo = Image.new("RGB", (80, 64), "navy")
+    answer = client.images.edit(
+        image=("photo.png", png(photo)),
+        mask=("mask.png", cut_out()),
+        prompt="a cat",
+        n=2,
+        response_format="b64_json",
+        extra_body={"seed": 5, "steps": 4, "strength": 0.5},
+    )
+    assert answer.data is not None
+    assert len(answer.data) == 2
+    job = job_of(api, answer)
+    assert (job["width"], job["height"], job["strength"], job["seed"]) == (80, 64, 0.5, 5)
+    bucket = Bucket(api.stack.variables["S3_BUCKET"])
+    stored = picture(bucket.read_input(job["mask"].split(":")[1]) or b"")
+    # OpenAI's reference: fully transparent areas of the mask are where the image is edited.
+    assert (stored.mode, stored.getpixel((0, 0)), stored.getpixel((79, 0))) == ("L", 255, 0)
+
+
+def test_without_a_mask_a_transparent_image_is_its_own(client: openai.OpenAI, api: Api) -> None:
+    answer = client.images.edit(image=[("a.png", cut_out())], prompt="a cat", size="auto", quality="auto")
+    assert job_of(api, answer)["mask"] == "alpha"
+    opaque = client.images.edit(image=png(Image.new("RGB", (64, 64))), prompt="a cat", size="64x64")
+    assert "mask" not in job_of(api, opaque)
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"image": [("a.png", b"x"), ("b.png", b"y")]}, "image is 2 pictures: a job begins with one."),
+        ({"image": b"GIF89a"}, "image is a GIF: give a PNG, JPEG or WebP."),
+        ({"mask": png(Image.new("L", (80, 64)))}, "mask has no transparent pixel, and OpenAI's masks"),
+        ({"input_fidelity": "high"}, "input_fidelity is 'high', which is not offered"),
+        ({"n": 11}, "n is 11: it must be 1 to 10."),
+        ({"size": "63x64"}, "width is 63"),
+    ],
+)
+def test_an_edit_that_is_not_offered_is_refused_by_name(client: openai.OpenAI, given: Any, part: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.edit(**{"image": cut_out(), "prompt": "a cat"} | given)
+    assert part in str(caught.value)
