@@ -126,7 +126,7 @@ def test_an_old_backup_of_redis_is_restored_under_running_workers(ground: Ground
     with ground.holding() as held:
         running = ground.submit(3, held)
         ground.journal.wait_for("start", running)
-        waiting = [ground.job(held) for _ in range(2 * slots(8))]
+        waiting = [ground.job(held) for _ in range(3 * slots(8))]
         ground.ids += [submit_job(job).id for job in waiting]
         feeder.kill()
         feeder.wait()
