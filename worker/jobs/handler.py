@@ -36,6 +36,7 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
+from worker.contract.file_index import FileIndex
 from worker.contract.job import Job
 from worker.contract.job_files import lacks_hashes, unknown_warnings
 from worker.contract.job_parameters import DEFAULT_MODEL
@@ -240,7 +241,7 @@ class JobHandler:
             nsfw=rendered.picture.nsfw,
         )
         with metrics.ENCODED.time(), stage("encode"):
-            data = self._encode(rendered.picture, job)
+            data = self._file_of(rendered.picture, job)
         with metrics.UPLOADED.time(), stage("upload", size=len(data)):
             self._put(record, data)
         uploaded_s = time.monotonic() - rendered_s
@@ -363,13 +364,8 @@ class JobHandler:
                 job_log.failed(job_id, attempt, error, logging.ERROR)
         return None
 
-    def _encode(self, picture: Picture, job: Job) -> bytes:
-        """The picture's file. Whatever the encoder raises is this job's own failure."""
-        try:
-            text = infotext.write(job, self._files.index)
-            return encode(picture, job.format, text, mark_as_generated=self._mark_as_generated)
-        except Exception as error:
-            raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error
+    def _file_of(self, picture: Picture, job: Job) -> bytes:
+        return _encode(picture, job, files=self._files.index, mark_as_generated=self._mark_as_generated)
 
 
 #: Fields of a job that the worker fills in where nobody could say them before.
@@ -384,3 +380,12 @@ def _is_of(record: JobRecord, message: Message, job: Job) -> bool:
         rendered = {name: getattr(record.job, name) for name in _SERVED}
         job = job.model_copy(update=rendered)
     return record.job.id in (job.id, message.id)
+
+
+def _encode(picture: Picture, job: Job, *, files: FileIndex, mark_as_generated: bool) -> bytes:
+    """The picture's file. Whatever the encoder raises is this job's own failure."""
+    try:
+        text = infotext.write(job, files)
+        return encode(picture, job.format, text, mark_as_generated=mark_as_generated)
+    except Exception as error:
+        raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error
