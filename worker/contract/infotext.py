@@ -129,6 +129,8 @@ def write(job: Job, files: FileIndex = NO_FILES) -> str:
     if known:
         hashes = {name: sha256[:AUTO_V2] for name, sha256 in known}
         pairs[_HASHES] = json.dumps(hashes, ensure_ascii=False)
+    if job.padding is not None:
+        pairs["Inpaint area"] = "Only masked"
     pairs[_VERSION] = _OURS
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):
@@ -264,7 +266,9 @@ def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
     value = getattr(job, entry.name)
     if value is NoiseSchedule.DEFAULT and job.scheduler in AUTOMATIC:
         return _OWN_SCHEDULE
-    if not entry.is_original and value == entry.default:
+    # AUTOMATIC1111 writes its default blur, too.
+    is_blur = entry.name == "mask_blur" and bool(job.mask)
+    if not entry.is_original and value == entry.default and not is_blur:
         return None
     if entry.kind is dict:
         return _quote(json.dumps(value, ensure_ascii=False))

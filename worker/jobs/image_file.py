@@ -15,13 +15,16 @@ CONTENT_TYPES = {ImageFormat.PNG: "image/png", ImageFormat.WEBP: "image/webp", I
 
 #: IPTC's term for media that a trained model made: http://cv.iptc.org/newscodes/digitalsourcetype.
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-#: The XMP packet that says so (ISO 16684-1; IPTC Photo Metadata Standard 2021.1, "Digital Source Type").
-XMP = f"""\
+#: Its term for media of which a part is such, and a part of something else.
+COMPOSITE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+#: The XMP packet that says one of them (ISO 16684-1; IPTC Photo Metadata Standard 2021.1, "Digital Source
+#: Type").
+_XMP = """\
 <?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
   <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
-   <Iptc4xmpExt:DigitalSourceType>{GENERATED}</Iptc4xmpExt:DigitalSourceType>
+   <Iptc4xmpExt:DigitalSourceType>{source}</Iptc4xmpExt:DigitalSourceType>
   </rdf:Description>
  </rdf:RDF>
 </x:xmpmeta>
@@ -29,23 +32,30 @@ XMP = f"""\
 
 
 def encode(
-    picture: Picture, image_format: ImageFormat, text: str, *, mark_as_generated: bool = True
+    picture: Picture,
+    image_format: ImageFormat,
+    text: str,
+    *,
+    mark_as_generated: bool = True,
+    is_composite: bool = False,
 ) -> bytes:
     """The picture as a file, with the infotext `text` where AUTOMATIC1111, Civitai and InvokeAI read it.
 
     PNG: the text chunk "parameters". WebP and JPEG: Exif's UserComment. PNG and WebP are lossless.
-    With `mark_as_generated` an XMP packet says that a trained model made the picture: in PNG the text chunk
+    With `mark_as_generated` an XMP packet says that a trained model made the picture, or, with
+    `is_composite`, a part of it: in PNG the text chunk
     "XML:com.adobe.xmp", in WebP the chunk "XMP ", in JPEG a second APP1. The pixels are the same without.
     """
     image = Image.fromarray(picture.pixels)
     file = io.BytesIO()
-    xmp = XMP.encode() if mark_as_generated else b""
+    packet = _XMP.replace("{source}", COMPOSITE if is_composite else GENERATED)
+    xmp = packet.encode() if mark_as_generated else b""
     match image_format:
         case ImageFormat.PNG:
             chunks = PngImagePlugin.PngInfo()
             chunks.add_text("parameters", text)
             if xmp:
-                chunks.add_itxt("XML:com.adobe.xmp", XMP)
+                chunks.add_itxt("XML:com.adobe.xmp", packet)
             image.save(file, "PNG", pnginfo=chunks, compress_level=4)
         case ImageFormat.WEBP:
             image.save(file, "WEBP", lossless=True, method=2, exif=exif(text), xmp=xmp)

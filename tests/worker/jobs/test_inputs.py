@@ -11,9 +11,11 @@ from PIL import Image
 
 from tests.worker.engine.fake_runner import job_of
 from tests.worker.jobs.test_handler import FlakyBucket, Worker, client, storage, worker
+from worker.contract import infotext
 from worker.contract.errors import StorageError
 from worker.contract.job import Job
 from worker.contract.job_parameters import MAX_SIZE
+from worker.contract.metadata.job_from_image import read_infotext
 from worker.contract.record import JobRecord, State
 from worker.storage.bucket import Bucket
 from worker.storage.inputs import Inputs
@@ -72,6 +74,27 @@ def test_the_alpha_channel_may_be_the_mask(worker: Worker, storage: FlakyBucket)
     assert inputs.mask is not None
     assert inputs.mask.shape == (64, 128)
     assert (inputs.mask[:, :64].max(), inputs.mask[:, 64:].min()) == (0, 255)
+
+
+def test_a_picture_of_which_a_part_is_kept_says_so(worker: Worker, storage: FlakyBucket) -> None:
+    """IPTC's term, in XMP, and AUTOMATIC1111's keys in the infotext (1.10, modules/processing.py)."""
+    reference = put(storage, CUT_OUT)
+    mask = put(storage, Image.new("L", (128, 64), 255))
+    whole = record_of(worker, job(reference, seed=6))
+    part = record_of(worker, job(reference, mask=mask, padding=32))
+    files = [storage.get(each.uri or "") for each in (whole, part)]
+    assert [b"digitalsourcetype/trainedAlgorithmicMedia" in each for each in files] == [True, False]
+    assert b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in files[1]
+    text = read_infotext(files[1]) or ""
+    for pair in (
+        "Denoising strength: 1.0",
+        "Mask blur: 4",
+        "Masked area padding: 32",
+        "Inpaint area: Only masked",
+    ):
+        assert pair in text
+    assert infotext.read(text).id == part.job.id
+    assert "Mask blur" not in (read_infotext(files[0]) or "")
 
 
 def test_with_padding_the_runner_gets_the_pictures_as_large_as_the_image(
