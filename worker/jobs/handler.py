@@ -366,15 +366,6 @@ class JobHandler:
 
     def _file_of(self, picture: Picture, job: Job) -> bytes:
         return _encode(picture, job, files=self._files.index, mark_as_generated=self._mark_as_generated)
-    def _encode(self, picture: Picture, job: Job) -> bytes:
-        """The picture's file. Whatever the encoder raises is this job's own failure."""
-        try:
-            text = infotext.write(job, self._files.index)
-            # Where there is a mask, a part of the image is kept.
-            marks, is_composite = self._mark_as_generated, bool(job.mask)
-            return encode(picture, job.format, text, mark_as_generated=marks, is_composite=is_composite)
-        except Exception as error:
-            raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error
 
 
 #: Fields of a job that the worker fills in where nobody could say them before.
@@ -395,6 +386,10 @@ def _encode(picture: Picture, job: Job, *, files: FileIndex, mark_as_generated: 
     """The picture's file. Whatever the encoder raises is this job's own failure."""
     try:
         text = infotext.write(job, files)
-        return encode(picture, job.format, text, mark_as_generated=mark_as_generated)
+        # Where there is a mask, a part of the image is kept.
+        is_composite = bool(job.mask)
+        return encode(
+            picture, job.format, text, mark_as_generated=mark_as_generated, is_composite=is_composite
+        )
     except Exception as error:
         raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error
