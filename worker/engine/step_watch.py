@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,8 +27,9 @@ class StepWatch:
     in_steps_s: float = 0.0
     #: The first `MOST_MATES` that were in a step with it and are watched, too, by name.
     mates: dict[Hashable, None] = field(default_factory=dict)
+    _last: Sequence[Hashable] = ()
 
-    def stepped(self, began_s: float, ended_s: float, rows: int, names: Iterable[Hashable]) -> None:
+    def stepped(self, began_s: float, ended_s: float, rows: int, names: Sequence[Hashable]) -> None:
         """Note a step of so many rows; `names`: of all watches in it, this one included."""
         if self.began_s is None:
             self.began_s = began_s
@@ -36,7 +37,9 @@ class StepWatch:
         self.steps += 1
         self.rows += rows
         self.in_steps_s += ended_s - began_s
-        if len(self.mates) < MOST_MATES:
+        # Most batches are as the one before, and that is seen without looking into the names.
+        if len(self.mates) < MOST_MATES and names != self._last:
+            self._last = names
             for name in names:
                 if name != self.name and len(self.mates) < MOST_MATES:
                     self.mates[name] = None
