@@ -1,24 +1,20 @@
 """Low-rank products of mixed rows on a GPU, in Triton: each row with the factors of its own job.
 
 A layer's input x, (rows, tokens, width), becomes x @ downᵀ by one kernel, and a second one adds that times
-scale @ up to the layer's output. Which factors a row has is read on the device, from a table of addresses
-(`worker.device.lora_table`), so that a captured CUDA graph serves all factors that there ever are. A row
-without any costs nothing but the look. The products of S-LoRA (Sheng et al., 2023) and Punica (Chen et al.,
-2023), for rows of many tokens.
+scale @ up to the layer's output. Of small ranks one kernel does both. Which factors a row has is read on the
+device, from a table of addresses (`worker.device.lora_set`), so that a captured CUDA graph serves all factors
+that there ever are. A row without any costs nothing but the look. The products of S-LoRA (Sheng et al., 2023)
+and Punica (Chen et al., 2023), for rows of many tokens.
 
-This module is imported where there is a GPU.
+They are launched by `worker.device.lora_products`. This module is imported where there is a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-#: Numbers of a layer in the table: see `worker.device.lora_table`.
+#: Numbers of a layer in the table: see `worker.device.lora_set`.
 FIELDS = tl.constexpr(5)
 #: Ranks that one program of a first product computes, and one turn of a second product's loop.
 BLOCK_RANK = 32
@@ -150,9 +146,9 @@ def _scaled(value, total, entry, place, inside):  # type: ignore[no-untyped-def]
     """A layer's output (without its bias) and the low-rank product, added; DoRA's scale of the output."""
     scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
     dora = tl.load(entry + 4)
-    if dora != 0:
-        factor = dora.to(tl.pointer_type(tl.float32))
-        value *= tl.load(factor + place, mask=inside, other=0.0)[None, :]
+    # No branch: it would keep loads in a loop from being made ahead.
+    factor = dora.to(tl.pointer_type(tl.float32))
+    value *= tl.load(factor + place, mask=inside & (dora != 0), other=1.0)[None, :]
     return value + total * scale
 
 
@@ -190,13 +186,93 @@ def up_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def both_kernel(  # type: ignore[no-untyped-def]
+    x, y_0, y_1, y_2, table, job_of_row, tokens, width, out_width, layers, layer,
+    STREAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What `down_kernel` and `up_kernel` do, for ranks up to `BLOCK_R`: x @ downᵀ stays in the program."""
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    row = tl.program_id(0) // tiles
+    entry = table + (tl.load(job_of_row + row) * layers + layer) * FIELDS
+    rank_0 = tl.load(entry + 2)
+    rank_1 = rank_0
+    rank_2 = rank_0
+    down_0 = tl.load(entry)
+    down_1 = down_0
+    down_2 = down_0
+    if STREAMS > 1:
+        rank_1 = tl.load(entry + FIELDS + 2)
+        down_1 = tl.load(entry + FIELDS)
+    if STREAMS > 2:
+        rank_2 = tl.load(entry + 2 * FIELDS + 2)
+        down_2 = tl.load(entry + 2 * FIELDS)
+    if tl.maximum(rank_0, tl.maximum(rank_1, rank_2)) > 0:
+        token = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        ranks = tl.arange(0, BLOCK_R)
+        dtype = x.dtype.element_ty
+        position = row.to(tl.int64) * tokens + token
+        sum_0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        sum_1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        sum_2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for start in range(0, width, BLOCK_K):
+            place = start + tl.arange(0, BLOCK_K)
+            inside = place < width
+            mask = (token < tokens)[:, None] & inside[None, :]
+            tile = tl.load(x + position[:, None] * width + place[None, :], mask=mask, other=0.0)
+            factor = _down_tile(down_0, rank_0, ranks, place, inside, width, dtype)
+            sum_0 = tl.dot(tile, factor, sum_0, input_precision="ieee")
+            if STREAMS > 1:
+                factor = _down_tile(down_1, rank_1, ranks, place, inside, width, dtype)
+                sum_1 = tl.dot(tile, factor, sum_1, input_precision="ieee")
+            if STREAMS > 2:
+                factor = _down_tile(down_2, rank_2, ranks, place, inside, width, dtype)
+                sum_2 = tl.dot(tile, factor, sum_2, input_precision="ieee")
+        for stream in tl.static_range(STREAMS):
+            y = y_0
+            low = sum_0.to(dtype)
+            if stream == 1:
+                y = y_1
+                low = sum_1.to(dtype)
+            if stream == 2:
+                y = y_2
+                low = sum_2.to(dtype)
+            own = entry + stream * FIELDS
+            rank = tl.load(own + 2)
+            up = tl.multiple_of(tl.load(own + 1), 16).to(tl.pointer_type(dtype))
+            for start in range(0, out_width, BLOCK_N):
+                place = start + tl.arange(0, BLOCK_N)
+                inside = place < out_width
+                mask = (ranks < rank)[:, None] & inside[None, :]
+                right = tl.load(up + ranks[:, None] * out_width + place[None, :], mask=mask, other=0.0)
+                at = y + position[:, None] * out_width + place[None, :]
+                mask = (token < tokens)[:, None] & inside[None, :]
+                value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                total = tl.dot(low, right, input_precision="ieee")
+                tl.store(at, _scaled(value, total, own, place, inside).to(dtype), mask=mask)
+
+
+@triton.jit
+def _erf(x):  # type: ignore[no-untyped-def]
+    """The error function to 1.5e-7: Abramowitz and Stegun, 7.1.26. Half the work of the library's."""
+    size = tl.abs(x)
+    t = 1.0 / (1.0 + 0.3275911 * size)
+    sum_ = -1.453152027 + t * 1.061405429
+    sum_ = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * sum_))
+    result = 1.0 - t * sum_ * tl.exp(-size * size)
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def gate_kernel(  # type: ignore[no-untyped-def]
     y, out, bias, low, table, job_of_row, tokens, width, layers, layer, most_rank,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    IS_NARROW: tl.constexpr, FAST_ERF: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out = value * gelu(gate) for the two halves of y * dora + scale * (low @ up) + bias.
 
     y: (rows, tokens, 2 width); out: (rows, tokens, width). The gate of GEGLU (Shazeer, 2020).
+    `IS_NARROW`: no rank is above `BLOCK_R`. `TILES`: tiles beside each other that a program computes.
     """
     tiles = tl.cdiv(tokens, BLOCK_M)
     row = tl.program_id(0) // tiles
@@ -204,133 +280,45 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     rank = tl.load(entry + 2)
     up = tl.load(entry + 1)
     token = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    seen, inside = token < tokens, place < width
+    seen = token < tokens
     position = row.to(tl.int64) * tokens + token
-    mask = seen[:, None] & inside[None, :]
-    at = y + position[:, None] * (2 * width) + place[None, :]
-    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
-    if rank > 0:
-        low_row = low + position * most_rank
-        ranks = tl.arange(0, BLOCK_R)
-        dtype = low.dtype.element_ty
-        total = _product(
-            low_row, up, rank, ranks, place, inside, 2 * width, seen, dtype, BLOCK_M, BLOCK_N, BLOCK_R
-        )
-        value = _scaled(value, total, entry, place, inside)
-        total = _product(
-            low_row, up, rank, ranks, place + width, inside, 2 * width, seen, dtype, BLOCK_M, BLOCK_N, BLOCK_R
-        )
-        gate = _scaled(gate, total, entry, place + width, inside)
-    value += tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)[None, :]
-    gate += tl.load(bias + width + place, mask=inside, other=0.0).to(tl.float32)[None, :]
-    gate = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    to = out + position[:, None] * width + place[None, :]
-    tl.store(to, (value * gate).to(out.dtype.element_ty), mask=mask)
-
-
-def low_of(
-    x: torch.Tensor,
-    table: torch.Tensor,
-    job_of_row: torch.Tensor,
-    layer: int,
-    streams: int,
-    most_rank: int,
-    **blocks: Any,
-) -> torch.Tensor:
-    """The first products of `streams` layers from `layer` on: (streams, rows, tokens, most_rank).
-
-    x, their input: (rows, tokens, width), contiguous. What lies beyond a row's rank has no meaning.
-    """
-    rows, tokens, width = x.shape
-    low = x.new_empty((streams, rows, tokens, most_rank))
-    block_m = _tokens_of_block(tokens)
-    chosen = {"BLOCK_M": block_m, "BLOCK_K": 64, "BLOCK_R": BLOCK_RANK, "num_warps": 4, "num_stages": 4}
-    chosen |= blocks
-    grid = (rows * triton.cdiv(tokens, chosen["BLOCK_M"]), triton.cdiv(most_rank, chosen["BLOCK_R"]))
-    down_kernel[grid](
-        x, low, table, job_of_row, rows, tokens, width, table.shape[1], layer, most_rank,
-        STREAMS=streams, **chosen,
-    )  # fmt: skip
-    return low
-
-
-def conv_low_of(
-    x: torch.Tensor,
-    table: torch.Tensor,
-    job_of_row: torch.Tensor,
-    layer: int,
-    most_rank: int,
-    *,
-    kernel: tuple[int, int],
-    stride: int,
-    padding: int,
-    scale: int = 1,
-    **blocks: Any,
-) -> torch.Tensor:
-    """The first product of a convolution: (1, rows, pixels out, most_rank).
-
-    x: (rows, channels, height, width), channels last. `scale`: see `conv_down_kernel`.
-    """
-    rows, channels, height, width = x.shape
-    out_height = (height * scale + 2 * padding - kernel[0]) // stride + 1
-    out_width = (width * scale + 2 * padding - kernel[1]) // stride + 1
-    low = x.new_empty((1, rows, out_height * out_width, most_rank))
-    block_m = _tokens_of_block(out_height * out_width)
-    chosen = {"BLOCK_M": block_m, "BLOCK_K": 64, "BLOCK_R": BLOCK_RANK, "num_warps": 4, "num_stages": 4}
-    chosen |= blocks
-    tiles = triton.cdiv(out_height * out_width, chosen["BLOCK_M"])
-    conv_down_kernel[(rows * tiles, triton.cdiv(most_rank, chosen["BLOCK_R"]))](
-        x, low, table, job_of_row, height, width, channels, out_height, out_width, table.shape[1], layer,
-        most_rank, KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE=stride, PAD=padding, SCALE=scale, **chosen,
-    )  # fmt: skip
-    return low
-
-
-def add_up(
-    outputs: Sequence[torch.Tensor],
-    low: torch.Tensor,
-    table: torch.Tensor,
-    job_of_row: torch.Tensor,
-    layer: int,
-    **blocks: Any,
-) -> None:
-    """Add the second products to the outputs of up to three layers, in place: (rows, tokens, width) each."""
-    rows, tokens, width = outputs[0].shape
-    first, second, third = (*outputs, outputs[0], outputs[0])[:3]
-    block_m = _tokens_of_block(tokens)
-    chosen = {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_R": BLOCK_RANK, "num_warps": 4, "num_stages": 2}
-    chosen |= blocks
-    tiles = rows * triton.cdiv(tokens, chosen["BLOCK_M"])
-    up_kernel[(tiles, triton.cdiv(width, chosen["BLOCK_N"]), len(outputs))](
-        first, second, third, low, table, job_of_row, rows, tokens, width, table.shape[1], layer,
-        low.shape[3], **chosen,
-    )  # fmt: skip
-
-
-def gated(
-    y: torch.Tensor,
-    bias: torch.Tensor,
-    low: torch.Tensor,
-    table: torch.Tensor,
-    job_of_row: torch.Tensor,
-    layer: int,
-    **blocks: Any,
-) -> torch.Tensor:
-    """GEGLU of y, (rows, tokens, 2 width), the layer's output without its bias, with its second product."""
-    rows, tokens, width = y.shape[0], y.shape[1], y.shape[2] // 2
-    out = y.new_empty((rows, tokens, width))
-    block_m = _tokens_of_block(tokens)
-    chosen = {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_R": BLOCK_RANK, "num_warps": 4, "num_stages": 2}
-    chosen |= blocks
-    tiles = rows * triton.cdiv(tokens, chosen["BLOCK_M"])
-    gate_kernel[(tiles, triton.cdiv(width, chosen["BLOCK_N"]))](
-        y, out, bias, low, table, job_of_row, tokens, width, table.shape[1], layer, low.shape[3], **chosen
-    )  # fmt: skip
-    return out
-
-
-def _tokens_of_block(tokens: int) -> int:
-    """Few tokens: small blocks, so that there are enough of them."""
-    return 16 if tokens <= 256 else 64
+    low_row = low + position * most_rank
+    ranks = tl.arange(0, BLOCK_R)
+    dtype = low.dtype.element_ty
+    if IS_NARROW:
+        left = tl.load(low_row[:, None] + ranks[None, :], mask=seen[:, None] & (rank > 0), other=0.0)
+        factor = tl.multiple_of(up, 16).to(tl.pointer_type(dtype))
+        rows_of_up = factor + ranks[:, None].to(tl.int64) * (2 * width)
+        there = (ranks < rank)[:, None]
+    for turn in range(TILES):
+        place = (tl.program_id(1) * TILES + turn) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = place < width
+        mask = seen[:, None] & inside[None, :]
+        at = y + position[:, None] * (2 * width) + place[None, :]
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
+        if rank > 0:
+            if IS_NARROW:
+                right = tl.load(rows_of_up + place[None, :], mask=there & inside[None, :], other=0.0)
+                other = tl.load(
+                    rows_of_up + (width + place)[None, :], mask=there & inside[None, :], other=0.0
+                )
+                total = tl.dot(left, right, input_precision="ieee")
+                other_total = tl.dot(left, other, input_precision="ieee")
+            else:
+                total = _product(
+                    low_row, up, rank, ranks, place, inside, 2 * width, seen, dtype, BLOCK_M, BLOCK_N, BLOCK_R
+                )
+                other_total = _product(
+                    low_row, up, rank, ranks, place + width, inside, 2 * width, seen, dtype,
+                    BLOCK_M, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
+            value = _scaled(value, total, entry, place, inside)
+            gate = _scaled(gate, other_total, entry, place + width, inside)
+        value += tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias + width + place, mask=inside, other=0.0).to(tl.float32)[None, :]
+        halved = gate * 0.7071067811865476
+        error = _erf(halved) if FAST_ERF else tl.erf(halved)
+        gate = gate * 0.5 * (1.0 + error)
+        to = out + position[:, None] * width + place[None, :]
+        tl.store(to, (value * gate).to(out.dtype.element_ty), mask=mask)

@@ -2,7 +2,7 @@
 
 Each takes the addresses of the jobs' factors, `table`, and the job of each of its rows, `owners`; see
 `worker.device.lora_set`. `room` has the length of the largest rank. Outputs are without the layer's bias,
-unless said. The kernels are `worker.device.lora_kernels`.
+unless said. The kernels are launched by `worker.device.lora_products`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def are_there(device_type: str) -> bool:
     return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def _kernels() -> ModuleType:
+def _products() -> ModuleType:
     # Not at the top: it needs Triton, which only GPUs have.
-    from worker.device import lora_kernels
+    from worker.device import lora_products
 
-    return lora_kernels
+    return lora_products
 
 
 @library.custom_op(
@@ -42,10 +42,9 @@ def linears(
     layer: int,
 ) -> list[torch.Tensor]:
     """Up to three linear layers of one input, (rows, tokens, width), the first one `layer` in the table."""
-    kernels, x = _kernels(), x.contiguous()
-    low = kernels.low_of(x, table, owners, layer, len(weights), len(room))
+    x = x.contiguous()
     outputs = [torch.nn.functional.linear(x, weight) for weight in weights]
-    kernels.add_up(outputs, low, table, owners, layer)
+    _products().add(x, outputs, table, owners, layer, len(room))
     return outputs
 
 
@@ -76,10 +75,9 @@ def gate(
     layer: int,
 ) -> torch.Tensor:
     """GEGLU: a linear layer with its bias, and one half of its output times the GELU of the other."""
-    kernels, x = _kernels(), x.contiguous()
-    low = kernels.low_of(x, table, owners, layer, 1, len(room))
+    x = x.contiguous()
     output = torch.nn.functional.linear(x, weight)
-    gated: torch.Tensor = kernels.gated(output, bias, low, table, owners, layer)
+    gated: torch.Tensor = _products().gated(x, output, bias, table, owners, layer, len(room))
     return gated
 
 
@@ -115,7 +113,10 @@ def conv(
     x = x.contiguous(memory_format=torch.channels_last)
     output = torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding)
     output = output.contiguous(memory_format=torch.channels_last)
-    _add_convolved(output, x, table, owners, room, layer, weight.shape[2:], stride, padding, 1)
+    size = weight.shape[2], weight.shape[3]
+    _products().add_convolved(
+        x, output, table, owners, layer, len(room), kernel=size, stride=stride, padding=padding, scale=1
+    )
     return output
 
 
@@ -148,7 +149,9 @@ def upsampler(
     """y, the output of an upsampler by 2 with a convolution of 3 x 3 over x, with what LoRAs add to it."""
     output = y.clone(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
-    _add_convolved(output, x, table, owners, room, layer, (3, 3), 1, 1, 2)
+    _products().add_convolved(
+        x, output, table, owners, layer, len(room), kernel=(3, 3), stride=1, padding=1, scale=2
+    )
     return output
 
 
@@ -162,31 +165,3 @@ def _(
     layer: int,
 ) -> torch.Tensor:
     return torch.empty_like(y, memory_format=torch.channels_last)
-
-
-def _add_convolved(
-    output: torch.Tensor,
-    x: torch.Tensor,
-    table: torch.Tensor,
-    owners: torch.Tensor,
-    room: torch.Tensor,
-    layer: int,
-    kernel: tuple[int, ...],
-    stride: int,
-    padding: int,
-    scale: int,
-) -> None:
-    """Add LoRAs to the output of a convolution, in place. Both tensors are channels last."""
-    kernels = _kernels()
-    low = kernels.conv_low_of(
-        x,
-        table,
-        owners,
-        layer,
-        len(room),
-        kernel=tuple(kernel),
-        stride=stride,
-        padding=padding,
-        scale=scale,
-    )
-    kernels.add_up([output.permute(0, 2, 3, 1).flatten(1, 2)], low, table, owners, layer)

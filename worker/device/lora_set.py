@@ -20,8 +20,9 @@ from worker.model.lora_names import Targets
 #: Numbers of a layer in a table, int64: the addresses of `down` and `up`, the rank, the bits of the scale in
 #: float32, and the address of `after`. All are 0 where a job's LoRAs leave the layer as it is.
 FIELDS = 5
-#: Ranks that a step's buffers have room for. A batch takes the first that its sets fit in.
-ROOMS = (128, 512, 2_048)
+#: Ranks that a step has room for. A batch takes the first that its sets fit in: of the first one, kernels do
+#: two products at once.
+ROOMS = (32, 128, 512, 2_048)
 
 
 @dataclass(frozen=True, eq=False)

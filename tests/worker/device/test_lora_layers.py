@@ -33,8 +33,8 @@ attends_first = functools.partial(tiny_models.tiny_sd1, attends_first=True)
 JOBS = ((7.0, 4, 0.5), (1.0, 0, 0.0), (3.0, 20, 1.0), (7.0, 0, 0.0), (1.0, 130, 0.8))
 
 
-class PlainKernels:
-    """What `worker.device.lora_kernels` does, on a CPU."""
+class PlainProducts:
+    """What `worker.device.lora_products` does, on a CPU."""
 
     @staticmethod
     def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -105,24 +105,51 @@ class PlainKernels:
                     )
 
     @classmethod
+    def add(
+        cls,
+        x: torch.Tensor,
+        outputs: list[torch.Tensor],
+        table: torch.Tensor,
+        owners: torch.Tensor,
+        layer: int,
+        most: int,
+    ) -> None:
+        cls.add_up(outputs, cls.low_of(x, table, owners, layer, len(outputs), most), table, owners, layer)
+
+    @classmethod
+    def add_convolved(
+        cls,
+        x: torch.Tensor,
+        output: torch.Tensor,
+        table: torch.Tensor,
+        owners: torch.Tensor,
+        layer: int,
+        most: int,
+        **options: Any,
+    ) -> None:
+        low = cls.conv_low_of(x, table, owners, layer, most, **options)
+        cls.add_up([output.permute(0, 2, 3, 1).flatten(1, 2)], low, table, owners, layer)
+
+    @classmethod
     def gated(
         cls,
+        x: torch.Tensor,
         y: torch.Tensor,
         bias: torch.Tensor,
-        low: torch.Tensor,
         table: torch.Tensor,
-        owners: Any,
+        owners: torch.Tensor,
         layer: int,
+        most: int,
     ) -> torch.Tensor:
         y = y.clone()
-        cls.add_up([y], low, table, owners, layer)
+        cls.add(x, [y], table, owners, layer, most)
         value, gate = (y + bias).chunk(2, dim=-1)
         return value * functional.gelu(gate)
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_ops, "_kernels", lambda: PlainKernels)
+    monkeypatch.setattr(lora_ops, "_products", lambda: PlainProducts)
 
 
 def a_runner(path: Path, *, patched: bool) -> ModelRunner:
@@ -190,7 +217,7 @@ def test_a_step_is_traced_once_for_all_rows_ranks_and_loras(
     )
     assert batch.loras is not None
     padded = dataclasses.replace(batch, loras=batch.loras.padded(8))
-    example = dataclasses.replace(batch, loras=dataclasses.replace(batch.loras, room=batch.loras.room[:128]))
+    example = dataclasses.replace(batch, loras=dataclasses.replace(batch.loras, room=batch.loras.room[:32]))
     example = example.zeros(jobs=4, rows=6)
     inputs = padded.zeros(jobs=8, rows=10)
     for tensor in example.tensors():
