@@ -57,10 +57,10 @@ class Static(Batcher[Any]):
         self.batches: list[list[str]] = []
 
     def add(
-        self, item: Named, *, lane: Hashable, rows: int, priority: int, now_s: float, text_tokens: int = 0
+        self, item: Named, *, lane: Hashable, rows: int, priority: int, now_s: float, **costs: int
     ) -> None:
         """Let `item` wait for a batch."""
-        super().add(item, lane=lane, rows=rows, priority=priority, now_s=now_s, text_tokens=text_tokens)
+        super().add(item, lane=lane, rows=rows, priority=priority, now_s=now_s, **costs)
         self._arrivals_s[item], self._rows[item] = now_s, rows
 
     def remove(self, item: Named) -> None:
@@ -126,7 +126,7 @@ class Device:
         """The same for all lanes."""
         return self.rows
 
-    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """Seconds of a step."""
         return StepCost(self.step_curve, 1, self.rows).seconds(rows, 1)
 

@@ -78,6 +78,7 @@ class FaultState:
     step: int = 0
     warnings: tuple[str, ...] = ()
     text_tokens: int = 0
+    lora_rows: int = 0
 
     def waits(self) -> bool:
         """Whether its last step has to wait."""
@@ -128,7 +129,7 @@ class FaultRunner:
         """The same for each lane."""
         return self.max_rows
 
-    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """The same for any rows."""
         return 1.0
 

@@ -106,6 +106,11 @@ class JobState:
         return self._text.tokens(self.step)
 
     @property
+    def lora_rows(self) -> int:
+        """How many of its rows have LoRAs: all or none."""
+        return self.rows if self.loras is not None else 0
+
+    @property
     def _is_guided(self) -> bool:
         if self._text.negative is None:
             return False

@@ -186,6 +186,26 @@ def up_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _add_product(  # type: ignore[no-untyped-def]
+    y, low, entry, position, seen, ranks, width, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """y = y * dora + scale * (low @ up) at some tokens, of which `low` is at hand."""
+    dtype = y.dtype.element_ty
+    rank = tl.load(entry + 2)
+    up = tl.multiple_of(tl.load(entry + 1), 16).to(tl.pointer_type(dtype))
+    for start in range(0, width, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N)
+        inside = place < width
+        mask = (ranks < rank)[:, None] & inside[None, :]
+        right = tl.load(up + ranks[:, None] * width + place[None, :], mask=mask, other=0.0)
+        at = y + position[:, None] * width + place[None, :]
+        mask = seen[:, None] & inside[None, :]
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        total = tl.dot(low, right, input_precision="ieee")
+        tl.store(at, _scaled(value, total, entry, place, inside).to(dtype), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def both_kernel(  # type: ignore[no-untyped-def]
     x, y_0, y_1, y_2, table, job_of_row, tokens, width, out_width, layers, layer,
     STREAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -228,28 +248,14 @@ def both_kernel(  # type: ignore[no-untyped-def]
             if STREAMS > 2:
                 factor = _down_tile(down_2, rank_2, ranks, place, inside, width, dtype)
                 sum_2 = tl.dot(tile, factor, sum_2, input_precision="ieee")
-        for stream in tl.static_range(STREAMS):
-            y = y_0
-            low = sum_0.to(dtype)
-            if stream == 1:
-                y = y_1
-                low = sum_1.to(dtype)
-            if stream == 2:
-                y = y_2
-                low = sum_2.to(dtype)
-            own = entry + stream * FIELDS
-            rank = tl.load(own + 2)
-            up = tl.multiple_of(tl.load(own + 1), 16).to(tl.pointer_type(dtype))
-            for start in range(0, out_width, BLOCK_N):
-                place = start + tl.arange(0, BLOCK_N)
-                inside = place < out_width
-                mask = (ranks < rank)[:, None] & inside[None, :]
-                right = tl.load(up + ranks[:, None] * out_width + place[None, :], mask=mask, other=0.0)
-                at = y + position[:, None] * out_width + place[None, :]
-                mask = (token < tokens)[:, None] & inside[None, :]
-                value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-                total = tl.dot(low, right, input_precision="ieee")
-                tl.store(at, _scaled(value, total, own, place, inside).to(dtype), mask=mask)
+        seen = token < tokens
+        _add_product(y_0, sum_0.to(dtype), entry, position, seen, ranks, out_width, BLOCK_N)
+        if STREAMS > 1:
+            other = entry + FIELDS
+            _add_product(y_1, sum_1.to(dtype), other, position, seen, ranks, out_width, BLOCK_N)
+        if STREAMS > 2:
+            other = entry + 2 * FIELDS
+            _add_product(y_2, sum_2.to(dtype), other, position, seen, ranks, out_width, BLOCK_N)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ All of it happens on the thread that prepares a job, and no step waits for it.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -23,9 +24,12 @@ from worker.device.embeddings import Files
 from worker.device.errors import is_out_of_memory
 from worker.device.family import ModelFamily
 from worker.device.lora_factors import StoredFile, joined
-from worker.device.lora_set import Adaptable, LoraSet
+from worker.device.lora_set import Adaptable, LayerFactors, LoraSet
 from worker.device.lora_text import TextLoras
 from worker.model import lora_files
+from worker.model.placement import Choice
+
+logger = logging.getLogger("smallcat.engine")
 
 #: Bytes that are kept in the host's memory beside a GPU, as a multiple of those on the GPU.
 HOST_SHARE = 4
@@ -107,7 +111,9 @@ class Loras:
     ) -> None:
         """`memory`: bytes of the device's memory in which they are kept; None: chosen by what is free."""
         self._files, self._family, self._device = files, family, device
-        limit = _choose(device) if memory is None else memory
+        limit, reason = _choose(device) if memory is None else (memory, "SMALLCAT_LORA_MEMORY asks for it")
+        #: What was chosen, for the log.
+        self.choice = Choice("LoRA memory", f"{limit / 2**30:.2f} GiB", reason)
         self._on_device: _Kept[StoredFile] = _Kept(limit)
         self._sets: _Kept[JobLoras] = _Kept(limit // 4)
         self._in_host: _Kept[StoredFile] = _Kept(limit * HOST_SHARE)
@@ -144,11 +150,37 @@ class Loras:
         adaptable = self._family.adaptable()
         return None if adaptable is None else LoraSet.of((), {}, adaptable.places, self._device)
 
+    def example(self, rank: int) -> LoraSet | None:
+        """A set that does the work of one of that rank at every layer of attention and feed-forward.
+
+        It changes no picture. None where the model takes none.
+        """
+        if (adaptable := self._family.adaptable()) is None:
+            return None
+        weights = {name: adaptable.weights[name] for name in adaptable.places.common}
+        widest = [max(len(each), each[0].numel()) for each in weights.values()]
+        zeros = next(iter(weights.values())).new_zeros(rank * max(widest))
+        layers = {
+            name: LayerFactors(
+                zeros[: rank * each[0].numel()].view(rank, -1), zeros[: rank * len(each)].view(rank, -1), 1.0
+            )
+            for name, each in weights.items()
+        }
+        return LoraSet.of(("example", rank), layers, adaptable.places, self._device)
+
     def lower(self) -> None:
-        """Keep half of what is kept on the device now: memory ran out."""
+        """Keep half of what is kept on the device now: memory ran out. What is in use stays."""
+        if not self._on_device.nbytes + self._sets.nbytes:
+            return
         for kept in (self._on_device, self._sets):
-            kept.limit = min(kept.limit, kept.nbytes // 2)
-            kept.shrink_to(kept.limit)
+            if kept.nbytes:
+                kept.limit = kept.nbytes // 2
+                kept.shrink_to(kept.limit)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "Memory ran out: from now on LoRAs keep at most %.2f GiB of the device.", self.limit / 2**30
+        )
 
     def _made(
         self, key: tuple[Hashable, ...], files: list[tuple[StoredFile, Lora]], adaptable: Adaptable
@@ -229,8 +261,11 @@ def _names(files: list[tuple[StoredFile, Lora]], part: int) -> set[str]:
     return {name for file, _ in files if part < len(file.parts) for name in file.parts[part]}
 
 
-def _choose(device: torch.device) -> int:
+def _choose(device: torch.device) -> tuple[int, str]:
+    """Bytes in which LoRAs are kept, and why."""
     if device.type != "cuda":
-        return MOST // 8
+        return MOST // 8, "as much as anywhere without a GPU"
     free, _ = torch.cuda.mem_get_info(device)
-    return min(MOST, int(free * FREE_SHARE))
+    return min(MOST, int(free * FREE_SHARE)), (
+        f"{FREE_SHARE:.0%} of the {free / 2**30:.1f} GiB that the model leaves free, at most {MOST >> 30} GiB"
+    )

@@ -10,6 +10,8 @@ What differs between kinds of models is behind `worker.device.family`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
@@ -20,7 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from worker.contract.choices import Scheduler
-from worker.contract.errors import DeviceError, InvalidJobError, SettingsError, SmallcatError
+from worker.contract.errors import (
+    DeviceError,
+    InvalidJobError,
+    OutOfMemoryError,
+    SettingsError,
+    SmallcatError,
+)
 from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
@@ -30,9 +38,9 @@ from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
 from worker.device.embeddings import Files
 from worker.device.errors import mapped, times
 from worker.device.family import Lane, ModelFamily
-from worker.device.host_copy import HostCopy
 from worker.device.job_state import FiniteCheck, JobState
 from worker.device.loras import Loras
+from worker.device.previews import Previews
 from worker.device.samplers import Samplers
 from worker.device.step import Step, batch_of, denoise
 from worker.device.text_encoder import TextEncoder
@@ -104,9 +112,10 @@ class ModelRunner:
             ),
         )
         self._text_stream = torch.cuda.Stream(self._device, priority=-1) if self._on_gpu else None
-        self._preview_stream: Any = None
+        self._previews = Previews(self._family, self._device)
         self._samplers = Samplers(self._family.schedulers)
         self._texts = TextEncoder(self._family, files)
+        self._offers_loras = bool(settings.loras)
         self._loras = Loras(files, self._family, self._device, settings.lora_memory)
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
@@ -147,10 +156,10 @@ class ModelRunner:
         """The cap in rows of a step of `lane`, >= 1: as many latent pixels as in the measured one."""
         return self._asked_rows or self._cost.cap(self._family.area(cast("Lane", lane)))
 
-    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """What a step of `rows` rows of `lane` costs, whose longest text has so many tokens."""
         more = max(0.0, text_tokens / self._window - 1) if self._window else 0.0
-        return self._cost.seconds(rows, self._family.area(cast("Lane", lane)), more)
+        return self._cost.seconds(rows, self._family.area(cast("Lane", lane)), more, lora_rows)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the GPU's memory: now, and the most in a step of each batch size so far; {} on a CPU."""
@@ -212,7 +221,24 @@ class ModelRunner:
             lambda rows: self._seconds([row] * rows), on_gpu=self._on_gpu, max_batch=self._asked_rows
         )
         self._cost = StepCost(curve, self._default_area, int(measured.choice))
-        return compiled, measured
+        return compiled, measured, *self._warm_up_loras(row)
+
+    def _warm_up_loras(self, row: JobState) -> tuple[Choice, ...]:
+        """Where LoRAs are offered: compile the steps with some, and measure what they cost."""
+        if not self._offers_loras or (example := self._loras.example(warm_up.LORA_RANK)) is None:
+            return ()
+        chosen = []
+        if self._graphs is not None:
+            compile_for = functools.partial(self.compile, loras=True)
+            chosen.append(warm_up.compile_default(compile_for, on_gpu=True, what="compile for LoRAs"))
+
+        def step_s(loras: bool) -> float:
+            row.loras = example if loras else None
+            return self._seconds([row] * self.max_rows)
+
+        share, measured = warm_up.measure_loras(step_s)
+        self._cost = dataclasses.replace(self._cost, lora_share=share)
+        return *chosen, measured, self._loras.choice
 
     @torch.no_grad()
     def compile(self, job: Job, *, loras: bool = False) -> bool:
@@ -302,14 +328,18 @@ class ModelRunner:
         """
         self._set_device()
         outcomes: list[SmallcatError | None] = []
-        with mapped("denoise"):
-            groups = self._groups(states)
-            for group, step in zip(groups, self._run(groups), strict=True):
-                check = FiniteCheck(step.finite)
-                outcomes += [
-                    state.advance(check, index, step.states[index], step.predictions[index])
-                    for index, state in enumerate(group)
-                ]
+        try:
+            with mapped("denoise"):
+                groups = self._groups(states)
+                for group, step in zip(groups, self._run(groups), strict=True):
+                    check = FiniteCheck(step.finite)
+                    outcomes += [
+                        state.advance(check, index, step.states[index], step.predictions[index])
+                        for index, state in enumerate(group)
+                    ]
+        except OutOfMemoryError:
+            self._loras.lower()
+            raise
         return outcomes
 
     def decode(self, states: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:
@@ -333,32 +363,10 @@ class ModelRunner:
             sources |= dict.fromkeys(indices, pictures)
         return (next(sources[index]) for index in range(len(states)))
 
-    @torch.no_grad()
     def preview(self, state: JobState) -> NDArray[np.uint8] | None:
-        """The latents of a job as (height, width, 3) uint8 pixels, a pixel for each of theirs.
-
-        None: before its first step, and where no map is known for the model's VAE. Called on any thread; no
-        step waits for it. On a GPU it waits for the steps that are launched.
-        """
-        if not state.step:
-            return None
+        """A small picture of a job in flight: see `worker.device.previews.Previews.of`. On any thread."""
         self._set_device()
-        latents, scale = state.scaled_latents()
-        with mapped("make a preview"), self._previewing():
-            rgb = self._family.to_rgb(state.lane, latents * scale)
-            if rgb is None:
-                return None
-            pixels = ((rgb * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).movedim(0, -1)
-            copied: NDArray[np.uint8] = HostCopy(pixels.contiguous()).wait()[0].numpy()
-            return copied
-
-    def _previewing(self) -> contextlib.AbstractContextManager[Any]:
-        """On a GPU: a stream of its own, made when it is first needed, after the steps so far."""
-        if not self._on_gpu:
-            return contextlib.nullcontext()
-        self._preview_stream = self._preview_stream or torch.cuda.Stream(self._device)
-        self._preview_stream.wait_stream(torch.cuda.default_stream(self._device))
-        return torch.cuda.stream(self._preview_stream)
+        return self._previews.of(state)
 
     def _preparing(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU: a stream beside that of the steps, and before it where both have work."""

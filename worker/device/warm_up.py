@@ -18,6 +18,8 @@ PROMPT = "a small cat"
 TRIAL_SIDE, TRIAL_STEPS = 64, 4
 #: Seconds after which no larger batch is measured: on a GPU, and on a CPU, which is full with few rows.
 GPU_MEASURE_S, CPU_MEASURE_S = 5.0, 0.4
+#: Rank of the LoRAs whose cost is measured. It hardly matters (docs/performance.md, "LoRAs").
+LORA_RANK = 16
 #: Batch sizes that are measured however long it takes, and steps of each size, of which the fastest counts.
 MIN_SIZES, TIMES = 4, 3
 
@@ -36,18 +38,20 @@ def run_trial(runner: Runner[StateT], *, on_gpu: bool) -> None:
         raise picture
 
 
-def compile_default(compile_for: Callable[[Job], bool] | None, *, on_gpu: bool) -> Choice:
+def compile_default(
+    compile_for: Callable[[Job], bool] | None, *, on_gpu: bool, what: str = "compile"
+) -> Choice:
     """Compile for the default size. Returns whether the worker's steps are compiled, and why.
 
     `compile_for`: compiles for jobs of the size of its argument, and returns whether that worked; None: this
     worker compiles nothing.
     """
     if compile_for is None:
-        return Choice("compile", "no", "SMALLCAT_COMPILE=0" if on_gpu else "the CPU runs the plain step")
+        return Choice(what, "no", "SMALLCAT_COMPILE=0" if on_gpu else "the CPU runs the plain step")
     started_s = time.monotonic()
     if not compile_for(Job(prompt=PROMPT, seed=0)):
-        return Choice("compile", "no", "it failed, see above")
-    return Choice("compile", "yes", f"took {time.monotonic() - started_s:.0f} s for the default size")
+        return Choice(what, "no", "it failed, see above")
+    return Choice(what, "yes", f"took {time.monotonic() - started_s:.0f} s for the default size")
 
 
 def measure_steps(
@@ -78,3 +82,10 @@ def measure_steps(
     if max_batch is not None:
         cap, reason = max_batch, "SMALLCAT_MAX_BATCH asks for it"
     return curve, Choice("max rows", str(cap), reason)
+
+
+def measure_loras(step_s: Callable[[bool], float]) -> tuple[float, Choice]:
+    """By what share of itself a row with LoRAs costs more, >= 0. `step_s`: of a step whose rows have some."""
+    without_s, with_s = (min(step_s(loras) for _ in range(TIMES)) for loras in (False, True))
+    share = max(0.0, with_s / without_s - 1)
+    return share, Choice("LoRAs", f"+{share:.0%}", "measured: a row with LoRAs costs so much more")

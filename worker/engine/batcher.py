@@ -3,7 +3,8 @@
 Terms. A **lane** is a set of jobs that may share a step, since their latents have the same shape. A job in a
 lane is **waiting** or **scheduled**; a scheduled job stays so until it is finished, removed or preempted. The
 **cap** is the most rows that a lane's batch may have; a job takes a row for each of its prompts, and one more
-if it is guided. The longest text of a batch is part of its cost: all its rows attend to as much. A job's
+if it is guided. The longest text of a batch is part of its cost, since all its rows attend to as much, and so
+are its rows with LoRAs. A job's
 **effective priority** is its priority plus one for every `AGEING_S` seconds since it was added. A job **may
 preempt** another one if its priority is higher and its effective priority is higher by at least one. Since
 all jobs age at the same rate, that never changes for two given jobs.
@@ -23,14 +24,16 @@ Rules.
    `MAX_PRIORITY`. The global pass grows at each step by its cost divided by the weight of all lanes. A new
    lane starts there, neither ahead of the lanes that wait nor behind them. So no lane has to wait until
    another one is empty, whatever jobs are added.
-6. If a batch did not fit in memory, the cap of its lane is halved for the life of the process. If there are
+6. Jobs with LoRAs and jobs without are company like any other: what a LoRA costs, its own rows cost, and
+   keeping the two apart would gain 1 to 2% (docs/performance.md, "LoRAs").
+7. If a batch did not fit in memory, the cap of its lane is halved for the life of the process. If there are
    more rows than the cap, because of that or because a job needs more rows than before, the scheduled jobs
    of the lowest effective priority are preempted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -50,10 +53,11 @@ class Costs(Protocol):
     def cap(self, lane: Hashable) -> int:
         """The cap of a lane at the start, in rows, >= 1."""
 
-    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """The cost of a step of `rows` rows of `lane`, > 0, in seconds or in any other unit.
 
-        `text_tokens`: tokens of the longest text in it; all rows attend to as many.
+        `text_tokens`: tokens of the longest text in it; all rows attend to as many. `lora_rows`: how many of
+        the rows have LoRAs.
         """
 
 
@@ -69,6 +73,8 @@ class _Entry(Generic[T]):
     number: int
     #: Tokens of its longest text.
     text_tokens: int = 0
+    #: How many of its rows have LoRAs.
+    lora_rows: int = 0
 
     def effective_priority(self, now_s: float) -> float:
         """Priority with ageing."""
@@ -132,12 +138,9 @@ class _Lane(Generic[T]):
             return scheduled
         preemptible = [entry for entry in scheduled if any(other.may_preempt(entry) for other in scheduled)]
         chosen = [entry for entry in scheduled if entry not in preemptible]
-        rows = sum(entry.rows for entry in chosen)
-        tokens = _longest_text(chosen)
-        limit = MAX_SLOWDOWN * costs.step_s(name, rows, tokens)
+        limit = MAX_SLOWDOWN * _step_s(costs, name, chosen)
         for entry in sorted(preemptible, key=lambda entry: entry.order(now_s), reverse=True):
-            rows, tokens = rows + entry.rows, max(tokens, entry.text_tokens)
-            if costs.step_s(name, rows, tokens) > limit:
+            if _step_s(costs, name, [*chosen, entry]) > limit:
                 break
             chosen.append(entry)
         return chosen
@@ -154,9 +157,14 @@ class _Lane(Generic[T]):
         self.waiting[entry.item] = self.scheduled.pop(entry.item)
 
 
-def _longest_text(entries: Iterable[_Entry[T]]) -> int:
-    """Tokens of the longest text of these jobs."""
-    return max((entry.text_tokens for entry in entries), default=0)
+def _step_s(costs: Costs, lane: Hashable, entries: Collection[_Entry[T]]) -> float:
+    """The cost of a step of these jobs."""
+    return costs.step_s(
+        lane,
+        sum(entry.rows for entry in entries),
+        max((entry.text_tokens for entry in entries), default=0),
+        sum(entry.lora_rows for entry in entries),
+    )
 
 
 class Batcher(Generic[T]):
@@ -185,7 +193,15 @@ class Batcher(Generic[T]):
         return item in self._lane_of
 
     def add(
-        self, item: T, *, lane: Hashable, rows: int, priority: int, now_s: float, text_tokens: int = 0
+        self,
+        item: T,
+        *,
+        lane: Hashable,
+        rows: int,
+        priority: int,
+        now_s: float,
+        text_tokens: int = 0,
+        lora_rows: int = 0,
     ) -> None:
         """Let `item` wait in `lane`. Raises `ValueError` if it is in a lane already."""
         if item in self._lane_of:
@@ -193,14 +209,23 @@ class Batcher(Generic[T]):
         self._added += 1
         if lane not in self._lanes:
             self._lanes[lane] = _Lane(cap=self.cap(lane), pass_=self._pass)
-        self._lanes[lane].waiting[item] = _Entry(item, rows, priority, now_s, self._added, text_tokens)
+        entry = _Entry(item, rows, priority, now_s, self._added, text_tokens, lora_rows)
+        self._lanes[lane].waiting[item] = entry
         self._lane_of[item] = lane
 
-    def resize(self, item: T, rows: int, text_tokens: int = 0) -> None:
+    def resize(self, item: T, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> None:
         """Let `item` take `rows` rows, and have a text of so many tokens, from the next step on."""
+        entry = self._entry(item)
+        entry.rows, entry.text_tokens, entry.lora_rows = rows, text_tokens, lora_rows
+
+    def step_s(self, items: Collection[T]) -> float:
+        """The cost of a step of these jobs, of one lane and at least one."""
+        lane = self._lane_of[next(iter(items))]
+        return _step_s(self._costs, lane, [self._entry(item) for item in items])
+
+    def _entry(self, item: T) -> _Entry[T]:
         lane = self._lanes[self._lane_of[item]]
-        entry = lane.scheduled.get(item) or lane.waiting[item]
-        entry.rows, entry.text_tokens = rows, text_tokens
+        return lane.scheduled.get(item) or lane.waiting[item]
 
     def remove(self, item: T) -> None:
         """Take `item` out of its lane, finished or not. Its rows are free for the next batch."""
@@ -219,7 +244,7 @@ class Batcher(Generic[T]):
             lane.schedule(now_s)
         name, lowest = min(self._lanes.items(), key=lambda named: named[1].pass_)
         batch = lowest.batch(self._costs, name, now_s)
-        cost = self._costs.step_s(name, sum(entry.rows for entry in batch), _longest_text(batch))
+        cost = _step_s(self._costs, name, batch)
         lowest.pass_ += cost / lowest.weight(now_s)
         self._pass += cost / sum(lane.weight(now_s) for lane in self._lanes.values())
         return [entry.item for entry in batch]

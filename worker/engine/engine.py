@@ -229,6 +229,7 @@ class Engine(Generic[StateT]):
                     lane=ticket.state.lane,
                     rows=ticket.state.rows,
                     text_tokens=ticket.state.text_tokens,
+                    lora_rows=ticket.state.lora_rows,
                     priority=ticket.job.priority,
                     now_s=self._clock(),
                 )
@@ -251,8 +252,7 @@ class Engine(Generic[StateT]):
         states = [ticket.state for ticket in batch if ticket.state is not None]
         rows = sum(shares := [state.rows for state in states])
         started_s = self._clock()
-        tokens = max((state.text_tokens for state in states), default=0)
-        self.movement.expect(self._runner.step_s(states[0].lane, rows, tokens))
+        self.movement.expect(self._batcher.step_s(batch))
         try:
             failures = self._runner.step(states)
         except BaseException as error:
@@ -283,7 +283,7 @@ class Engine(Generic[StateT]):
             if failure is not None:
                 self._drop(ticket, failure)
             else:
-                self._batcher.resize(ticket, state.rows, state.text_tokens)
+                self._batcher.resize(ticket, state.rows, state.text_tokens, state.lora_rows)
 
     def _lower_cap(self, state: StateT, rows: int) -> None:
         """Remember that `rows` rows of this job's lane do not fit in memory."""

@@ -59,6 +59,10 @@ class JobState(Protocol):
         """Tokens of the longest text in the next forward; 0 where the model has none."""
 
     @property
+    def lora_rows(self) -> int:
+        """How many of its rows have LoRAs: all or none."""
+
+    @property
     def step(self) -> int:
         """Steps of the model done."""
 

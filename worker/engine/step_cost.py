@@ -38,18 +38,21 @@ class StepCost:
     area: int
     #: The cap of a step of that size in rows, >= 1.
     max_rows: int
+    #: By what share of itself a row with LoRAs costs more.
+    lora_share: float = 0.0
 
     def cap(self, area: int) -> int:
         """The cap of a step over latents of `area` pixels: rows of the same total area, >= 1."""
         return max(1, min(BATCH_SIZES[-1], self.max_rows * self.area // area))
 
-    def seconds(self, rows: int, area: int, more_windows: float = 0.0) -> float:
+    def seconds(self, rows: int, area: int, more_windows: float = 0.0, lora_rows: int = 0) -> float:
         """The cost of a step of `rows` rows of `area` pixels, by linear interpolation.
 
         `more_windows`: by how many of the text encoder's windows the longest text is longer than one.
+        `lora_rows`: rows with LoRAs.
         In seconds if a curve was measured, otherwise in rows of the default area.
         """
-        work = rows * area / self.area * (1 + TEXT_SHARE * more_windows)
+        work = (rows + self.lora_share * lora_rows) * area / self.area * (1 + TEXT_SHARE * more_windows)
         if not self.curve:
             return work
         before_rows, before_s = 0, self.curve[0][1]

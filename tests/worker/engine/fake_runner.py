@@ -36,6 +36,7 @@ class FakeState:
     step: int = 0
     warnings: tuple[str, ...] = ()
     text_tokens: int = 0
+    lora_rows: int = 0
 
 
 @dataclass
@@ -108,7 +109,7 @@ class FakeRunner:
         """The same for each lane."""
         return self.max_rows
 
-    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """Each row costs one."""
         return float(rows)
 

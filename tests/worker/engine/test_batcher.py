@@ -25,7 +25,7 @@ class Device:
     def cap(self, lane: Hashable) -> int:
         return self.max_rows
 
-    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0) -> float:
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         return self.fixed + rows
 
 
