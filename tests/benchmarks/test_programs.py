@@ -25,6 +25,7 @@ PROGRAMS = (
     "ingest",
     "live",
     "load",
+    "lora_zipf",
     "mates",
     "previews",
     "s3_requests",
