@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -71,6 +71,16 @@ class _Kept(Generic[T]):
             self._things[key] = thing
             self._bytes += thing.nbytes
             self._shrink_to(self.limit)
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether something is kept under a key."""
+        return key in self._things
+
+    def drop(self, is_useless: Callable[[Hashable], bool]) -> None:
+        """Let go of what is kept under such keys."""
+        with self._lock:
+            for key in [key for key in self._things if is_useless(key)]:
+                self._bytes -= self._things.pop(key).nbytes
 
     def shrink_to(self, limit: int) -> None:
         """Let go of all that is beyond so many bytes."""
@@ -143,7 +153,13 @@ class Loras:
         files = [(self._file(sha256, each.name, adaptable), each) for sha256, each in named]
         made = self._with_room(lambda: self._made(key, files, adaptable))
         self._sets.put(key, made)
+        # A set holds its files' buffers: where one is let go, the set would keep it.
+        self._sets.drop(self._lacks_a_file)
         return made
+
+    def _lacks_a_file(self, key: Hashable) -> bool:
+        """Whether a set with this key is made of a file that is not kept."""
+        return any(sha256 not in self._on_device for sha256, *_ in cast("tuple[tuple[str, Any], ...]", key))
 
     def none(self) -> LoraSet | None:
         """A set that changes nothing; None where the model takes none."""
@@ -176,6 +192,7 @@ class Loras:
             if kept.nbytes:
                 kept.limit = kept.nbytes // 2
                 kept.shrink_to(kept.limit)
+        self._sets.drop(self._lacks_a_file)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(

@@ -405,3 +405,26 @@ def test_no_repeating_pattern_of_arrivals_starves_a_job(
         victim, lambda turn: pattern[turn % len(pattern)], max_rows=4, step_s=2.0, limit=4_000
     )
     assert turns < 4_000
+
+
+class LoraDevice(Device):
+    """Rows with LoRAs cost twice as much."""
+
+    def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
+        return float(rows + lora_rows)
+
+
+def test_a_lane_is_charged_for_its_rows_with_loras() -> None:
+    batcher: Batcher[str] = Batcher(LoraDevice(4))
+    batcher.add("plain", lane="small", rows=2, priority=5, now_s=0.0)
+    batcher.add("styled", lane="large", rows=2, lora_rows=2, priority=5, now_s=0.0)
+    assert (batcher.step_s(["plain"]), batcher.step_s(["styled"])) == (2.0, 4.0)
+    turns = Counter(batcher.next_batch(0.0)[0] for _ in range(30))
+    assert turns == {"plain": 20, "styled": 10}
+
+
+def test_jobs_with_loras_and_without_are_company_in_the_order_of_their_arrival() -> None:
+    batcher: Batcher[str] = Batcher(LoraDevice(4))
+    for number, lora_rows in enumerate((2, 0, 2, 0)):
+        batcher.add(f"{number}", lane="lane", rows=2, lora_rows=lora_rows, priority=5, now_s=float(number))
+    assert batcher.next_batch(4.0) == ["0", "1"]

@@ -66,3 +66,9 @@ def test_a_step_costs_what_was_measured_or_is_interpolated(rows: int, area: int,
 def test_where_nothing_was_measured_each_row_costs_the_same() -> None:
     cost = StepCost((), 100, 4)
     assert cost.seconds(2, 100) == 2 * cost.seconds(1, 100) == cost.seconds(1, 200)
+
+
+def test_rows_with_loras_cost_their_share_more() -> None:
+    cost = StepCost([(1, 1.0), (8, 8.0)], 64, 8, lora_share=0.25)
+    assert cost.seconds(8, 64, lora_rows=4) == pytest.approx(9.0)
+    assert cost.seconds(8, 64) == pytest.approx(8.0)
