@@ -6,7 +6,6 @@ of a job, `Engine` the loop.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import threading
@@ -38,6 +37,7 @@ from worker.contract.queues import URGENT, queues_of
 from worker.contract.refusals import refusal_log
 from worker.contract.settings import WorkerSettings, hidden, worker_settings
 from worker.contract.versions import versions
+from worker.device import start
 from worker.engine.capacity import JOBS_PER_ROW, jobs_in_flight, uploading_jobs
 from worker.engine.engine import Engine
 from worker.health.report import Health
@@ -75,6 +75,8 @@ UNKNOWN_DELAY_S = 1.0
 #: A message may come back so often, beyond SMALLCAT_MAX_ATTEMPTS, because its worker died: also those that a
 #: worker has not begun come back.
 MORE_RETURNS = 10
+#: What makes the runner: `preload` begins what `load_runner` waits for.
+preload, load_runner = start.preload, start.load
 
 
 @dataclass(frozen=True)
@@ -187,21 +189,9 @@ def _start(sender: Any, **_: Any) -> None:
         )
 
 
-def load_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
-    """The model, on its device, with the files beside it. Raises `SettingsError`."""
-    # The imports make half a million objects that live as long as the process. Garbage collections among
-    # them take a second, and each later one would stop every thread for longer.
-    gc.disable()
-    # Torch takes seconds to load: what fails before does not wait for it.
-    from worker.device.model_runner import ModelRunner
-
-    gc.freeze()
-    gc.enable()
-    return ModelRunner(settings, files=files)
-
-
 def _assemble(settings: WorkerSettings, name: str) -> _Process:
     """All parts, in the order in which they can be checked quickly. Raises `SmallcatError`."""
+    preload(settings)
     refusal_log.where = hidden(settings.redis_url)
     stop_waiting = threading.Event()
     health = Health(settings.health_port)

@@ -35,4 +35,5 @@ def load_runner(settings: WorkerSettings, files: object) -> EmulatedRunner:
 
 _encode = handler._encode
 handler._encode = encode
+tasks.preload = lambda settings: None
 tasks.load_runner = load_runner  # type: ignore[assignment]

@@ -8,7 +8,7 @@ import torch
 from worker.bench import kernels
 from worker.bench.report import exponent
 from worker.device import attention
-from worker.device.attention import Shape
+from worker.device.attention_timing import Shape
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ import torch
 from worker.bench.report import ROWS, Point
 from worker.contract.errors import first_line
 from worker.device import attention
-from worker.device.attention import Kernel, Shape
+from worker.device.attention_timing import Kernel, Shape
 
 #: Seconds for which a kernel is repeated; the fastest run counts.
 REPEAT_S = 0.3

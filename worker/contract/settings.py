@@ -40,6 +40,9 @@ _OTHER_NAMES = {
 }
 
 
+#: Fields whose values are shown nowhere.
+_SECRET = ("redis_url", "http_key", "webhook_secret", "kernel_cache_key")
+
 #: Seconds that a setting may be, at most: a year. A lock can wait for much longer.
 _YEAR_S = 31_536_000
 
@@ -71,6 +74,14 @@ def _header(value: str) -> str:
     if not (value.isascii() and value.isprintable()) or len(value) > 1_000:
         raise ValueError("must be printable ASCII of at most 1,000 characters")
     return value.strip()
+
+
+def _keys(value: str) -> str:
+    """One key or two, of at least 32 printable characters each."""
+    keys = value.split()
+    if not 1 <= len(keys) <= 2 or not all(len(key) >= 32 and key.isprintable() for key in keys):
+        raise ValueError("must be one key of at least 32 characters, or two, separated by a blank")
+    return value
 
 
 def _networks(value: str) -> str:
@@ -168,7 +179,7 @@ class Settings(BaseModel):
             finding = error.errors(include_url=False)[0]
             field = str(finding["loc"][0])
             rule = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-            shown = "***" if field in ("redis_url", "http_key", "webhook_secret") else repr(finding["input"])
+            shown = "***" if field in _SECRET else repr(finding["input"])
             raise SettingsError(f"{cls.variable(field)} has the value {shown}. It {_must(rule)}.") from None
 
 
@@ -260,12 +271,20 @@ class WorkerSettings(Settings):
     attention: Literal["auto", "xformers", "sdpa", "naive"] = "auto"
     #: 0 is SMALLCAT_ATTENTION=naive, 1 is xformers, as in PhotoRoom's post of 2022. SMALLCAT_ATTENTION wins.
     use_memory_efficient_attention: Literal["0", "1"] | None = None
-    #: Whether a GPU runs compiled steps: minutes at the first start, and about twice the throughput.
+    #: Whether a GPU runs compiled steps, with about twice the throughput. Until those are compiled, which
+    #: takes minutes at the first start, uncompiled ones serve.
     compile: bool = True
+    #: Whether a worker takes its first job only when its default size is compiled, as in exact mode.
+    compile_first: bool = False
     #: Whether a job's picture is the same to the bit, whatever else is in the batch, on one kind of GPU.
     exact: bool = False
     #: Folder for compiled kernels and for measured choices.
     cache_dir: str = "~/.cache/smallcat"
+    #: Folder or s3:// prefix of compiled code that workers share. Not set: each compiles for itself.
+    kernel_cache: str = ""
+    #: What signs that code, 32 characters or more, which only workers may have: who knows it can run code on
+    #: them. Two, separated by a blank, while one replaces the other.
+    kernel_cache_key: Annotated[str, AfterValidator(_keys)] = Field(default="", repr=False)
     #: Rows in one forward of the UNet, 1 to 256; a guided job takes two. Not set: measured at start.
     max_batch: int | None = Field(default=None, ge=1, le=256)
     #: Whether the safety checker of a model that ships one looks at every picture.

@@ -14,7 +14,7 @@ import ctypes
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,17 +24,10 @@ from diffusers.utils import import_utils
 from torch import library
 
 from worker.contract.errors import SettingsError, first_line
-from worker.device.attention_timings import Timings
+from worker.device.attention_timing import TIMED_ROWS, Kernel, Shape, Timings, time_kernel
 from worker.model.placement import Choice
 
 Backend = Literal["auto", "xformers", "sdpa", "naive"]
-#: (queries, keys, values, scale) to the attention's result; tensors are (batch, tokens, heads, head width).
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-
-#: Rows that `auto` times a kernel with: a full batch, in which launches do not dominate.
-TIMED_ROWS = 32
-#: Calls in one timing, and timings of each kernel; the fastest one counts.
-_CALLS, _TIMINGS = 4, 8
 #: Largest absolute difference between a result of xformers and one of sdpa for inputs around 1, in fp16.
 _TOLERANCE = 2e-2
 _NO_CPU_OPERATOR = "has no operator for a CPU"
@@ -205,29 +198,6 @@ class Processor:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of one attention in a forward of one row."""
-
-    query_tokens: int
-    key_tokens: int
-    heads: int
-    head_width: int
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.query_tokens}x{self.key_tokens} {self.heads} heads of {self.head_width} {dtype}"
-
-    def draw(self, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Random queries, keys and values of this shape."""
-        tokens = (self.query_tokens, self.key_tokens, self.key_tokens)
-        query, key, value = (
-            torch.randn(rows, n, self.heads, self.head_width, device=device, dtype=self.dtype) for n in tokens
-        )
-        return query, key, value
-
-
-@dataclass(frozen=True)
 class Layer:
     """One attention module of a model, as its family describes it."""
 
@@ -327,8 +297,8 @@ def _fastest(
         times = {"sdpa": math.inf, "xformers": math.inf} | known.of(str(shape))
         for name, each in (("sdpa", sdpa), ("xformers", kernel)):
             if times[name] == math.inf and (name == "sdpa" or kernel is not sdpa):
-                times[name] = _time(each, shape, device)
-        known.keep(str(shape), times)
+                times[name] = time_kernel(each, shape, device)
+        known.keep(shape, times)
         chosen[shape] = kernel if times["xformers"] < times["sdpa"] else sdpa
         table.append(f"{shape}: " + " ".join(f"{name} {time:.3f}" for name, time in times.items()))
     known.save()
@@ -355,26 +325,6 @@ def _probe(shapes: Iterable[Shape], device: torch.device) -> tuple[dict[Shape, K
             kernels[shape] = sdpa
             refused = refused or f"heads of {shape.head_width} in {shape.dtype}: {first_line(error)}"
     return kernels, refused
-
-
-def _time(kernel: Kernel, shape: Shape, device: torch.device) -> float:
-    """Milliseconds of one attention of `TIMED_ROWS` rows.
-
-    The fastest of several timings: other processes may use the GPU, and the first calls load kernels.
-    """
-    drawn = shape.draw(TIMED_ROWS, device)
-    scale = shape.head_width**-0.5
-    event: Any = torch.cuda.Event
-    times = []
-    for _ in range(_TIMINGS):
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        for _ in range(_CALLS):
-            kernel(*drawn, scale)
-        end.record()
-        end.synchronize()
-        times.append(float(start.elapsed_time(end)) / _CALLS)
-    return min(times)
 
 
 def _name(kernel: Kernel) -> str:

@@ -1,13 +1,14 @@
 """torch.compile for each lane, on a thread of its own, while the uncompiled function serves.
 
-The first time, compiling takes about a minute. After that it takes seconds, with the kernels kept in the
-folder that `keep_kernels_in` names. The compiled code of a lane serves any number of rows from 2 on, without
-recompiling.
+The first time, compiling takes minutes, and another process does it (`worker.device.compile_process`): in
+this one it would hold Python's lock. After that it takes seconds, with the kernels kept in the folder that
+`keep_kernels_in` names. The compiled code of a lane serves any number of rows from 2 on, without recompiling.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -48,13 +49,28 @@ def keep_kernels_in(folder: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
+class Elsewhere(Protocol):
+    """Compiles in another process, into the folder that this one reads: `CompileProcess`."""
+
+    def compile(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> str:
+        """Have the function called `what` compiled, as `CompiledLanes` does.
+
+        Returns how, to end a sentence; empty: it was not done. Raises `CompileError` where the function does
+        not compile.
+        """
+
+    def rest(self) -> None:
+        """Nothing more is to be compiled for now."""
+
+
 class Compiler:
     """The one thread that compiles, for one GPU."""
 
-    def __init__(self, device: torch.device, *, exact: bool) -> None:
+    def __init__(self, device: torch.device, *, exact: bool, elsewhere: Elsewhere | None = None) -> None:
         """`exact`: the same bits at every start, and from a worker's first picture to its last.
 
-        So a lane that the uncompiled function has served is not compiled later.
+        So a lane that the uncompiled function has served is not compiled later. `elsewhere`: compiles what
+        this process then only loads; None: this process compiles all itself.
         """
         # Not at the top: they take long to import, and a CPU compiles nothing.
         import torch._dynamo.config
@@ -62,16 +78,38 @@ class Compiler:
 
         #: Whether a lane that is used often may be compiled while the uncompiled function serves it.
         self.in_background = not exact
+        #: Whether jobs may be waiting, so that nothing may hold a step up.
+        self.is_serving = False
         #: Held by whoever synchronizes the whole device: compiling does, to time kernels, and so does the
         #: beginning of a CUDA graph's capture. A synchronization during a capture would break it.
         self.device_sync_lock = threading.Lock()
+        self.elsewhere = elsewhere
+        #: Compilations that have not ended.
+        self._left = 0
+        self._counting = threading.Lock()
         # A new thread's current device is the first GPU, not this one.
-        self.thread = ThreadPoolExecutor(1, "compiler", torch.cuda.set_device, (device,))
+        self._thread = ThreadPoolExecutor(1, "compiler", torch.cuda.set_device, (device,))
         # Kernels that are chosen by timing may differ, and round differently, from one start to the next.
         torch._inductor.config.deterministic = exact
         # Dynamo compiles no function more often than this; each lane counts.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.accumulated_recompile_limit = 4096
+
+    def submit(self, compile_: Callable[..., F], *arguments: Any) -> Future[F]:
+        """Call `compile_` on the thread, after all that was submitted before."""
+        with self._counting:
+            self._left += 1
+        return self._thread.submit(self._run, compile_, *arguments)
+
+    def _run(self, compile_: Callable[..., F], *arguments: Any) -> F:
+        try:
+            return compile_(*arguments)
+        finally:
+            with self._counting:
+                self._left -= 1
+                is_last = not self._left
+            if is_last and self.elsewhere is not None:
+                self.elsewhere.rest()
 
 
 class CompiledLanes(Generic[F]):
@@ -81,8 +119,9 @@ class CompiledLanes(Generic[F]):
     """
 
     def __init__(self, what: str, function: F, compiler: Compiler) -> None:
-        """`what`: the function's name in the log."""
-        self._what, self._function, self._compiler = what, function, compiler
+        #: The function's name in the log.
+        self.what = what
+        self._function, self._compiler = function, compiler
         self._calls: Counter[str] = Counter()
         self._futures: dict[str, Future[F]] = {}
 
@@ -91,48 +130,80 @@ class CompiledLanes(Generic[F]):
         if (future := self._futures.get(lane)) is None:
             self._calls[lane] += 1
             if self._calls[lane] >= CALLS_BEFORE_COMPILING and self._compiler.in_background:
-                self._start(lane, example)
+                self.begin(lane, example)
             return None
         return future.result() if future.done() and not future.exception() else None
 
+    def begin(self, lane: str, example: Example) -> None:
+        """Compile `example` for `lane` beside what is served, unless that has begun."""
+        if lane not in self._futures:
+            self._start(lane, example, beside=True)
+
     def compile_now(self, lane: str, example: Example) -> bool:
         """Compile `example` for `lane` and wait for it. Returns whether that worked; a failure is logged."""
-        return self._start(lane, example).exception() is None
+        future = self._futures.get(lane)
+        if future is None or (future.done() and future.exception()):
+            future = self._start(lane, example, beside=False)
+        return future.exception() is None
 
-    def _start(self, lane: str, example: Example) -> Future[F]:
+    def compile_or_raise(self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> None:
+        """Compile for a call with `argument`, as `example` would give it. Raises what that raises."""
+        self._start(lane, lambda: (argument, dynamic), beside=False).result()
+
+    def _start(self, lane: str, example: Example, *, beside: bool) -> Future[F]:
         argument, dynamic = example()
-        future = self._futures[lane] = self._compiler.thread.submit(self._compile, lane, argument, dynamic)
+        elsewhere = self._compiler.elsewhere if beside else None
+        future = self._compiler.submit(self._compile, lane, argument, dynamic, elsewhere)
+        self._futures[lane] = future
         return future
 
-    def _compile(self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> F:
-        started_s = time.monotonic()
+    def _compile(
+        self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor], elsewhere: Elsewhere | None
+    ) -> F:
+        started_s = kept_s = time.monotonic()
+        how = ""
         try:
+            if elsewhere is not None:
+                how = elsewhere.compile(self.what, lane, argument, dynamic)
+                kept_s = time.monotonic()
             with torch.no_grad():
                 for tensor in dynamic:
                     torch._dynamo.mark_dynamic(tensor, 0)
                 # All other sizes are fixed, and each lane is compiled for its own: kernels are faster so.
                 compiled = cast(F, torch.compile(self._function, fullgraph=True, dynamic=False))
-                with self._compiler.device_sync_lock, _short_switch_interval():
+                with self._compiler.device_sync_lock, _beside_others():
                     compiled(argument)
                     torch.cuda.synchronize()
         except Exception as error:
             logger.warning(
                 "The %s for %s does not compile and stays uncompiled: %s",
-                self._what,
+                self.what,
                 lane,
                 first_line(error),
             )
             raise
-        logger.info("compiled the %s for %s in %.0f s", self._what, lane, time.monotonic() - started_s)
+        done_s = time.monotonic()
+        if how:
+            how = f"{how} in {kept_s - started_s:.1f} s, and loaded in {done_s - kept_s:.1f} s"
+        logger.info(
+            "compiled the %s for %s: %s", self.what, lane, how or f"here, in {done_s - started_s:.0f} s"
+        )
         return compiled
 
 
 @contextlib.contextmanager
-def _short_switch_interval() -> Iterator[None]:
-    """Let the other threads of this process advance beside one that runs Python all the time."""
-    before = sys.getswitchinterval()
+def _beside_others() -> Iterator[None]:
+    """Let the other threads of this process advance beside one that runs Python all the time.
+
+    What it leaves behind is not collected: a collection stops every thread, for a second.
+    """
+    before, collects = sys.getswitchinterval(), gc.isenabled()
     sys.setswitchinterval(SWITCH_S)
+    gc.disable()
     try:
         yield
     finally:
         sys.setswitchinterval(before)
+        gc.freeze()
+        if collects:
+            gc.enable()

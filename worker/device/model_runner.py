@@ -33,12 +33,14 @@ from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.device import attention, warm_up
-from worker.device.compiler import Compiler, keep_kernels_in
+from worker.device.compile_process import compiler_of
+from worker.device.compiler import CompiledLanes, Compiler
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
 from worker.device.embeddings import Files
 from worker.device.errors import mapped, times
 from worker.device.family import Lane, ModelFamily
 from worker.device.job_state import FiniteCheck, JobState
+from worker.device.kernel_cache import setup_name
 from worker.device.loras import Loras
 from worker.device.previews import Previews
 from worker.device.samplers import Samplers
@@ -85,20 +87,25 @@ class ModelRunner:
         loaded: Loaded | None = None,
         family: ModelFamily | None = None,
         files: Files | None = None,
+        *,
+        compiles_alone: bool = False,
     ) -> None:
         """Load the model that the settings name, unless it is given; choose its family, unless it is given.
 
-        `files`: those beside the model that jobs may name; None: there are none.
+        `files`: those beside the model that jobs may name; None: there are none. `compiles_alone`: this
+        process compiles all itself, without the help of another one.
         Raises `SettingsError` with one sentence when that cannot be done.
         """
         loaded = loaded or loader.load(settings)
         self._device = loaded.device
         self._on_gpu = self._device.type == "cuda"
         self._exact = settings.exact
+        self._components = getattr(loaded.pipeline, "components", {})
         self._asked_rows = settings.max_batch
         #: The model as it is announced.
         self.served: ServedModel = loaded.served
-        compiler = self._kernel_compiler = self._compiler(settings)
+        compiler = self._kernel_compiler = self._compiler(settings, alone=compiles_alone)
+        self._compiles_first = settings.compile_first or settings.exact
         # Before anything else is made of the model: a family may replace some of its modules.
         self._family = family or family_of(loaded, compiled=compiler is not None)
         #: Each choice made at start, with its reason.
@@ -203,7 +210,9 @@ class ModelRunner:
         try:
             warm_up.run_trial(self, on_gpu=self._on_gpu)
             compile_for = self.compile if self._graphs is not None else None
-            compiled = warm_up.compile_default(compile_for, on_gpu=self._on_gpu)
+            compiled = warm_up.IN_BACKGROUND
+            if compile_for is None or self._compiles_first:
+                compiled = warm_up.compile_default(compile_for, on_gpu=self._on_gpu)
         except DeviceError as error:
             device = next(choice.choice for choice in self.choices if choice.what == "device")
             raise SettingsError(
@@ -218,17 +227,26 @@ class ModelRunner:
         row = self.prepare(Job(prompt=warm_up.PROMPT, seed=0, guidance_scale=1.0))
         self._window = row.text_tokens
         curve, measured = warm_up.measure_steps(
-            lambda rows: self._seconds([row] * rows), on_gpu=self._on_gpu, max_batch=self._asked_rows
+            lambda rows: self._seconds([row] * rows),
+            on_gpu=self._on_gpu,
+            max_batch=self._asked_rows,
+            quick=self._kernel_compiler is not None and not self._compiles_first,
         )
         self._cost = StepCost(curve, self._default_area, int(measured.choice))
-        return compiled, measured, *self._warm_up_loras(row)
+        of_loras = self._warm_up_loras(row)
+        if self._kernel_compiler is not None:
+            self._kernel_compiler.is_serving = True
+            if not self._compiles_first:
+                for loras in (False, True) if of_loras else (False,):
+                    self.begin_to_compile(Job(prompt=warm_up.PROMPT, seed=0), loras=loras)
+        return compiled, measured, *of_loras
 
     def _warm_up_loras(self, row: JobState) -> tuple[Choice, ...]:
         """Where LoRAs are offered: compile the steps with some, and measure what they cost."""
         if not self._offers_loras or (example := self._loras.example(warm_up.LORA_RANK)) is None:
             return ()
         chosen = []
-        if self._graphs is not None:
+        if self._graphs is not None and self._compiles_first:
             compile_for = functools.partial(self.compile, loras=True)
             chosen.append(warm_up.compile_default(compile_for, on_gpu=True, what="compile for LoRAs"))
 
@@ -253,11 +271,30 @@ class ModelRunner:
         self._vae_decoder.compile(state.lane, state.latents)
         return self._graphs.compile(state.lane, batch_of([state.next_inputs()]))
 
-    def _compiler(self, settings: WorkerSettings) -> Compiler | None:
+    @torch.no_grad()
+    def begin_to_compile(self, job: Job, *, loras: bool = False) -> None:
+        """As `compile`, while other steps serve. On a GPU alone."""
+        if self._graphs is not None:
+            state = self.prepare(job)
+            state.loras = self._loras.none() if loras else None
+            self._graphs.begin(state.lane, batch_of([state.next_inputs()]))
+            self._vae_decoder.begin(state.lane, state.latents)
+
+    def compile_like(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> None:
+        """Compile the function that is called `what` for a call with `argument`: see `CompiledLanes`."""
+        found = (self._graphs.lanes if self._graphs is not None else None, self._vae_decoder.lanes)
+        lanes: CompiledLanes[Any] = next(each for each in found if each is not None and each.what == what)
+        lanes.compile_or_raise(lane, argument, dynamic)
+
+    def _compiler(self, settings: WorkerSettings, *, alone: bool) -> Compiler | None:
         if not self._on_gpu or not settings.compile:
             return None
-        keep_kernels_in(settings.cache_folder / "kernels")
-        return Compiler(self._device, exact=settings.exact)
+        return compiler_of(settings, self._device, self._setup, alone=alone)
+
+    def _setup(self) -> str:
+        """What compiled code of this runner depends on, as a name."""
+        chosen = next(choice for choice in self.choices if choice.what == "attention")
+        return setup_name(self._device, self._components, chosen.choice, self._exact)
 
     @torch.no_grad()
     def _seconds(self, states: Sequence[JobState]) -> float:

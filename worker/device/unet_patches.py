@@ -48,9 +48,12 @@ class Upsample2D(torch.nn.Module):
     because cuDNN has no fast convolution for it (measured in docs/performance.md).
     """
 
+    #: Whether uncompiled calls take this way too, which is slower: for tests.
+    always = False
+
     def __init__(self, original: Any) -> None:
         super().__init__()
-        # For outputs that are not exactly twice as large.
+        # For outputs that are not exactly twice as large, and for uncompiled calls.
         self.original = original
         weight, bias = original.conv.weight, original.conv.bias
         self.weight = torch.nn.Parameter(_phases(weight.float()).to(weight.dtype), requires_grad=False)
@@ -58,7 +61,7 @@ class Upsample2D(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
         """(batch, channels, height, width) to (batch, channels out, 2 height, 2 width), or `output_size`."""
-        if output_size is not None:
+        if output_size is not None or not (torch.compiler.is_compiling() or self.always):
             result: torch.Tensor = self.original(hidden_states, output_size)
             return result
         height, width = hidden_states.shape[2:]

@@ -71,6 +71,19 @@ class VaeDecoder:
                 # A first decode captures the graph, so that the first jobs need not wait for that.
                 list(self.pictures(lane, [latents] * count))
 
+    @property
+    def lanes(self) -> CompiledLanes[Any] | None:
+        """The compiled decoder; None: it is not compiled."""
+        return self._lanes
+
+    def begin(self, lane: Lane, latents: torch.Tensor) -> None:
+        """Begin to compile for latents of `lane` like these, (1, *shape)."""
+        if self._lanes is None:
+            return
+        inputs = self._family.to_vae(lane, latents)
+        for count in {1, self._most(lane)}:
+            self._lanes.begin(_key(inputs, count), functools.partial(_example, inputs, count))
+
     def pictures(self, lane: Lane, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
         """Launch the decoding of `latents`. Returns each picture, or its error; waits when it is asked for.
 

@@ -20,8 +20,12 @@ TRIAL_SIDE, TRIAL_STEPS = 64, 4
 GPU_MEASURE_S, CPU_MEASURE_S = 5.0, 0.4
 #: Rank of the LoRAs whose cost is measured. It hardly matters (docs/performance.md, "LoRAs").
 LORA_RANK = 16
+#: The choice of a worker that serves before its steps are compiled.
+IN_BACKGROUND = Choice("compile", "in the background", "until then steps are uncompiled")
 #: Batch sizes that are measured however long it takes, and steps of each size, of which the fastest counts.
 MIN_SIZES, TIMES = 4, 3
+#: The same where jobs wait for it: seconds, sizes, steps of each.
+QUICK_S, QUICK_SIZES, QUICK_TIMES = 1.0, 3, 2
 
 
 def run_trial(runner: Runner[StateT], *, on_gpu: bool) -> None:
@@ -55,7 +59,7 @@ def compile_default(
 
 
 def measure_steps(
-    step_s: Callable[[int], float], *, on_gpu: bool, max_batch: int | None
+    step_s: Callable[[int], float], *, on_gpu: bool, max_batch: int | None, quick: bool = False
 ) -> tuple[list[tuple[int, float]], Choice]:
     """(rows, seconds a step) for rising numbers of rows, and the most rows that a step should have.
 
@@ -63,19 +67,21 @@ def measure_steps(
     for; no more are measured. Ends where more rows do not fit in memory or gain nothing.
     """
     curve: list[tuple[int, float]] = []
-    budget_s = GPU_MEASURE_S if on_gpu else CPU_MEASURE_S
+    budget_s, times, min_sizes = GPU_MEASURE_S if on_gpu else CPU_MEASURE_S, TIMES, MIN_SIZES
+    if quick:
+        budget_s, times, min_sizes = QUICK_S, QUICK_TIMES, QUICK_SIZES
     started_s = time.monotonic()
-    for rows in step_cost.BATCH_SIZES:
+    for rows in step_cost.BATCH_SIZES[1 if quick and max_batch != 1 else 0 :]:
         if max_batch is not None and rows > max_batch:
             break
         try:
             with mapped("measure"):
                 # The first step of a size is slow, because kernels are chosen by shape.
-                seconds = min(step_s(rows) for _ in range(TIMES))
+                seconds = min(step_s(rows) for _ in range(times))
         except OutOfMemoryError:
             break
         curve.append((rows, seconds))
-        is_late = time.monotonic() - started_s > budget_s and len(curve) >= MIN_SIZES
+        is_late = time.monotonic() - started_s > budget_s and len(curve) >= min_sizes
         if step_cost.is_past_gain(curve) or is_late:
             break
     cap, reason = step_cost.choose_cap(curve)

@@ -7,6 +7,7 @@ consistency models), from safetensors only. Any other model raises a `SettingsEr
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from worker.model.placement import (
     choose_dtype,
     choose_safety_checker,
     device_name,
+    share_gpu,
     take_gpu,
 )
 
@@ -66,17 +68,25 @@ class Loaded:
     choices: tuple[Choice, ...]
 
 
-def load(settings: WorkerSettings) -> Loaded:
+def load(
+    settings: WorkerSettings, *, gpu: int | None = None, found: Future[model_files.ModelFiles] | None = None
+) -> Loaded:
     """The pipeline that the settings name, on its device, in evaluation mode.
 
+    `gpu`: the index of one that belongs to this process' parent; None: one that no other worker uses.
+    `found`: the files, sought already, as for a GPU unless the settings say otherwise.
     Raises `SettingsError` if the model is missing, cannot be downloaded, is truncated, pickled or not served,
     or if the machine does not support the device or the dtype of the settings.
     """
     device, device_reason = choose_device(settings.device)
     if device.type == "cuda":
-        device, device_reason = take_gpu()
+        device, device_reason = take_gpu() if gpu is None else share_gpu(gpu)
     dtype, dtype_reason = choose_dtype(settings.dtype, device)
-    files = model_files.find(settings, half=dtype == torch.float16)
+    half = dtype == torch.float16
+    if found is not None and half == (settings.dtype in ("auto", "fp16") and settings.device != "cpu"):
+        files = found.result()
+    else:
+        files = model_files.find(settings, half=half)
     _silence_libraries()
     pipeline = _load_pipeline(files, settings, dtype)
     _check_pipeline(pipeline, files)

@@ -50,6 +50,12 @@ def take_gpu() -> tuple[torch.device, str]:
     return torch.device("cuda", index), reason
 
 
+def share_gpu(index: int) -> tuple[torch.device, str]:
+    """The GPU that this process' parent has taken."""
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index), "the worker's own"
+
+
 def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The arithmetic of the UNet, text encoders and VAE, and why. Sampler arithmetic is always fp32."""
     if asked == "auto":

@@ -22,7 +22,7 @@ from worker.bench import kernels, measuring, plots, report, runs, shapes, tables
 from worker.bench.report import Cat, Point, Rate, Setup
 from worker.contract.errors import NotFiniteError, OutOfMemoryError, SettingsError, SmallcatError
 from worker.contract.settings import WorkerSettings
-from worker.device import attention
+from worker.device import attention_timing
 from worker.model import loader
 
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch, *outcomes: float | Exception) 
     """Let each call of `measure` take so long or raise. Returns the tokens of each call."""
     left, asked = list(outcomes), []
 
-    def measure(kernel: object, shape: attention.Shape, device: object) -> tuple[float, int]:
+    def measure(kernel: object, shape: attention_timing.Shape, device: object) -> tuple[float, int]:
         asked.append(shape.query_tokens)
         outcome = left.pop(0)
         if isinstance(outcome, Exception):

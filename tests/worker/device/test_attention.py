@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tests import tiny_models
 from worker.contract.errors import SettingsError
 from worker.device import attention
+from worker.device.attention_timing import Kernel, Shape
 from worker.device.unet_family import UNetFamily
 
 CPU = torch.device("cpu")
@@ -144,9 +145,7 @@ def processors(pipeline: Any) -> list[Any]:
         ("naive", attention.naive, "the baseline of 2022"),
     ],
 )
-def test_install_on_a_cpu(
-    pipeline: Any, cache: Path, asked: Any, kernel: attention.Kernel, reason: str
-) -> None:
+def test_install_on_a_cpu(pipeline: Any, cache: Path, asked: Any, kernel: Kernel, reason: str) -> None:
     choice = attention.install(layers(pipeline), asked, CPU, cache)
     assert (choice.what, choice.choice) == ("attention", "sdpa" if asked == "auto" else asked)
     assert reason in choice.reason
@@ -174,9 +173,9 @@ def test_shapes_are_the_models_own(pipeline: Any) -> None:
     unet = {"heads": 4, "head_width": 8, "dtype": torch.float32}
     assert shapes == {
         # 16 x 16 latents, halved once before the first attention; 16 tokens of text.
-        attention.Shape(query_tokens=64, key_tokens=64, **unet): 4,
-        attention.Shape(query_tokens=64, key_tokens=16, **unet): 4,
-        attention.Shape(query_tokens=256, key_tokens=256, heads=1, head_width=8, dtype=torch.float32): 2,
+        Shape(query_tokens=64, key_tokens=64, **unet): 4,
+        Shape(query_tokens=64, key_tokens=16, **unet): 4,
+        Shape(query_tokens=256, key_tokens=256, heads=1, head_width=8, dtype=torch.float32): 2,
     }
 
 
@@ -195,12 +194,12 @@ def test_attention_of_another_kind_is_refused(
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device that counts as a GPU for choosing, with tensors that are on the CPU all the same."""
-    draw = attention.Shape.draw
-    monkeypatch.setattr(attention.Shape, "draw", lambda shape, rows, device: draw(shape, rows, CPU))
+    draw = Shape.draw
+    monkeypatch.setattr(Shape, "draw", lambda shape, rows, device: draw(shape, rows, CPU))
     return torch.device("cuda")
 
 
-def fake_xformers(*, least_heads: int = 1, wrong: float = 0.0) -> attention.Kernel:
+def fake_xformers(*, least_heads: int = 1, wrong: float = 0.0) -> Kernel:
     def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         if query.shape[2] < least_heads:
             raise NotImplementedError("No operator found\nfor so few heads")
@@ -262,7 +261,7 @@ def test_probing_tells_what_works(on_gpu: torch.device, monkeypatch: pytest.Monk
 def test_xformers_that_does_not_load(
     pipeline: Any, on_gpu: torch.device, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail() -> attention.Kernel:
+    def fail() -> Kernel:
         raise OSError("libcudart.so.12: cannot open shared object file")
 
     monkeypatch.setattr(attention, "load_xformers", fail)
@@ -276,15 +275,15 @@ def test_auto_takes_the_fastest_for_each_shape_shows_the_table_and_keeps_it(
 ) -> None:
     monkeypatch.setattr(attention, "load_xformers", fake_xformers)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    timed: list[attention.Shape] = []
+    timed: list[Shape] = []
 
-    def time(kernel: attention.Kernel, shape: attention.Shape, device: torch.device) -> float:
+    def time(kernel: Kernel, shape: Shape, device: torch.device) -> float:
         timed.append(shape)
         # xformers is the faster one for the UNet's self attention alone.
         is_self = shape.heads > 1 and shape.query_tokens == shape.key_tokens
         return 2.0 if (kernel is attention.sdpa) != is_self else 3.0
 
-    monkeypatch.setattr(attention, "_time", time)
+    monkeypatch.setattr(attention, "time_kernel", time)
     choice = attention.install(layers(pipeline), "auto", on_gpu, cache)
     assert choice.choice == "sdpa and xformers"
     assert "64x64 4 heads of 8 float32: sdpa 3.000 xformers 2.000" in choice.reason
@@ -327,7 +326,7 @@ def test_loading_xformers_loads_the_cuda_12_runtime_first(
         return query.clone()
 
     monkeypatch.setattr(ops, "memory_efficient_attention", attend, raising=False)
-    drawn = attention.Shape(3, 3, 2, 8, torch.float32).draw(1, CPU)
+    drawn = Shape(3, 3, 2, 8, torch.float32).draw(1, CPU)
     attention.load_xformers.cache_clear()
     try:
         assert torch.equal(attention.load_xformers()(*drawn, 0.5), drawn[0])
@@ -356,6 +355,7 @@ COMPILED = """
 import sys, types
 import torch
 from worker.device import attention
+from worker.device.attention_timing import Kernel, Shape
 
 calls = []
 def memory_efficient_attention(query, key, value, scale):

@@ -51,7 +51,10 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def lanes_on(thread: ThreadPoolExecutor, function: Any = plain, *, in_background: bool = True) -> Lanes:
     compiler: Any = SimpleNamespace(
-        thread=thread, in_background=in_background, device_sync_lock=threading.Lock()
+        submit=thread.submit,
+        in_background=in_background,
+        device_sync_lock=threading.Lock(),
+        elsewhere=None,
     )
     return CompiledLanes("step", function, compiler)
 

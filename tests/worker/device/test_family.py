@@ -54,8 +54,14 @@ class NeverFree(nullcontext[None]):
 def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runners compile and pad as on a GPU, though Dynamo only traces, and nothing is captured."""
     with ThreadPoolExecutor(1) as thread:
-        compiler = SimpleNamespace(thread=thread, in_background=True, device_sync_lock=NeverFree())
-        monkeypatch.setattr(ModelRunner, "_compiler", lambda runner, settings: compiler)
+        compiler = SimpleNamespace(
+            submit=thread.submit,
+            in_background=True,
+            is_serving=False,
+            elsewhere=None,
+            device_sync_lock=NeverFree(),
+        )
+        monkeypatch.setattr(ModelRunner, "_compiler", lambda runner, settings, alone: compiler)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

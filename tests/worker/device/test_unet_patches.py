@@ -62,6 +62,11 @@ def a_batch(runner: ModelRunner) -> Batch:
     )
 
 
+@pytest.fixture(autouse=True)
+def patches_serve_uncompiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet_patches.Upsample2D, "always", True)
+
+
 @pytest.fixture
 def model_of(tmp_path: Path) -> Callable[[Make], Patchable]:
     return lambda make: Patchable(make(tmp_path / "model"))

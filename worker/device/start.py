@@ -1,0 +1,110 @@
+"""The start of a worker's device: what takes long begins at once, side by side. No torch at the top.
+
+    preload(settings)                   while the worker waits for Redis and the bucket
+    runner = load(settings, files)
+
+Importing torch and diffusers holds Python's lock most of the time. Hashing the model's files and waking the
+GPU need no lock, and take as long: so they run beside the imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from worker.contract.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from worker.device.model_runner import ModelRunner
+    from worker.model.file_store import FileStore
+
+logger = logging.getLogger("smallcat.engine")
+
+T = TypeVar("T")
+
+#: What `preload` has begun, by the settings that it was begun for.
+_begun: dict[WorkerSettings, tuple[Future[Any], Future[Any]]] = {}
+
+
+def preload(settings: WorkerSettings) -> None:
+    """Begin what `load` will need. Returns at once; errors are `load`'s to raise."""
+    if settings.device != "cpu":
+        _beside("wake the GPU", _wake_gpu)
+    files = _beside("find the model", lambda: _find(settings))
+    _begun[settings] = files, _beside("import", lambda: _import(files))
+
+
+def load(settings: WorkerSettings, files: FileStore) -> ModelRunner:
+    """The model, on its device, with the files beside it. Raises `SettingsError`."""
+    if settings not in _begun:
+        preload(settings)
+    found, imported = _begun.pop(settings)
+    imported.result()
+    from worker.device.model_runner import ModelRunner
+    from worker.model import loader
+
+    return ModelRunner(settings, loader.load(settings, found=found), files=files)
+
+
+def _beside(what: str, do: Callable[[], T]) -> Future[T]:
+    """Do it on a thread of its own, which the process waits for before it ends."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        started_s = time.monotonic()
+        try:
+            future.set_result(do())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+        logger.debug("start: %s took %.1f s", what, time.monotonic() - started_s)
+
+    # Not a daemon: Python must not end in the middle of an import of torch.
+    threading.Thread(target=run, name=what).start()
+    return future
+
+
+def _find(settings: WorkerSettings) -> Any:
+    from worker.model import files
+
+    # What `loader` asks for wherever a GPU is found.
+    return files.find(settings, half=settings.dtype in ("auto", "fp16") and settings.device != "cpu")
+
+
+def _import(files: Future[Any]) -> None:
+    """Import all that a runner needs."""
+    # The imports make half a million objects that live as long as the process. Garbage collections among
+    # them take a second, and each later one would stop every thread for longer.
+    gc.disable()
+    try:
+        import diffusers
+        import torch
+
+        import worker.device.model_runner  # noqa: F401
+
+        if files.done() and not files.exception():
+            # The pipeline's own modules, and those of its text encoders.
+            getattr(diffusers, files.result().pipeline_class)
+        if torch.cuda.is_available():
+            torch.cuda.init()
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _wake_gpu() -> None:
+    """Initialize CUDA's driver, and the GPU where there is one alone. By ctypes, which holds no lock."""
+    # As torch does, which then is too late.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    with contextlib.suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        count, context = ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value == 1:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
