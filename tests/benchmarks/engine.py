@@ -127,7 +127,9 @@ def fields_of(text: str) -> dict[str, Any]:
 @click.option("--name", default="engine", help="What the lines are called.")
 def main(model: str, jobs: tuple[str, ...], seconds: float, trace_s: float, name: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stderr)
-    settings = worker_settings().model_copy(update={"model": model} if model else {})
+    settings = worker_settings().model_copy(
+        update={"compile_first": True} | ({"model": model} if model else {})
+    )
     started_s = time.perf_counter()
     runner = ModelRunner(settings)
     choices = {choice.what: choice for choice in (*runner.choices, *runner.warm_up())}

@@ -46,7 +46,7 @@ def render(runner: ModelRunner, jobs: list[Job]) -> tuple[list[Picture], int]:
 @click.command(help=__doc__)
 @click.option("--subjects", default=100, show_default=True, help="Of the 200 common ones.")
 def main(subjects: int) -> None:
-    runner = ModelRunner(worker_settings())
+    runner = ModelRunner(worker_settings().model_copy(update={"compile_first": True}))
     runner.warm_up()
     model, names = classifier.load_classifier()
     recogniser = evaluate.Recogniser(model, names)

@@ -275,7 +275,11 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 
 
 def _settings(model: str, max_batch: int | None) -> WorkerSettings:
-    asked = {"SMALLCAT_MODEL": model, "SMALLCAT_MAX_BATCH": str(max_batch or "")}
+    asked = {
+        "SMALLCAT_MODEL": model,
+        "SMALLCAT_MAX_BATCH": str(max_batch or ""),
+        "SMALLCAT_COMPILE_FIRST": "1",
+    }
     return worker_settings({**os.environ, **{name: value for name, value in asked.items() if value}})
 
 

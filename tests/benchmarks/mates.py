@@ -72,7 +72,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 @click.option("--jobs", "count", default=200, show_default=True)
 @click.option("--at-once", default=0, help="Jobs in flight; two for each row of a batch when not given.")
 def main(count: int, at_once: int) -> None:
-    settings = worker_settings()
+    settings = worker_settings().model_copy(update={"compile_first": True})
     runner = ModelRunner(settings)
     runner.warm_up()
     engine = Engine(runner, job_timeout_s=600, on_failure=lambda error: print(repr(error)))

@@ -60,7 +60,8 @@ class _Looked:
 @click.option("--seconds", default=10.0, show_default=True, help="For each round.")
 @click.option("--rounds", default=3, show_default=True, help="With previews, and as many without.")
 def main(model: str, job: str, seconds: float, rounds: int) -> None:
-    runner = ModelRunner(worker_settings().model_copy(update={"model": model} if model else {}))
+    asked = {"compile_first": True} | ({"model": model} if model else {})
+    runner = ModelRunner(worker_settings().model_copy(update=asked))
     runner.warm_up()
     looked = _Looked(runner)
     found: dict[bool, list[float]] = {True: [], False: []}

@@ -2,6 +2,8 @@
 
     python -m worker.bench.shapes sdxl /tmp/sdxl
     python -m tests.benchmarks.start /tmp/sdxl
+    python -m tests.benchmarks.start /tmp/sdxl --fill /tmp/filled     # compiles ahead, and times loading it
+    python -m tests.benchmarks.start /tmp/sdxl --filled /tmp/filled   # two short starts, with and without it
 
 Starts `celery -A worker worker` (with pictures in a folder) and a Valkey, and keeps the queue full. Three
 starts: without compiling, as the measure of uncompiled steps; with nothing compiled yet; and, as on another
@@ -14,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -245,27 +248,125 @@ def imports() -> None:
             print(f"  {int(row[1]) / 1e6:6.2f} s {row[2]}", flush=True)
 
 
+def environment_of(model: Path, work: Path, shared: Path, url: str) -> dict[str, str]:
+    """What workers are started with. `shared`: the folder of compiled code, with a key beside it."""
+    shared.mkdir(parents=True, exist_ok=True)
+    key = shared.with_suffix(".key")
+    if not key.exists():
+        key.write_text(secrets.token_hex(32))
+    return dict(os.environ) | {
+        "REDIS_URL": url,
+        "S3_BUCKET": "folder",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "SMALLCAT_MODEL": str(model),
+        "SMALLCAT_MODEL_NAME": "sdxl",
+        "SMALLCAT_CACHE_DIR": str(work / "cache"),
+        "SMALLCAT_KERNEL_CACHE": str(shared),
+        "SMALLCAT_KERNEL_CACHE_KEY": key.read_text(),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def fill_cache(model: Path, shared: Path) -> None:
+    """Compile into `shared`, and load it again as another machine does."""
+    logging.basicConfig(level=logging.INFO, format="[fill] %(message)s", stream=sys.stdout)
+    for name in ("filling", "loading"):
+        work = Path(tempfile.mkdtemp(prefix="fill-"))
+        environment = environment_of(model, work, shared, "redis://127.0.0.1:1/0")
+        environment |= {"SMALLCAT_ATTENTION": "sdpa", "TORCHINDUCTOR_CACHE_DIR": str(work / "kernels")}
+        program = (
+            "import logging, sys; logging.basicConfig(level=20, stream=sys.stdout, format='%(message)s');"
+            "from tests.benchmarks.start import fill; fill()"
+        )
+        started_s = time.time()
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+        say(part=name, seconds=time.time() - started_s)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def fill() -> None:
+    """Compile for the default size, in this process' environment, and wait for it."""
+    from worker.contract.job import Job
+    from worker.contract.settings import worker_settings
+    from worker.device.model_runner import ModelRunner
+
+    runner = ModelRunner(worker_settings())
+    runner.begin_to_compile(Job(prompt="a small cat", seed=0))
+    compiler: Any = runner._kernel_compiler
+    compiler._thread.shutdown(wait=True)
+
+
+def short_starts(model: Path, shared: Path) -> None:
+    """One start with nothing compiled, to the first picture; one with `shared`, until it is compiled."""
+    work = Path(tempfile.mkdtemp(prefix="start-"))
+    table: dict[str, Any] = {}
+    with valkey(work) as url:
+        environment = environment_of(model, work, shared, url)
+        alone = environment | {"SMALLCAT_KERNEL_CACHE": "", "SMALLCAT_KERNEL_CACHE_KEY": ""}
+        cold = Worker("cold", work, alone | {"SMALLCAT_CACHE_DIR": str(work / "cold")})
+        until(cold, 35, lambda: cold.pictures())
+        table["nothing compiled: first picture, s"] = time.time() - cold.started_s
+        until(cold, 6, lambda: False)
+        table["nothing compiled: first job taken, s"] = cold.at_s("first job taken")
+        table["nothing compiled: rows/s"] = rate(cold.steps())
+        cold.stop()
+        say(part=table)
+        warm = Worker("warm", work, environment | {"SMALLCAT_ATTENTION": "sdpa"})
+        until(warm, 50, lambda: len(warm.steps(compiled=True)) > 60)
+        until(warm, 4, lambda: False)
+        before, after = warm.steps(compiled=False), warm.steps(compiled=True)
+        table["compiled before: first job taken, s"] = warm.at_s("first job taken")
+        table["compiled before: uncompiled rows/s, and compiled"] = f"{rate(before):.1f}, {rate(after):.1f}"
+        if after:
+            changed_s = table["compiled before: changed over, s after the start"] = after[0]["at_s"]
+            near = [step for step in warm.steps() if abs(step["at_s"] - changed_s) < 10]
+            table["largest pause within 10 s of the change, ms"] = excess_ms(near)
+        warm.stop()
+        say(windows=windows(warm, 1.0))
+        compare(cold, warm, table)
+    show(table)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def compare(cold: Worker, warm: Worker, table: dict[str, Any]) -> None:
+    """Put into the table how alike the pictures are that both starts drew."""
+    one, other = cold.pictures(), warm.pictures()
+    found = [decibels(one[job], other[job]) for job in one if job in other]
+    say(decibels=[round(each, 1) for each in found])
+    if found:
+        table["pictures of both starts; dB, least and median"] = (
+            f"{len(found)}; {min(found):.1f}, {statistics.median(found):.1f}"
+        )
+
+
+def show(table: dict[str, Any]) -> None:
+    for name, value in table.items():
+        print(f"{name:65} {value if isinstance(value, str) else round(value, 3)}", flush=True)
+
+
 @click.command(help=__doc__)
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--most", default=260.0, show_default=True, help="Seconds that the second start may compile.")
 @click.option("--again", default=50.0, show_default=True, help="Seconds of the third start.")
-def main(model: Path, most: float, again: float) -> None:
+@click.option("--fill", "to_fill", type=click.Path(path_type=Path), help="Compile into this folder alone.")
+@click.option("--filled", type=click.Path(exists=True, path_type=Path), help="Start twice, once with that.")
+def main(model: Path, most: float, again: float, to_fill: Path | None, filled: Path | None) -> None:
+    if to_fill is not None:
+        fill_cache(model, to_fill)
+    elif filled is not None:
+        short_starts(model, filled)
+    else:
+        long_starts(model, most, again)
+
+
+def long_starts(model: Path, most: float, again: float) -> None:
+    """All starts, to their ends."""
     imports()
     work = Path(tempfile.mkdtemp(prefix="start-"))
     with valkey(work) as url:
-        environment = dict(os.environ) | {
-            "REDIS_URL": url,
-            "S3_BUCKET": "folder",
-            "AWS_ACCESS_KEY_ID": "x",
-            "AWS_SECRET_ACCESS_KEY": "x",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "SMALLCAT_MODEL": str(model),
-            "SMALLCAT_MODEL_NAME": "sdxl",
-            "SMALLCAT_CACHE_DIR": str(work / "cache"),
-            "SMALLCAT_KERNEL_CACHE": str(work / "shared"),
-            "SMALLCAT_KERNEL_CACHE_KEY": secrets.token_hex(32),
-            "PYTHONUNBUFFERED": "1",
-        }
+        environment = environment_of(model, work, work / "shared", url)
         table: dict[str, Any] = {}
 
         plain = Worker("plain", work, environment | {"SMALLCAT_COMPILE": "0"})
@@ -301,16 +402,8 @@ def main(model: Path, most: float, again: float) -> None:
         until(warm, 10, lambda: False)
         warm.stop()
         say(windows=windows(warm))
-        one, other = cold.pictures(), warm.pictures()
-        both = [job for job in one if job in other]
-        found = [decibels(one[job], other[job]) for job in both]
-        say(decibels=[round(each, 1) for each in found])
-        if found:
-            table["pictures of both starts; dB, least and median"] = (
-                f"{len(found)}; {min(found):.1f}, {statistics.median(found):.1f}"
-            )
-        for name, value in table.items():
-            print(f"{name:65} {value if isinstance(value, str) else round(value, 3)}", flush=True)
+        compare(cold, warm, table)
+    show(table)
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -162,6 +162,7 @@ def _import(files: Any) -> None:
         (model_runner.ModelRunner, "__init__", "runner, all"),
         (CompileProcess, "compile", "compile elsewhere"),
         (CompiledLanes, "_compile", "compile and load"),
+        (CompiledLanes, "_loaded", "load compiled code"),
     ):
         timed(owner, name, label)
 

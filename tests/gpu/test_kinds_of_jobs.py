@@ -36,7 +36,10 @@ KINDS: Sequence[dict[str, Any]] = (
 def runners(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelRunner, ModelRunner]:
     """The bundled model, compiled and plain."""
     cache = str(tmp_path_factory.mktemp("cache"))
-    both = tuple(ModelRunner(WorkerSettings(cache_dir=cache, compile=asked)) for asked in (True, False))
+    both = tuple(
+        ModelRunner(WorkerSettings(cache_dir=cache, compile=asked, compile_first=True))
+        for asked in (True, False)
+    )
     for runner in both:
         runner.warm_up()
     return both[0], both[1]

@@ -38,7 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def compiled(cache: str) -> ModelRunner:
     """The bundled model."""
-    runner = ModelRunner(WorkerSettings(cache_dir=cache))
+    runner = ModelRunner(WorkerSettings(cache_dir=cache, compile_first=True))
     assert {choice.what: choice.choice for choice in runner.warm_up()}["compile"] == "yes"
     return runner
 

@@ -55,6 +55,7 @@ class LoadedSetup:
                     "attention": setup.attention,
                     "use_memory_efficient_attention": None,
                     "compile": setup.compiled,
+                    "compile_first": True,
                     "max_batch": 2 * max((1, *plan.jobs)),
                 }
             )

@@ -294,7 +294,7 @@ def _fastest(
     chosen: dict[Shape, Kernel] = {}
     table = []
     for shape, kernel in kernels.items():
-        times = {"sdpa": math.inf, "xformers": math.inf} | known.of(str(shape))
+        times = {"sdpa": math.inf, "xformers": math.inf} | known.of(shape)
         for name, each in (("sdpa", sdpa), ("xformers", kernel)):
             if times[name] == math.inf and (name == "sdpa" or kernel is not sdpa):
                 times[name] = time_kernel(each, shape, device)

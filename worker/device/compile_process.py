@@ -7,13 +7,11 @@ folder of kernels is found there by the same compilation in this process, which 
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import logging
 import multiprocessing
 import os
 import pickle
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import Any
 
 import torch
 
-from worker.contract.errors import first_line
 from worker.contract.settings import WorkerSettings
 from worker.device.compiler import Compiler, keep_kernels_in
 from worker.device.kernel_cache import Folder, KernelCache, Signed
@@ -31,8 +28,6 @@ logger = logging.getLogger("smallcat.engine")
 #: Bytes that the other process takes beside its weights, and the share of the GPU's memory that is left free
 #: for this one's batches.
 WORKING_BYTES, SPARE_SHARE = 4 << 30, 0.2
-#: The other process gives way to this one where both want a core.
-NICENESS = 10
 
 
 def compiler_of(
@@ -68,26 +63,28 @@ class CompileProcess:
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def compile(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> str:
+    def compile(
+        self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]
+    ) -> tuple[str, str]:
         """See `Elsewhere`. Empty: it cannot be done, for a reason that is logged."""
-        if self._cache.has(what, lane):
-            return "found"
+        if (trace := self._cache.find(what, lane)) is not None:
+            return "found", trace
         if self._connection is None and (problem := self._start()):
             logger.info("Compiling goes on in the worker itself, which then serves fewer jobs: %s", problem)
-            return ""
+            return "", ""
         assert self._connection is not None  # noqa: S101 - it was started
         try:
             # As bytes: tensors would go by a handle to this process' memory.
             self._connection.send_bytes(pickle.dumps((what, lane, argument, dynamic)))
-            error, artifacts = pickle.loads(self._connection.recv_bytes())  # noqa: S301 - our own process
+            error, artifacts, trace = pickle.loads(self._connection.recv_bytes())  # noqa: S301 - our own process
         except (EOFError, OSError) as ended:
             logger.warning("The process that compiles has ended (%r): the worker itself compiles.", ended)
             self.rest()
-            return ""
+            return "", ""
         if error:
             raise CompileError(error)
-        self._cache.keep(what, lane, artifacts)
-        return "by another process"
+        self._cache.keep(what, lane, artifacts, trace)
+        return "by another process", trace
 
     def rest(self) -> None:
         """End the process, if there is one."""
@@ -110,50 +107,12 @@ class CompileProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         arguments = (theirs, self._settings, self._device.index or 0)
-        self._process = context.Process(target=serve, args=arguments, name="compile", daemon=True)
+        self._process = context.Process(target=_serve, args=arguments, name="compile", daemon=True)
         self._process.start()
         theirs.close()
         return ""
 
 
-def serve(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
-    """Compile what is asked for, until nobody asks. The whole of the other process."""
-    _end_with_parent()
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
-    from worker.device.model_runner import ModelRunner
-    from worker.model import loader
-
-    runner = ModelRunner(settings, loader.load(settings, gpu=gpu), compiles_alone=True)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            what, lane, argument, dynamic = pickle.loads(connection.recv_bytes())  # noqa: S301 - of our own
-            try:
-                runner.compile_like(what, lane, argument, dynamic)
-                error, artifacts = "", _artifacts()
-            except Exception as failure:  # noqa: BLE001 - whatever it is, the worker logs it
-                error, artifacts = first_line(failure) or type(failure).__name__, b""
-            connection.send_bytes(pickle.dumps((error, artifacts)))
-
-
-def _artifacts() -> bytes:
-    """What was compiled since the last call, in torch's portable form; empty where there is none."""
-    from torch.compiler._cache import CacheArtifactManager
-
-    saved = torch.compiler.save_cache_artifacts()
-    CacheArtifactManager.clear()
-    return saved[0] if saved else b""
-
-
-def _end_with_parent() -> None:
-    """End this process with its parent, however that ends, and not by a key that is meant for the parent."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # noqa: S101 - it was spawned
-
-    def wait() -> None:
-        parent.join()
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _serve(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
+    # By name: it imports the runner, which imports this module.
+    importlib.import_module("worker.device.compile_server").serve(connection, settings, gpu)

@@ -23,6 +23,8 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 
 from worker.contract.errors import first_line
+from worker.device import traced
+from worker.device.traced import Recorder, Trace
 
 logger = logging.getLogger("smallcat.engine")
 
@@ -52,11 +54,13 @@ def keep_kernels_in(folder: Path) -> None:
 class Elsewhere(Protocol):
     """Compiles in another process, into the folder that this one reads: `CompileProcess`."""
 
-    def compile(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> str:
+    def compile(
+        self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]
+    ) -> tuple[str, str]:
         """Have the function called `what` compiled, as `CompiledLanes` does.
 
-        Returns how, to end a sentence; empty: it was not done. Raises `CompileError` where the function does
-        not compile.
+        Returns how, to end a sentence, empty where it was not done; and its `traced.Trace` as text, empty
+        where it has none. Raises `CompileError` where the function does not compile.
         """
 
     def rest(self) -> None:
@@ -146,9 +150,14 @@ class CompiledLanes(Generic[F]):
             future = self._start(lane, example, beside=False)
         return future.exception() is None
 
-    def compile_or_raise(self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> None:
-        """Compile for a call with `argument`, as `example` would give it. Raises what that raises."""
-        self._start(lane, lambda: (argument, dynamic), beside=False).result()
+    def record(self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> Recorder:
+        """Compile for a call with `argument`, as `example` would give it, and note how the code is called.
+
+        Raises what compiling raises.
+        """
+        recorder = Recorder()
+        self._compiler.submit(self._traced, argument, dynamic, recorder).result()
+        return recorder
 
     def _start(self, lane: str, example: Example, *, beside: bool) -> Future[F]:
         argument, dynamic = example()
@@ -161,19 +170,14 @@ class CompiledLanes(Generic[F]):
         self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor], elsewhere: Elsewhere | None
     ) -> F:
         started_s = kept_s = time.monotonic()
-        how = ""
+        how = trace = ""
         try:
             if elsewhere is not None:
-                how = elsewhere.compile(self.what, lane, argument, dynamic)
+                how, trace = elsewhere.compile(self.what, lane, argument, dynamic)
                 kept_s = time.monotonic()
-            with torch.no_grad():
-                for tensor in dynamic:
-                    torch._dynamo.mark_dynamic(tensor, 0)
-                # All other sizes are fixed, and each lane is compiled for its own: kernels are faster so.
-                compiled = cast(F, torch.compile(self._function, fullgraph=True, dynamic=False))
-                with self._compiler.device_sync_lock, _beside_others():
-                    compiled(argument)
-                    torch.cuda.synchronize()
+            compiled = self._loaded(lane, argument, trace) if trace else None
+            if compiled is None:
+                compiled = self._traced(argument, dynamic)
         except Exception as error:
             logger.warning(
                 "The %s for %s does not compile and stays uncompiled: %s",
@@ -189,6 +193,36 @@ class CompiledLanes(Generic[F]):
             "compiled the %s for %s: %s", self.what, lane, how or f"here, in {done_s - started_s:.0f} s"
         )
         return compiled
+
+    @torch.no_grad()
+    def _loaded(self, lane: str, argument: Any, trace: str) -> F | None:
+        """What was compiled before, without tracing. None, and a line in the log: that does not work."""
+        try:
+            with self._compiler.device_sync_lock, _beside_others():
+                compiled = traced.load(Trace.from_json(trace), self._function)
+                compiled(argument)
+                torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001 - whatever it is, tracing may do
+            logger.warning(
+                "The compiled %s for %s is traced anew, which takes longer: %r", self.what, lane, error
+            )
+            return None
+        return cast(F, compiled)
+
+    @torch.no_grad()
+    def _traced(self, argument: Any, dynamic: Sequence[torch.Tensor], recorder: Recorder | None = None) -> F:
+        for tensor in dynamic:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        options = {} if recorder is None else {"backend": recorder}
+        # All other sizes are fixed, and each lane is compiled for its own: kernels are faster so.
+        function = traced.bound(self._function)
+        compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, **options)
+        with self._compiler.device_sync_lock, _beside_others():
+            result = compiled(argument)
+            torch.cuda.synchronize()
+        if recorder is not None:
+            recorder.result = result
+        return cast(F, compiled)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 A family knows one kind of denoising model: its latents, its conditions, its forward, its VAE. Everything else
 is the same for all families: steps of mixed jobs, samplers, compiling, CUDA graphs, batched decoding. A new
-family is a class with the methods of `ModelFamily`, and a line in `worker.device.model_runner.family_of`.
+family is a class with the methods of `ModelFamily`, and a line in `worker.device.families.family_of`.
 
 Words. The **latents** of a job are one float32 tensor of any number of axes, in the layout in which the model
 takes them: (channels, height, width) for a UNet, packed (tokens, channels) for a transformer. A **row** is

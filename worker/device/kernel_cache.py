@@ -10,6 +10,7 @@ spite of its name, is not used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -105,32 +106,38 @@ class KernelCache:
         self._here, self._setup_of, self._shared = here, setup, shared
         self._setup = ""
 
-    def has(self, what: str, lane: str) -> bool:
-        """Whether the code is on this machine, maybe only now: from the fleet's."""
+    def find(self, what: str, lane: str) -> str | None:
+        """The trace of code that is on this machine, maybe only now: from the fleet's. None: there is none.
+
+        Empty: it is there, and has no trace (`worker.device.traced`).
+        """
         name = self._name(what, lane)
-        if self._mark(name).exists():
-            return True
+        with contextlib.suppress(OSError):
+            return self._mark(name).read_text("utf-8")
         if self._shared is None:
-            return False
+            return None
         try:
             found = self._shared.get(name)
         except (OSError, SmallcatError) as error:
             logger.warning("Shared compiled code cannot be read: %s", first_line(error))
-            return False
-        if found is None or torch.compiler.load_cache_artifacts(found) is None:
-            return False
+            return None
+        if found is None:
+            return None
+        trace, artifacts = _unpacked(found)
+        if torch.compiler.load_cache_artifacts(artifacts) is None:
+            return None
         logger.info("found the compiled %s for %s: %.0f MB of the fleet's", what, lane, len(found) / 1e6)
-        self._keep_mark(name)
-        return True
+        self._keep_mark(name, trace)
+        return trace
 
-    def keep(self, what: str, lane: str, artifacts: bytes) -> None:
+    def keep(self, what: str, lane: str, artifacts: bytes, trace: str) -> None:
         """The code is on this machine now. `artifacts`: torch's portable form of it; empty: there is none."""
         name = self._name(what, lane)
-        self._keep_mark(name)
+        self._keep_mark(name, trace)
         if self._shared is None or not artifacts:
             return
         try:
-            self._shared.put(name, artifacts)
+            self._shared.put(name, _packed(trace, artifacts))
         except (OSError, SmallcatError) as error:
             logger.warning("Compiled code cannot be shared: %s", first_line(error))
         else:
@@ -145,13 +152,25 @@ class KernelCache:
         # In torch's folder: whoever empties that has no code any more.
         return self._here / "smallcat" / name
 
-    def _keep_mark(self, name: str) -> None:
+    def _keep_mark(self, name: str, trace: str) -> None:
         mark = self._mark(name)
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            unfinished = mark.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(trace, "utf-8")
+            unfinished.replace(mark)
         except OSError as error:
             logger.debug("no mark for compiled code: %s", error)
+
+
+def _packed(trace: str, artifacts: bytes) -> bytes:
+    text = trace.encode()
+    return len(text).to_bytes(8, "little") + text + artifacts
+
+
+def _unpacked(content: bytes) -> tuple[str, bytes]:
+    end = 8 + int.from_bytes(content[:8], "little")
+    return content[8:end].decode(), content[end:]
 
 
 def setup_name(device: torch.device, components: Mapping[str, object], *more: object) -> str:
@@ -167,6 +186,8 @@ def setup_name(device: torch.device, components: Mapping[str, object], *more: ob
     parts = [
         properties.name,
         f"{properties.major}.{properties.minor}",
+        # Compiled code names its GPU.
+        str(device.index or 0),
         str(torch.version.cuda),
         platform.python_version(),
         str(versions(PACKAGES)),

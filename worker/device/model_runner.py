@@ -16,7 +16,6 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
-import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -38,6 +37,7 @@ from worker.device.compiler import CompiledLanes, Compiler
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
 from worker.device.embeddings import Files
 from worker.device.errors import mapped, times
+from worker.device.families import family_of
 from worker.device.family import Lane, ModelFamily
 from worker.device.job_state import FiniteCheck, JobState
 from worker.device.kernel_cache import setup_name
@@ -46,7 +46,7 @@ from worker.device.previews import Previews
 from worker.device.samplers import Samplers
 from worker.device.step import Step, batch_of, denoise
 from worker.device.text_encoder import TextEncoder
-from worker.device.unet_family import UNetFamily
+from worker.device.traced import Recorder
 from worker.device.vae_decoder import VaeDecoder
 from worker.device.vaes import Vaes
 from worker.engine import step_cost
@@ -58,20 +58,6 @@ from worker.model.placement import Choice
 
 #: Forwards of one job each that a GPU runs side by side in exact mode: one alone does not fill it.
 EXACT_AT_ONCE = 4
-
-
-def family_of(loaded: Loaded, *, compiled: bool) -> ModelFamily:
-    """The family that the loaded pipeline belongs to. `compiled`: its steps will be.
-
-    Raises `SettingsError` for a pipeline of no known family.
-    """
-    model = getattr(loaded.pipeline, "unet", None)
-    if isinstance(model, diffusers.UNet2DConditionModel):
-        return UNetFamily(loaded.pipeline, loaded.device, loaded.dtype, patched=compiled)
-    raise SettingsError(
-        f"The model {loaded.served.name} is a {type(loaded.pipeline).__name__}, which is not served: use a "
-        "Stable Diffusion model (1.x, 2.x or XL)."
-    )
 
 
 class ModelRunner:
@@ -280,11 +266,11 @@ class ModelRunner:
             self._graphs.begin(state.lane, batch_of([state.next_inputs()]))
             self._vae_decoder.begin(state.lane, state.latents)
 
-    def compile_like(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> None:
+    def compile_like(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> Recorder:
         """Compile the function that is called `what` for a call with `argument`: see `CompiledLanes`."""
         found = (self._graphs.lanes if self._graphs is not None else None, self._vae_decoder.lanes)
         lanes: CompiledLanes[Any] = next(each for each in found if each is not None and each.what == what)
-        lanes.compile_or_raise(lane, argument, dynamic)
+        return lanes.record(lane, argument, dynamic)
 
     def _compiler(self, settings: WorkerSettings, *, alone: bool) -> Compiler | None:
         if not self._on_gpu or not settings.compile:

@@ -8,7 +8,7 @@ other files.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from worker.contract.settings import WorkerSettings
 from worker.model import index as model_index
 from worker.model import single_file
 from worker.model.checkpoint import refuse_scaled
-from worker.model.headers import digest, read_header
+from worker.model.headers import digesting, read_header
 
 #: A file in a model's folder with the defaults its author recommends: `{"steps": 8, "guidance_scale": 2.0}`.
 RECOMMENDED = "smallcat.json"
@@ -40,8 +40,8 @@ class ModelFiles:
     source: str
     #: The model's name, unless the settings give another one.
     name: str
-    #: The hub's commit, or 16 hexadecimal digits of a hash of the files.
-    revision: str
+    #: Gives `revision`, once the files are hashed: meanwhile they may be loaded.
+    revision_of: Callable[[], str]
     #: One of `model_index.PIPELINES`.
     pipeline_class: str
     #: The variant of the weights' files, "fp16" or None.
@@ -52,6 +52,11 @@ class ModelFiles:
     ships_checker: bool
     #: The number of weights in the files that will be loaded, by component; empty for a single file.
     values: Mapping[str, int]
+
+    @property
+    def revision(self) -> str:
+        """The hub's commit, or 16 hexadecimal digits of a hash of the files."""
+        return self.revision_of()
 
 
 def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
@@ -129,7 +134,7 @@ def _folder(
         single=None,
         source=source,
         name=name,
-        revision=revision or digest(files),
+        revision_of=(lambda: revision) if revision else digesting(files),
         pipeline_class=index["_class_name"],
         variant=variant,
         reason=reason,
@@ -226,7 +231,7 @@ def _single_file(path: Path, source: str, settings: WorkerSettings) -> ModelFile
         single=single,
         source=source,
         name=path.stem,
-        revision=single.revision,
+        revision_of=single.revision_of,
         pipeline_class=single.pipeline_class,
         variant=None,
         reason=f"a single file of {single.checkpoint.family.name}",

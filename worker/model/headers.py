@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from worker.model.index import PICKLE_REASON
 Shape = tuple[int, ...]
 #: Bytes of a header, at most: the format's own limit.
 MAX_HEADER = 100_000_000
+#: Bytes of a file that are read and hashed at a time, and files that are hashed at once.
+PIECE, HASHED_AT_ONCE = 64 << 20, 8
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,33 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
+def digesting(files: Mapping[str, Path]) -> Callable[[], str]:
+    """Begin `digest` on a thread of its own. Returns what waits for it, and raises what it raises."""
+    thread = ThreadPoolExecutor(1, "hash the model")
+    found = thread.submit(digest, files)
+    thread.shutdown(wait=False)
+    return found.result
+
+
 def digest(files: Mapping[str, Path]) -> str:
     """16 hexadecimal digits of a SHA-256 over the names and contents of `files`, in the order of names."""
 
-    def sha256(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     names = sorted(files)
-    # Hashing releases Python's lock, so that several large files are hashed at once.
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        sums = list(pool.map(sha256, (files[name] for name in names)))
+    # Reading and hashing release Python's lock, so that several large files are hashed at once.
+    with ThreadPoolExecutor(max_workers=HASHED_AT_ONCE) as pool:
+        sums = list(pool.map(_sha256, (files[name] for name in names)))
     return hashlib.sha256(json.dumps([names, sums]).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    """The SHA-256 of a file.
+
+    In large pieces: each piece asks for Python's lock twice, which takes as long as hashing some megabytes
+    while another thread imports torch.
+    """
+    digested = hashlib.sha256()
+    piece = memoryview(bytearray(min(PIECE, path.stat().st_size + 1)))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digested.update(piece[:count])
+    return digested.hexdigest()

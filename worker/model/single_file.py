@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from worker.contract.errors import SettingsError
 from worker.model import index as model_index
 from worker.model import prediction
 from worker.model.checkpoint import SDXL, Checkpoint, Part, identify, identify_vae
-from worker.model.headers import digest, read_header
+from worker.model.headers import digesting, read_header
 from worker.model.prediction import Prediction
 
 #: Configs of each family and CLIP's vocabulary; README.md there has their sources.
@@ -39,8 +40,8 @@ class SingleFile:
     configs: Path
     #: One of `model_index.PIPELINES`.
     pipeline_class: str
-    #: 16 hexadecimal digits.
-    revision: str
+    #: Gives the revision, 16 hexadecimal digits, once the files are hashed.
+    revision_of: Callable[[], str]
     #: What was chosen, what it is, and why; for the log.
     notes: tuple[tuple[str, str, str], ...]
 
@@ -77,8 +78,18 @@ def find(path: Path, source: str, config_dir: str) -> SingleFile:
         notes.append(
             ("scaled fp8", f"{len(checkpoint.scales):,} weights", "multiplied by their scales at the start")
         )
-    revision = _revision(digest(files), checkpoint, predicts)
-    return SingleFile(path, source, checkpoint, vae, predicts, configs, kind, revision, tuple(notes))
+    digested = digesting(files)
+    return SingleFile(
+        path=path,
+        source=source,
+        checkpoint=checkpoint,
+        vae=vae,
+        predicts=predicts,
+        configs=configs,
+        pipeline_class=kind,
+        revision_of=lambda: _revision(digested(), checkpoint, predicts),
+        notes=tuple(notes),
+    )
 
 
 def _vae(path: Path, source: str, checkpoint: Checkpoint) -> tuple[tuple[Path, Part], str]:

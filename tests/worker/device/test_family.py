@@ -20,8 +20,9 @@ from worker.contract.errors import InvalidJobError, SettingsError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device import vae_decoder
+from worker.device.families import family_of
 from worker.device.family import ModelFamily
-from worker.device.model_runner import ModelRunner, family_of
+from worker.device.model_runner import ModelRunner
 from worker.device.step import batch_of, denoise
 
 CPU = torch.device("cpu")

@@ -22,8 +22,9 @@ from tests.lora_sets import random_set
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device import lora_layers, lora_ops
+from worker.device.families import family_of
 from worker.device.lora_set import RowLoras
-from worker.device.model_runner import ModelRunner, family_of
+from worker.device.model_runner import ModelRunner
 from worker.device.step import Batch, batch_of, denoise
 from worker.model import loader
 

@@ -17,7 +17,8 @@ from tests import tiny_models
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device import attention, unet_patches
-from worker.device.model_runner import ModelRunner, family_of
+from worker.device.families import family_of
+from worker.device.model_runner import ModelRunner
 from worker.device.step import Batch, batch_of, denoise
 from worker.model import loader
 

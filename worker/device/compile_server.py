@@ -1,0 +1,64 @@
+"""The process that compiles for a worker: what `worker.device.compile_process` starts and talks to."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from multiprocessing.connection import Connection
+
+import torch
+from torch.compiler._cache import CacheArtifactManager
+
+from worker.contract.errors import first_line
+from worker.contract.settings import WorkerSettings
+from worker.device.model_runner import ModelRunner
+from worker.device.traced import Recorder
+from worker.model import loader
+
+#: The process gives way to its worker where both want a core.
+NICENESS = 10
+
+
+def serve(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
+    """Compile what is asked for, until nobody asks. The whole of the other process."""
+    _end_with_parent()
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    runner = ModelRunner(settings, loader.load(settings, gpu=gpu), compiles_alone=True)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            what, lane, argument, dynamic = pickle.loads(connection.recv_bytes())  # noqa: S301 - of our own
+            try:
+                answer = ("", *_kept(runner.compile_like(what, lane, argument, dynamic)))
+            except Exception as failure:  # noqa: BLE001 - whatever it is, the worker logs it
+                answer = (first_line(failure) or type(failure).__name__, b"", "")
+            connection.send_bytes(pickle.dumps(answer))
+
+
+def _kept(recorder: Recorder) -> tuple[bytes, str]:
+    """What was compiled since the last call, in torch's portable form, and its trace. Empty: there is none."""
+    saved = torch.compiler.save_cache_artifacts()
+    CacheArtifactManager.clear()
+    if saved is None:
+        return b"", ""
+    artifacts, info = saved
+    trace = recorder.trace(info.aot_autograd_artifacts)
+    return artifacts, "" if trace is None else trace.to_json()
+
+
+def _end_with_parent() -> None:
+    """End this process with its parent, however that ends, and not by a key that is meant for the parent."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101 - it was spawned
+
+    def wait() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
