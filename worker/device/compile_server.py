@@ -40,7 +40,7 @@ def serve(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
 
 
 def _kept(recorder: Recorder) -> tuple[bytes, str]:
-    """What was compiled since the last call, in torch's portable form, and its trace. Empty: there is none."""
+    """What was compiled since the last call, as torch carries it, and its trace. Empty: there is none."""
     saved = torch.compiler.save_cache_artifacts()
     CacheArtifactManager.clear()
     if saved is None:

@@ -213,7 +213,7 @@ class CompiledLanes(Generic[F]):
     def _traced(self, argument: Any, dynamic: Sequence[torch.Tensor], recorder: Recorder | None = None) -> F:
         for tensor in dynamic:
             torch._dynamo.mark_dynamic(tensor, 0)
-        options = {} if recorder is None else {"backend": recorder}
+        options: dict[str, Any] = {} if recorder is None else {"backend": recorder}
         # All other sizes are fixed, and each lane is compiled for its own: kernels are faster so.
         function = traced.bound(self._function)
         compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, **options)

@@ -4,7 +4,7 @@
     runner = load(settings, files)
 
 Importing torch and diffusers holds Python's lock most of the time. Hashing the model's files and waking the
-GPU need no lock, and take as long: so they run beside the imports.
+GPU with its libraries need no lock: so they run beside the imports.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
+import importlib.util
 import logging
 import os
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("smallcat.engine")
 
 T = TypeVar("T")
+
+_loading_later = threading.RLock()
 
 #: What `preload` has begun, by the settings that it was begun for.
 _begun: dict[WorkerSettings, tuple[Future[Any], Future[Any]]] = {}
@@ -83,9 +89,14 @@ def _import(files: Future[Any]) -> None:
     # The imports make half a million objects that live as long as the process. Garbage collections among
     # them take a second, and each later one would stop every thread for longer.
     gc.disable()
+    later("scipy.stats")
     try:
-        import diffusers
         import torch
+
+        # Most of the imports are still to come.
+        if torch.cuda.is_available() and torch.cuda.device_count() == 1:
+            _beside("wake the kernels", _wake_kernels)
+        import diffusers
 
         import worker.device.model_runner  # noqa: F401
 
@@ -97,6 +108,41 @@ def _import(files: Future[Any]) -> None:
     finally:
         gc.freeze()
         gc.enable()
+
+
+class _Later(types.ModuleType):
+    """Stands for a module until something of it is used. Thread-safe."""
+
+    def __getattr__(self, name: str) -> Any:
+        # What Python's own import asks for.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        with _loading_later:
+            if sys.modules.get(self.__name__) is self:
+                del sys.modules[self.__name__]
+            module = importlib.import_module(self.__name__)
+        return getattr(module, name)
+
+
+def later(module: str) -> None:
+    """Import a module only when something of it is used: one that others import for what is rarely used."""
+    with contextlib.suppress(ImportError):
+        if module not in sys.modules and importlib.util.find_spec(module) is not None:
+            sys.modules[module] = _Later(module)
+
+
+def _wake_kernels() -> None:
+    """Load the libraries of products, convolutions and attention beside the imports: it takes a second."""
+    import torch
+
+    # Whatever fails here fails again where somebody can do something about it.
+    with contextlib.suppress(Exception), torch.no_grad():
+        x = torch.zeros(2, 8, 64, 64, device="cuda", dtype=torch.float16)
+        torch.nn.functional.conv2d(x.to(memory_format=torch.channels_last), x[:, :, :3, :3].contiguous())
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        x[0, 0] @ x[0, 1]
+        torch.nn.functional.group_norm(x, 4)
+        torch.cuda.synchronize()
 
 
 def _wake_gpu() -> None:

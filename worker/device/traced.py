@@ -60,7 +60,7 @@ class Recorder:
         #: What the function gave for its example.
         self.result: Any = None
 
-    def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         """See torch.compile."""
         from torch._inductor.compile_fx import compile_fx
 
@@ -68,7 +68,7 @@ class Recorder:
         sources = [node.meta["grapharg"].source for node in places]
         names = (source.name if source is not None else "" for source in sources)
         self._inputs = [name() if callable(name) else name for name in names]
-        compiled: Any = compile_fx(module, inputs)  # type: ignore[arg-type]
+        compiled: Any = compile_fx(module, inputs)
 
         def noted(*arguments: Any) -> Any:
             self._outputs = compiled(*arguments)
