@@ -128,7 +128,8 @@ def _load(key: str) -> Callable[[list[Any]], Sequence[Any]]:
             found = cache._lookup(key, local=True, remote=False, args=[], cache_info={}, aot_config=None)
         if found is None:
             raise LookupError(f"torch's cache has no code of the key {key}")
-        entry = found[0]
+        # Earlier versions of torch give the entry alone.
+        entry = found[0] if isinstance(found, tuple) else found
         options = _CompileFxKwargs(
             cudagraphs=BoxedBool(False), boxed_forward_device_index=BoxedDeviceIndex(0)
         )
