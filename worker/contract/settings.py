@@ -84,6 +84,13 @@ def _keys(value: str) -> str:
     return value
 
 
+def _folder(value: str) -> str:
+    """A path, and no address."""
+    if "://" in value:
+        raise ValueError("must be a folder that workers share, such as /mnt/shared/kernels: no bucket yet")
+    return value
+
+
 def _networks(value: str) -> str:
     """Addresses and networks, separated by commas."""
     for part in filter(None, map(str.strip, value.split(","))):
@@ -280,8 +287,8 @@ class WorkerSettings(Settings):
     exact: bool = False
     #: Folder for compiled kernels and for measured choices.
     cache_dir: str = "~/.cache/smallcat"
-    #: Folder or s3:// prefix of compiled code that workers share. Not set: each compiles for itself.
-    kernel_cache: str = ""
+    #: Folder of compiled code that workers share, as on a network's disk. Not set: each compiles for itself.
+    kernel_cache: Annotated[str, AfterValidator(_folder)] = ""
     #: What signs that code, 32 characters or more, which only workers may have: who knows it can run code on
     #: them. Two, separated by a blank, while one replaces the other.
     kernel_cache_key: Annotated[str, AfterValidator(_keys)] = Field(default="", repr=False)
