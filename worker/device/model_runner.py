@@ -22,16 +22,14 @@ from numpy.typing import NDArray
 
 from worker.contract.choices import Scheduler
 from worker.contract.errors import (
-    DeviceError,
     InvalidJobError,
     OutOfMemoryError,
-    SettingsError,
     SmallcatError,
 )
 from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
-from worker.device import attention, warm_up
+from worker.device import attention, gpu, warm_up
 from worker.device.compile_process import compiler_of
 from worker.device.compiler import CompiledLanes, Compiler
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
@@ -53,7 +51,6 @@ from worker.engine import step_cost
 from worker.engine.runner import JobInputs, Picture
 from worker.engine.step_cost import StepCost
 from worker.model import loader
-from worker.model.loader import Loaded
 from worker.model.placement import Choice
 
 #: Forwards of one job each that a GPU runs side by side in exact mode: one alone does not fill it.
@@ -70,7 +67,7 @@ class ModelRunner:
     def __init__(
         self,
         settings: WorkerSettings,
-        loaded: Loaded | None = None,
+        loaded: loader.Loaded | None = None,
         family: ModelFamily | None = None,
         files: Files | None = None,
         *,
@@ -156,25 +153,15 @@ class ModelRunner:
 
     def memory(self) -> dict[str, int]:
         """Bytes of the GPU's memory: now, and the most in a step of each batch size so far; {} on a CPU."""
-        if not self._on_gpu:
-            return {}
-        now = {
-            "in use": torch.cuda.memory_allocated(self._device),
-            "held": torch.cuda.memory_reserved(self._device),
-        }
-        return now | (self._graphs.peaks if self._graphs is not None else {})
+        peaks = self._graphs.peaks if self._graphs is not None else {}
+        return gpu.memory(self._device, peaks) if self._on_gpu else {}
 
     def utilisation(self) -> float | None:
         """The share of the last moment in which the GPU worked, 0 to 1, as NVIDIA's driver counts.
 
         None on a CPU, and where nvidia-ml-py is not installed or the driver does not say.
         """
-        if not self._on_gpu:
-            return None
-        try:
-            return float(torch.cuda.utilization(self._device)) / 100
-        except Exception:  # noqa: BLE001 - a figure that is not there is no fault of the worker
-            return None
+        return gpu.utilisation(self._device) if self._on_gpu else None
 
     @property
     def out_of_memory(self) -> int:
@@ -193,23 +180,13 @@ class ModelRunner:
 
         Returns what was chosen. Raises `SettingsError` when the picture fails.
         """
-        try:
+        device = next((choice.choice for choice in self.choices if choice.what == "device"), "")
+        with warm_up.refused(self.served.name, device):
             warm_up.run_trial(self, on_gpu=self._on_gpu)
             compile_for = self.compile if self._graphs is not None else None
             compiled = warm_up.IN_BACKGROUND
             if compile_for is None or self._compiles_first:
                 compiled = warm_up.compile_default(compile_for, on_gpu=self._on_gpu)
-        except DeviceError as error:
-            device = next(choice.choice for choice in self.choices if choice.what == "device")
-            raise SettingsError(
-                f"The device {device} failed to render one small picture at start ({error}): see what "
-                "nvidia-smi says of it, and name another one by CUDA_VISIBLE_DEVICES."
-            ) from error
-        except SmallcatError as error:
-            raise SettingsError(
-                f"The model {self.served.name} failed to render at start ({error}): try another "
-                "SMALLCAT_DTYPE, SMALLCAT_ATTENTION or SMALLCAT_MODEL."
-            ) from error
         row = self.prepare(Job(prompt=warm_up.PROMPT, seed=0, guidance_scale=1.0))
         self._window = row.text_tokens
         curve, measured = warm_up.measure_steps(

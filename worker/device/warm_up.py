@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from worker.contract.errors import OutOfMemoryError, SmallcatError
+from worker.contract.errors import DeviceError, OutOfMemoryError, SettingsError, SmallcatError
 from worker.contract.job import Job
 from worker.device.errors import mapped
 from worker.engine import step_cost
@@ -26,6 +27,23 @@ IN_BACKGROUND = Choice("compile", "in the background", "until then steps are unc
 MIN_SIZES, TIMES = 4, 3
 #: The same where jobs wait for it: seconds, sizes, steps of each.
 QUICK_S, QUICK_SIZES, QUICK_TIMES = 1.0, 3, 2
+
+
+@contextlib.contextmanager
+def refused(model: str, device: str) -> Iterator[None]:
+    """Raise a `SettingsError` in the place of what a trial raises."""
+    try:
+        yield
+    except DeviceError as error:
+        raise SettingsError(
+            f"The device {device} failed to render one small picture at start ({error}): see what "
+            "nvidia-smi says of it, and name another one by CUDA_VISIBLE_DEVICES."
+        ) from error
+    except SmallcatError as error:
+        raise SettingsError(
+            f"The model {model} failed to render at start ({error}): try another SMALLCAT_DTYPE, "
+            "SMALLCAT_ATTENTION or SMALLCAT_MODEL."
+        ) from error
 
 
 def run_trial(runner: Runner[StateT], *, on_gpu: bool) -> None:
