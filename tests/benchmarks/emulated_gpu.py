@@ -13,6 +13,7 @@ import torch
 from tests.faults.runner import FaultRunner
 from worker.contract.errors import SmallcatError
 from worker.contract.job import Job
+from worker.device.beginnings import Beginning
 from worker.device.job_state import FiniteCheck, JobState
 from worker.device.job_text import plain_text
 from worker.device.schedule import SLOTS, Schedule
@@ -98,7 +99,7 @@ class EmulatedRunner(FaultRunner):
         generator = torch.Generator("cpu").manual_seed(job.seed)
         noise = torch.randn((1, *LATENTS), generator=generator)[0] * schedule.noise_scale
         text = plain_text({"text": self._text}, (), guided=False)
-        return JobState(job, LATENTS, text, {}, schedule, None, generator, noise)
+        return JobState(job, LATENTS, text, {}, schedule, None, generator, Beginning(noise))
 
     def step(self, jobs: Sequence[JobState]) -> list[SmallcatError | None]:  # type: ignore[override]
         batch = batch_of([job.next_inputs() for job in jobs])

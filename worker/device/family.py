@@ -179,6 +179,18 @@ class ModelFamily(Protocol):
         Raises `SettingsError` for attention of a kind that is not supported.
         """
 
+    def to_latents(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A picture, (3, height, width) float32 of -1 to 1 on the CPU, as a job's scaled latents.
+
+        (*shape) float32 on the device. What the VAE leaves to chance is drawn from `generator`. Raises
+        `InvalidJobError`, by default for any picture.
+        """
+        raise InvalidJobError("image: this model draws from text alone; leave it out.")
+
+    def latent_mask(self, lane: Lane, mask: torch.Tensor) -> torch.Tensor:
+        """A mask of zeros and ones, (height, width) float32, for the latents of `lane`: (*shape)."""
+        raise InvalidJobError("mask: this model draws from text alone; leave it out.")
+
     def to_vae(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor:
         """Finished latents of `lane`, (J, *shape) float32, unpacked and unscaled, as `decode` takes them.
 

@@ -7,17 +7,19 @@ from collections.abc import Mapping
 
 import torch
 
-from worker.contract.errors import JobError, NotFiniteError, RenderError, first_line
+from worker.contract.errors import JobError, NotFiniteError, RenderError, SmallcatError, first_line
 from worker.contract.job import Job
+from worker.device.beginnings import Beginning
 from worker.device.errors import is_out_of_memory
 from worker.device.family import Lane
 from worker.device.host_copy import HostCopy
 from worker.device.job_text import JobText
 from worker.device.lora_set import LoraSet
 from worker.device.schedule import SLOTS, Sampler, Schedule
-from worker.device.step import StepInputs
+from worker.device.step import CLEAN, Kept, StepInputs, blended
 from worker.device.step_noise import StepNoise
 from worker.device.vae_decoder import VaeDecoder
+from worker.engine.runner import Picture
 
 
 class FiniteCheck:
@@ -54,12 +56,12 @@ class JobState:
         schedule: Schedule,
         sampler: Sampler | None,
         generator: torch.Generator,
-        latents: torch.Tensor,
+        beginning: Beginning,
     ) -> None:
         """All tensors are on the device; those made there may still be at work on the current stream.
 
         The job is guided if `text` has a negative prompt. `conditions`: what the model takes beside it,
-        (rows, ...) each, for as many rows as the job may have, all equal. `latents`: float32, of any shape.
+        (rows, ...) each, for as many rows as the job may have, all equal.
         `sampler`: for a schedule without weights. `generator` draws the noise that is left to draw.
         """
         #: The job, with every field filled in.
@@ -72,7 +74,7 @@ class JobState:
         #: many.
         self.steps = len(schedule.timesteps)
         #: One sentence for each thing the caller should know.
-        self.warnings = text.warnings
+        self.warnings = (*text.warnings, *beginning.warnings)
         #: What makes pixels of its latents, where it has a VAE of its own; None: the model's.
         self.decoder: VaeDecoder | None = None
         #: What its LoRAs change of the model; None: nothing.
@@ -82,6 +84,7 @@ class JobState:
         self._schedule = schedule
         #: For a scheduler that is not linear, the scheduler itself.
         self._sampler = sampler
+        self._beginning, latents = beginning, beginning.latents
         self._noise_of_steps = StepNoise(schedule, generator, latents.shape)
         #: Drawn for the present step, which may have to be run again.
         self._noise: torch.Tensor | None = None
@@ -159,7 +162,14 @@ class JobState:
             texts=texts,
             conditions={name: tensor[: len(texts)] for name, tensor in self._conditions.items()},
             loras=self.loras,
+            kept=self._kept(),
         )
+
+    def finished(self, outcome: Picture | SmallcatError) -> Picture | SmallcatError:
+        """The job's picture: as it was decoded, with what is put back of its image."""
+        if isinstance(outcome, Picture) and self._beginning.put_back is not None:
+            return self._beginning.put_back(outcome)
+        return outcome
 
     def advance(
         self, check: FiniteCheck, index: int, state: torch.Tensor, prediction: torch.Tensor
@@ -189,7 +199,8 @@ class JobState:
         """Let the stream of the steps, which is another one, know when this job's tensors are made."""
         self._prepared = torch.cuda.Event()
         self._prepared.record()
-        for tensor in (self._state, *self._conditions.values(), *self._text.tensors()):
+        kept = [] if self._beginning.kept is None else [self._beginning.kept]
+        for tensor in (self._state, *kept, *self._conditions.values(), *self._text.tensors()):
             # Its memory is not given to others before the steps that read it are done.
             tensor.record_stream(torch.cuda.default_stream(self._state.device))
 
@@ -197,11 +208,27 @@ class JobState:
         if self._sampler is not None:
             state = state.clone()
             latents, sampler = self._sampler_step(self._sampler, prediction)
+            latents = self._with_kept(latents, sampler)
             if not bool(latents.isfinite().all()):
                 raise self._not_finite()
             state[0], self._sampler = latents[0], sampler
         self._state, self._noise = state, None
         self.step += 1
+
+    def _kept(self) -> Kept | None:
+        """What the step keeps of the image. Where the sampler makes the next state, `_with_kept` does it."""
+        if self._beginning.kept is None or self._sampler is not None:
+            return None
+        is_last = self.step + 1 == self.steps
+        return Kept(self._beginning.kept, CLEAN if is_last else self._schedule.mixes[self.step + 1])
+
+    def _with_kept(self, latents: torch.Tensor, sampler: Sampler) -> torch.Tensor:
+        """Latents after the present step, (1, *shape), with what is kept of the image; `sampler` is, too."""
+        if (kept := self._beginning.kept) is None:
+            return latents
+        mix = CLEAN if self.step + 1 == self.steps else sampler.mix(self.step + 1)
+        mixes = latents.new_tensor(mix).view(1, 2, *[1] * (latents.ndim - 1))
+        return blended(latents, kept[None], mixes)
 
     def _sampler_step(self, sampler: Sampler, prediction: torch.Tensor) -> tuple[torch.Tensor, Sampler]:
         try:

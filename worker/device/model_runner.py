@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.contract.choices import Scheduler
 from worker.contract.errors import (
     InvalidJobError,
     OutOfMemoryError,
@@ -29,7 +28,7 @@ from worker.contract.errors import (
 from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
-from worker.device import attention, gpu, warm_up
+from worker.device import attention, beginnings, gpu, warm_up
 from worker.device.compile_process import compiler_of
 from worker.device.compiler import CompiledLanes, Compiler
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
@@ -277,15 +276,14 @@ class ModelRunner:
 
     @torch.no_grad()
     def prepare(self, job: Job, inputs: JobInputs | None = None) -> JobState:
-        """`job` with its text encoded, its noise drawn and its schedule made, ready for its first step.
+        """`job` with text and image encoded, its noise drawn and its schedule made, ready for its first step.
 
         Raises `InvalidJobError` for what the model cannot do, `RenderError` when the text encoder fails, and
         `OutOfMemoryError` when it does not fit. No other job is affected.
         """
         self._set_device()
-        if job.image:
-            raise InvalidJobError("image is for later workers: this one draws from text alone.")
         job = job.resolved(self.served)
+        beginnings.check(job, inputs)
         assert job.width and job.height and job.steps  # noqa: S101, PT018 - resolved, which mypy cannot know
         assert job.guidance_scale is not None  # noqa: S101
         multiple = self._family.size_multiple
@@ -293,26 +291,25 @@ class ModelRunner:
             raise InvalidJobError(
                 f"The size is {job.width} x {job.height}, but this model's sizes are multiples of {multiple}."
             )
-        lane, name = self._family.lane(job.width, job.height), Scheduler(job.scheduler)
-        options = self._family.timestep_options(lane, job.steps)
-        schedule = self._samplers.schedule(name, job.steps, options, noise=job.schedule, eta=job.eta)
-        generator = torch.Generator("cpu").manual_seed(job.seed)
-        sampler = None
-        if schedule.weights is None:
-            sampler = self._samplers.own(name, job.steps, generator, options, noise=job.schedule, eta=job.eta)
-        noise = self._family.initial_noise(lane, generator) * schedule.noise_scale
+        lane = self._family.lane(job.width, job.height)
+        schedule, sampler, generator = self._samplers.of(job, self._family.timestep_options(lane, job.steps))
         rows = self._family.rows(job.guidance_scale)
         with mapped("load the VAE"):
             decoder = self._vaes.decoder_of(job)
+        with mapped("encode the image"), self._preparing():
+            # Before anything else is drawn for the job.
+            family = decoder.family if decoder else self._family
+            beginning = beginnings.begin(family, lane, job, inputs, schedule, sampler, generator)
         with mapped("load the LoRAs"), self._preparing():
             loras = self._loras.of(job)
         with mapped("encode the prompt"), self._preparing():
             # As AUTOMATIC1111 counts them, who has two for each step of a scheduler of second order.
-            steps = job.steps * schedule.order if schedule.order > 1 else len(schedule.timesteps)
+            timesteps = schedule.skipped + len(schedule.timesteps)
+            steps = job.steps * schedule.order if schedule.order > 1 else timesteps
             text = self._texts.encode(job, steps, guided=rows == 2, loras=loras.texts)
             conditions = self._family.conditions(job, len(text.prompts) + rows - 1)
-            latents = noise.to(self._device)
-            state = JobState(job, lane, text, conditions, schedule, sampler, generator, latents)
+            beginning = beginning.on(self._device)
+            state = JobState(job, lane, text, conditions, schedule, sampler, generator, beginning)
         state.decoder, state.loras = decoder, loras.unet
         return state
 
@@ -361,7 +358,7 @@ class ModelRunner:
         for (lane, decoder), indices in groups.items():
             pictures = decoder.pictures(lane, [states[index].latents for index in indices])
             sources |= dict.fromkeys(indices, pictures)
-        return (next(sources[index]) for index in range(len(states)))
+        return (state.finished(next(sources[index])) for index, state in enumerate(states))
 
     def preview(self, state: JobState) -> NDArray[np.uint8] | None:
         """A small picture of a job in flight: see `worker.device.previews.Previews.of`. On any thread."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from worker.device.schedule import SLOTS, Brownian, Sampler, Schedule, copied_generator
+from worker.device.schedule import SLOTS, Brownian, Mix, Sampler, Schedule, copied_generator
 
 #: Which pixels of the probe are of which kind.
 IMPULSES, ZEROS, SAMPLES = slice(0, SLOTS + 1), slice(SLOTS + 1, SLOTS + 5), slice(SLOTS + 5, SLOTS + 37)
@@ -33,8 +33,8 @@ IMPULSE = 2.0**20
 TOLERANCE = 3e-5
 
 
-def read_off(sampler: Sampler) -> Schedule:
-    """The schedule of a fresh `sampler`, which cannot be used afterwards.
+def read_off(sampler: Sampler, *, for_images: bool = False) -> Schedule:
+    """The schedule of a fresh `sampler`, which cannot be used afterwards; `for_images`: with its mixes.
 
     Without weights where the scheduler is not linear, keeps too many tensors, or raises an error: then each
     job calls the scheduler itself.
@@ -45,8 +45,9 @@ def read_off(sampler: Sampler) -> Schedule:
     path = _BrownianPath(sampler.generator) if hasattr(sampler.scheduler, "noise_sampler_seed") else None
     if path is not None:
         sampler.scheduler.noise_sampler = path
+    mixes: list[Mix] | None = [] if for_images else None
     try:
-        run = _run(sampler)
+        run = _run(sampler, mixes)
     except Exception:  # noqa: BLE001 - a job's own sampler raises it again, for that job
         return without_weights
     if run is None:
@@ -66,7 +67,16 @@ def read_off(sampler: Sampler) -> Schedule:
         return without_weights
     draws = (inputs[:, -1] != 0).any(-1).tolist()
     brownian = None if path is None else path.read_off(sampler.scheduler.sigmas, draws)
-    return Schedule(timesteps, noise_scale, tuple(scale.tolist()), weights, tuple(draws), brownian, order)
+    return Schedule(
+        timesteps,
+        noise_scale,
+        tuple(scale.tolist()),
+        weights,
+        tuple(draws),
+        brownian,
+        order,
+        mixes=tuple(mixes or ()),
+    )
 
 
 class _BrownianPath:
@@ -105,11 +115,11 @@ def _are_near(values: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor)
     return bool((excess[:, SAMPLES] <= 0).all())
 
 
-def _run(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def _run(sampler: Sampler, mixes: list[Mix] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """One run over the probe. None: the scheduler keeps more tensors than there are slots.
 
     Returns for each step what went in, (steps, SLOTS + 2, pixels), what came out, (steps, SLOTS, pixels),
-    and the latents as the model would have seen them, (steps, pixels).
+    and the latents as the model would have seen them, (steps, pixels). Those of images go to `mixes`.
     """
     scheduler, generator, pixels = sampler.scheduler, sampler.generator, PROBE_SHAPE[-1]
     steps = len(sampler.timesteps)
@@ -125,6 +135,8 @@ def _run(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | 
             tensor[..., slot] = IMPULSE
             inputs[step, slot] = tensor[0, 0, 0]
         model_inputs[step] = sampler.model_input(state[0], step)[0, 0, 0]
+        if mixes is not None:
+            mixes.append(sampler.mix(step))
         before = copied_generator(generator)
         latents = scheduler.step(
             prediction, sampler.timesteps[step], state[0], **sampler.options, return_dict=False

@@ -20,6 +20,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -27,6 +28,7 @@ import torch
 
 from worker.contract.choices import ALIGN_YOUR_STEPS, NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError
+from worker.contract.job import Job
 from worker.device.family import SchedulerClass, Schedulers
 from worker.device.noise_schedules import config_of, is_offered, timesteps_of
 from worker.device.probe import read_off
@@ -101,16 +103,35 @@ class Samplers:
         *,
         noise: NoiseSchedule = NoiseSchedule.DEFAULT,
         eta: float | None = None,
+        strength: float | None = None,
     ) -> Schedule:
         """The schedule of `steps` steps: the same object for the same arguments while the cache keeps it.
 
         `options`: see `worker.device.family.ModelFamily.timestep_options`. `noise`: how its noise levels lie.
         `eta`: the share of noise that is new in each step; None: the scheduler's own (`ETA`).
+        `strength`: of a job that begins with an image, see `begin_index`; None: it begins with noise.
         Raises `InvalidJobError` when the scheduler refuses the number of steps, or does not fit the model.
         """
         # One at a time: the cache by itself would let two threads make the same schedule.
         with self._lock:
-            return self._cached(name, steps, tuple(sorted((options or {}).items())), noise, eta)
+            return self._cached(name, steps, tuple(sorted((options or {}).items())), noise, eta, strength)
+
+    def of(
+        self, job: Job, options: Mapping[str, Hashable]
+    ) -> tuple[Schedule, Sampler | None, torch.Generator]:
+        """The schedule of a job with all its fields, its sampler where that has no weights, its generator.
+
+        Raises as `schedule` does.
+        """
+        assert job.steps  # noqa: S101 - resolved, which mypy cannot know
+        name, noise, eta = Scheduler(job.scheduler), job.schedule, job.eta
+        strength = job.strength if job.image else None
+        schedule = self.schedule(name, job.steps, options, noise=noise, eta=eta, strength=strength)
+        generator = torch.Generator("cpu").manual_seed(job.seed)
+        if schedule.weights is not None:
+            return schedule, None, generator
+        sampler = self.own(name, job.steps, generator, options, noise=noise, eta=eta, strength=strength)
+        return schedule, sampler, generator
 
     def own(
         self,
@@ -121,6 +142,7 @@ class Samplers:
         *,
         noise: NoiseSchedule = NoiseSchedule.DEFAULT,
         eta: float | None = None,
+        strength: float | None = None,
     ) -> Sampler:
         """A sampler for `steps` steps that draws its noise from `generator` (on the CPU), or by its seed.
 
@@ -140,17 +162,18 @@ class Samplers:
                 f'steps is {steps}, which scheduler "{name}" refuses with this model '
                 f"({next(iter(str(error).splitlines()), '')[:200]}): use another number or another scheduler."
             ) from None
+        begin = begin_index(scheduler, steps, strength)
         if hasattr(scheduler, "set_begin_index"):
             # As diffusers' SDXL pipeline does. Its SD pipeline looks the first timestep up, and then fails at
             # the last step where rounding made the first two equal (Karras sigmas, zero terminal SNR).
-            scheduler.set_begin_index(0)
+            scheduler.set_begin_index(begin)
         takes = inspect.signature(scheduler.step).parameters
         step_options: dict[str, Any] = {}
         if "eta" in takes:
             step_options["eta"] = eta or 0.0
         if "generator" in takes:
             step_options["generator"] = generator
-        return Sampler(scheduler, generator, scheduler.timesteps.cpu(), step_options)
+        return Sampler(scheduler, generator, scheduler.timesteps.cpu()[begin:], step_options)
 
     def _make_prototype(self, name: Scheduler, noise: NoiseSchedule, with_eta: bool) -> Any:
         """The scheduler with the model's config. Raises `InvalidJobError` where that cannot be."""
@@ -185,9 +208,13 @@ class Samplers:
         options: tuple[tuple[str, Hashable], ...],
         noise: NoiseSchedule,
         eta: float | None,
+        strength: float | None,
     ) -> Schedule:
         generator = torch.Generator("cpu").manual_seed(0)
-        schedule = read_off(self.own(name, steps, generator, dict(options), noise=noise, eta=eta))
+        own = self.own(name, steps, generator, dict(options), noise=noise, eta=eta, strength=strength)
+        schedule = read_off(own, for_images=strength is not None)
+        if strength is not None:
+            schedule = replace(schedule, skipped=begin_index(own.scheduler, steps, strength))
         if schedule.weights is None:
             logger.info(
                 'Scheduler "%s" with %d steps is not linear with this model: it steps its jobs one by one.',
@@ -217,6 +244,16 @@ class Samplers:
                 f'steps is {steps}, but scheduler "{name}" with this model begins with 4 Runge-Kutta steps: '
                 "use 4 or more, or another scheduler."
             )
+
+
+def begin_index(scheduler: Any, steps: int, strength: float | None) -> int:
+    """How many timesteps a job leaves out: those before `int(steps * strength)` steps of the scheduler.
+
+    None, with noise to begin with. As diffusers' `StableDiffusionImg2ImgPipeline.get_timesteps`.
+    """
+    if strength is None:
+        return 0
+    return (steps - min(int(steps * strength), steps)) * int(getattr(scheduler, "order", 1))
 
 
 def class_of(name: str, *, with_eta: bool = False) -> Any:

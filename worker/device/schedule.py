@@ -12,6 +12,8 @@ import torch
 #: Runge-Kutta steps needs all: three predictions, the sum of those within a step, and the latents before it.
 #: DPM-Solver++(2M) needs 3, UniPC 4, or 5 where the model's config asks for order 3.
 SLOTS = 6
+#: What latents and noise are multiplied with, to be together as noisy as those of a step.
+Mix = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Schedule:
     brownian: Brownian | None = None
     #: Evaluations of the model that the scheduler takes for each step, but the last: 2 for Heun and its kind.
     order: int = 1
+    #: Timesteps that were left out before the first, of a job that begins with an image.
+    skipped: int = 0
+    #: For each step of such a job: what the image's latents and noise are multiplied with, to be together the
+    #: latents before it. Empty for other jobs, and without weights.
+    mixes: tuple[Mix, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,12 @@ class Sampler:
             return latents
         scaled: torch.Tensor = self.scheduler.scale_model_input(latents, self.timesteps[step])
         return scaled
+
+    def mix(self, step: int) -> Mix:
+        """See `Schedule.mixes`, by diffusers' `add_noise`. The sampler is at step `step`."""
+        one, none, at = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), self.timesteps[step : step + 1]
+        add_noise = self.scheduler.add_noise
+        return float(add_noise(one, none, at)), float(add_noise(none, one, at))
 
     def advance(
         self, prediction: torch.Tensor, latents: torch.Tensor, step: int

@@ -21,7 +21,7 @@ import torch
 
 from worker.device.job_text import TEXT_BIAS, Row, batched
 from worker.device.lora_set import LoraSet, RowLoras
-from worker.device.schedule import SLOTS
+from worker.device.schedule import SLOTS, Mix
 
 
 class Forward(Protocol):
@@ -38,6 +38,20 @@ class Forward(Protocol):
         loras: RowLoras | None = None,
     ) -> torch.Tensor:
         """The output for each row, (R, *shape) float32."""
+
+
+#: The mix of latents without noise.
+CLEAN: Mix = (1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a job with a mask keeps of its image in a step."""
+
+    #: (3, *shape) float32, on the device: 1 where it draws and 0 where it keeps; the image's latents; noise.
+    tensors: torch.Tensor
+    #: How noisy the latents after the step are: what those of the image and the noise are multiplied with.
+    mix: Mix
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,8 @@ class StepInputs:
     conditions: Mapping[str, torch.Tensor]
     #: What its LoRAs change of the model; None: nothing.
     loras: LoraSet | None = None
+    #: What it keeps of the image that it begins with; None: nothing.
+    kept: Kept | None = None
 
     @property
     def rows(self) -> int:
@@ -100,14 +116,18 @@ class Batch:
     conditions: dict[str, torch.Tensor]
     #: (J,): how far each job's guidance is rescaled; None where that of none is.
     rescale: torch.Tensor | None = None
+    #: (J, 3, *shape) and (J, 2): what each job keeps of its image (`Kept`); of one without a mask ones and
+    #: zeros. None where no job has a mask.
+    kept: torch.Tensor | None = None
+    mixes: torch.Tensor | None = None
     #: The LoRAs of the jobs; None where no job has one.
     loras: RowLoras | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them, always in the same order."""
-        named = [getattr(self, field.name) for field in dataclasses.fields(self)[:-3]]
+        named = [getattr(self, field.name) for field in dataclasses.fields(self)[:-5]]
         named += [self.conditions[name] for name in sorted(self.conditions)]
-        named += [] if self.rescale is None else [self.rescale]
+        named += [each for each in (self.rescale, self.kept, self.mixes) if each is not None]
         return named if self.loras is None else [*named, self.loras.table, self.loras.room]
 
     @property
@@ -118,6 +138,7 @@ class Batch:
         parts = [f"{tokens} tokens", *([f"{prompts} prompts"] if prompts > 1 else [])]
         parts += ["some hidden"] if TEXT_BIAS in self.conditions else []
         parts += ["some rescaled"] if self.rescale is not None else []
+        parts += ["some masked"] if self.kept is not None else []
         return ", ".join(parts if self.loras is None else [*parts, self.loras.kind])
 
     def zeros(self, jobs: int, rows: int) -> Batch:
@@ -133,6 +154,8 @@ class Batch:
             times=zeros(self.times, rows),
             conditions={name: zeros(tensor, rows) for name, tensor in self.conditions.items()},
             rescale=None if self.rescale is None else zeros(self.rescale, jobs),
+            kept=None if self.kept is None else zeros(self.kept, jobs),
+            mixes=None if self.mixes is None else zeros(self.mixes, jobs),
             loras=None if self.loras is None else self.loras.zeros(jobs),
         )
 
@@ -171,8 +194,21 @@ def denoise(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
         predictions = _rescaled(predictions, output[batch.prompted[:, 0]], batch.rescale)
     sources = torch.cat([batch.states, predictions[:, None], batch.noise[:, None]], dim=1)
     states = torch.bmm(batch.weights, sources.flatten(2)).view(batch.states.shape)
+    if batch.kept is not None and batch.mixes is not None:
+        latents = blended(states[:, 0], batch.kept, _for_each(batch.mixes, batch.kept[:, :2]))
+        states = torch.cat([latents[:, None], states[:, 1:]], dim=1)
     finite = (states.isfinite().flatten(1).all(1)) & (predictions.isfinite().flatten(1).all(1))
     return states, predictions, finite
+
+
+def blended(latents: torch.Tensor, kept: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
+    """Latents after a step, (J, *shape), with those of the images, as noisy as they are, where these stay.
+
+    `kept`: (J, 3, *shape), see `Kept`. `mixes`: (J, 2, ...). As diffusers' inpainting pipelines, for models
+    that know no masks. A job that keeps nothing has its own to the bit.
+    """
+    noisy = (mixes * kept[:, 1:]).sum(1)
+    return torch.where(kept[:, 0] > 0, latents, noisy)
 
 
 def _rescaled(predictions: torch.Tensor, prompted: torch.Tensor, rescale: torch.Tensor) -> torch.Tensor:
@@ -230,8 +266,20 @@ def batch_of(jobs: Sequence[StepInputs]) -> Batch:
         conditions=texts
         | {name: torch.cat([job.conditions[name] for job in jobs]) for name in jobs[0].conditions},
         rescale=_to_device(rescale, device) if rescale.any() else None,
+        **_kept_of(jobs, device),
         loras=RowLoras.of([job.loras for job in jobs]),
     )
+
+
+def _kept_of(jobs: Sequence[StepInputs], device: torch.device) -> dict[str, torch.Tensor]:
+    """The fields of a `Batch` about what the jobs keep of their images."""
+    if all(job.kept is None for job in jobs):
+        return {}
+    nothing = jobs[0].state.new_zeros((3, *jobs[0].state.shape[1:]))
+    nothing[0] = 1.0
+    mixes = torch.tensor([(0.0, 0.0) if job.kept is None else job.kept.mix for job in jobs])
+    kept = torch.stack([nothing if job.kept is None else job.kept.tensors for job in jobs])
+    return {"kept": kept, "mixes": _to_device(mixes, device)}
 
 
 def _noise_of(jobs: Sequence[StepInputs], device: torch.device) -> torch.Tensor:

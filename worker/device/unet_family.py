@@ -56,7 +56,14 @@ class UNetFamily:
         self._pipeline, self._unet = pipeline, pipeline.unet
         self._device, self._dtype = device, dtype
         self._vae = pipeline.vae
+        #: Of the VAE's decoder.
+        self._vae_dtype = pipeline.vae.dtype
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+        if self._is_xl and self._vae_dtype == torch.float16:
+            # The loader scales the decoder alone for fp16, in which SDXL's encoder may overflow, too.
+            for part in (pipeline.vae.encoder, getattr(pipeline.vae, "quant_conv", None)):
+                if part is not None:
+                    part.to(torch.float32)
         self._latent_rgb = latent_rgb.of_vae(pipeline.vae.config)
         self._clip = ClipTexts(tuple(encoders_of(pipeline)))
         # `attentions` depends on it: choosing a backend replaces the processor of every layer, so what the
@@ -266,15 +273,44 @@ class UNetFamily:
 
     # --- pictures -------------------------------------------------------------------------------------------
 
+    def to_latents(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """As diffusers' image-to-image pipelines; the VAE's noise is float32 in every dtype."""
+        vae = self._vae
+        encoded = vae.encode(pixels[None].to(self._device, next(vae.encoder.parameters()).dtype))
+        if (found := getattr(encoded, "latent_dist", None)) is None:
+            latents = encoded.latents.float()  # A VAE that leaves nothing to chance.
+        else:
+            noise = torch.randn(found.mean.shape, generator=generator).to(self._device)
+            latents = found.mean.float() + found.std.float() * noise
+        factor = float(vae.config.scaling_factor)
+        if (moments := self._moments(latents)) is None:
+            scaled: torch.Tensor = factor * latents
+        else:
+            scaled = (latents - moments[0]) * factor / moments[1]
+        return scaled[0]
+
+    def latent_mask(self, lane: Lane, mask: torch.Tensor) -> torch.Tensor:
+        """By the nearest pixel, as diffusers' `prepare_mask_latents`."""
+        found = torch.nn.functional.interpolate(mask[None, None], size=lane[1:])
+        return found[0].expand(lane)
+
     def to_vae(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor:
         """Unscaled latents. diffusers reads mean and deviation in its SDXL pipeline alone."""
         vae = self._vae
-        mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-        if not self._is_xl or mean is None or deviation is None:
-            return (latents / float(vae.config.scaling_factor)).to(vae.dtype)
-        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, deviation))
+        if (moments := self._moments(latents)) is None:
+            return (latents / float(vae.config.scaling_factor)).to(self._vae_dtype)
+        mean, deviation = moments
         unscaled: torch.Tensor = latents * deviation / float(vae.config.scaling_factor) + mean
-        return unscaled.to(vae.dtype)
+        return unscaled.to(self._vae_dtype)
+
+    def _moments(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean and deviation of each channel of the VAE's latents, where the config has them."""
+        names = ("latents_mean", "latents_std")
+        mean, deviation = (getattr(self._vae.config, name, None) for name in names)
+        if not self._is_xl or mean is None or deviation is None:
+            return None
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, deviation))
+        return mean, deviation
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's output."""
@@ -303,6 +339,7 @@ class UNetFamily:
         vae.to(memory_format=torch.channels_last)
         family = copy.copy(self)
         family._vae, family._latent_rgb = vae, latent_rgb.of_vae(vae.config)
+        family._vae_dtype = vae.dtype
         return family
 
     def check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]] | None:

@@ -53,7 +53,8 @@ class VaeDecoder:
 
         Without a `compiler`, the VAE is neither compiled nor captured.
         """
-        self._family = family
+        #: The model with this VAE.
+        self.family = family
         self._alone = alone
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lanes = CompiledLanes("VAE decoder", self._decode, compiler) if compiler else None
@@ -65,7 +66,7 @@ class VaeDecoder:
         """Compile now for latents of `lane` like these, (1, *shape)."""
         if self._lanes is None:
             return
-        inputs = self._family.to_vae(lane, latents)
+        inputs = self.family.to_vae(lane, latents)
         for count in {1, self._most(lane)}:
             if self._lanes.compile_now(_key(inputs, count), functools.partial(_example, inputs, count)):
                 # A first decode captures the graph, so that the first jobs need not wait for that.
@@ -80,7 +81,7 @@ class VaeDecoder:
         """Begin to compile for latents of `lane` like these, (1, *shape)."""
         if self._lanes is None:
             return
-        inputs = self._family.to_vae(lane, latents)
+        inputs = self.family.to_vae(lane, latents)
         for count in {1, self._most(lane)}:
             self._lanes.begin(_key(inputs, count), functools.partial(_example, inputs, count))
 
@@ -99,7 +100,7 @@ class VaeDecoder:
 
     def _most(self, lane: Lane) -> int:
         """Most pictures of `lane` that are decoded at once."""
-        width, height = self._family.size(lane)
+        width, height = self.family.size(lane)
         budget = GPU_PIXELS if self._stream else CPU_PIXELS
         most = 1 if self._alone else max(1, budget // (width * height))
         return min(most, self._caps.get(lane, most))
@@ -107,7 +108,7 @@ class VaeDecoder:
     def _chunk(self, lane: Lane, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
         try:
             with mapped("decode"), torch.no_grad(), self._on_stream():
-                return self._together(self._family.to_vae(lane, torch.cat(list(latents))))
+                return self._together(self.family.to_vae(lane, torch.cat(list(latents))))
         except (OutOfMemoryError, RenderError) as error:
             if (count := len(latents)) > 1:
                 size = 1
@@ -121,7 +122,7 @@ class VaeDecoder:
                 return self._in_chunks(lane, latents, size)
             if isinstance(error, RenderError):
                 return iter((error,))
-            width, height = self._family.size(lane)
+            width, height = self.family.size(lane)
             too_large = (
                 f"A picture of {width} x {height} pixels does not fit in the device's memory while it is "
                 "decoded: ask for a smaller one."
@@ -136,7 +137,7 @@ class VaeDecoder:
         """Decode `latents`, as the VAE takes them, in one call."""
         pixels, is_finite, images = self._run(latents)
         verdicts: Sequence[bool | None] = [None] * len(latents)
-        if (checked := self._family.check_safety(images)) is not None:
+        if (checked := self.family.check_safety(images)) is not None:
             images, verdicts = checked
             # As in diffusers, a picture that the checker blacked out is not denormalised.
             for index in (index for index, is_bad in enumerate(verdicts) if is_bad):
@@ -163,7 +164,7 @@ class VaeDecoder:
 
     def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(J, height, width, 3) uint8 pixels, (J,) whether each is finite, and the VAE's own output."""
-        images = self._family.decode(latents)
+        images = self.family.decode(latents)
         # Exactly VaeImageProcessor.postprocess and numpy_to_pil; only uint8 leaves the device.
         return _bytes((images * 0.5 + 0.5).clamp(0, 1)), images.isfinite().flatten(1).all(1), images
 

@@ -9,6 +9,7 @@ import torch
 
 from worker.contract.errors import NotFiniteError
 from worker.contract.job import Job
+from worker.device.beginnings import Beginning
 from worker.device.job_state import FiniteCheck, JobState
 from worker.device.job_text import plain_text
 from worker.device.schedule import SLOTS, Schedule
@@ -28,7 +29,7 @@ def a_state(shape: tuple[int, ...], *, guided: bool = True, draws: bool = True, 
     conditions = {"text": torch.arange(rows * 4.0).view(rows, 4) + 100 * seed}
     latents = torch.randn(shape, generator=generator)
     text = plain_text(conditions, (), guided=guided)
-    return JobState(job, (1, 2, 3), text, {}, schedule, None, generator, latents)
+    return JobState(job, (1, 2, 3), text, {}, schedule, None, generator, Beginning(latents))
 
 
 def advance(state: JobState, *, finite: bool = True) -> Any:

@@ -1,0 +1,266 @@
+"""Jobs that begin with an image, with and without a mask, against diffusers' own pipelines, on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests import tiny_models
+from tests.worker.device.noise_schedules import IN_DIFFUSERS
+from worker.contract.choices import NoiseSchedule, Scheduler
+from worker.contract.errors import InvalidJobError, RenderError, SmallcatError
+from worker.contract.job import Job
+from worker.contract.settings import WorkerSettings
+from worker.device.beginnings import PUT_BACK, put_back
+from worker.device.model_runner import ModelRunner
+from worker.device.noise_schedules import is_offered
+from worker.device.samplers import CLASSES, class_of
+from worker.device.step import batch_of, denoise
+from worker.engine.runner import JobInputs, Picture
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
+]
+
+SIDE = 64
+
+
+def tiny_v(folder: Path) -> Path:
+    """One that predicts v, of 4 channels, which diffusers' inpainting needs: the other one has 8."""
+    path = tiny_models.tiny_sd1(folder)
+    config = path / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    return path
+
+
+MODELS = {
+    "sd1": tiny_models.tiny_sd1,
+    "sd2": tiny_models.tiny_sd2,
+    "v": tiny_v,
+    "sdxl": tiny_models.tiny_sdxl,
+}
+PIPELINES: dict[tuple[bool, bool], Any] = {
+    (False, False): diffusers.StableDiffusionImg2ImgPipeline,
+    (False, True): diffusers.StableDiffusionInpaintPipeline,
+    (True, False): diffusers.StableDiffusionXLImg2ImgPipeline,
+    (True, True): diffusers.StableDiffusionXLInpaintPipeline,
+}
+REFERENCE = f"sha256:{'0' * 64}:{SIDE}x{SIDE}"
+NAMED = [Scheduler.DEFAULT, *CLASSES]
+#: Each keeps other tensors, or begins in another way.
+A_FEW = [Scheduler.EULER_ANCESTRAL, Scheduler.PNDM, Scheduler.HEUN, Scheduler.DPMPP_2M_KARRAS]
+
+
+def a_picture() -> NDArray[np.uint8]:
+    across, down = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
+    channels = [across * 4 % 256, down * 4 % 256, (across * down) % 256]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def a_mask() -> NDArray[np.uint8]:
+    """White in the middle, with an edge that is neither."""
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[10:50, 20:64] = 100
+    mask[14:44, 24:64] = 255
+    return mask
+
+
+IMAGE_ONLY, WITH_MASK = JobInputs(a_picture()), JobInputs(a_picture(), a_mask())
+
+
+class Model:
+    """A tiny model behind a runner, and diffusers' pipelines for images with the same modules."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        path = MODELS[name](folder / name)
+        self.runner = ModelRunner(WorkerSettings(model=str(path)))
+        self.own: Any = diffusers.DiffusionPipeline.from_pretrained(path)
+        # diffusers 0.42.1 looks for the last norm where transformers had it before version 5.
+        object.__setattr__(self.own.text_encoder, "text_model", self.own.text_encoder)
+        self.is_xl = name == "sdxl"
+
+    def expected(self, job: Job) -> NDArray[np.uint8]:
+        kind, options = CLASSES.get(job.scheduler, (type(self.own.scheduler).__name__, {}))
+        options = {**options, **IN_DIFFUSERS[job.schedule]}
+        if kind == "DPMSolverSDEScheduler":
+            options["noise_sampler_seed"] = job.seed
+        pipeline = PIPELINES[self.is_xl, bool(job.mask)](**self.own.components)
+        pipeline.scheduler = class_of(kind).from_config(self.own.scheduler.config, **options)
+        pipeline.set_progress_bar_config(disable=True)
+        masked = {"mask_image": Image.fromarray(a_mask()), "width": SIDE, "height": SIDE}
+        return np.asarray(
+            pipeline(
+                job.prompt,
+                image=Image.fromarray(a_picture()),
+                strength=job.strength,
+                num_inference_steps=job.steps,
+                guidance_scale=job.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(job.seed),
+                **(masked if job.mask else {}),
+            ).images[0]
+        )
+
+    def together(self, jobs: list[Job]) -> list[Any]:
+        """The runner's pictures of jobs that share their steps."""
+        states = [self.runner.prepare(job, inputs_of(job)) for job in jobs]
+        while left := [state for state in states if state.step < state.steps]:
+            assert self.runner.step(left) == [None] * len(left)
+        return list(self.runner.decode(states))
+
+    def check(self, *jobs: Job) -> None:
+        """Those of `jobs` that begin with an image are what diffusers gives, within 1 of 255."""
+        for job, picture in zip(jobs, self.together(list(jobs)), strict=True):
+            if not job.image:
+                continue
+            assert isinstance(picture, Picture), picture
+            difference = np.abs(picture.pixels.astype(int) - self.expected(job).astype(int))
+            assert difference.max() <= 1, f"{job!r} is off by {difference.max()}"
+            assert picture.pixels.std() > 10
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("models")
+    return functools.cache(lambda name: Model(name, folder))
+
+
+def inputs_of(job: Job) -> JobInputs | None:
+    if not job.image:
+        return None
+    return WITH_MASK if job.mask else IMAGE_ONLY
+
+
+def a_job(**fields: Any) -> Job:
+    defaults = {"prompt": "a small dog", "seed": 7, "steps": 5, "guidance_scale": 5.0}
+    return Job.parse({**defaults, "width": SIDE, "height": SIDE, **fields})
+
+
+def of_image(**fields: Any) -> Job:
+    return a_job(**{"image": REFERENCE, "strength": 0.7, **fields})
+
+
+def of_mask(**fields: Any) -> Job:
+    return of_image(**{"mask": REFERENCE, "preserve_unmasked": False, **fields})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_to_diffusers_beside_jobs_of_text(models: Any, name: str) -> None:
+    masked = [] if name == "sd2" else [of_mask(seed=8), of_mask(strength=1.0)]
+    models(name).check(of_image(), a_job(seed=9, steps=3), *masked)
+
+
+def test_equal_to_diffusers_with_a_few_schedulers(models: Any) -> None:
+    for scheduler in A_FEW:
+        models("sd1").check(of_image(scheduler=scheduler), of_mask(scheduler=scheduler))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", NAMED)
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_to_diffusers_with_every_scheduler(models: Any, name: str, scheduler: Scheduler) -> None:
+    for strength in (0.3, 0.75, 1.0):
+        fields = {"scheduler": scheduler, "strength": strength, "steps": 8}
+        jobs = [of_image(**fields), *([] if name == "sd2" else [of_mask(**fields)])]
+        for job in jobs:
+            models(name).check(job)
+        models(name).check(a_job(), *jobs, of_image(scheduler="heun"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [each for each in NoiseSchedule if each != "align_your_steps"])
+@pytest.mark.parametrize("scheduler", [Scheduler.EULER, Scheduler.DPMPP_2M, Scheduler.HEUN])
+def test_equal_to_diffusers_with_noise_schedules(
+    models: Any, scheduler: Scheduler, schedule: NoiseSchedule
+) -> None:
+    if schedule is NoiseSchedule.SIMPLE or not is_offered(class_of(CLASSES[scheduler][0]), schedule):
+        pytest.skip("diffusers' pipelines take no such schedule")
+    fields = {"scheduler": scheduler, "schedule": schedule}
+    models("sd1").check(of_image(**fields), of_mask(**fields))
+
+
+def test_a_job_without_a_mask_keeps_its_bits_beside_one_that_has_one(models: Any) -> None:
+    runner = models("sd1").runner
+    jobs = [a_job(scheduler="euler_a"), of_mask(), of_image()]
+    batch = batch_of([runner.prepare(job, inputs_of(job)).next_inputs() for job in jobs])
+    unmasked = dataclasses.replace(batch, kept=None, mixes=None)
+    assert batch.kind == f"{unmasked.kind}, some masked"
+    with torch.no_grad():
+        [states, *_], [without, *_] = (denoise(runner._family.forward, each) for each in (batch, unmasked))
+    assert [torch.equal(*each) for each in zip(states, without, strict=True)] == [True, False, True]
+
+
+def test_a_job_of_an_image_has_the_steps_of_its_strength(models: Any) -> None:
+    runner = models("sd1").runner
+    assert runner.prepare(of_image(steps=10, strength=0.3, scheduler="euler"), IMAGE_ONLY).steps == 3
+    assert runner.prepare(of_image(steps=10, strength=0.3, scheduler="heun"), IMAGE_ONLY).steps == 5
+
+
+def test_a_kept_pixel_is_the_images_own(models: Any) -> None:
+    job = of_mask(preserve_unmasked=True)
+    state = models("sd1").runner.prepare(job, WITH_MASK)
+    assert state.warnings == (PUT_BACK,)
+    [picture] = models("sd1").together([job])
+    black = a_mask() == 0
+    assert np.array_equal(picture.pixels[black], a_picture()[black])
+    assert not np.array_equal(picture.pixels[~black], a_picture()[~black])
+
+
+@pytest.mark.parametrize("blur", [0, 4])
+def test_the_edge_is_mixed_within_the_mask(blur: int) -> None:
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[:, 32:] = 255
+    inputs = JobInputs(np.zeros((SIDE, SIDE, 3), np.uint8), mask)
+    white = Picture(np.full((SIDE, SIDE, 3), 255, np.uint8))
+    row = put_back(of_mask(mask_blur=blur), inputs, white).pixels[0, :, 0]
+    assert not row[:32].any()
+    assert row[63] == 255
+    assert (row[32] == 255) == (blur == 0)
+    assert (np.diff(row[32:].astype(int)) >= 0).all()
+
+
+def test_an_image_with_alpha_lies_on_the_picture() -> None:
+    """Of a red cut-out, which is half transparent in its last row, on what was drawn blue."""
+    alpha = np.full((SIDE, SIDE), 255.0)
+    alpha[:32] = 0.0
+    alpha[-1] = 127.0
+    share = (alpha / 255)[..., None]
+    on_white = share * np.array([255, 0, 0]) + (1 - share) * 255
+    inputs = JobInputs(np.rint(on_white).astype(np.uint8), (255 - alpha).astype(np.uint8))
+    blue = Picture(np.full((SIDE, SIDE, 3), (0, 0, 255), np.uint8))
+    pixels = put_back(of_mask(mask="alpha"), inputs, blue).pixels
+    assert (pixels[:32] == (0, 0, 255)).all()
+    assert (pixels[32:-1] == (255, 0, 0)).all()
+    assert np.abs(pixels[-1].astype(int) - (127, 0, 128)).max() <= 1
+
+
+def test_what_the_safety_checker_blacked_out_stays_black() -> None:
+    black = Picture(np.zeros((SIDE, SIDE, 3), np.uint8), nsfw=True)
+    assert put_back(of_mask(), WITH_MASK, black) is black
+
+
+def refusal(models: Any, job: Job, inputs: JobInputs | None) -> SmallcatError:
+    with pytest.raises(SmallcatError) as caught:
+        models("sd1").runner.prepare(job, inputs)
+    return caught.value
+
+
+def test_what_is_not_drawn_is_refused(models: Any) -> None:
+    dot = np.zeros((SIDE, SIDE), np.uint8)
+    dot[3, 3] = 255
+    error = refusal(models, of_mask(), JobInputs(a_picture(), dot))
+    assert isinstance(error, InvalidJobError)
+    assert "nothing would be drawn" in str(error)
+    assert "padding is 32" in str(refusal(models, of_mask(padding=32), WITH_MASK))
+    assert isinstance(refusal(models, of_image(), None), RenderError)
+    assert isinstance(refusal(models, of_mask(), IMAGE_ONLY), RenderError)
