@@ -88,6 +88,32 @@ def test_the_picture_is_the_one_that_diffusers_draws(model: Path) -> None:
     assert difference.max() <= 1
 
 
+def test_a_picture_becomes_another_one_and_a_part_of_it(model: Path) -> None:
+    """Of image to image by diffusers, and of a mask all that it keeps."""
+    photo = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 100).convert("RGB")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 64, 48))
+    job = {"seed": 11, "steps": 6, "guidance_scale": 5.0, "scheduler": "euler", "strength": 0.6}
+    drawn, part = submit_job("two cats", image=photo, **job), submit_job("a", image=photo, mask=mask, **job)
+    pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(model, safety_checker=None)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        "two cats",
+        image=photo,
+        strength=0.6,
+        num_inference_steps=6,
+        guidance_scale=5.0,
+        generator=torch.Generator("cpu").manual_seed(11),
+    ).images[0]
+    image = np.asarray(drawn.image(timeout=30)).astype(int)
+    assert np.abs(image - np.asarray(expected).astype(int)).max() <= 1
+    result = part.result(timeout=30)
+    assert any("preserve_unmasked=no" in warning for warning in result.warnings)
+    black = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(part.image(timeout=30))[black], np.asarray(photo)[black])
+
+
 def test_the_record_beside_the_picture_is_the_whole_job(stack: Stack) -> None:
     result = submit_job("a record", seed=1, metadata={"order": 5}).result(timeout=30)
     stored = stack.s3.folder / "smallcat" / "images" / result.id[:2] / f"{result.id}.json"
