@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
@@ -39,6 +41,11 @@ class Kind(StrEnum):
     VAE = "vae"
     #: What is added to a model's weights.
     LORA = "lora"
+
+    @property
+    def setting(self) -> str:
+        """The setting of workers that says where such files are."""
+        return f"SMALLCAT_{self.upper()}S"
 
 
 _CALLED: Mapping[str, str] = {Kind.VAE: "VAE", Kind.LORA: "LoRA"}
@@ -94,30 +101,44 @@ class FileIndex(BaseModel):
         return hashlib.sha256(said.encode()).hexdigest()[:16] if self.files else ""
 
     @functools.cached_property
-    def _by_name(self) -> Mapping[tuple[str, str], FileEntry]:
-        return {(each.kind, each.name): each for each in self.files}
-
-    def find(self, kind: Kind, name: str) -> FileEntry | None:
-        """The file of that name; None where there is none."""
-        return self._by_name.get((kind, name))
+    def text(self) -> str:
+        """All of it as JSON."""
+        return self.model_dump_json()
 
     @functools.cached_property
-    def _by_hash(self) -> Mapping[tuple[str, str], FileEntry]:
-        # Backwards: of two names of one content the first one stays.
-        return {
-            (each.kind, digits): each
-            for each in reversed(self.files)
-            if not each.problem
-            for digits in (*(each.sha256[:count] for count in _SHORT), each.auto_v3, each.sha256)
-            if digits
-        }
+    def _by_name(self) -> Mapping[tuple[str, str], FileEntry]:
+        composed = {(each.kind, composed_name(each.name)): each for each in self.files}
+        return composed | {(each.kind, each.name): each for each in self.files}
 
-    def find_any(self, kind: Kind, name: str) -> FileEntry | None:
+    def find(self, kind: Kind, name: str) -> FileEntry | None:
+        """The file of that name, in whatever form of Unicode; None where there is none."""
+        return self._by_name.get((kind, name)) or self._by_name.get((kind, composed_name(name)))
+
+    @functools.cached_property
+    def _by_hash(self) -> Mapping[tuple[str, str], list[FileEntry]]:
+        found: dict[tuple[str, str], list[FileEntry]] = defaultdict(list)
+        for each in self.files:
+            for digits in {each.sha256, each.auto_v3, *(each.sha256[:count] for count in _SHORT)} - {""}:
+                found[each.kind, digits].append(each)
+        return dict(found)
+
+    def find_any(self, kind: Kind, name: str) -> list[FileEntry]:
         """The file of that name, SHA-256 (in full, or its first 10 or 12 digits) or AutoV3.
 
-        For `name@hash` it is the file of that hash.
+        For `name@hash` it is the file of that hash, and of several of that hash the one of that name. Where
+        neither the name nor the hash says which one it is, there is one entry for each content: files with
+        one AutoV3 may be different ones, such as by their alpha, which PEFT keeps in the header.
         """
-        return self.find(kind, name) or self._by_hash.get((kind, name.rpartition("@")[2].lower()))
+        if (named := self.find(kind, name)) is not None:
+            return [named]
+        own, _, digits = name.rpartition("@")
+        fitting = self._by_hash.get((kind, digits.lower()), [])
+        usable = [each for each in fitting if not each.problem]
+        if of_name := [each for each in usable or fitting if composed_name(each.name) == composed_name(own)]:
+            return of_name[:1]
+        # Backwards: of two names of one content the first one stays.
+        by_content = {each.sha256: each for each in reversed(usable)}
+        return [by_content[sha256] for sha256 in sorted(by_content)]
 
     @functools.cached_property
     def _contents(self) -> frozenset[tuple[str, str]]:
@@ -149,6 +170,11 @@ class FileIndex(BaseModel):
 NO_FILES = FileIndex()
 
 
+def composed_name(name: str) -> str:
+    """A name in Unicode's composed form, NFC: macOS may store an accent apart from its letter."""
+    return unicodedata.normalize("NFC", name)
+
+
 def name_problem(name: str, kind: str = Kind.EMBEDDING) -> str:
     """Why jobs cannot use a file of that kind by this name; empty where they can."""
     marks = LORA_MARKS if kind == Kind.LORA else MARKS
@@ -166,7 +192,7 @@ def called(kind: str) -> str:
 
 
 def with_hash(name: str, digits: str) -> str:
-    """A name for the file of that hash alone, as `FileIndex.find_any` reads it; the name where it is none."""
+    """A name for a file of that hash alone, as `FileIndex.find_any` reads it; the name where it is none."""
     return f"{name}@{digits.lower()}" if re.fullmatch(r"[0-9a-fA-F]{8,64}", digits) else name
 
 

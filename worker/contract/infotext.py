@@ -25,7 +25,7 @@ from worker.contract import a1111_syntax
 from worker.contract.choices import NoiseSchedule, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.file_index import AUTO_V2, NO_FILES, FileIndex, Kind, key_of, with_hash
+from worker.contract.file_index import AUTO_V2, NO_FILES, FileIndex, Kind, composed_name, key_of, with_hash
 from worker.contract.job import JOB_FIELDS, WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.job_files import embeddings_of, vae_of
@@ -188,8 +188,7 @@ def _read_others(text: str) -> Reading:
 
 def _known_as(sha256: str, files: FileIndex) -> str:
     """The hash of a LoRA by which the web UI finds it, or else that by which Civitai does."""
-    entry = files.find_any(Kind.LORA, sha256)
-    return (entry.auto_v3 if entry else "") or sha256[:AUTO_V2]
+    return next((each.auto_v3 for each in files.find_any(Kind.LORA, sha256)), "") or sha256[:AUTO_V2]
 
 
 def _networks(prompt: str, pairs: dict[str, str]) -> tuple[str, list[Lora], Sequence[str]]:
@@ -198,7 +197,7 @@ def _networks(prompt: str, pairs: dict[str, str]) -> tuple[str, list[Lora], Sequ
     A LoRA whose hash the infotext says is asked for by that as well: its name may mean another file here.
     """
     said = (each.partition(":") for each in pairs.get(_LORA_HASHES, "").split(","))
-    hashes = {name.strip(): digits.strip() for name, _, digits in said}
+    hashes = {composed_name(name.strip()): digits.strip() for name, _, digits in said}
     try:
         rest, found = taken(prompt)
         names = {each.name: with_hash(each.name, hashes.get(each.name, "")) for each in found}

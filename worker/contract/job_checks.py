@@ -235,6 +235,8 @@ def named_vae(value: object) -> object:
 MAX_FILES_OF_JOB = 64
 _FILE = re.compile(r"[a-z]{1,20}:[^\x00-\x1f\x7f]{1,100}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: Before the names of LoRAs, which are composed in `loras`, too.
+_OF_LORAS = "lora:"
 
 
 def sha256_by_file(value: dict[str, str]) -> dict[str, str]:
@@ -247,4 +249,8 @@ def sha256_by_file(value: dict[str, str]) -> dict[str, str]:
                 f"has {short({key: sha256})}: it must be a kind and a name, such as embedding:easynegative, "
                 "with 64 hexadecimal digits"
             )
-    return dict(sorted(value.items()))
+    found = (
+        (unicodedata.normalize("NFC", key) if key.startswith(_OF_LORAS) else key, sha256)
+        for key, sha256 in value.items()
+    )
+    return dict(sorted(found))

@@ -7,9 +7,21 @@ from collections.abc import Iterable
 from worker.contract.choices import PromptSyntax
 from worker.contract.embedding_names import EmbeddingNames, unknown_in
 from worker.contract.errors import InvalidJobError
-from worker.contract.file_index import AUTO_V2, FileEntry, FileIndex, Kind, called, key_of, parts_of
+from worker.contract.file_index import (
+    AUTO_V2,
+    FileEntry,
+    FileIndex,
+    Kind,
+    called,
+    composed_name,
+    key_of,
+    parts_of,
+)
 from worker.contract.job import Job
 from worker.contract.loras import Lora
+
+#: Files that a message names, at most.
+_SHOWN = 4
 
 
 def with_files(job: Job, index: FileIndex) -> Job:
@@ -43,14 +55,14 @@ def lacks_hashes(job: Job) -> bool:
 
 def _vae(name: str, index: FileIndex) -> str:
     if index.find(Kind.VAE, name) is None:
-        hint = _hint(index, Kind.VAE, name, "SMALLCAT_VAES")
+        hint = _hint(index, Kind.VAE, name)
         raise InvalidJobError(f'vae is "{name}", which no worker offers: {hint}')
     return _usable(index.find(Kind.VAE, name), Kind.VAE, name)
 
 
-def _hint(index: FileIndex, kind: Kind, name: str, setting: str) -> str:
+def _hint(index: FileIndex, kind: Kind, name: str) -> str:
     near = index.near(kind, name)
-    return f"did you mean {' or '.join(near)}?" if near else f"{setting} of the workers names them."
+    return f"did you mean {' or '.join(near)}?" if near else f"{kind.setting} of the workers names them."
 
 
 def _loras(job: Job, index: FileIndex) -> list[tuple[Lora, str]]:
@@ -59,13 +71,9 @@ def _loras(job: Job, index: FileIndex) -> list[tuple[Lora, str]]:
     for each in job.loras:
         sha256 = job.file_hashes.get(key_of(Kind.LORA, each.name))
         if sha256 is None:
-            entry = index.find_any(Kind.LORA, each.name)
-            if entry is None:
-                raise InvalidJobError(
-                    f'loras has "{each.name}", which no worker offers: {_no_lora(index, each)}'
-                )
+            entry = _lora(index, each.name)
             sha256 = _usable(entry, Kind.LORA, each.name)
-            each = each.model_copy(update={"name": entry.name})
+            each = each.model_copy(update={"name": composed_name(entry.name)})
         if (other := found.get(sha256)) is not None:
             raise InvalidJobError(
                 f'loras has the same file twice, as "{other.name}" and "{each.name}": keep one of them.'
@@ -74,11 +82,24 @@ def _loras(job: Job, index: FileIndex) -> list[tuple[Lora, str]]:
     return sorted(((lora, sha256) for sha256, lora in found.items()), key=lambda pair: pair[0].name)
 
 
-def _no_lora(index: FileIndex, lora: Lora) -> str:
-    name = lora.name.rpartition("@")[0]
+def _lora(index: FileIndex, asked: str) -> FileEntry:
+    """The LoRA that a job asks for. Raises `InvalidJobError` where there is none, or more than one."""
+    found = index.find_any(Kind.LORA, asked)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shown = ", ".join(f'"{each.name}" ({each.auto_v2})' for each in found[:_SHOWN])
+        shown += f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise InvalidJobError(
+            f'loras has "{asked}", and this hash is that of {len(found)} different files: {shown}. Name one '
+            "of them, or give its SHA-256 in full."
+        )
+    name = asked.rpartition("@")[0]
     if other := index.find(Kind.LORA, name):
-        return f'their "{name}" is another file, {other.auto_v2}. To take that one, name it "{name}".'
-    return _hint(index, Kind.LORA, name or lora.name, "SMALLCAT_LORAS")
+        hint = f'their "{name}" is another file, {other.auto_v2}. To take that one, name it "{name}".'
+    else:
+        hint = _hint(index, Kind.LORA, name or asked)
+    raise InvalidJobError(f'loras has "{asked}", which no worker offers: {hint}')
 
 
 def loras_of(job: Job) -> list[tuple[str, Lora]]:

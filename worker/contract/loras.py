@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -104,7 +105,8 @@ def lora_of(name: object, weight: object = 1.0, text_encoder_weight: object = No
 
 
 def _plain(name: str) -> str:
-    """A name without blanks around it, and without a file's suffix."""
+    """A name without blanks around it and a file's suffix, with accents composed (NFC)."""
+    name = unicodedata.normalize("NFC", name)
     while (plain := name.strip().removesuffix(SUFFIX)) != name:
         name = plain
     return name

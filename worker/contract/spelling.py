@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -31,7 +32,7 @@ class Names:
     """Names that are looked through for those that are like another one, however many they are."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._by_lower = {name.lower(): name for name in names}
+        self._by_lower = {unicodedata.normalize("NFC", name).lower(): name for name in names}
         self._by_letters: dict[str, list[str]] = defaultdict(list)
         if len(self._by_lower) > _COMPARED:
             for name in self._by_lower:
@@ -39,8 +40,8 @@ class Names:
                     self._by_letters[letters].append(name)
 
     def near(self, name: str) -> list[str]:
-        """Names that look like `name` in any case, the nearest first, three at most."""
-        lower = name.lower()
+        """Names that look like `name` in any case and form of Unicode, the nearest first, three at most."""
+        lower = unicodedata.normalize("NFC", name).lower()
         compared: Iterable[str] = self._by_lower
         if self._by_letters:
             shared = Counter[str]()

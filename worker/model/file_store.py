@@ -22,7 +22,15 @@ from types import MappingProxyType
 from typing import IO, NamedTuple, Protocol
 
 from worker.contract.errors import MissingFileError, ServiceError, SettingsError, SmallcatError
-from worker.contract.file_index import MAX_FILES, NO_FILES, FileEntry, FileIndex, Kind, name_problem
+from worker.contract.file_index import (
+    MAX_FILES,
+    NO_FILES,
+    FileEntry,
+    FileIndex,
+    Kind,
+    composed_name,
+    name_problem,
+)
 from worker.contract.job import Job
 from worker.contract.job_files import lacking, lacks_hashes, with_files
 from worker.contract.settings import WorkerSettings
@@ -260,6 +268,8 @@ class FileStore:
     def _entry(self, found: _Found) -> tuple[FileEntry, Path]:
         """What is to be known of a file, and where it is on this machine."""
         name = found.name.removeprefix("<").removesuffix(">")
+        if found.kind is Kind.LORA:
+            name = composed_name(name)
         if PurePosixPath(found.where).suffix.lower() in PICKLED:
             return FileEntry(kind=found.kind, name=name[:200], problem=PICKLE_REASON), Path()
         if problem := name_problem(name, found.kind):
@@ -312,7 +322,9 @@ def _place(kind: Kind, place: str) -> _Place:
         return _Place(kind, str(vae_files.from_hub(place)), place.partition("/")[2])
     if kind is Kind.LORA and lora_hub.PLACE.fullmatch(place):
         return _Place(kind, str(lora_hub.fetch(place)), place.split("/")[1])
-    raise SettingsError(f"The folder {place} for files of the kind {kind} is not there: make it.")
+    raise SettingsError(
+        f"The folder {place}, which {kind.setting} names, is not there: make it, or correct {kind.setting}."
+    )
 
 
 def _here(place: _Place) -> Iterator[_Found]:
@@ -329,7 +341,8 @@ def _here(place: _Place) -> Iterator[_Found]:
             continue
         beside = [path.with_name(_CONFIGS[place.kind])] if place.kind in _CONFIGS else []
         stats = [each.stat() for each in (path, *beside) if each.is_file()]
-        found = [(each.st_size, each.st_mtime_ns, each.st_ino) for each in stats]
+        # The last one changes with every write, also where `cp -p` sets the time of another file.
+        found = [(each.st_size, each.st_mtime_ns, each.st_ino, each.st_ctime_ns) for each in stats]
         stamp = f"{place.kind} {place.name} {path} {found}"
         is_general = path.stem.removesuffix(".fp16") in _GENERAL
         name = (place.name if root in (path, path.parent) else path.parent.name) if is_general else path.stem

@@ -1,6 +1,6 @@
 """The indexes of the files that workers offer, in Redis: once for all workers that have the same files.
 
-An index lies under its own digest, so it never changes, and who has read it need not read it again.
+An index lies under its own digest, so its files never change, and who has read it need not read it again.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ class FileIndexes:
 
     def put(self, index: FileIndex) -> None:
         """Keep `index` in Redis for as long as somebody announces it, and `ttl_s` seconds after that."""
-        key = index_key(index.digest)
-        if index.digest and not self._redis.expire(key, self._ttl_s):
-            self._redis.set(key, index.model_dump_json(), ex=self._ttl_s)
+        if not index.digest:
+            return
+        key, text = index_key(index.digest), index.text
+        self._redis.expire(key, self._ttl_s)
+        # Of one digest the longer text says more: a worker of an earlier version leaves out what it does not
+        # know, such as AutoV3.
+        if self._redis.strlen(key) < len(text.encode()):
+            self._redis.set(key, text, ex=self._ttl_s)
 
     def get(self, digest: str) -> FileIndex:
         """The index of that digest; one without files where Redis has it no longer, or it is another one."""

@@ -185,6 +185,97 @@ def test_a_name_with_a_hash_is_that_file_or_none() -> None:
     )
 
 
+def lora_entry(name: str, sha256: str, auto_v3: str = "7c6bad76eb54", **more: Any) -> FileEntry:
+    return FileEntry(kind=Kind.LORA, name=name, sha256=sha256, auto_v3=auto_v3, **more)
+
+
+#: Alike behind the header, in which PEFT keeps another alpha; and two whose SHA-256 begins alike.
+ALIKE = FileIndex.of(
+    [
+        lora_entry("style_v1", "ab" * 32),
+        lora_entry("style_v2", "cd" * 32),
+        lora_entry("one", "0" * 63 + "1", "111111111111"),
+        lora_entry("other", "0" * 63 + "2", "222222222222"),
+        lora_entry("copy", "0" * 63 + "2", "222222222222"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("style_v1@7c6bad76eb54", "style_v1"),
+        ("style_v2@7C6BAD76EB54", "style_v2"),
+        ("other@0000000000", "other"),
+        ("one@000000000000", "one"),
+        ("0" * 63 + "1", "one"),
+        ("0" * 63 + "2", "copy"),
+        ("theirs@" + "0" * 63 + "2", "copy"),
+        ("other@" + "0" * 63 + "2", "other"),
+        ("theirs@222222222222", "copy"),
+    ],
+)
+def test_of_files_with_one_hash_the_name_says_which_it_is(asked: str, name: str) -> None:
+    job = with_files(parsed(asked), ALIKE)
+    assert [each.name for each in job.loras] == [name]
+    assert job.file_hashes == {f"lora:{name}": next(e.sha256 for e in ALIKE.files if e.name == name)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ("7c6bad76eb54", '"style_v1" (ABABABABAB), "style_v2" (CDCDCDCDCD)'),
+        ("theirs@7c6bad76eb54", '"style_v1" (ABABABABAB), "style_v2" (CDCDCDCDCD)'),
+        ("0000000000", '"one" (0000000000), "copy" (0000000000)'),
+        ("style_v1@000000000000", '"one" (0000000000), "copy" (0000000000)'),
+    ],
+)
+def test_a_hash_of_several_contents_is_refused_with_their_names(asked: str, names: str) -> None:
+    with pytest.raises(InvalidJobError) as caught:
+        with_files(parsed(asked), ALIKE)
+    assert str(caught.value) == (
+        f'loras has "{asked}", and this hash is that of 2 different files: {names}. Name one of them, or '
+        "give its SHA-256 in full."
+    )
+
+
+def test_a_file_of_that_hash_that_cannot_be_used_says_why() -> None:
+    broken = FileIndex.of([lora_entry("x", "ab" * 32, problem="it is a LoHa")])
+    with pytest.raises(InvalidJobError, match=r"cannot be used: it is a LoHa\."):
+        with_files(parsed("x@ababababab"), broken)
+    usable = FileIndex.of([*broken.files, lora_entry("y", "ab" * 32)])
+    assert with_files(parsed("x@ababababab"), usable).loras == parsed("y").loras
+
+
+@pytest.mark.parametrize("own", ["e\u0301te\u0301", "\u00e9t\u00e9"])
+@pytest.mark.parametrize("asked", ["e\u0301te\u0301", "\u00e9t\u00e9"])
+def test_a_name_is_found_in_whatever_form_of_unicode(own: str, asked: str) -> None:
+    """macOS stores names with their accents apart."""
+    files, sha256 = FileIndex.of([lora_entry(own, "ab" * 32)]), "ab" * 32
+    job = with_files(parsed(asked), files)
+    assert ([each.name for each in job.loras], job.file_hashes) == (
+        ["\u00e9t\u00e9"],
+        {"lora:\u00e9t\u00e9": sha256},
+    )
+    assert with_files(parsed(f"{asked}@7c6bad76eb54"), files) == job
+    # A hash that the job brings along is of this name, too.
+    assert with_files(parsed(asked, file_hashes={f"lora:{own}": sha256}), NO_FILES) == job
+    assert files.near(Kind.LORA, f"{asked}s") == [own]
+    text = f'a cat <lora:{own}:1>\nSteps: 20, Sampler: Euler, Seed: 1, Lora hashes: "{asked}: 7c6bad76eb54"'
+    assert with_files(read(text), files).file_hashes == job.file_hashes
+
+
+def test_an_infotext_asks_for_the_file_of_its_name_among_those_with_its_hash() -> None:
+    text = (
+        "a cat <lora:{0}:1>\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, "
+        'Lora hashes: "{0}: 7c6bad76eb54", Version: v1.10.1'
+    )
+    for name in ("style_v1", "style_v2"):
+        assert [each.name for each in with_files(read(text.format(name)), ALIKE).loras] == [name]
+    with pytest.raises(InvalidJobError, match="2 different files"):
+        with_files(read(text.format("style_v3")), ALIKE)
+
+
 def test_a_name_that_nobody_has_is_refused_with_near_misses() -> None:
     with pytest.raises(
         InvalidJobError, match=r'loras has "detial", which no worker offers: did you mean detail'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,6 +153,33 @@ def test_a_file_that_is_replaced_is_another_one_and_the_index_says_so(tmp_path: 
         files.provide(before)
 
 
+def test_a_file_that_another_one_overwrites_with_its_size_and_time_is_another_one(tmp_path: Path) -> None:
+    """As `cp -p` does: the inode stays, too."""
+    place = tmp_path / "x.safetensors"
+    place.write_bytes(embedding())
+    before = place.stat()
+    files = store(tmp_path, tmp_path)
+    first = files.index
+    # The clock of a file system may stand still between two writes.
+    while place.stat().st_ctime_ns == before.st_ctime_ns:
+        place.write_bytes(embedding(fill=1.0))
+        os.utime(place, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = place.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ino,
+    )
+    files.look()
+    assert files.index.digest != first.digest
+
+
+def test_a_lora_has_its_name_with_accents_composed(tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "e\u0301te\u0301.safetensors").write_bytes(lora())
+    assert list(by_name(FileStore({Kind.LORA: [str(tmp_path / "loras")]}, tmp_path))) == ["\u00e9t\u00e9"]
+
+
 def test_a_job_that_asks_for_a_new_file_makes_a_worker_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,8 +204,11 @@ def test_a_job_that_was_sent_before_any_worker_was_up_means_the_files_of_its_wor
 
 
 def test_a_folder_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="is not there: make it"):
+    with pytest.raises(SettingsError, match="which SMALLCAT_EMBEDDINGS names, is not there: make it"):
         store(tmp_path / "nowhere", tmp_path)
+    for kind, setting in ((Kind.VAE, "SMALLCAT_VAES"), (Kind.LORA, "SMALLCAT_LORAS")):
+        with pytest.raises(SettingsError, match=rf"nowhere, which {setting} names, .* correct {setting}\."):
+            FileStore({kind: [str(tmp_path / "nowhere")]}, tmp_path)
 
 
 class FakeBucket:

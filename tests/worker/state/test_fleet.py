@@ -393,6 +393,28 @@ def test_an_index_lies_in_redis_once_for_all_workers_that_have_the_same_files(
     assert "files" not in (client.get("smallcat:worker:e") or "")
 
 
+def test_an_index_of_an_earlier_version_is_replaced_by_one_that_says_more(
+    fleet: Fleet, client: Redis
+) -> None:
+    info, index = offering(
+        "a", entry("cat", "aa").model_copy(update={"kind": "lora", "auto_v3": "7c6bad76eb54"})
+    )
+    key = f"smallcat:worker::files:{index.digest}"
+    # As a worker that does not know AutoV3 keeps it.
+    earlier = json.loads(index.text)
+    del earlier["files"][0]["auto_v3"]
+    client.set(key, json.dumps(earlier, separators=(",", ":")))
+    announce(fleet, info, index)
+    assert client.get(key) == index.text
+    assert 0 < client.ttl(key) <= TTL_S
+    assert fleet.indexes.get(index.digest) == index
+    # One of a later version stays.
+    later = index.text.replace('"auto_v3"', '"later":"more","auto_v3"')
+    client.set(key, later)
+    announce(fleet, info, index)
+    assert client.get(key) == later
+
+
 def test_a_job_has_the_files_of_the_newest_worker_by_content(fleet: Fleet) -> None:
     announce(fleet, *offering("a", entry("cat", "aa"), started_at=1.0))
     first = fleet.resolve(job(prompt="a <cat>"))
