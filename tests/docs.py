@@ -10,6 +10,7 @@ import ast
 import enum
 import importlib
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -97,16 +98,17 @@ REMEDIES: dict[type[errors.SmallcatError], str] = {
 
 
 def comments(owner: ModuleType | type) -> dict[str, str]:
-    """The `#:` line over each plain assignment of a module, or of an enumeration, by name."""
+    """The `#:` lines over each plain assignment of a module, or of an enumeration, by name, in one line."""
     source = textwrap.dedent(inspect.getsource(owner))
     lines = source.splitlines()
     tree: Any = ast.parse(source)
     found = {}
     for node in tree.body[0].body if isinstance(owner, type) else tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            above = lines[node.lineno - 2].strip()
-            if above.startswith("#:"):
-                found[node.targets[0].id] = above.removeprefix("#:").strip()
+            above = [line.strip() for line in lines[: node.lineno - 1]]
+            block = list(itertools.takewhile(lambda line: line.startswith("#:"), reversed(above)))
+            if block:
+                found[node.targets[0].id] = " ".join(line[2:].strip() for line in reversed(block))
     return found
 
 
@@ -287,7 +289,7 @@ def metric_names() -> str:
                 labels = ", ".join(f"`{label}`" for label in value._labelnames)
                 yield f"`{metric.name}{suffix}`", metric.type, labels, texts[name]
         gauge = next(iter(metrics.MemoryCollector.collect(cast(Any, SimpleNamespace(_read=dict)))))
-        yield f"`{gauge.name}`", gauge.type, "`what`", f"{gauge.documentation}, in bytes, by what has it."
+        yield f"`{gauge.name}`", gauge.type, "`what`", f"{gauge.documentation}."
 
         device = SimpleNamespace(utilisation=lambda: None, out_of_memory=0, padded_rows=0)
         for found in metrics.DeviceCollector.collect(cast(Any, SimpleNamespace(_device=device))):

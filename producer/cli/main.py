@@ -81,6 +81,8 @@ class _Report:
     show: bool
     urls: bool
     as_json: bool
+    #: Warnings that were said when the job was submitted.
+    said: frozenset[str] = frozenset()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -135,7 +137,7 @@ def submit(
     if webhook is not None:
         given["webhook"] = webhook
     handles = [submit_job(prompt, **given)] if images is None else submit_job(prompt, images=images, **given)
-    submit_notes.of_prompts(handles[0], prompt, given.get("negative_prompt"))
+    said = submit_notes.of_prompts(handles[0], prompt, given.get("negative_prompt"))
     waits = bool(wait or show or output)
     submit_notes.of_workers(handles[0], waits=waits)
     seed = handles[0].record().job.seed if as_json or images is not None else 0
@@ -143,7 +145,7 @@ def submit(
     reports: list[dict[str, Any]] = names
     errors: list[Exception] = []
     if waits:
-        how = _Report(output, show=show, urls=urls, as_json=as_json)
+        how = _Report(output, show=show, urls=urls, as_json=as_json, said=said)
         reports, errors = _reports(handles, timeout, how)
     elif not as_json:
         for each in names:
@@ -336,7 +338,7 @@ def _report(result: JobResult, how: _Report) -> dict[str, Any]:
         from producer.cli.job_display import show_picture
 
         show_picture(result)
-    for warning in result.warnings:
+    for warning in (each for each in result.warnings if each not in how.said):
         say(f"note  {warning}", err=True)
     say(f"id    {result.id}")
     say(f"seed  {result.job.seed}")

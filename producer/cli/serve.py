@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from typing import Any
@@ -83,17 +84,24 @@ def keys_add(name: str, scopes: tuple[str, ...], tenant: str, as_json: bool) -> 
 @keys.command("list")
 @json_option
 def keys_list(as_json: bool) -> None:
-    """List the keys by name, with their scopes, their tenant and their last use."""
+    """List the keys by name, with their scopes, their tenant and their last use.
+
+    While a key is rotated there are two of its name, and each line says which one it is.
+    """
     now = session()
     with now.queue_errors():
         found = KeyStore(now.redis).list()
     if as_json:
         print_json([dataclasses.asdict(each) for each in found])
         return
+    newest = {each.name: each for each in found}  # The older one of a name is the first.
+    count = collections.Counter(each.name for each in found)
     for each in found:
         tenant = f"  tenant {each.tenant}" if each.tenant else ""
         times = f"made {_time(each.created)}  used {_time(each.used)}"
-        say(f"{each.name:20}  {','.join(each.scopes):20}  {times}{tenant}")
+        which = "newer" if each is newest[each.name] else "older: --drop-old revokes it"
+        note = f"  {which}" if count[each.name] > 1 else ""
+        say(f"{each.name:20}  {','.join(each.scopes):20}  {times}{tenant}{note}")
 
 
 @keys.command("rotate")

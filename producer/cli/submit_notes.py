@@ -23,21 +23,29 @@ from worker.contract.prompt_syntax import (
 _LONGEST = 200
 
 
-def of_prompts(handle: JobHandle, prompt: str, negative: str | None) -> None:
-    """Say what of the prompts no picture shows. Raises `QueueError`."""
+def of_prompts(handle: JobHandle, prompt: str, negative: str | None) -> frozenset[str]:
+    """Say what of the prompts no picture shows. Raises `QueueError`.
+
+    Returns the warnings of the job's record that say the same: nobody needs them twice.
+    """
+    said = set()
     found = only_words(prompt, negative)
     if found and handle.record().job.prompt_syntax is PromptSyntax.PLAIN:
         texts = only_words_in(prompt, negative or "")
         say(f"note  {only_words_warning(found, texts, '--prompt-syntax a1111')}", err=True)
+        said.add(only_words_warning(found, texts))
     if "<" in prompt or "<" in (negative or ""):
         job, now = handle.record().job, session()
         with now.queue_errors():
             meant = now.fleet.meant(job)
         for warning in unknown_warnings(job, meant.index if meant else NO_FILES):
             say(f"note  {warning}", err=True)
+            said.add(warning)
     # Whether there is guidance may be for the model to say.
     if negative and has_unused_negative(vars(handle.record().job)):
         say(f"note  {UNUSED_NEGATIVE}", err=True)
+        said.add(UNUSED_NEGATIVE)
+    return frozenset(said)
 
 
 def of_workers(handle: JobHandle, *, waits: bool) -> None:

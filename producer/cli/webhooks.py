@@ -108,7 +108,7 @@ def webhooks_retry(ids: Sequence[str], everything: bool, as_json: bool) -> None:
 @webhooks.command("secret")
 @click.option("--tenant", default="", help="Whose; jobs that are no tenant's when not given.")
 @click.option("--rotate", is_flag=True, help="Make a new one; the old one signs as well until --drop-old.")
-@click.option("--drop-old", is_flag=True, help="Sign with the newest alone, and print it.")
+@click.option("--drop-old", is_flag=True, help="Sign with the newest alone: its receiver knows it.")
 @json_option
 def webhooks_secret(tenant: str, rotate: bool, drop_old: bool, as_json: bool) -> None:
     """Make a secret that signs notifications, and print it for their receiver.
@@ -116,17 +116,26 @@ def webhooks_secret(tenant: str, rotate: bool, drop_old: bool, as_json: bool) ->
     It is kept in SMALLCAT_WEBHOOK_SECRETS_DIR. Without such a folder it is only printed, for
     SMALLCAT_WEBHOOK_SECRET.
     """
-    from producer.webhooks.secrets import Secrets, new_secret
+    from producer.webhooks.secrets import Secrets, new_secret, whose
 
     if rotate and drop_old:
         raise CallerError("--rotate and --drop-old are two steps: receivers take the new secret in between.")
     settings = webhook_settings()
-    if not settings.webhook_secrets_dir and not tenant and not drop_old:
+    if drop_old:
+        count = Secrets("", settings.webhook_secrets_dir).drop_old(tenant)
+        text = (
+            f"the older secret of {whose(tenant)} is dropped"
+            if count
+            else f"{whose(tenant)} has one secret alone"
+        )
+        print_json({"tenant": tenant, "dropped": count}) if as_json else say(text)
+        return
+    if not settings.webhook_secrets_dir and not tenant:
         secret = new_secret()
         say("note  Put it into SMALLCAT_WEBHOOK_SECRET of the sender, before the one that it has.", err=True)
     else:
         book = Secrets("", settings.webhook_secrets_dir)
-        secret = book.rotate(tenant, is_new=not (rotate or drop_old), drops_old=drop_old)
+        secret = book.rotate(tenant, is_new=not rotate)
     print_json({"tenant": tenant, "secret": secret}) if as_json else say(secret)
 
 

@@ -69,17 +69,13 @@ class Secrets:
             raise SettingsError(_missing(tenant))
         return found
 
-    def rotate(self, tenant: str, *, is_new: bool = False, drops_old: bool = False) -> str:
+    def rotate(self, tenant: str, *, is_new: bool = False) -> str:
         """Write a new secret, beside the one that there is. Returns it.
 
-        `is_new`: there must be none yet. `drops_old`: writes none, and drops all but the newest, which is
-        returned. Raises `SettingsError` where there is no folder for them, `CallerError`.
+        `is_new`: there must be none yet. Raises `SettingsError` where there is no folder for them,
+        `CallerError`.
         """
-        path = self._path(tenant)
-        if path is None:
-            raise SettingsError(
-                "SMALLCAT_WEBHOOK_SECRETS_DIR is not set: name a folder for secrets, which the sender reads."
-            )
+        path = self._file(tenant)
         try:
             known = self.of(tenant)
         except SettingsError:
@@ -88,15 +84,31 @@ class Secrets:
             known = []
         if is_new and known:
             raise CallerError(
-                f"There is a secret of {_whose(tenant)} already: --rotate makes a new one, beside which it "
+                f"There is a secret of {whose(tenant)} already: --rotate makes a new one, beside which it "
                 "stays valid until --drop-old."
             )
-        if drops_old and not known:
-            raise SettingsError(_missing(tenant))
-        kept = known[:1] if drops_old else [new_secret(), *known[: MOST - 1]]
+        secret = new_secret()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_privately(path, "".join(f"{each}\n" for each in kept))
-        return kept[0]
+        _write_privately(path, "".join(f"{each}\n" for each in (secret, *known[: MOST - 1])))
+        return secret
+
+    def drop_old(self, tenant: str) -> int:
+        """Drop all secrets but the newest. Returns how many.
+
+        Raises `SettingsError` where there is no folder for them, and where there is no secret.
+        """
+        path = self._file(tenant)
+        newest, *old = self.of(tenant)
+        if old:
+            _write_privately(path, f"{newest}\n")
+        return len(old)
+
+    def _file(self, tenant: str) -> Path:
+        if (path := self._path(tenant)) is None:
+            raise SettingsError(
+                "SMALLCAT_WEBHOOK_SECRETS_DIR is not set: name a folder for secrets, which the sender reads."
+            )
+        return path
 
     def _path(self, tenant: str) -> Path | None:
         if tenant and not _TENANT.fullmatch(tenant):
@@ -126,10 +138,11 @@ def _missing(tenant: str) -> str:
     option = f" --tenant {tenant}" if tenant else ""
     own = "" if tenant else "set SMALLCAT_WEBHOOK_SECRET, or "
     command = f"smallcat webhooks secret{option}"
-    return f"There is no secret for notifications of {_whose(tenant)}: {own}run `{command}`."
+    return f"There is no secret for notifications of {whose(tenant)}: {own}run `{command}`."
 
 
-def _whose(tenant: str) -> str:
+def whose(tenant: str) -> str:
+    """Whose secrets these are, in words."""
     return f"the tenant {tenant}" if tenant else "this installation"
 
 

@@ -91,7 +91,8 @@ class Failures:
                     found.append(Failure(job_id, error_type or "", error or "", at, places))
         for part in _parts(gone):
             self._redis.zrem(FAILED, *part)
-        return found
+        # The index knows whole seconds, by another clock than the times that are shown.
+        return sorted(found, key=lambda each: each.at, reverse=True)
 
     def unreadable(self) -> Sequence[Unreadable]:
         """The messages from which no worker could read a job, the latest first."""

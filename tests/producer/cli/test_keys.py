@@ -75,6 +75,8 @@ def test_a_key_is_rotated_while_both_are_valid(valkey: ValkeyProcess) -> None:
             ("site", ["admin"], True),
             ("site", ["admin"], False),
         ]
+        lines = keys("list").stdout.splitlines()
+        assert [line.rpartition("  ")[2] for line in lines] == ["older: --drop-old revokes it", "newer"]
         found = [store.find(digest_of(key)) for key in (old, new)]
         # The name is what submissions and runs are known by.
         assert [each and (each.name, each.scopes, each.tenant) for each in found] == 2 * [

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from worker.contract.errors import (
     UnknownModelError,
 )
 from worker.contract.job import Job
-from worker.contract.prompt_syntax import UNUSED_NEGATIVE
+from worker.contract.prompt_syntax import UNUSED_NEGATIVE, warnings_of
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.jobs.image_file import encode
@@ -100,11 +100,13 @@ def claim(client: Redis, job: Job) -> Records:
     return records
 
 
-def finish(client: Redis, environment: dict[str, str], job: Job) -> str:
+def finish(client: Redis, environment: dict[str, str], job: Job, warnings: Sequence[str] = ("cut",)) -> str:
     """Have the job done, as by a worker. Returns its address."""
     storage = Bucket(environment["S3_BUCKET"])
     uri = storage.uri(job.id, job.format)
-    record = JobRecord(id=job.id, state=State.DONE, job=job, step=4, steps=4, uri=uri, warnings=("cut",))
+    record = JobRecord(
+        id=job.id, state=State.DONE, job=job, step=4, steps=4, uri=uri, warnings=tuple(warnings)
+    )
     picture = encode(picture_of(job), job.format, infotext.write(job))
     storage.put(job.id, job.format, picture, record.model_dump_json().encode(), "image/png")
     claim(client, job).done(record)
@@ -167,6 +169,22 @@ def test_submitting_prints_the_id(smallcat: Shell, client: Redis) -> None:
     again = smallcat("submit", "a small cat", "--seed", "3", "--json")
     assert again.document["id"] == ran.out.strip()
     assert JobHandle(again.document["id"], again.document["submission"]).record()
+
+
+def test_a_warning_is_said_once(
+    smallcat: Shell, client: Redis, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the submission in the words of options, and not again in those of fields with the picture."""
+    words = ["a <lora:wild:0.5>", "--negative-prompt", "x", "--guidance-scale", "1", "--seed", "3"]
+    ran = smallcat("submit", *words)
+    job = JobHandle(ran.out.strip()).record().job
+    finish(client, environment, job, (*warnings_of(job), "cut"))
+    result = JobHandle(job.id).result(timeout=5)
+    monkeypatch.setattr("producer.cli.main._follow", lambda *_: result)
+    waited = smallcat("submit", *words, "--wait")
+    assert waited.code == 0
+    assert waited.err == f"{ran.err}note  cut\n"
+    assert ran.err.count("note  ") == len(warnings_of(job)) == 2
 
 
 def test_every_option_reaches_the_job(smallcat: Shell, client: Redis, tmp_path: Path) -> None:

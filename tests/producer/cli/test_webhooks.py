@@ -76,7 +76,13 @@ def test_secrets_are_made_rotated_and_dropped(tmp_path: Path, monkeypatch: pytes
     assert isinstance(webhooks("secret", "--tenant", "acme").exception, CallerError)
     second = json.loads(webhooks("secret", "--tenant", "acme", "--rotate", "--json").stdout)["secret"]
     assert (tmp_path / "acme").read_text().split() == [second, first]
-    assert webhooks("secret", "--tenant", "acme", "--drop-old").stdout.strip() == second
+    dropped = webhooks("secret", "--tenant", "acme", "--drop-old").stdout
+    assert dropped == "the older secret of the tenant acme is dropped\n"
+    assert (tmp_path / "acme").read_text().split() == [second]
+    again = [webhooks("secret", "--tenant", "acme", "--drop-old", *more).stdout for more in ([], ["--json"])]
+    assert again[0] == "the tenant acme has one secret alone\n"
+    assert json.loads(again[1]) == {"tenant": "acme", "dropped": 0}
+    assert isinstance(webhooks("secret", "--tenant", "other", "--drop-old").exception, SettingsError)
     assert webhooks("secret").stdout.strip() == (tmp_path / "_default").read_text().strip()
     assert isinstance(webhooks("secret", "--rotate", "--drop-old").exception, CallerError)
 

@@ -40,7 +40,7 @@ def test_rotation_keeps_the_old_one_until_it_is_dropped(tmp_path: Path) -> None:
     assert secrets.of("acme") == [second, first]
     third = secrets.rotate("acme")
     assert secrets.of("acme") == [third, second]
-    assert secrets.rotate("acme", drops_old=True) == third
+    assert [secrets.drop_old("acme") for _ in range(2)] == [1, 0]
     assert secrets.of("acme") == [third]
     path = tmp_path / "secrets" / "acme"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

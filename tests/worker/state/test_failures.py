@@ -67,6 +67,18 @@ def test_a_failure_that_no_worker_took_is_dated_by_its_submission(
     assert failures.list() == [Failure(JOB.id, "RenderError", "x", records.get(JOB.id).submitted_at, ())]
 
 
+@pytest.mark.parametrize("jobs", [(JOB, OTHER), (OTHER, JOB)])
+def test_the_latest_is_the_first_within_a_second_too(
+    jobs: tuple[Job, Job], records: Records, failures: Failures, client: Redis
+) -> None:
+    for job in jobs:
+        fail(records, job)
+    client.zadd(FAILED, {job.id: 1 for job in jobs})
+    assert ids(failures) == [job.id for job in reversed(jobs)]
+    times = [failure.at for failure in failures.list()]
+    assert times == sorted(times, reverse=True)
+
+
 def test_failed_jobs_are_listed_and_can_be_dropped(records: Records, failures: Failures) -> None:
     for job in (JOB, OTHER):
         fail(records, job)

@@ -7,11 +7,14 @@ then InvokeAI's, Exif's and ComfyUI's. Each is read by what it says, wherever it
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 from worker.contract.errors import InvalidJobError
+from worker.contract.explain import short
 from worker.contract.infotext import read_fields
 from worker.contract.job import Job
 from worker.contract.metadata.comfyui import is_graph, read_graph
@@ -37,16 +40,16 @@ _LABEL = re.compile(r"[A-Za-z ]{1,20}: ?(?=\{)")
 _PARAMETERS = re.compile(r"\bSteps: ?\d|\bSampler: |\bCFG scale: ")
 
 
-def job_from_image(data: bytes) -> Job:
+def job_from_image(image: bytes | str | os.PathLike[str]) -> Job:
     """The job that a picture's metadata describes: submitting it gives the same picture.
 
-    `data` is a PNG, JPEG or WebP file of smallcat, AUTOMATIC1111, Forge, Civitai, Fooocus, SwarmUI, InvokeAI
-    or ComfyUI. Another tool's noise and model are its own: the job has its parameters. What else made the
-    picture, such as hires fix, is named in a `UserWarning`, and in the job's metadata under `left_out`, which
-    goes with it into its record. Raises `InvalidJobError` where there is nothing to
-    read, or it cannot be read, or it is no text to image.
+    `image` is the path or the bytes of a PNG, JPEG or WebP file of smallcat, AUTOMATIC1111, Forge, Civitai,
+    Fooocus, SwarmUI, InvokeAI or ComfyUI. Another tool's noise and model are its own: the job has its
+    parameters. What else made the picture, such as hires fix, is named in a `UserWarning`, and in the job's
+    metadata under `left_out`, which goes with it into its record. Raises `InvalidJobError` where there is
+    nothing to read, or it cannot be read, or it is no text to image.
     """
-    texts = texts_of(data)
+    texts = texts_of(_bytes(image))
     order = {name: number for number, name in enumerate(_ORDER)}
     for text in sorted(texts, key=lambda each: order.get(each.name, len(order))):
         if (reading := _read(text)) is not None:
@@ -64,6 +67,22 @@ def job_from_image(data: bytes) -> Job:
         f"The picture's texts ({names}) are not what AUTOMATIC1111, Forge, Civitai, Fooocus, SwarmUI, "
         "InvokeAI or ComfyUI write: it holds no infotext that can be read."
     )
+
+
+def _bytes(image: object) -> bytes:
+    """The bytes of a file that is given by its path or its bytes. Raises `InvalidJobError`."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if not isinstance(image, str | os.PathLike):
+        raise InvalidJobError(f"image is {short(image)}: give a path, or the bytes of a file.")
+    path = Path(os.fsdecode(image)).expanduser()
+    try:
+        if not path.is_file():
+            raise InvalidJobError(f"image is {short(str(path))}: there is no such file.")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidJobError(f"image is {short(str(path))}, which cannot be read: {why}.") from None
 
 
 def read_infotext(data: bytes) -> str | None:

@@ -9,6 +9,7 @@ import struct
 import time
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -814,3 +815,26 @@ def test_prompts_of_who_writes_infotexts_are_in_his_syntax() -> None:
     job = job_from_image(png({"parameters": f"a (small:1.3) cat BREAK a dog\n{PAIRS}"}))
     assert (job.prompt_syntax, job.prompt) == ("a1111", "a (small:1.3) cat BREAK a dog")
     assert not job_from_image(png({"invokeai_metadata": INVOKE})).says_syntax
+
+
+def test_a_picture_is_given_by_its_path_or_its_bytes(tmp_path: Path) -> None:
+    data = png({"parameters": f"a cat\n{PAIRS}"})
+    path = tmp_path / "cat.png"
+    path.write_bytes(data)
+    assert len({job_from_image(each).id for each in (path, str(path), data, bytearray(data))}) == 1
+
+
+@pytest.mark.parametrize(
+    ("image", "part"),
+    [
+        ("no-such.png", "image is 'no-such.png': there is no such file"),
+        ("/", "image is '/': there is no such file"),
+        ("a\0b", "image is "),
+        (None, "image is None: give a path, or the bytes of a file"),
+        (Image.new("RGB", (8, 8)), "give a path, or the bytes of a file"),
+    ],
+)
+def test_what_is_no_file_is_said_with_what_it_takes(image: Any, part: str) -> None:
+    with pytest.raises(InvalidJobError) as error:
+        job_from_image(image)
+    assert part in str(error.value)
