@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from producer.cli.job_lines import lines_of
 from producer.cli.json_output import json_option, moment, print_json, say
 from producer.client import JobHandle, submit_job
 from producer.client.job_result import JobResult
@@ -122,6 +123,7 @@ def lines(record: JobResult) -> list[str]:
         f"{record.id}  {moment(at)}  {record.error_type}: {record.error}",
         f"prompt     {job.prompt!r}",
         f"size       {job.width}x{job.height}, {job.steps} steps, seed {job.seed}, {scheduler}",
+        *lines_of(job, without=("schedule",)),
         f"model      {job.model} at {job.revision}",
         *(f"run        {RunMark.parse(mark).run}" for mark in record.runs),
     ]

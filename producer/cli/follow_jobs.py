@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from producer.cli.job_lines import lines_of
 from producer.cli.json_output import json_option, moment, print_json, raise_last, say
 from producer.client import JobHandle
 from producer.client.job_result import JobResult
@@ -168,6 +169,8 @@ def _show_job(job: Job) -> None:
     say(f"seed       {job.seed}")
     if job.width and job.height:
         say(f"size       {job.width}x{job.height}")
+    for line in lines_of(job):
+        say(line)
     if job.tenant:
         say(f"tenant     {job.tenant}")
 

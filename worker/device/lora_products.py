@@ -24,7 +24,7 @@ MOST_TOKENS = 2048
 #: Bytes of shared memory of a multiprocessor that those blocks need.
 SHARED_BYTES = 128 << 10
 #: How the gate's kernel is launched for small ranks.
-NARROW_GATE: dict[str, Any] = {"TILES": 4, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+NARROW_GATE: dict[str, Any] = {"TILES": 1, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 #: And both products' at once.
 BOTH: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
 

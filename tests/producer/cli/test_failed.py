@@ -12,8 +12,10 @@ from redis import Redis
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.cli import failed
+from producer.cli.job_lines import lines_of
 from producer.cli.main import cli
 from producer.client import submit_job
+from producer.client.job_result import JobResult
 from producer.session import session
 from worker.contract.errors import CallerError, JobTooLargeError, RenderError, SmallcatError, UnknownJobError
 from worker.contract.found_message import digest_of
@@ -99,6 +101,23 @@ def test_a_failed_job_shows_each_attempt_with_its_worker() -> None:
     assert shown.splitlines()[-1].endswith("RenderError: bad kernel"), "the last attempt has the job's error"
     assert shown.count("w1") == 2
     assert "'one'" in shown
+
+
+def test_a_failed_job_shows_what_it_asked_for_beside_its_prompt() -> None:
+    job = Job.parse(
+        {"prompt": "a cat", "seed": 1, "loras": "detail=0.8:te=0.5; pixel", "schedule": "karras"}
+        | {"scheduler": "euler", "image": f"sha256:{'ab' * 32}:64x48", "strength": 0.4, "clip_skip": 2}
+    )
+    assert lines_of(job) == [
+        "schedule   karras",
+        "clip_skip  2",
+        "loras      detail=0.8:te=0.5; pixel=1",
+        f"image      sha256:{'ab' * 32}:64x48",
+        "strength   0.4",
+    ]
+    record = JobResult(id=job.id, state=State.FAILED, job=job)
+    assert {*lines_of(job)[1:]} < {*failed.lines(record)}
+    assert not any(line.startswith("schedule") for line in failed.lines(record))
 
 
 def test_by_run() -> None:
