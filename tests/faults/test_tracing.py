@@ -201,6 +201,7 @@ def test_a_request_its_jobs_and_its_webhooks_are_one_trace_and_so_is_each_job_of
         assert sorted(names) == sorted(["submit", "queue", "process", *STAGES])
 
 
+@pytest.mark.services
 def test_what_is_not_sampled_is_not_traced_and_a_collector_that_is_away_is_two_lines(
     ground: Ground, collector: Collector
 ) -> None:

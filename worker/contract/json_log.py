@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 from typing import Any
 
 from worker.contract.job_scope import job_scope
@@ -40,7 +41,19 @@ class JsonFormatter(logging.Formatter):
         fields = getattr(record, "fields", None)
         if isinstance(fields, dict):
             line |= {name: value for name, value in fields.items() if name not in line}
-        return json.dumps(line, default=str)
+        try:
+            return json.dumps(line, default=str, allow_nan=False)
+        except ValueError:
+            return json.dumps(_finite(line), default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for each number that JSON has not: infinite ones, and those that are none."""
+    if isinstance(value, dict):
+        return {_finite(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scope_of(record: logging.LogRecord) -> tuple[str, str]:

@@ -194,7 +194,7 @@ class JobHandler:
             return True
 
     def _complete(
-        self, message: Message, tag: str, attempt: int, queued_s: float, *, may_render: bool
+        self, message: Message, tag: str, attempt: int, queued_s: float | None, *, may_render: bool
     ) -> None:
         """Put the job's picture into the bucket, unless it is there, and mark the job done.
 
@@ -204,7 +204,8 @@ class JobHandler:
         Raises `SmallcatError`.
         """
         if may_render:
-            metrics.QUEUED.observe(queued_s)
+            if queued_s is not None:
+                metrics.QUEUED.observe(queued_s)
             job_log.begun(message.id, attempt, queued_s, self._name)
         job = self._resolved(message.job)
         where = message.id, job.format, job.tenant
@@ -285,7 +286,9 @@ class JobHandler:
             )
         return wanted.resolved(self.served)
 
-    def _answer_from(self, message: Message, tag: str, job: Job, stored: bytes, queued_s: float) -> bool:
+    def _answer_from(
+        self, message: Message, tag: str, job: Job, stored: bytes, queued_s: float | None
+    ) -> bool:
         """Mark the job done with what the bucket holds; priority and metadata are this submission's own.
 
         `job` is the message's with the model's defaults. False: the stored record cannot be read, or is not

@@ -27,10 +27,13 @@ _NOT_BEGUN = {
 _OUTCOMES = {logging.WARNING: "retried", logging.INFO: "cancelled"}
 
 
-def begun(job_id: str, attempt: int, queued_s: float, worker: str) -> None:
-    """The job was claimed: an attempt begins on `worker`."""
+def begun(job_id: str, attempt: int, queued_s: float | None, worker: str) -> None:
+    """The job was claimed: an attempt begins on `worker`. `queued_s`: None is not known."""
     # Later attempts have waited since the one before, and nobody knows how long.
     attempts.note(queued_s if attempt == 1 else None, attempt=attempt, worker=worker)
+    if queued_s is None:
+        _event("Job %s begins: attempt %d.", job_id, attempt, attempt=attempt)
+        return
     _event(
         "Job %s begins: attempt %d, %.3g s after it was submitted.",
         *(job_id, attempt, queued_s),

@@ -30,10 +30,12 @@ def render(engine: Engine[Any], job_id: str, job: Job, inputs: JobInputs | None)
             rendered = future.result()
         finally:
             if traced is not None and watch is not None:
-                _note_steps(traced, watch, prepared_s)
+                with attempts.harmless():
+                    _note_steps(traced, watch, prepared_s)
     metrics.DECODED.observe(rendered.decode_s)
     if traced is not None and watch is not None and watch.steps:
-        traced.add("decode", watch.ended_s, watch.ended_s + rendered.decode_s)
+        with attempts.harmless():
+            traced.add("decode", watch.ended_s, watch.ended_s + rendered.decode_s)
     return rendered
 
 

@@ -7,6 +7,7 @@ the one of that id, and what cannot be read counts as an unknown job and does no
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -27,6 +28,8 @@ _TEXT: Final = {"state", "uri", "worker", "error_type", "error", "queue"}
 _SHOWN: Final = {"uri", "worker", "error_type", "error", "queue", "warnings"}
 #: Fields that a record has from elsewhere.
 _NOT_READ: Final = {"id", "runs", "tries"}
+#: Seconds by which the clock of a producer may be ahead of Redis'.
+_SKEW_S: Final = 60.0
 _FINAL: Final = frozenset(state.value for state in State if state.is_final)
 
 
@@ -45,6 +48,20 @@ def unknown(job_id: str, submission: str = "") -> UnknownJobError:
 def unreadable(job_id: str, why: str) -> UnknownJobError:
     """The error for a job whose record no version of ours wrote."""
     return UnknownJobError(f"The record of job {job_id} cannot be read ({why}): submit the job again.")
+
+
+def wait_of(seconds: str | float, ttl_s: float) -> float | None:
+    """Seconds that a job waited, by its record's time of submission; None where that cannot be right.
+
+    Nothing that is not finite, longer than a record lives (`ttl_s`), or before the job was submitted.
+    """
+    try:
+        waited_s = float(seconds)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(waited_s) or not -_SKEW_S <= waited_s <= ttl_s:
+        return None
+    return max(0.0, waited_s)
 
 
 def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:

@@ -11,6 +11,7 @@ from worker.contract.message import payload_in, run_mark_in
 from worker.contract.queues import lists_of, queues_of
 from worker.contract.refusals import code_of
 from worker.state.fleet import Fleet
+from worker.state.hashes import wait_of
 from worker.state.keys import HELD, QUEUES, job_key
 from worker.state.parked import parked
 from worker.state.tenants import lists_of_tenant, tenants_in
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Held messages that Redis looks through at a time.
 AT_ONCE = 500
+#: Seconds that a job can have waited, at most: what says more was not written by smallcat.
+_LONGEST_S = 366 * 86_400.0
 
 
 class Served(NamedTuple):
@@ -120,8 +123,9 @@ def _by_class(
             oldest_s.setdefault(queued, 0.0)
             next_ones += [(queued, str(text)) for text in ends]
     for (queued, _), at in zip(next_ones, _submitted(client, [text for _, text in next_ones]), strict=True):
-        if at is not None:
-            oldest_s[queued] = max(oldest_s[queued], now - at)
+        # Producers can write it.
+        waited_s = None if at is None else wait_of(now - at, _LONGEST_S)
+        oldest_s[queued] = max(oldest_s[queued], waited_s or 0.0)
     return depth, oldest_s
 
 

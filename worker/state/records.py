@@ -32,6 +32,7 @@ from worker.state.hashes import (
     seen_by,
     unknown,
     unreadable,
+    wait_of,
 )
 from worker.state.keys import (
     FAILED,
@@ -209,8 +210,10 @@ class Records:
         queue: str,
         run: str = "",
         is_stored: Callable[[], bool] = lambda: True,
-    ) -> tuple[Claim, int, float]:
+    ) -> tuple[Claim, int, float | None]:
         """Claim the job for `message`, or say why not. Returns the verdict, the attempt, seconds queued.
+
+        The seconds are None where the record's time of submission cannot be right (`wait_of`).
 
         `message` is the message's id, and, after "/", the tag under which this worker holds it.
         `is_stored` is asked whether the bucket has the picture where the record says that the job is done.
@@ -229,7 +232,7 @@ class Records:
             verdict, attempt, queued, *at = self._claim(keys=keys, args=[*args, looked])
         if at:
             self._clock_s = float(at[0]) - time.monotonic()
-        return Claim(verdict), int(attempt), max(0.0, float(queued))
+        return Claim(verdict), int(attempt), wait_of(queued, self._ttl_s)
 
     def progress(self, steps: Mapping[str, tuple[int, int]], lease_s: float) -> list[str]:
         """Write (steps done, steps in all) and extend the claim of each job. Returns the cancelled ids."""

@@ -4,12 +4,15 @@ The thread that works on a job notes the times, and hands them to another proces
 (`worker.tracing.exporter`): making and sending spans takes a millisecond of Python a job, which would be
 missing where the GPU is fed. OpenTelemetry is not imported here.
 
-Where nothing is traced, and for jobs that are not sampled, each call does nothing.
+Where nothing is traced, and for jobs that are not sampled, each call does nothing. None of them raises:
+a job goes on without its trace (`harmless`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,10 +23,32 @@ from worker.contract.job_scope import about_job
 from worker.contract.plain_text import plain
 from worker.tracing.context import TraceContext
 
+logger = logging.getLogger("smallcat.tracing")
+
 #: Characters of an error's text that a span has, at most.
 _MAX_TEXT: Final = 400
 
 _current: ContextVar[Attempt | None] = ContextVar("smallcat attempt", default=None)
+#: Whether the log has said that something here failed.
+_has_told = False
+
+
+@contextlib.contextmanager
+def harmless() -> Iterator[None]:
+    """Whatever fails in the with block is logged, once a process, and goes no further.
+
+    What a thread raises beside a job's own errors would lose the job: Celery acknowledges its message.
+    """
+    global _has_told
+    try:
+        yield
+    except Exception:
+        if not _has_told:
+            _has_told = True
+            with contextlib.suppress(Exception):
+                logger.exception(
+                    "Spans of a job are lost, and the job goes on. Further ones are lost in silence."
+                )
 
 
 class Attempt:
@@ -55,8 +80,12 @@ class Attempt:
         self._stages.append((name, *times, dict(attributes or {}), list(links)))
 
     def note(self, queued_s: float | None = None, **attributes: Any) -> None:
-        """Note what the attempt's own span says. `queued_s`: seconds that the job waited before it."""
-        self._queued_s = self._queued_s if queued_s is None else queued_s
+        """Note what the attempt's own span says. `queued_s`: seconds that the job waited before it.
+
+        A wait that cannot have been, as of a job from before 1970, is left out.
+        """
+        if queued_s is not None and math.isfinite(queued_s) and 0 <= queued_s <= time.time():
+            self._queued_s = queued_s
         self._attributes |= attributes
 
     def fail(self, error: BaseException) -> None:
@@ -116,7 +145,8 @@ def attempt(job_id: str, traceparent: object, tracestate: object) -> Iterator[No
             yield
     finally:
         _current.reset(token)
-        _send(made.as_json())
+        with harmless():
+            _send(made.as_json())
 
 
 def current() -> Attempt | None:
@@ -130,7 +160,8 @@ def _noted(made: Attempt, name: str, attributes: Mapping[str, Any]) -> Iterator[
     try:
         yield
     finally:
-        made.add(name, began_s, time.monotonic(), attributes)
+        with harmless():
+            made.add(name, began_s, time.monotonic(), attributes)
 
 
 def stage(name: str, **attributes: Any) -> contextlib.AbstractContextManager[None]:
@@ -142,10 +173,12 @@ def stage(name: str, **attributes: Any) -> contextlib.AbstractContextManager[Non
 def note(queued_s: float | None = None, **attributes: Any) -> None:
     """As `Attempt.note`, for the attempt that this thread makes."""
     if (made := _current.get()) is not None:
-        made.note(queued_s, **attributes)
+        with harmless():
+            made.note(queued_s, **attributes)
 
 
 def failed(error: BaseException) -> None:
     """As `Attempt.fail`, likewise."""
     if (made := _current.get()) is not None:
-        made.fail(error)
+        with harmless():
+            made.fail(error)

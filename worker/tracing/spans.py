@@ -25,6 +25,8 @@ logger = logging.getLogger("smallcat.tracing")
 #: Seconds that spans are tried to be sent, where OpenTelemetry's variables do not say: its own default would
 #: hold up the end of a program by 10 s while nobody takes them.
 TIMEOUT_S: Final = 3.0
+#: The largest integer that a span can have.
+_MAX_INT: Final = (1 << 63) - 1
 #: The loggers of what sends spans: a line for each batch that cannot be sent, and each retry.
 _NOISY: Final = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
 
@@ -112,7 +114,10 @@ class AttemptSpans:
         self._tracer = self._provider.get_tracer("smallcat")
 
     def make(self, attempt: Mapping[str, Any]) -> None:
-        """The spans of an attempt, as `Attempt.as_json` has it."""
+        """The spans of an attempt, as `Attempt.as_json` has it.
+
+        One value that cannot be encoded would lose all spans that are sent together: none is passed on.
+        """
         parent = None
         if attempt["parent"]:
             parent = below(TraceContext(attempt["trace"], attempt["parent"], True, attempt["state"]))
@@ -121,12 +126,12 @@ class AttemptSpans:
             "process",
             context=parent or Context(),
             kind=SpanKind.CONSUMER,
-            start_time=attempt["began"],
+            start_time=_time(attempt["began"]),
             attributes={
                 "messaging.system": "smallcat",
                 "messaging.operation.type": "process",
-                "smallcat.job.id": attempt["job"],
-                **{f"smallcat.{name}": value for name, value in attempt["attributes"].items()},
+                "smallcat.job.id": _encodable(attempt["job"]),
+                **_named(attempt["attributes"]),
             },
         )
         if not own.is_recording():
@@ -139,8 +144,8 @@ class AttemptSpans:
         if attempt["error"]:
             name, text = attempt["error"]
             own.set_attribute("error.type", name)
-            own.set_status(Status(StatusCode.ERROR, f"{name}: {text}"))
-        own.end(attempt["ended"])
+            own.set_status(Status(StatusCode.ERROR, _encodable(f"{name}: {text}")))
+        own.end(_time(attempt["ended"]))
 
     def end(self) -> None:
         """Send what there is."""
@@ -158,7 +163,23 @@ class AttemptSpans:
         self._tracer.start_span(
             name,
             context=where,
-            start_time=began,
-            attributes={f"smallcat.{key}": value for key, value in attributes.items()},
+            start_time=_time(began),
+            attributes=_named(attributes),
             links=[Link(span_context(TraceContext(link[0], link[1]))) for link in links],
-        ).end(ended)
+        ).end(_time(ended))
+
+
+def _time(unix_ns: int) -> int:
+    """Nanoseconds that a span can have."""
+    return min(max(int(unix_ns), 0), _MAX_INT)
+
+
+def _named(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"smallcat.{name}": _encodable(value) for name, value in attributes.items()}
+
+
+def _encodable(value: Any) -> Any:
+    """A value that a span can have: halves of characters are escaped, and huge integers are text."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return f"{value:#x}" if isinstance(value, int) and abs(value) > _MAX_INT else value

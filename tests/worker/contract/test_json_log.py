@@ -6,6 +6,8 @@ import datetime
 import io
 import json
 import logging
+import math
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -138,3 +140,12 @@ def test_all_handlers_follow_and_those_of_libraries_that_come_later(
         logger.removeHandler(handler)
         for each, formatter in before:
             each.setFormatter(formatter)
+
+
+def test_a_number_that_json_has_not_is_null(log: Log) -> None:
+    fields = {"wait_s": math.inf, "all": [1.5, math.nan, {"least": -math.inf}], "size": 3}
+    log.logger.info("of %s", math.inf, extra={"fields": fields})
+    [line], [found] = log.lines(), log.objects()
+    assert not {"Infinity", "NaN"} & set(re.findall(r"\w+", line))
+    assert (found["message"], found["wait_s"], found["all"]) == ("of inf", None, [1.5, None, {"least": None}])
+    assert found["size"] == 3

@@ -40,10 +40,12 @@ from worker.contract.metadata.job_from_image import read_infotext
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.engine.engine import Engine
+from worker.jobs import metrics
 from worker.jobs.handler import Handled, JobHandler
 from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.retry_policy import Backoff
 from worker.state.failures import Failures
+from worker.state.hashes import record_of
 from worker.state.keys import attempts_key, job_key
 from worker.state.records import Records
 from worker.state.redis_client import RedisError, connect
@@ -783,3 +785,15 @@ class HasAll:
 
     def provide(self, job: Job) -> Job:
         return job
+
+
+@pytest.mark.parametrize("said", ["-1e308", "nan", "inf"])
+def test_a_wait_that_cannot_have_been_is_said_nowhere(said: str, worker: Worker, client: Redis) -> None:
+    """Producers can write when a job was submitted."""
+    worker.submit(JOB)
+    client.hset(job_key(JOB.id), "submitted_at", said)
+    before = [sample.value for sample in next(iter(metrics.QUEUED.collect())).samples]
+    assert worker.handle(JOB) is None
+    assert [sample.value for sample in next(iter(metrics.QUEUED.collect())).samples] == before
+    record = record_of(JOB.id, client.hgetall(job_key(JOB.id)) | {"submitted_at": "0"})
+    assert (record.state, record.timings.queued) == (State.DONE, None)

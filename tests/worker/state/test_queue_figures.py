@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from redis import Redis
@@ -64,3 +65,18 @@ def test_jobs_are_counted_by_model_and_revision_with_and_without_workers(client:
     # Scaled to zero, its name is still known.
     fleet.withdraw("a")
     assert queue_figures(client, fleet).waiting[named] == 4
+
+
+@pytest.mark.parametrize("at", [math.nan, math.inf, -math.inf, -1e308, 1e308, 0.0])
+def test_a_time_that_cannot_be_right_is_no_wait(
+    at: float, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Producers can write when a job was submitted; the oldest job whose time is right still counts."""
+    own, open_to_all, _ = queues_of(SERVED)
+    client.sadd(QUEUES, own, open_to_all)
+    client.lpush(list_of(own, 0), "message")
+    client.lpush(list_of(own, 9), "message")
+    fleet = Fleet(client, 60)
+    times = [at, fleet.now() - 5]
+    monkeypatch.setattr("worker.state.queue_figures._submitted", lambda client, messages: iter(times))
+    assert 4 <= max(queue_figures(client, fleet).oldest_s.values()) < 60

@@ -53,7 +53,7 @@ def records(client: Redis) -> Records:
 def claim(records: Records, message: str = "m1", job: Job = JOB, **options: Any) -> tuple[Claim, int]:
     given = {"worker": "w1", "lease_s": 30.0, "max_attempts": 3, "queue": QUEUE} | options
     verdict, attempt, queued_s = records.claim(job, message, **given)
-    assert queued_s >= 0
+    assert queued_s is None or 0 <= queued_s <= TTL_S
     return verdict, attempt
 
 
@@ -516,3 +516,16 @@ def test_the_script_that_marks_runs_has_the_keys_that_python_has() -> None:
     text = (Path(scripts.__file__).parent / "mark_runs.lua").read_text()
     assert f"local key = '{run_key('')}' .. run" in text
     assert f"string.len('{job_key('')}')" in text
+
+
+@pytest.mark.parametrize(
+    "said", ["nan", "inf", "-inf", "1e400", "-1e308", "1e308", "-1e12", "1e12", "0", "x"]
+)
+def test_a_time_of_submission_that_cannot_be_right_is_not_known(
+    said: str, records: Records, client: Redis
+) -> None:
+    """Producers can write it. A word is none at all: the job counts as submitted now."""
+    client.hset(job_key(JOB.id), mapping={"state": "queued", "submitted_at": said})
+    given: dict[str, Any] = {"worker": "w1", "lease_s": 30.0, "max_attempts": 3, "queue": QUEUE}
+    verdict, attempt, queued_s = records.claim(JOB, "m1", **given)
+    assert (verdict, attempt, queued_s) == (Claim.RENDER, 1, 0.0 if said == "x" else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,53 @@ def test_a_process_that_cannot_run_is_not_started_for_each_job(
     ]
     process.stop()
     process.send(made)
+
+
+@pytest.mark.parametrize("queued_s", [math.nan, math.inf, -math.inf, 1e308, -1e308, 1e12, -1.0])
+def test_a_wait_that_cannot_have_been_is_left_out(queued_s: float, sent: list[dict[str, Any]]) -> None:
+    with attempts.attempt(JOB, None, None):
+        attempts.note(queued_s, attempt=1)
+    assert sent[0]["queued"] is None
+    assert sent[0]["attributes"] == {"attempt": 1}
+
+
+class Nasty:
+    """Whatever is done with it fails."""
+
+    def __str__(self) -> str:
+        raise OverflowError("no text")
+
+    def __lt__(self, other: object) -> bool:
+        raise OverflowError("no order")
+
+    __float__ = __round__ = __gt__ = __le__ = __ge__ = __lt__  # type: ignore[assignment]
+
+
+def test_no_part_of_tracing_raises_at_a_job(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The job's own errors pass, and one line says what has failed."""
+
+    def refused(attempt: dict[str, Any]) -> None:
+        raise OSError("the process cannot be started")
+
+    class NastyError(Exception):
+        __str__ = Nasty.__str__
+
+    monkeypatch.setattr(attempts, "_send", refused)
+    monkeypatch.setattr(attempts, "_has_told", False)
+    nasty: Any = Nasty()
+    done = []
+    for _ in range(2):
+        with attempts.attempt(JOB, None, None):
+            attempts.note(nasty, attempt=1)
+            attempts.failed(NastyError())
+            monkeypatch.setattr(attempts.current(), "_offset_ns", nasty)
+            with pytest.raises(KeyError), attempts.stage("claim"):
+                raise KeyError
+            done.append(True)
+    with pytest.raises(ValueError, match="own"), attempts.attempt(JOB, None, None):
+        raise ValueError("own")
+    assert len(done) == 2
+    [record] = caplog.records
+    assert "the job goes on" in record.getMessage()
