@@ -204,8 +204,7 @@ class JobHandler:
         Raises `SmallcatError`.
         """
         if may_render:
-            if queued_s is not None:
-                metrics.QUEUED.observe(queued_s)
+            metrics.observe_wait(queued_s)
             job_log.begun(message.id, attempt, queued_s, self._name)
         job = self._resolved(message.job)
         where = message.id, job.format, job.tenant

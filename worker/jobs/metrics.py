@@ -82,6 +82,12 @@ for _reason in ("unreadable", "poison"):
     SET_ASIDE.labels(_reason)
 
 
+def observe_wait(queued_s: float | None) -> None:
+    """Count a job's wait; None: nobody knows it."""
+    if queued_s is not None:
+        QUEUED.observe(queued_s)
+
+
 def observe_step(rows: int, seconds: float) -> None:
     """Count one step of the engine."""
     ROWS.observe(rows)
