@@ -96,6 +96,17 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_DEFAULT_PROMPT_SYNTAX": ("a1111", "a1111", [("comfyui", "'plain' or 'a1111'")]),
     "USE_MEMORY_EFFICIENT_ATTENTION": ("0", "0", [("yes", "'0' or '1'"), ("2", "'0' or '1'")]),
     "SMALLCAT_COMPILE": ("0", False, [("perhaps", "valid boolean")]),
+    "SMALLCAT_COMPILE_FIRST": ("1", True, [("perhaps", "valid boolean")]),
+    "SMALLCAT_KERNEL_CACHE": (
+        "/shared",
+        "/shared",
+        [("s3://b/kernels", "must be a folder that workers share")],
+    ),
+    "SMALLCAT_KERNEL_CACHE_KEY": (
+        "a" * 32,
+        "a" * 32,
+        [("a" * 31, "at least 32 characters"), (" ".join("a" * 32 for _ in range(3)), "or two")],
+    ),
     "SMALLCAT_EMBEDDINGS": ("/embeddings", "/embeddings", []),
     "SMALLCAT_LORAS": ("/loras,s3://b/loras", "/loras,s3://b/loras", []),
     "SMALLCAT_LORA_MEMORY": ("2GiB", 2 << 30, [("much", "value and unit"), ("2parsecs", "byte unit")]),
