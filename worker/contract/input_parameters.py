@@ -195,7 +195,7 @@ class InputParameters(JobParameters):
         JobField(since=INPUTS_SINCE, infotext_ours_only=True),
     ] = MASK_BLUR
     #: Draw only the masked part, at the job's whole size, with so many pixels of the image around it, 0 to
-    #: 256. Not given: the whole image. AUTOMATIC1111 calls it "only masked".
+    #: 256. Not given: the whole image. AUTOMATIC1111 calls it "only masked". No worker draws it yet.
     padding: Annotated[
         int | None,
         Field(ge=0, le=MAX_PADDING, strict=True),

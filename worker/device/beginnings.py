@@ -54,8 +54,8 @@ def check(job: Job, inputs: JobInputs | None) -> None:
         return
     if job.padding is not None:
         raise InvalidJobError(
-            f"padding is {job.padding}, and this worker draws a masked part within the whole image alone: "
-            "leave it out."
+            f"padding is {job.padding}, which no worker draws yet: leave it out, or send inpaint_full_res "
+            "false in AUTOMATIC1111's API. Then the masked part is drawn within the whole image."
         )
     if inputs is None or (inputs.mask is None and job.mask):
         raise RenderError("The image that the job begins with was not read.")

@@ -261,6 +261,8 @@ def test_what_is_not_drawn_is_refused(models: Any) -> None:
     error = refusal(models, of_mask(), JobInputs(a_picture(), dot))
     assert isinstance(error, InvalidJobError)
     assert "nothing would be drawn" in str(error)
-    assert "padding is 32" in str(refusal(models, of_mask(padding=32), WITH_MASK))
+    assert "padding is 32, which no worker draws yet: leave it out, or send inpaint_full_res false" in str(
+        refusal(models, of_mask(padding=32), WITH_MASK)
+    )
     assert isinstance(refusal(models, of_image(), None), RenderError)
     assert isinstance(refusal(models, of_mask(), IMAGE_ONLY), RenderError)
