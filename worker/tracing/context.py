@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
+from urllib.parse import unquote
+
+from worker.contract.plain_text import plain
 
 _PARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 #: Characters of a `tracestate` that are passed on, at most: what the standard asks for.
@@ -55,6 +58,36 @@ def endpoint_of(environment: Mapping[str, str]) -> str:
         return ""
     of_traces = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
     return of_traces or environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
+
+
+def shown(endpoint: str) -> str:
+    """An endpoint for logs: without its user, password and options."""
+    scheme, sign, rest = endpoint.partition("://")
+    if not sign:
+        scheme, rest = "", endpoint
+    _, at, place = rest.rpartition("@")
+    return plain(f"{scheme}{sign}{'***@' if at else ''}{re.split('[?#]', place, maxsplit=1)[0]}")
+
+
+def without_secrets(text: str, environment: Mapping[str, str]) -> str:
+    """A text of OpenTelemetry's for logs: passwords, options and headers of its variables are masked."""
+    for secret in sorted(set(_secrets(environment)), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return plain(text)
+
+
+def _secrets(environment: Mapping[str, str]) -> Iterator[str]:
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"):
+        user, at, place = environment.get(f"{name}ENDPOINT", "").rpartition("@")
+        found = [*re.split("[?#]", place, maxsplit=1)[1:]]
+        if at:
+            user = user.partition("://")[2] or user
+            found += [user, user.partition(":")[2]]
+        for header in environment.get(f"{name}HEADERS", "").split(","):
+            found += [header.strip(), header.partition("=")[2].strip()]
+        for each in found:
+            # A word of one or two letters is in any text.
+            yield from (word for word in (each, unquote(each)) if len(word) > 2)
 
 
 def why_not(environment: Mapping[str, str]) -> str:

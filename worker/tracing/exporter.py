@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from worker.contract.plain_log import log_form
-from worker.contract.plain_text import plain
 from worker.tracing.attempts import trace_to
-from worker.tracing.context import endpoint_of, environment_of_exporter, why_not
+from worker.tracing.context import endpoint_of, environment_of_exporter, shown, why_not
 
 logger = logging.getLogger("smallcat.tracing")
 
@@ -108,13 +107,13 @@ def begin() -> str:
     if not (endpoint := endpoint_of(os.environ)):
         return ""
     if why := why_not(os.environ):
-        logger.warning("Nothing is traced to %s: %s.", plain(endpoint), why)
+        logger.warning("Nothing is traced to %s: %s.", shown(endpoint), why)
         return ""
     process = SpanProcess()
     process.start()
     trace_to(process.send)
     atexit.register(process.stop)
-    return plain(endpoint)
+    return shown(endpoint)
 
 
 def _line(attempt: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.contract.plain_text import plain
-from worker.tracing.context import TraceContext, endpoint_of, why_not
+from worker.tracing.context import TraceContext, endpoint_of, shown, why_not
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, SpanKind, Tracer
@@ -117,7 +117,7 @@ def tracer() -> Tracer | None:
 
 def _made(endpoint: str) -> Tracer | None:
     if why := why_not(os.environ):
-        logger.warning("Nothing is traced to %s: %s.", plain(endpoint), why)
+        logger.warning("Nothing is traced to %s: %s.", shown(endpoint), why)
         return None
     from worker.tracing.spans import provider_of
 
