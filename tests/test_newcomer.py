@@ -35,7 +35,10 @@ EDITS: dict[str, list[tuple[str, str]]] = {
         ("    scheduler: Scheduler | str\n", "    noise_multiplier: float\n"),
     ],
     "worker/device/model_runner.py": [
-        ("        rows = self._family.rows(job.guidance_scale)\n", "        noise *= job.noise_multiplier\n")
+        (
+            '        with mapped("load the LoRAs"), self._preparing():\n',
+            "        beginning.latents.mul_(job.noise_multiplier)\n",
+        )
     ],
     "tests/worker/contract/test_job.py": [('    "guidance_stop": 0.75,\n', '    "noise_multiplier": 0.5,\n')],
 }

@@ -21,7 +21,7 @@ from tests import tiny_models
 from tests.lora_sets import random_set
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device import lora_layers, lora_ops
+from worker.device import lora_layers, lora_ops, unet_patches
 from worker.device.families import family_of
 from worker.device.lora_set import RowLoras
 from worker.device.model_runner import ModelRunner
@@ -151,6 +151,8 @@ class PlainProducts:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_ops, "_products", lambda: PlainProducts)
+    # As in compiled steps, which is where the kernels are.
+    monkeypatch.setattr(unet_patches.Upsample2D, "always", True)
 
 
 def a_runner(path: Path, *, patched: bool) -> ModelRunner:
