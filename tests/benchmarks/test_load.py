@@ -211,6 +211,7 @@ def test_options_that_are_not_valid(arguments: list[str], sentence: str) -> None
     assert sentence in " ".join(result.output.replace("│", " ").split())
 
 
+@pytest.mark.services
 def test_the_whole_benchmark_on_a_tiny_model(tmp_path: Path) -> None:
     model, out = tiny_sd1(tmp_path / "tiny"), tmp_path / "load.json"
     arguments = ["--model", str(model), "--max-batch", "4", "--loads", "70", "--jobs", "6", "--seconds", "1"]

@@ -73,6 +73,7 @@ def test_a_body_without_a_length_is_counted(api: Api) -> None:
     assert api.call("GET", "/healthz").status == 200
 
 
+@pytest.mark.services
 def test_ten_thousand_malformed_requests_leave_nothing_behind(api: Api) -> None:
     port = int(api.url.rpartition(":")[2])
     kinds = (

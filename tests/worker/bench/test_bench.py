@@ -342,6 +342,7 @@ def test_the_setups_of_each_device() -> None:
     ]
 
 
+@pytest.mark.services
 def test_a_setup_that_does_not_work_is_reported_and_the_others_go_on(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +390,7 @@ def test_all_experiments(model: Path, tmp_path: Path) -> None:
     assert [len(found[name]) for name in ("cats", "points", "rates")] == [2, 4, 4]
 
 
+@pytest.mark.services
 @pytest.mark.usefixtures("quick")
 def test_one_experiment_with_random_weights(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
@@ -408,6 +410,7 @@ def test_one_experiment_with_random_weights(
     assert not (tmp_path / "small-cat.png").exists()
 
 
+@pytest.mark.services
 @pytest.mark.usefixtures("quick")
 def test_without_matplotlib_a_line_names_the_remedy(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

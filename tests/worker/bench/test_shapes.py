@@ -108,6 +108,7 @@ def test_a_worker_serves_it_and_fifty_guided_steps_in_fp16_stay_finite(
     assert image.std() > 0.1
 
 
+@pytest.mark.services
 @pytest.mark.usefixtures("narrow")
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     def revision(name: str, **options: Any) -> bytes:

@@ -130,8 +130,8 @@ def test_a_batch_is_padded_to_the_smallest_captured_size_that_fits() -> None:
     ("make", "rescale"),
     [
         (ATTENDS_FIRST, 0.0),
-        (tiny_models.tiny_sdxl, 0.0),
-        (tiny_models.tiny_lcm, 0.0),
+        pytest.param(tiny_models.tiny_sdxl, 0.0, marks=pytest.mark.services),
+        pytest.param(tiny_models.tiny_lcm, 0.0, marks=pytest.mark.services),
         pytest.param(ATTENDS_FIRST, 0.7, marks=pytest.mark.slow),
     ],
 )
