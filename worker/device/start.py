@@ -24,6 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from worker.contract.plain_log import escape_logs
 from worker.contract.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -97,7 +98,10 @@ def _import(files: Future[Any]) -> None:
         if torch.cuda.is_available() and torch.cuda.device_count() == 1:
             _beside("wake the kernels", _wake_kernels)
         import diffusers
+        import transformers  # noqa: F401
 
+        # These have brought handlers of their own, by which the imports below warn.
+        escape_logs()
         import worker.device.model_runner  # noqa: F401
 
         if files.done() and not files.exception():
