@@ -13,15 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import worker.tasks as tasks
+from tests.folder_storage import InFolder
 from worker.celery import app as app
-from worker.contract.choices import ImageFormat
 from worker.device import start
 from worker.jobs.handler import JobHandler
-from worker.storage.bucket import Bucket
 
 _trace = os.open(os.environ["START_TRACE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 _started_at = float(os.environ["START_AT"])
@@ -51,29 +49,13 @@ def timed(owner: Any, name: str, label: str) -> None:
     setattr(owner, name, call)
 
 
-class FolderStorage(Bucket):
-    """A folder in the place of the bucket."""
+class FolderStorage(InFolder):
+    """A folder in the place of the bucket, which needs no check."""
 
-    def start(self) -> None:
-        """Nothing to start."""
+    VARIABLE = "START_FOLDER"
 
     def check(self) -> tuple[str, ...]:
         return ()
-
-    def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
-        record = self._path(self._key(job_id, "json", tenant))
-        return record.read_bytes() if record.exists() else None
-
-    def _put(self, key: str, body: bytes, mime: str) -> None:
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_bytes(body)
-        unfinished.rename(path)
-
-    @staticmethod
-    def _path(key: str) -> Path:
-        return Path(os.environ["START_FOLDER"]) / key
 
 
 class FirstJob(JobHandler):

@@ -28,13 +28,13 @@ import json
 import re
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import worker.state.scripts as scripts
 import worker.tasks as tasks
 from tests.faults.app_names import DIED, MARKS
 from tests.faults.runner import FaultRunner, FaultState, verbs_of
+from tests.folder_storage import InFolder
 from worker.celery import app as app
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import SmallcatError
@@ -161,26 +161,10 @@ class DyingStorage(Dying, BucketProcess):
     """As a worker has it."""
 
 
-class FolderStorage(Dying):
-    """Puts into a folder: for storms faster than the S3 server and the cores that it shares are."""
+class FolderStorage(InFolder, Dying):
+    """For storms faster than the S3 server and the cores that it shares are."""
 
-    def start(self) -> None:
-        """Nothing to start."""
-
-    def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
-        record = self._path(self._key(job_id, "json", tenant))
-        return record.read_bytes() if record.exists() else None
-
-    def _put(self, key: str, body: bytes, mime: str) -> None:
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_bytes(body)
-        unfinished.rename(path)
-
-    @staticmethod
-    def _path(key: str) -> Path:
-        return Path(os.environ["FAULTS_FOLDER"]) / key
+    VARIABLE = "FAULTS_FOLDER"
 
 
 tasks.JobHandler = JournalingHandler  # type: ignore[misc]

@@ -1,0 +1,34 @@
+"""A folder in the place of the bucket, for processes that tests and benchmarks start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from worker.contract.choices import ImageFormat
+from worker.storage.bucket import Bucket
+
+
+class InFolder(Bucket):
+    """Puts objects into a folder instead."""
+
+    #: The environment variable that names the folder.
+    VARIABLE: str
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
+        record = self._path(self._key(job_id, "json", tenant))
+        return record.read_bytes() if record.exists() else None
+
+    def _put(self, key: str, body: bytes, mime: str) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_bytes(body)
+        unfinished.rename(path)
+
+    @classmethod
+    def _path(cls, key: str) -> Path:
+        return Path(os.environ[cls.VARIABLE]) / key
