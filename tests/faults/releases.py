@@ -62,7 +62,7 @@ def earlier_release(commit: str, folder: Path) -> Path:
 
 def next_release(folder: Path) -> Path:
     """This tree in `folder`, with one more version of messages and one more job field."""
-    for name in ("worker", "producer", "deploy", "tests/faults"):
+    for name in ("worker", "producer", "deploy", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     job = folder / "worker/contract/job.py"
