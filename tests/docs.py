@@ -190,8 +190,8 @@ def job_field_names() -> str:
 def schedulers() -> str:
     """Every scheduler that a job can ask for."""
     # Torch and diffusers load with it.
-    from worker.device.ancestral import OURS
-    from worker.device.samplers import CLASSES
+    from worker.device.schedulers.ancestral import OURS
+    from worker.device.schedulers.samplers import CLASSES
 
     def rows() -> Iterator[tuple[str, ...]]:
         for scheduler in Scheduler:

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from worker.device.lora_set import Adaptable, LayerFactors, LoraSet
+from worker.device.loras.job_set import Adaptable, LayerFactors, LoraSet
 
 
 def random_set(

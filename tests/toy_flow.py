@@ -21,10 +21,10 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
 from worker.device.attention import Layer, shape_of
-from worker.device.embeddings import NO_OPTIONS, TextOptions
 from worker.device.family import Lane, ModelFamily, Schedulers, Text
-from worker.device.job_text import Row
-from worker.device.text_encoder import cut_warning
+from worker.device.text.embeddings import NO_OPTIONS, TextOptions
+from worker.device.text.encoder import cut_warning
+from worker.device.text.job_text import Row
 from worker.model.loader import Loaded
 
 CHANNELS, PATCH, VAE_FACTOR = 4, 2, 8

@@ -15,9 +15,9 @@ from worker.contract.errors import SmallcatError
 from worker.contract.job import Job
 from worker.device.beginnings import Beginning
 from worker.device.job_state import FiniteCheck, JobState
-from worker.device.job_text import plain_text
-from worker.device.schedule import SLOTS, Schedule
+from worker.device.schedulers.schedule import SLOTS, Schedule
 from worker.device.step import batch_of
+from worker.device.text.job_text import plain_text
 from worker.engine.runner import JobInputs, Picture
 
 #: Milliseconds of a step by its rows, and of a decode call by its pictures: about as on an H200, with Stable

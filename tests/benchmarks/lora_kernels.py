@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional
 
 from tests.benchmarks.power import line
-from worker.device import lora_products
-from worker.device.lora_set import FIELDS, LayerFactors
+from worker.device.loras import products
+from worker.device.loras.job_set import FIELDS, LayerFactors
 
 #: Rows, tokens, width, width of the text, and how many such blocks the model has.
 BLOCKS = {
@@ -30,7 +30,7 @@ BLOCKS = {
 }
 #: Milliseconds of a step without LoRAs: docs/performance.md.
 STEP_MS = {"SDXL": 237.0, "SD1": 64.0}
-#: Ways to launch the gate's kernel, and both products': all that differs from what `lora_products` chooses.
+#: Ways to launch the gate's kernel, and both products': all that differs from what `products` chooses.
 GATES: list[dict[str, int]] = [
     {},
     {"TILES": 1},
@@ -131,10 +131,10 @@ class Case:
 
     def gate(self, table: torch.Tensor | None = None) -> torch.Tensor:
         table = self.factors.table if table is None else table
-        return lora_products.gated(self.x, self.wide, self.bias, table, self.owners, 3, 32)
+        return products.gated(self.x, self.wide, self.bias, table, self.owners, 3, 32)
 
     def both(self, count: int) -> torch.Tensor:
-        lora_products.add(self.x, self.ys[:count], self.factors.table, self.owners, 0, 32)
+        products.add(self.x, self.ys[:count], self.factors.table, self.owners, 0, 32)
         return self.ys[-1]
 
     def timed(self, what: str) -> tuple[float, str]:
@@ -156,7 +156,7 @@ class Case:
         plain_us = microseconds(functools.partial(torch.compile(_gate, dynamic=False), self.wide, self.bias))
         none_us = microseconds(functools.partial(self.gate, self.factors.none))
         table, owners = self.factors.table, self.owners
-        own_us = microseconds(lambda: lora_products.add(self.x, [self.wide], table, owners, 3, 32))
+        own_us = microseconds(lambda: products.add(self.x, [self.wide], table, owners, 3, 32))
         return (
             f"gate without LoRAs {plain_us:.0f} us, by the kernel with none {none_us:.0f} us; both products "
             f"into the gate's input {own_us:.0f} us"
@@ -164,22 +164,22 @@ class Case:
 
 
 def tune(rank: int = 32) -> dict[str, dict[str, Any]]:
-    """What is fastest over a step of SDXL: by the names in `lora_products`."""
+    """What is fastest over a step of SDXL: by the names in `products`."""
     ways = {"NARROW_GATE": GATES, "BOTH": BOTH}
-    own = {what: dict(getattr(lora_products, what)) for what in ways}
+    own = {what: dict(getattr(products, what)) for what in ways}
     sums = {what: [0.0] * len(variants) for what, variants in ways.items()}
     for name in ("SDXL 1280", "SDXL 640"):
         case = Case(name, rank)
         for what, variants in ways.items():
             for number, variant in enumerate(variants):
-                setattr(lora_products, what, own[what] | variant)
+                setattr(products, what, own[what] | variant)
                 try:
                     took, text = case.timed(what)
                 except Exception as problem:  # noqa: BLE001
                     took, text = float("inf"), str(problem)[:90]
                 sums[what][number] += took
                 print(f"  {name} {what} {variant}: {text}", flush=True)
-            setattr(lora_products, what, own[what])
+            setattr(products, what, own[what])
         print(f"  {name}: {case.other_ways()}", flush=True)
     chosen = {}
     for what, variants in ways.items():
@@ -192,7 +192,7 @@ def tune(rank: int = 32) -> dict[str, dict[str, Any]]:
 def use(chosen: dict[str, dict[str, Any]]) -> None:
     """Launch kernels so."""
     for name, values in chosen.items():
-        setattr(lora_products, name, values)
+        setattr(products, name, values)
 
 
 def blocks() -> None:
@@ -217,7 +217,7 @@ def blocks() -> None:
             def layers(x: Any, first: int, count: int) -> list[Any]:
                 ys = [functional.linear(x, weight) for weight in weights[first : first + count]]
                 if table is not None:
-                    lora_products.add(x, ys, table, owners, first, room)
+                    products.add(x, ys, table, owners, first, room)
                 return ys
 
             x = functional.layer_norm(source, (width,))
@@ -231,7 +231,7 @@ def blocks() -> None:
             if table is None:
                 gated = compiled(y, bias)
             else:
-                gated = lora_products.gated(x, y, bias, table, owners, 8, room)
+                gated = products.gated(x, y, bias, table, owners, 8, room)
             layers(gated, 9, 1)
 
         base, with_loras, none = (

@@ -32,7 +32,7 @@ from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.settings import worker_settings
-from worker.device import loras as device_loras
+from worker.device.loras import cache as device_loras
 from worker.device.model_runner import ModelRunner
 from worker.engine.capacity import JOBS_PER_ROW
 from worker.engine.engine import Engine

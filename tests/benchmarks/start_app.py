@@ -122,8 +122,8 @@ def _import(files: Any) -> None:
     """As `start` imports, and then has the parts timed that are there now."""
     _imports(files)
     from worker.device import attention, model_runner, unet_patches, warm_up
-    from worker.device.compile_process import CompileProcess
-    from worker.device.compiler import CompiledLanes
+    from worker.device.compiling.compiler import CompiledLanes
+    from worker.device.compiling.process import CompileProcess
     from worker.model import half_vae, loader
 
     for owner, name, label in (

@@ -15,7 +15,7 @@ from tests.benchmarks.mates import psnr
 from tests.lora_sets import random_set
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device import lora_ops
+from worker.device.loras import operators
 from worker.device.model_runner import ModelRunner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
@@ -74,7 +74,7 @@ def by_loop(runner: ModelRunner, states: list[Any], monkeypatch: pytest.MonkeyPa
 
 
 def test_kernels_are_there() -> None:
-    assert lora_ops.are_there("cuda")
+    assert operators.are_there("cuda")
 
 
 @pytest.mark.parametrize("wide", [False, True])

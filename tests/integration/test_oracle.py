@@ -24,7 +24,7 @@ from worker.contract.choices import Scheduler
 from worker.contract.job import Job
 from worker.demo.training import classifier, evaluate
 from worker.demo.training.subjects import scored_words
-from worker.device.samplers import CLASSES
+from worker.device.schedulers.samplers import CLASSES
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -143,7 +143,7 @@ class Processor:
 
         `prompted` and `job_of_row` assign rows to jobs: see `worker.device.step.Batch`. A layer that is
         computed once a job needs both; the others ignore them. `text_bias`, (batch, keys), is added to the
-        logits of cross attention: see `worker.device.job_text`.
+        logits of cross attention: see `worker.device.text.job_text`.
         """
         if attention_mask is not None:
             raise ValueError("This attention takes no mask.")

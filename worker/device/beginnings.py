@@ -19,7 +19,7 @@ from worker.contract.errors import InvalidJobError, RenderError
 from worker.contract.input_reference import ALPHA
 from worker.contract.job import Job
 from worker.device.family import Lane, ModelFamily
-from worker.device.schedule import Sampler, Schedule
+from worker.device.schedulers.schedule import Sampler, Schedule
 from worker.engine.runner import JobInputs, Picture
 
 #: What is said of a picture that is in part its job's image.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from worker.contract.errors import first_line
-from worker.device.compiler import CompiledLanes, Compiler
+from worker.device.compiling.compiler import CompiledLanes, Compiler
 from worker.device.family import Lane, lane_name
 from worker.device.step import Batch, Forward, Step, denoise
 

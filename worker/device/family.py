@@ -23,9 +23,9 @@ from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.device.attention import Layer
-from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
-from worker.device.job_text import Row
-from worker.device.lora_set import Adaptable, RowLoras
+from worker.device.loras.job_set import Adaptable, RowLoras
+from worker.device.text.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
+from worker.device.text.job_text import Row
 
 #: What jobs must have in common to share a step: whole numbers, in every family so far (channels, height,
 #: width) of the latents before packing. Jobs of one lane have latents and conditions of equal shapes.
@@ -164,7 +164,7 @@ class ModelFamily(Protocol):
 
         `latents`: (R, *shape) float32, scaled as the scheduler says. `times`: (R,) float32, timesteps of the
         scheduler. `conditions`: (R, ...) each, those of the texts and of `conditions` together, and maybe
-        `worker.device.job_text.TEXT_BIAS`.
+        `worker.device.text.job_text.TEXT_BIAS`.
         `prompted`: (J,) int64, a row of each job that has its prompt; `job_of_row`: (R,) int64. With these
         two, layers that depend on no prompt may be computed once for each job. `loras`: those of the jobs, of
         a family that is `adaptable`; None where no job has one.

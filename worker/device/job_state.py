@@ -13,11 +13,11 @@ from worker.device.beginnings import Beginning
 from worker.device.errors import is_out_of_memory
 from worker.device.family import Lane
 from worker.device.host_copy import HostCopy
-from worker.device.job_text import JobText
-from worker.device.lora_set import LoraSet
-from worker.device.schedule import SLOTS, Sampler, Schedule
+from worker.device.loras.job_set import LoraSet
+from worker.device.schedulers.schedule import SLOTS, Sampler, Schedule
+from worker.device.schedulers.step_noise import StepNoise
 from worker.device.step import CLEAN, Kept, StepInputs, blended
-from worker.device.step_noise import StepNoise
+from worker.device.text.job_text import JobText
 from worker.device.vae_decoder import VaeDecoder
 from worker.engine.runner import Picture
 

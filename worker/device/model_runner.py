@@ -29,21 +29,21 @@ from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.device import attention, beginnings, gpu, warm_up
-from worker.device.compile_process import compiler_of
-from worker.device.compiler import CompiledLanes, Compiler
+from worker.device.compiling.compiler import CompiledLanes, Compiler
+from worker.device.compiling.kernel_cache import setup_name
+from worker.device.compiling.process import compiler_of
+from worker.device.compiling.traced import Recorder
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
-from worker.device.embeddings import Files
 from worker.device.errors import mapped, times
 from worker.device.families import family_of
 from worker.device.family import Lane, ModelFamily
 from worker.device.job_state import FiniteCheck, JobState
-from worker.device.kernel_cache import setup_name
-from worker.device.loras import Loras
+from worker.device.loras.cache import Loras
 from worker.device.previews import Previews
-from worker.device.samplers import Samplers
+from worker.device.schedulers.samplers import Samplers
 from worker.device.step import Step, batch_of, denoise
-from worker.device.text_encoder import TextEncoder
-from worker.device.traced import Recorder
+from worker.device.text.embeddings import Files
+from worker.device.text.encoder import TextEncoder
 from worker.device.vae_decoder import VaeDecoder
 from worker.device.vaes import Vaes
 from worker.engine import step_cost

@@ -3,10 +3,10 @@
     state ─► latents ─► rows ─► model ─► guidance ─► weights x (state, prediction, noise) ─► state
 
 The jobs of a batch differ in everything but their lane (`worker.device.family`): each brings its own text,
-timestep, guidance and the numbers of its own scheduler's step (`worker.device.samplers`). J is the number of
-jobs, R that of rows: a job has a row for its prompt, one for each prompt that AND composes, and one more with
-guidance. `*shape` is that of a job's latents. P is the most prompts that a job of the batch has, as a power
-of 2.
+timestep, guidance and the numbers of its own scheduler's step (`worker.device.schedulers.samplers`). J is the
+number of jobs, R that of rows: a job has a row for its prompt, one for each prompt that AND composes, and
+one more with guidance. `*shape` is that of a job's latents. P is the most prompts that a job of the batch
+has, as a power of 2.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Protocol
 
 import torch
 
-from worker.device.job_text import TEXT_BIAS, Row, batched
-from worker.device.lora_set import LoraSet, RowLoras
-from worker.device.schedule import SLOTS, Mix
+from worker.device.loras.job_set import LoraSet, RowLoras
+from worker.device.schedulers.schedule import SLOTS, Mix
+from worker.device.text.job_text import TEXT_BIAS, Row, batched
 
 
 class Forward(Protocol):
@@ -62,7 +62,7 @@ class StepInputs:
     state: torch.Tensor
     #: (*shape) float32, on the CPU: noise drawn for this step; None: the step adds none.
     noise: torch.Tensor | None
-    #: (SLOTS, SLOTS + 2) float32, on the CPU: see `worker.device.schedule.Schedule.weights`.
+    #: (SLOTS, SLOTS + 2) float32, on the CPU: see `worker.device.schedulers.schedule.Schedule.weights`.
     weights: torch.Tensor
     #: What the latents are multiplied with to be the model's input.
     input_scale: float
@@ -98,7 +98,7 @@ class Batch:
     states: torch.Tensor
     #: (J, *shape): fresh noise; zeros where a step adds none.
     noise: torch.Tensor
-    #: (J, SLOTS, SLOTS + 2): see `worker.device.schedule.Schedule.weights`.
+    #: (J, SLOTS, SLOTS + 2): see `worker.device.schedulers.schedule.Schedule.weights`.
     weights: torch.Tensor
     #: (J,): what the latents are multiplied with to be the model's input.
     input_scale: torch.Tensor

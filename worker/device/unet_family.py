@@ -23,14 +23,14 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.device import latent_rgb, unet_patches
 from worker.device.attention import Layer, shape_of
-from worker.device.clip_text import ClipTexts, Encoded, encoders_of
-from worker.device.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.family import Lane, Schedulers, Text
-from worker.device.job_text import TEXT_BIAS, Row
-from worker.device.lora_layers import LoraUNet
-from worker.device.lora_set import Adaptable, RowLoras
-from worker.device.samplers import CLASSES
-from worker.device.text_encoder import cut_warning, unknown_words_warning
+from worker.device.loras.job_set import Adaptable, RowLoras
+from worker.device.loras.layers import LoraUNet
+from worker.device.schedulers.samplers import CLASSES
+from worker.device.text.clip import ClipTexts, Encoded, encoders_of
+from worker.device.text.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
+from worker.device.text.encoder import cut_warning, unknown_words_warning
+from worker.device.text.job_text import TEXT_BIAS, Row
 from worker.model import vae_files
 from worker.model.lora_names import Targets
 

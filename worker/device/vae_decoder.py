@@ -27,7 +27,7 @@ from worker.contract.errors import (
     RenderError,
     SmallcatError,
 )
-from worker.device.compiler import CompiledLanes, Compiler
+from worker.device.compiling.compiler import CompiledLanes, Compiler
 from worker.device.cuda_graphs import MAX_ROWS, Captured, GraphPool
 from worker.device.errors import mapped
 from worker.device.family import Lane, ModelFamily, lane_name

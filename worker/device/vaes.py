@@ -11,8 +11,8 @@ from worker.contract.errors import RenderError
 from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import vae_of
-from worker.device.embeddings import Files
 from worker.device.family import ModelFamily
+from worker.device.text.embeddings import Files
 from worker.device.vae_decoder import VaeDecoder
 
 #: VAEs that are kept on the device, at most: one of SDXL in fp32 has 335 MB. Jobs in flight keep theirs.

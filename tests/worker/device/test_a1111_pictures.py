@@ -18,7 +18,7 @@ from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
-from worker.device.samplers import CLASSES
+from worker.device.schedulers.samplers import CLASSES
 from worker.engine.runner import Picture
 
 LONG = "a small cat, that sits on a long wall, and looks at a list of words, "

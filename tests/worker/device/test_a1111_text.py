@@ -16,10 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from tests import a1111_oracle, a1111_prompts
 from worker.contract import a1111_syntax
 from worker.contract.job import Job
-from worker.device.clip_text import ClipEncoder, ClipTexts, chunks_of, encoders_of
-from worker.device.embeddings import EmbeddingRoom, TextOptions
-from worker.device.job_text import TEXT_BIAS, JobText, Timed, batched
-from worker.device.text_encoder import TextEncoder
+from worker.device.text.clip import ClipEncoder, ClipTexts, chunks_of, encoders_of
+from worker.device.text.embeddings import EmbeddingRoom, TextOptions
+from worker.device.text.encoder import TextEncoder
+from worker.device.text.job_text import TEXT_BIAS, JobText, Timed, batched
 
 CONFIGS = Path(__file__).parents[3] / "worker" / "model" / "configs" / "clip"
 COUNT, STEPS = 2_000, 4

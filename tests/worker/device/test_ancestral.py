@@ -16,7 +16,7 @@ from tests.worker.device.test_noise_schedules import SEED, by_weights
 from tests.worker.device.test_samplers import CONFIGS, SHAPE, a_generator, guess, schedulers_of
 from worker.contract.choices import NoiseSchedule, Scheduler
 from worker.contract.scheduler_names import OFFERED
-from worker.device.samplers import Samplers
+from worker.device.schedulers.samplers import Samplers
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

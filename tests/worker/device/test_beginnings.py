@@ -23,8 +23,8 @@ from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device.beginnings import PUT_BACK, put_back
 from worker.device.model_runner import ModelRunner
-from worker.device.noise_schedules import is_offered
-from worker.device.samplers import CLASSES, class_of
+from worker.device.schedulers.noise_schedules import is_offered
+from worker.device.schedulers.samplers import CLASSES, class_of
 from worker.device.step import batch_of, denoise
 from worker.engine.runner import JobInputs, Picture
 

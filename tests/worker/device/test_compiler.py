@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from worker.device.compiler import CALLS_BEFORE_COMPILING, SWITCH_S, CompiledLanes, keep_kernels_in
+from worker.device.compiling.compiler import CALLS_BEFORE_COMPILING, SWITCH_S, CompiledLanes, keep_kernels_in
 
 Lanes = CompiledLanes[Callable[[torch.Tensor], torch.Tensor]]
 

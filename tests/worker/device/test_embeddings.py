@@ -29,9 +29,9 @@ from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.settings import WorkerSettings
-from worker.device.clip_text import ClipTexts, encoders_of
-from worker.device.embeddings import Embedding, TextOptions
 from worker.device.model_runner import ModelRunner
+from worker.device.text.clip import ClipTexts, encoders_of
+from worker.device.text.embeddings import Embedding, TextOptions
 from worker.engine.runner import Picture
 from worker.model.file_store import FileStore
 

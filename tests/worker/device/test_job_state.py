@@ -11,9 +11,9 @@ from worker.contract.errors import NotFiniteError
 from worker.contract.job import Job
 from worker.device.beginnings import Beginning
 from worker.device.job_state import FiniteCheck, JobState
-from worker.device.job_text import plain_text
-from worker.device.schedule import SLOTS, Schedule
+from worker.device.schedulers.schedule import SLOTS, Schedule
 from worker.device.step import batch_of
+from worker.device.text.job_text import plain_text
 
 SHAPES = [(4, 2, 3), (6, 5)]
 STEPS = 3

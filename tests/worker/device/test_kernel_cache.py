@@ -10,7 +10,7 @@ import torch
 
 from worker.contract.errors import SettingsError
 from worker.contract.settings import worker_settings
-from worker.device.kernel_cache import MAGIC, Folder, KernelCache, Signed
+from worker.device.compiling.kernel_cache import MAGIC, Folder, KernelCache, Signed
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 NAME = "setup/name.kernels"

@@ -17,9 +17,8 @@ from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.settings import WorkerSettings
-from worker.device import lora_factors
-from worker.device import loras as loras_module
-from worker.device.loras import Loras
+from worker.device.loras import cache, factors
+from worker.device.loras.cache import Loras
 from worker.device.model_runner import ModelRunner
 from worker.model.file_store import FileStore
 
@@ -73,13 +72,13 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read."""
     found: list[str] = []
-    load = loras_module.lora_files.load
+    load = cache.lora_files.load
 
     def counted(path: Path, name: str, *rest: Any) -> Any:
         found.append(name)
         return load(path, name, *rest)
 
-    monkeypatch.setattr(loras_module.lora_files, "load", counted)
+    monkeypatch.setattr(cache.lora_files, "load", counted)
     return found
 
 
@@ -118,7 +117,7 @@ def test_out_of_memory_while_loading_lets_others_go_and_tries_again(
 ) -> None:
     loras = ground.loras(1 << 30)
     loras.of(ground.job("a"))
-    to, failed = lora_factors.StoredFile.to, []
+    to, failed = factors.StoredFile.to, []
 
     def full_once(file: Any, device: torch.device) -> Any:
         if not failed:
@@ -126,7 +125,7 @@ def test_out_of_memory_while_loading_lets_others_go_and_tries_again(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return to(file, device)
 
-    monkeypatch.setattr(lora_factors.StoredFile, "to", full_once)
+    monkeypatch.setattr(factors.StoredFile, "to", full_once)
     assert loras.of(ground.job("b")).unet is not None
     assert loras._on_device.nbytes == ground.size
 

@@ -21,9 +21,10 @@ from tests import tiny_models
 from tests.lora_sets import random_set
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device import lora_layers, lora_ops, unet_patches
+from worker.device import unet_patches
 from worker.device.families import family_of
-from worker.device.lora_set import RowLoras
+from worker.device.loras import layers, operators
+from worker.device.loras.job_set import RowLoras
 from worker.device.model_runner import ModelRunner
 from worker.device.step import Batch, batch_of, denoise
 from worker.model import loader
@@ -35,7 +36,7 @@ JOBS = ((7.0, 4, 0.5), (1.0, 0, 0.0), (3.0, 20, 1.0), (7.0, 0, 0.0), (1.0, 130, 
 
 
 class PlainProducts:
-    """What `worker.device.lora_products` does, on a CPU."""
+    """What `worker.device.loras.products` does, on a CPU."""
 
     @staticmethod
     def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -81,7 +82,7 @@ class PlainProducts:
             factor = cls._at(down, (rank, kernel[0] * kernel[1], x.shape[1]), x.dtype) if rank else None
             weight = x.new_zeros((1, x.shape[1], *kernel))
             if factor is not None:
-                weight = lora_layers.as_kernel(factor, kernel)
+                weight = layers.as_kernel(factor, kernel)
             low = functional.conv2d(row[None], weight, stride=stride, padding=padding)[0].flatten(1).T
             rows.append(functional.pad(low, (0, most - low.shape[1])))
         return torch.stack(rows)[None]
@@ -150,7 +151,7 @@ class PlainProducts:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_ops, "_products", lambda: PlainProducts)
+    monkeypatch.setattr(operators, "_products", lambda: PlainProducts)
     # As in compiled steps, which is where the kernels are.
     monkeypatch.setattr(unet_patches.Upsample2D, "always", True)
 

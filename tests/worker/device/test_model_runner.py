@@ -33,7 +33,7 @@ from worker.contract.scheduler_names import OFFERED
 from worker.contract.settings import WorkerSettings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
-from worker.device.samplers import CLASSES, class_of
+from worker.device.schedulers.samplers import CLASSES, class_of
 from worker.device.unet_family import UNetFamily
 from worker.engine.runner import Picture
 from worker.model import loader

@@ -1,7 +1,7 @@
 """Every scheduler with every schedule that it is offered with, against diffusers' own, without any model.
 
-The steps are linear maps (`worker.device.probe`); here they are applied to what a model might predict, beside
-diffusers' `step`. diffusers 0.42.1, scipy 1.17.1, torchsde 0.2.6.
+The steps are linear maps (`worker.device.schedulers.probe`); here they are applied to what a model might
+predict, beside diffusers' `step`. diffusers 0.42.1, scipy 1.17.1, torchsde 0.2.6.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from worker.contract.choices import NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.scheduler_names import OFFERED
 from worker.device.family import Schedulers
-from worker.device.noise_schedules import is_offered
-from worker.device.samplers import CLASSES, Samplers, class_of
-from worker.device.schedule import SLOTS, Schedule
-from worker.device.step_noise import StepNoise
+from worker.device.schedulers.noise_schedules import is_offered
+from worker.device.schedulers.samplers import CLASSES, Samplers, class_of
+from worker.device.schedulers.schedule import SLOTS, Schedule
+from worker.device.schedulers.step_noise import StepNoise
 
 #: numpy's word about what diffusers calls 1,000 times a schedule.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

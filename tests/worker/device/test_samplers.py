@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from worker.contract.choices import FIRST_SCHEDULERS, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.device.family import Schedulers
-from worker.device.samplers import CLASSES, Samplers, class_of
-from worker.device.schedule import SLOTS, Sampler, Schedule
+from worker.device.schedulers.samplers import CLASSES, Samplers, class_of
+from worker.device.schedulers.schedule import SLOTS, Sampler, Schedule
 
 #: numpy's word about what diffusers' schedulers call 1,000 times.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -19,7 +19,7 @@ from worker.contract.settings import WorkerSettings
 from worker.device.cuda_graphs import MAX_ROWS, SPACING, batch_size
 from worker.device.families import family_of
 from worker.device.model_runner import ModelRunner
-from worker.device.schedule import SLOTS
+from worker.device.schedulers.schedule import SLOTS
 from worker.device.step import Batch, batch_of, denoise
 from worker.model import loader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from worker.demo.training.subjects import COMMON_FILE
-from worker.device.text_encoder import unknown_words_warning
+from worker.device.text.encoder import unknown_words_warning
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,4 +1,4 @@
-"""The LoRAs that jobs name: loaded, kept by use, and made the set of a job. See `worker.device.lora_set`.
+"""The LoRAs that jobs name: loaded, kept by use, and made the set of a job (`worker.device.loras.job_set`).
 
 A file is read once, and kept in the host's memory and on the device. What was used least lately goes first.
 All of it happens on the thread that prepares a job, and no step waits for it.
@@ -20,12 +20,12 @@ from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import loras_of
 from worker.contract.loras import Lora
-from worker.device.embeddings import Files
 from worker.device.errors import is_out_of_memory
 from worker.device.family import ModelFamily
-from worker.device.lora_factors import StoredFile, joined
-from worker.device.lora_set import Adaptable, LayerFactors, LoraSet
-from worker.device.lora_text import TextLoras
+from worker.device.loras.factors import StoredFile, joined
+from worker.device.loras.job_set import Adaptable, LayerFactors, LoraSet
+from worker.device.loras.text import TextLoras
+from worker.device.text.embeddings import Files
 from worker.model import lora_files
 from worker.model.placement import Choice
 

@@ -2,8 +2,8 @@
 
 The model itself is not touched: a batch without LoRAs runs what it ran before. In the copy stand other
 modules for each linear layer, convolution and attention. They find the LoRAs of the present forward in its
-`Context`. On a GPU they call the operators of `worker.device.lora_ops`, for all rows at once; elsewhere, and
-for what the kernels do not do, they go through the jobs one by one.
+`Context`. On a GPU they call `worker.device.loras.operators`, for all rows at once; elsewhere, and for what
+the kernels do not do, they go through the jobs one by one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from worker.device import lora_ops, unet_patches
+from worker.device import unet_patches
 from worker.device.attention import Processor
-from worker.device.lora_set import LayerFactors, Places, RowLoras
+from worker.device.loras import operators
+from worker.device.loras.job_set import LayerFactors, Places, RowLoras
 
 #: Where the name of a layer of attention or feed-forward has this, the layer is one of the common ones.
 _COMMON = (".transformer_blocks.", ".proj_in", ".proj_out")
@@ -69,7 +70,7 @@ class LoraUNet:
     def __init__(self, unet: Any, device: torch.device) -> None:
         """`unet`: with its patches and its attention processors, which the copy takes over."""
         self._context = Context()
-        self._has_kernels = lora_ops.are_there(device.type)
+        self._has_kernels = operators.are_there(device.type)
         shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
         self._unet = copy.deepcopy(unet, shared)
         names = list(_layers(self._unet))

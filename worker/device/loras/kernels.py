@@ -2,11 +2,11 @@
 
 A layer's input x, (rows, tokens, width), becomes x @ downᵀ by one kernel, and a second one adds that times
 scale @ up to the layer's output. Of small ranks one kernel does both. Which factors a row has is read on the
-device, from a table of addresses (`worker.device.lora_set`), so that a captured CUDA graph serves all factors
-that there ever are. A row without any costs nothing but the look. The products of S-LoRA (Sheng et al., 2023)
-and Punica (Chen et al., 2023), for rows of many tokens.
+device, from a table of addresses (`worker.device.loras.job_set`), so that a captured CUDA graph serves all
+factors that there ever are. A row without any costs nothing but the look. The products of S-LoRA (Sheng et
+al., 2023) and Punica (Chen et al., 2023), for rows of many tokens.
 
-They are launched by `worker.device.lora_products`. This module is imported where there is a GPU.
+They are launched by `worker.device.loras.products`. This module is imported where there is a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Numbers of a layer in the table: see `worker.device.lora_set`.
+#: Numbers of a layer in the table: see `worker.device.loras.job_set`.
 FIELDS = tl.constexpr(5)
 #: Ranks that one program of a first product computes, and one turn of a second product's loop.
 BLOCK_RANK = 32

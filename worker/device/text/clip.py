@@ -19,7 +19,7 @@ import torch
 
 from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import PromptSyntax
-from worker.device.embeddings import FIRST_VECTOR, NO_OPTIONS, TextOptions
+from worker.device.text.embeddings import FIRST_VECTOR, NO_OPTIONS, TextOptions
 
 #: A chunk that ends within so many tokens after a comma ends at the comma.
 COMMA_BACKTRACK = 20

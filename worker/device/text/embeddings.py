@@ -18,7 +18,7 @@ from worker.contract.errors import InvalidJobError, RenderError
 from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import embeddings_of
-from worker.device.lora_text import TextLoras
+from worker.device.loras.text import TextLoras
 from worker.model import embedding_files
 
 #: Bytes of vectors that are kept, at most.

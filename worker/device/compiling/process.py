@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from worker.contract.settings import WorkerSettings
-from worker.device.compiler import Compiler, keep_kernels_in
-from worker.device.kernel_cache import Folder, KernelCache, Signed
+from worker.device.compiling.compiler import Compiler, keep_kernels_in
+from worker.device.compiling.kernel_cache import Folder, KernelCache, Signed
 
 logger = logging.getLogger("smallcat.engine")
 
@@ -51,7 +51,7 @@ class CompileError(Exception):
 
 
 class CompileProcess:
-    """A `worker.device.compiler.Elsewhere`. Used by one thread, which it makes wait.
+    """A `worker.device.compiling.compiler.Elsewhere`. Used by one thread, which it makes wait.
 
     The process is started when it is needed, and ended when there is nothing left to do: it takes as much of
     the GPU's memory as the model.
@@ -115,4 +115,4 @@ class CompileProcess:
 
 def _serve(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
     # By name: it imports the runner, which imports this module.
-    importlib.import_module("worker.device.compile_server").serve(connection, settings, gpu)
+    importlib.import_module("worker.device.compiling.server").serve(connection, settings, gpu)

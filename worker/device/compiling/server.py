@@ -1,4 +1,4 @@
-"""The process that compiles for a worker: what `worker.device.compile_process` starts and talks to."""
+"""The process that compiles for a worker: what `worker.device.compiling.process` starts and talks to."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.compiler._cache import CacheArtifactManager
 
 from worker.contract.errors import first_line
 from worker.contract.settings import WorkerSettings
+from worker.device.compiling.traced import Recorder
 from worker.device.model_runner import ModelRunner
-from worker.device.traced import Recorder
 from worker.model import loader
 
 #: The process gives way to its worker where both want a core.

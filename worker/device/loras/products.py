@@ -1,4 +1,4 @@
-"""The kernels of `worker.device.lora_kernels`, launched: which of them, with which block sizes.
+"""The kernels of `worker.device.loras.kernels`, launched: which of them, with which block sizes.
 
 What is chosen here was measured on an H200 in fp16, at the shapes of SD 1.x and SDXL: docs/performance.md,
 "LoRAs". This module is imported where there is a GPU.
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import triton
 
-from worker.device import lora_kernels
-from worker.device.lora_kernels import BLOCK_RANK
+from worker.device.loras import kernels
+from worker.device.loras.kernels import BLOCK_RANK
 
 #: Tokens from which on one kernel does both products of small ranks. With fewer, such as a text's, it has too
 #: few programs to fill a GPU.
@@ -49,7 +49,7 @@ def add(
         return
     first, second, third = (*outputs, outputs[0], outputs[0])[:3]
     chosen = BOTH | _fewer_stages(x)
-    lora_kernels.both_kernel[(rows * triton.cdiv(tokens, chosen["BLOCK_M"]),)](
+    kernels.both_kernel[(rows * triton.cdiv(tokens, chosen["BLOCK_M"]),)](
         x, first, second, third, table, job_of_row, tokens, width, first.shape[2], table.shape[1], layer,
         STREAMS=len(outputs), BLOCK_R=BLOCK_RANK, **chosen,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def gated(
     if tokens < MANY_TOKENS:
         chosen["BLOCK_M"] = 16
     columns = triton.cdiv(width, chosen["BLOCK_N"] * chosen["TILES"])
-    lora_kernels.gate_kernel[(rows * triton.cdiv(tokens, chosen["BLOCK_M"]), columns)](
+    kernels.gate_kernel[(rows * triton.cdiv(tokens, chosen["BLOCK_M"]), columns)](
         y, out, bias, low, table, job_of_row, tokens, width, table.shape[1], layer, most_rank,
         IS_NARROW=is_narrow, FAST_ERF=y.element_size() == 2, BLOCK_R=BLOCK_RANK, **chosen,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def low_of(
         chosen |= {"BLOCK_M": 128}
     chosen |= _fewer_stages(x)
     grid = (rows * triton.cdiv(tokens, chosen["BLOCK_M"]), triton.cdiv(most_rank, BLOCK_RANK))
-    lora_kernels.down_kernel[grid](
+    kernels.down_kernel[grid](
         x, low, table, job_of_row, rows, tokens, width, table.shape[1], layer, most_rank,
         STREAMS=streams, BLOCK_R=BLOCK_RANK, **chosen,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def conv_low_of(
     block_m = 16 if out_height * out_width < MANY_TOKENS else 64
     chosen: dict[str, Any] = {"BLOCK_K": 64, "num_warps": 4, "num_stages": 4} | _fewer_stages(x)
     tiles = triton.cdiv(out_height * out_width, block_m)
-    lora_kernels.conv_down_kernel[(rows * tiles, triton.cdiv(most_rank, BLOCK_RANK))](
+    kernels.conv_down_kernel[(rows * tiles, triton.cdiv(most_rank, BLOCK_RANK))](
         x, low, table, job_of_row, height, width, channels, out_height, out_width, table.shape[1], layer,
         most_rank, KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE=stride, PAD=padding, SCALE=scale,
         BLOCK_M=block_m, BLOCK_R=BLOCK_RANK, **chosen,
@@ -175,7 +175,7 @@ def add_up(
     rows, tokens, width = outputs[0].shape
     first, second, third = (*outputs, outputs[0], outputs[0])[:3]
     block_m, block_n = (16, 128) if tokens < MANY_TOKENS else (64, 64)
-    lora_kernels.up_kernel[
+    kernels.up_kernel[
         (rows * triton.cdiv(tokens, block_m), triton.cdiv(width, block_n), len(outputs))
     ](
         first, second, third, low, table, job_of_row, rows, tokens, width, table.shape[1], layer,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from worker.device.schedule import SLOTS, Brownian, Mix, Sampler, Schedule, copied_generator
+from worker.device.schedulers.schedule import SLOTS, Brownian, Mix, Sampler, Schedule, copied_generator
 
 #: Which pixels of the probe are of which kind.
 IMPULSES, ZEROS, SAMPLES = slice(0, SLOTS + 1), slice(SLOTS + 1, SLOTS + 5), slice(SLOTS + 5, SLOTS + 37)

@@ -14,7 +14,7 @@ import torch
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2AncestralDiscreteScheduler
 
-from worker.device.schedule import copied_generator
+from worker.device.schedulers.schedule import copied_generator
 
 
 def _up_and_down(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from worker.device.schedule import Brownian, Schedule
+from worker.device.schedulers.schedule import Brownian, Schedule
 
 # The ends of a path are rounded, and so may lie within the first or the last interval by a millionth.
 warnings.filterwarnings("ignore", message="Should have t[ab]", module="torchsde")

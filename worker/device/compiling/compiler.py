@@ -1,6 +1,6 @@
 """torch.compile for each lane, on a thread of its own, while the uncompiled function serves.
 
-The first time, compiling takes minutes, and another process does it (`worker.device.compile_process`): in
+The first time, compiling takes minutes, and another process does it (`worker.device.compiling.process`): in
 this one it would hold Python's lock. After that it takes seconds, with the kernels kept in the folder that
 `keep_kernels_in` names. The compiled code of a lane serves any number of rows from 2 on, without recompiling.
 """
@@ -23,8 +23,8 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 
 from worker.contract.errors import first_line
-from worker.device import traced
-from worker.device.traced import Recorder, Trace
+from worker.device.compiling import traced
+from worker.device.compiling.traced import Recorder, Trace
 
 logger = logging.getLogger("smallcat.engine")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from worker.device.lora_layers import with_factors
-from worker.device.lora_set import LayerFactors
+from worker.device.loras.job_set import LayerFactors
+from worker.device.loras.layers import with_factors
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,7 +109,7 @@ class KernelCache:
     def find(self, what: str, lane: str) -> str | None:
         """The trace of code that is on this machine, maybe only now: from the fleet's. None: there is none.
 
-        Empty: it is there, and has no trace (`worker.device.traced`).
+        Empty: it is there, and has no trace (`worker.device.compiling.traced`).
         """
         name = self._name(what, lane)
         with contextlib.suppress(OSError):

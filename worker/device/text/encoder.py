@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
 from worker.contract.job import Job
-from worker.device.embeddings import FIRST_VECTOR, Embeddings, Files, TextOptions
 from worker.device.family import ModelFamily, Text
-from worker.device.job_text import JobText, Row, Timed, plain_text
-from worker.device.lora_text import TextLoras
+from worker.device.loras.text import TextLoras
+from worker.device.text.embeddings import FIRST_VECTOR, Embeddings, Files, TextOptions
+from worker.device.text.job_text import JobText, Row, Timed, plain_text
 
 #: Numbers in the texts that are kept, at most: 256 pairs of prompts for SDXL, 180 MB in fp16.
 KEPT = 256 * 2 * 77 * 2_304

@@ -1,8 +1,8 @@
 """Layers with LoRAs as operators of torch, which the compiler does not trace into.
 
 Each takes the addresses of the jobs' factors, `table`, and the job of each of its rows, `owners`; see
-`worker.device.lora_set`. `room` has the length of the largest rank. Outputs are without the layer's bias,
-unless said. The kernels are launched by `worker.device.lora_products`.
+`worker.device.loras.job_set`. `room` has the length of the largest rank. Outputs are without the layer's
+bias, unless said. The kernels are launched by `worker.device.loras.products`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def are_there(device_type: str) -> bool:
 
 def _products() -> ModuleType:
     # Not at the top: it needs Triton, which only GPUs have.
-    from worker.device import lora_products
+    from worker.device.loras import products
 
-    return lora_products
+    return products
 
 
 @library.custom_op(

@@ -2,9 +2,9 @@
 
 A scheduler keeps a few tensors from step to step (the latents, earlier predictions). Most schedulers are
 linear: they make the next tensors as weighted sums of these, of the prediction and of noise.
-`Samplers.schedule` measures the weights on diffusers' own scheduler object (`worker.device.probe`), once for
-each scheduler and number of steps, and checks them against it. A step of a batch of jobs, each at another
-step of another schedule, is then one product of small matrices.
+`Samplers.schedule` measures the weights on diffusers' own scheduler object
+(`worker.device.schedulers.probe`), once for each scheduler and number of steps, and checks them against it. A
+step of a batch of jobs, each at another step of another schedule, is then one product of small matrices.
 
 A scheduler that is not linear (it clips or thresholds) has no weights. `Samplers.own` makes a `Sampler` of
 it, which calls the scheduler object itself. A `Sampler` never changes: it returns its successor, so that a
@@ -30,9 +30,9 @@ from worker.contract.choices import ALIGN_YOUR_STEPS, NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.device.family import SchedulerClass, Schedulers
-from worker.device.noise_schedules import config_of, is_offered, timesteps_of
-from worker.device.probe import read_off
-from worker.device.schedule import Sampler, Schedule
+from worker.device.schedulers.noise_schedules import config_of, is_offered, timesteps_of
+from worker.device.schedulers.probe import read_off
+from worker.device.schedulers.schedule import Sampler, Schedule
 
 logger = logging.getLogger("smallcat.samplers")
 
@@ -259,7 +259,7 @@ def begin_index(scheduler: Any, steps: int, strength: float | None) -> int:
 def class_of(name: str, *, with_eta: bool = False) -> Any:
     """The scheduler class of a name in `CLASSES`: diffusers' own, unless it has none, or none with `eta`."""
     # Loaded when it is needed, as diffusers' own modules are.
-    from worker.device import ancestral
+    from worker.device.schedulers import ancestral
 
     if name in ancestral.OURS:
         return ancestral.OURS[name]

@@ -1,0 +1,1 @@
+"""diffusers' noise schedulers as weights of one formula: `samplers` is the door."""

@@ -1,0 +1,1 @@
+"""A job's texts as conditions of its steps: `encoder` is the door."""
