@@ -96,6 +96,8 @@ def test_the_mask_may_be_the_alpha_channel(environment: dict[str, str], fleet: A
     assert job(submit_job("a cat", image=CUT_OUT, mask="alpha", **FIELDS)).mask == "alpha"
     with pytest.raises(InvalidJobError, match="mask is alpha, and no pixel of the image is transparent"):
         submit_job("a cat", image=PHOTO, mask="alpha", **FIELDS)
+    with pytest.raises(InvalidJobError, match="mask is alpha, and every pixel of the image is transparent"):
+        submit_job("a cat", image=Image.new("RGBA", (64, 64)), mask="alpha", **FIELDS)
 
 
 def test_a_tenants_pictures_are_in_his_folder(environment: dict[str, str], fleet: Any) -> None:

@@ -8,7 +8,7 @@ made, within the same limits. PNG, JPEG and WebP are read, by their content and 
     16 bits         become 8, by the upper ones
     CMYK            becomes RGB by Pillow's formula, without a profile
     profiles        are ignored, as diffusers and AUTOMATIC1111 ignore them
-    transparency    is laid on white; it may be the mask (`InputImage.alpha`)
+    transparency    is laid on white; it may be the mask (`mask_of_alpha`)
     animation       is refused: which frame is meant is not said
     damage          is refused, also where most of the picture is there
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 from typing import Final, NamedTuple
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from worker.contract.input_reference import (
     MAX_INPUT_BYTES,
@@ -74,8 +74,8 @@ class InputImage(NamedTuple):
 
     #: RGB, turned as it is seen, on white where it is transparent.
     rgb: Image.Image
-    #: Its alpha channel, mode L of the same size: 255 is opaque; None: all of it is.
-    alpha: Image.Image | None
+    #: The same before it was laid on white, mode RGBA; None: all of it is opaque.
+    cut_out: Image.Image | None
     #: The file's MIME type.
     mime: str
 
@@ -83,6 +83,11 @@ class InputImage(NamedTuple):
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.rgb.size
+
+    @property
+    def alpha(self) -> Image.Image | None:
+        """Its alpha channel, mode L of the same size: 255 is opaque; None: all of it is."""
+        return None if self.cut_out is None else self.cut_out.getchannel("A")
 
 
 def read_input(data: bytes) -> InputImage:
@@ -94,14 +99,14 @@ def read_input(data: bytes) -> InputImage:
     mime = MIME_TYPES[image.format or ""]
     try:
         image.load()
-        rgb, alpha = _parts(_turned(image))
+        rgb, cut_out = _parts(_turned(image))
     except MemoryError:
         raise BadInputError(f"{too_many_pixels(*image.size)}, and memory is short") from None
     except BadInputError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever Pillow makes of what strangers made
         raise BadInputError(f"is damaged ({_words(error)}): save it again") from None
-    return InputImage(rgb, alpha, mime)
+    return InputImage(rgb, cut_out, mime)
 
 
 def read_mask(data: bytes) -> Image.Image:
@@ -118,10 +123,16 @@ def read_mask(data: bytes) -> Image.Image:
 
 
 def mask_of_alpha(image: InputImage) -> Image.Image:
-    """The mask that draws what is transparent in `image`. Raises `BadInputError` where nothing is."""
-    if image.alpha is None:
+    """The mask that draws what is transparent in `image`. Raises `BadInputError` where nothing is, or all."""
+    alpha = image.alpha
+    if alpha is None:
         raise BadInputError("is alpha, and no pixel of the image is transparent: give a mask")
-    return Image.eval(image.alpha, lambda value: 255 - value)
+    if alpha.getextrema() == (0, 0):
+        raise BadInputError(
+            "is alpha, and every pixel of the image is transparent, so that nothing would be kept: give a "
+            "picture with something in it"
+        )
+    return ImageChops.invert(alpha)
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -180,7 +191,7 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """RGB on white, and the alpha channel where something is transparent."""
+    """RGB on white, and RGBA where something is transparent."""
     if image.mode == "I;16":
         if "transparency" in image.info:
             raise BadInputError("has 16 bits and a transparent grey: save it with 8 bits")
@@ -188,9 +199,12 @@ def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         image = Image.frombytes("L", image.size, image.tobytes()[1::2])
     elif image.has_transparency_data:
         whole = image.convert("RGBA")
-        alpha = whole.getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            white = Image.new("RGBA", whole.size, "white")
-            return Image.alpha_composite(white, whole).convert("RGB"), alpha
+        if whole.getchannel("A").getextrema() != (255, 255):
+            return on_white(whole), whole
         return whole.convert("RGB"), None
     return image.convert("RGB"), None
+
+
+def on_white(cut_out: Image.Image) -> Image.Image:
+    """What is transparent in places, RGBA, on white: RGB. Opaque pixels keep their colours."""
+    return Image.alpha_composite(Image.new("RGBA", cut_out.size, "white"), cut_out).convert("RGB")

@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 from worker.contract.errors import InvalidJobError, RenderError
 from worker.contract.input_reference import ALPHA
 from worker.contract.job import Job
+from worker.contract.job_parameters import SIZE_STEP
 from worker.device.family import Lane, ModelFamily
 from worker.device.schedulers.schedule import Sampler, Schedule
 from worker.engine.runner import JobInputs, Picture
@@ -85,7 +86,7 @@ def begin(
         return Beginning(noisy)
     # diffusers encodes the masked image, too, which models of 4 channels do not use: its noise is drawn.
     family.initial_noise(lane, generator)
-    drawn = family.latent_mask(lane, torch.from_numpy((inputs.mask >= HALF).astype(np.float32)))
+    drawn = family.latent_mask(lane, torch.from_numpy(drawn_pixels(job, inputs.mask).astype(np.float32)))
     if not drawn.any():
         raise InvalidJobError(
             "mask is white in too few pixels, so that nothing would be drawn: make its white part larger."
@@ -95,6 +96,20 @@ def begin(
     if not job.preserve_unmasked:
         return Beginning(latents, kept)
     return Beginning(latents, kept, functools.partial(put_back, job, inputs), (PUT_BACK,))
+
+
+def drawn_pixels(job: Job, mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """What the steps draw of a job whose mask has its own size: (height, width).
+
+    With the mask `alpha` that is each latent of which any pixel is transparent. diffusers' rule, the value of
+    one of its pixels, would keep some of these: the white behind the image is in them, and around it then.
+    """
+    drawn: NDArray[np.bool_] = mask >= HALF
+    if job.mask != ALPHA or not job.preserve_unmasked:
+        return drawn
+    height, width = (side // SIZE_STEP for side in mask.shape)
+    cells = drawn.reshape(height, SIZE_STEP, width, SIZE_STEP).any(axis=(1, 3))
+    return cells.repeat(SIZE_STEP, axis=0).repeat(SIZE_STEP, axis=1)
 
 
 def put_back(job: Job, inputs: JobInputs, picture: Picture) -> Picture:

@@ -1,7 +1,9 @@
 """From what a job names to begin with, to its pixels: read from the bucket, checked, unpacked and resized.
 
 A job's image is resized to the job's size by Lanczos, both sides, as diffusers does, and so is its mask; with
-`padding` both stay as large as the image, of which the job draws a part.
+`padding` both stay as large as the image, of which the job draws a part. With the mask `alpha` the image is
+resized before it is laid on white, and its colours are weighted by alpha, as Pillow does it for RGBA: so what
+is opaque has none of the white, nor of what is behind transparent pixels.
 """
 
 from __future__ import annotations
@@ -9,10 +11,17 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from worker.contract.errors import InputError
-from worker.contract.input_image import BadInputError, InputImage, mask_of_alpha, read_input, read_mask
+from worker.contract.input_image import (
+    BadInputError,
+    InputImage,
+    mask_of_alpha,
+    on_white,
+    read_input,
+    read_mask,
+)
 from worker.contract.input_reference import ALPHA, InputReference
 from worker.contract.record import JobRecord
 
@@ -57,12 +66,15 @@ def read_pixels(bucket: Files, job: Job) -> InputPixels:
     size = image.size
     if job.padding is None:
         size = job.width or size[0], job.height or size[1]
-    warnings = (_ON_WHITE,) if image.alpha is not None and job.mask != ALPHA else ()
+    if job.mask == ALPHA and image.cut_out is not None:
+        cut_out = _resized(image.cut_out, size)
+        mask = ImageChops.invert(cut_out.getchannel("A"))
+        return InputPixels(size, on_white(cut_out).tobytes(), mask.tobytes())
     return InputPixels(
         size,
         _resized(image.rgb, size).tobytes(),
         None if mask is None else _resized(mask, size).tobytes(),
-        warnings,
+        () if image.cut_out is None else (_ON_WHITE,),
     )
 
 

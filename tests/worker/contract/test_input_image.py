@@ -137,6 +137,13 @@ def test_an_alpha_channel_in_which_all_is_opaque_is_none() -> None:
         mask_of_alpha(found)
 
 
+def test_an_alpha_channel_in_which_nothing_is_kept_is_no_mask() -> None:
+    with pytest.raises(BadInputError, match="is alpha, and every pixel of the image is transparent"):
+        mask_of_alpha(read_input(file_of(Image.new("RGBA", (2, 2)))))
+    hardly = Image.new("RGBA", (2, 2), (0, 0, 0, 1))
+    assert mask_of_alpha(read_input(file_of(hardly))).getextrema() == (254, 254)
+
+
 def test_a_mask_is_grey_and_says_something() -> None:
     mask = Image.new("L", (2, 1))
     mask.putdata([0, 255])

@@ -21,7 +21,7 @@ from worker.contract.choices import NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError, RenderError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device.beginnings import PUT_BACK, put_back
+from worker.device.beginnings import PUT_BACK, drawn_pixels, put_back
 from worker.device.model_runner import ModelRunner
 from worker.device.schedulers.noise_schedules import is_offered
 from worker.device.schedulers.samplers import CLASSES, class_of
@@ -242,6 +242,25 @@ def test_an_image_with_alpha_lies_on_the_picture() -> None:
     assert (pixels[:32] == (0, 0, 255)).all()
     assert (pixels[32:-1] == (255, 0, 0)).all()
     assert np.abs(pixels[-1].astype(int) - (127, 0, 128)).max() <= 1
+
+
+def test_a_latent_is_drawn_where_any_pixel_of_the_image_is_transparent() -> None:
+    mask = np.zeros((16, 24), np.uint8)
+    mask[7, 8], mask[12, 0] = 128, 127
+    cells = drawn_pixels(of_mask(mask="alpha", preserve_unmasked=True), mask)[::8, ::8]
+    assert cells.tolist() == [[False, True, False], [False, False, False]]
+    for as_in_diffusers in (of_mask(mask="alpha"), of_mask(preserve_unmasked=True)):
+        assert np.array_equal(drawn_pixels(as_in_diffusers, mask), mask >= 128)
+
+
+def test_steps_keep_of_a_cut_out_what_is_opaque_alone(models: Any) -> None:
+    alpha = np.zeros((SIDE, SIDE), np.uint8)
+    alpha[21:43, 21:43] = 255
+    inputs = JobInputs(a_picture(), 255 - alpha)
+    for preserve, latents in ((True, 2 * 2), (False, 3 * 3)):
+        job = of_mask(mask="alpha", preserve_unmasked=preserve)
+        kept = models("sd1").runner.prepare(job, inputs)._beginning.kept
+        assert int((kept[0][0] == 0).sum()) == latents
 
 
 def test_what_the_safety_checker_blacked_out_stays_black() -> None:

@@ -76,6 +76,27 @@ def test_the_alpha_channel_may_be_the_mask(worker: Worker, storage: FlakyBucket)
     assert (inputs.mask[:, :64].max(), inputs.mask[:, 64:].min()) == (0, 255)
 
 
+@pytest.mark.parametrize("size", [(128, 64), (64, 64), (192, 96)])
+def test_what_is_opaque_in_a_cut_out_is_as_pillow_resizes_it(
+    worker: Worker, storage: FlakyBucket, size: tuple[int, int]
+) -> None:
+    """By Lanczos, colours weighted by alpha: without the white, and what is behind transparent pixels."""
+    cut_out = Image.effect_noise(CUT_OUT.size, 90).convert("RGB").convert("RGBA")
+    cut_out.putalpha(CUT_OUT.getchannel("A"))
+    cut_out.putpixel((20, 20), (9, 9, 9, 100))
+    wanted = job(put(storage, cut_out), mask="alpha", width=size[0], height=size[1])
+    assert record_of(worker, wanted).state == State.DONE
+    inputs = worker.runner.inputs[5]
+    assert inputs is not None
+    assert inputs.mask is not None
+    resized = np.asarray(cut_out.resize(size, Image.Resampling.LANCZOS))
+    assert np.array_equal(inputs.mask, 255 - resized[..., 3])
+    opaque = resized[..., 3] == 255
+    assert opaque.any()
+    assert np.array_equal(inputs.image[opaque], resized[opaque][:, :3])
+    assert (inputs.image[resized[..., 3] == 0] == 255).all()
+
+
 def test_a_picture_of_which_a_part_is_kept_says_so(worker: Worker, storage: FlakyBucket) -> None:
     """IPTC's term, in XMP, and AUTOMATIC1111's keys in the infotext (1.10, modules/processing.py)."""
     reference = put(storage, CUT_OUT)
