@@ -24,6 +24,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Before any module, or conftest of a folder, imports torch, which reads them then: also in the processes that
+# tests start. Tiny models are many times slower on two threads than on one where several processes share the
+# cores, and sums are taken in one order on one thread.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 from deploy.embedded.home import StackError
 from deploy.embedded.servers import ValkeyProcess, rclone, valkey_server
 from deploy.embedded.stack import Stack, clean_environment
@@ -65,8 +70,6 @@ def pytest_configure() -> None:
         del os.environ[name]
     os.environ.update({"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull})
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
-    # By default torch's threads spin while they wait, which is many times slower where cores are shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A shell's background job ignores SIGINT, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
