@@ -57,6 +57,7 @@ from worker.state.redis_client import RedisError, connect, connect_until
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 from worker.storage.options import BucketOptions
+from worker.storage.shared_code import store_of
 from worker.tracing import attempts, exporter
 
 if TYPE_CHECKING:
@@ -250,7 +251,11 @@ def _files(settings: WorkerSettings) -> FileStore:
 
 def _warm_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
     """The model, loaded and warmed up; each choice that is made for the user is logged."""
-    runner = load_runner(settings, files)
+    shared = store_of(settings)
+    if settings.kernel_cache:
+        why = "SMALLCAT_KERNEL_CACHE" if shared else "there is no SMALLCAT_KERNEL_CACHE_KEY to sign it with"
+        _log_choice("shared code", str(shared or "no"), why)
+    runner = load_runner(settings, files, shared)
     # Torch, diffusers and others have brought handlers of their own.
     log_lines.shorten(settings.log)
     for choice in runner.choices:

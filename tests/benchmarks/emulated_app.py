@@ -29,7 +29,7 @@ def encode(picture: Picture, job: Job, **options: Any) -> bytes:
     return _encode(picture, job, **options)
 
 
-def load_runner(settings: WorkerSettings, files: object) -> EmulatedRunner:
+def load_runner(settings: WorkerSettings, files: object, shared: object) -> EmulatedRunner:
     return EmulatedRunner(int(os.environ["EMULATED_ROWS"]), int(os.environ["EMULATED_STEPS"]))
 
 

@@ -286,12 +286,14 @@ def fill_cache(model: Path, shared: Path) -> None:
 
 def fill() -> None:
     """Compile for the default size, in this process' environment, and wait for it."""
-    from worker.contract.job import Job
     from worker.contract.settings import worker_settings
     from worker.device.model_runner import ModelRunner
+    from worker.storage.shared_code import store_of
 
-    runner = ModelRunner(worker_settings())
-    runner.begin_to_compile(Job(prompt="a small cat", seed=0))
+    settings = worker_settings()
+    runner = ModelRunner(settings, shared=store_of(settings))
+    for piece in runner.default_pieces():
+        piece.begin()
     compiler: Any = runner._kernel_compiler
     compiler._thread.shutdown(wait=True)
 

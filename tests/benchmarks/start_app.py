@@ -111,8 +111,8 @@ class Steps:
             time.sleep(0.2)
 
 
-def load_runner(settings: Any, files: Any) -> Any:
-    runner = start.load(settings, files)
+def load_runner(settings: Any, files: Any, shared: Any) -> Any:
+    runner = start.load(settings, files, shared)
     if runner._on_gpu:
         Steps(runner)
     return runner

@@ -92,7 +92,7 @@ class TellingRunner(FaultRunner):
             note("stepped", "-")
 
 
-def load_runner(settings: WorkerSettings, files: object) -> FaultRunner:
+def load_runner(settings: WorkerSettings, files: object, shared: object) -> FaultRunner:
     runner = TellingRunner if os.environ.get("FAULTS_JOURNAL_STEPS") else FaultRunner
     made = runner(
         int(os.environ.get("FAULTS_ROWS", "4")),

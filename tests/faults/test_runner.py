@@ -6,7 +6,7 @@ from tests.faults.runner import FaultRunner
 from worker.device.model_runner import ModelRunner
 
 #: Asked by the runner itself alone.
-OWN = {"compile", "compile_like", "begin_to_compile"}
+OWN = {"compile", "compile_like", "pieces", "default_pieces", "setup"}
 
 
 def test_the_fake_device_has_all_that_the_real_one_has() -> None:

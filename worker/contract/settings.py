@@ -84,10 +84,12 @@ def _keys(value: str) -> str:
     return value
 
 
-def _folder(value: str) -> str:
-    """A path, and no address."""
-    if "://" in value:
-        raise ValueError("must be a folder that workers share, such as /mnt/shared/kernels: no bucket yet")
+def _folder_or_prefix(value: str) -> str:
+    """A path, or s3://BUCKET/PREFIX."""
+    bucket, _, prefix = value.removeprefix("s3://").partition("/")
+    is_prefix = value.startswith("s3://") and bucket and _prefix(prefix)
+    if "://" in value and not is_prefix:
+        raise ValueError("must be a folder that workers share, such as /mnt/kernels, or s3://BUCKET/PREFIX")
     return value
 
 
@@ -287,8 +289,9 @@ class WorkerSettings(Settings):
     exact: bool = False
     #: Folder for compiled kernels and for measured choices.
     cache_dir: str = "~/.cache/smallcat"
-    #: Folder of compiled code that workers share, as on a network's disk. Not set: each compiles for itself.
-    kernel_cache: Annotated[str, AfterValidator(_folder)] = ""
+    #: Folder or s3://BUCKET/PREFIX of compiled code that workers share, with the key below. Not set: each
+    #: compiles for itself.
+    kernel_cache: Annotated[str, AfterValidator(_folder_or_prefix)] = ""
     #: What signs that code, 32 characters or more, which only workers may have: who knows it can run code on
     #: them. Two, separated by a blank, while one replaces the other.
     kernel_cache_key: Annotated[str, AfterValidator(_keys)] = Field(default="", repr=False)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from worker.contract.errors import first_line
-from worker.device.compiling.compiler import CompiledLanes, Compiler
+from worker.device.compiling.compiler import CompiledLanes, Compiler, Piece
 from worker.device.family import Lane, lane_name
 from worker.device.step import Batch, Forward, Step, denoise
 
@@ -250,11 +250,11 @@ class StepGraphs:
 
     def compile(self, lane: Lane, batch: Batch) -> bool:
         """Compile `lane` now, for batches like `batch`. Returns whether that worked."""
-        return self._lanes.compile_now(_name(lane, batch), lambda: _example(batch))
+        return self.piece(lane, batch).compile_now()
 
-    def begin(self, lane: Lane, batch: Batch) -> None:
-        """Begin to compile `lane`, for batches like `batch`."""
-        self._lanes.begin(_name(lane, batch), lambda: _example(batch))
+    def piece(self, lane: Lane, batch: Batch) -> Piece:
+        """What is compiled of `lane`, for batches like `batch`."""
+        return Piece(self._lanes, _name(lane, batch), lambda: _example(batch))
 
     def run(self, lane: Lane, batches: Sequence[Batch]) -> list[Step | None]:
         """The step of each batch, replayed. None where its kind is not compiled; this call may begin to.

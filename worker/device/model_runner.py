@@ -10,7 +10,6 @@ What differs between kinds of models is behind `worker.device.family`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Hashable, Iterator, Sequence
@@ -20,19 +19,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.contract.errors import (
-    InvalidJobError,
-    OutOfMemoryError,
-    SmallcatError,
-)
+from worker.contract.errors import InvalidJobError, OutOfMemoryError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.device import attention, beginnings, gpu, warm_up
-from worker.device.compiling.compiler import CompiledLanes, Compiler
+from worker.device.compiling.ahead import Ahead
+from worker.device.compiling.claims import Store
+from worker.device.compiling.compiler import CompiledLanes, Compiler, Piece
 from worker.device.compiling.kernel_cache import setup_name
 from worker.device.compiling.process import compiler_of
 from worker.device.compiling.traced import Recorder
+from worker.device.costs import Costs
 from worker.device.cuda_graphs import MAX_ROWS, StepGraphs
 from worker.device.errors import mapped, times
 from worker.device.families import family_of
@@ -46,9 +44,7 @@ from worker.device.text.embeddings import Files
 from worker.device.text.encoder import TextEncoder
 from worker.device.vae_decoder import VaeDecoder
 from worker.device.vaes import Vaes
-from worker.engine import step_cost
 from worker.engine.runner import JobInputs, Picture
-from worker.engine.step_cost import StepCost
 from worker.model import loader
 from worker.model.placement import Choice
 
@@ -71,11 +67,13 @@ class ModelRunner:
         files: Files | None = None,
         *,
         compiles_alone: bool = False,
+        shared: Store | None = None,
     ) -> None:
         """Load the model that the settings name, unless it is given; choose its family, unless it is given.
 
         `files`: those beside the model that jobs may name; None: there are none. `compiles_alone`: this
-        process compiles all itself, without the help of another one.
+        process compiles all itself, without the help of another one. `shared`: where the fleet keeps what is
+        compiled; None: nowhere.
         Raises `SettingsError` with one sentence when that cannot be done.
         """
         loaded = loaded or loader.load(settings)
@@ -86,7 +84,7 @@ class ModelRunner:
         self._asked_rows = settings.max_batch
         #: The model as it is announced.
         self.served: ServedModel = loaded.served
-        compiler = self._kernel_compiler = self._compiler(settings, alone=compiles_alone)
+        compiler = self._kernel_compiler = self._compiler(settings, compiles_alone, shared)
         self._compiles_first = settings.compile_first or settings.exact
         # Before anything else is made of the model: a family may replace some of its modules.
         self._family = family or family_of(loaded, compiled=compiler is not None)
@@ -110,26 +108,19 @@ class ModelRunner:
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
         self._vae_decoder = VaeDecoder(self._family, self._device, alone=settings.exact, compiler=compiler)
         self._vaes = Vaes(files, self._family, self._device, alone=settings.exact)
-        #: Tokens of the text encoder's window; 0: not yet known.
-        self._window = 0
-        self._cost = StepCost((), self._default_area, settings.max_batch or step_cost.MIN_CAP)
+        self._costs = Costs(self._family, self.served.defaults, settings.max_batch)
 
     # --- costs ----------------------------------------------------------------------------------------------
 
     @property
     def max_rows(self) -> int:
         """The cap in rows of a step of the default size: measured by `warm_up` unless the settings say."""
-        return self._cost.max_rows
+        return self._costs.max_rows
 
     @property
     def job_s(self) -> float:
-        """Seconds of the device's time for the steps of a job of the model's defaults, in full batches.
-
-        Measured by `warm_up`.
-        """
-        defaults = self.served.defaults
-        step_s = self._cost.seconds(self.max_rows, self._default_area)
-        return defaults.steps * self._family.rows(defaults.guidance_scale) * step_s / self.max_rows
+        """Seconds of the device's time for a job of the model's defaults. Measured by `warm_up`."""
+        return self._costs.job_s
 
     @property
     def decodes_beside(self) -> bool:
@@ -142,13 +133,12 @@ class ModelRunner:
         return self._kernel_compiler is not None and self._kernel_compiler.device_sync_lock.locked()
 
     def cap(self, lane: Hashable) -> int:
-        """The cap in rows of a step of `lane`, >= 1: as many latent pixels as in the measured one."""
-        return self._asked_rows or self._cost.cap(self._family.area(cast("Lane", lane)))
+        """See `Costs`."""
+        return self._costs.cap(cast("Lane", lane))
 
     def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
-        """What a step of `rows` rows of `lane` costs, whose longest text has so many tokens."""
-        more = max(0.0, text_tokens / self._window - 1) if self._window else 0.0
-        return self._cost.seconds(rows, self._family.area(cast("Lane", lane)), more, lora_rows)
+        """See `Costs`."""
+        return self._costs.step_s(cast("Lane", lane), rows, text_tokens, lora_rows)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the GPU's memory: now, and the most in a step of each batch size so far; {} on a CPU."""
@@ -181,26 +171,27 @@ class ModelRunner:
         """
         device = next((choice.choice for choice in self.choices if choice.what == "device"), "")
         with warm_up.refused(self.served.name, device):
+            ahead = Ahead(self.default_pieces()) if self._compiles_beside else None
             warm_up.run_trial(self, on_gpu=self._on_gpu)
-            compile_for = self.compile if self._graphs is not None else None
-            compiled = warm_up.IN_BACKGROUND
-            if compile_for is None or self._compiles_first:
+            compiled = (ahead and ahead.load()) or warm_up.IN_BACKGROUND
+            if not self._compiles_beside or (self._compiles_first and compiled is warm_up.IN_BACKGROUND):
+                compile_for = self.compile if self._graphs is not None else None
                 compiled = warm_up.compile_default(compile_for, on_gpu=self._on_gpu)
         row = self.prepare(Job(prompt=warm_up.PROMPT, seed=0, guidance_scale=1.0))
-        self._window = row.text_tokens
+        self._costs.window = row.text_tokens
         curve, measured = warm_up.measure_steps(
             lambda rows: self._seconds([row] * rows),
             on_gpu=self._on_gpu,
             max_batch=self._asked_rows,
             quick=self._kernel_compiler is not None and not self._compiles_first,
         )
-        self._cost = StepCost(curve, self._default_area, int(measured.choice))
+        self._costs.measured(curve, int(measured.choice))
         of_loras = self._warm_up_loras(row)
         if self._kernel_compiler is not None:
             self._kernel_compiler.is_serving = True
             if not self._compiles_first:
-                for loras in (False, True) if of_loras else (False,):
-                    self.begin_to_compile(Job(prompt=warm_up.PROMPT, seed=0), loras=loras)
+                for piece in self.default_pieces():
+                    piece.begin()
         return compiled, measured, *of_loras
 
     def _warm_up_loras(self, row: JobState) -> tuple[Choice, ...]:
@@ -217,7 +208,7 @@ class ModelRunner:
             return self._seconds([row] * self.max_rows)
 
         share, measured = warm_up.measure_loras(step_s)
-        self._cost = dataclasses.replace(self._cost, lora_share=share)
+        self._costs.measured_loras(share)
         return *chosen, measured, self._loras.choice
 
     @torch.no_grad()
@@ -228,19 +219,29 @@ class ModelRunner:
         """
         if self._graphs is None:
             return False
-        state = self.prepare(job)
-        state.loras = self._loras.none() if loras else None
-        self._vae_decoder.compile(state.lane, state.latents)
-        return self._graphs.compile(state.lane, batch_of([state.next_inputs()]))
+        compiled = [piece.compile_now() for piece in reversed(self.pieces(job, loras=loras))]
+        return compiled[-1]
 
     @torch.no_grad()
-    def begin_to_compile(self, job: Job, *, loras: bool = False) -> None:
-        """As `compile`, while other steps serve. On a GPU alone."""
-        if self._graphs is not None:
-            state = self.prepare(job)
-            state.loras = self._loras.none() if loras else None
-            self._graphs.begin(state.lane, batch_of([state.next_inputs()]))
-            self._vae_decoder.begin(state.lane, state.latents)
+    def pieces(self, job: Job, *, loras: bool = False) -> list[Piece]:
+        """What is compiled for jobs of the size of `job`, the step first; [] on a CPU.
+
+        `loras`: for steps in which some have LoRAs.
+        """
+        if self._graphs is None:
+            return []
+        state = self.prepare(job)
+        state.loras = self._loras.none() if loras else None
+        step = self._graphs.piece(state.lane, batch_of([state.next_inputs()]))
+        return [step, *self._vae_decoder.pieces(state.lane, state.latents)]
+
+    def default_pieces(self) -> list[Piece]:
+        """What is compiled for the model's default size, with LoRAs where some are offered."""
+        job = Job(prompt=warm_up.PROMPT, seed=0)
+        pieces = self.pieces(job)
+        if self._offers_loras and self._loras.example(warm_up.LORA_RANK) is not None:
+            pieces += self.pieces(job, loras=True)[:1]
+        return pieces
 
     def compile_like(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> Recorder:
         """Compile the function that is called `what` for a call with `argument`: see `CompiledLanes`."""
@@ -248,15 +249,20 @@ class ModelRunner:
         lanes: CompiledLanes[Any] = next(each for each in found if each is not None and each.what == what)
         return lanes.record(lane, argument, dynamic)
 
-    def _compiler(self, settings: WorkerSettings, *, alone: bool) -> Compiler | None:
+    def _compiler(self, settings: WorkerSettings, alone: bool, shared: Store | None) -> Compiler | None:
         if not self._on_gpu or not settings.compile:
             return None
-        return compiler_of(settings, self._device, self._setup, alone=alone)
+        return compiler_of(settings, self._device, self.setup, alone=alone, shared=shared)
 
-    def _setup(self) -> str:
+    def setup(self) -> str:
         """What compiled code of this runner depends on, as a name."""
         chosen = next(choice for choice in self.choices if choice.what == "attention")
         return setup_name(self._device, self._components, chosen.choice, self._exact)
+
+    @property
+    def _compiles_beside(self) -> bool:
+        """Whether code that another process has compiled may be run: not in exact mode."""
+        return self._kernel_compiler is not None and self._kernel_compiler.in_background
 
     @torch.no_grad()
     def _seconds(self, states: Sequence[JobState]) -> float:
@@ -265,12 +271,6 @@ class ModelRunner:
         for step in self._run(self._groups(states)):
             step.finite.tolist()
         return time.perf_counter() - started_s
-
-    @property
-    def _default_area(self) -> int:
-        """Latent pixels of the default size."""
-        defaults = self.served.defaults
-        return self._family.area(self._family.lane(defaults.width, defaults.height))
 
     # --- a job: prepare, step, decode -----------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from worker.contract.plain_log import escape_logs
 from worker.contract.settings import WorkerSettings
 
 if TYPE_CHECKING:
+    from worker.device.compiling.claims import Store
     from worker.device.model_runner import ModelRunner
     from worker.model.file_store import FileStore
 
@@ -49,8 +50,11 @@ def preload(settings: WorkerSettings) -> None:
     _begun[settings] = files, _beside("import", lambda: _import(files))
 
 
-def load(settings: WorkerSettings, files: FileStore) -> ModelRunner:
-    """The model, on its device, with the files beside it. Raises `SettingsError`."""
+def load(settings: WorkerSettings, files: FileStore, shared: Store | None = None) -> ModelRunner:
+    """The model, on its device, with the files beside it. Raises `SettingsError`.
+
+    `shared`: where the fleet keeps compiled code; None: nowhere.
+    """
     if settings not in _begun:
         preload(settings)
     found, imported = _begun.pop(settings)
@@ -58,7 +62,7 @@ def load(settings: WorkerSettings, files: FileStore) -> ModelRunner:
     from worker.device.model_runner import ModelRunner
     from worker.model import loader
 
-    return ModelRunner(settings, loader.load(settings, found=found), files=files)
+    return ModelRunner(settings, loader.load(settings, found=found), files=files, shared=shared)
 
 
 def _beside(what: str, do: Callable[[], T]) -> Future[T]:

@@ -27,7 +27,7 @@ from worker.contract.errors import (
     RenderError,
     SmallcatError,
 )
-from worker.device.compiling.compiler import CompiledLanes, Compiler
+from worker.device.compiling.compiler import CompiledLanes, Compiler, Piece
 from worker.device.cuda_graphs import MAX_ROWS, Captured, GraphPool
 from worker.device.errors import mapped
 from worker.device.family import Lane, ModelFamily, lane_name
@@ -62,28 +62,30 @@ class VaeDecoder:
         #: Pictures that fit in a chunk, by lane, where more did not.
         self._caps: dict[Lane, int] = {}
 
-    def compile(self, lane: Lane, latents: torch.Tensor) -> None:
-        """Compile now for latents of `lane` like these, (1, *shape)."""
-        if self._lanes is None:
-            return
-        inputs = self.family.to_vae(lane, latents)
-        for count in {1, self._most(lane)}:
-            if self._lanes.compile_now(_key(inputs, count), functools.partial(_example, inputs, count)):
-                # A first decode captures the graph, so that the first jobs need not wait for that.
-                list(self.pictures(lane, [latents] * count))
-
     @property
     def lanes(self) -> CompiledLanes[Any] | None:
         """The compiled decoder; None: it is not compiled."""
         return self._lanes
 
-    def begin(self, lane: Lane, latents: torch.Tensor) -> None:
-        """Begin to compile for latents of `lane` like these, (1, *shape)."""
+    def pieces(self, lane: Lane, latents: torch.Tensor) -> list[Piece]:
+        """What is compiled for latents of `lane` like these, (1, *shape)."""
         if self._lanes is None:
-            return
+            return []
         inputs = self.family.to_vae(lane, latents)
-        for count in {1, self._most(lane)}:
-            self._lanes.begin(_key(inputs, count), functools.partial(_example, inputs, count))
+
+        def run(count: int) -> None:
+            # A first decode captures the graph.
+            list(self.pictures(lane, [latents] * count))
+
+        return [
+            Piece(
+                self._lanes,
+                _key(inputs, count),
+                functools.partial(_example, inputs, count),
+                functools.partial(run, count),
+            )
+            for count in sorted({1, self._most(lane)})
+        ]
 
     def pictures(self, lane: Lane, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
         """Launch the decoding of `latents`. Returns each picture, or its error; waits when it is asked for.

@@ -48,7 +48,7 @@ TEST_NAME = "images/.smallcat-check-"
 #: Seconds until AWS is asked again for the region of a bucket that it did not name.
 ASK_AGAIN_S = 60.0
 #: What HEAD and GET answer where nothing is.
-_MISSING = frozenset({"NoSuchKey", "NotFound", "404"})
+MISSING = frozenset({"NoSuchKey", "NotFound", "404"})
 
 
 class Bucket:
@@ -224,7 +224,7 @@ class Bucket:
             try:
                 body = cast("IO[bytes]", self._client.get_object(Bucket=bucket, Key=key)["Body"])
             except botocore.exceptions.ClientError as error:
-                if code_of(error) in _MISSING:
+                if code_of(error) in MISSING:
                     raise UnknownJobError(f"Nothing is at {uri}: it was deleted, or never put.") from None
                 raise
             yield body
@@ -273,7 +273,7 @@ class Bucket:
 
     def _says_missing(self, error: botocore.exceptions.ClientError) -> bool:
         """Whether the answer to reading an object of this bucket says that there is none."""
-        if code_of(error) in _MISSING:
+        if code_of(error) in MISSING:
             return True
         if code_of(error) not in DENIED:
             return False

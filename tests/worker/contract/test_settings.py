@@ -100,7 +100,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_KERNEL_CACHE": (
         "/shared",
         "/shared",
-        [("s3://b/kernels", "must be a folder that workers share")],
+        [("s3://b", "or s3://BUCKET/PREFIX"), ("https://b/kernels", "must be a folder that workers share")],
     ),
     "SMALLCAT_KERNEL_CACHE_KEY": (
         "a" * 32,

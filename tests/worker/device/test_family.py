@@ -62,7 +62,7 @@ def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             elsewhere=None,
             device_sync_lock=NeverFree(),
         )
-        monkeypatch.setattr(ModelRunner, "_compiler", lambda runner, settings, alone: compiler)
+        monkeypatch.setattr(ModelRunner, "_compiler", lambda runner, settings, alone, shared: compiler)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -10,7 +10,8 @@ import torch
 
 from worker.contract.errors import SettingsError
 from worker.contract.settings import worker_settings
-from worker.device.compiling.kernel_cache import MAGIC, Folder, KernelCache, Signed
+from worker.device.compiling.kernel_cache import MAGIC, KernelCache, Signed
+from worker.storage.shared_code import Folder
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 NAME = "setup/name.kernels"
@@ -86,14 +87,40 @@ def test_a_store_that_fails_stops_nothing(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         assert cache.find("step", "lane") is None
         cache.keep("step", "lane", b"kernels", "")
-    assert [line.rpartition(": ")[2] for line in caplog.messages] == ["the disk is away", "the disk is full"]
+        assert cache.wait_for_others("step", "lane") is None
+        cache.renew_claim("step", "lane")
+        cache.end_claim("step", "lane")
+    words = [line.rpartition(": ")[2] for line in caplog.messages]
+    assert words == ["the disk is away", "the disk is full", "the disk is away"]
     assert cache.find("step", "lane") == ""
+    # What does not load is as good as not there.
+    cache.lose("step", "lane")
+    assert cache.find("step", "lane") is None
+
+
+def test_what_is_signed_and_cannot_be_used_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when another version of torch has packed it, in spite of the setup's name."""
+
+    def refuse(found: bytes) -> None:
+        raise ValueError("not mine")
+
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", refuse)
+    shared = Signed(Folder(tmp_path / "shared"), [KEY])
+    one, other = (KernelCache(tmp_path / name, lambda: "a", shared) for name in ("one", "other"))
+    assert one.keep("step", "lane", b"kernels", "the trace") == ""
+    with caplog.at_level(logging.WARNING):
+        assert other.find("step", "lane") is None
+    assert "not mine" in caplog.text
+    assert one.keep("step", "lane", b"", "the trace") != ""
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("SMALLCAT_KERNEL_CACHE", "s3://bucket/kernels", "a folder that workers share"),
+        ("SMALLCAT_KERNEL_CACHE", "s3:///kernels", "a folder that workers share"),
+        ("SMALLCAT_KERNEL_CACHE", "gs://bucket/kernels", "s3://BUCKET/PREFIX"),
         ("SMALLCAT_KERNEL_CACHE_KEY", "short", "at least 32 characters"),
         ("SMALLCAT_KERNEL_CACHE_KEY", " ".join(["k" * 32] * 3), "or two"),
     ],

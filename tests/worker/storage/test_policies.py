@@ -26,6 +26,7 @@ from worker.storage.bucket import Bucket
 from worker.storage.deletion import Deletion
 from worker.storage.inputs import Inputs
 from worker.storage.options import BucketOptions
+from worker.storage.shared_code import InBucket
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "deploy"
@@ -72,7 +73,15 @@ def produce(bucket: Bucket) -> None:
     assert uri in {address for address, _ in bucket.below(bucket.root)}
 
 
-@pytest.mark.parametrize("side", ["worker", "producer", "forget"])
+def share(bucket: Bucket) -> None:
+    """All that a worker asks of the bucket that the fleet's compiled code is in."""
+    store = InBucket(Bucket(bucket.name, f"{PREFIX}/kernels"))
+    assert store.get("setup/name.kernels") is None
+    store.put("setup/name.kernels", b"code")
+    assert store.get("setup/name.kernels") == b"code"
+
+
+@pytest.mark.parametrize("side", ["worker", "producer", "forget", "kernels"])
 def test_a_policy_is_iam_s_json_for_one_bucket_and_prefix(side: str) -> None:
     policy = policy_of(side)
     assert set(policy) == {"Version", "Statement"}
@@ -81,11 +90,12 @@ def test_a_policy_is_iam_s_json_for_one_bucket_and_prefix(side: str) -> None:
         assert set(statement) == {"Sid", "Effect", "Action", "Resource"}
         assert statement["Effect"] == "Allow"
         assert re.fullmatch(r"[A-Za-z0-9]+", statement["Sid"]), "AWS takes no other characters in it"
-        assert re.fullmatch(r"arn:aws:s3:::BUCKET(/PREFIX/(images|inputs)/[.\w-]*\*)?", statement["Resource"])
+        below = r"arn:aws:s3:::BUCKET(/PREFIX/(images|inputs|kernels)/[.\w-]*\*)?"
+        assert re.fullmatch(below, statement["Resource"])
     assert not [action for action, _ in allowed(policy) if "*" in action]
 
 
-@pytest.mark.parametrize("side", ["worker", "producer"])
+@pytest.mark.parametrize("side", ["worker", "producer", "kernels"])
 def test_a_policy_allows_what_is_asked_and_nothing_else(
     s3_environment: EmptyBucket, wire: Wire, side: str
 ) -> None:
@@ -94,7 +104,7 @@ def test_a_policy_allows_what_is_asked_and_nothing_else(
     wire.needed.clear()
     if side == "worker":
         assert bucket.check() == ()
-    {"worker": work, "producer": produce}[side](bucket)
+    {"worker": work, "producer": produce, "kernels": share}[side](bucket)
     rules = list(allowed(policy_of(side, bucket.name, PREFIX)))
     needed = set(wire.needed)
 

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -38,6 +39,7 @@ CALLS_BEFORE_COMPILING = 50
 SWITCH_S = 0.0005
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 #: Makes an argument of a function. Returns it with the tensors in it whose first dimension is dynamic: of any
 #: length from 2 on.
 Example = Callable[[], tuple[Any, Sequence[torch.Tensor]]]
@@ -54,10 +56,19 @@ def keep_kernels_in(folder: Path) -> None:
 class Elsewhere(Protocol):
     """Compiles in another process, into the folder that this one reads: `CompileProcess`."""
 
+    def find(self, what: str, lane: str) -> str | None:
+        """The `traced.Trace` of what was compiled before, here or in the fleet; it is here then.
+
+        Empty: it has none. None: there is nothing.
+        """
+
+    def lose(self, what: str, lane: str) -> None:
+        """What was found does not load: it is to be compiled again."""
+
     def compile(
         self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]
     ) -> tuple[str, str]:
-        """Have the function called `what` compiled, as `CompiledLanes` does.
+        """Have the function called `what` compiled, as `CompiledLanes` does, unless another worker does.
 
         Returns how, to end a sentence, empty where it was not done; and its `traced.Trace` as text, empty
         where it has none. Raises `CompileError` where the function does not compile.
@@ -99,15 +110,15 @@ class Compiler:
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.accumulated_recompile_limit = 4096
 
-    def submit(self, compile_: Callable[..., F], *arguments: Any) -> Future[F]:
-        """Call `compile_` on the thread, after all that was submitted before."""
+    def submit(self, call: Callable[..., R], *arguments: Any) -> Future[R]:
+        """Call it on the thread, after all that was submitted before."""
         with self._counting:
             self._left += 1
-        return self._thread.submit(self._run, compile_, *arguments)
+        return self._thread.submit(self._run, call, *arguments)
 
-    def _run(self, compile_: Callable[..., F], *arguments: Any) -> F:
+    def _run(self, call: Callable[..., R], *arguments: Any) -> R:
         try:
-            return compile_(*arguments)
+            return call(*arguments)
         finally:
             with self._counting:
                 self._left -= 1
@@ -127,7 +138,10 @@ class CompiledLanes(Generic[F]):
         self.what = what
         self._function, self._compiler = function, compiler
         self._calls: Counter[str] = Counter()
-        self._futures: dict[str, Future[F]] = {}
+        #: What is compiled, or will be.
+        self._begun: set[str] = set()
+        #: None: what was to be loaded is not there, or does not load.
+        self._futures: dict[str, Future[F | None]] = {}
 
     def get(self, lane: str, example: Example) -> F | None:
         """The function compiled for `lane`. None while it is not; this call may begin to compile it."""
@@ -138,17 +152,35 @@ class CompiledLanes(Generic[F]):
             return None
         return future.result() if future.done() and not future.exception() else None
 
+    def seek(self, lane: str) -> Future[str | None]:
+        """Look for what was compiled before, here or in the fleet: see `Elsewhere.find`."""
+        elsewhere = self._compiler.elsewhere
+        return self._compiler.submit(lambda: elsewhere.find(self.what, lane) if elsewhere else None)
+
+    def load(self, lane: str, example: Example, trace: str) -> Future[bool]:
+        """Load what `seek` has found, with its `trace`. Returns whether that worked.
+
+        Where it takes too long to wait for, it goes on beside what is served.
+        """
+        argument, _ = example()
+        future = self._futures[lane] = self._compiler.submit(self._load, lane, argument, trace)
+        return self._compiler.submit(lambda: future.exception() is None and future.result() is not None)
+
     def begin(self, lane: str, example: Example) -> None:
         """Compile `example` for `lane` beside what is served, unless that has begun."""
-        if lane not in self._futures:
+        if lane not in self._begun and not self._is_compiled(lane):
             self._start(lane, example, beside=True)
 
     def compile_now(self, lane: str, example: Example) -> bool:
         """Compile `example` for `lane` and wait for it. Returns whether that worked; a failure is logged."""
         future = self._futures.get(lane)
-        if future is None or (future.done() and future.exception()):
+        if future is None or (future.done() and not self._is_compiled(lane)):
             future = self._start(lane, example, beside=False)
         return future.exception() is None
+
+    def _is_compiled(self, lane: str) -> bool:
+        future = self._futures.get(lane)
+        return bool(future and future.done() and not future.exception() and future.result() is not None)
 
     def record(self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> Recorder:
         """Compile for a call with `argument`, as `example` would give it, and note how the code is called.
@@ -159,20 +191,46 @@ class CompiledLanes(Generic[F]):
         self._compiler.submit(self._traced, argument, dynamic, recorder).result()
         return recorder
 
-    def _start(self, lane: str, example: Example, *, beside: bool) -> Future[F]:
+    def _start(self, lane: str, example: Example, *, beside: bool) -> Future[F | None]:
         argument, dynamic = example()
         elsewhere = self._compiler.elsewhere if beside else None
-        future = self._compiler.submit(self._compile, lane, argument, dynamic, elsewhere)
+        earlier = self._futures.get(lane)
+        self._begun.add(lane)
+        future: Future[F | None] = self._compiler.submit(
+            self._compile, lane, argument, dynamic, elsewhere, earlier
+        )
         self._futures[lane] = future
         return future
 
+    def _load(self, lane: str, argument: Any, trace: str) -> F | None:
+        started_s = time.monotonic()
+        compiled = self._loaded(lane, argument, trace)
+        if compiled is not None:
+            seconds = time.monotonic() - started_s
+            logger.info("loaded the compiled %s for %s in %.1f s", self.what, lane, seconds)
+        elif self._compiler.elsewhere is not None:
+            self._compiler.elsewhere.lose(self.what, lane)
+        return compiled
+
     def _compile(
-        self, lane: str, argument: Any, dynamic: Sequence[torch.Tensor], elsewhere: Elsewhere | None
-    ) -> F:
+        self,
+        lane: str,
+        argument: Any,
+        dynamic: Sequence[torch.Tensor],
+        elsewhere: Elsewhere | None,
+        earlier: Future[F | None] | None,
+    ) -> F | None:
+        # It has ended: this is the only thread that compiles and loads.
+        if earlier is not None and not earlier.exception() and (loaded := earlier.result()) is not None:
+            return loaded
         started_s = kept_s = time.monotonic()
-        how = trace = ""
+        how, trace = "", None
         try:
-            if elsewhere is not None:
+            if elsewhere is not None and (trace := elsewhere.find(self.what, lane)):
+                if (compiled := self._load(lane, argument, trace)) is not None:
+                    return compiled
+                trace = None
+            if elsewhere is not None and trace is None:
                 how, trace = elsewhere.compile(self.what, lane, argument, dynamic)
                 kept_s = time.monotonic()
             compiled = self._loaded(lane, argument, trace) if trace else None
@@ -204,7 +262,7 @@ class CompiledLanes(Generic[F]):
                 torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001 - whatever it is, tracing may do
             logger.warning(
-                "The compiled %s for %s is traced anew, which takes longer: %r", self.what, lane, error
+                "The compiled %s for %s does not load and is made anew: %r", self.what, lane, error
             )
             return None
         return cast(F, compiled)
@@ -223,6 +281,35 @@ class CompiledLanes(Generic[F]):
         if recorder is not None:
             recorder.result = result
         return cast(F, compiled)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A function that is compiled, and a lane."""
+
+    lanes: CompiledLanes[Any]
+    lane: str
+    example: Example
+    #: Runs it once, so that the first jobs need not wait for its capture.
+    run: Callable[[], object] = lambda: None
+
+    def seek(self) -> Future[str | None]:
+        """See `CompiledLanes.seek`."""
+        return self.lanes.seek(self.lane)
+
+    def load(self, trace: str) -> Future[bool]:
+        """See `CompiledLanes.load`."""
+        return self.lanes.load(self.lane, self.example, trace)
+
+    def begin(self) -> None:
+        """See `CompiledLanes.begin`."""
+        self.lanes.begin(self.lane, self.example)
+
+    def compile_now(self) -> bool:
+        """See `CompiledLanes.compile_now`; and run it."""
+        if is_compiled := self.lanes.compile_now(self.lane, self.example):
+            self.run()
+        return is_compiled
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Compiled code that a fleet shares: a signed file for each function and lane, in a folder or a bucket.
 
-    SETUP/NAME.kernels      SETUP: a hash of GPU, versions and architecture; NAME: of function and lane
+    SETUP/NAME.kernels          SETUP: a hash of GPU, versions and architecture; NAME: of function and lane
+    SETUP/NAME.kernels.claim    which machine compiles it at present (`worker.device.compiling.claims`)
 
 What is in such a file runs on every worker that reads it. So it is signed with a key that only workers have,
 and refused without a valid signature. The signature covers the file's name too, so that no file can stand for
@@ -17,11 +18,11 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from worker.contract.errors import SmallcatError, first_line
+from worker.device.compiling.claims import Claims, Store
 
 logger = logging.getLogger("smallcat.engine")
 
@@ -30,38 +31,6 @@ MAGIC = b"smallcat-kernels-1\n"
 _SIGNATURE_BYTES = 32
 #: Packages whose versions compiled code depends on.
 PACKAGES = ("smallcat", "torch", "triton", "diffusers", "xformers")
-
-
-class Store(Protocol):
-    """Where the files are: a folder, or a prefix of a bucket."""
-
-    def get(self, name: str) -> bytes | None:
-        """The file; None: there is none. Raises `OSError` or `SmallcatError`."""
-
-    def put(self, name: str, content: bytes) -> None:
-        """Keep a file, in the place of another one of this name. Raises alike."""
-
-
-class Folder:
-    """A `Store` in a folder, which several machines may share."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def get(self, name: str) -> bytes | None:
-        """See `Store`."""
-        try:
-            return (self._path / name).read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def put(self, name: str, content: bytes) -> None:
-        """See `Store`. A reader finds all of it or nothing."""
-        path = self._path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
 
 
 class Signed:
@@ -75,10 +44,12 @@ class Signed:
         content = self._store.get(name)
         if content is None:
             return None
-        signature, body = content[len(MAGIC) :][:_SIGNATURE_BYTES], content[len(MAGIC) + _SIGNATURE_BYTES :]
+        # Without a copy: it may be hundreds of megabytes.
+        view = memoryview(content)[len(MAGIC) :]
+        signature, body = view[:_SIGNATURE_BYTES], view[_SIGNATURE_BYTES:]
         is_ours = any(hmac.compare_digest(signature, _signature(key, name, body)) for key in self._keys)
         if content.startswith(MAGIC) and is_ours:
-            return body
+            return bytes(body)
         logger.warning(
             "The compiled code in %s is refused: none of the keys in SMALLCAT_KERNEL_CACHE_KEY signed it.",
             name,
@@ -90,9 +61,11 @@ class Signed:
         self._store.put(name, MAGIC + _signature(self._keys[0], name, content) + content)
 
 
-def _signature(key: bytes, name: str, body: bytes) -> bytes:
+def _signature(key: bytes, name: str, body: bytes | memoryview) -> bytes:
     # The name has no line end, so that no other name and body have the same text.
-    return hmac.digest(key, MAGIC + name.encode() + b"\n" + body, "sha256")
+    made = hmac.new(key, MAGIC + name.encode() + b"\n", "sha256")
+    made.update(body)
+    return made.digest()
 
 
 class KernelCache:
@@ -104,6 +77,7 @@ class KernelCache:
 
     def __init__(self, here: Path, setup: Callable[[], str], shared: Store | None) -> None:
         self._here, self._setup_of, self._shared = here, setup, shared
+        self._claims = Claims(shared) if shared is not None else None
         self._setup = ""
 
     def find(self, what: str, lane: str) -> str | None:
@@ -123,25 +97,73 @@ class KernelCache:
             return None
         if found is None:
             return None
-        trace, artifacts = _unpacked(found)
-        if torch.compiler.load_cache_artifacts(artifacts) is None:
+        try:
+            trace, artifacts = _unpacked(found)
+            if torch.compiler.load_cache_artifacts(artifacts) is None:
+                return None
+        except Exception as error:  # noqa: BLE001 - whatever torch raises of it: it is compiled again
+            logger.warning("The fleet's compiled %s for %s cannot be used: %r", what, lane, error)
             return None
         logger.info("found the compiled %s for %s: %.0f MB of the fleet's", what, lane, len(found) / 1e6)
         self._keep_mark(name, trace)
         return trace
 
-    def keep(self, what: str, lane: str, artifacts: bytes, trace: str) -> None:
-        """The code is on this machine now. `artifacts`: torch's portable form of it; empty: there is none."""
+    def is_shared(self, what: str, lane: str) -> bool:
+        """Whether the fleet has the code, signed. Raises as its store."""
+        return self._shared is not None and self._shared.get(self._name(what, lane)) is not None
+
+    def lose(self, what: str, lane: str) -> None:
+        """What was found does not load."""
+        with contextlib.suppress(OSError):
+            self._mark(self._name(what, lane)).unlink(missing_ok=True)
+
+    def wait_for_others(self, what: str, lane: str) -> str | None:
+        """Wait while another machine compiles it. Its trace; None: this machine is to compile it."""
+        if self._claims is None:
+            return None
+        found: list[str] = []
+
+        def is_there() -> bool:
+            if (trace := self.find(what, lane)) is not None:
+                found.append(trace)
+            return bool(found)
+
+        try:
+            self._claims.take(self._name(what, lane), is_there)
+        except (OSError, SmallcatError) as error:
+            logger.warning("Whether another worker compiles cannot be told: %s", first_line(error))
+        return found[0] if found else None
+
+    def renew_claim(self, what: str, lane: str) -> None:
+        """This machine still compiles it. Call it every few seconds."""
+        if self._claims is not None:
+            with contextlib.suppress(OSError, SmallcatError):
+                self._claims.renew(self._name(what, lane))
+
+    def end_claim(self, what: str, lane: str) -> None:
+        """This machine compiles it no longer."""
+        if self._claims is not None:
+            with contextlib.suppress(OSError, SmallcatError):
+                self._claims.end(self._name(what, lane))
+
+    def keep(self, what: str, lane: str, artifacts: bytes, trace: str) -> str:
+        """The code is on this machine now. `artifacts`: torch's portable form of it; empty: there is none.
+
+        Returns why the fleet has not got it, in words; empty: it has, or nothing is shared.
+        """
         name = self._name(what, lane)
         self._keep_mark(name, trace)
-        if self._shared is None or not artifacts:
-            return
+        if self._shared is None:
+            return ""
+        if not artifacts:
+            return "torch gives no portable form of it"
         try:
             self._shared.put(name, _packed(trace, artifacts))
         except (OSError, SmallcatError) as error:
             logger.warning("Compiled code cannot be shared: %s", first_line(error))
-        else:
-            logger.info("shared the compiled %s for %s: %.0f MB", what, lane, len(artifacts) / 1e6)
+            return first_line(error)
+        logger.info("shared the compiled %s for %s: %.0f MB", what, lane, len(artifacts) / 1e6)
+        return ""
 
     def _name(self, what: str, lane: str) -> str:
         self._setup = self._setup or self._setup_of()

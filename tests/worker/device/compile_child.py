@@ -1,0 +1,15 @@
+"""A process that ends as the one that compiles does: with its parent."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from worker.device.compiling.server import _end_with_parent
+
+
+def main() -> None:
+    _end_with_parent()
+    Path(os.environ["COMPILE_READY"]).touch()
+    time.sleep(60)
