@@ -34,24 +34,37 @@ _ATTENDS_FIRST = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 2,
 }
+#: The mask and the latents of the masked image besides the latents.
+_INPAINTING = {"in_channels": 4 + 1 + 4}
 #: Betas of Stable Diffusion.
 _NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def tiny_sd1(folder: Path, *, safety_checker: str = "none", attends_first: bool = False) -> Path:
+def tiny_sd1(
+    folder: Path, *, safety_checker: str = "none", attends_first: bool = False, inpainting: bool = False
+) -> Path:
     """Stable Diffusion 1.x: predicts noise, PNDM, 77 tokens, 4 latent channels, VAE factor 8.
 
     `attends_first`: in the UNet's first block, as the real ones do, not in the second; and two layers.
+    `inpainting`: its UNet takes 9 channels, as Stable Diffusion 1.5 for inpainting has it.
     `safety_checker` is "none", or one that finds fault with "all" pictures or with "nothing".
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         checked = safety_checker != "none"
-        pipeline = diffusers.StableDiffusionPipeline(
+        kind: Any = diffusers.StableDiffusionPipeline
+        if inpainting:
+            kind = diffusers.StableDiffusionInpaintPipeline
+        pipeline = kind(
             vae=vae(channels=4, levels=4),
             text_encoder=text_encoder(77),
             tokenizer=tokenizer(77),
-            unet=_unet(channels=4, sample_size=8, **(_ATTENDS_FIRST if attends_first else {})),
+            unet=_unet(
+                channels=4,
+                sample_size=8,
+                **(_ATTENDS_FIRST if attends_first else {}),
+                **(_INPAINTING if inpainting else {}),
+            ),
             scheduler=diffusers.PNDMScheduler(
                 **_NOISE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
             ),
@@ -86,14 +99,20 @@ def tiny_sd2(folder: Path, *, zero_terminal_snr: bool = False) -> Path:
     return _save(pipeline, folder)
 
 
-def tiny_sdxl(folder: Path, *, latents_mean: bool = False) -> Path:
-    """SDXL: two text encoders, pooled text, time ids, Euler, zeros for an empty negative prompt."""
+def tiny_sdxl(folder: Path, *, latents_mean: bool = False, inpainting: bool = False) -> Path:
+    """SDXL: two text encoders, pooled text, time ids, Euler, zeros for an empty negative prompt.
+
+    `inpainting`: its UNet takes 9 channels, as SDXL 0.1 for inpainting has it.
+    """
     moments: dict[str, Any] = (
         {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.1, 0.9, 1.2, 0.8]} if latents_mean else {}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        pipeline = diffusers.StableDiffusionXLPipeline(
+        kind: Any = diffusers.StableDiffusionXLPipeline
+        if inpainting:
+            kind = diffusers.StableDiffusionXLInpaintPipeline
+        pipeline = kind(
             vae=vae(channels=4, levels=4, **moments),
             text_encoder=text_encoder(77),
             tokenizer=tokenizer(77),
@@ -107,6 +126,7 @@ def tiny_sdxl(folder: Path, *, latents_mean: bool = False) -> Path:
                 addition_time_embed_dim=8,
                 projection_class_embeddings_input_dim=6 * 8 + _TEXT_WIDTH,
                 use_linear_projection=True,
+                **(_INPAINTING if inpainting else {}),
             ),
             scheduler=diffusers.EulerDiscreteScheduler(**_NOISE, steps_offset=1, timestep_spacing="leading"),
             force_zeros_for_empty_prompt=True,

@@ -216,8 +216,10 @@ def _workers(now: Session) -> Iterator[Finding]:
     if not live:
         yield Finding("workers", False, "none is alive: start one with `celery -A worker worker`")
     for worker in live:
+        kind = ", made for inpainting" if worker.served.inpainting else ""
         what = (
-            f"{worker.served.name} at {worker.served.revision}, {worker.device}, attention {worker.attention}"
+            f"{worker.served.name} at {worker.served.revision}{kind}, {worker.device}, attention "
+            f"{worker.attention}"
         )
         retires = "; it retires: new jobs mean other workers" if worker.retiring else ""
         yield Finding("workers", True, f"{worker.name} serves {what}, up to {worker.max_rows} rows{retires}")

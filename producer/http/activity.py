@@ -298,6 +298,7 @@ def _shown(worker: WorkerInfo, index: FileIndex) -> dict[str, Any]:
     served = worker.served
     defaults = served.defaults.model_dump(mode="json")
     return {**values, "model": served.name, "revision": served.revision, "defaults": defaults} | {
+        "inpainting": served.inpainting,
         "prompt_syntax": str(worker.prompt_syntax),
         "files": worker.files,
         "vaes": [each.name for each in index.files if each.kind == Kind.VAE and not each.problem],

@@ -33,3 +33,6 @@ class ServedModel(BaseModel):
     revision: str
     #: What the model uses where a job leaves a field open.
     defaults: Defaults
+    #: Whether it was made for inpainting: it sees the mask and the masked image of a job. It draws other jobs
+    #: too, as if all were masked.
+    inpainting: bool = False

@@ -1,14 +1,16 @@
 """What a job begins with: noise alone, or its image as noisy latents, of which a mask keeps a part.
 
 Draws are in the order of diffusers' pipelines (0.42: StableDiffusion(XL)Img2ImgPipeline and InpaintPipeline),
-so that a seed means the same picture.
+so that a seed means the same picture. A model that was made for inpainting sees the mask and the masked image
+in each forward instead: then all jobs are those of the inpainting pipelines, one without a mask as with one
+that is all white.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,6 +29,10 @@ from worker.engine.runner import JobInputs, Picture
 PUT_BACK = (
     "The image's own pixels are put back where the mask is black: preserve_unmasked=no leaves that out."
 )
+#: What is said where a model made for inpainting draws anew all of an image.
+NOT_SEEN = (
+    "The image gives its size alone: strength is 1, without a mask, and this model was made for inpainting."
+)
 #: From which value on a pixel of a mask is drawn: diffusers' 0.5.
 HALF = 128
 
@@ -39,6 +45,8 @@ class Beginning:
     latents: torch.Tensor
     #: What it keeps of its image, (3, *shape): see `worker.device.step.Kept`; None: nothing.
     kept: torch.Tensor | None = None
+    #: What the model takes of mask and image in each forward, by name, (1, ...) each: `ModelFamily.seen`.
+    seen: Mapping[str, torch.Tensor] = field(default_factory=dict)
     #: Puts the image's own pixels back into the finished picture; None: nothing is put back.
     put_back: Callable[[Picture], Picture] | None = None
     #: One sentence for each thing the caller should know.
@@ -75,27 +83,67 @@ def begin(
 
     `sampler`: for a schedule without weights. Raises `InvalidJobError`.
     """
-    if not job.image or inputs is None:
-        return Beginning(family.initial_noise(lane, generator) * schedule.noise_scale)
-    share, share_of_noise = schedule.mixes[0] if sampler is None else sampler.mix(0)
-    pixels = torch.from_numpy(inputs.image.astype(np.float32)).movedim(-1, 0) / 255.0
-    image = family.to_latents(2.0 * pixels - 1.0, generator)
-    noise = family.initial_noise(lane, generator).to(image.device)
-    noisy = share * image + share_of_noise * noise
+    if inputs is None or not job.image:
+        latents = family.initial_noise(lane, generator) * schedule.noise_scale
+        return Beginning(latents, seen=_seen(family, lane, job, None, generator))
+    is_all_noise = job.strength == 1 and (inputs.mask is not None or family.sees_masks)
+    image = None
+    # What diffusers does not use, it does not encode.
+    if not (is_all_noise and family.sees_masks):
+        image = family.to_latents(_pixels(inputs), generator)
+    noise = family.initial_noise(lane, generator)
+    latents = noise * schedule.noise_scale
+    if image is not None:
+        noise = noise.to(image.device)
+        share, share_of_noise = schedule.mixes[0] if sampler is None else sampler.mix(0)
+        latents = latents if is_all_noise else share * image + share_of_noise * noise
+    seen = _seen(family, lane, job, inputs, generator)
     if inputs.mask is None:
-        return Beginning(noisy)
-    # diffusers encodes the masked image, too, which models of 4 channels do not use: its noise is drawn.
-    family.initial_noise(lane, generator)
-    drawn = family.latent_mask(lane, torch.from_numpy(drawn_pixels(job, inputs.mask).astype(np.float32)))
+        return Beginning(latents, seen=seen, warnings=(NOT_SEEN,) if image is None else ())
+    kept = None
+    if image is not None and not family.sees_masks:
+        # diffusers encodes the masked image, too, which models of 4 channels do not use: its noise is drawn.
+        family.initial_noise(lane, generator)
+        kept = torch.stack([_drawn(family, lane, job, inputs.mask).to(image.device), image, noise])
+    if not job.preserve_unmasked:
+        return Beginning(latents, kept, seen)
+    return Beginning(latents, kept, seen, functools.partial(put_back, job, inputs), (PUT_BACK,))
+
+
+def _seen(
+    family: ModelFamily, lane: Lane, job: Job, inputs: JobInputs | None, generator: torch.Generator
+) -> Mapping[str, torch.Tensor]:
+    """What the model sees of mask and image in each forward; nothing unless it was made for inpainting.
+
+    Without a mask all is masked, and the image is grey, as AUTOMATIC1111 1.10 has it (modules/processing.py,
+    `txt2img_image_conditioning`): diffusers' masked image for a mask that is all white.
+    """
+    if not family.sees_masks:
+        return {}
+    if inputs is None or inputs.mask is None:
+        width, height = family.size(lane)
+        drawn, masked = family.latent_mask(lane, torch.ones(height, width)), torch.zeros(3, height, width)
+    else:
+        drawn = _drawn(family, lane, job, inputs.mask)
+        masked = _pixels(inputs) * torch.from_numpy(~drawn_pixels(job, inputs.mask))
+    latents = family.to_latents(masked, generator)
+    return family.seen(drawn.to(latents.device), latents)
+
+
+def _pixels(inputs: JobInputs) -> torch.Tensor:
+    """The image, (3, height, width), -1 to 1."""
+    pixels = torch.from_numpy(inputs.image.astype(np.float32)).movedim(-1, 0) / 255.0
+    return 2.0 * pixels - 1.0
+
+
+def _drawn(family: ModelFamily, lane: Lane, job: Job, mask: NDArray[np.uint8]) -> torch.Tensor:
+    """The mask of the latents, (*shape). Raises `InvalidJobError` where it is white nowhere."""
+    drawn = family.latent_mask(lane, torch.from_numpy(drawn_pixels(job, mask).astype(np.float32)))
     if not drawn.any():
         raise InvalidJobError(
             "mask is white in too few pixels, so that nothing would be drawn: make its white part larger."
         )
-    latents = noise * schedule.noise_scale if job.strength == 1 else noisy
-    kept = torch.stack([drawn.to(image.device), image, noise])
-    if not job.preserve_unmasked:
-        return Beginning(latents, kept)
-    return Beginning(latents, kept, functools.partial(put_back, job, inputs), (PUT_BACK,))
+    return drawn
 
 
 def drawn_pixels(job: Job, mask: NDArray[np.uint8]) -> NDArray[np.bool_]:

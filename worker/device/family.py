@@ -163,8 +163,8 @@ class ModelFamily(Protocol):
         """The model's output for R rows of J jobs, each with a timestep of its own: float32, as `latents`.
 
         `latents`: (R, *shape) float32, scaled as the scheduler says. `times`: (R,) float32, timesteps of the
-        scheduler. `conditions`: (R, ...) each, those of the texts and of `conditions` together, and maybe
-        `worker.device.text.job_text.TEXT_BIAS`.
+        scheduler. `conditions`: (R, ...) each, those of the texts, of `conditions` and of `seen` together,
+        and maybe `worker.device.text.job_text.TEXT_BIAS`.
         `prompted`: (J,) int64, a row of each job that has its prompt; `job_of_row`: (R,) int64. With these
         two, layers that depend on no prompt may be computed once for each job. `loras`: those of the jobs, of
         a family that is `adaptable`; None where no job has one.
@@ -190,6 +190,19 @@ class ModelFamily(Protocol):
     def latent_mask(self, lane: Lane, mask: torch.Tensor) -> torch.Tensor:
         """A mask of zeros and ones, (height, width) float32, for the latents of `lane`: (*shape)."""
         raise InvalidJobError("mask: this model draws from text alone; leave it out.")
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether the model was made for inpainting, and takes `seen` in each forward; by default not."""
+        return False
+
+    def seen(self, mask: torch.Tensor, masked: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """A job's mask and its image without what is drawn as `conditions`, of a model that `sees_masks`.
+
+        `mask`: as `latent_mask` gives it. `masked`: as `to_latents` does. Both are on the device. Returns
+        (1, ...) each, the same for all rows, under names that no other condition has.
+        """
+        raise NotImplementedError
 
     def to_vae(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor:
         """Finished latents of `lane`, (J, *shape) float32, unpacked and unscaled, as `decode` takes them.

@@ -64,6 +64,8 @@ class JobState:
         (rows, ...) each, for as many rows as the job may have, all equal.
         `sampler`: for a schedule without weights. `generator` draws the noise that is left to draw.
         """
+        rows = len(text.prompts) + (text.negative is not None)
+        seen = {name: each.expand(rows, *each.shape[1:]) for name, each in beginning.seen.items()}
         #: The job, with every field filled in.
         self.job = job
         #: Jobs of equal lanes may share a step.
@@ -80,7 +82,7 @@ class JobState:
         #: What its LoRAs change of the model; None: nothing.
         self.loras: LoraSet | None = None
         self._text = text
-        self._conditions = conditions
+        self._conditions = {**conditions, **seen}
         self._schedule = schedule
         #: For a scheduler that is not linear, the scheduler itself.
         self._sampler = sampler

@@ -32,10 +32,14 @@ from worker.device.text.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.text.encoder import cut_warning, unknown_words_warning
 from worker.device.text.job_text import TEXT_BIAS, Row
 from worker.model import vae_files
+from worker.model.checkpoint import inpainting_channels
 from worker.model.lora_names import Targets
 
 #: The name of the text embeddings among a row's conditions: (rows, tokens, width).
 TEXT = "encoder_hidden_states"
+#: That of what a UNet made for inpainting takes besides the latents: the mask and the masked image's latents,
+#: (rows, 1 + channels, height, width).
+SEEN = "seen"
 #: The warning of a job of SDXL that skips layers as AUTOMATIC1111 does.
 SKIPS_NONE = (
     "clip_skip {} has no effect on SDXL in the syntax a1111, as in AUTOMATIC1111: its text is that of the "
@@ -97,9 +101,9 @@ class UNetFamily:
     # --- latents --------------------------------------------------------------------------------------------
 
     def lane(self, width: int, height: int) -> Lane:
-        """(channels, height, width) of the latents."""
+        """(channels, height, width) of the latents. A UNet made for inpainting takes more channels."""
         factor = self.size_multiple
-        return self._unet.config.in_channels, height // factor, width // factor
+        return self._pipeline.vae.config.latent_channels, height // factor, width // factor
 
     def area(self, lane: Lane) -> int:
         """Latent pixels."""
@@ -219,14 +223,17 @@ class UNetFamily:
     ) -> torch.Tensor:
         """The UNet's output, (R, channels, height, width) float32."""
         added = dict(conditions)
-        text = added.pop(TEXT)
+        text, seen = added.pop(TEXT), added.pop(SEEN, None)
         timestep_cond, text_bias = added.pop("timestep_cond", None), added.pop(TEXT_BIAS, None)
+        taken = latents.to(text.dtype)
+        if seen is not None:
+            taken = torch.cat([taken, seen], dim=1)
         unet = self._unet
         if loras is not None:
             assert self._lora_unet is not None  # noqa: S101 - made before the first of them was loaded
             unet = partial(self._lora_unet, loras, prompted, job_of_row)
         output: torch.Tensor = unet(
-            latents.to(text.dtype),
+            taken,
             times,
             encoder_hidden_states=text,
             timestep_cond=timestep_cond,
@@ -293,6 +300,16 @@ class UNetFamily:
         """By the nearest pixel, as diffusers' `prepare_mask_latents`."""
         found = torch.nn.functional.interpolate(mask[None, None], size=lane[1:])
         return found[0].expand(lane)
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether the UNet takes 9 channels: the latents, the mask, and the masked image's latents."""
+        channels = self._pipeline.vae.config.latent_channels
+        return bool(self._unet.config.in_channels == inpainting_channels(channels))
+
+    def seen(self, mask: torch.Tensor, masked: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The mask first, as in diffusers' inpainting pipelines. No scheduler scales them."""
+        return {SEEN: torch.cat([mask[:1], masked])[None].to(self._dtype)}
 
     def to_vae(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor:
         """Unscaled latents. diffusers reads mean and deviation in its SDXL pipeline alone."""

@@ -78,6 +78,16 @@ class Checkpoint:
     has_ema: bool
     #: In how many numbers its UNet takes the guidance: a latent consistency model. 0: it does not.
     guidance_width: int = 0
+    #: How many channels its UNet takes, where it was made for inpainting. 0: it was not.
+    inpainting_channels: int = 0
+
+
+def inpainting_channels(latents: int) -> int:
+    """How many channels a UNet made for inpainting takes, whose latents have so many channels.
+
+    The latents, the mask and the latents of the masked image: 9 for latents of 4.
+    """
+    return latents + 1 + latents
 
 
 def identify(tensors: Mapping[str, Tensor], source: str) -> Checkpoint:
@@ -85,7 +95,7 @@ def identify(tensors: Mapping[str, Tensor], source: str) -> Checkpoint:
     has_unet = any(name.startswith(f"{UNET}input_blocks.") for name in tensors)
     refuse_foreign(tensors, source, has_unet=has_unet)
     family, prefixes = _family(tensors, source)
-    _refuse_other_inputs(tensors, source)
+    taken = _inpainting_channels(tensors, source)
     guidance = next((name for name in EMBEDS_GUIDANCE if f"{UNET}{name}" in tensors), None)
     if guidance and family is not SD1:
         raise SettingsError(
@@ -110,7 +120,7 @@ def identify(tensors: Mapping[str, Tensor], source: str) -> Checkpoint:
     _refuse_quantised(tensors, parts, source)
     has_ema = any(name.startswith("model_ema.diffusion_model") for name in tensors)
     guidance_width = tensors[f"{UNET}{guidance}"].shape[-1] if guidance else 0
-    return Checkpoint(family, parts, scales, has_ema, guidance_width)
+    return Checkpoint(family, parts, scales, has_ema, guidance_width, taken)
 
 
 def identify_vae(tensors: Mapping[str, Tensor], source: str) -> Part:
@@ -201,23 +211,27 @@ def _text_names(names: Iterable[str], prefix: str) -> dict[str, str]:
     }
 
 
-def _refuse_other_inputs(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise `SettingsError` if the UNet takes more than the latents: a mask, or a picture."""
+def _inpainting_channels(tensors: Mapping[str, Tensor], source: str) -> int:
+    """How many channels the UNet takes, where it was made for inpainting; 0 where it takes latents alone.
+
+    Raises `SettingsError` if it takes something else besides the latents, such as a picture.
+    """
     first, last = (tensors.get(f"{UNET}{name}.weight") for name in ("input_blocks.0.0", "out.2"))
     if first is None or last is None or len(first.shape) != 4:
         raise SettingsError(f"The file {source} has an incomplete UNet: use the complete checkpoint.")
     takes, gives = first.shape[1], last.shape[0]
     if takes == gives:
-        return
+        return 0
+    if takes == inpainting_channels(gives):
+        return takes
     kinds = {
-        gives * 2 + 1: "an inpainting model, which takes a picture and a mask",
         gives * 2: "a model that edits pictures, such as InstructPix2Pix",
         gives + 3: "an upscaler",
         gives + 1: "a depth-to-image model",
     }
     raise SettingsError(
         f"The file {source} is {kinds.get(takes, 'a model for something else')} (its UNet takes {takes} "
-        f"channels and gives {gives}), and is not served yet: use the text-to-image version of the model."
+        f"channels and gives {gives}), and is not served: use a version for text to image or inpainting."
     )
 
 

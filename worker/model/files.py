@@ -42,7 +42,7 @@ class ModelFiles:
     name: str
     #: Gives `revision`, once the files are hashed: meanwhile they may be loaded.
     revision_of: Callable[[], str]
-    #: One of `model_index.PIPELINES`.
+    #: Its pipeline in diffusers, for text to image: of `model_index.PIPELINES`.
     pipeline_class: str
     #: The variant of the weights' files, "fp16" or None.
     variant: str | None
@@ -135,7 +135,7 @@ def _folder(
         source=source,
         name=name,
         revision_of=(lambda: revision) if revision else digesting(files),
-        pipeline_class=index["_class_name"],
+        pipeline_class=model_index.PIPELINES[index["_class_name"]],
         variant=variant,
         reason=reason,
         ships_checker=ships_checker,

@@ -10,8 +10,15 @@ from typing import Any
 
 from worker.contract.errors import SettingsError
 
-#: The diffusers pipelines that are served.
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+#: The diffusers pipelines that are served, each with the one that it is loaded as. Those for inpainting have
+#: the components of those for text to image, and a UNet that takes more channels.
+PIPELINES = {
+    "StableDiffusionPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline": "StableDiffusionXLPipeline",
+    "LatentConsistencyModelPipeline": "LatentConsistencyModelPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+}
 #: Libraries that a component's class may come from; any other is code in the model's own repository.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 #: The file that lists a folder's components.
@@ -44,7 +51,7 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
             f"The {INDEX} of {source} is not a JSON object ({error}): download it again."
         ) from None
     kind = index.get("_class_name")
-    if kind not in PIPELINES:
+    if not isinstance(kind, str) or kind not in PIPELINES:
         raise SettingsError(
             f"The model {source} is a {kind}, which is not served: use a {' or '.join(PIPELINES)}."
         )

@@ -1,7 +1,8 @@
 """Loads the diffusers pipeline of `SMALLCAT_MODEL` onto a device, without running the model's own code.
 
-Served are the text-to-image pipelines of the Stable Diffusion UNet family (1.x, 2.x, XL and their latent
-consistency models), from safetensors only. Any other model raises a `SettingsError` of one sentence.
+Served are the pipelines of the Stable Diffusion UNet family (1.x, 2.x, XL and their latent consistency
+models) for text to image and for inpainting, from safetensors only. Any other model raises a `SettingsError`
+of one sentence.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
 from worker.model import half_vae, single_file_loader
+from worker.model.checkpoint import inpainting_channels
 from worker.model.placement import (
     Choice,
     choose_device,
@@ -44,6 +46,13 @@ from worker.model.placement import (
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 30, 7.5
 #: The defaults of diffusers for a latent consistency model, which does not improve with more steps.
 LCM_STEPS, LCM_GUIDANCE = 4, 8.5
+
+
+#: What follows for jobs from a model that was made for inpainting.
+INPAINTING = (
+    "its UNet takes the mask and the masked image; a job without a mask is drawn as if all were masked, as "
+    "AUTOMATIC1111 does"
+)
 
 
 class Recommended(BaseModel):
@@ -95,6 +104,7 @@ def load(
         name=_name(settings, files),
         revision=_revision(files, settings),
         defaults=_defaults(pipeline, files, settings),
+        inpainting=pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels,
     )
     choices = (
         Choice("device", device_name(device), device_reason),
@@ -105,6 +115,7 @@ def load(
             f"{type(pipeline).__name__}, {files.source}: {files.reason}",
         ),
         *(Choice(*note) for note in (files.single.notes if files.single else ())),
+        *((Choice("made for", "inpainting", INPAINTING),) if served.inpainting else ()),
         Choice("safety checker", *choose_safety_checker(settings, ships_one=files.ships_checker)),
         *placed,
     )
@@ -145,15 +156,15 @@ def _load_pipeline(files: model_files.ModelFiles, settings: WorkerSettings, dtyp
 
 
 def _check_pipeline(pipeline: Any, files: model_files.ModelFiles) -> None:
-    """Raise `SettingsError` if the loaded model is not text-to-image, or lacks weights."""
+    """Raise `SettingsError` if the model is for neither text to image nor inpainting, or lacks weights."""
     source, kind = files.source, type(pipeline.unet)
     if not issubclass(kind, diffusers.UNet2DConditionModel):
         raise SettingsError(f"The model {source} has a {kind.__name__}: use one with a UNet2DConditionModel.")
     takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-    if takes != has:
+    if takes not in (has, inpainting_channels(has)):
         raise SettingsError(
-            f"The model {source} has a UNet of {takes} input channels and a VAE of {has}: inpainting and "
-            "image-to-image models are not served, use a text-to-image one."
+            f"The model {source} has a UNet of {takes} input channels and a VAE of {has}, and is not served: "
+            "use a text-to-image or an inpainting model."
         )
     for name, component in pipeline.components.items():
         if not isinstance(component, torch.nn.Module):

@@ -24,6 +24,9 @@ from worker.model.lora_scales import Settings
 if TYPE_CHECKING:
     import torch
 
+#: The UNet's first layer, by which one made for inpainting differs from others.
+_FIRST = "conv_in"
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -191,6 +194,12 @@ def _misfit(file: LoraHeader, targets: Targets, part: str, module: str) -> str:
     if target is None:
         return f"it changes {module}, which this model has not: use one that was made for this model"
     shapes = file.shapes(next(names for (_, each), names in file.modules.items() if each == module))
+    takes, gets = shapes[Role.DOWN][1], targets.shapes(part)[target][1]
+    if target == _FIRST and takes != gets:
+        return (
+            f"it changes {module}, where it takes {takes} channels and this model {gets} (a model made for "
+            "inpainting takes the mask and the masked image, too): use one that leaves this layer as it is"
+        )
     return (
         f"its factors at {module} have the shapes {shapes[Role.UP]} and {shapes[Role.DOWN]}, the weight has "
         f"{targets.shapes(part)[target]}: use one that was made for this model"

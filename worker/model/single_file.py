@@ -38,7 +38,7 @@ class SingleFile:
     predicts: Prediction | None
     #: The folder of the configs.
     configs: Path
-    #: One of `model_index.PIPELINES`.
+    #: Its pipeline in diffusers, for text to image: of `model_index.PIPELINES`.
     pipeline_class: str
     #: Gives the revision, 16 hexadecimal digits, once the files are hashed.
     revision_of: Callable[[], str]
@@ -137,7 +137,8 @@ def _user_configs(configs: Path, source: str, checkpoint: Checkpoint) -> tuple[s
     relevant = [
         name for name in model_index.relevant_files(index, names) if not name.endswith(".safetensors")
     ]
-    return index["_class_name"], {name: configs / name for name in relevant}
+    kind = model_index.PIPELINES[index["_class_name"]]
+    return kind, {name: configs / name for name in relevant}
 
 
 def _predicted_by(configs: Path) -> str:

@@ -82,6 +82,8 @@ def _component(single: SingleFile, name: str, part: Part, kind: tuple[str, str],
             changed = {"sample_size": _SD2_BASE_SIZE} if is_base and name == "unet" else {}
             if own and name == "unet" and (width := single.checkpoint.guidance_width):
                 changed["time_cond_proj_dim"] = width
+            if own and name == "unet" and (channels := single.checkpoint.inpainting_channels):
+                changed["in_channels"] = channels
             module = getattr(diffusers, kind[1]).from_single_file(
                 tensors,
                 config=str(single.configs),

@@ -89,7 +89,7 @@ class Fleet:
     def announce(self, worker: WorkerInfo) -> None:
         """Announce `worker` for the next `ANNOUNCE_TTL_S` seconds, and load the producers' scripts."""
         load(self._redis)
-        served = f'"served":{worker.served.model_dump_json()}'
+        served = f'"served":{worker.served.model_dump_json(exclude_defaults=True)}'
         if worker.reads > 1:
             served += f',"reads":{worker.reads}'
         if worker.paused:

@@ -22,6 +22,7 @@ from tests.worker.storage.wire import EVERYTHING, Wire
 from worker.contract.errors import SettingsError
 from worker.contract.file_index import FileEntry, FileIndex
 from worker.contract.queues import queue_of
+from worker.contract.served_model import ServedModel
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.records import Records
 from worker.state.redis_client import connect
@@ -40,10 +41,17 @@ def client(environment: dict[str, str]) -> Iterator[Redis]:
         yield client
 
 
-def announce(client: Redis, name: str, torch: str = "2.13", paused: str = "", files: str = "") -> None:
+def announce(
+    client: Redis,
+    name: str,
+    torch: str = "2.13",
+    paused: str = "",
+    files: str = "",
+    served: ServedModel = SERVED,
+) -> None:
     info = WorkerInfo(
         name=name,
-        served=SERVED,
+        served=served,
         started_at=1.0,
         device="CPU",
         attention="sdpa",
@@ -76,6 +84,14 @@ def test_all_is_well(client: Redis) -> None:
     password = client.connection_pool.connection_kwargs["password"]
     assert password
     assert password not in shown
+
+
+def test_a_model_made_for_inpainting_is_known_by_it(client: Redis) -> None:
+    announce(client, "w1")
+    announce(client, "w2", served=SERVED.model_copy(update={"name": "edits", "inpainting": True}))
+    shown = {finding.text.split()[0]: finding.text for finding in found("workers")}
+    assert "inpainting" not in shown["w1"]
+    assert f"serves edits at {SERVED.revision}, made for inpainting, CPU" in shown["w2"]
 
 
 def test_the_doctor_leaves_nothing_in_the_bucket(client: Redis, environment: dict[str, str]) -> None:

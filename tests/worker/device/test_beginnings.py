@@ -21,11 +21,12 @@ from worker.contract.choices import NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError, RenderError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device.beginnings import PUT_BACK, drawn_pixels, put_back
+from worker.device.beginnings import NOT_SEEN, PUT_BACK, drawn_pixels, put_back
 from worker.device.model_runner import ModelRunner
 from worker.device.schedulers.noise_schedules import is_offered
 from worker.device.schedulers.samplers import CLASSES, class_of
 from worker.device.step import batch_of, denoise
+from worker.device.unet_family import SEEN
 from worker.engine.runner import JobInputs, Picture
 
 pytestmark = [
@@ -36,9 +37,9 @@ pytestmark = [
 SIDE = 64
 
 
-def tiny_v(folder: Path) -> Path:
+def tiny_v(folder: Path, **more: Any) -> Path:
     """One that predicts v, of 4 channels, which diffusers' inpainting needs: the other one has 8."""
-    path = tiny_models.tiny_sd1(folder)
+    path = tiny_models.tiny_sd1(folder, **more)
     config = path / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
     return path
@@ -49,6 +50,10 @@ MODELS = {
     "sd2": tiny_models.tiny_sd2,
     "v": tiny_v,
     "sdxl": tiny_models.tiny_sdxl,
+    # Their UNets take 9 channels.
+    "sd1 for inpainting": functools.partial(tiny_models.tiny_sd1, attends_first=True, inpainting=True),
+    "v for inpainting": functools.partial(tiny_v, inpainting=True),
+    "sdxl for inpainting": functools.partial(tiny_models.tiny_sdxl, inpainting=True),
 }
 PIPELINES: dict[tuple[bool, bool], Any] = {
     (False, False): diffusers.StableDiffusionImg2ImgPipeline,
@@ -76,6 +81,8 @@ def a_mask() -> NDArray[np.uint8]:
     return mask
 
 
+#: Of a job without one, where the model was made for inpainting.
+ALL_WHITE = np.full((SIDE, SIDE), 255, np.uint8)
 IMAGE_ONLY, WITH_MASK = JobInputs(a_picture()), JobInputs(a_picture(), a_mask())
 
 
@@ -88,26 +95,29 @@ class Model:
         self.own: Any = diffusers.DiffusionPipeline.from_pretrained(path)
         # diffusers 0.42.1 looks for the last norm where transformers had it before version 5.
         object.__setattr__(self.own.text_encoder, "text_model", self.own.text_encoder)
-        self.is_xl = name == "sdxl"
+        self.is_xl = name.startswith("sdxl")
+        self.sees_masks = name.endswith("for inpainting")
 
     def expected(self, job: Job) -> NDArray[np.uint8]:
         kind, options = CLASSES.get(job.scheduler, (type(self.own.scheduler).__name__, {}))
         options = {**options, **IN_DIFFUSERS[job.schedule]}
         if kind == "DPMSolverSDEScheduler":
             options["noise_sampler_seed"] = job.seed
-        pipeline = PIPELINES[self.is_xl, bool(job.mask)](**self.own.components)
+        has_mask = bool(job.mask) or self.sees_masks
+        pipeline = PIPELINES[self.is_xl, has_mask](**self.own.components)
         pipeline.scheduler = class_of(kind).from_config(self.own.scheduler.config, **options)
         pipeline.set_progress_bar_config(disable=True)
-        masked = {"mask_image": Image.fromarray(a_mask()), "width": SIDE, "height": SIDE}
+        mask = Image.fromarray(a_mask() if job.mask else ALL_WHITE)
+        masked = {"mask_image": mask, "width": SIDE, "height": SIDE}
         return np.asarray(
             pipeline(
                 job.prompt,
                 image=Image.fromarray(a_picture()),
-                strength=job.strength,
+                strength=job.strength or 1.0,
                 num_inference_steps=job.steps,
                 guidance_scale=job.guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(job.seed),
-                **(masked if job.mask else {}),
+                **(masked if has_mask else {}),
             ).images[0]
         )
 
@@ -119,9 +129,12 @@ class Model:
         return list(self.runner.decode(states))
 
     def check(self, *jobs: Job) -> None:
-        """Those of `jobs` that begin with an image are what diffusers gives, within 1 of 255."""
+        """Those of `jobs` that begin with an image are what diffusers gives, within 1 of 255.
+
+        All are, of a model that was made for inpainting: as with a mask that is all white.
+        """
         for job, picture in zip(jobs, self.together(list(jobs)), strict=True):
-            if not job.image:
+            if not job.image and not self.sees_masks:
                 continue
             assert isinstance(picture, Picture), picture
             difference = np.abs(picture.pixels.astype(int) - self.expected(job).astype(int))
@@ -165,6 +178,15 @@ def test_equal_to_diffusers_with_a_few_schedulers(models: Any) -> None:
         models("sd1").check(of_image(scheduler=scheduler), of_mask(scheduler=scheduler))
 
 
+def test_a_model_made_for_inpainting_is_equal_to_diffusers_with_a_few_schedulers(models: Any) -> None:
+    of_each = [
+        each
+        for scheduler in (Scheduler.EULER_ANCESTRAL, Scheduler.HEUN, Scheduler.DPMPP_2M_KARRAS)
+        for each in (of_mask(scheduler=scheduler, strength=0.6), of_mask(scheduler=scheduler, strength=1.0))
+    ]
+    models("sd1 for inpainting").check(*of_each, a_job(scheduler="euler_a"), of_image(strength=1.0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", NAMED)
 @pytest.mark.parametrize("name", MODELS)
@@ -200,17 +222,53 @@ def test_a_job_without_a_mask_keeps_its_bits_beside_one_that_has_one(models: Any
     assert [torch.equal(*each) for each in zip(states, without, strict=True)] == [True, False, True]
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd1 for inpainting"])
+def test_what_a_model_sees_of_masks_is_a_condition_of_its_rows_alone(models: Any, name: str) -> None:
+    """Others take what they took before: their compiled functions and graphs have no input for it."""
+    runner = models(name).runner
+    jobs = [a_job(guidance_scale=1.0), of_mask(strength=1.0), of_image()]
+    batch = batch_of([runner.prepare(job, inputs_of(job)).next_inputs() for job in jobs])
+    assert batch.states.shape[2:] == (4, 8, 8)
+    assert (SEEN in batch.conditions) == ("inpainting" in name)
+    assert (batch.kept is None) == ("inpainting" in name)
+    if (seen := batch.conditions.get(SEEN)) is not None:
+        assert seen.shape == (5, 5, 8, 8)
+        assert torch.equal(seen[1], seen[2])
+        assert [bool(row[0].all()) for row in seen] == [True, False, False, True, True]
+
+
+def test_what_is_drawn_of_a_cut_out_is_not_seen(models: Any) -> None:
+    """Nothing white either, which lies behind the cut-out, where a mask ends within a latent."""
+    job = of_mask(mask="alpha", preserve_unmasked=True, strength=1.0)
+    other = a_picture()
+    other[drawn_pixels(job, a_mask())] = 255
+    prepare = models("sd1 for inpainting").runner.prepare
+    seen = [
+        prepare(job, JobInputs(image, a_mask())).next_inputs().conditions[SEEN]
+        for image in (a_picture(), other)
+    ]
+    assert torch.equal(*seen)
+
+
+def test_an_image_that_is_not_seen_has_a_warning(models: Any) -> None:
+    prepare = models("sd1 for inpainting").runner.prepare
+    assert prepare(of_image(strength=1.0), IMAGE_ONLY).warnings == (NOT_SEEN,)
+    assert prepare(of_image(strength=0.9), IMAGE_ONLY).warnings == ()
+    assert prepare(of_mask(strength=1.0), WITH_MASK).warnings == ()
+
+
 def test_a_job_of_an_image_has_the_steps_of_its_strength(models: Any) -> None:
     runner = models("sd1").runner
     assert runner.prepare(of_image(steps=10, strength=0.3, scheduler="euler"), IMAGE_ONLY).steps == 3
     assert runner.prepare(of_image(steps=10, strength=0.3, scheduler="heun"), IMAGE_ONLY).steps == 5
 
 
-def test_a_kept_pixel_is_the_images_own(models: Any) -> None:
+@pytest.mark.parametrize("name", ["sd1", "sd1 for inpainting"])
+def test_a_kept_pixel_is_the_images_own(models: Any, name: str) -> None:
     job = of_mask(preserve_unmasked=True)
-    state = models("sd1").runner.prepare(job, WITH_MASK)
+    state = models(name).runner.prepare(job, WITH_MASK)
     assert state.warnings == (PUT_BACK,)
-    [picture] = models("sd1").together([job])
+    [picture] = models(name).together([job])
     black = a_mask() == 0
     assert np.array_equal(picture.pixels[black], a_picture()[black])
     assert not np.array_equal(picture.pixels[~black], a_picture()[~black])
@@ -268,18 +326,19 @@ def test_what_the_safety_checker_blacked_out_stays_black() -> None:
     assert put_back(of_mask(), WITH_MASK, black) is black
 
 
-def refusal(models: Any, job: Job, inputs: JobInputs | None) -> SmallcatError:
+def refusal(models: Any, job: Job, inputs: JobInputs | None, name: str = "sd1") -> SmallcatError:
     with pytest.raises(SmallcatError) as caught:
-        models("sd1").runner.prepare(job, inputs)
+        models(name).runner.prepare(job, inputs)
     return caught.value
 
 
 def test_what_is_not_drawn_is_refused(models: Any) -> None:
     dot = np.zeros((SIDE, SIDE), np.uint8)
     dot[3, 3] = 255
-    error = refusal(models, of_mask(), JobInputs(a_picture(), dot))
-    assert isinstance(error, InvalidJobError)
-    assert "nothing would be drawn" in str(error)
+    for name in ("sd1", "sd1 for inpainting"):
+        error = refusal(models, of_mask(), JobInputs(a_picture(), dot), name)
+        assert isinstance(error, InvalidJobError)
+        assert "nothing would be drawn" in str(error)
     assert "padding is 32, which no worker draws yet: leave it out, or send inpaint_full_res false" in str(
         refusal(models, of_mask(padding=32), WITH_MASK)
     )

@@ -6,6 +6,7 @@ held to weights with the LoRA merged in by the published formula: tests/lora_fil
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "sd1": tiny_models.tiny_sd1,
     "sd2": tiny_models.tiny_sd2,
     "sdxl": tiny_models.tiny_sdxl,
+    "inpainting": functools.partial(tiny_models.tiny_sd1, inpainting=True),
 }
 #: Each kind of file: how its factors are made up, which parts it changes, convolutions too or not.
 KINDS: dict[str, tuple[dict[str, Any], bool, bool]] = {
@@ -47,6 +49,7 @@ BY_DIFFUSERS = {
     "sd1": {"kohya", "diffusers"},
     "sd2": {"kohya", "diffusers"},
     "sdxl": {"diffusers"},
+    "inpainting": {"kohya", "diffusers"},
 }
 #: What jobs name: LoRAs and weights; with a pair, the second is that of text encoders.
 Named = Mapping[str, float | tuple[float, float]]
@@ -181,8 +184,14 @@ def test_a_job_draws_what_diffusers_draws(model_of: Callable[[str], Model]) -> N
     assert far(model.together([job])[0], model.by_diffusers(job)) <= 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("sd2", marks=pytest.mark.slow),
+        pytest.param("sdxl", marks=pytest.mark.slow),
+        pytest.param("inpainting", marks=pytest.mark.services),
+    ],
+)
 def test_mixed_jobs_of_each_family(name: str, model_of: Callable[[str], Model]) -> None:
     check_mixed(model_of(name))
 

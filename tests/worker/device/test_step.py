@@ -132,7 +132,9 @@ def test_a_batch_is_padded_to_the_smallest_captured_size_that_fits() -> None:
         (ATTENDS_FIRST, 0.0),
         pytest.param(tiny_models.tiny_sdxl, 0.0, marks=pytest.mark.services),
         pytest.param(tiny_models.tiny_lcm, 0.0, marks=pytest.mark.services),
+        pytest.param(functools.partial(ATTENDS_FIRST, inpainting=True), 0.0, marks=pytest.mark.services),
         pytest.param(ATTENDS_FIRST, 0.7, marks=pytest.mark.slow),
+        pytest.param(functools.partial(tiny_models.tiny_sdxl, inpainting=True), 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_the_compiler_takes_a_step_in_one_piece_and_once_for_any_rows(

@@ -19,7 +19,7 @@ from worker.model import loader
 
 Tensors = dict[str, torch.Tensor]
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {
+FAMILIES: dict[str, Callable[..., Path]] = {
     "sd1": tiny_models.tiny_sd1,
     "sd2": tiny_models.tiny_sd2,
     "sdxl": tiny_models.tiny_sdxl,

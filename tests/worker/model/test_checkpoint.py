@@ -155,9 +155,10 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
         "is a latent consistency model of SDXL",
     ),
     # Other uses of the same family.
-    "inpainting": (SD1 | inputs(9), "is an inpainting model, which takes a picture and a mask .*9 channels"),
-    "SDXL inpainting": (SDXL | inputs(9), "is an inpainting model.*text-to-image version of the model"),
-    "InstructPix2Pix": (SD1 | inputs(8), "is a model that edits pictures"),
+    "InstructPix2Pix": (
+        SD1 | inputs(8),
+        "is a model that edits pictures.* not served: use a version for text to image or inpainting",
+    ),
     "upscaler of 2.x": (SD1 | inputs(7), "is an upscaler .* takes 7 channels and gives 4"),
     "SDXL refiner": (
         UNET
@@ -239,3 +240,10 @@ def test_the_family_of_a_checkpoint(
     assert set(found.parts) == {"unet", "vae", *texts}
     assert not found.has_ema
     assert not found.scales
+    assert not found.inpainting_channels
+
+
+@pytest.mark.parametrize("shapes", [SD1, SDXL])
+def test_a_checkpoint_made_for_inpainting(shapes: Shapes, tmp_path: Path) -> None:
+    path = original_layout.write_header(tmp_path / "given.safetensors", shapes | inputs(9))
+    assert checkpoint.identify(headers.read_header(path).tensors, "a file").inpainting_channels == 9

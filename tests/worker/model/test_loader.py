@@ -255,7 +255,7 @@ def test_weights_in_any_float(folder: Path, original: Path, dtype: torch.dtype) 
     ("changes", "sentence"),
     [
         ({"_class_name": "FluxPipeline"}, "is a FluxPipeline, which is not served: use a StableDiffusion"),
-        ({"_class_name": "StableDiffusionInpaintPipeline"}, "is not served"),
+        ({"_class_name": "StableDiffusionUpscalePipeline"}, "is not served"),
         ({"_class_name": ["pipeline", "MyPipeline"]}, "is not served"),
         (
             {"unet": ["my_unet", "MyUNet"]},
@@ -298,13 +298,31 @@ def test_a_tokenizer_without_a_vocabulary(folder: Path) -> None:
     refuse(folder, "The tokenizer of .* has no vocabulary: download its files again")
 
 
-def test_an_inpainting_unet_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unet_that_takes_something_else_is_refused(folder: Path) -> None:
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
-    weights["conv_in.weight"] = torch.zeros(16, 9, 3, 3)
+    weights["conv_in.weight"] = torch.zeros(16, 8, 3, 3)
     save_file(weights, path, metadata={"format": "pt"})
-    edit(folder / "unet" / "config.json", in_channels=9)
-    refuse(folder, "UNet of 9 input channels and a VAE of 4: inpainting")
+    edit(folder / "unet" / "config.json", in_channels=8)
+    refuse(
+        folder, "UNet of 8 input channels and a VAE of 4, and is not served: use a text-to-image or an inp"
+    )
+
+
+@pytest.mark.parametrize("builder", [tiny_models.tiny_sd1, tiny_models.tiny_sdxl])
+def test_a_model_made_for_inpainting_says_so(builder: Callable[..., Path], tmp_path: Path) -> None:
+    path = builder(tmp_path / "inpainting", inpainting=True)
+    assert "Inpaint" in json.loads((path / "model_index.json").read_text())["_class_name"]
+    loaded = load(path)
+    assert loaded.served.inpainting
+    assert any(each.what == "made for" and each.choice == "inpainting" for each in loaded.choices)
+    # An index of inpainting with a UNet of 4 channels is a model for text to image.
+    plain = builder(tmp_path / "plain")
+    edit(
+        plain / "model_index.json",
+        _class_name=json.loads((path / "model_index.json").read_text())["_class_name"],
+    )
+    assert not load(plain).served.inpainting
 
 
 @pytest.mark.parametrize(

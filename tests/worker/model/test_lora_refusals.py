@@ -221,6 +221,16 @@ def test_a_model_without_room_for_it(tmp_path: Path) -> None:
     assert "have the shapes (8, 2, 1, 1) and (2, 4, 1, 1), the weight has (8, 4, 3, 3)" in refused(
         path, kernel
     )
+    first = {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(8, 2, 1, 1),
+    }
+    inpainting = Targets(UNET | {"conv_in": (8, 9, 3, 3)}, TARGETS.text_encoders)
+    assert "it changes conv_in, where it takes 4 channels and this model 9 (a model made" in refused(
+        path, first, inpainting
+    )
+    save_file(pair(), path)
+    lora_files.load(path, "x", lora_files.sha256_of(path), inpainting)
     # One text encoder or the other: where both would do, nothing is guessed.
     text = pair("base_model.model.text_model.encoder.layers.0.mlp.fc1", into=8, out=12, alpha=1.0)
     assert "it does not say which text encoder it is for" in refused(path, text)

@@ -88,6 +88,25 @@ def test_a_latent_consistency_model(tmp_path: Path, configs: Path, name: str) ->
     assert np.allclose(drawn(single.pipeline), drawn(expected.pipeline), atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_model_made_for_inpainting(tmp_path: Path, configs: Path, family: str) -> None:
+    """Its UNet takes 9 channels; all else is as the family's configs say, or as the user's do."""
+    folder = shipped.FAMILIES[family](tmp_path / "folder", inpainting=True)
+    expected = load(folder)
+    path = tmp_path / "cat.safetensors"
+    save_file(original_layout.checkpoint(expected.pipeline), path)
+    state = expected.pipeline.unet.state_dict()
+    for own in ("", str(folder)):
+        single = load(path, model_config_dir=own)
+        assert single.served.inpainting
+        assert type(single.pipeline) is type(expected.pipeline)
+        found = single.pipeline.unet.state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(value, found[key]) for key, value in state.items())
+    why = "The unet of .* is not what SMALLCAT_MODEL_CONFIG_DIR describes"
+    refuse(path, why, model_config_dir=str(shipped.FAMILIES[family](tmp_path / "plain")))
+
+
 # --- the layouts of the three families ----------------------------------------------------------------------
 
 

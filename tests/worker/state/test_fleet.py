@@ -26,7 +26,7 @@ from worker.contract.queues import lists_of, queue_of, queues_of
 from worker.contract.served_model import Defaults, ServedModel
 from worker.state.fleet import ANNOUNCE_TTL_S, Fleet, WorkerInfo
 from worker.state.groups import groups_of, version_read
-from worker.state.keys import worker_key
+from worker.state.keys import DIGEST, worker_key
 from worker.state.records import Records
 from worker.state.redis_client import RedisError, connect
 
@@ -67,6 +67,16 @@ def retires(name: str, model: str, revision: str = "r1", started_at: float = 1.0
 
 def job(**fields: Any) -> Job:
     return Job.parse({"prompt": "a small cat", "seed": 1} | fields)
+
+
+def test_a_model_made_for_inpainting_is_announced_as_one(fleet: Fleet, client: Redis) -> None:
+    """Others are announced as by earlier versions: their workers are one group."""
+    plain = worker("a", "m")
+    fleet.announce(plain)
+    assert "inpainting" not in str(client.get(DIGEST))
+    paints = plain.served.model_copy(update={"name": "paints", "inpainting": True})
+    fleet.announce(plain.model_copy(update={"name": "b", "served": paints}))
+    assert {group.served for group in fleet.groups()} == {plain.served, paints}
 
 
 def test_a_worker_is_known_as_it_announced_itself_longest_up_first(fleet: Fleet) -> None:
