@@ -181,10 +181,13 @@ class Session:
             return self.lasting(job_id, tenant)
         return None
 
-    def given(self, fields: Mapping[str, Any], tenant: str, folder: Path | None = None) -> Given | None:
+    def given(
+        self, fields: Mapping[str, Any], tenant: str, folder: Path | None = None, *, may_wait: bool = True
+    ) -> Given | None:
         """The fields of a job of `tenant` with its pictures read, wherever they are; None: it has none.
 
-        `folder`: see `worker.contract.given_picture.Reach`. Raises `InvalidJobError`, `StorageError`.
+        `folder`: see `worker.contract.given_picture.Reach`; `may_wait`: see `picture_of`. Raises
+        `InvalidJobError`, `StorageError`.
         """
         pictures = (fields.get("image"), fields.get("mask"))
         if all(each is None or (isinstance(each, str) and not each.strip()) for each in pictures):
@@ -199,22 +202,38 @@ class Session:
             except (UnknownJobError, ValueError) as error:
                 raise InvalidJobError(f"A picture cannot be read: {error}") from None
 
-        reach = Reach(fetch, lambda job_id: self.picture_of(job_id, tenant), folder or Path())
-        return read_given(fields, reach)
+        def picture_of(job_id: str, name: str) -> InputReference:
+            return self.picture_of(job_id, tenant, name, may_wait=may_wait)
 
-    def picture_of(self, job_id: str, tenant: str) -> InputReference:
-        """The reference to the picture of another job of `tenant`. Raises `InvalidJobError`, `QueueError`."""
+        return read_given(fields, Reach(fetch, picture_of, folder or Path()))
+
+    def picture_of(
+        self, job_id: str, tenant: str, name: str = "image", *, may_wait: bool = True
+    ) -> InputReference:
+        """The reference to the picture of another job of `tenant`, for the field `name`.
+
+        Unless the new job `may_wait`, that one must be done. Raises `InvalidJobError`, `QueueError`,
+        `StorageError`.
+        """
+        is_of = f"{name} is the picture of job {job_id}"
         with self.queue_errors():
             record = self.records.read([job_id]).get(job_id)
         record = record or self.lasting(job_id, tenant)
         if record is None or record.job.tenant != tenant:
-            raise InvalidJobError(f"image is the picture of job {job_id}, which is not known: check the id.")
-        if record.state is not State.DONE:
+            raise unknown_picture(name, job_id)
+        if record.state in (State.FAILED, State.CANCELLED):
             raise InvalidJobError(
-                f"image is the picture of job {job_id}, which is {record.state}: wait until it is done."
+                f"{is_of}, which {'has failed' if record.state is State.FAILED else 'was cancelled'}: submit "
+                "that job again first."
             )
-        width, height = record.job.width or 0, record.job.height or 0
-        return InputReference("job", job_id, width, height)
+        if not may_wait and record.state is not State.DONE:
+            raise InvalidJobError(f"{is_of}, which is {record.state}: wait until it is done.")
+        if not record.job.width or not record.job.height:
+            raise InvalidJobError(
+                f"{is_of}, whose size is not known, as no worker of its model has run: submit that job with "
+                "a width and a height, or wait until it is done."
+            )
+        return InputReference("job", job_id, record.job.width, record.job.height)
 
     def store(self, given: Given, tenant: str) -> None:
         """Put the files of a job into the bucket, unless they are there.
@@ -283,6 +302,13 @@ class Session:
         from worker.state.redis_client import within
 
         return within(self.redis_retry_s if seconds is None else seconds)
+
+
+def unknown_picture(name: str, job_id: str) -> InvalidJobError:
+    """The error for the field `name`, which is the picture of a job that nobody knows."""
+    return InvalidJobError(
+        f"{name} is the picture of job {job_id}, which is not known: check the id, or submit that job first."
+    )
 
 
 def session(redis_retry_s: float | None = None) -> Session:

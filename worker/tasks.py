@@ -48,7 +48,9 @@ from worker.jobs.heartbeat import Heartbeat
 from worker.jobs.previews import PreviewMaker
 from worker.jobs.rates import Rates
 from worker.jobs.services import not_ready, wait_for, wait_for_both
+from worker.jobs.waiting_jobs import WaitingJobs
 from worker.model.file_store import FileStore
+from worker.state.chains import Chains
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.keys import holder_of
 from worker.state.previews import Previews
@@ -88,6 +90,7 @@ class _Process:
     engine: Engine[Any]
     handler: JobHandler
     heartbeat: Heartbeat
+    waiting: WaitingJobs
     bucket: BucketProcess
     health: Health
     #: Set when no thread should wait for Redis any longer.
@@ -225,7 +228,8 @@ def _assemble(settings: WorkerSettings, name: str) -> _Process:
     started_at = Fleet(client, settings.record_ttl_s).now()
     info = announcement(settings, name, runner.served, chosen, runner.max_rows, started_at)
     heartbeat = _heartbeat(settings, info, handler, engine, files, runner)
-    return _Process(settings, engine, handler, heartbeat, bucket, health, stop_waiting)
+    waiting = WaitingJobs(Chains(connect(settings.redis_url, retry_s=1)), bucket.has_record)
+    return _Process(settings, engine, handler, heartbeat, waiting, bucket, health, stop_waiting)
 
 
 def _services(settings: WorkerSettings) -> BucketProcess:
@@ -300,6 +304,7 @@ def _ready(**_: Any) -> None:
         metrics.serve(process.settings.metrics_port)
     process.engine.start()
     process.heartbeat.start()
+    process.waiting.start()
     process.health.started(
         stuck_s=lambda: process.engine.movement.stuck_s,
         stuck_as="Jobs are in flight and have not moved for much longer than a step takes.",
@@ -345,6 +350,7 @@ def _hurry() -> None:
 def _withdraw(**_: Any) -> None:
     """Withdraw the announcement before the process ends: no job may be sent to a revision that is gone."""
     if _process is not None:
+        _process.waiting.stop()
         _process.heartbeat.stop()
         # Its last step must have ended: torch aborts a process that ends in the middle of one.
         _process.engine.stop()

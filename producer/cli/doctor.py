@@ -19,7 +19,7 @@ from worker.contract.queues import queues_of
 from worker.contract.settings import hidden
 from worker.state.groups import WorkerInfo, groups_of, version_read
 from worker.state.parked import parked
-from worker.state.queue_figures import fullness
+from worker.state.queue_figures import chained, fullness
 from worker.state.waiting import waiting_in
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def _parked(found: Mapping[tuple[str, int], int], live: Sequence[WorkerInfo]) ->
 def _workers(now: Session) -> Iterator[Finding]:
     with now.queue_errors():
         live, waiting, waiting_for_newer = now.fleet.workers(), now.fleet.waiting(), parked(now.redis)
+        for_others = chained(now.redis)
     served = {queue for worker in live for queue in queues_of(worker.served)}
     if not live:
         yield Finding("workers", False, "none is alive: start one with `celery -A worker worker`")
@@ -235,6 +236,9 @@ def _workers(now: Session) -> Iterator[Finding]:
         if len(found) > 1:
             shown = "; ".join(f"{version} on {', '.join(names)}" for version, names in found.items())
             yield Finding("workers", False, f"run different versions of {package}: {shown}")
+    if for_others:
+        waits = counted(for_others, "job waits", "jobs wait")
+        yield Finding("queues", True, f"{waits} for the pictures of other jobs")
     yield from _parked(waiting_for_newer, live)
     for queue, count in waiting.items():
         if count and queue not in served:

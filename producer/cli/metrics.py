@@ -37,6 +37,7 @@ BY_CLASS = {
     "oldest_s": ("smallcat_queue_oldest_seconds", "Seconds that the oldest job waits; 0: none waits"),
 }
 PARKED = ("smallcat_queue_jobs_parked", "Jobs that wait for a newer worker, by the version of their messages")
+CHAINED = ("smallcat_jobs_waiting_for_jobs", "Jobs that wait for the pictures of others, and are in no queue")
 REDIS_MEMORY = (
     "smallcat_redis_memory_ratio",
     "Share of Redis' maxmemory in use; absent without one",
@@ -119,6 +120,7 @@ def _collector(*, is_served: bool) -> Collector:
             for version, count in sorted(figures.parked.items()):
                 gauge.add_metric([str(version)], count)
             yield gauge
+            yield GaugeMetricFamily(*CHAINED, value=figures.chained)
 
     made: Collector = QueueCollector()
     return made

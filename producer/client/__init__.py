@@ -121,7 +121,10 @@ class JobHandle:
         record = self.record()
         queued = workers = 0
         note = ""
-        if not record.state.is_final:
+        if record.state is State.WAITING:
+            jobs = " and of job ".join(record.waits_for)
+            note = f"It waits for the picture of job {jobs}."
+        elif not record.state.is_final:
             now = session()
             with now.queue_errors():
                 takers = now.fleet.takers(record.queue, record.job)
@@ -261,7 +264,8 @@ def submit_job(
     anything is sent. Equal jobs have equal ids, and are rendered once; the handle is this submission's own.
     `webhook` is an address of https that is told, by `smallcat webhooks run`, when the job is done, failed or
     cancelled for this submission.
-    `image` and `mask` are a path, bytes, a Pillow image, a numpy array, an s3:// address or a handle.
+    `image` and `mask` are a path, bytes, a Pillow image, a numpy array, an s3:// address or a handle: of a
+    job that is not done, too. Then this one waits for it, and fails with it.
 
     Raises `InvalidJobError` that names each wrong field, its value and its limit; `QueueError` where Redis
     cannot be reached within `SMALLCAT_SUBMIT_TIMEOUT_S`, is full, or refuses; `SettingsError`. After an

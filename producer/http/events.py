@@ -1,5 +1,6 @@
 """A job's events as server-sent events: its place in the queue, its steps, and how it ended.
 
+    event: waiting    data: {"id": ..., "state": "waiting"}: for the pictures of other jobs
     event: queued     data: {"id": ..., "state": "queued", "ahead": 12}
     event: running    data: {"id": ..., "state": "running", "step": 7, "steps": 20}
     event: done       data: the job, as GET /v1/jobs/{id} has it; the stream ends. Likewise failed, cancelled
@@ -85,7 +86,7 @@ async def _events(
             seen = follower.seen
             if seen is None or follower.error is not None:
                 return
-            if seen.is_wanted and seen.state in ("queued", "running"):
+            if seen.is_wanted and seen.state in ("waiting", "queued", "running"):
                 name, event = _event(handle.id, seen)
                 if name != last:
                     last = name
@@ -122,6 +123,8 @@ def _event(job_id: str, seen: Seen) -> tuple[str, str]:
     values: dict[str, Any] = {"id": job_id, "state": seen.state}
     if seen.state == "queued":
         values["ahead"], name = seen.ahead, f"queued-{seen.ahead}"
+    elif seen.state == "waiting":
+        name = "waiting"
     else:
         values |= {"step": seen.step, "steps": seen.steps}
         name = f"running-{seen.step}"

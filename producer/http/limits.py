@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from producer.http.problems import RefusedError
 from worker.contract.explain import short
+from worker.contract.input_reference import jobs_of
 from worker.contract.job import OPEN_REVISION
 from worker.contract.job_parameters import DEFAULT_MODEL, DEFAULT_PRIORITY
 
@@ -83,6 +84,7 @@ class Limits:
             return
         asked = [(job.id, pixel_steps(job.shape) or 0) for job in jobs]
         _refuse_more_than_ever(tenant, asked)
+        parents = [" ".join(jobs_of(job.shape.get("image"), job.shape.get("mask"))) for job in jobs]
         if sentence := await self._run(crowded, tenant, jobs, self._length):
             raise _later(sentence, FULL_RETRY_S)
         found = await self._run(
@@ -92,6 +94,7 @@ class Limits:
                 most_open=tenant.max_queued,
                 most_work=tenant.max_pixel_steps_a_day,
                 note=note,
+                parents=parents,
             )
         )
         if found.jobs < len(asked):

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from producer.http.problems import InvalidJobsError, RefusedError
 from producer.prompts.entries import LineError
 from producer.prompts.fields import NOT_GIVEN, value_of
+from producer.session import unknown_picture
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.input_reference import MAX_INPUT_BYTES, InputReference
@@ -134,20 +135,20 @@ def _given(backend: Backend, caller: Caller, pictures: dict[str, Any]) -> Given:
     for name, value in pictures.items():
         if isinstance(value, str) and _DATA_URL.match(value):
             pictures[name] = of_base64(name, value)
-    found = read_given(pictures, Reach(job=lambda job_id: _picture_of(backend, caller, job_id)))
+    found = read_given(pictures, Reach(job=lambda *which: _picture_of(backend, caller, *which)))
     if found.named:
         # Now, so that the error of a list says which job it is.
         backend.session.store(replace(found, files=()), caller.owner)
     return replace(found, named=())
 
 
-def _picture_of(backend: Backend, caller: Caller, job_id: str) -> InputReference:
+def _picture_of(backend: Backend, caller: Caller, job_id: str, name: str) -> InputReference:
     if caller.shares:
         # Other tenants' jobs have the same owner.
         found = Submissions(backend.session.redis, 1).of(job_id)
         if not any(each.startswith(caller.tenant_mark) for each in found):
-            raise InvalidJobError(f"image is the picture of job {job_id}, which is not known: check the id.")
-    return backend.session.picture_of(job_id, caller.owner)
+            raise unknown_picture(name, job_id)
+    return backend.session.picture_of(job_id, caller.owner, name)
 
 
 async def store(backend: Backend, caller: Caller, given: Sequence[Given]) -> None:

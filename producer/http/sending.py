@@ -23,7 +23,8 @@ from typing import Any, Final
 from producer.http.problems import RETRY_S, RefusedError
 from producer.ingest.message_templates import JobTemplates, MessageTemplate, TemplatedJob, resolver_of
 from producer.session import Session
-from worker.contract.errors import QueueError
+from worker.contract.errors import InvalidJobError, QueueError
+from worker.contract.input_reference import jobs_of
 from worker.contract.job import SUBMISSION_FIELDS
 from worker.contract.message import Route
 from worker.contract.refusals import sentence, too_few_replicas
@@ -189,7 +190,8 @@ class Sender:
                     time.sleep(_RETRY_EVERY_S)
             for (request, ready), error in zip(part, refused, strict=True):
                 if error is not None:
-                    request.error = QueueError(sentence("", error))
+                    is_wrong = isinstance(error, InvalidJobError)
+                    request.error = error if is_wrong else QueueError(sentence("", error))
                 else:
                     _log_submitted(ready)
             if replicas and have_it < replicas:
@@ -212,6 +214,7 @@ class Sender:
             template.fill(job, "", message_id, f"{self._tag}{self._tags:012x}", ready.span.headers),
             tenant=ready.tenant,
             hook=ready.span.on_hook(ready.hook),
+            parents=jobs_of(job.shape.get("image"), job.shape.get("mask")),
         )
 
     def _message_template(self, route: Route) -> MessageTemplate:

@@ -54,7 +54,8 @@ class Pictures:
     def _read(self, key: tuple[Path | None, Any, Any]) -> dict[str, Any] | str:
         folder, image, mask = key
         try:
-            given = self._session.given({"image": image, "mask": mask}, self._tenant, folder)
+            named = {"image": image, "mask": mask}
+            given = self._session.given(named, self._tenant, folder, may_wait=False)
         except InvalidJobError as error:
             return str(error)
         found = {name: value for name, value in (given.fields if given else {}).items() if value}

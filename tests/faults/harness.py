@@ -24,7 +24,7 @@ from deploy.embedded.home import StackError
 from deploy.embedded.process import Process
 from deploy.embedded.servers import WorkerProcess
 from deploy.embedded.stack import BUCKET, Stack
-from producer import submit_job
+from producer import JobHandle, submit_job
 from worker.broker.transport import OLD_UNACKED, OLD_UNACKED_INDEX, UNACKED, UNACKED_INDEX
 from worker.contract.errors import QueueError
 from worker.contract.found_message import FoundMessage
@@ -298,6 +298,20 @@ class Ground:
         with self.redis as client:
             client.client_kill_filter(_type="normal", skipme=True)
             client.client_kill_filter(_type="pubsub", skipme=True)
+
+
+def chaining(every: int) -> Callable[[Job], str]:
+    """Submits jobs of which each `every`-th begins with the picture of its tenant's last one."""
+    last: dict[str, str] = {}
+    numbers = itertools.count(1)
+
+    def submit(job: Job) -> str:
+        parent = last.get(job.tenant) if next(numbers) % every == 0 else None
+        made = submit_job(job, image=JobHandle(parent)) if parent else submit_job(job)
+        last[job.tenant] = made.id
+        return made.id
+
+    return submit
 
 
 def _lists() -> list[str]:

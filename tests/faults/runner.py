@@ -65,6 +65,11 @@ def pixel_of(job: Job) -> int:
     return job.seed % 251
 
 
+def size_of(job: Job) -> tuple[int, int]:
+    """The height and the width of a job's picture: other jobs may begin with it."""
+    return job.height or 8, job.width or 8
+
+
 @dataclass
 class FaultState:
     """A job in flight."""
@@ -165,7 +170,7 @@ class FaultRunner:
             [
                 NotFiniteError("NaN")
                 if "nan" in state.verbs
-                else Picture(np.full((8, 8, 3), pixel_of(state.job), np.uint8))
+                else Picture(np.full((*size_of(state.job), 3), pixel_of(state.job), np.uint8))
                 for state in states
             ]
         )

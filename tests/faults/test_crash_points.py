@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from producer import JobHandle, submit_job
 from tests.faults import oracle
 from tests.faults.harness import Ground
+from worker.contract.record import State
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
@@ -21,7 +23,12 @@ def test_death_at_every_point_leaves_one_object_and_one_mark(ground: Ground) -> 
         worker.wait_ready()
     dying: list[str] = []
     for point in POINTS:
-        dying += ground.submit(1, f"die:{point}")
+        with ground.holding() as hold:
+            dying += ground.submit(1, f"{hold} die:{point}")
+            # One that waits for its picture is released, once.
+            child = submit_job(ground.job(), image=JobHandle(dying[-1]))
+            assert child.state() is State.WAITING
+            ground.ids.append(child.id)
         # One at a time: a death takes the other jobs with it, one of which may be past its own point.
         oracle.settle(ground, timeout_s=60)
     ground.submit(8)

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from producer import submit_job
 from tests.faults import oracle
-from tests.faults.harness import LEASE_S, TENANTS, FaultWorker, Ground, wait_until
+from tests.faults.harness import LEASE_S, TENANTS, FaultWorker, Ground, chaining, wait_until
+from worker.contract.job import Job
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
@@ -35,6 +37,7 @@ def storm(
     rate: float,
     between: int = 20,
     tenants: Sequence[str] = TENANTS,
+    submit: Callable[[Job], str] = lambda job: submit_job(job).id,
     **faults: object,
 ) -> float:
     """Kill one of two workers again and again, under load, each time after `between` more jobs.
@@ -45,7 +48,7 @@ def storm(
     for worker in workers:
         worker.wait_ready()
     began_s = time.monotonic()
-    with ground.feeding(rate, tenants=tenants) as feeder:
+    with ground.feeding(rate, submit=submit, tenants=tenants) as feeder:
         for kill in range(kills):
             victim = workers[kill % 2]
             victim.wait_ready()
@@ -62,7 +65,7 @@ def storm(
 
 
 def test_sigkills_lose_no_job(ground: Ground) -> None:
-    storm(ground, kills=3, rate=30.0)
+    storm(ground, kills=3, rate=30.0, submit=chaining(4))
     oracle.settle(ground)
 
 
@@ -80,7 +83,7 @@ def test_200_sigkills_lose_no_job(ground: Ground) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_sigkills_lose_no_job_on_a_real_bucket(ground: Ground) -> None:
-    storm(ground, KILLS // 4, rate=120.0)
+    storm(ground, KILLS // 4, rate=120.0, submit=chaining(4))
     found = oracle.settle(ground, timeout_s=300)
     print(f"lost {len(found.lost)}, marked twice {found.marks_over}, rendered again {found.renders_over}")
 

@@ -18,6 +18,7 @@ from tests.worker.engine.fake_runner import job_of
 from worker.contract.errors import InvalidJobError, StorageError
 from worker.contract.input_reference import MAX_INPUT_BYTES
 from worker.contract.job import Job
+from worker.contract.record import State
 from worker.state.records import Records
 from worker.storage.bucket import Bucket
 
@@ -127,6 +128,41 @@ def test_the_picture_of_a_job_that_is_done_begins_another_one(
         submit_job("a cat", image="f" * 32, **FIELDS)
     with pytest.raises(InvalidJobError, match="which is not known: check the id"):
         submit_job("a cat", image=parent.id, tenant="evil", **FIELDS)
+
+
+def test_a_job_may_begin_with_the_picture_of_one_that_is_not_done(
+    environment: dict[str, str], fleet: Any, client: Redis, records: Records
+) -> None:
+    parent = submit_job("a cat", **FIELDS)
+    forms: list[Any] = [parent, parent.record(), parent.id, f"job:{parent.id}"]
+    children = [submit_job("a dog", image=each, **FIELDS) for each in forms]
+    assert len({each.id for each in children}) == 1
+    child = children[0]
+    assert child.record().waits_for == (parent.id,)
+    assert (child.state(), child.progress().note) == (
+        State.WAITING,
+        f"It waits for the picture of job {parent.id}.",
+    )
+    masked = submit_job("a hat", image=child, mask=parent, **FIELDS)
+    assert set(masked.record().waits_for) == {child.id, parent.id}
+    assert [each["id"] for each in messages(client, job(parent))] == [parent.id]
+    finish(records, bucket_of(environment), job(parent))
+    assert {each["id"] for each in messages(client, job(parent))} == {parent.id, child.id}
+    assert child.state() is State.QUEUED
+    # The same chain again is the same child.
+    assert submit_job("a dog", image=submit_job("a cat", **FIELDS), **FIELDS).id == child.id
+
+
+def test_the_refusal_of_a_chain_says_what_is_in_the_way(
+    environment: dict[str, str], fleet: Any, client: Redis
+) -> None:
+    parent = submit_job("a cat", **FIELDS)
+    parent.cancel()
+    with pytest.raises(InvalidJobError, match=f"mask is the picture of job {parent.id}, which was cancelled"):
+        submit_job("a dog", image=PHOTO, mask=parent, **FIELDS)
+    sizeless = submit_job("a cat", model="nobody-serves-this", **FIELDS)
+    with pytest.raises(InvalidJobError, match="whose size is not known, as no worker of its model has run"):
+        submit_job("a dog", image=sizeless, **FIELDS)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ class Reach:
 
     #: The bytes at an s3:// address, up to one above an input's limit; None: such addresses are refused.
     fetch: Callable[[str], bytes] | None = None
-    #: The reference to the picture of a job by its id. Raises `UnknownJobError`, `InvalidJobError`.
-    job: Callable[[str], InputReference] | None = None
+    #: The reference to the picture of a job by its id, for the field of that name. Raises `InvalidJobError`.
+    job: Callable[[str, str], InputReference] | None = None
     #: The folder that paths are below; None: paths are refused; empty: they may lead anywhere.
     folder: Path | None = None
 
@@ -129,7 +129,7 @@ def _reference(name: str, value: Any, reach: Reach) -> InputReference | None:
 def _of_job(name: str, job_id: str, reach: Reach) -> InputReference:
     if reach.job is None:
         raise InvalidJobError(f"{name} is the picture of a job, which is not offered here: give a picture.")
-    return reach.job(job_id)
+    return reach.job(job_id, name)
 
 
 def _bytes(name: str, value: Any, reach: Reach) -> bytes:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from worker.contract.explain import short
-from worker.contract.input_reference import ALPHA, FILE_REFERENCE, REFERENCE, InputReference
+from worker.contract.input_reference import ALPHA, REFERENCE, InputReference
 from worker.contract.job_fields import JobField
 from worker.contract.job_parameters import MAX_SIZE, MIN_SIZE, SIZE_STEP, JobParameters
 
@@ -100,8 +100,6 @@ def _mask(value: str, info: ValidationInfo) -> str:
             raise ValueError("is alpha, and pictures of jobs have no alpha channel: give a picture")
         return value
     mask = InputReference.parse(value)
-    if mask.kind == "job":
-        raise ValueError("is a job's picture: give a picture, or alpha")
     distortion = mask.width * about.height / (mask.height * about.width)
     if abs(distortion - 1) > _MASK_TOLERANCE:
         raise ValueError(
@@ -146,8 +144,9 @@ def _for_a_mask(default: object) -> AfterValidator:
 class InputParameters(JobParameters):
     """The parameters of one picture and of its submission, with those of the picture before it. Frozen."""
 
-    #: The picture that the job begins with: a path, an s3:// address, or the id of a job whose picture it is.
-    #: Without a size the job has the picture's own, within its limits and rounded down to multiples of 8.
+    #: The picture that the job begins with: a path, an s3:// address, or `job:` and the id of a job whose
+    #: picture it is. Without a size the job has the picture's own, within its limits and rounded down to
+    #: multiples of 8.
     image: Annotated[
         str,
         Field(strict=True, json_schema_extra={"pattern": f"^({REFERENCE})?$"}),
@@ -165,7 +164,7 @@ class InputParameters(JobParameters):
     #: black elsewhere, or `alpha`: where the image is transparent. Empty: all of it.
     mask: Annotated[
         str,
-        Field(strict=True, json_schema_extra={"pattern": f"^({FILE_REFERENCE}|{ALPHA})?$"}),
+        Field(strict=True, json_schema_extra={"pattern": f"^({REFERENCE}|{ALPHA})?$"}),
         BeforeValidator(_not_given),
         AfterValidator(_mask),
         JobField(

@@ -52,6 +52,12 @@ class InputReference(NamedTuple):
         return f"{self.kind}:{self.id}:{self.width}x{self.height}"
 
 
+def jobs_of(*references: object) -> tuple[str, ...]:
+    """The ids of the jobs whose pictures are meant, each once; without what is no reference to one."""
+    texts = [each for each in references if isinstance(each, str) and each.startswith("job:")]
+    return tuple(dict.fromkeys(InputReference.parse(each).id for each in texts))
+
+
 def too_many_pixels(width: int, height: int) -> str:
     """What is wrong with a picture of that size: the end of a sentence."""
     return (

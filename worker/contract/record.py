@@ -15,6 +15,8 @@ from worker.contract.job import SUBMISSION_FIELDS, Job
 class State(StrEnum):
     """What has become of a job so far."""
 
+    #: In Redis, waiting for the pictures of other jobs with which it begins. No queue has it yet.
+    WAITING = "waiting"
     #: In Redis, waiting for a worker.
     QUEUED = "queued"
     #: In flight on a worker: waiting for a slot of a batch, rendered, encoded or uploaded.
@@ -106,6 +108,8 @@ class JobRecord(BaseModel):
     queue: str = ""
     #: Unix seconds when it was submitted, by Redis' clock.
     submitted_at: float = Field(default=0.0)
+    #: The ids of the jobs whose pictures it waits for.
+    waits_for: tuple[str, ...] = ()
     #: Its marks in runs of prompt files; see `worker.contract.message.RunMark`.
     runs: tuple[str, ...] = ()
 

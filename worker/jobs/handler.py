@@ -174,10 +174,10 @@ class JobHandler:
                 is_stored=lambda: self._is_stored(message),
             )
         keys = job_key(message.id), attempts_key(message.id)
-        if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED):
+        if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED, Claim.WAITING):
             metrics.JOBS.labels("taken", "").inc()
             job_log.not_begun(message.id, claim)
-            return Handled(None if claim is Claim.DROPPED else keys)
+            return Handled(None if claim in (Claim.DROPPED, Claim.WAITING) else keys)
         tag = message_id.partition("/")[2]
         with self._in_flight.hold(message.id), metrics.IN_FLIGHT.track_inprogress():
             try:
@@ -324,7 +324,7 @@ class JobHandler:
     def _put(self, record: JobRecord, picture: bytes) -> None:
         """Put the picture and the lasting record."""
         image_format, tenant = record.job.format, record.job.tenant
-        lasting = record.model_dump_json(exclude={"queue", "submitted_at", "step", "tries", "runs"}).encode()
+        lasting = record.model_dump_json(exclude=_NOT_LASTING).encode()
         mime = CONTENT_TYPES[image_format]
         self._retry_storage(
             record.id,
@@ -370,6 +370,8 @@ class JobHandler:
         return _encode(picture, job, files=self._files.index, mark_as_generated=self._mark_as_generated)
 
 
+#: Fields of a record that the lasting one does not have.
+_NOT_LASTING = {"queue", "submitted_at", "step", "tries", "runs", "waits_for"}
 #: Fields of a job that the worker fills in where nobody could say them before.
 _SERVED = ("model", "revision", "loras", "file_hashes")
 

@@ -19,6 +19,7 @@ logger = logging.getLogger("smallcat.jobs")
 _NOT_BEGUN = {
     Claim.TAKEN: "another message of it is worked on",
     Claim.FINAL: "it has ended",
+    Claim.WAITING: "it waits for other jobs' pictures",
     Claim.DROPPED: "its run was cancelled",
 }
 

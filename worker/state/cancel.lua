@@ -13,11 +13,13 @@
 -- include outcome.lua
 -- include notify.lua
 -- include wanted_by_runs.lua
+-- include chains.lua
 -- include ../contract/clock.lua
 go_on()
 local id, channel, submission = unpack(ARGV)
-local state, cancel, subs, runs, mine, hooks =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'subs', 'runs', 'sub:' .. submission, 'hooks'))
+local state, cancel, subs, runs, mine, hooks, waits_for, children =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'subs', 'runs', 'sub:' .. submission, 'hooks', 'waits_for',
+            'children'))
 if not state then return false end
 if submission == '' then
   redis.call('HSET', KEYS[1], 'cancelled_at', now())
@@ -41,9 +43,11 @@ if state == 'queued' then
   for _, each in ipairs(note_all(KEYS[1], '-')) do redis.call('HDEL', KEYS[1], 'sub:' .. each) end
   redis.call('HSET', KEYS[1], 'subs', 0, 'state', 'cancelled', 'error_type', 'JobCancelledError',
              'error', 'The job was cancelled.')
+  if waits_for then end_waiting(id, false) end
   redis.call('PUBLISH', KEYS[1], 'cancelled')
   redis.call('PUBLISH', channel, 'cancel ' .. id)
   if hooks then notify_submissions(TOLD_BY_PRODUCERS, KEYS[1], 'cancelled') end
+  if children then settle(id, 'cancelled', TOLD_BY_PRODUCERS) end
 elseif state == 'running' then
   redis.call('HSET', KEYS[1], 'cancel', 1)
   redis.call('PUBLISH', channel, 'cancel ' .. id)

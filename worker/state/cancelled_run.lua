@@ -5,12 +5,13 @@
 -- message  the message's id
 -- mark     its run mark (`worker.contract.message.RunMark`)
 -- Returns  whether the message is dealt with
+-- include chains.lua
 local function drop_if_run_is_cancelled(key, message, mark)
   local run = string.match(mark, '^(%w+):')
   if not run then return false end
   -- Producers can write a run's key, as another type too.
   if type(redis.pcall('HGET', 'smallcat:run:' .. run, 'cancelled')) ~= 'string' then return false end
-  local state, bulk, runs, holder = unpack(on(key, 'HMGET', 'state', 'bulk', 'runs', 'claim'))
+  local state, bulk, runs, holder, children = unpack(on(key, 'HMGET', 'state', 'bulk', 'runs', 'claim', 'children'))
   if state and (not bulk or (state ~= 'queued' and holder ~= message)) then return false end
   local marks = mark
   for other in string.gmatch(runs or '', '%S+') do
@@ -21,6 +22,7 @@ local function drop_if_run_is_cancelled(key, message, mark)
   redis.call('HSET', key, 'state', 'cancelled', 'error_type', 'JobCancelledError',
              'error', 'Its run was cancelled.')
   mark_runs(marks)
+  if children then settle(string.sub(key, 1 + string.len('smallcat:job:')), 'cancelled', TOLD_BY_WORKERS) end
   redis.call('DEL', key)
   return true
 end

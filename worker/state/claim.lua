@@ -20,6 +20,7 @@
 -- include mark_runs.lua
 -- include cancelled_run.lua
 -- include notify.lua
+-- include chains.lua
 -- include ../contract/clock.lua
 local message, me, worker, lease, max_attempts, ttl, job, queue, delivery, run, is_stored = unpack(ARGV)
 local time = tonumber(now())
@@ -28,9 +29,10 @@ if drop_if_run_is_cancelled(KEYS[1], message, run) then
   redis.call('DEL', KEYS[2])
   return {'dropped', 0, 0}
 end
-local state, cancel, named, named_until, tried, died, submitted_at, runs, cancelled_at, hooks =
+local state, cancel, named, named_until, tried, died, submitted_at, runs, cancelled_at, hooks, waits_for,
+  released_at, children =
   unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'claim', 'claim_until', 'attempts', 'deaths', 'submitted_at',
-            'runs', 'cancelled_at', 'hooks'))
+            'runs', 'cancelled_at', 'hooks', 'waits_for', 'released_at', 'children'))
 local holder, until_s, own_tried, own_died, open, failed =
   unpack(on(KEYS[2], 'HMGET', 'claim', 'claim_until', 'attempts', 'deaths', 'open:' .. me, 'failed'))
 runs = runs or ''
@@ -48,7 +50,8 @@ if joins then
     note_all(KEYS[1], '-')
     if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], 'cancelled') end
     redis.call('DEL', KEYS[1])
-    state, cancel, named, tried, died, submitted_at = false, false, false, false, false, false
+    state, cancel, named, tried, died, submitted_at, waits_for = false, false, false, false, false, false, false
+    if children then set('children', 1) end
     expires = true
   end
 end
@@ -79,7 +82,13 @@ if cancel then
   redis.call('PUBLISH', KEYS[1], 'cancelled')
   mark_runs(runs)
   if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], 'cancelled') end
+  if children then settle(string.sub(KEYS[1], 1 + string.len('smallcat:job:')), 'cancelled', TOLD_BY_WORKERS) end
   return {'final', 0, 0}
+end
+if state == 'queued' and waits_for then
+  -- A message from before the job was given up: others of it come once what it waits for is done.
+  if joins then redis.call('HSET', KEYS[1], unpack(fields)) end
+  return {'waiting', 0, 0}
 end
 -- Whether another message holds the job. An earlier worker's claim is in the record alone, its attempt is not.
 local function is_taken()
@@ -123,4 +132,4 @@ set_first(KEYS[2], unpack(own))
 redis.call('EXPIRE', KEYS[2], ttl)
 redis.call('HSET', KEYS[1], unpack(fields))
 if expires then redis.call('EXPIRE', KEYS[1], ttl) end
-return {verdict, attempts, tostring(time - (tonumber(submitted_at or time) or time)), string.format('%.6f', time)}
+return {verdict, attempts, tostring(time - (tonumber(released_at or submitted_at or time) or time)), string.format('%.6f', time)}

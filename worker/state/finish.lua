@@ -16,6 +16,7 @@
 -- include mark_runs.lua
 -- include usage.lua
 -- include notify.lua
+-- include chains.lua
 -- include ../contract/clock.lua
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
 -- run of a million jobs must not leave a million records here.
@@ -27,8 +28,9 @@ if tag ~= '' then
   redis.call('ZREM', KEYS[5], tag)
   redis.call('HDEL', KEYS[6], tag)
 end
-local state, named, cancel, runs, bulk, error_type, hooks, forgotten =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type', 'hooks', 'forgotten'))
+local state, named, cancel, runs, bulk, error_type, hooks, forgotten, children, waits_for =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type', 'hooks', 'forgotten',
+            'children', 'waits_for'))
 -- Whoever forgets the job waits until nobody works on it (`forget.lua`).
 if forgotten then redis.call('DEL', KEYS[3]) end
 -- A record that is queued without a claim was written by another submission. Producers can delete the claim.
@@ -47,6 +49,7 @@ if final == 'cancelled' and not cancel then return -1 end
 redis.call('DEL', KEYS[3])
 redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'claim_until', '', 'deaths', '', unpack(ARGV, 9))
 if cancel then redis.call('HDEL', KEYS[1], 'cancel') end
+if waits_for then end_waiting(id, false) end
 if final == 'done' and error_type then redis.call('HDEL', KEYS[1], 'error', 'error_type') end
 redis.call('EXPIRE', KEYS[1], final == 'done' and math.min(ttl, bulk and BULK_TTL_S or DONE_TTL_S) or ttl)
 if final == 'failed' then
@@ -71,4 +74,5 @@ end
 redis.call('PUBLISH', KEYS[1], final)
 mark_runs(runs or '')
 if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], final) end
+if children then settle(id, final, TOLD_BY_WORKERS) end
 return 1

@@ -28,14 +28,14 @@ ASK_EVERY_S: Final = 2.0
 #: Jobs that are read in one round trip: few, because nothing else runs while the answers are parsed.
 AT_ONCE: Final = 50
 #: What is read of a job.
-_FIELDS: Final = ("state", "step", "steps", "queue")
+_FIELDS: Final = ("state", "step", "steps", "queue", "waits_for")
 
 
 @dataclass(frozen=True)
 class Seen:
     """What was read of a job."""
 
-    #: The job's state; empty where Redis has no record (any more).
+    #: The job's state, as a record says it; empty where Redis has no record (any more).
     state: str
     #: Denoising steps done, and in all; 0 until a worker renders the job.
     step: int
@@ -168,7 +168,9 @@ def _tell(
     follower: Follower, values: list[Any], is_wanted: bool, lengths: dict[tuple[str, str], list[int]]
 ) -> None:
     """Give a follower what was read of its job, if it is new."""
-    state, step, steps, queue = values[: len(_FIELDS)]
+    state, step, steps, queue, waits_for = values[: len(_FIELDS)]
+    if state == "queued" and waits_for:
+        state = "waiting"
     before = follower.seen
     ahead = 0
     if state == "queued":

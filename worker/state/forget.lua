@@ -7,6 +7,7 @@
 -- Returns  until when a worker may be working on it, in Unix seconds as text; '0': no worker is
 -- include heal.lua
 -- include mark_runs.lua
+-- include chains.lua
 -- include ../contract/clock.lua
 local id, tenant, ttl, channel, scope = unpack(ARGV)
 local time = now()
@@ -22,6 +23,8 @@ if not forgotten then
   redis.call('DEL', KEYS[1])
   redis.call('HSET', KEYS[1], 'forgotten', scope, 'of', tenant, 'cancelled_at', time, unpack(mark))
   redis.call('EXPIRE', KEYS[1], ttl)
+  on(WAITING, 'HDEL', id)
+  settle(id, 'cancelled', TOLD_BY_WORKERS)
   on(KEYS[3], 'ZREM', id)
   on(KEYS[4], 'ZREM', id, tenant .. '/' .. id)
   on(KEYS[5], 'ZREM', id)

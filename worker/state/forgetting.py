@@ -251,7 +251,8 @@ class Forgetting:
                 )
         if tenant := self._scope.tenant:
             starts = (HTTP_RATE, HTTP_OPEN, HTTP_FEEDING)
-            names = [*(f"{start}{tenant}" for start in starts), latest_key(tenant), drawn_key(tenant)]
+            own = [f"{start}{tenant}" for start in starts]
+            names = [*own, f"{HTTP_OPEN}{tenant}:waiting", latest_key(tenant), drawn_key(tenant)]
             self._remove(names, is_counted=False)
             if not self._is_dry:
                 # The day's allowance is not given back: it lasts until the day ends, and says no more.

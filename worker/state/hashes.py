@@ -27,9 +27,11 @@ _TEXT: Final = {"state", "uri", "worker", "error_type", "error", "queue"}
 #: Fields for people: of the job's own texts nothing is changed.
 _SHOWN: Final = {"uri", "worker", "error_type", "error", "queue", "warnings"}
 #: Fields that a record has from elsewhere.
-_NOT_READ: Final = {"id", "runs", "tries"}
+_NOT_READ: Final = {"id", "runs", "tries", "waits_for"}
 #: Seconds by which the clock of a producer may be ahead of Redis'.
 _SKEW_S: Final = 60.0
+#: Fields that the record of a job that has ended does not have.
+_NOT_STORED: Final = ("queue", "submitted_at", "attempts", "tries", "runs", "waits_for")
 _FINAL: Final = frozenset(state.value for state in State if state.is_final)
 
 
@@ -78,6 +80,9 @@ def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
         for each in (values, *tries):
             each |= {name: shown(each[name]) for name in _SHOWN & each.keys()}
         values["runs"] = [mark for mark in fields.get("runs", "").split() if re.fullmatch(RUN_MARK, mark)]
+        if values.get("state") == State.QUEUED and "waits_for" in fields:
+            waits_for = [each for each in fields["waits_for"].split() if JOB_ID.fullmatch(each)]
+            values |= {"state": State.WAITING, "waits_for": waits_for}
         values["tries"] = sorted(tries, key=lambda each: int(each["attempt"]))
         record = JobRecord.model_validate(values | {"id": job_id})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -122,9 +127,7 @@ def readable(job_id: str, fields: object) -> JobRecord | None:
 
 def fields_of(record: JobRecord) -> dict[str, str]:
     """What the record of a finished job adds to its hash."""
-    values = record.model_dump(
-        mode="json", exclude={"id", "state", "queue", "submitted_at", "attempts", "tries", "runs"}
-    )
+    values = record.model_dump(mode="json", exclude={"id", "state", *_NOT_STORED})
     return {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in values.items()

@@ -6,6 +6,8 @@
       ...:<submission>       string   what belongs to a submission alone, as JSON: its metadata and priority;
                                       "+" before it, "-" once it was given up, "=" once it is done and
                                       the job was submitted again, "~" once it has failed and likewise
+      ...:children           hash     ids of the jobs that wait until this one is done (`chains.lua`)
+    smallcat:job::waiting    hash     ids of all jobs that wait for others
     smallcat:worker-only:job:<id>     the attempts at a job, which no producer may write: see below
                              hash
     smallcat:queues          set      names of the queues that jobs were sent to
@@ -74,6 +76,12 @@ Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
     hooks                1 while there are such fields
     subs                 how many they are, one that an earlier version made included
     runs                 marks of the runs that the job belongs to, separated by spaces
+    waits_for            ids of the jobs whose pictures the job begins with and that are not done, separated
+                         by blanks; then it is `queued`, and its messages are in none of the queues' lists
+    held:<submission>    meanwhile, where that submission's message goes and, after a line feed, the message
+    ttl                  meanwhile, seconds that the record stays once it has failed
+    released_at          when it waited no longer, in Unix seconds: from then on it waited for a worker
+    children             1 once other jobs waited for this one
     bulk                 1 when only runs have sent the job: its record is short-lived once the job is done
 
 Fields of a job's attempts. Those of the record that have the same names are for readers, and for workers of
@@ -99,6 +107,8 @@ FAILED: Final = "smallcat:failed"
 LATEST: Final = "smallcat:latest"
 #: Ids of the jobs without a tenant that were done last, scored by the time. Workers write it.
 DRAWN: Final = "smallcat:drawn"
+#: The jobs that wait for others. `chains.lua` has the name, too.
+WAITING: Final = "smallcat:job::waiting"
 #: Names of the runs, scored by when they were begun or resumed last.
 RUNS: Final = "smallcat:runs"
 #: Names of the workers that announced themselves.

@@ -5,14 +5,15 @@
 -- KEYS[1]  the job's record, in its final state
 -- runs     run marks (`worker.contract.message.RunMark`), separated by spaces
 -- ended    how the job ended, where its record does not say it: the fields below
+-- key      another record than KEYS[1]
 --
 -- A run's webhook is told when all its jobs have ended, and, where it was asked for, of each job.
 -- include notify.lua
-local function mark_runs(runs, ended)
+local function mark_runs(runs, ended, key)
   if runs == '' then return end
-  local r = ended or redis.call('HMGET', KEYS[1], 'state', 'uri', 'timings', 'error_type', 'error', 'cached',
-                                'attempts')
-  local job_id = string.sub(KEYS[1], 1 + string.len('smallcat:job:'))
+  local r = ended or redis.call('HMGET', key or KEYS[1], 'state', 'uri', 'timings', 'error_type', 'error',
+                                'cached', 'attempts')
+  local job_id = string.sub(key or KEYS[1], 1 + string.len('smallcat:job:'))
   local function mark(run, number, file, line)
     local key = 'smallcat:run:' .. run
     local ttl, fed, hook, of_jobs, total, cancelled, rejected, created = unpack(redis.call('HMGET', key, 'ttl',

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from worker.contract.message import payload_in, run_mark_in
 from worker.contract.queues import lists_of, queues_of
 from worker.contract.refusals import code_of
 from worker.state.fleet import Fleet
 from worker.state.hashes import wait_of
-from worker.state.keys import HELD, QUEUES, job_key
+from worker.state.keys import HELD, QUEUES, WAITING, job_key
 from worker.state.parked import parked
 from worker.state.tenants import lists_of_tenant, tenants_in
 
@@ -57,6 +57,8 @@ class QueueFigures(NamedTuple):
     oldest_s: dict[Queued, float]
     #: Messages that wait for newer workers, by their version.
     parked: dict[int, int]
+    #: Jobs that wait for the pictures of other jobs; they are in no queue.
+    chained: int
 
 
 def queue_figures(client: Redis, fleet: Fleet) -> QueueFigures:
@@ -82,7 +84,15 @@ def queue_figures(client: Redis, fleet: Fleet) -> QueueFigures:
         for figures in (waiting, in_flight, workers):
             figures.setdefault(known, 0)
     depth, oldest_s = _by_class(client, fleet.now(), names, {*waiting, *workers})
-    return QueueFigures(dict(waiting), dict(in_flight), dict(workers), depth, oldest_s, dict(for_newer))
+    return QueueFigures(
+        dict(waiting), dict(in_flight), dict(workers), depth, oldest_s, dict(for_newer), chained(client)
+    )
+
+
+def chained(client: Redis) -> int:
+    """How many jobs wait for the pictures of other jobs."""
+    # A producer may not ask for the length.
+    return len(cast("list[str]", client.hkeys(WAITING)))
 
 
 def fullness(info: Mapping[str, object]) -> float | None:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from worker.contract.errors import InvalidJobError, PoisonJobError, SmallcatError
 from worker.contract.found_message import FoundMessage, fingerprint
+from worker.contract.input_reference import jobs_of
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, JobRecord, State
 from worker.state import scripts as scripts
+from worker.state.chains import refusal
 from worker.state.hashes import (
     count,
     fields_of,
@@ -66,6 +68,8 @@ class Claim(StrEnum):
     TAKEN = "taken"
     #: Nothing: the job is done, was cancelled, or has failed for good.
     FINAL = "final"
+    #: Nothing: the job waits for others, and its record has its messages.
+    WAITING = "waiting"
     #: Nothing: only a run wanted the job, and was cancelled. No record is left that says so.
     DROPPED = "dropped"
     #: Fail it: its attempts are used up.
@@ -103,23 +107,28 @@ class Records:
         noted: str = "1",
         put: tuple[str, str] | None = None,
         hook: str = "",
-    ) -> None:
+    ) -> bool:
         """Write the record of a job that is sent to `queue` as `message`, and what is the submission's own.
 
         `noted` is the message's fingerprint; "1": unknown, as with earlier versions. `put`: the Redis list
         and the message, which is put there in the same step. `hook` is the submission's webhook
         (`worker.contract.webhook.hook_of`). A record of a job that is queued or running stays as it is,
-        unless it was cancelled.
+        unless it was cancelled. Returns whether the job waits for others, with whose pictures it begins.
+        Raises `InvalidJobError` where one of them has failed, or too many wait.
         """
         own = job.model_dump_json(include=set(said({name: getattr(job, name) for name in SUBMISSION_FIELDS})))
         sent = Submission(
             *(job.id, job.model_dump_json(), queue, submission, own, message, *(put or ("", "")), noted),
             job.tenant,
             hook,
+            jobs_of(job.image, job.mask),
         )
         keys, words = sent.call(self._ttl_s, self._named.has(queue))
-        self._submit(keys=keys, args=words)
+        answer = self._submit(keys=keys, args=words)
+        if (refused := refusal(answer)) is not None:
+            raise refused
         self._named.note(queue)
+        return bool(answer == State.WAITING)
 
     def set_aside(self, raw: bytes, reason: str, is_poison: bool = False) -> bool:
         """Fail the job that was sent as the message `raw`, which is set aside for `reason`. False: none was.

@@ -15,6 +15,7 @@ from worker.contract.found_message import digest_of
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.refusals import code_of
 from worker.state import scripts
+from worker.state.chains import refusal
 from worker.state.keys import FAILED, QUEUES, job_key, latest_key, submission_key
 from worker.state.shared_scripts import LOADED_WITHIN_S, RETRY_S, WrittenLately, load
 
@@ -60,6 +61,8 @@ class Submission(NamedTuple):
     tenant: str = ""
     #: Its webhook, as `worker.contract.webhook.hook_of` makes it; empty: it has none.
     hook: str = ""
+    #: The ids of the jobs whose pictures it begins with: it waits for those that are not done.
+    parents: tuple[str, ...] = ()
 
     def call(self, ttl_s: int, is_named: int) -> tuple[Sequence[str], Sequence[str | int]]:
         """Keys and words of `submit.lua`. `is_named`: 1 where the sender named the queue lately, else 0."""
@@ -67,7 +70,15 @@ class Submission(NamedTuple):
         keys = [record, QUEUES, FAILED, own, latest_key(self.tenant), *([self.list] if self.list else [])]
         about = (self.job, self.queue, ttl_s, self.job_id, self.submission, self.own)
         noted = self.noted or digest_of(self.message)
-        return keys, [*about, self.message_id, noted, is_named, self.message, self.hook]
+        return keys, [
+            *about,
+            self.message_id,
+            noted,
+            is_named,
+            self.message,
+            self.hook,
+            " ".join(self.parents),
+        ]
 
 
 class Submissions:
@@ -94,7 +105,7 @@ class Submissions:
             # With Sentinel, the next connection asks where the primary is: all of it goes to one server.
             self._redis.connection_pool.disconnect(inuse_connections=False)
             self._load(deadline_s)
-        return [each if isinstance(each, Exception) else None for each in results], have_it
+        return [each if isinstance(each, Exception) else refusal(each) for each in results], have_it
 
     def of(self, job_id: str) -> list[str]:
         """The ids of a job's submissions that were not given up since it was last queued."""

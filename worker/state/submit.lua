@@ -1,32 +1,43 @@
 -- Writes the record of a job that is submitted, and the submission, and puts its message into its list. A job
 -- that is queued or running stays as it is, unless it was cancelled; any other starts anew, and still belongs
--- to its runs.
+-- to its runs. One that waits for other jobs keeps its message in its record (`chains.lua`).
 --
 -- KEYS     the record, the queues, the failed jobs, the submission, the latest jobs, the list; without a list
 --          no message is put
 -- ARGV     job as JSON, queue, seconds until the record expires, job id, submission or '', what is its own
 --          as JSON, the id of its message, its fingerprint, 1 where the sender has named the queue lately,
---          the message, its webhook as JSON (`worker.contract.webhook`) or ''
+--          the message, its webhook as JSON (`worker.contract.webhook`) or '', ids of the jobs whose pictures
+--          it begins with, separated by blanks
+-- Returns  'waiting' where it waits for others; why it was refused, and the id of the job that is in the way:
+--          'failed', 'cancelled', or that too many jobs wait for it, 'many', or for each other, 'deep'
 --
 -- Its first write may take memory: a full Redis refuses the script before it has done anything.
 -- Sent twice, because its answer was lost, it counts the submission once, and puts the message once.
 -- include heal.lua
 -- include outcome.lua
 -- include notify.lua
+-- include chains.lua
 -- include ../contract/clock.lua
 -- include ../contract/put.lua
-local job, queue, ttl, id, submission, own, message, print, is_known, raw, hook = unpack(ARGV)
+local job, queue, ttl, id, submission, own, message, print, is_known, raw, hook, parents = unpack(ARGV)
 local field = 'sub:' .. submission
 local is_new_queue = is_known ~= '1' and on(KEYS[2], 'SADD', queue) == 1
 local time = now()
 -- Workers refresh what all jobs share; here it is done for one job of 16, which keeps a busy queue's cost down.
 local refreshes = is_new_queue or tonumber(string.sub(time, -2)) % 16 == 0
-local state, cancel, runs, subs, bulk, mine, known, hooks =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message', 'hooks'))
+local state, cancel, runs, subs, bulk, mine, known, hooks, waits_for, children =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message', 'hooks', 'waits_for',
+            'children'))
 -- What follows may begin with a write that takes no memory.
 if state and is_known == '1' then on(KEYS[2], 'SADD', queue) end
 local is_alive = (state == 'queued' or state == 'running') and not cancel
 local is_done = state == 'done' and mine and submission ~= ''
+local waits, refused = {}, nil
+if not (is_alive or is_done) then
+  waits, refused = to_wait_for(id, parents or '')
+  if not waits then return refused end
+end
+local holds = KEYS[6] and (is_alive and waits_for or #waits > 0)
 -- Webhooks of submissions that nobody has told yet what became of them, as fields of a hash. Where an earlier
 -- worker has ended the job, they are told when it ends again.
 local untold = {}
@@ -42,7 +53,8 @@ local function hooks_left(is_cancelled)
   return found
 end
 -- First of all: where the list cannot take the message, there is no record either.
-if KEYS[6] and not (is_done or is_alive and mine and known == message) then put('LPUSH', KEYS[6], raw) end
+if holds then wait_for(id, waits, ttl)
+elseif KEYS[6] and not (is_done or is_alive and mine and known == message) then put('LPUSH', KEYS[6], raw) end
 if is_done then
   -- Sent again because an answer was lost, or no replica confirmed it: this submission is done.
 elseif not is_alive then
@@ -56,6 +68,8 @@ elseif not is_alive then
   end
   redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', time, 'subs', 1,
              'message', message, field, print, unpack(runs and {'runs', runs} or {}))
+  if children then redis.call('HSET', KEYS[1], 'children', 1) end
+  if holds then redis.call('HSET', KEYS[1], 'waits_for', table.concat(waits, ' '), 'ttl', ttl) end
 else
   -- With a second message, none is the job's only one.
   if known ~= message then redis.call('HSET', KEYS[1], 'message', '') end
@@ -69,6 +83,7 @@ else
     redis.call('HSET', KEYS[1], field, print)
   end
 end
+if holds then redis.call('HSET', KEYS[1], 'held:' .. submission, KEYS[6] .. '\n' .. raw) end
 if hook and hook ~= '' and not is_done then
   untold[#untold + 1] = 'hook:' .. submission
   untold[#untold + 1] = hook
@@ -87,3 +102,4 @@ note_latest(KEYS[5], id)
 -- A tenant's jobs are in its own list, and in that of all.
 local all, tenant = string.match(KEYS[5], '^(smallcat:latest):(.+)$')
 if all then note_latest(all, tenant .. '/' .. id) end
+return holds and 'waiting'

@@ -3,6 +3,7 @@
     smallcat:http:rate:<tenant>     hash   its token bucket
     smallcat:http:spent:<tenant>    hash   days since 1970-01-01 (UTC) -> pixel steps that were submitted
     smallcat:http:open:<tenant>     zset   ids of its jobs that wait or run, by when to look whether they do
+      ...:waiting                   zset   likewise, of its jobs that wait for the pictures of other jobs
     smallcat:http:feeding:<tenant>  hash   its runs -> how many of their jobs were admitted
 
 Each call is one script, by Redis' clock.
@@ -59,12 +60,14 @@ class TenantLimits:
         most_open: int | None,
         most_work: int | None,
         note: str = "",
+        parents: Sequence[str] = (),
     ) -> Admission:
         """Admit all of the jobs, pairs of id and pixel steps, or none.
 
+        `parents` are, for each job, the ids of those whose pictures it begins with, separated by blanks.
         `note` is a key that is the request's own: tried again under the same one, it is counted once.
         """
-        return self._ask(tenant, jobs, most_open, most_work, note=note)
+        return self._ask(tenant, jobs, most_open, most_work, note=note, parents=parents)
 
     def admit_of_run(
         self,
@@ -86,7 +89,8 @@ class TenantLimits:
             pipe.hincrby(f"{HTTP_SPENT}{tenant}", day, -sum(work for _, work in jobs))
             pipe.expire(f"{HTTP_SPENT}{tenant}", 2 * 86_400)
             # To be looked at next: those that are open by another submission stay.
-            pipe.zadd(f"{HTTP_OPEN}{tenant}", {job_id: 0 for job_id, _ in jobs}, xx=True)
+            for name in (f"{HTTP_OPEN}{tenant}", f"{HTTP_OPEN}{tenant}:waiting"):
+                pipe.zadd(name, {job_id: 0 for job_id, _ in jobs}, xx=True)
             if note:
                 pipe.delete(note)
             pipe.execute()
@@ -101,12 +105,14 @@ class TenantLimits:
         run: str = "",
         first: int = 0,
         note: str = "",
+        parents: Sequence[str] = (),
     ) -> Admission:
         keys = [f"{begin}{tenant}" for begin in (HTTP_SPENT, HTTP_OPEN, HTTP_FEEDING)] + (
             [note] if note else []
         )
         limits = ["" if each is None else each for each in (most_open, most_work)]
         args: list[str | int] = [*limits, self._ttl_s, run, first, 0 if run else 1, NOTE_S]
-        args += [item for job in jobs for item in job]
+        for job, begins_with in zip(jobs, parents or [""] * len(jobs), strict=True):
+            args += [*job, begins_with]
         admitted, is_open, spent, left_s, stopped = self._admit(keys=keys, args=args)
         return Admission(int(admitted), int(is_open), int(spent), max(1, int(left_s)), str(stopped))

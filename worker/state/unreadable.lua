@@ -15,10 +15,12 @@
 -- include mark_runs.lua
 -- include notify.lua
 -- include wanted_by_runs.lua
+-- include chains.lua
 -- include ../contract/clock.lua
 go_on()
 local message, me, print, id, ttl, kind, text, mark, job, queue = unpack(ARGV)
-local state, known, runs, bulk = unpack(on(KEYS[1], 'HMGET', 'state', 'message', 'runs', 'bulk'))
+local state, known, runs, bulk, waits_for =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'message', 'runs', 'bulk', 'waits_for'))
 local holder, until_s = unpack(on(KEYS[3], 'HMGET', 'claim', 'claim_until'))
 -- Whether the run has sent this very message.
 local function is_of_run()
@@ -70,9 +72,11 @@ local is_claimed = holder and holder ~= me and (tonumber(until_s or 0) or 0) > t
 if not own or left > 0 or is_claimed or wanted_by_runs(runs or '') then return of_run and 1 or 0 end
 redis.call('HSET', KEYS[1], 'state', 'failed', 'error_type', kind, 'error', text)
 redis.call('HDEL', KEYS[1], 'claim', 'claim_until', 'delivery', 'cancel')
+if waits_for then end_waiting(id, false) end
 redis.call('EXPIRE', KEYS[1], ttl)
 on(KEYS[2], 'ZADD', redis.call('TIME')[1], id)
 redis.call('EXPIRE', KEYS[2], ttl)
 redis.call('PUBLISH', KEYS[1], 'failed')
 if redis.call('HEXISTS', KEYS[1], 'hooks') == 1 then notify_submissions(TOLD_BY_WORKERS, KEYS[1], 'failed') end
+settle(id, 'failed', TOLD_BY_WORKERS)
 return 1

@@ -185,6 +185,10 @@ class Bucket:
                     return None
                 raise
 
+    def has_record(self, job_id: str, tenant: str = "") -> bool:
+        """Whether a job is done, by what the bucket has of it. Raises `StorageError`."""
+        return self.record(job_id, tenant) is not None
+
     def read_input(self, sha256: str, tenant: str = "") -> bytes | None:
         """The file that jobs begin with, as it is there: its reader compares its hash. None: it is gone.
 

@@ -127,7 +127,8 @@ def _file(bucket: Files, name: str, reference: InputReference, tenant: str) -> b
 
 def _picture(bucket: Files, name: str, job_id: str, tenant: str) -> bytes:
     """The picture of another job, which is done."""
-    gone = f"{name} is the picture of job {job_id}, which is not in the bucket: submit that job again."
+    gone = f"{name} is the picture of job {job_id}, which is not in the bucket: submit that job again, then "
+    gone += "this one."
     stored = bucket.record(job_id, tenant)
     if stored is None:
         raise InputError(gone)

@@ -26,6 +26,7 @@ function fillShown(row) {
   giveUp.hidden = ENDED.has(row.state) || !row.may_cancel || !may("submit");
   if (ENDED.has(row.state)) return;
   const text = row.state === "queued" ? `It waits since ${clock(row.at)}.`
+    : row.state === "waiting" ? "It waits for the picture of another job."
     : row.of && row.step ? `Step ${row.step} of ${row.of}.` : "It begins.";
   $("viewer-note").textContent = text;
   if (shownPreviews.has(row.id)) showPreview(shownPreviews.get(row.id));

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from worker.contract.errors import InvalidJobError
 from worker.contract.input_parameters import size_for
-from worker.contract.input_reference import InputReference
+from worker.contract.input_reference import InputReference, jobs_of
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
 
@@ -100,6 +100,14 @@ def test_proportions_that_no_job_has_need_a_size() -> None:
     assert parsed(image=f"{FILE}:10000x20", width=1024, height=64).image
 
 
+def test_image_and_mask_may_be_pictures_of_jobs_which_the_id_has() -> None:
+    job = parsed(image=f"{PARENT}:640x480", mask=f"{PARENT}:640x480")
+    assert job.id != parsed(image=IMAGE, mask=f"{PARENT}:640x480").id
+    assert job.id != parsed(image=f"{PARENT}:640x480").id
+    assert jobs_of(job.image, job.mask) == (PARENT.removeprefix("job:"),)
+    assert jobs_of(IMAGE, "alpha", "", None) == ()
+
+
 def test_strength_is_diffusers_own_where_it_is_not_given() -> None:
     """StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline, diffusers 0.42."""
     assert parsed(image=IMAGE).strength == 0.8
@@ -117,7 +125,7 @@ def test_strength_is_diffusers_own_where_it_is_not_given() -> None:
         ({"image": IMAGE, "strength": 1.5}, "strength is 1.5: it must be less than or equal to 1."),
         ({"mask": "alpha"}, "mask is for an image: give one, or leave the mask out."),
         ({"image": IMAGE, "mask": f"{FILE}:480x640"}, "mask is 480x640 and the image 640x480: give a mask"),
-        ({"image": IMAGE, "mask": f"{PARENT}:640x480"}, "mask is a job's picture: give a picture, or alpha."),
+        ({"image": IMAGE, "mask": f"{PARENT}:480x640"}, "mask is 480x640 and the image 640x480: give a mask"),
         ({"image": f"{PARENT}:64x64", "mask": "alpha"}, "mask is alpha, and pictures of jobs have no alpha"),
         ({"image": IMAGE, "mask_blur": 8}, "mask_blur is 8, and is for a mask: give one, or leave it out."),
         ({"padding": 0}, "padding is 0, and is for a mask: give one, or leave it out."),

@@ -203,7 +203,22 @@ def test_the_picture_of_another_job_is_read_where_it_is(worker: Worker, storage:
     assert np.array_equal(inputs.image, np.asarray(stored.resize((64, 64), Image.Resampling.LANCZOS)))
     missing = record_of(worker, job(f"job:{'0' * 32}:64x64", seed=6))
     assert missing.error_type == "InputError"
-    assert "which is not in the bucket: submit that job again." in (missing.error or "")
+    assert "which is not in the bucket: submit that job again, then this one." in (missing.error or "")
+
+
+def test_the_mask_may_be_the_picture_of_another_job(worker: Worker, storage: FlakyBucket) -> None:
+    first = job_of(3)
+    assert record_of(worker, first).state is State.DONE
+    stored = Image.open(io.BytesIO(storage.get(storage.uri(first.id, first.format))))
+    size = f"{stored.width}x{stored.height}"
+    wanted = job(put(storage, Image.new("RGB", stored.size)), mask=f"job:{first.id}:{size}")
+    assert record_of(worker, wanted).state is State.DONE
+    inputs = worker.runner.inputs[5]
+    assert inputs is not None
+    mask = stored.convert("L").resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(inputs.mask, np.asarray(mask))
+    missing = record_of(worker, job(f"job:{first.id}:{size}", mask=f"job:{'0' * 32}:{size}", seed=6))
+    assert (missing.error or "").startswith(f"mask is the picture of job {'0' * 32}, which is not in")
 
 
 def test_pictures_of_jobs_are_within_the_limits_of_inputs() -> None:

@@ -13,7 +13,7 @@ from tests.worker.engine.fake_runner import SERVED
 from worker.broker.transport import UNACKED
 from worker.contract.queues import PARKED, list_of, parked_list_of, queues_of
 from worker.state.fleet import Fleet, WorkerInfo
-from worker.state.keys import HELD, QUEUES
+from worker.state.keys import HELD, QUEUES, WAITING
 from worker.state.queue_figures import Served, queue_figures
 from worker.state.redis_client import connect
 
@@ -31,9 +31,10 @@ def test_jobs_are_counted_by_model_and_revision_with_and_without_workers(client:
     fleet = Fleet(client, 60)
     served = SERVED.model_copy(update={"name": "an/other model"})
     exact, open_to_all, default = queues_of(served)
-    assert queue_figures(client, fleet) == ({}, {}, {}, {}, {}, {})
+    assert queue_figures(client, fleet) == ({}, {}, {}, {}, {}, {}, 0)
 
     client.sadd(QUEUES, exact, open_to_all, default)
+    client.hset(WAITING, mapping={"a": "", "b": ""})
     client.lpush(list_of(exact, 0), "urgent")
     client.lpush(list_of(exact, 9), "first", "second")
     client.lpush(list_of(open_to_all, 5), "any")
@@ -49,6 +50,7 @@ def test_jobs_are_counted_by_model_and_revision_with_and_without_workers(client:
 
     slug = exact.removeprefix("smallcat.").partition("@")[0]
     unknown = queue_figures(client, fleet)
+    assert unknown.chained == 2
     assert unknown.waiting[Served(slug, "f" * 16)] == 4
     assert unknown.in_flight[Served(slug, "f" * 16)] == 1_200
     assert unknown.waiting[Served("default", "")] == 0

@@ -177,5 +177,38 @@ def test_many_open_jobs_are_looked_at_once_a_second(redis: Redis, limits: Tenant
     redis.config_resetstat()
     for _ in range(50):
         assert admit(limits, ids(1, 5_000), most=2_000) == 0
-    calls = redis.info("commandstats")["cmdstat_hget"]["calls"]
+    calls = redis.info("commandstats")["cmdstat_hmget"]["calls"]
     assert 2_000 <= calls <= 4_000
+
+
+def test_jobs_that_wait_for_others_are_not_open_until_they_wait_no_longer(
+    redis: Redis, limits: TenantLimits
+) -> None:
+    [parent] = ids(1, 900)
+    put(redis, [parent], "running")
+    children = ids(8)
+
+    def admit_children(jobs: list[tuple[str, int]], most: int) -> int:
+        parents = [parent[0]] * len(jobs)
+        return limits.admit("t", jobs, most_open=most, most_work=None, parents=parents).jobs
+
+    assert admit_children(children, 8) == 8
+    for job_id, _ in children:
+        redis.hset(job_key(job_id), mapping={"state": "queued", "waits_for": parent[0]})
+    assert admit(limits, ids(8, 100), 8) == 8
+    put(redis, ids(8, 100), "queued")
+    # They have a limit of their own, as high.
+    assert admit_children(ids(1, 50), 8) == 0
+    put(redis, ids(8, 100), "done")
+    look_now(redis)
+    for job_id, _ in children:
+        redis.hdel(job_key(job_id), "waits_for")
+    redis.zadd(f"{HTTP_OPEN}t:waiting", dict.fromkeys((job_id for job_id, _ in children), 0))
+    assert admit(limits, ids(1, 200), 8) == 0
+    assert redis.zcard(f"{HTTP_OPEN}t") == 8
+    assert not redis.exists(f"{HTTP_OPEN}t:waiting")
+    # Its parent is done: it is open at once.
+    put(redis, [parent], "done")
+    assert admit_children(ids(1, 50), 8) == 0
+    assert admit_children(ids(1, 50), 9) == 1
+    assert redis.zcard(f"{HTTP_OPEN}t") == 9

@@ -1,0 +1,43 @@
+"""Looks through the jobs that wait for the pictures of others, from time to time (`worker.state.chains`)."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+from worker.contract.refusals import refusal_log
+from worker.state.chains import Chains
+
+#: Seconds between two looks, about: of each worker.
+EVERY_S = 5.0
+
+
+class WaitingJobs:
+    """A thread that settles jobs whose parents have ended otherwise than by the scripts of this version.
+
+    `is_stored` says whether the bucket has a job's picture, by its id and tenant. A Redis or a bucket that is
+    out of reach is logged once; the next look tries again.
+    """
+
+    def __init__(self, chains: Chains, is_stored: Callable[[str, str], bool]) -> None:
+        self._chains, self._is_stored = chains, is_stored
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="waiting jobs", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more. Returns at once."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        # The workers of a fleet do not look at the same moment.
+        while not self._stop.wait(EVERY_S * random.uniform(0.5, 1.5)):  # noqa: S311 - nothing secret
+            try:
+                self._chains.look(self._is_stored)
+                refusal_log.answered("jobs that wait for others")
+            except Exception as error:  # noqa: BLE001 - the thread must not end
+                refusal_log.refused("jobs that wait for others", error)

@@ -1,0 +1,38 @@
+-- Looks at some of the jobs that wait for others, and settles those whose parents have ended: an earlier worker
+-- ended them, or there were too many for one call.
+--
+-- KEYS     the jobs that wait
+-- ARGV     where to go on, how many jobs to look at, then what is known of parents that have no record: job,
+--          parent, and 'done' or 'gone' in turn
+-- Returns  where to go on, '0' at the end; then job and parent in turn, for each parent that has no record
+-- include go_on.lua
+-- include chains.lua
+go_on()
+local cursor, most = ARGV[1], ARGV[2]
+local known = {}
+for i = 3, #ARGV, 3 do known[ARGV[i] .. ARGV[i + 1]] = ARGV[i + 2] end
+local found = on(KEYS[1], 'HSCAN', cursor, 'COUNT', most)
+local result = {found[1]}
+local function look_at(id)
+  local state, waits = unpack(on(record_of(id), 'HMGET', 'state', 'waits_for'))
+  if state ~= 'queued' or not waits then
+    redis.call('HDEL', KEYS[1], id)
+    return
+  end
+  for parent in string.gmatch(waits, '%x+') do
+    local ended = on(record_of(parent), 'HGET', 'state') or known[id .. parent]
+    if not ended then
+      result[#result + 1] = id
+      result[#result + 1] = parent
+    elseif ended ~= 'queued' and ended ~= 'running' then
+      if settle_one(id, parent, ended, TOLD_BY_WORKERS) then settle(id, 'failed', TOLD_BY_WORKERS) end
+      on(children_of(parent), 'HDEL', id)
+    end
+  end
+end
+if #ARGV > 2 then
+  for i = 3, #ARGV, 3 do look_at(ARGV[i]) end
+else
+  for i = 1, #found[2], 2 do look_at(found[2][i]) end
+end
+return result
