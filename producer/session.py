@@ -307,7 +307,8 @@ class Session:
 def unknown_picture(name: str, job_id: str) -> InvalidJobError:
     """The error for the field `name`, which is the picture of a job that nobody knows."""
     return InvalidJobError(
-        f"{name} is the picture of job {job_id}, which is not known: check the id, or submit that job first."
+        f"{name} is the picture of job {job_id}, which is not known: check the id. If it is right, submit "
+        "that job again first."
     )
 
 

@@ -160,8 +160,8 @@ class InputParameters(JobParameters):
             headings=("init_image", "input_image", "source_image"),
         ),
     ] = ""
-    #: The part of the image that is drawn: a path or an s3:// address of a picture that is white there and
-    #: black elsewhere, or `alpha`: where the image is transparent. Empty: all of it.
+    #: The part of the image that is drawn: a picture, named likewise, that is white there and black
+    #: elsewhere, or `alpha`: where the image is transparent. Empty: all of it.
     mask: Annotated[
         str,
         Field(strict=True, json_schema_extra={"pattern": f"^({REFERENCE}|{ALPHA})?$"}),

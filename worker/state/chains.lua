@@ -99,6 +99,13 @@ local function fate_of(parent, ended)
   if other then return 'failed, because ' .. (string.match(its, '^failed, because (.+)$') or 'job ' .. other .. ' ' .. its) end
   return 'failed: ' .. beginning(why)
 end
+-- Adds a job to those that failed for good. False: a producer may not, and a worker does it (`settle.lua`).
+local function list_failed(id, ttl)
+  local listed = redis.pcall('ZADD', 'smallcat:failed', redis.call('TIME')[1], id)
+  if type(listed) ~= 'number' then return false end
+  redis.pcall('EXPIRE', 'smallcat:failed', ttl)
+  return true
+end
 -- Releases one job that waits for `parent`, or fails it. Returns whether it has failed.
 local function settle_one(id, parent, ended, list)
   if not string.match(id, '^%x+$') or #id ~= 32 then return false end
@@ -128,10 +135,8 @@ local function settle_one(id, parent, ended, list)
   end_waiting(id, false)
   redis.call('HSET', key, 'state', 'failed', 'error_type', 'InputError', 'error', 'The job begins with the picture of job '
              .. parent .. ', which ' .. fate_of(parent, ended) .. ' Submit that job again, then this one.')
-  -- A producer's user of an earlier version may not.
-  redis.pcall('ZADD', 'smallcat:failed', redis.call('TIME')[1], id)
-  redis.pcall('EXPIRE', 'smallcat:failed', ttl)
   redis.pcall('EXPIRE', key, ttl)
+  if not list_failed(id, ttl) then on(WAITING, 'HSET', id, 'failed') end
   redis.call('PUBLISH', key, 'failed')
   mark_runs(runs or '', nil, key)
   if hooks then notify_submissions(list, key, 'failed') end

@@ -16,6 +16,9 @@ local result = {found[1]}
 local function look_at(id)
   local state, waits = unpack(on(record_of(id), 'HMGET', 'state', 'waits_for'))
   if state ~= 'queued' or not waits then
+    if state == 'failed' and redis.call('HGET', KEYS[1], id) == 'failed' then
+      list_failed(id, redis.call('TTL', record_of(id)))
+    end
     redis.call('HDEL', KEYS[1], id)
     return
   end

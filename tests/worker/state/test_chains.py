@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 
+from deploy.embedded.servers import ValkeyProcess
 from tests.worker.broker import test_malformed as stored
 from tests.worker.engine.fake_runner import job_of
 from tests.worker.state.test_records import claim, client, done, records
@@ -28,10 +31,13 @@ from worker.state.failures import Failures
 from worker.state.forgetting import Forgetting, Scope
 from worker.state.keys import WAITING, attempts_key, job_key, run_key
 from worker.state.records import Claim, Records
+from worker.state.redis_client import connect
+from worker.state.shared_scripts import load
 from worker.state.submissions import Submission, Submissions
 
 __all__ = ["client", "records"]
 
+ROOT = Path(__file__).parents[3]
 QUEUE, LIST = "smallcat.fake@ffff", "smallcat.fake@ffff"
 REMEDY = "Submit that job again, then this one."
 _numbers = itertools.count()
@@ -390,6 +396,28 @@ def test_runs_are_told_of_children_that_fail_by_workers_alone(records: Records, 
     news: Any = client.lrange(f"{run_key('r')}:news", 0, -1)
     [news] = map(json.loads, news)
     assert news[3:5] == [child.id, "failed"]
+
+
+def test_a_producer_leaves_it_to_workers_to_list_what_has_failed(
+    records: Records, client: Redis, valkey: ValkeyProcess
+) -> None:
+    """`deploy/redis-producer.acl`: else it could list what it likes."""
+    rules = (ROOT / "deploy/redis-producer.acl").read_text().replace(">PASSWORD", ">p")
+    _, *words = re.findall(r"\([^)]*\)|\S+", rules)
+    client.execute_command("ACL", "SETUSER", *words)  # type: ignore[no-untyped-call]
+    parent, child, grandchild = chain(records, 2)
+    load(client)
+    try:
+        with connect(f"redis://producer:p@127.0.0.1:{valkey.port}/0", retry_s=1) as producer:
+            Records(producer, 1_000).cancel(parent.id)
+    finally:
+        client.execute_command("ACL", "DELUSER", "producer")  # type: ignore[no-untyped-call]
+    assert {records.get(each.id).state for each in (child, grandchild)} == {State.FAILED}
+    assert Failures(client).list() == []
+    look(client)
+    assert {each.id for each in Failures(client).list()} == {child.id, grandchild.id}
+    assert client.ttl("smallcat:failed") > 0  # type: ignore[operator]
+    nothing_is_left(client)
 
 
 # --- at the workers --------------------------------------------------------------------------------------
