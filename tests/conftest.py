@@ -10,6 +10,7 @@ A server that is not installed skips the test at home and fails it in CI (`CI=tr
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -90,7 +91,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave thousands of collected tests out of every later collection of garbage: a quarter of all time."""
+    """Leave thousands of collected tests out of every later collection of garbage: a quarter of all time.
+
+    And let all sessions of boto3 in this process share one reader of its files, as clients of one session do:
+    reading 2 MB of JSON again is two thirds of what a client costs, and tests make hundreds of them.
+    """
+    import botocore.session
+
+    botocore.session.create_loader = functools.cache(botocore.session.create_loader)
     gc.collect()
     gc.freeze()
 
