@@ -9,12 +9,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from producer.cli.main import cli
 from tests.docs import ROOT
 from tests.markdown import codes
+from worker.demo.training.captions import BACKGROUNDS
+from worker.demo.training.classifier import recognise
 
 pytestmark = [pytest.mark.usefixtures("servers"), pytest.mark.timeout(240)]
 
@@ -134,3 +138,19 @@ def test_a_shell_inside_a_stack(tmp_path: Path) -> None:
         f"{command.replace('deploy.local', 'deploy.local --no-worker')} -c 'echo $S3_BUCKET'", tmp_path
     )
     assert printed == "smallcat\n"
+
+
+def test_the_pictures_that_begin_with_pictures(exports: str, tmp_path: Path) -> None:
+    """A cat is made a dog, and a sneaker keeps its pixels before a blue background."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    [commands] = [code.text for code in codes(ROOT / "docs" / "pictures-in.md") if code.language == "sh"]
+    run(f"{exports}\n{commands}", tmp_path)
+
+    for folder in (tmp_path, ROOT / "docs" / "pictures-in"):
+        cat, dog, blue = (Image.open(folder / f"{name}.png") for name in ("cat", "dog", "blue"))
+        assert (recognise(cat), recognise(dog)) == (["cat"], ["dog"])
+        cut_out = np.asarray(Image.open(ROOT / "docs" / "cut-outs" / "sneaker.png"))
+        opaque, clear = cut_out[..., 3] == 255, cut_out[..., 3] == 0
+        pixels = np.asarray(blue, np.int16)
+        assert np.array_equal(pixels[opaque], cut_out[opaque][:, :3])
+        assert (np.abs(pixels[clear] - BACKGROUNDS["blue"]).max(axis=1) < 64).mean() > 0.95
