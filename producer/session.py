@@ -240,6 +240,8 @@ class Session:
 
         Raises `InvalidJobError` for one that is named and not there, `StorageError`.
         """
+        if not (given.files or given.named):
+            return  # Of other jobs' pictures nothing is stored.
         if self.bucket is None:
             raise StorageError("S3_BUCKET is not set: name the bucket, from which workers read pictures.")
         from worker.storage.inputs import Inputs

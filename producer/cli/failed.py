@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -15,6 +16,7 @@ from producer.client.job_result import JobResult
 from producer.session import session
 from worker.contract import errors
 from worker.contract.errors import CallerError, PoisonJobError, UnknownJobError
+from worker.contract.input_reference import jobs_of
 from worker.contract.message import RunMark
 from worker.contract.plain_text import counted
 from worker.contract.record import State
@@ -92,8 +94,22 @@ def select(
 
 
 def retry(records: Iterable[JobResult]) -> list[JobHandle]:
-    """Submit the jobs again, with all their attempts; those of a run belong to it. Raises `QueueError`."""
-    return [submit_job(record.job) for record in records]
+    """Submit the jobs again, with all their attempts; those of a run belong to it.
+
+    Those that begin with the pictures of others come after them. Raises `QueueError`, and `InvalidJobError`
+    where such another one has failed and is not among them.
+    """
+    left = {record.id: record for record in records}
+    return [submit_job(left[job_id].job) for job_id in _parents_first(left)]
+
+
+def _parents_first(records: Mapping[str, JobResult]) -> list[str]:
+    """The ids of the jobs, each after those with whose pictures it begins."""
+    parents = {
+        job_id: [each for each in jobs_of(record.job.image, record.job.mask) if each in records]
+        for job_id, record in records.items()
+    }
+    return list(TopologicalSorter(parents).static_order())
 
 
 def drop(job_ids: Sequence[str]) -> int:

@@ -17,7 +17,14 @@ from producer.cli.main import cli
 from producer.client import submit_job
 from producer.client.job_result import JobResult
 from producer.session import session
-from worker.contract.errors import CallerError, JobTooLargeError, RenderError, SmallcatError, UnknownJobError
+from worker.contract.errors import (
+    CallerError,
+    InvalidJobError,
+    JobTooLargeError,
+    RenderError,
+    SmallcatError,
+    UnknownJobError,
+)
 from worker.contract.found_message import digest_of
 from worker.contract.job import Job
 from worker.contract.message import MAX_VERSION, RunMark
@@ -335,3 +342,17 @@ def test_unreadable_messages_have_no_ids() -> None:
     refused = CliRunner().invoke(cli, ["failed", "list", "--unreadable", "an-id"])
     assert refused.exit_code == 2
     assert "leave out ids" in refused.stderr
+
+
+def test_jobs_that_begin_with_others_pictures_are_retried_after_them() -> None:
+    parent = submit_job("a cat", seed=1, width=64, height=64)
+    child = submit_job("a dog", seed=2, image=parent)
+    last = submit_job("a hat", seed=3, image=child, mask=parent)
+    job = parent.record().job
+    session().records.claim(job, "m1", worker="w", lease_s=30, max_attempts=2, queue=queue_of(job))
+    assert session().records.failed(parent.id, "m1", RenderError("bad kernel"))
+    assert {record.id for record in failed.select()} == {parent.id, child.id, last.id}
+    with pytest.raises(InvalidJobError, match=f"job {parent.id}, which has failed: submit that job again"):
+        failed.retry(failed.select([child.id]))
+    assert "3 submitted again" in run("retry", last.id, child.id, parent.id)
+    assert (parent.state(), child.state(), last.state()) == (State.QUEUED, State.WAITING, State.WAITING)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.producer.http.conftest import Answer, Api
+from tests.producer.http.conftest import NOBODYS, Answer, Api
 from tests.producer.test_pictures import CUT_OUT, PHOTO, file_of
 
 DATA = file_of(PHOTO, "JPEG")
@@ -52,6 +52,32 @@ def test_json_has_pictures_by_what_is_there_and_as_data_urls(api: Api) -> None:
     third = api.call("POST", "/v1/jobs", [{"prompt": "a dog", "image": first.json["id"], "seed": 1}])
     assert third.status == 202, third.body
     assert api.wait(third.json["jobs"][0])["job"]["image"].startswith(f"job:{first.json['id']}:")
+
+
+def test_a_job_waits_for_the_picture_of_one_that_is_not_done(api: Api) -> None:
+    ours = api.new_key("chains", tenant="chains", max_queued=1, models=[NOBODYS])
+    asked = {"prompt": "a cat", "model": NOBODYS, "width": 64, "height": 64, "steps": 2}
+    parent = api.call("POST", "/v1/jobs", asked, key=ours).json
+    wanted = {"prompt": "a dog", "seed": 1, "image": f"job:{parent['id']}", "model": NOBODYS, "steps": 2}
+    child = api.call("POST", "/v1/jobs", wanted, key=ours)
+    # It takes no slot of its tenant's.
+    assert child.status == 202, child.body
+    view = api.call("GET", child.json["links"]["self"], key=ours).json
+    assert (view["state"], view["waits_for"]) == ("waiting", [parent["id"]])
+    assert view["note"] == f"It waits for the picture of job {parent['id']}."
+    api.call("DELETE", parent["links"]["self"], key=ours)
+    events = api.call("GET", child.json["links"]["events"], key=ours).body.decode()
+    assert events.count("event: failed") == 1
+    assert f"The job begins with the picture of job {parent['id']}, which was cancelled." in events
+    again = api.call("POST", "/v1/jobs", wanted, key=ours)
+    assert (again.status, again.json["detail"]) == (
+        422,
+        f"image is the picture of job {parent['id']}, which was cancelled: submit that job again first.",
+    )
+    chained = api.call("POST", "/v1/jobs", {"prompt": "a cat", "seed": 77}).json
+    last = api.call("POST", "/v1/jobs", {"prompt": "a dog", "seed": 78, "image": chained["id"]})
+    # It was released, and a worker has read that picture: the fake's are all of one size.
+    assert api.wait(last.json)["error"].startswith("image is 8x8, and the job says ")
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,13 @@ from worker.contract.found_message import fingerprint
 from worker.contract.job import Job
 from worker.contract.message import payload_of
 from worker.contract.record import State
+from worker.contract.webhook import hook_of
 from worker.state import chains as chains_module
 from worker.state import scripts
 from worker.state.chains import MAX_CHILDREN, MAX_DEPTH, Chains
 from worker.state.failures import Failures
 from worker.state.forgetting import Forgetting, Scope
-from worker.state.keys import WAITING, attempts_key, job_key, run_key
+from worker.state.keys import TOLD_BY_PRODUCERS, WAITING, WEBHOOKS, attempts_key, job_key, run_key
 from worker.state.records import Claim, Records
 from worker.state.redis_client import connect
 from worker.state.shared_scripts import load
@@ -327,6 +328,21 @@ def test_refusals_come_back_for_each_of_many_submissions(records: Records, clien
     assert isinstance(refused[0], InvalidJobError)
     assert refused[1] is None
     assert waiting(client) == [parent.id, other.id]
+
+
+def test_webhooks_of_children_are_told_why_by_whoever_ends_the_parent(
+    records: Records, client: Redis
+) -> None:
+    hook = hook_of("https://a.example.com/hook", "")
+    for end, told_by in ((cancel_queued, TOLD_BY_PRODUCERS), (fail, f"{WEBHOOKS}:new")):
+        parent, child = job_of(1), child_of(job_of(1))
+        submit(records, parent)
+        submit(records, child, hook=hook)
+        end(records, client, parent)
+        [entry] = client.lrange(told_by, 0, -1)  # type: ignore[misc]
+        told = json.loads(str(entry).partition(" ")[2])
+        assert (told["job"], told["state"], told["error_type"]) == (child.id, "failed", "InputError")
+        assert told["error"] == records.get(child.id).error
 
 
 # --- what scripts of this version did not end ---------------------------------------------------------------
