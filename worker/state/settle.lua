@@ -13,8 +13,15 @@ local known = {}
 for i = 3, #ARGV, 3 do known[ARGV[i] .. ARGV[i + 1]] = ARGV[i + 2] end
 local found = on(KEYS[1], 'HSCAN', cursor, 'COUNT', most)
 local result = {found[1]}
+-- A job that waits outlives the time that records live, and so does what it waits for.
+local function refresh(id, parent, ttl)
+  if ttl == 0 or redis.call('TTL', record_of(id)) > ttl / 2 then return end
+  for _, key in ipairs({record_of(id), record_of(parent), children_of(parent), KEYS[1]}) do
+    if redis.call('TTL', key) < ttl then redis.call('EXPIRE', key, ttl) end
+  end
+end
 local function look_at(id)
-  local state, waits = unpack(on(record_of(id), 'HMGET', 'state', 'waits_for'))
+  local state, waits, ttl = unpack(on(record_of(id), 'HMGET', 'state', 'waits_for', 'ttl'))
   if state ~= 'queued' or not waits then
     if state == 'failed' and redis.call('HGET', KEYS[1], id) == 'failed' then
       list_failed(id, redis.call('TTL', record_of(id)))
@@ -30,6 +37,8 @@ local function look_at(id)
     elseif ended ~= 'queued' and ended ~= 'running' then
       if settle_one(id, parent, ended, TOLD_BY_WORKERS) then settle(id, 'failed', TOLD_BY_WORKERS) end
       on(children_of(parent), 'HDEL', id)
+    else
+      refresh(id, parent, count(ttl))
     end
   end
 end

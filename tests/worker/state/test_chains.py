@@ -18,7 +18,7 @@ from redis import Redis
 from deploy.embedded.servers import ValkeyProcess
 from tests.worker.broker import test_malformed as stored
 from tests.worker.engine.fake_runner import job_of
-from tests.worker.state.test_records import claim, client, done, records
+from tests.worker.state.test_records import TTL_S, claim, client, done, records
 from worker.contract.errors import InvalidJobError, JobCancelledError, RenderError
 from worker.contract.found_message import fingerprint
 from worker.contract.job import Job
@@ -356,6 +356,17 @@ def look(client: Redis, stored: bool | None = None) -> None:
         return stored
 
     Chains(client).look(is_stored)
+
+
+def test_a_look_keeps_what_waits_longer_than_records_live(records: Records, client: Redis) -> None:
+    parent, child = chain(records, 1)
+    keys = [job_key(parent.id), job_key(child.id), f"{job_key(parent.id)}:children", WAITING]
+    for key in keys:
+        client.expire(key, 10)
+    look(client)
+    assert [client.ttl(key) for key in keys] == [TTL_S] * 4
+    finish(records, parent)
+    assert waiting(client) == [parent.id, child.id]
 
 
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
