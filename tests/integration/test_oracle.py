@@ -1,4 +1,4 @@
-"""Sixty-four different jobs at once through the real queue, drawn by the bundled model: each gets its own.
+"""Many different jobs at once through the real queue, drawn by the bundled model: each gets its own picture.
 
 The judge of the demo model says what a picture shows. One that it does not take for its own prompt must equal
 what diffusers' own pipeline draws for that job alone.
@@ -63,7 +63,7 @@ JOBS = [
 
 
 class Oracle:
-    """Tells whether pictures, in the order of `JOBS`, are those of their own jobs."""
+    """Tells whether pictures, of the first ones of `JOBS`, are those of their own jobs."""
 
     def __init__(self) -> None:
         self._recogniser = evaluate.Recogniser(*classifier.load_classifier())
@@ -73,7 +73,8 @@ class Oracle:
     def doubted(self, images: Sequence[Image.Image]) -> list[int]:
         """Numbers of the pictures in which the judge does not see what was asked for."""
         names = self._recogniser.names(images)
-        return [number for number, (name, word) in enumerate(zip(names, WORDS, strict=True)) if name != word]
+        words = WORDS[: len(images)]
+        return [number for number, (name, word) in enumerate(zip(names, words, strict=True)) if name != word]
 
     def strangers(self, images: Sequence[Image.Image]) -> list[int]:
         """Numbers of the doubted pictures that are not what the job gives when it is drawn alone, either."""
@@ -107,15 +108,16 @@ def _difference(one: Image.Image, other: Image.Image) -> int:
 
 @dataclass(frozen=True)
 class Session:
-    """What the worker drew, in the order of `JOBS`, and how."""
+    """What the worker drew, for the first ones of `JOBS`, and how."""
 
     images: list[Image.Image]
     #: Rows of the UNet in a step, the mean over all steps.
     mean_rows: float
 
 
-@pytest.fixture(scope="module")
-def session(servers: Stack) -> Iterator[Session]:
+@pytest.fixture(scope="module", params=[24, pytest.param(64, marks=pytest.mark.services)])
+def session(servers: Stack, request: pytest.FixtureRequest) -> Iterator[Session]:
+    """So many jobs at once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -124,7 +126,7 @@ def session(servers: Stack) -> Iterator[Session]:
             patch.setenv(name, value)
         # No model is named, so it is the bundled one.
         stack.new_worker({"SMALLCAT_MAX_BATCH": "16", "SMALLCAT_METRICS_PORT": str(port)}).start()
-        handles = [submit_job(job) for job in JOBS]
+        handles = [submit_job(job) for job in JOBS[: request.param]]
         images = [handle.image(timeout=200) for handle in handles]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             metrics = answer.read().decode()
@@ -143,11 +145,12 @@ def oracle() -> Oracle:
     return Oracle()
 
 
-def test_each_of_64_jobs_in_mixed_batches_gets_its_own_picture(session: Session, oracle: Oracle) -> None:
-    assert session.mean_rows > 6
-    assert [image.size for image in session.images] == [(job.width, job.height) for job in JOBS]
+def test_each_of_many_jobs_in_mixed_batches_gets_its_own_picture(session: Session, oracle: Oracle) -> None:
+    assert session.mean_rows > (6 if len(session.images) == len(JOBS) else 4)
+    sizes = [(job.width, job.height) for job in JOBS[: len(session.images)]]
+    assert [image.size for image in session.images] == sizes
     # The judge itself must know most of them, or it would be the lone drawings that are tested.
-    assert len(oracle.doubted(session.images)) <= 6
+    assert len(oracle.doubted(session.images)) <= len(session.images) / 10
     assert [JOBS[number].prompt for number in oracle.strangers(session.images)] == []
 
 

@@ -208,6 +208,7 @@ def test_on_a_cpu_memory_is_the_peak_of_the_process() -> None:
     assert kernels.peak_bytes(lambda: None, CPU) == pytest.approx(0, abs=4 << 20)
 
 
+@pytest.mark.services
 @needs_proc
 def test_naive_attention_holds_the_whole_matrix_in_memory_and_sdpa_does_not() -> None:
     sides = (256, 512)
@@ -373,6 +374,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "QUICK", scope)
 
 
+# Each part of it is tested above.
+@pytest.mark.services
 @pytest.mark.usefixtures("quick")
 def test_all_experiments(model: Path, tmp_path: Path) -> None:
     result = bench("--model", str(model), "--quick", "--steps", "2", "--output", str(tmp_path / "found"))

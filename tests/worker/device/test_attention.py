@@ -380,6 +380,7 @@ print([str(node.target) for node in graph.graph.nodes if node.op == "call_functi
 """
 
 
+@pytest.mark.services  # It imports torch and its compiler once more.
 def test_xformers_is_one_operator_for_the_compiler_and_called_directly_by_eager_steps() -> None:
     # In a process of its own: an operator's name can be taken once.
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)

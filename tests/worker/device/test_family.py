@@ -73,7 +73,9 @@ def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch._dynamo.reset()
 
 
-# Traced three times, which takes 10 s, and more beside other tests.
+# Traced three times, which takes 10 s, and more beside other tests. That a padded batch gives what the batch
+# itself gives is tested below for one size.
+@pytest.mark.services
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("compiled_on_cpu")
 def test_batches_that_are_padded_for_compiled_steps_give_the_same_pictures(toy: ToyFlow) -> None:
