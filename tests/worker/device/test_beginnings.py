@@ -226,15 +226,16 @@ def test_a_job_without_a_mask_keeps_its_bits_beside_one_that_has_one(models: Any
 def test_what_a_model_sees_of_masks_is_a_condition_of_its_rows_alone(models: Any, name: str) -> None:
     """Others take what they took before: their compiled functions and graphs have no input for it."""
     runner = models(name).runner
-    jobs = [a_job(guidance_scale=1.0), of_mask(strength=1.0), of_image()]
+    composed = of_mask(prompt="a cat AND a dog", prompt_syntax="a1111")
+    jobs = [a_job(guidance_scale=1.0), of_mask(strength=1.0), of_image(), composed]
     batch = batch_of([runner.prepare(job, inputs_of(job)).next_inputs() for job in jobs])
     assert batch.states.shape[2:] == (4, 8, 8)
     assert (SEEN in batch.conditions) == ("inpainting" in name)
     assert (batch.kept is None) == ("inpainting" in name)
     if (seen := batch.conditions.get(SEEN)) is not None:
-        assert seen.shape == (5, 5, 8, 8)
+        assert seen.shape == (8, 5, 8, 8)
         assert torch.equal(seen[1], seen[2])
-        assert [bool(row[0].all()) for row in seen] == [True, False, False, True, True]
+        assert [bool(row[0].all()) for row in seen] == [True, *[False] * 2, *[True] * 2, *[False] * 3]
 
 
 def test_what_is_drawn_of_a_cut_out_is_not_seen(models: Any) -> None:

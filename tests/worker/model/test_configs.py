@@ -17,10 +17,13 @@ from tests import original_layout
 from worker.contract.settings import WorkerSettings
 from worker.model import checkpoint, loader, single_file, single_file_loader
 from worker.model import files as model_files
+from worker.model.headers import read_header
 
 CONFIGS = single_file.CONFIGS
 #: What diffusers calls each family, by marks in its single file.
 TYPES = {"sd1": "v1", "sd2": "v2", "sdxl": "xl_base"}
+#: The same of a checkpoint made for inpainting.
+INPAINTING_TYPES = {"sd1": "inpainting", "sd2": "inpainting_v2", "sdxl": "xl_inpaint"}
 #: How many weights the real ones have: those of stable-diffusion-v1-5, stable-diffusion-2-1 and
 #: stable-diffusion-xl-base-1.0 in the format of diffusers.
 WEIGHTS = {
@@ -38,15 +41,16 @@ WEIGHTS = {
 class FullSize:
     """A family's components on torch's meta device, which has shapes and no numbers."""
 
-    def __init__(self, family: str) -> None:
-        def config(kind: Any, name: str) -> Any:
-            return kind.from_config(kind.load_config(str(CONFIGS / family / name)))
+    def __init__(self, family: str, *, inpainting: bool = False) -> None:
+        def config(kind: Any, name: str, **changed: int) -> Any:
+            return kind.from_config(kind.load_config(str(CONFIGS / family / name)) | changed)
 
         def text(kind: Any, name: str) -> Any:
             return kind(CLIPTextConfig.from_pretrained(CONFIGS / family / name))
 
         with torch.device("meta"):
-            self.unet = config(diffusers.UNet2DConditionModel, "unet")
+            channels = {"in_channels": 9} if inpainting else {}
+            self.unet = config(diffusers.UNet2DConditionModel, "unet", **channels)
             self.vae = config(diffusers.AutoencoderKL, "vae")
             self.text_encoder = text(CLIPTextModel, "text_encoder")
             self.text_encoder_2 = (
@@ -57,9 +61,9 @@ class FullSize:
         return {name: module for name, module in vars(self).items() if module is not None}
 
 
-def write(family: str, folder: Path) -> Path:
+def write(family: str, folder: Path, *, inpainting: bool = False) -> Path:
     """A checkpoint of the family with the names and shapes of the real one; all its weights are zero."""
-    tensors = original_layout.checkpoint(FullSize(family))
+    tensors = original_layout.checkpoint(FullSize(family, inpainting=inpainting))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return original_layout.write_header(folder / f"{family}.safetensors", shapes)
 
@@ -89,6 +93,34 @@ def test_a_full_size_checkpoint_is_known_by_its_header(
         assert extra == unused, name
     # The names are those by which diffusers knows the family, too.
     assert infer_diffusers_model_type(original_layout.checkpoint(FullSize(family))) == TYPES[family]
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("family", WEIGHTS)
+def test_a_full_size_checkpoint_made_for_inpainting_is_known_by_its_header(
+    family: str, tmp_path: Path
+) -> None:
+    path = write(family, tmp_path, inpainting=True)
+    found = checkpoint.identify(read_header(path).tensors, "a file")
+    assert (found.family.configs, found.inpainting_channels) == (family, 9)
+    tensors = original_layout.checkpoint(FullSize(family, inpainting=True))
+    assert infer_diffusers_model_type(tensors) == INPAINTING_TYPES[family]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("family", WEIGHTS)
+def test_a_full_size_checkpoint_made_for_inpainting_loads(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single_file, "digesting", lambda files: lambda: "0" * 16)
+    path = write(family, tmp_path, inpainting=True)
+    loaded = loader.load(WorkerSettings(model=str(path), dtype="fp16"))
+    assert loaded.served.inpainting
+    first = loaded.pipeline.unet.conv_in.weight
+    assert first.shape == (320, 9, 3, 3)
+    needed = WEIGHTS[family]["unet"] + first.numel() // 9 * 5
+    assert sum(weight.numel() for weight in loaded.pipeline.unet.parameters()) == needed
 
 
 @pytest.mark.slow
