@@ -228,12 +228,13 @@ class Session:
             )
         if not may_wait and record.state is not State.DONE:
             raise InvalidJobError(f"{is_of}, which is {record.state}: wait until it is done.")
-        if not record.job.width or not record.job.height:
+        width, height = record.job.picture_size
+        if not width or not height:
             raise InvalidJobError(
                 f"{is_of}, whose size is not known, as no worker of its model has run: submit that job with "
                 "a width and a height, or wait until it is done."
             )
-        return InputReference("job", job_id, record.job.width, record.job.height)
+        return InputReference("job", job_id, width, height)
 
     def store(self, given: Given, tenant: str) -> None:
         """Put the files of a job into the bucket, unless they are there.

@@ -62,7 +62,7 @@ def show_picture(result: JobResult) -> None:
     else:
         job = result.job
         console.print(
-            f'"{plain(job.prompt)}", {job.width}x{job.height}, seed {job.seed}, {job.steps} steps',
+            f'"{plain(job.prompt)}", {result.width}x{result.height}, seed {job.seed}, {job.steps} steps',
             markup=False,
             highlight=False,
         )

@@ -18,7 +18,8 @@ from worker.contract.errors import InvalidJobError, UnknownJobError
 from worker.contract.explain import short
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.job_files import files_of
-from worker.contract.job_parameters import DEFAULT_MODEL, MAX_SEED, JobFields
+from worker.contract.job_keywords import JobFields
+from worker.contract.job_parameters import DEFAULT_MODEL, MAX_SEED
 from worker.contract.plain_text import plain
 from worker.contract.record import JobRecord, State
 from worker.contract.webhook import hook_of

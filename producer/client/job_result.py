@@ -55,13 +55,13 @@ class JobResult(JobRecord):
 
     @property
     def width(self) -> int | None:
-        """Pixels."""
-        return self.job.width
+        """Pixels of the picture."""
+        return self.job.picture_size[0]
 
     @property
     def height(self) -> int | None:
-        """Pixels."""
-        return self.job.height
+        """Pixels of the picture."""
+        return self.job.picture_size[1]
 
     def url(self, expires_s: int = 3_600) -> str:
         """A link to the picture that any browser opens for `expires_s` seconds (1 to 604,800)."""

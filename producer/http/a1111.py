@@ -29,7 +29,7 @@ from producer.http.problems import RefusedError, headers_of, name_of, sentence_o
 from producer.http.reading import read_json
 from producer.http.rendering import render
 from producer.http.submitting import check, numbered
-from worker.contract.choices import SAMPLERS, SCHEDULES, NoiseSchedule
+from worker.contract.choices import SAMPLERS, SCHEDULES, UPSCALERS, NoiseSchedule, Upscaler
 from worker.contract.errors import InvalidJobError, SmallcatError
 from worker.contract.explain import short
 from worker.contract.infotext import write
@@ -48,7 +48,7 @@ _HASH: Final = 10
 _CHOICE_S: Final = 30 * 86_400
 #: Lists that clients ask for, and that are empty here.
 _EMPTY: Final = (
-    *("upscalers", "latent-upscale-modes", "sd-vae", "hypernetworks", "face-restorers"),
+    *("sd-vae", "hypernetworks", "face-restorers"),
     *("realesrgan-models", "prompt-styles", "script-info", "artists", "artist-categories"),
 )
 #: What is not offered, by path.
@@ -241,6 +241,19 @@ async def schedulers(caller: Reader) -> Response:
             for name, label in names.items()
         ]
     )
+
+
+@router.get("/upscalers")
+async def upscalers(caller: Reader) -> Response:
+    """Those of a second pass that work on pixels."""
+    about = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
+    return as_json([{"name": name, **about} for name in ("None", UPSCALERS[Upscaler.LANCZOS])])
+
+
+@router.get("/latent-upscale-modes")
+async def latent_upscale_modes(caller: Reader) -> Response:
+    """Those of a second pass that work on latents."""
+    return as_json([{"name": UPSCALERS[Upscaler.LATENT]}])
 
 
 @router.get("/scripts")

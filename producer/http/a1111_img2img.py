@@ -40,6 +40,7 @@ _NAMES: Final = frozenset(
 )
 _HARMLESS: Final[Harmless] = {
     **{name: rule for name, rule in HARMLESS.items() if name not in _NAMES},
+    "enable_hr": (is_off, "hires fix is for txt2img: switch it off"),
     "resize_mode": (is_off, "cropping and filling are not offered: set it to 0, which resizes"),
     "latent_mask": (is_off, "it is not offered: send a mask"),
     "initial_noise_multiplier": (is_exactly_one, "it is not offered: set it to 1"),

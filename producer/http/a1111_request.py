@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from producer.http.a1111_hires import second_pass_of
 from producer.http.problems import RefusedError
 from producer.prompts.entries import LineError
 from producer.prompts.fields import NOT_GIVEN, near_miss, value_of
@@ -66,7 +67,6 @@ def _is_negative(value: Any) -> bool:
 Harmless: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
 #: Names that may have harmless values only: how these are recognised, and what to say of others.
 HARMLESS: Final[Harmless] = {
-    "enable_hr": (is_off, "hires fix is not offered: ask for the size in width and height"),
     "styles": (_is_empty, "styles are not offered: write the style's text into the prompt"),
     "script_name": (is_off, "scripts are not offered: leave it out"),
     "restore_faces": (is_off, "restoring faces is not offered: switch it off"),
@@ -89,7 +89,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         *("override_settings", "override_settings_restore_afterwards", "alwayson_scripts", "script_args"),
         *("denoising_strength", "s_tmax", "s_tmin", "refiner_switch_at", "disable_extra_networks"),
         *("do_not_save_samples", "do_not_save_grid", "send_images", "save_images", "force_task_id"),
-        *("firstpass_image", "firstphase_width", "firstphase_height", "comments"),
+        *("enable_hr", "firstpass_image", "firstphase_width", "firstphase_height", "comments"),
         *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y"),
         *("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt"),
     )
@@ -160,6 +160,8 @@ def read_request(body: Any, harmless: Harmless = HARMLESS, known: Container[str]
     fields |= {} if eta is None else {"eta": eta}
     # Its clients write its syntax.
     fields.setdefault("prompt_syntax", PromptSyntax.A1111)
+    if not is_off(body.get("enable_hr")):
+        fields |= second_pass_of(body, fields)
     batch_size, n_iter = (_count(body, name) for name in ("batch_size", "n_iter"))
     if batch_size * n_iter > MAX_IMAGES:
         raise InvalidJobError(

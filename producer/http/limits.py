@@ -20,6 +20,7 @@ from worker.contract.explain import short
 from worker.contract.input_reference import jobs_of
 from worker.contract.job import OPEN_REVISION
 from worker.contract.job_parameters import DEFAULT_MODEL, DEFAULT_PRIORITY
+from worker.contract.second_pass import pixel_steps
 
 if TYPE_CHECKING:
     from producer.http.caller import Caller
@@ -128,12 +129,6 @@ def burst_of(tenant: Tenant) -> int:
     return tenant.burst or max(1, math.ceil(2 * (tenant.requests_per_s or 0)))
 
 
-def pixel_steps(fields: Mapping[str, Any]) -> int | None:
-    """Width x height x steps of a job; None where a part is not known."""
-    sides = [fields.get(name) for name in ("width", "height", "steps")]
-    return None if None in sides else math.prod(int(each or 0) for each in sides)
-
-
 def refusal(tenant: Tenant, fields: Mapping[str, Any], *, is_whole: bool = True) -> str:
     """Why a tenant may never have a job of these fields, in a sentence; empty where it may.
 
@@ -157,6 +152,7 @@ def refusal(tenant: Tenant, fields: Mapping[str, Any], *, is_whole: bool = True)
         return unknown if is_whole else ""
     if tenant.max_pixel_steps is not None and work > tenant.max_pixel_steps:
         said = " x ".join(str(fields[name]) for name in ("width", "height", "steps"))
+        said += " and of the second pass" if (fields.get("upscale") or 1) != 1 else ""
         return (
             f"width x height x steps is {said} = {work:,}: the tenant {tenant.name} may ask for up to "
             f"{tenant.max_pixel_steps:,} in a job. Ask for a smaller picture or fewer steps."

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from producer.http.limits import crowded, pixel_steps, refusal, stopped, unserved
+from producer.http.limits import crowded, refusal, stopped, unserved
 from producer.http.tenant_store import Tenant, TenantStore
 from producer.ingest.message_templates import TemplatedJob
 from producer.ingest.types import Gate
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
+from worker.contract.second_pass import pixel_steps
 from worker.state.tenant_limits import TenantLimits
 
 

@@ -24,7 +24,7 @@ from worker.contract.errors import PromptFileError, StorageError
 from worker.contract.explain import short
 from worker.contract.input_reference import ALPHA
 from worker.contract.job import JOB_FIELDS, Job
-from worker.contract.job_parameters import JobFields
+from worker.contract.job_keywords import JobFields
 from worker.contract.settings import producer_settings
 from worker.contract.webhook import hook_of
 

@@ -9,6 +9,7 @@ steps take FAULTS_STEP_S seconds (default 0), whatever their rows
 raise:KIND@WHERE    KIND in prepare, step or decode: Exception, SystemExit, MemoryError, OutOfMemoryError
 nan:            its latents are not finite
 kill:           its process dies by SIGKILL in its first step; kill:N, only in its first N attempts
+kill2:N         the same in the first step of its second pass
 lose:N          its device fails in its first step, in its first N attempts
 die:POINT       its process dies once at that point: see `tests.faults.app`
 """
@@ -27,7 +28,7 @@ import numpy as np
 from worker.contract.errors import DeviceError, NotFiniteError, OutOfMemoryError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
-from worker.engine.runner import JobInputs, Picture
+from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture
 
 #: What the fake serves.
 SERVED = ServedModel(
@@ -84,6 +85,13 @@ class FaultState:
     warnings: tuple[str, ...] = ()
     text_tokens: int = 0
     lora_rows: int = 0
+    #: Which pass of the job it is: 1 or 2.
+    number: int = 1
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a second pass follows."""
+        return self.number == 1 and self.job.second_pass is not None
 
     def waits(self) -> bool:
         """Whether its last step has to wait."""
@@ -138,10 +146,13 @@ class FaultRunner:
         """The same for any rows."""
         return 1.0
 
-    def prepare(self, job: Job, inputs: JobInputs | None = None) -> FaultState:
+    def prepare(self, job: Job, inputs: JobInputs | FirstPass | None = None) -> FaultState:
         """As in `Runner`."""
-        self._note("start", job)
         verbs = verbs_of(job.prompt)
+        if isinstance(inputs, FirstPass):
+            assert job.second_pass is not None
+            return FaultState(job, verbs, job.second_pass.steps_run, 0.0, lane="larger", number=2)
+        self._note("start", job)
         _raise(verbs, "prepare")
         assert job.steps is not None
         return FaultState(job, verbs, job.steps, time.monotonic() + float(verbs.get("sleep", 0)))
@@ -150,7 +161,8 @@ class FaultRunner:
         """As in `Runner`: if it raises, all states are unchanged."""
         for state in states:
             _raise(state.verbs, "step")
-            if "kill" in state.verbs and self._may_die(state.job.id, int(state.verbs["kill"] or 10**6)):
+            kill = "kill" if state.number == 1 else "kill2"
+            if kill in state.verbs and self._may_die(state.job.id, int(state.verbs[kill] or 10**6)):
                 os.kill(os.getpid(), signal.SIGKILL)
             if "lose" in state.verbs and self._may_die(state.job.id, int(state.verbs["lose"])):
                 raise DeviceError("The device is gone.")
@@ -160,16 +172,18 @@ class FaultRunner:
             state.step += 1
         return [None] * len(states)
 
-    def decode(self, states: Sequence[FaultState]) -> Iterator[Picture | SmallcatError]:
+    def decode(self, states: Sequence[FaultState]) -> Iterator[Outcome]:
         """As in `Runner`."""
         for state in states:
             _raise(state.verbs, "decode")
         for state in states:
-            self._note("end", state.job)
+            self._note("first" if state.goes_on else "end", state.job)
         return iter(
             [
                 NotFiniteError("NaN")
                 if "nan" in state.verbs
+                else FirstPass(None)
+                if state.goes_on
                 else Picture(np.full((*size_of(state.job), 3), pixel_of(state.job), np.uint8))
                 for state in states
             ]

@@ -31,10 +31,14 @@ def test_death_at_every_point_leaves_one_object_and_one_mark(ground: Ground) -> 
             ground.ids.append(child.id)
         # One at a time: a death takes the other jobs with it, one of which may be past its own point.
         oracle.settle(ground, timeout_s=60)
+    # Nothing is kept of a first pass.
+    [second] = ground.submit(1, "kill2:1", upscale=2)
     ground.submit(8)
     oracle.settle(ground, timeout_s=120)
     died = ground.journal.count("died")
     assert {job_id: died[job_id] for job_id in dying} == dict.fromkeys(dying, 1)
+    passes = [event.what for event in ground.journal.events() if event.job == second]
+    assert passes == ["start", "first", "died", "start", "first", "end"]
     # What lay in the bucket was not rendered again.
     for job_id in dying[1:]:
         way = [event.what for event in ground.journal.events() if event.job == job_id]

@@ -44,7 +44,8 @@ from worker.contract.errors import (
 )
 from worker.contract.found_message import fingerprint
 from worker.contract.job import Job
-from worker.contract.job_parameters import MAX_SEED, JobFields
+from worker.contract.job_keywords import JobFields
+from worker.contract.job_parameters import MAX_SEED
 from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State, Timings
 from worker.contract.served_model import ServedModel

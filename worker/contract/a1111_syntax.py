@@ -51,10 +51,11 @@ def networks(prompt: str) -> tuple[str, ...]:
     return tuple(found[0] for found in _NETWORK.finditer(without_comments(prompt)))
 
 
-def check(prompt: str, negative: str, steps: int | None) -> None:
+def check(prompt: str, negative: str, steps: int | None, done: int = 0) -> None:
     """Refuse what is not offered, or no number, or too much, with a `ValueError`.
 
-    Its text is the end of a sentence that begins with "prompt_syntax". `steps`: None where not yet known.
+    Its text is the end of a sentence that begins with "prompt_syntax". `steps`: None where not yet known;
+    `done`: as in `schedule`.
     """
     if asked := networks(prompt):
         shown = ", ".join(dict.fromkeys(each if len(each) <= 60 else f"{each[:57]}..." for each in asked[:3]))
@@ -76,7 +77,7 @@ def check(prompt: str, negative: str, steps: int | None) -> None:
             f"is a1111, and the prompt has {most:,} brackets open at a time, the limit is {MAX_OPEN}: close "
             r"them sooner, or write \( and \[ for brackets"
         )
-    for text in texts if steps is None else _texts_by_step(texts, steps):
+    for text in texts if steps is None else _texts_by_step(texts, steps, done):
         _check_weights(text)
 
 
@@ -94,12 +95,12 @@ def _most_open(text: str) -> int:
     return most
 
 
-def _texts_by_step(texts: Sequence[str], steps: int) -> set[str]:
+def _texts_by_step(texts: Sequence[str], steps: int, done: int) -> set[str]:
     """All texts that these are by step. Raises `ValueError` where they are too much."""
     found: set[str] = set()
     size = 0
     for text in texts:
-        different = {each for _, each in schedule(text, steps)}
+        different = {each for _, each in schedule(text, steps, done)}
         if len(different) > 1:
             size += len(different) * max(len(each) + BREAK_SIZE * each.count("BREAK") for each in different)
         found |= different
@@ -168,18 +169,19 @@ class _Switch:
     after: Sequence[_Node]
     when: str
 
-    def ends(self, steps: int) -> Iterator[int]:
+    def ends(self, steps: int, done: int) -> Iterator[int]:
         """The step that it switches after, unless that is before the first one."""
-        if (end := self._end(steps)) >= 1:
+        if (end := self._end(steps, done)) >= 1:
             yield end
 
-    def at(self, step: int, steps: int) -> Sequence[_Node]:
+    def at(self, step: int, steps: int, done: int) -> Sequence[_Node]:
         """What stands in its place at a step, from 1."""
-        return self.before if step <= self._end(steps) else self.after
+        return self.before if step <= self._end(steps, done) else self.after
 
-    def _end(self, steps: int) -> int:
-        # A number with a point is a share of the steps, another one a step.
-        value = float(self.when) * (steps if "." in self.when else 1)
+    def _end(self, steps: int, done: int) -> int:
+        # A number with a point is a share of the steps, another one a step. Both go on in a second pass.
+        value = float(self.when)
+        value = (value - (done > 0)) * steps if "." in self.when else value - done
         return int(max(-1.0, min(steps, value)))
 
 
@@ -189,11 +191,11 @@ class _Turns:
 
     options: Sequence[Sequence[_Node]]
 
-    def ends(self, steps: int) -> Iterator[int]:
+    def ends(self, steps: int, done: int) -> Iterator[int]:
         """Every step."""
         yield from range(1, steps + 1)
 
-    def at(self, step: int, steps: int) -> Sequence[_Node]:
+    def at(self, step: int, steps: int, done: int) -> Sequence[_Node]:
         """What stands in its place at a step, from 1."""
         return self.options[(step - 1) % len(self.options)]
 
@@ -238,8 +240,11 @@ class _Bracket:
         return [_Switch(sections[0] if len(marks) == 2 else [], sections[-2], number[1])]
 
 
-def schedule(text: str, steps: int) -> list[tuple[int, str]]:
+def schedule(text: str, steps: int, done: int = 0) -> list[tuple[int, str]]:
     """The texts that a part is by step: (end, text), by `end`, the last one's being `steps` (>= 1).
+
+    `done`: steps of the pass before, in a second one: there the step 25 of 20 is the fifth, and the share
+    1.5 of the steps the half (hires fix, modules/prompt_parser.py of version 1.10); 0: it is the first.
 
     A text is that of all steps up to its end, counted from 0 as the web UI counts them: `[a:b:5]` is "a" in
     the first six. A bracket that is not closed rightly is text, and a `|` outside brackets makes all text.
@@ -252,15 +257,15 @@ def schedule(text: str, steps: int) -> list[tuple[int, str]]:
     while left:
         node = left.pop()
         if isinstance(node, _Switch):
-            ends.update(node.ends(steps))
+            ends.update(node.ends(steps, done))
             left += [*node.before, *node.after]
         elif isinstance(node, _Turns):
-            ends.update(node.ends(steps))
+            ends.update(node.ends(steps, done))
             left += [each for option in node.options for each in option]
-    return [(end, _text_at(nodes, end, steps)) for end in sorted(ends)]
+    return [(end, _text_at(nodes, end, steps, done)) for end in sorted(ends)]
 
 
-def _text_at(nodes: Sequence[_Node], step: int, steps: int) -> str:
+def _text_at(nodes: Sequence[_Node], step: int, steps: int, done: int) -> str:
     texts: list[str] = []
     left = list(reversed(nodes))
     while left:
@@ -268,7 +273,7 @@ def _text_at(nodes: Sequence[_Node], step: int, steps: int) -> str:
         if isinstance(node, str):
             texts.append(node)
         else:
-            left += reversed(node.at(step, steps))
+            left += reversed(node.at(step, steps, done))
     return "".join(texts)
 
 

@@ -123,6 +123,19 @@ class PromptSyntax(StrEnum):
     A1111 = "a1111"
 
 
+class Upscaler(StrEnum):
+    """What makes a picture larger before its second pass."""
+
+    #: Its latents are resized, bilinearly: AUTOMATIC1111's "Latent".
+    LATENT = "latent"
+    #: It is decoded, its pixels are resized by Lanczos' filter, and encoded again.
+    LANCZOS = "lanczos"
+
+
+#: AUTOMATIC1111's names for them.
+UPSCALERS: Mapping[str, str] = MappingProxyType({Upscaler.LATENT: "Latent", Upscaler.LANCZOS: "Lanczos"})
+
+
 class ImageFormat(StrEnum):
     """The encodings a picture can be stored in."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from worker.contract import a1111_syntax
@@ -93,18 +93,26 @@ class EmbeddingNames:
         prompts = (job.prompt, job.negative_prompt)
         if not any(self.may_be_in(each) for each in prompts):
             return []
-        texts = prompts if job.prompt_syntax is PromptSyntax.PLAIN else _pieces(*prompts, job.steps or 1)
+        texts: Iterable[str] = prompts
+        if job.prompt_syntax is not PromptSyntax.PLAIN:
+            passes = [(job.steps or 1, 0)]
+            passes += [(job.second_pass.steps_run, job.steps or 1)] if job.second_pass else []
+            texts = _pieces(*prompts, passes)
         parts = [part for text in texts for part in self.split(text, job.prompt_syntax)]
         return sorted({part.name for part in parts if isinstance(part, Name)})
 
 
-def _pieces(prompt: str, negative: str, steps: int) -> Iterator[str]:
-    """The texts of one weight that prompts in the syntax `a1111` have at any step."""
+def _pieces(prompt: str, negative: str, passes: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """The texts of one weight that prompts in the syntax `a1111` have at any step.
+
+    `passes`: the steps of each pass, and those before it.
+    """
     parts = [part.text for part in a1111_syntax.parts(prompt)]
     found = {
         text
         for part in (*parts, a1111_syntax.without_comments(negative))
-        for _, text in a1111_syntax.schedule(part, steps)
+        for steps, done in passes
+        for _, text in a1111_syntax.schedule(part, steps, done)
     }
     for text in found:
         yield from (piece.text for piece in a1111_syntax.pieces(text) if piece.text)

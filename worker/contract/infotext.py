@@ -31,6 +31,7 @@ from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.job_files import embeddings_of, vae_of
 from worker.contract.lora_tags import tags_of, taken
 from worker.contract.loras import Lora, read_loras
+from worker.contract.metadata import hires
 from worker.contract.metadata.a1111_text import pairs_of, split
 from worker.contract.metadata.reading import Reading, left_out, number
 from worker.contract.scheduler_names import AUTOMATIC, pair_of
@@ -131,6 +132,7 @@ def write(job: Job, files: FileIndex = NO_FILES) -> str:
         pairs[_HASHES] = json.dumps(hashes, ensure_ascii=False)
     if job.padding is not None:
         pairs["Inpaint area"] = "Only masked"
+    pairs |= hires.pairs_of(job)
     pairs[_VERSION] = _OURS
     text = _join(job, pairs)
     if _texts(text) != (job.prompt, job.negative_prompt):
@@ -175,6 +177,7 @@ def _read_others(text: str) -> Reading:
     resources = set(_RESOURCE.findall(pairs.pop("Civitai resources", ""))) - {"checkpoint", "Checkpoint"}
     _refuse_other_start(pairs)
     fields = _prompts(prompt, negative) | _job_fields(pairs, is_ours=False)
+    fields |= hires.take(pairs, fields)
     others: Sequence[str] = ()
     if parts is not None:
         prompt, loras, others = _networks(prompt, pairs)
@@ -235,6 +238,9 @@ def _prompts(prompt: str, negative: str) -> dict[str, Any]:
 
 def _job_fields(pairs: Mapping[str, str], *, is_ours: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    if is_ours and "Init image" not in pairs:
+        # Beside a second pass it is what others read; ours has a key of its own.
+        pairs = {key: value for key, value in pairs.items() if key != hires.STRENGTH}
     if _ETA_OF_DDIM in pairs:
         pairs = {**pairs, _ETA: pairs[_ETA_OF_DDIM]}
     for key, entries in _KEYS:

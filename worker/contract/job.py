@@ -17,10 +17,10 @@ from pydantic import SerializationInfo, SerializerFunctionWrapHandler, Validatio
 from worker.contract.choices import NoiseSchedule, PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
-from worker.contract.input_parameters import InputParameters
 from worker.contract.job_checks import NEW, tenant_name
 from worker.contract.job_fields import FieldEntry, table_of, version_that_has
 from worker.contract.loras import key_of_lora
+from worker.contract.second_pass import SecondPassParameters
 from worker.contract.served_model import Defaults, ServedModel
 
 #: Version of messages that this code reads, and writes at most: see `version_needed`. Every change of what a
@@ -33,8 +33,8 @@ ID_VERSION = 1
 OPEN_REVISION = "open-"
 
 
-class Job(InputParameters):
-    """One prompt with its parameters, which `JobParameters` and `InputParameters` list. Frozen.
+class Job(SecondPassParameters):
+    """One prompt with its parameters: those of `JobParameters`, of an image, and of a second pass. Frozen.
 
     A field that is None means the model's own default, which `resolved` fills in. The id is a hash of
     what determines the picture; what belongs to the submission is left out of it.
@@ -91,8 +91,8 @@ class Job(InputParameters):
         filled = {n: getattr(served.defaults, n) for n in Defaults.model_fields if getattr(self, n) is None}
         has_own_steps = self.schedule is NoiseSchedule.ALIGN_YOUR_STEPS
         asks_for_steps = has_own_steps or self.image or self.prompt_syntax is PromptSyntax.A1111
-        if "steps" in filled and asks_for_steps:
-            self.parse(dict(self) | {"steps": filled["steps"]}, is_new=False)
+        if self.upscale > 1 or ("steps" in filled and asks_for_steps):
+            self.parse(dict(self) | filled, is_new=False)
         return self.model_copy(update={**filled, "model": served.name, "revision": served.revision})
 
     def opened(self) -> Self:

@@ -87,8 +87,8 @@ class JobParameters(BaseModel):
     A field that is None means the model's own default.
 
     To add a field: its annotation with limits, a `#:` line with units and ranges, a default that changes no
-    picture, and the same name in `JobFields`. `JobField` says what it is called elsewhere. All else is made
-    from `worker.contract.job.JOB_FIELDS`.
+    picture, and the same name in `ParameterFields`. `JobField` says what it is called elsewhere. All else is
+    made from `worker.contract.job.JOB_FIELDS`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
@@ -361,11 +361,8 @@ class JobParameters(BaseModel):
         return without_tags(one_pair(values))
 
 
-class JobFields(TypedDict, total=False):
-    """The fields of `Job` beside its prompt, as keyword parameters: `**fields: Unpack[JobFields]`.
-
-    None means the model's own default. tests/worker/contract/test_job.py compares names and types with `Job`.
-    """
+class ParameterFields(TypedDict, total=False):
+    """The fields of `JobParameters` beside the prompt: a part of `worker.contract.job_keywords.JobFields`."""
 
     negative_prompt: str
     seed: int
@@ -390,10 +387,3 @@ class JobFields(TypedDict, total=False):
     tenant: str
     priority: int
     metadata: dict[str, Any]
-    # `worker.contract.input_parameters`; `submit_job` makes a reference of what is given as a picture.
-    image: Any
-    mask: Any
-    strength: float | None
-    mask_blur: int
-    padding: int | None
-    preserve_unmasked: bool

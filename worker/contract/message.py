@@ -23,6 +23,7 @@ from worker.contract.job import FORMAT_VERSION, Job, version_needed
 from worker.contract.job_checks import is_tenant
 from worker.contract.job_parameters import MAX_PRIORITY
 from worker.contract.queues import list_of, queue_of
+from worker.contract.second_pass import pixel_steps
 
 #: Name of the one Celery task.
 TASK = "smallcat.render"
@@ -218,8 +219,7 @@ class Route(NamedTuple):
 
 def route_of(job: Job) -> Route:
     """Where the message of `job` waits."""
-    is_known = job.tenant and job.width and job.height and job.steps
-    cost = job.width * job.height * job.steps if is_known else 0  # type: ignore[operator]
+    cost = (pixel_steps(dict(job)) or 0) if job.tenant else 0
     return Route(queue_of(job), MAX_PRIORITY - job.priority, job.tenant, cost)
 
 

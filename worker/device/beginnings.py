@@ -1,9 +1,12 @@
-"""What a job begins with: noise alone, or its image as noisy latents, of which a mask keeps a part.
+"""What a pass of a job begins with: noise alone, or an image as noisy latents, of which a mask keeps a part.
 
 Draws are in the order of diffusers' pipelines (0.42: StableDiffusion(XL)Img2ImgPipeline and InpaintPipeline),
 so that a seed means the same picture. A model that was made for inpainting sees the mask and the masked image
 in each forward instead: then all jobs are those of the inpainting pipelines, one without a mask as with one
 that is all white.
+
+A second pass is a job of its own that begins with what the first one gave, made larger: it draws as an
+image-to-image job of its size and of the same seed does.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from worker.contract.job import Job
 from worker.contract.job_parameters import SIZE_STEP
 from worker.device.family import Lane, ModelFamily
 from worker.device.schedulers.schedule import Sampler, Schedule
-from worker.engine.runner import JobInputs, Picture
+from worker.engine.runner import FirstPass, JobInputs, Picture
 
 #: What is said of a picture that is in part its job's image.
 PUT_BACK = (
@@ -57,10 +60,28 @@ class Beginning:
         return replace(self, latents=self.latents.to(device))
 
 
-def check(job: Job, inputs: JobInputs | None) -> None:
+@dataclass(frozen=True)
+class FirstLatents:
+    """What a first pass gave, where its latents are made larger."""
+
+    lane: Lane
+    #: (*shape) float32.
+    latents: torch.Tensor
+
+
+def pass_of(job: Job, inputs: JobInputs | FirstPass | None) -> Job:
+    """The pass that begins with `inputs`, as a job with a size and steps of its own. `job` is resolved."""
+    if not isinstance(inputs, FirstPass) or (second := job.second_pass) is None:
+        return job
+    of_pass = {"width": second.width, "height": second.height, "steps": second.steps}
+    return job.model_copy(update={**of_pass, "strength": second.strength, "image": "", "upscale": 1.0})
+
+
+def check(job: Job, inputs: JobInputs | FirstPass | None) -> None:
     """Refuse what is not drawn here. Raises `InvalidJobError`, `RenderError`."""
     if not job.image:
         return
+    assert not isinstance(inputs, FirstPass)  # noqa: S101 - `pass_of` leaves a second pass no image
     if job.padding is not None:
         raise InvalidJobError(
             f"padding is {job.padding}, which no worker draws yet: leave it out, or send inpaint_full_res "
@@ -74,15 +95,21 @@ def begin(
     family: ModelFamily,
     lane: Lane,
     job: Job,
-    inputs: JobInputs | None,
+    inputs: JobInputs | FirstPass | None,
     schedule: Schedule,
     sampler: Sampler | None,
     generator: torch.Generator,
 ) -> Beginning:
-    """What `job` begins with, by the VAE of `family`. Draws from `generator`, on the CPU.
+    """What `job`, which is of one pass, begins with, by the VAE of `family`.
 
-    `sampler`: for a schedule without weights. Raises `InvalidJobError`.
+    Draws from `generator`, on the CPU. `sampler`: for a schedule without weights. Raises `InvalidJobError`.
     """
+    if isinstance(inputs, FirstPass):
+        larger = _larger(family, lane, inputs.result, generator)
+        noise = family.initial_noise(lane, generator).to(larger.device)
+        share, share_of_noise = schedule.mixes[0] if sampler is None else sampler.mix(0)
+        seen = _seen(family, lane, job, None, generator)
+        return Beginning(share * larger + share_of_noise * noise, seen=seen)
     if inputs is None or not job.image:
         latents = family.initial_noise(lane, generator) * schedule.noise_scale
         return Beginning(latents, seen=_seen(family, lane, job, None, generator))
@@ -90,7 +117,7 @@ def begin(
     image = None
     # What diffusers does not use, it does not encode.
     if not (is_all_noise and family.sees_masks):
-        image = family.to_latents(_pixels(inputs), generator)
+        image = family.to_latents(_pixels(inputs.image), generator)
     noise = family.initial_noise(lane, generator)
     latents = noise * schedule.noise_scale
     if image is not None:
@@ -125,14 +152,24 @@ def _seen(
         drawn, masked = family.latent_mask(lane, torch.ones(height, width)), torch.zeros(3, height, width)
     else:
         drawn = _drawn(family, lane, job, inputs.mask)
-        masked = _pixels(inputs) * torch.from_numpy(~drawn_pixels(job, inputs.mask))
+        masked = _pixels(inputs.image) * torch.from_numpy(~drawn_pixels(job, inputs.mask))
     latents = family.to_latents(masked, generator)
     return family.seen(drawn.to(latents.device), latents)
 
 
-def _pixels(inputs: JobInputs) -> torch.Tensor:
-    """The image, (3, height, width), -1 to 1."""
-    pixels = torch.from_numpy(inputs.image.astype(np.float32)).movedim(-1, 0) / 255.0
+def _larger(
+    family: ModelFamily, lane: Lane, first: FirstLatents | Picture, generator: torch.Generator
+) -> torch.Tensor:
+    """What a first pass gave as latents of `lane`."""
+    if isinstance(first, FirstLatents):
+        return family.larger_latents(first.latents, first.lane, lane)
+    resized = Image.fromarray(first.pixels).resize(family.size(lane), Image.Resampling.LANCZOS)
+    return family.to_latents(_pixels(np.asarray(resized)), generator)
+
+
+def _pixels(image: NDArray[np.uint8]) -> torch.Tensor:
+    """An image, (height, width, 3) RGB, as (3, height, width), -1 to 1."""
+    pixels = torch.from_numpy(image.astype(np.float32)).movedim(-1, 0) / 255.0
     return 2.0 * pixels - 1.0
 
 

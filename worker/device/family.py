@@ -187,6 +187,15 @@ class ModelFamily(Protocol):
         """
         raise InvalidJobError("image: this model draws from text alone; leave it out.")
 
+    def larger_latents(self, latents: torch.Tensor, lane: Lane, larger: Lane) -> torch.Tensor:
+        """Finished latents of `lane`, (*shape) float32, resized for those of the lane `larger`.
+
+        Raises `InvalidJobError`, by default for any.
+        """
+        raise InvalidJobError(
+            'upscaler is "latent", but this model\'s latents cannot be resized: use "lanczos".'
+        )
+
     def latent_mask(self, lane: Lane, mask: torch.Tensor) -> torch.Tensor:
         """A mask of zeros and ones, (height, width) float32, for the latents of `lane`: (*shape)."""
         raise InvalidJobError("mask: this model draws from text alone; leave it out.")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
+from worker.contract.choices import Upscaler
 from worker.contract.errors import JobError, NotFiniteError, RenderError, SmallcatError, first_line
 from worker.contract.job import Job
-from worker.device.beginnings import Beginning
+from worker.device.beginnings import Beginning, FirstLatents
 from worker.device.errors import is_out_of_memory
 from worker.device.family import Lane
 from worker.device.host_copy import HostCopy
@@ -19,7 +20,7 @@ from worker.device.schedulers.step_noise import StepNoise
 from worker.device.step import CLEAN, Kept, StepInputs, blended
 from worker.device.text.job_text import JobText
 from worker.device.vae_decoder import VaeDecoder
-from worker.engine.runner import Picture
+from worker.engine.runner import FirstPass, Outcome, Picture
 
 
 class FiniteCheck:
@@ -66,7 +67,7 @@ class JobState:
         """
         rows = len(text.prompts) + (text.negative is not None)
         seen = {name: each.expand(rows, *each.shape[1:]) for name, each in beginning.seen.items()}
-        #: The job, with every field filled in.
+        #: The job, with every field filled in; of a second pass as `beginnings.pass_of` has it.
         self.job = job
         #: Jobs of equal lanes may share a step.
         self.lane = lane
@@ -167,11 +168,27 @@ class JobState:
             kept=self._kept(),
         )
 
-    def finished(self, outcome: Picture | SmallcatError) -> Picture | SmallcatError:
-        """The job's picture: as it was decoded, with what is put back of its image."""
-        if isinstance(outcome, Picture) and self._beginning.put_back is not None:
-            return self._beginning.put_back(outcome)
-        return outcome
+    @property
+    def goes_on(self) -> bool:
+        """Whether another pass follows this one."""
+        return self.job.upscale > 1
+
+    def first_latents(self) -> FirstPass | None:
+        """What the second pass begins with, once this one is done; None: with a picture, or there is none."""
+        if not self.goes_on or self.job.upscaler is not Upscaler.LATENT:
+            return None
+        return FirstPass(FirstLatents(self.lane, self.latents[0]))
+
+    def finished(self, outcome: Picture | SmallcatError) -> Outcome:
+        """What comes of the job: its picture as it was decoded, with what is put back of its image.
+
+        Where another pass follows, that begins with the picture.
+        """
+        if not isinstance(outcome, Picture):
+            return outcome
+        if self._beginning.put_back is not None:
+            outcome = self._beginning.put_back(outcome)
+        return FirstPass(outcome) if self.goes_on else outcome
 
     def advance(
         self, check: FiniteCheck, index: int, state: torch.Tensor, prediction: torch.Tensor

@@ -9,7 +9,6 @@ What differs between kinds of models is behind `worker.device.family`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Hashable, Iterator, Sequence
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.contract.errors import InvalidJobError, OutOfMemoryError, SmallcatError
+from worker.contract.errors import OutOfMemoryError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
-from worker.device import attention, beginnings, gpu, warm_up
+from worker.device import attention, gpu, warm_up
 from worker.device.compiling.ahead import Ahead
 from worker.device.compiling.claims import Store
 from worker.device.compiling.compiler import CompiledLanes, Compiler, Piece
@@ -37,14 +36,12 @@ from worker.device.families import family_of
 from worker.device.family import Lane, ModelFamily
 from worker.device.job_state import FiniteCheck, JobState
 from worker.device.loras.cache import Loras
+from worker.device.preparation import Preparation
 from worker.device.previews import Previews
-from worker.device.schedulers.samplers import Samplers
 from worker.device.step import Step, batch_of, denoise
 from worker.device.text.embeddings import Files
-from worker.device.text.encoder import TextEncoder
 from worker.device.vae_decoder import VaeDecoder
-from worker.device.vaes import Vaes
-from worker.engine.runner import JobInputs, Picture
+from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture
 from worker.model import loader
 from worker.model.placement import Choice
 
@@ -98,16 +95,13 @@ class ModelRunner:
                 settings.cache_folder / "attention.json",
             ),
         )
-        self._text_stream = torch.cuda.Stream(self._device, priority=-1) if self._on_gpu else None
         self._previews = Previews(self._family, self._device)
-        self._samplers = Samplers(self._family.schedulers)
-        self._texts = TextEncoder(self._family, files)
         self._offers_loras = bool(settings.loras)
         self._loras = Loras(files, self._family, self._device, settings.lora_memory)
+        self._preparation = Preparation(self._family, self._device, files, self._loras, alone=settings.exact)
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
         self._vae_decoder = VaeDecoder(self._family, self._device, alone=settings.exact, compiler=compiler)
-        self._vaes = Vaes(files, self._family, self._device, alone=settings.exact)
         self._costs = Costs(self._family, self.served.defaults, settings.max_batch)
 
     # --- costs ----------------------------------------------------------------------------------------------
@@ -275,43 +269,15 @@ class ModelRunner:
     # --- a job: prepare, step, decode -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def prepare(self, job: Job, inputs: JobInputs | None = None) -> JobState:
+    def prepare(self, job: Job, inputs: JobInputs | FirstPass | None = None) -> JobState:
         """`job` with text and image encoded, its noise drawn and its schedule made, ready for its first step.
 
-        Raises `InvalidJobError` for what the model cannot do, `RenderError` when the text encoder fails, and
-        `OutOfMemoryError` when it does not fit. No other job is affected.
+        With a `FirstPass` it is the job's second pass. Raises `InvalidJobError` for what the model cannot do,
+        `RenderError` when the text encoder fails, and `OutOfMemoryError` when it does not fit. No other job
+        is affected.
         """
         self._set_device()
-        job = job.resolved(self.served)
-        beginnings.check(job, inputs)
-        assert job.width and job.height and job.steps  # noqa: S101, PT018 - resolved, which mypy cannot know
-        assert job.guidance_scale is not None  # noqa: S101
-        multiple = self._family.size_multiple
-        if job.width % multiple or job.height % multiple:
-            raise InvalidJobError(
-                f"The size is {job.width} x {job.height}, but this model's sizes are multiples of {multiple}."
-            )
-        lane = self._family.lane(job.width, job.height)
-        schedule, sampler, generator = self._samplers.of(job, self._family.timestep_options(lane, job.steps))
-        rows = self._family.rows(job.guidance_scale)
-        with mapped("load the VAE"):
-            decoder = self._vaes.decoder_of(job)
-        with mapped("encode the image"), self._preparing():
-            # Before anything else is drawn for the job.
-            family = decoder.family if decoder else self._family
-            beginning = beginnings.begin(family, lane, job, inputs, schedule, sampler, generator)
-        with mapped("load the LoRAs"), self._preparing():
-            loras = self._loras.of(job)
-        with mapped("encode the prompt"), self._preparing():
-            # As AUTOMATIC1111 counts them, who has two for each step of a scheduler of second order.
-            timesteps = schedule.skipped + len(schedule.timesteps)
-            steps = job.steps * schedule.order if schedule.order > 1 else timesteps
-            text = self._texts.encode(job, steps, guided=rows == 2, loras=loras.texts)
-            conditions = self._family.conditions(job, len(text.prompts) + rows - 1)
-            beginning = beginning.on(self._device)
-            state = JobState(job, lane, text, conditions, schedule, sampler, generator, beginning)
-        state.decoder, state.loras = decoder, loras.unet
-        return state
+        return self._preparation.state_of(job.resolved(self.served), inputs)
 
     @torch.no_grad()
     def step(self, states: Sequence[JobState]) -> list[SmallcatError | None]:
@@ -339,35 +305,37 @@ class ModelRunner:
             raise
         return outcomes
 
-    def decode(self, states: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:
+    def decode(self, states: Sequence[JobState]) -> Iterator[Outcome]:
         """Launch the decoding of finished jobs, which may be of different lanes and have different VAEs.
 
-        Returns the picture of each, or its error, in order. Each is waited for when it is asked for, on any
-        one thread.
+        Returns the picture of each, or its error, in order; of one whose second pass is to come the first.
+        Each is waited for when it is asked for, on any one thread.
         """
         self._set_device()
-        sources: dict[int, Iterator[Picture | SmallcatError]] = {}
-        groups: dict[tuple[Lane, VaeDecoder], list[int]] = {}
+        outcomes: dict[int, Outcome] = {}
+        groups: dict[tuple[Lane, VaeDecoder, bool], list[int]] = {}
         for index, state in enumerate(states):
             with mapped("denoise"):
-                failure = state.failure()
-            if failure is not None:
-                sources[index] = iter((failure,))
+                found = state.failure() or state.first_latents()
+            if found is not None:
+                outcomes[index] = found
             else:
-                groups.setdefault((state.lane, state.decoder or self._vae_decoder), []).append(index)
-        for (lane, decoder), indices in groups.items():
-            pictures = decoder.pictures(lane, [states[index].latents for index in indices])
-            sources |= dict.fromkeys(indices, pictures)
-        return (state.finished(next(sources[index])) for index, state in enumerate(states))
+                # What is drawn on is not for anybody's eyes: the safety checker looks at the last pass.
+                key = state.lane, state.decoder or self._vae_decoder, not state.goes_on
+                groups.setdefault(key, []).append(index)
+        pictures: dict[int, Iterator[Picture | SmallcatError]] = {}
+        for (lane, decoder, checked), indices in groups.items():
+            of_group = decoder.pictures(lane, [states[index].latents for index in indices], checked=checked)
+            pictures |= dict.fromkeys(indices, of_group)
+        return (
+            outcomes[index] if index in outcomes else state.finished(next(pictures[index]))
+            for index, state in enumerate(states)
+        )
 
     def preview(self, state: JobState) -> NDArray[np.uint8] | None:
         """A small picture of a job in flight: see `worker.device.previews.Previews.of`. On any thread."""
         self._set_device()
         return self._previews.of(state)
-
-    def _preparing(self) -> contextlib.AbstractContextManager[Any]:
-        """On a GPU: a stream beside that of the steps, and before it where both have work."""
-        return torch.cuda.stream(self._text_stream) if self._text_stream else contextlib.nullcontext()
 
     def _set_device(self) -> None:
         """Make the runner's GPU the calling thread's: a new thread's is the first GPU."""

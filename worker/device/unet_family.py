@@ -296,6 +296,10 @@ class UNetFamily:
             scaled = (latents - moments[0]) * factor / moments[1]
         return scaled[0]
 
+    def larger_latents(self, latents: torch.Tensor, lane: Lane, larger: Lane) -> torch.Tensor:
+        """Bilinearly, as AUTOMATIC1111's upscaler "Latent"."""
+        return torch.nn.functional.interpolate(latents[None], size=larger[1:], mode="bilinear")[0]
+
     def latent_mask(self, lane: Lane, mask: torch.Tensor) -> torch.Tensor:
         """By the nearest pixel, as diffusers' `prepare_mask_latents`."""
         found = torch.nn.functional.interpolate(mask[None, None], size=lane[1:])

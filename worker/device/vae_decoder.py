@@ -87,17 +87,21 @@ class VaeDecoder:
             for count in sorted({1, self._most(lane)})
         ]
 
-    def pictures(self, lane: Lane, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
+    def pictures(
+        self, lane: Lane, latents: Sequence[torch.Tensor], *, checked: bool = True
+    ) -> Iterator[Picture | SmallcatError]:
         """Launch the decoding of `latents`. Returns each picture, or its error; waits when it is asked for.
 
-        Latents are those of finished jobs of `lane`, (1, *shape) float32 each.
+        Latents are those of finished jobs of `lane`, (1, *shape) float32 each. `checked`: by the safety
+        checker, where there is one.
         """
-        return self._in_chunks(lane, latents, self._most(lane))
+        return self._in_chunks(lane, latents, self._most(lane), checked)
 
     def _in_chunks(
-        self, lane: Lane, latents: Sequence[torch.Tensor], size: int
+        self, lane: Lane, latents: Sequence[torch.Tensor], size: int, checked: bool
     ) -> Iterator[Picture | SmallcatError]:
-        chunks = [self._chunk(lane, latents[start : start + size]) for start in range(0, len(latents), size)]
+        starts = range(0, len(latents), size)
+        chunks = [self._chunk(lane, latents[start : start + size], checked) for start in starts]
         return itertools.chain.from_iterable(chunks)
 
     def _most(self, lane: Lane) -> int:
@@ -107,10 +111,12 @@ class VaeDecoder:
         most = 1 if self._alone else max(1, budget // (width * height))
         return min(most, self._caps.get(lane, most))
 
-    def _chunk(self, lane: Lane, latents: Sequence[torch.Tensor]) -> Iterator[Picture | SmallcatError]:
+    def _chunk(
+        self, lane: Lane, latents: Sequence[torch.Tensor], checked: bool
+    ) -> Iterator[Picture | SmallcatError]:
         try:
             with mapped("decode"), torch.no_grad(), self._on_stream():
-                return self._together(self.family.to_vae(lane, torch.cat(list(latents))))
+                return self._together(self.family.to_vae(lane, torch.cat(list(latents))), checked)
         except (OutOfMemoryError, RenderError) as error:
             if (count := len(latents)) > 1:
                 size = 1
@@ -121,7 +127,7 @@ class VaeDecoder:
                         count,
                         size,
                     )
-                return self._in_chunks(lane, latents, size)
+                return self._in_chunks(lane, latents, size, checked)
             if isinstance(error, RenderError):
                 return iter((error,))
             width, height = self.family.size(lane)
@@ -135,12 +141,12 @@ class VaeDecoder:
         """The VAE decoder's own stream, where there is one."""
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
-    def _together(self, latents: torch.Tensor) -> Iterator[Picture | SmallcatError]:
+    def _together(self, latents: torch.Tensor, checked: bool) -> Iterator[Picture | SmallcatError]:
         """Decode `latents`, as the VAE takes them, in one call."""
         pixels, is_finite, images = self._run(latents)
         verdicts: Sequence[bool | None] = [None] * len(latents)
-        if (checked := self.family.check_safety(images)) is not None:
-            images, verdicts = checked
+        if checked and (found := self.family.check_safety(images)) is not None:
+            images, verdicts = found
             # As in diffusers, a picture that the checker blacked out is not denormalised.
             for index in (index for index, is_bad in enumerate(verdicts) if is_bad):
                 pixels[index] = _bytes(images[index])

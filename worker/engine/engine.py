@@ -1,12 +1,14 @@
 """The loop that owns the device: one denoising step a turn.
 
     submit ─► prepare ─► prepared ─► batcher ─► step ─► finished? ─► decode ─► the job's future
-    (caller's thread)    (engine's thread)       │                   (worker.engine.decode_stage)
-                                                 └─ cancelled, late or failed: leaves now, alone
+    (caller's thread) ▲  (engine's thread)       │                   (worker.engine.decode_stage)
+                      │                          └─ cancelled, late or failed: leaves now, alone
+                      └─ a second pass, from decode (worker.engine.prepare_stage)
 
 This is continuous batching: a job joins at the next step and leaves after its last. The loop runs steps and
 nothing else. A job's text is encoded on the thread that submits it, and its picture is decoded beside the
-next step where the device gains by it.
+next step where the device gains by it. A job with a second pass changes its lane in between: it leaves the
+batcher as a finished one does, and joins it again, with its age, when the second pass is prepared.
 
 A job fails alone. If a step fails, each half of its batch runs again from the same latents, down to the job
 that fails by itself. If a batch does not fit in memory, the lane's cap is lowered. A job is too large only if
@@ -19,6 +21,7 @@ The engine is given its runner (`worker.engine.runner`) and imports no torch.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -38,7 +41,8 @@ from worker.contract.job import Job
 from worker.engine.batcher import Batcher
 from worker.engine.decode_stage import DecodeStage
 from worker.engine.movement import Movement
-from worker.engine.runner import JobInputs, Outcome, Picture, Runner, StateT
+from worker.engine.prepare_stage import PrepareStage
+from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture, Runner, StateT
 from worker.engine.step_watch import StepWatch
 from worker.engine.ticket import Rendered, Ticket, as_job_error, is_machine_fault, shared
 
@@ -85,7 +89,14 @@ class Engine(Generic[StateT]):
         #: When the present turn of the loop started; None between two turns.
         self._turn_started_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        #: Has the jobs that are past their last step.
+        self._prepare_stage: PrepareStage[StateT] = PrepareStage(
+            runner,
+            ready=functools.partial(self._append, self._prepared),
+            too_large=functools.partial(self._append, self._out_of_memory),
+            resolve=self._resolve,
+            fail=self._fail,
+        )
+        #: Has the jobs that are past the last step of a pass.
         self._decode_stage: DecodeStage[StateT] = DecodeStage(
             runner, self._deliver, self._fail, self._notify, clock=clock
         )
@@ -124,10 +135,7 @@ class Engine(Generic[StateT]):
                 return ticket.future
             self.movement.joined(is_first=not self._tickets)
             self._tickets[job_id] = ticket
-        try:
-            self._prepare(ticket)
-        except OutOfMemoryError:
-            self._append(self._out_of_memory, ticket)
+        self._prepare_stage.prepare(ticket)
         return ticket.future
 
     def cancel(self, job_id: str) -> None:
@@ -224,6 +232,8 @@ class Engine(Generic[StateT]):
             self._prepared.clear()
         for ticket in prepared:
             if ticket.state is not None:
+                if ticket.ready_s is None:
+                    ticket.ready_s = self._clock()
                 self._batcher.add(
                     ticket,
                     lane=ticket.state.lane,
@@ -231,7 +241,7 @@ class Engine(Generic[StateT]):
                     text_tokens=ticket.state.text_tokens,
                     lora_rows=ticket.state.lora_rows,
                     priority=ticket.job.priority,
-                    now_s=self._clock(),
+                    now_s=ticket.ready_s,
                 )
 
     def _drop_cancelled_and_late(self) -> None:
@@ -322,27 +332,10 @@ class Engine(Generic[StateT]):
             if ticket.state is not None:
                 for outcome in self._decode_stage.decode([ticket]):
                     self._finish(ticket, outcome)
-                continue
-            try:
-                self._prepare(ticket)
-            except OutOfMemoryError as error:
-                self._resolve(ticket, as_job_error(ticket.job, error))
+            else:
+                self._prepare_stage.prepare(ticket, is_alone=True)
 
     # The methods below run on any thread.
-
-    def _prepare(self, ticket: Ticket[StateT]) -> None:
-        """Make a job ready for its first step. Raises `OutOfMemoryError`: it may fit at another time."""
-        try:
-            ticket.state = self._runner.prepare(ticket.job, ticket.inputs)
-        except OutOfMemoryError:
-            raise
-        except BaseException as error:  # noqa: BLE001 - a job fails alone
-            if is_machine_fault(error):
-                self._fail(error)
-            else:
-                self._resolve(ticket, as_job_error(ticket.job, error))
-        else:
-            self._append(self._prepared, ticket)
 
     def _append(self, tickets: list[Ticket[StateT]], ticket: Ticket[StateT]) -> None:
         """Hand a job to the engine's thread, by one of its lists."""
@@ -351,15 +344,17 @@ class Engine(Generic[StateT]):
             self._changed.notify_all()
 
     def _deliver(self, ticket: Ticket[StateT], outcome: Outcome) -> None:
-        """End a job with its outcome, but try again if it did not fit in memory beside a step."""
+        """Go on with what a job's last step gave, but try again if it did not fit in memory beside a step."""
         if isinstance(outcome, JobTooLargeError) and self._runner.decodes_beside:
             self._append(self._out_of_memory, ticket)
         else:
             self._finish(ticket, outcome)
 
     def _finish(self, ticket: Ticket[StateT], outcome: Outcome) -> None:
-        """End a job with its picture or its error."""
-        if isinstance(outcome, Picture):
+        """End a job with its picture or its error, or let its second pass begin."""
+        if isinstance(outcome, FirstPass):
+            self._prepare_stage.begin_second(ticket, outcome)
+        elif isinstance(outcome, Picture):
             assert ticket.state is not None  # noqa: S101 - it had its last step
             seconds = ticket.device_s, ticket.decode_s(self._clock())
             self._resolve(ticket, Rendered(outcome, ticket.state.warnings, *seconds))
@@ -395,5 +390,6 @@ class Engine(Generic[StateT]):
             self._out_of_memory.clear()
             self._changed.notify_all()
         self._decode_stage.stop()
+        self._prepare_stage.stop()
         for ticket in tickets:
             ticket.resolve(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from worker.contract.errors import SmallcatError
 from worker.contract.job import Job
@@ -39,8 +39,16 @@ class JobInputs:
     mask: NDArray[np.uint8] | None = None
 
 
-#: The result of a finished job.
-Outcome = Picture | SmallcatError
+@dataclass(frozen=True)
+class FirstPass:
+    """What a job's first pass gave: its second one begins with it."""
+
+    #: Latents or pixels: the runner's own.
+    result: Any
+
+
+#: What comes of a job's last step: with a first pass, the job goes on in another lane.
+Outcome = Picture | FirstPass | SmallcatError
 
 
 class JobState(Protocol):
@@ -104,10 +112,11 @@ class Runner(Costs, Protocol[StateT]):
     def is_compiling(self) -> bool:
         """Whether something compiles or is captured, so that a step may take minutes."""
 
-    def prepare(self, job: Job, inputs: JobInputs | None = None) -> StateT:
+    def prepare(self, job: Job, inputs: JobInputs | FirstPass | None = None) -> StateT:
         """Encode the text and draw the noise, and `inputs` where the job has an image.
 
-        An error is this job's alone. Called on any thread.
+        With a `FirstPass` it is the job's second pass, with a lane and steps of its own. An error is this
+        job's alone. Called on any thread.
         """
 
     def step(self, states: Sequence[StateT]) -> list[SmallcatError | None]:
@@ -120,6 +129,6 @@ class Runner(Costs, Protocol[StateT]):
     def decode(self, states: Sequence[StateT]) -> Iterator[Outcome]:
         """Start to decode finished jobs, of any lanes.
 
-        Returns their pictures or errors, in order. The iterator waits for each one, and may be read on any
-        one thread.
+        Returns their pictures or errors, in order; of a job whose second pass is to come the first. The
+        iterator waits for each one, and may be read on any one thread.
         """

@@ -15,7 +15,7 @@ from worker.contract.errors import (
     SmallcatError,
 )
 from worker.contract.job import Job
-from worker.engine.runner import JobInputs, Picture, StateT
+from worker.engine.runner import FirstPass, JobInputs, Picture, StateT
 from worker.engine.step_watch import StepWatch
 
 
@@ -40,11 +40,13 @@ class Ticket(Generic[StateT]):
     job: Job
     #: On the engine's clock, in seconds.
     deadline_s: float
-    #: The pictures that it begins with; None: it begins with noise.
-    inputs: JobInputs | None = None
+    #: What its present pass begins with: its pictures, or its first pass; None: noise.
+    inputs: JobInputs | FirstPass | None = None
     future: Future[Rendered] = field(default_factory=Future)
-    #: Set once the job is prepared.
+    #: Set once the job is prepared; None again until its second pass is.
     state: StateT | None = None
+    #: When it was ready for its first step, by the engine's clock; None: it is not.
+    ready_s: float | None = None
     cancelled: bool = False
     #: Its share of the steps so far, in seconds.
     device_s: float = 0.0
@@ -55,14 +57,17 @@ class Ticket(Generic[StateT]):
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Steps done, and steps that the job asks for; (0, 0) until it is prepared.
+        """Steps done, and steps that the job asks for in all its passes; (0, 0) until it is prepared.
 
         The model may be evaluated more often than that (`worker.engine.runner.JobState.steps`).
         """
-        if self.state is None:
+        is_second = isinstance(self.inputs, FirstPass)
+        if self.state is None and not is_second:
             return 0, 0
-        asked = self.job.steps or self.state.steps
-        return self.state.step * asked // self.state.steps, asked
+        first = self.job.steps or (self.state.steps if self.state else 0)
+        asked = self.job.all_steps or first
+        before, of_pass = (first, asked - first) if is_second else (0, first)
+        return before + (self.state.step * of_pass // self.state.steps if self.state else 0), asked
 
     def decode_s(self, now_s: float) -> float:
         """Seconds from its last step until `now_s`; 0 where it had none."""
@@ -99,7 +104,7 @@ def is_machine_fault(error: BaseException) -> bool:
 def as_job_error(job: Job, error: BaseException) -> SmallcatError:
     """The error of `job` for whatever was raised while it ran alone."""
     if isinstance(error, OutOfMemoryError):
-        size = f"{job.width}x{job.height}"
+        size = "x".join(map(str, job.picture_size))
         return JobTooLargeError(f"A job of {size} does not fit in the device's memory, even alone: {error}")
     if isinstance(error, SmallcatError):
         return error

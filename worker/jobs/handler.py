@@ -219,7 +219,7 @@ class JobHandler:
         started_s = time.monotonic()
         rendered = render(self._engine, message.id, job, inputs)
         rendered_s = time.monotonic()
-        steps = job.steps or 0
+        steps = job.all_steps
         self._in_flight.rendered(message.id, steps)
         job_log.rendered(message.id, steps, rendered_s - started_s, rendered)
         record = JobRecord(

@@ -25,6 +25,7 @@ from tests.fast_worker import announce
 from tests.producer.http.conftest import Api, fast_worker
 from worker.contract.file_index import FileEntry, FileIndex, Kind
 from worker.contract.infotext import read
+from worker.contract.job import Job
 from worker.state.fleet import Fleet
 from worker.state.redis_client import connect
 from worker.storage.bucket import Bucket
@@ -74,7 +75,9 @@ def test_webuiapi_finds_its_way(client: webuiapi.WebUIApi) -> None:
     client.util_set_model("fast")
     client.util_wait_for_ready(check_interval=0.01)
     assert client.get_progress()["progress"] == 0.0
-    assert client.get_upscalers() == client.get_sd_vae() == client.get_prompt_styles() == []
+    assert client.get_sd_vae() == client.get_prompt_styles() == []
+    assert [each["name"] for each in client.get_upscalers()] == ["None", "Lanczos"]
+    assert client.get_latent_upscale_modes() == [{"name": "Latent"}]
     assert client.get_scripts() == {"txt2img": [], "img2img": []}
     client.refresh_checkpoints()
     client.interrupt()
@@ -188,13 +191,51 @@ def test_silly_tavern_draws(api: Api) -> None:
     assert len(answer.json["images"]) == 1
 
 
+# Hires fix
+
+HIRES: dict[str, Any] = {"enable_hr": True, "steps": 10, "width": 512, "height": 768, "hr_prompt": ""}
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ({}, {"upscale": 2.0, "upscale_strength": 0.75, "upscale_steps": 14, "upscaler": "latent"}),
+        ({"hr_second_pass_steps": 15, "denoising_strength": 0.7}, {"upscale_steps": 22}),
+        ({"hr_second_pass_steps": 15, "denoising_strength": 1}, {"upscale_steps": 15}),
+        ({"hr_upscaler": "Lanczos", "hr_scale": 1.5}, {"upscale": 1.5, "upscaler": "lanczos"}),
+        ({"hr_resize_x": 768}, {"upscale": 1.5}),
+        ({"hr_resize_y": 1536, "hr_scale": 9}, {"upscale": 2.0}),
+        ({"hr_resize_x": 1024, "hr_resize_y": 1536}, {"upscale": 2.0}),
+        ({"hr_sampler_name": "Use same sampler", "hr_prompt": "a cat"}, {"upscale": 2.0}),
+    ],
+)
+def test_hires_fix_is_a_second_pass(given: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Its steps are those that are run, as in version 1.10 (modules/sd_samplers_common.py)."""
+    found = read_request({"prompt": "a cat", **HIRES, **given}).fields
+    assert {name: found[name] for name in fields} == fields
+    second = Job.parse(found | {"seed": 1}).second_pass
+    assert second is not None
+    assert second.steps_run == given.get("hr_second_pass_steps", 10)
+
+
 # What is not offered
 
 
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ({"enable_hr": True}, "enable_hr is true, and hires fix is not offered"),
+        ({"enable_hr": True}, "enable_hr needs the steps that it has in its second pass: give steps"),
+        ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler is 'R-ESRGAN 4x+', which is not"),
+        ({"enable_hr": True, "hr_prompt": "a dog"}, "hr_prompt is 'a dog', and a second pass is as the"),
+        ({"enable_hr": True, "steps": 9, "hr_scale": 1.0}, "hr_scale is 1, and a second pass makes the"),
+        ({"enable_hr": True, "steps": 9, "hr_resize_x": 512}, "they must be pixels, beside width and height"),
+        (
+            {**HIRES, "hr_resize_x": 1024, "hr_resize_y": 1024},
+            "which are not of the proportions of width and",
+        ),
+        ({**HIRES, "hr_scale": 8}, "upscale is 8: it must be less than or equal to 4"),
+        ({**HIRES, "hr_scale": 4, "width": 1024}, "upscale is 4, which makes 4096x3072 px of 1024x768"),
+        ({**HIRES, "denoising_strength": 0}, "upscale_strength is 0, which leaves none of 10 steps"),
         ({"styles": ["anime"]}, 'styles is ["anime"], and styles are not offered'),
         ({"script_name": "X/Y/Z plot"}, "script_name is 'X/Y/Z plot', and scripts are not offered"),
         (

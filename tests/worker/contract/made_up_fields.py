@@ -225,7 +225,7 @@ def errors() -> str:
 
 def keywords() -> list[str]:
     """The names among the keyword parameters of `submit_job`."""
-    from worker.contract.job_parameters import JobFields
+    from worker.contract.job_keywords import JobFields
 
     return [name for name in get_type_hints(JobFields) if name in VALUES]
 

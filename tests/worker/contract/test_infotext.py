@@ -13,9 +13,9 @@ from tests.worker.contract.test_job import OTHER_VALUES, REFERENCE
 from worker.contract.choices import ALIGN_YOUR_STEPS, ETA, SAMPLERS, ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.infotext import read, read_fields, write
-from worker.contract.job import WRITTEN_FIELDS, Job
+from worker.contract.job import JOB_FIELDS, WRITTEN_FIELDS, Job
 from worker.contract.job_checks import VISIBLE
-from worker.contract.job_parameters import MAX_SEED
+from worker.contract.job_parameters import MAX_SEED, MAX_SIZE
 from worker.contract.scheduler_names import OFFERED
 
 
@@ -157,6 +157,10 @@ FIELDS |= {
 }
 
 
+#: What a job without a second pass has at its default.
+OF_SECOND_PASS = ("upscale_steps", "upscale_strength", "upscaler")
+
+
 @st.composite
 def jobs(draw: st.DrawFn) -> Job:
     fields: dict[str, Any] = {}
@@ -165,8 +169,14 @@ def jobs(draw: st.DrawFn) -> Job:
         fields |= {names: value} if " " not in names else value
     if fields["schedule"] == "align_your_steps":
         fields["steps"] = ALIGN_YOUR_STEPS
-    if fields["image"]:
+    if fields["image"] or fields["upscale"] > 1:
         fields["steps"] = max(2, fields["steps"])
+    if fields["mask"] or max(fields["width"], fields["height"]) > MAX_SIZE / 2:
+        fields["upscale"] = 1.0
+    if fields["upscale"] == 1:
+        fields |= {name: JOB_FIELDS[name].default for name in OF_SECOND_PASS}
+    if fields["schedule"] == "align_your_steps":
+        fields["upscale_steps"] = None
     try:
         return Job.parse(fields | {"priority": 9, "metadata": {"mine": 1}, "tenant": "acme"})
     except InvalidJobError:

@@ -15,7 +15,8 @@ from worker.contract.choices import ImageFormat, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import SUBMISSION_FIELDS, Job
 from worker.contract.job_checks import VISIBLE
-from worker.contract.job_parameters import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED, JobFields
+from worker.contract.job_keywords import JobFields
+from worker.contract.job_parameters import MAX_METADATA, MAX_METADATA_DEPTH, MAX_SEED
 from worker.contract.loras import LorasLike
 from worker.contract.record import JobRecord, State
 from worker.contract.served_model import Defaults, ServedModel
@@ -283,6 +284,10 @@ OTHER_VALUES: dict[str, Any] = {
     "mask_blur": 8,
     "padding": 32,
     "preserve_unmasked": False,
+    "upscale": 2.0,
+    "upscale_steps": 12,
+    "upscale_strength": 0.75,
+    "upscaler": "lanczos",
 }
 #: What a field needs beside it.
 NEEDED: dict[str, dict[str, Any]] = {
@@ -292,6 +297,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "mask_blur": {"image": REFERENCE, "mask": "alpha"},
     "padding": {"image": REFERENCE, "mask": "alpha"},
     "preserve_unmasked": {"image": REFERENCE, "mask": "alpha"},
+    "upscale_steps": {"upscale": 2.0},
+    "upscale_strength": {"upscale": 2.0},
+    "upscaler": {"upscale": 2.0},
 }
 
 

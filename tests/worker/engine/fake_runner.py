@@ -15,7 +15,7 @@ import numpy as np
 from worker.contract.errors import NotFiniteError, OutOfMemoryError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
-from worker.engine.runner import JobInputs, Picture
+from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture
 
 #: What the fake serves.
 SERVED = ServedModel(
@@ -37,6 +37,8 @@ class FakeState:
     warnings: tuple[str, ...] = ()
     text_tokens: int = 0
     lora_rows: int = 0
+    #: Whether a second pass follows.
+    goes_on: bool = False
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Faults:
 
     #: Raised by `prepare`.
     prepare: BaseException | None = None
+    #: Raised by `prepare` for its second pass.
+    second: BaseException | None = None
     #: Step (from 0) -> the outcome of this job alone; the other jobs of the batch go on.
     outcome: dict[int, SmallcatError] = field(default_factory=dict)
     #: Step (from 0) -> raised, for the whole batch that the job is in.
@@ -70,6 +74,8 @@ class FakeRunner:
         self.oom_calls: set[int] = set()
         #: What goes wrong, by seed.
         self.faults: dict[int, Faults] = {}
+        #: Called with the seed of a job whose second pass is prepared, before it is.
+        self.on_second: Callable[[int], None] = lambda seed: None
         #: Seeds whose text and picture fit in memory on the engine's thread alone.
         self.out_of_memory_beside: set[int] = set()
         #: Warnings of each job, by seed.
@@ -102,7 +108,7 @@ class FakeRunner:
         #: Seeds in order of `prepare`.
         self.prepared: list[int] = []
         #: What each job began with, by seed.
-        self.inputs: dict[int, JobInputs | None] = {}
+        self.inputs: dict[int, JobInputs | FirstPass | None] = {}
         self._calls = 0
 
     def cap(self, lane: Hashable) -> int:
@@ -113,12 +119,15 @@ class FakeRunner:
         """Each row costs one."""
         return float(rows)
 
-    def prepare(self, job: Job, inputs: JobInputs | None = None) -> FakeState:
+    def prepare(self, job: Job, inputs: JobInputs | FirstPass | None = None) -> FakeState:
         """As the contract says."""
+        is_second = isinstance(inputs, FirstPass)
+        if is_second:
+            self.on_second(job.seed)
         self.prepared.append(job.seed)
         self.inputs[job.seed] = inputs
         self._check_memory(job)
-        if error := self._faults(job).prepare:
+        if error := self._faults(job).second if is_second else self._faults(job).prepare:
             raise error
         job = job.resolved(SERVED)
         assert job.steps is not None
@@ -126,7 +135,15 @@ class FakeRunner:
         rows = 2 if job.guidance_scale > 1 else 1
         rows = self.rows.get(job.seed, [rows])[0]
         warnings = self.warnings.get(job.seed, ())
-        return FakeState(job, job.steps * self.order, rows, lane=(job.width, job.height), warnings=warnings)
+        second = job.second_pass
+        if is_second:
+            assert second is not None
+            lane = second.width, second.height
+            return FakeState(job, second.steps_run * self.order, rows, lane, warnings=warnings)
+        lane = job.width or 0, job.height or 0
+        return FakeState(
+            job, job.steps * self.order, rows, lane, warnings=warnings, goes_on=second is not None
+        )
 
     def step(self, states: Sequence[FakeState]) -> list[SmallcatError | None]:
         """As the contract says: if it raises, all states are unchanged."""
@@ -153,7 +170,7 @@ class FakeRunner:
                 self.steps_done[state.job.seed] += 1
         return outcomes
 
-    def decode(self, states: Sequence[FakeState]) -> Iterator[Picture | SmallcatError]:
+    def decode(self, states: Sequence[FakeState]) -> Iterator[Outcome]:
         """As the contract says."""
         self.decode_entered.set()
         assert self.decode_gate.wait(SOON_S), "nobody opened the gate"
@@ -165,12 +182,16 @@ class FakeRunner:
                 raise error
         return self._when_ready(
             [
-                NotFiniteError("NaN") if self._faults(state.job).nan else picture_of(state.job)
+                NotFiniteError("NaN")
+                if self._faults(state.job).nan
+                else FirstPass(picture_of(state.job))
+                if state.goes_on
+                else picture_of(state.job)
                 for state in states
             ]
         )
 
-    def _when_ready(self, outcomes: list[Picture | SmallcatError]) -> Iterator[Picture | SmallcatError]:
+    def _when_ready(self, outcomes: list[Outcome]) -> Iterator[Outcome]:
         assert self.picture_gate.wait(SOON_S), "nobody opened the gate"
         yield from outcomes
 

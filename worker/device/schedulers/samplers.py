@@ -125,7 +125,7 @@ class Samplers:
         """
         assert job.steps  # noqa: S101 - resolved, which mypy cannot know
         name, noise, eta = Scheduler(job.scheduler), job.schedule, job.eta
-        strength = job.strength if job.image else None
+        strength = job.strength
         schedule = self.schedule(name, job.steps, options, noise=noise, eta=eta, strength=strength)
         generator = torch.Generator("cpu").manual_seed(job.seed)
         if schedule.weights is not None:

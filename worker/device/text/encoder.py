@@ -38,10 +38,13 @@ class TextEncoder:
         self._kept = 0
         self._lock = threading.Lock()
 
-    def encode(self, job: Job, steps: int, *, guided: bool, loras: TextLoras | None = None) -> JobText:
+    def encode(
+        self, job: Job, steps: int, done: int = 0, *, guided: bool, loras: TextLoras | None = None
+    ) -> JobText:
         """The encoded texts of a job that takes `steps` steps: with a negative prompt if `guided`.
 
-        `loras`: what the job's LoRAs change of the text encoders.
+        `done`: steps of the pass before this one; 0: it is the first. `loras`: what the job's LoRAs change of
+        the text encoders.
 
         Equal texts are encoded once as long as the cache keeps them. An empty negative prompt is none. Raises
         what the text encoder raises.
@@ -50,14 +53,16 @@ class TextEncoder:
         options = TextOptions(job.clip_skip, self._embeddings.of(job), loras)
         with self._lock:
             if job.prompt_syntax is PromptSyntax.A1111:
-                return self._a1111(job.prompt, negative if guided else None, steps, options)
+                return self._a1111(job.prompt, negative if guided else None, (steps, done), options)
             key = (job.prompt, negative, guided, options.key)
             text = self._once(
                 key, lambda: self._family.encode(job.prompt, negative, guided=guided, options=options)
             )
             return plain_text(text.conditions, text.warnings, guided=guided)
 
-    def _a1111(self, prompt: str, negative: str | None, steps: int, options: TextOptions) -> JobText:
+    def _a1111(
+        self, prompt: str, negative: str | None, steps: tuple[int, int], options: TextOptions
+    ) -> JobText:
         """The texts in AUTOMATIC1111's syntax. `negative`: None for a job without guidance."""
         parts = a1111_syntax.parts(prompt)
         without = None
@@ -70,9 +75,9 @@ class TextEncoder:
             self._family.unused_in_a1111(options),
         )
 
-    def _timed(self, text: str, steps: int, options: TextOptions, *, is_negative: bool) -> Timed:
+    def _timed(self, text: str, steps: tuple[int, int], options: TextOptions, *, is_negative: bool) -> Timed:
         """A text that may change by step."""
-        schedule = a1111_syntax.schedule(text, steps)
+        schedule = a1111_syntax.schedule(text, *steps)
         texts = [each for _, each in schedule]
         different = list(dict.fromkeys(texts))
         pieces = [a1111_syntax.pieces(each) for each in different]
