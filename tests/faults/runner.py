@@ -68,7 +68,8 @@ def pixel_of(job: Job) -> int:
 
 def size_of(job: Job) -> tuple[int, int]:
     """The height and the width of a job's picture: other jobs may begin with it."""
-    return job.height or 8, job.width or 8
+    width, height = job.picture_size
+    return height or 8, width or 8
 
 
 @dataclass
