@@ -30,7 +30,6 @@ from producer.ingest.manifest import COLUMNS
 from producer.ingest.types import Outcome
 from tests.faults.earlier import EARLIER
 from tests.test_architecture import FOLDERS
-from worker.bench.__main__ import main as bench
 from worker.contract import errors
 from worker.contract.choices import SAMPLERS, NoiseSchedule, Scheduler
 from worker.contract.job import FORMAT_VERSION, JOB_FIELDS, WRITTEN_FIELDS, Job
@@ -343,6 +342,9 @@ def local_command() -> str:
 
 def bench_command() -> str:
     """The command that measures this machine."""
+    # Here, because it imports torch, which the other parts do without.
+    from worker.bench.__main__ import main as bench
+
     return _command("python -m worker.bench", bench, {})
 
 

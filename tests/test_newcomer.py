@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,12 @@ EDITS: dict[str, list[tuple[str, str]]] = {
     "tests/worker/contract/test_job.py": [('    "guidance_stop": 0.75,\n', '    "noise_multiplier": 0.5,\n')],
 }
 
-#: Renders the same job without and with the parameter, and says what else became of it.
+#: Renews the documents, renders the same job without and with the parameter, and says what else became of it.
+#: In one process, because each of the two needs torch.
 TRY = """
 import json
+import runpy
+runpy.run_module("tests.docs", run_name="__main__")
 from click.testing import CliRunner
 from producer.cli.main import cli
 from worker.contract import infotext
@@ -81,9 +85,16 @@ def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@dataclass(frozen=True)
+class Followed:
+    """The tree after the recipe, and what `TRY` printed there."""
+
+    tree: Path
+    printed: str
+
+
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The tree after the recipe."""
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followed]:
     tree = tmp_path_factory.mktemp("tree")
     for part in PARTS:
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -95,9 +106,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             assert text.count(place) == 1, f"{name} has changed: {place!r}"
             text = text.replace(place, added + place)
         (tree / name).write_text(text)
-    renewed = run(tree, "-m", "tests.docs")
-    assert renewed.returncode == 0, renewed.stderr
-    yield tree
+    tried = run(tree, "-c", TRY)
+    assert tried.returncode == 0, tried.stderr
+    yield Followed(tree, tried.stdout)
     shutil.rmtree(tree)
 
 
@@ -112,7 +123,7 @@ def changed(copy: Path) -> set[str]:
     }
 
 
-def test_a_new_job_parameter_takes_the_three_files_of_the_recipe(copy: Path) -> None:
+def test_a_new_job_parameter_takes_the_three_files_of_the_recipe(followed: Followed) -> None:
     recipe = re.search(
         r"\*\*Add a job parameter\.\*\* Three files:\n(.*?)\nAll else",
         (ROOT / "CONTRIBUTING.md").read_text(),
@@ -121,24 +132,22 @@ def test_a_new_job_parameter_takes_the_three_files_of_the_recipe(copy: Path) -> 
     assert recipe is not None
     assert re.findall(r"^\d\. `([\w./]+)`", recipe[1], re.MULTILINE) == list(EDITS)
     # The documents that name every job field are made from the code.
-    assert {name for name in changed(copy) if not name.startswith("docs/")} == set(EDITS)
+    assert {name for name in changed(followed.tree) if not name.startswith("docs/")} == set(EDITS)
 
 
-def test_the_new_parameter_makes_another_picture_and_is_everywhere(copy: Path) -> None:
-    done = run(copy, "-c", TRY)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def test_the_new_parameter_makes_another_picture_and_is_everywhere(followed: Followed) -> None:
+    found: dict[str, Any] = json.loads(followed.printed.splitlines()[-1])
     said = found.pop("checked")
     assert found == dict.fromkeys(found, True)
     assert said == "noise_multiplier is 3.0: it must be less than or equal to 2."
 
 
 @pytest.mark.services
-def test_the_tests_of_the_contract_and_of_the_documents_pass_in_the_new_tree(copy: Path) -> None:
+def test_the_tests_of_the_contract_and_of_the_documents_pass_in_the_new_tree(followed: Followed) -> None:
     tests = [
         *("tests/worker/contract/test_job.py", "tests/worker/contract/test_infotext.py"),
         *("tests/worker/contract/test_message.py", "tests/test_architecture.py", "tests/test_docs.py"),
         *("tests/producer/ingest/test_earlier_version.py", "tests/producer/gallery/test_gallery.py"),
     ]
-    done = run(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+    done = run(followed.tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0, done.stdout[-3000:]
