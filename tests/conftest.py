@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 # Before any module, or conftest of a folder, imports torch, which reads them then: also in the processes that
@@ -78,6 +79,10 @@ def pytest_configure() -> None:
     # that they start do not: handlers are not inherited.
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+    # Hypothesis allows an example 0.2 s by the clock on the wall, which a busy machine takes for any of them.
+    # What may take only so long is measured by its test, in seconds of the processor.
+    hypothesis.settings.register_profile("smallcat", deadline=None)
+    hypothesis.settings.load_profile("smallcat")
     # Tests bring their own tiny models. One that asks the hub is wrong, and fails at once instead of waiting.
     os.environ["HF_HUB_OFFLINE"] = "1"
 
