@@ -38,7 +38,10 @@ FOLDERS = {
 }
 
 #: What one module does beside that, on a machine that may have no torch: inside a function.
-EXCEPTIONS = {"producer.cli.doctor": {"worker.device.attention", "worker.model.placement"}}
+EXCEPTIONS = {
+    "producer.cli.doctor": {"worker.device.attention", "worker.model.placement"},
+    "producer.cli.warm": {"worker.device.compiling.filling"},
+}
 
 #: A library, or several that come together, and the only folders or modules that import it.
 DOORS = {

@@ -30,6 +30,7 @@ from producer.cli.serve import keys, serve
 from producer.cli.shares import shares
 from producer.cli.tenants import tenants
 from producer.cli.usage import usage
+from producer.cli.warm import warm
 from producer.cli.webhooks import webhooks
 from producer.client import JobHandle, submit_job
 from producer.client.job_result import JobResult
@@ -167,6 +168,7 @@ cli.add_command(metrics)
 cli.add_command(usage)
 cli.add_command(webhooks)
 cli.add_command(forget)
+cli.add_command(warm)
 
 
 @cli.command()

@@ -10,12 +10,9 @@ import signal
 import threading
 from multiprocessing.connection import Connection
 
-import torch
-from torch.compiler._cache import CacheArtifactManager
-
 from worker.contract.errors import first_line
 from worker.contract.settings import WorkerSettings
-from worker.device.compiling.traced import Recorder
+from worker.device.compiling.traced import carried
 from worker.device.model_runner import ModelRunner
 from worker.model import loader
 
@@ -33,21 +30,10 @@ def serve(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
         while True:
             what, lane, argument, dynamic = pickle.loads(connection.recv_bytes())  # noqa: S301 - of our own
             try:
-                answer = ("", *_kept(runner.compile_like(what, lane, argument, dynamic)))
+                answer = ("", *carried(runner.compile_like(what, lane, argument, dynamic)))
             except Exception as failure:  # noqa: BLE001 - whatever it is, the worker logs it
                 answer = (first_line(failure) or type(failure).__name__, b"", "")
             connection.send_bytes(pickle.dumps(answer))
-
-
-def _kept(recorder: Recorder) -> tuple[bytes, str]:
-    """What was compiled since the last call, as torch carries it, and its trace. Empty: there is none."""
-    saved = torch.compiler.save_cache_artifacts()
-    CacheArtifactManager.clear()
-    if saved is None:
-        return b"", ""
-    artifacts, info = saved
-    trace = recorder.trace(info.aot_autograd_artifacts)
-    return artifacts, "" if trace is None else trace.to_json()
 
 
 def _end_with_parent() -> None:

@@ -89,6 +89,19 @@ class Recorder:
         return Trace(keys[0], self._inputs, [first for first, *_ in places], is_single)
 
 
+def carried(recorder: Recorder) -> tuple[bytes, str]:
+    """What was compiled since the last call, as torch carries it, and its trace. Empty: there is none."""
+    from torch.compiler._cache import CacheArtifactManager
+
+    saved = torch.compiler.save_cache_artifacts()
+    CacheArtifactManager.clear()
+    if saved is None:
+        return b"", ""
+    artifacts, info = saved
+    trace = recorder.trace(info.aot_autograd_artifacts)
+    return artifacts, "" if trace is None else trace.to_json()
+
+
 def load(trace: Trace, function: Callable[..., Any]) -> Callable[[Any], Any]:
     """The compiled code of `function`. Raises whatever torch raises where it has or takes none of it."""
     call = _load(trace.key)
