@@ -40,6 +40,7 @@ from worker.contract.versions import versions
 from worker.device import start
 from worker.engine.capacity import JOBS_PER_ROW, jobs_in_flight, uploading_jobs
 from worker.engine.engine import Engine
+from worker.engine.pauses import Pauses
 from worker.health.report import Health
 from worker.jobs import metrics
 from worker.jobs.announcement import VERSIONS, announcement
@@ -210,7 +211,10 @@ def _assemble(settings: WorkerSettings, name: str) -> _Process:
         _log_choice("traces", to, "OTEL_EXPORTER_OTLP_ENDPOINT")
     runner = _warm_runner(settings, files)
     timeout_s, rates = settings.job_timeout_s, Rates(metrics.observe_step)
-    engine = Engine(runner, job_timeout_s=timeout_s, on_failure=_engine_failed, on_step=rates.step)
+    on_turn = Pauses(lambda: runner.is_compiled, metrics.observe_change).turn
+    engine = Engine(
+        runner, job_timeout_s=timeout_s, on_failure=_engine_failed, on_step=rates.step, on_turn=on_turn
+    )
     handler = JobHandler(
         name=name,
         served=runner.served,

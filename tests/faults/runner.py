@@ -108,7 +108,7 @@ class FaultRunner:
     served = SERVED
     job_s = 1.0
     decodes_beside = False
-    is_compiling = False
+    is_compiling = is_compiled = False
     out_of_memory = padded_rows = 0
     choices = (Choice("device", "none", "a fake"), Choice("attention", "none", "a fake"))
 

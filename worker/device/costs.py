@@ -1,13 +1,20 @@
-"""What steps of a model cost on its device, and how many rows one may have: measured at the start."""
+"""What steps of a model cost on its device, and how many rows one may have.
+
+Measured at the start, and again by steps of jobs where these are compiled only later.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 from worker.contract.served_model import Defaults
 from worker.device.family import Lane, ModelFamily
 from worker.engine import step_cost
+from worker.engine.cap_search import CapSearch
 from worker.engine.step_cost import Curve, StepCost
+
+logger = logging.getLogger("smallcat.engine")
 
 
 class Costs:
@@ -20,6 +27,7 @@ class Costs:
         self.lane: Lane = family.lane(defaults.width, defaults.height)
         #: Tokens of the text encoder's window; 0: not yet known.
         self.window = 0
+        self._search: CapSearch | None = None
         self._cost = StepCost((), family.area(self.lane), asked_rows or step_cost.MIN_CAP)
 
     def measured(self, curve: Curve, max_rows: int) -> None:
@@ -29,6 +37,33 @@ class Costs:
     def measured_loras(self, share: float) -> None:
         """A row with LoRAs costs more, by this share of itself."""
         self._cost = dataclasses.replace(self._cost, lora_share=share)
+
+    def search(self) -> None:
+        """Find out by compiled steps of jobs how many rows one should have: `stepped` is told of them."""
+        if self._asked_rows is None:
+            self._search = CapSearch()
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether `stepped` is to be called."""
+        return self._search is not None
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """A compiled step of the default size and so many rows took so long."""
+        if self._search is None:
+            return
+        curve = self._search.note(rows, seconds, is_full=rows >= self.max_rows)
+        if curve is None:
+            return
+        gave_up, self._search = self._search.gave_up, None
+        if not curve:
+            return
+        cap, reason = step_cost.choose_cap(curve)
+        if gave_up:
+            # There were too few jobs to try larger ones.
+            cap = max(cap, self.max_rows)
+        self.measured(curve, cap)
+        logger.info("max rows: %d (of compiled steps: %s)", cap, reason)
 
     @property
     def max_rows(self) -> int:
@@ -44,6 +79,8 @@ class Costs:
 
     def cap(self, lane: Lane) -> int:
         """The cap in rows of a step of `lane`, >= 1: as many latent pixels as in the measured one."""
+        if self._search is not None and self._search.cap is not None and lane == self.lane:
+            return self._search.cap
         return self._asked_rows or self._cost.cap(self._family.area(lane))
 
     def step_s(self, lane: Lane, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:

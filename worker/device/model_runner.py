@@ -9,7 +9,6 @@ What differs between kinds of models is behind `worker.device.family`.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
@@ -23,7 +22,6 @@ from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.device import attention, gpu, warm_up
-from worker.device.compiling.ahead import Ahead
 from worker.device.compiling.claims import Store
 from worker.device.compiling.compiler import CompiledLanes, Compiler, Piece
 from worker.device.compiling.kernel_cache import setup_name
@@ -39,6 +37,7 @@ from worker.device.loras.cache import Loras
 from worker.device.preparation import Preparation
 from worker.device.previews import Previews
 from worker.device.step import Step, batch_of, denoise
+from worker.device.step_times import StepTimes
 from worker.device.text.embeddings import Files
 from worker.device.vae_decoder import VaeDecoder
 from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture
@@ -103,6 +102,7 @@ class ModelRunner:
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
         self._vae_decoder = VaeDecoder(self._family, self._device, alone=settings.exact, compiler=compiler)
         self._costs = Costs(self._family, self.served.defaults, settings.max_batch)
+        self._times = StepTimes(self._costs, lambda: self.is_compiled)
 
     # --- costs ----------------------------------------------------------------------------------------------
 
@@ -134,6 +134,11 @@ class ModelRunner:
         """See `Costs`."""
         return self._costs.step_s(cast("Lane", lane), rows, text_tokens, lora_rows)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the last step was compiled."""
+        return self._graphs is not None and self._graphs.was_compiled
+
     def memory(self) -> dict[str, int]:
         """Bytes of the GPU's memory: now, and the most in a step of each batch size so far; {} on a CPU."""
         peaks = self._graphs.peaks if self._graphs is not None else {}
@@ -163,47 +168,7 @@ class ModelRunner:
 
         Returns what was chosen. Raises `SettingsError` when the picture fails.
         """
-        device = next((choice.choice for choice in self.choices if choice.what == "device"), "")
-        with warm_up.refused(self.served.name, device):
-            ahead = Ahead(self.default_pieces()) if self._compiles_beside else None
-            warm_up.run_trial(self, on_gpu=self._on_gpu)
-            compiled = (ahead and ahead.load()) or warm_up.IN_BACKGROUND
-            if not self._compiles_beside or (self._compiles_first and compiled is warm_up.IN_BACKGROUND):
-                compile_for = self.compile if self._graphs is not None else None
-                compiled = warm_up.compile_default(compile_for, on_gpu=self._on_gpu)
-        row = self.prepare(Job(prompt=warm_up.PROMPT, seed=0, guidance_scale=1.0))
-        self._costs.window = row.text_tokens
-        curve, measured = warm_up.measure_steps(
-            lambda rows: self._seconds([row] * rows),
-            on_gpu=self._on_gpu,
-            max_batch=self._asked_rows,
-            quick=self._kernel_compiler is not None and not self._compiles_first,
-        )
-        self._costs.measured(curve, int(measured.choice))
-        of_loras = self._warm_up_loras(row)
-        if self._kernel_compiler is not None:
-            self._kernel_compiler.is_serving = True
-            if not self._compiles_first:
-                for piece in self.default_pieces():
-                    piece.begin()
-        return compiled, measured, *of_loras
-
-    def _warm_up_loras(self, row: JobState) -> tuple[Choice, ...]:
-        """Where LoRAs are offered: compile the steps with some, and measure what they cost."""
-        if not self._offers_loras or (example := self._loras.example(warm_up.LORA_RANK)) is None:
-            return ()
-        chosen = []
-        if self._graphs is not None and self._compiles_first:
-            compile_for = functools.partial(self.compile, loras=True)
-            chosen.append(warm_up.compile_default(compile_for, on_gpu=True, what="compile for LoRAs"))
-
-        def step_s(loras: bool) -> float:
-            row.loras = example if loras else None
-            return self._seconds([row] * self.max_rows)
-
-        share, measured = warm_up.measure_loras(step_s)
-        self._costs.measured_loras(share)
-        return *chosen, measured, self._loras.choice
+        return warm_up.warm_up(self)
 
     @torch.no_grad()
     def compile(self, job: Job, *, loras: bool = False) -> bool:
@@ -253,11 +218,6 @@ class ModelRunner:
         chosen = next(choice for choice in self.choices if choice.what == "attention")
         return setup_name(self._device, self._components, chosen.choice, self._exact)
 
-    @property
-    def _compiles_beside(self) -> bool:
-        """Whether code that another process has compiled may be run: not in exact mode."""
-        return self._kernel_compiler is not None and self._kernel_compiler.in_background
-
     @torch.no_grad()
     def _seconds(self, states: Sequence[JobState]) -> float:
         """Seconds of one step of `states`, which stay as they are."""
@@ -294,7 +254,8 @@ class ModelRunner:
         try:
             with mapped("denoise"):
                 groups = self._groups(states)
-                for group, step in zip(groups, self._run(groups), strict=True):
+                steps = self._times.run(self._run, groups)
+                for group, step in zip(groups, steps, strict=True):
                     check = FiniteCheck(step.finite)
                     outcomes += [
                         state.advance(check, index, step.states[index], step.predictions[index])

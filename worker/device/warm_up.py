@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from worker.contract.errors import DeviceError, OutOfMemoryError, SettingsError, SmallcatError
 from worker.contract.job import Job
+from worker.device.compiling.ahead import Ahead
 from worker.device.errors import mapped
 from worker.engine import step_cost
 from worker.engine.runner import Runner, StateT
 from worker.model.placement import Choice
+
+if TYPE_CHECKING:
+    from worker.device.job_state import JobState
+    from worker.device.model_runner import ModelRunner
 
 #: What these jobs show does not matter.
 PROMPT = "a small cat"
@@ -27,6 +34,56 @@ IN_BACKGROUND = Choice("compile", "in the background", "until then steps are unc
 MIN_SIZES, TIMES = 4, 3
 #: The same where jobs wait for it: seconds, sizes, steps of each.
 QUICK_S, QUICK_SIZES, QUICK_TIMES = 1.0, 3, 2
+
+
+def warm_up(runner: ModelRunner) -> tuple[Choice, ...]:
+    """Make a runner ready for its first job: see `ModelRunner.warm_up`."""
+    on_gpu, compiler = runner._on_gpu, runner._kernel_compiler
+    # In exact mode nothing is run that another process has compiled.
+    loads = compiler is not None and compiler.in_background
+    device = next((choice.choice for choice in runner.choices if choice.what == "device"), "")
+    with refused(runner.served.name, device):
+        ahead = Ahead(runner.default_pieces()) if loads else None
+        run_trial(runner, on_gpu=on_gpu)
+        compiled = (ahead and ahead.load()) or IN_BACKGROUND
+        if not loads or (runner._compiles_first and compiled is IN_BACKGROUND):
+            compiled = compile_default(runner.compile if compiler is not None else None, on_gpu=on_gpu)
+    row = runner.prepare(Job(prompt=PROMPT, seed=0, guidance_scale=1.0))
+    runner._costs.window = row.text_tokens
+    curve, measured = measure_steps(
+        lambda rows: runner._seconds([row] * rows),
+        on_gpu=on_gpu,
+        max_batch=runner._asked_rows,
+        quick=compiler is not None and not runner._compiles_first,
+    )
+    runner._costs.measured(curve, int(measured.choice))
+    of_loras = _warm_up_loras(runner, row)
+    if compiler is not None:
+        compiler.is_serving = True
+        if not runner._compiles_first:
+            for piece in runner.default_pieces():
+                piece.begin()
+        if compiled is IN_BACKGROUND:
+            runner._costs.search()
+    return compiled, measured, *of_loras
+
+
+def _warm_up_loras(runner: ModelRunner, row: JobState) -> tuple[Choice, ...]:
+    """Where LoRAs are offered: compile the steps with some, and measure what they cost."""
+    if not runner._offers_loras or (example := runner._loras.example(LORA_RANK)) is None:
+        return ()
+    chosen = []
+    if runner._graphs is not None and runner._compiles_first:
+        compile_for = functools.partial(runner.compile, loras=True)
+        chosen.append(compile_default(compile_for, on_gpu=True, what="compile for LoRAs"))
+
+    def step_s(loras: bool) -> float:
+        row.loras = example if loras else None
+        return runner._seconds([row] * runner.max_rows)
+
+    share, measured = measure_loras(step_s)
+    runner._costs.measured_loras(share)
+    return *chosen, measured, runner._loras.choice
 
 
 @contextlib.contextmanager

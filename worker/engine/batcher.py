@@ -240,7 +240,9 @@ class Batcher(Generic[T]):
         """The jobs to run one step of, all of one lane; empty when there are none."""
         if not self._lanes:
             return []
-        for lane in self._lanes.values():
+        for name, lane in self._lanes.items():
+            # What the device gains by may be known better now.
+            lane.cap = self.cap(name)
             lane.schedule(now_s)
         name, lowest = min(self._lanes.items(), key=lambda named: named[1].pass_)
         batch = lowest.batch(self._costs, name, now_s)

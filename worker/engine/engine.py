@@ -54,8 +54,8 @@ class Engine(Generic[StateT]):
 
     `job_timeout_s` (seconds, > 0) limits the time of a job in the engine. `on_failure` is called once, from
     the engine's thread, if the loop fails: all jobs have been given back by then, and the process should
-    exit. `on_step` is called with the rows of each step and its seconds. `clock` returns monotonic seconds.
-    All public methods may be called from any thread.
+    exit. `on_step` is called with each step's rows and seconds, `on_turn` with its batch and whether more is
+    to do. `clock` returns monotonic seconds. Public methods may be called from any thread.
     """
 
     def __init__(
@@ -65,12 +65,13 @@ class Engine(Generic[StateT]):
         job_timeout_s: float,
         on_failure: Callable[[BaseException], None],
         on_step: Callable[[int, float], None] = lambda rows, seconds: None,
+        on_turn: Callable[[Sequence[Ticket[StateT]], bool], None] = lambda batch, goes_on: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
         self._job_timeout_s = job_timeout_s
         self._on_failure = on_failure
-        self._on_step = on_step
+        self._on_step, self._on_turn = on_step, on_turn
         self._clock = clock
         #: Whether the jobs in flight move.
         self.movement = Movement(clock, lambda: runner.is_compiling)
@@ -188,6 +189,7 @@ class Engine(Generic[StateT]):
                 if not self._should_wait() and (batch := self._batcher.next_batch(self._clock())):
                     self._step(batch)
                     self._decode_finished(batch)
+                    self._on_turn(batch, len(self._batcher) > 0)
                 self._turn_started_s = None
         except BaseException as error:
             self._has_failed = True
@@ -307,11 +309,10 @@ class Engine(Generic[StateT]):
             for ticket in batch
             if ticket in self._batcher and ticket.state and ticket.state.step >= ticket.state.steps
         ]
-        if not finished:
-            return
         for ticket in finished:
             self._batcher.remove(ticket)
-        self._decode_stage.add(finished)
+        if finished:
+            self._decode_stage.add(finished)
 
     def _drop(self, ticket: Ticket[StateT], error: SmallcatError) -> None:
         """End a job before its last step."""

@@ -72,6 +72,11 @@ STEP = Histogram(
     "Seconds that a denoising step of a batch took",
     buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
 )
+#: The longest pause between two steps while this worker changed over to compiled ones; 0 until it has.
+CHANGE = Gauge(
+    "smallcat_compiled_change_pause_seconds",
+    "Longest pause between two steps, in seconds, at the last change to compiled ones",
+)
 #: What runs here, as labels: versions of packages, model, device.
 BUILD = Info("smallcat_build", "What runs here")
 
@@ -92,6 +97,11 @@ def observe_step(rows: int, seconds: float) -> None:
     """Count one step of the engine."""
     ROWS.observe(rows)
     STEP.observe(seconds)
+
+
+def observe_change(pause_s: float) -> None:
+    """Say how long the longest pause was at a change to compiled steps."""
+    CHANGE.set(pause_s)
 
 
 class MemoryCollector(Collector):
