@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,12 +16,14 @@ from torch._dynamo.utils import counters
 
 from tests import toy_flow, toy_flow_jobs
 from tests.toy_flow import ToyFlow, loaded_toy
-from worker.contract.errors import InvalidJobError, SettingsError
+from worker.contract.errors import InvalidJobError, SettingsError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device import vae_decoder
+from worker.device.compiling import compiler
 from worker.device.families import family_of
 from worker.device.family import ModelFamily
+from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
 from worker.device.step import batch_of, denoise
 
@@ -52,25 +54,31 @@ class NeverFree(nullcontext[None]):
 
 
 @pytest.fixture
-def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runners compile and pad as on a GPU, though Dynamo only traces, and nothing is captured."""
+def padded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runners compile and pad as on a GPU, though nothing is captured."""
     with ThreadPoolExecutor(1) as thread:
-        compiler = SimpleNamespace(
+        fake = SimpleNamespace(
             submit=thread.submit,
             in_background=True,
             is_serving=False,
             elsewhere=None,
             device_sync_lock=NeverFree(),
         )
-        monkeypatch.setattr(ModelRunner, "_compiler", lambda runner, settings, alone, shared: compiler)
+        monkeypatch.setattr(ModelRunner, "_compiler", lambda runner, settings, alone, shared: fake)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
         # On a CPU, convolutions have another way from 16 pictures on.
         monkeypatch.setattr(vae_decoder, "CPU_PIXELS", 8 * 64 * 64)
-        torch._dynamo.reset()
         yield
-        torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch, padded_on_cpu: None) -> Iterator[None]:
+    """The same, and Dynamo traces."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 # Traced three times, which takes 10 s, and more beside other tests. That a padded batch gives what the batch
@@ -89,6 +97,32 @@ def test_batches_that_are_padded_for_compiled_steps_give_the_same_pictures(toy: 
     lanes = {name.rpartition(", ")[2] for pool in runner._graphs._pools for name in pool._graphs}
     assert lanes == {"4x8x8", "4x8x12", "4x12x8"}
     toy_flow_jobs.check(runner, pictures, toy)
+
+
+@pytest.mark.usefixtures("padded_on_cpu")
+def test_jobs_that_change_over_to_compiled_steps_give_the_same_pictures(
+    monkeypatch: pytest.MonkeyPatch, toy: ToyFlow
+) -> None:
+    """Between two of their steps: what is compiled beside them takes over, with the padding of its graphs."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: True))
+    monkeypatch.setattr(compiler, "CALLS_BEFORE_COMPILING", 3)
+    runner = a_runner()
+    steps: dict[int, list[bool]] = {}
+    step = runner.step
+
+    def noted(states: Sequence[JobState]) -> list[SmallcatError | None]:
+        outcomes = step(states)
+        for state in states:
+            steps.setdefault(state.job.seed, []).append(runner.is_compiled)
+        return outcomes
+
+    monkeypatch.setattr(runner, "step", noted)
+    toy_flow_jobs.check(runner, toy_flow_jobs.render(runner), toy)
+    changed = [seed for seed, compiled in steps.items() if set(compiled) == {False, True}]
+    assert len(changed) >= 3
+    # Over, and not back.
+    assert all(steps[seed] == sorted(steps[seed]) for seed in changed)
 
 
 def test_another_family_takes_at_most_200_lines() -> None:
