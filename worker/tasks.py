@@ -60,7 +60,7 @@ from worker.state.redis_client import RedisError, connect, connect_until
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
 from worker.storage.options import BucketOptions
-from worker.storage.shared_code import store_of
+from worker.storage.shared_code import NO_KEY, SHARED, store_of
 from worker.tracing import attempts, exporter
 
 if TYPE_CHECKING:
@@ -261,8 +261,7 @@ def _warm_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:
     """The model, loaded and warmed up; each choice that is made for the user is logged."""
     shared = store_of(settings)
     if settings.kernel_cache:
-        why = "SMALLCAT_KERNEL_CACHE" if shared else "there is no SMALLCAT_KERNEL_CACHE_KEY to sign it with"
-        _log_choice("shared code", str(shared or "no"), why)
+        _log_choice("shared code", str(shared or "no"), SHARED if shared else NO_KEY)
     runner = load_runner(settings, files, shared)
     # Torch, diffusers and others have brought handlers of their own.
     log_lines.shorten(settings.log)

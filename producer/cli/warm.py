@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from producer.cli.json_output import json_option, print_json, say
 from worker.contract.errors import CallerError, SettingsError, StorageError
 from worker.contract.settings import WorkerSettings, worker_settings
-
-if TYPE_CHECKING:
-    from worker.device.compiling.filling import Filled
 
 
 @click.command()
@@ -37,17 +34,18 @@ def warm(as_json: bool) -> None:
     assert shared is not None  # noqa: S101 - the settings were checked
     logging.getLogger("smallcat").setLevel(logging.WARNING)
     say(f"loading the model; compiled code goes to {shared}", err=True)
-    found: list[Filled] = []
+    found: list[dict[str, Any]] = []
     try:
         for each in filling.fill(settings, shared, lambda name: Bucket(name, options=options)):
-            found.append(each)
+            found.append(dataclasses.asdict(each))
             if not as_json:
-                say(_line(each))
+                how = "was there already" if each.was_there else f"compiled in {each.seconds:.0f} s"
+                say(f"{each.what} for {each.lane}: {each.problem or how}")
     except OSError as error:
         raise StorageError(f"{shared} cannot be used ({error}): check SMALLCAT_KERNEL_CACHE.") from error
     if as_json:
-        print_json([dataclasses.asdict(each) for each in found])
-    lacking = sum(bool(each.problem) for each in found)
+        print_json(found)
+    lacking = sum(bool(each["problem"]) for each in found)
     if lacking:
         raise StorageError(f"{lacking} of {len(found)} are not in {shared}, see above.")
 
@@ -65,8 +63,3 @@ def _checked(settings: WorkerSettings) -> WorkerSettings:
     if settings.exact:
         raise SettingsError("SMALLCAT_EXACT=1: workers in exact mode compile for themselves.")
     return settings
-
-
-def _line(each: Filled) -> str:
-    how = "was there already" if each.was_there else f"compiled in {each.seconds:.0f} s"
-    return f"{each.what} for {each.lane}: {each.problem or how}"

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from worker.contract.errors import DeviceError, OutOfMemoryError, SettingsError, SmallcatError
 from worker.contract.job import Job
@@ -15,10 +15,6 @@ from worker.device.errors import mapped
 from worker.engine import step_cost
 from worker.engine.runner import Runner, StateT
 from worker.model.placement import Choice
-
-if TYPE_CHECKING:
-    from worker.device.job_state import JobState
-    from worker.device.model_runner import ModelRunner
 
 #: What these jobs show does not matter.
 PROMPT = "a small cat"
@@ -36,8 +32,8 @@ MIN_SIZES, TIMES = 4, 3
 QUICK_S, QUICK_SIZES, QUICK_TIMES = 1.0, 3, 2
 
 
-def warm_up(runner: ModelRunner) -> tuple[Choice, ...]:
-    """Make a runner ready for its first job: see `ModelRunner.warm_up`."""
+def warm_up(runner: Any) -> tuple[Choice, ...]:
+    """Make a `worker.device.model_runner.ModelRunner`, which imports this module, ready for its first job."""
     on_gpu, compiler = runner._on_gpu, runner._kernel_compiler
     # In exact mode nothing is run that another process has compiled.
     loads = compiler is not None and compiler.in_background
@@ -68,7 +64,7 @@ def warm_up(runner: ModelRunner) -> tuple[Choice, ...]:
     return compiled, measured, *of_loras
 
 
-def _warm_up_loras(runner: ModelRunner, row: JobState) -> tuple[Choice, ...]:
+def _warm_up_loras(runner: Any, row: Any) -> tuple[Choice, ...]:
     """Where LoRAs are offered: compile the steps with some, and measure what they cost."""
     if not runner._offers_loras or (example := runner._loras.example(LORA_RANK)) is None:
         return ()
@@ -79,7 +75,7 @@ def _warm_up_loras(runner: ModelRunner, row: JobState) -> tuple[Choice, ...]:
 
     def step_s(loras: bool) -> float:
         row.loras = example if loras else None
-        return runner._seconds([row] * runner.max_rows)
+        return float(runner._seconds([row] * runner.max_rows))
 
     share, measured = measure_loras(step_s)
     runner._costs.measured_loras(share)

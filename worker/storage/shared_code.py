@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smallcat.storage")
 
+#: Why code is shared, or not although it should be, in the log.
+SHARED: Final = "SMALLCAT_KERNEL_CACHE"
+NO_KEY: Final = "there is no SMALLCAT_KERNEL_CACHE_KEY to sign it with"
 #: Bytes of a file, at most, and of what is read at once.
 MOST_BYTES: Final = 512 << 20
 _PIECE: Final = 1 << 20
