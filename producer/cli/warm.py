@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import logging
 from typing import Any
 
 import click
@@ -32,7 +31,6 @@ def warm(as_json: bool) -> None:
 
     shared, options = store_of(settings), BucketOptions.of(settings)
     assert shared is not None  # noqa: S101 - the settings were checked
-    logging.getLogger("smallcat").setLevel(logging.WARNING)
     say(f"loading the model; compiled code goes to {shared}", err=True)
     found: list[dict[str, Any]] = []
     try:

@@ -273,29 +273,11 @@ def fill_cache(model: Path, shared: Path) -> None:
     work = Path(tempfile.mkdtemp(prefix="fill-"))
     environment = environment_of(model, work, shared, "redis://127.0.0.1:1/0")
     environment |= {"SMALLCAT_ATTENTION": "sdpa", "TORCHINDUCTOR_CACHE_DIR": str(work / "kernels")}
-    program = (
-        "import logging, sys; logging.basicConfig(level=20, stream=sys.stdout, format='[fill] %(message)s');"
-        "from tests.benchmarks.start import fill; fill()"
-    )
     started_s = time.time()
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "producer", "warm"], env=environment, check=True)
     sizes = [each.stat().st_size for each in shared.rglob("*.kernels")]
     say(part="filled", seconds=time.time() - started_s, bytes=sizes)
     shutil.rmtree(work, ignore_errors=True)
-
-
-def fill() -> None:
-    """Compile for the default size, in this process' environment, and wait for it."""
-    from worker.contract.settings import worker_settings
-    from worker.device.model_runner import ModelRunner
-    from worker.storage.shared_code import store_of
-
-    settings = worker_settings()
-    runner = ModelRunner(settings, shared=store_of(settings))
-    for piece in runner.default_pieces():
-        piece.begin()
-    compiler: Any = runner._kernel_compiler
-    compiler._thread.shutdown(wait=True)
 
 
 def short_starts(model: Path, shared: Path) -> None:

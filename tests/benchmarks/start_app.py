@@ -122,6 +122,7 @@ def _import(files: Any) -> None:
     """As `start` imports, and then has the parts timed that are there now."""
     _imports(files)
     from worker.device import attention, model_runner, unet_patches, warm_up
+    from worker.device.compiling.ahead import Ahead
     from worker.device.compiling.compiler import CompiledLanes
     from worker.device.compiling.process import CompileProcess
     from worker.model import half_vae, loader
@@ -145,6 +146,8 @@ def _import(files: Any) -> None:
         (CompileProcess, "compile", "compile elsewhere"),
         (CompiledLanes, "_compile", "compile and load"),
         (CompiledLanes, "_loaded", "load compiled code"),
+        (CompileProcess, "find", "look for compiled code"),
+        (Ahead, "load", "wait for it before the first job"),
     ):
         timed(owner, name, label)
 

@@ -20,6 +20,7 @@ from worker.jobs import handler
 PROGRAMS = (
     "autoscaling",
     "emulated",
+    "encoding",
     "engine",
     "guidance",
     "ingest",

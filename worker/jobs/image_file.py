@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 from PIL import Image, PngImagePlugin
 
@@ -56,7 +57,8 @@ def encode(
             chunks.add_text("parameters", text)
             if xmp:
                 chunks.add_itxt("XML:com.adobe.xmp", packet)
-            image.save(file, "PNG", pnginfo=chunks, compress_level=4)
+            # As small as level 4 for pictures of a VAE, in less than half of its time.
+            image.save(file, "PNG", pnginfo=chunks, compress_level=1, compress_type=zlib.Z_RLE)
         case ImageFormat.WEBP:
             image.save(file, "WEBP", lossless=True, method=2, exif=exif(text), xmp=xmp)
         case ImageFormat.JPEG:
