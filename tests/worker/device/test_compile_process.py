@@ -151,9 +151,14 @@ def test_one_that_hangs_is_ended(
 def test_a_worker_that_ends_does_not_wait_for_it(
     started: Callable[..., CompileProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "is_ending", lambda: True)
-    with pytest.raises(CompileError, match="the worker ends"):
-        asked(started(hanging))
+    elsewhere = started(hanging)
+    ends = iter([False, False])
+    monkeypatch.setattr(process, "is_ending", lambda: next(ends, True))
+    # While it compiles, and what else was to be compiled after that, for which no process is started.
+    for _ in range(2):
+        with pytest.raises(CompileError, match="the worker ends"):
+            asked(elsewhere)
+    assert elsewhere._process is None
 
 
 def test_where_its_memory_is_too_small_the_worker_compiles(

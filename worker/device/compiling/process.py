@@ -104,6 +104,8 @@ class CompileProcess:
         """See `Elsewhere`. Empty: it cannot be done, for a reason that is logged."""
         if (trace := self._cache.wait_for_others(what, lane)) is not None:
             return "by another worker", trace
+        if is_ending():
+            raise CompileError("the worker ends")
         try:
             return self._compile(what, lane, argument, dynamic)
         finally:
@@ -155,11 +157,11 @@ class CompileProcess:
         try:
             connection.send_bytes(question)
             while not connection.poll(TICK_S):
-                if is_ending():
-                    raise CompileError("the worker ends")
-                if time.monotonic() > until_s:
+                is_late = time.monotonic() > until_s
+                if is_late or is_ending():
                     self.rest()
-                    raise CompileError(f"it was not compiled after {MOST_S:.0f} s")
+                    why = f"it was not compiled after {MOST_S:.0f} s" if is_late else "the worker ends"
+                    raise CompileError(why)
                 self._cache.renew_claim(what, lane)
             answer = connection.recv_bytes()
         except (EOFError, OSError) as ended:
