@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
+from worker.contract.choices import ImageFormat
 from worker.contract.explain import short
 from worker.contract.input_reference import ALPHA, REFERENCE, InputReference
 from worker.contract.job_fields import JobField
@@ -24,6 +25,8 @@ MAX_MASK_BLUR, MASK_BLUR = 64, 4
 MAX_PADDING = 256
 #: By which share the proportions of a mask may differ from the image's.
 _MASK_TOLERANCE: Final = 0.02
+#: Pixels of a WebP's sides, at most.
+_MAX_WEBP: Final = 16_383
 
 
 def size_for(
@@ -50,8 +53,15 @@ def size_for(
     return found if min(found) >= MIN_SIZE and max(found) <= MAX_SIZE else None
 
 
+class _NoSize(str):
+    """An image of which no size follows."""
+
+
 def _with_own_size(values: Any) -> Any:
-    """A job's fields with what follows from its image: its size, and its strength, where none is given."""
+    """A job's fields with what follows from its image: its size, and its strength, where none is given.
+
+    With `padding` no size does: it is that of a part of the image, and not given the model's own.
+    """
     image = values.get("image") if isinstance(values, dict) else None
     if not isinstance(image, str):
         return values
@@ -60,22 +70,27 @@ def _with_own_size(values: Any) -> Any:
     except ValueError:
         return values  # The field's own check says so.
     given = values.get("width"), values.get("height")
-    if None in given and all(side is None or (type(side) is int and side > 0) for side in given):
+    is_left_open = None in given and values.get("padding") is None
+    if is_left_open and all(side is None or (type(side) is int and side > 0) for side in given):
         size = size_for((reference.width, reference.height), *given)
-        if size is not None:
-            values = values | {"width": size[0], "height": size[1]}
+        own = {"image": _NoSize(image)} if size is None else {"width": size[0], "height": size[1]}
+        values = values | own
     if values.get("strength") is None:
         values = values | {"strength": STRENGTH_WITH_MASK if values.get("mask") else STRENGTH}
     return values
 
 
-def _image(value: str, info: ValidationInfo) -> str:
-    """Refuse what is no reference, and proportions that no job has."""
-    if not value:
-        return value
-    reference = InputReference.parse(value)
-    sides = [info.data.get(name, 0) for name in ("width", "height")]
-    if None in sides:
+def _image(value: str) -> str:
+    """Refuse what is no reference."""
+    if value:
+        InputReference.parse(value)
+    return value
+
+
+def _has_a_size(value: object) -> object:
+    """Refuse proportions that no job has."""
+    if isinstance(value, _NoSize):
+        reference = InputReference.parse(value)
         raise ValueError(
             f"is {reference.width}x{reference.height}, and no size of {MIN_SIZE} to {MAX_SIZE:,} px has "
             "these proportions: give width and height"
@@ -141,6 +156,20 @@ def _for_a_mask(default: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _fits_format(value: int | None, info: ValidationInfo) -> int | None:
+    """Refuse a picture of the image's size that its format does not hold."""
+    image, image_format = info.data.get("image"), info.data.get("format")
+    if value is None or not image or image_format is not ImageFormat.WEBP:
+        return value
+    about = InputReference.parse(image)
+    if max(about.width, about.height) > _MAX_WEBP:
+        raise ValueError(
+            f"is {value}, so that the picture is as large as the image, {about.width}x{about.height}, and "
+            f"webp holds up to {_MAX_WEBP:,} px a side: use the format png"
+        )
+    return value
+
+
 class InputParameters(JobParameters):
     """The parameters of one picture and of its submission, with those of the picture before it. Frozen."""
 
@@ -151,6 +180,7 @@ class InputParameters(JobParameters):
         str,
         Field(strict=True, json_schema_extra={"pattern": f"^({REFERENCE})?$"}),
         BeforeValidator(_not_given),
+        BeforeValidator(_has_a_size),
         AfterValidator(_image),
         JobField(
             since=INPUTS_SINCE,
@@ -186,7 +216,7 @@ class InputParameters(JobParameters):
             is_left_open=True,
         ),
     ] = None
-    #: Pixels of the job's size by which the mask's edge is blurred (a Gaussian's sigma), 0 to 64.
+    #: Pixels of the picture by which the mask's edge is blurred (a Gaussian's sigma), 0 to 64.
     mask_blur: Annotated[
         int,
         Field(ge=0, le=MAX_MASK_BLUR, strict=True),
@@ -194,11 +224,13 @@ class InputParameters(JobParameters):
         JobField(since=INPUTS_SINCE, infotext_ours_only=True),
     ] = MASK_BLUR
     #: Draw only the masked part, at the job's whole size, with so many pixels of the image around it, 0 to
-    #: 256. Not given: the whole image. AUTOMATIC1111 calls it "only masked". No worker draws it yet.
+    #: 256. The picture is the whole image, as large as it is. Not given: the whole image is drawn.
+    #: AUTOMATIC1111 calls it "only masked".
     padding: Annotated[
         int | None,
         Field(ge=0, le=MAX_PADDING, strict=True),
         _for_a_mask(None),
+        AfterValidator(_fits_format),
         JobField(
             since=INPUTS_SINCE,
             infotext="Masked area padding",
@@ -208,8 +240,8 @@ class InputParameters(JobParameters):
             is_left_open=True,
         ),
     ] = None
-    #: Whether the image's own pixels are put back where the mask is black. Without it they have gone through
-    #: the VAE, as in diffusers.
+    #: Whether the image's own pixels are put back where the mask is black. Without it all have gone through
+    #: the VAE, as in diffusers; with `padding` the mask's edge is not blurred, as in diffusers.
     preserve_unmasked: Annotated[
         bool,
         Field(strict=True),

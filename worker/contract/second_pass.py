@@ -14,6 +14,7 @@ from worker.contract import a1111_syntax
 from worker.contract.choices import ALIGN_YOUR_STEPS, UPSCALERS, NoiseSchedule, PromptSyntax, Upscaler
 from worker.contract.explain import short
 from worker.contract.input_parameters import InputParameters, leaves_steps
+from worker.contract.input_reference import InputReference
 from worker.contract.job_checks import spelled_as
 from worker.contract.job_fields import JobField
 from worker.contract.job_parameters import MAX_SIZE, MAX_STEPS, SIZE_STEP
@@ -185,6 +186,9 @@ class SecondPassParameters(InputParameters):
     @property
     def picture_size(self) -> tuple[int | None, int | None]:
         """Width and height of its picture in pixels; None where the model says them."""
+        if self.padding is not None:
+            image = InputReference.parse(self.image)
+            return image.width, image.height
         if self.upscale == 1:
             return self.width, self.height
         width, height = (side and upscaled(side, self.upscale) for side in (self.width, self.height))

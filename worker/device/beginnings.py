@@ -11,14 +11,12 @@ image-to-image job of its size and of the same seed does.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 
 from worker.contract.errors import InvalidJobError, RenderError
 from worker.contract.input_reference import ALPHA
@@ -28,10 +26,6 @@ from worker.device.family import Lane, ModelFamily
 from worker.device.schedulers.schedule import Sampler, Schedule
 from worker.engine.runner import FirstPass, JobInputs, Picture
 
-#: What is said of a picture that is in part its job's image.
-PUT_BACK = (
-    "The image's own pixels are put back where the mask is black: preserve_unmasked=no leaves that out."
-)
 #: What is said where a model made for inpainting draws anew all of an image.
 NOT_SEEN = (
     "The image gives its size alone: strength is 1, without a mask, and this model was made for inpainting."
@@ -50,8 +44,6 @@ class Beginning:
     kept: torch.Tensor | None = None
     #: What the model takes of mask and image in each forward, by name, (1, ...) each: `ModelFamily.seen`.
     seen: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    #: Puts the image's own pixels back into the finished picture; None: nothing is put back.
-    put_back: Callable[[Picture], Picture] | None = None
     #: One sentence for each thing the caller should know.
     warnings: tuple[str, ...] = ()
 
@@ -78,15 +70,10 @@ def pass_of(job: Job, inputs: JobInputs | FirstPass | None) -> Job:
 
 
 def check(job: Job, inputs: JobInputs | FirstPass | None) -> None:
-    """Refuse what is not drawn here. Raises `InvalidJobError`, `RenderError`."""
+    """Refuse to draw without what the job begins with. Raises `RenderError`."""
     if not job.image:
         return
     assert not isinstance(inputs, FirstPass)  # noqa: S101 - `pass_of` leaves a second pass no image
-    if job.padding is not None:
-        raise InvalidJobError(
-            f"padding is {job.padding}, which no worker draws yet: leave it out, or send inpaint_full_res "
-            "false in AUTOMATIC1111's API. Then the masked part is drawn within the whole image."
-        )
     if inputs is None or (inputs.mask is None and job.mask):
         raise RenderError("The image that the job begins with was not read.")
 
@@ -132,9 +119,7 @@ def begin(
         # diffusers encodes the masked image, too, which models of 4 channels do not use: its noise is drawn.
         family.initial_noise(lane, generator)
         kept = torch.stack([_drawn(family, lane, job, inputs.mask).to(image.device), image, noise])
-    if not job.preserve_unmasked:
-        return Beginning(latents, kept, seen)
-    return Beginning(latents, kept, seen, functools.partial(put_back, job, inputs), (PUT_BACK,))
+    return Beginning(latents, kept, seen)
 
 
 def _seen(
@@ -195,29 +180,3 @@ def drawn_pixels(job: Job, mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
     height, width = (side // SIZE_STEP for side in mask.shape)
     cells = drawn.reshape(height, SIZE_STEP, width, SIZE_STEP).any(axis=(1, 3))
     return cells.repeat(SIZE_STEP, axis=0).repeat(SIZE_STEP, axis=1)
-
-
-def put_back(job: Job, inputs: JobInputs, picture: Picture) -> Picture:
-    """The picture with the image's own pixels where the mask is black, and both mixed at its edge.
-
-    With the mask `alpha` the image lies on the picture, as its alpha channel says. One that the safety
-    checker blacked out stays black.
-    """
-    assert inputs.mask is not None  # noqa: S101 - `begin` puts nothing back without one
-    if picture.nsfw:
-        return picture
-    image = inputs.image.astype(np.float32)
-    share = inputs.mask.astype(np.float32)[..., None] / 255.0
-    if job.mask == ALPHA:
-        # The image lies on white (`JobInputs.image`), which the drawn pixels take the place of.
-        image += share * (picture.pixels.astype(np.float32) - 255.0)
-    else:
-        share = np.minimum(share, _blurred(inputs.mask, job.mask_blur))
-        image += share * (picture.pixels.astype(np.float32) - image)
-    return Picture(np.rint(image.clip(0, 255)).astype(np.uint8), picture.nsfw)
-
-
-def _blurred(mask: NDArray[np.uint8], sigma: int) -> NDArray[np.float32]:
-    """A mask with its edge blurred, (height, width, 1), 0 to 1."""
-    blurred = Image.fromarray(mask).filter(ImageFilter.GaussianBlur(sigma))
-    return np.asarray(blurred, dtype=np.float32)[..., None] / 255.0

@@ -180,15 +180,8 @@ class JobState:
         return FirstPass(FirstLatents(self.lane, self.latents[0]))
 
     def finished(self, outcome: Picture | SmallcatError) -> Outcome:
-        """What comes of the job: its picture as it was decoded, with what is put back of its image.
-
-        Where another pass follows, that begins with the picture.
-        """
-        if not isinstance(outcome, Picture):
-            return outcome
-        if self._beginning.put_back is not None:
-            outcome = self._beginning.put_back(outcome)
-        return FirstPass(outcome) if self.goes_on else outcome
+        """What comes of the job: its picture as it was decoded, with which another pass may begin."""
+        return FirstPass(outcome) if isinstance(outcome, Picture) and self.goes_on else outcome
 
     def advance(
         self, check: FiniteCheck, index: int, state: torch.Tensor, prediction: torch.Tensor

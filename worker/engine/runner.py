@@ -27,9 +27,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class JobInputs:
-    """The pictures that a job begins with, in the host's memory; nobody changes them.
+    """The pictures that a job begins with, at the job's size, in the host's memory; nobody changes them.
 
-    Without `padding` both have the job's own size. With it both have the image's, of which a part is drawn.
+    With `padding` they are of the part of the image that is drawn.
     """
 
     #: (height, width, 3) uint8 RGB, turned as it is seen, on white where it was transparent.

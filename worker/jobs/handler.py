@@ -36,7 +36,6 @@ from worker.contract.errors import (
     StorageError,
     UnknownModelError,
 )
-from worker.contract.file_index import FileIndex
 from worker.contract.job import Job
 from worker.contract.job_files import lacks_hashes, unknown_warnings
 from worker.contract.job_parameters import DEFAULT_MODEL
@@ -47,13 +46,14 @@ from worker.contract.queues import queue_of
 from worker.contract.record import Attempt, JobRecord, State, Timings
 from worker.contract.served_model import ServedModel
 from worker.engine.engine import Engine
-from worker.engine.runner import JobInputs, Picture
+from worker.engine.runner import Picture
 from worker.jobs import job_log, metrics
 from worker.jobs.bucket_access import BucketAccess
 from worker.jobs.image_file import CONTENT_TYPES, encode
 from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.input_arrays import arrays_of
 from worker.jobs.job_files import Files, NoFiles
+from worker.jobs.put_back import put_back
 from worker.jobs.quarantine import Quarantine
 from worker.jobs.rates import Rates
 from worker.jobs.rendering import render
@@ -64,6 +64,7 @@ from worker.state.records import Claim, Records
 from worker.state.redis_client import RedisError
 from worker.state.usage import Used
 from worker.storage.bucket import Bucket
+from worker.storage.input_pixels import InputPixels
 from worker.tracing.attempts import stage
 
 logger = logging.getLogger("smallcat.jobs")
@@ -215,9 +216,9 @@ class JobHandler:
         if not may_render:
             raise self._policy.poison(attempt)
         job = self._files.provide(job)
-        inputs, noticed = self._inputs(message.id, job)
+        inputs = self._inputs(message.id, job)
         started_s = time.monotonic()
-        rendered = render(self._engine, message.id, job, inputs)
+        rendered = render(self._engine, message.id, job, arrays_of(inputs))
         rendered_s = time.monotonic()
         steps = job.all_steps
         self._in_flight.rendered(message.id, steps)
@@ -233,7 +234,7 @@ class JobHandler:
             timings=Timings(queued=queued_s, rendered=rendered_s - started_s),
             worker=self._name,
             warnings=(
-                *noticed,
+                *(inputs.warnings if inputs else ()),
                 *rendered.warnings,
                 *warnings_of(job),
                 *unknown_warnings(job, self._files.index),
@@ -241,7 +242,7 @@ class JobHandler:
             nsfw=rendered.picture.nsfw,
         )
         with metrics.ENCODED.time(), stage("encode"):
-            data = self._file_of(rendered.picture, job)
+            data = self._file_of(rendered.picture, job, inputs)
         with metrics.UPLOADED.time(), stage("upload", size=len(data)):
             self._put(record, data)
         uploaded_s = time.monotonic() - rendered_s
@@ -254,13 +255,12 @@ class JobHandler:
         metrics.JOBS.labels("rendered", "").inc()
         self.rates.picture()
 
-    def _inputs(self, job_id: str, job: Job) -> tuple[JobInputs | None, tuple[str, ...]]:
-        """What the job begins with, and what is to be said of it. Raises `SmallcatError`."""
+    def _inputs(self, job_id: str, job: Job) -> InputPixels | None:
+        """What the job begins with. Raises `SmallcatError`."""
         if not job.image:
-            return None, ()
+            return None
         with stage("inputs"):
-            pixels = self._retry_storage(job_id, lambda: self._bucket.pixels_of(job))
-        return arrays_of(pixels), pixels.warnings
+            return self._retry_storage(job_id, lambda: self._bucket.pixels_of(job))
 
     def _delete_if_forgotten(self, record: JobRecord) -> None:
         """Delete a picture that was put while its job was forgotten, where this worker has the right to.
@@ -366,8 +366,18 @@ class JobHandler:
                 job_log.failed(job_id, attempt, error, logging.ERROR)
         return None
 
-    def _file_of(self, picture: Picture, job: Job) -> bytes:
-        return _encode(picture, job, files=self._files.index, mark_as_generated=self._mark_as_generated)
+    def _file_of(self, picture: Picture, job: Job, inputs: InputPixels | None) -> bytes:
+        """The picture's file. Whatever is raised on the way is this job's own failure."""
+        try:
+            return encode(
+                put_back(job, inputs, picture),
+                job.format,
+                infotext.write(job, self._files.index),
+                mark_as_generated=self._mark_as_generated,
+                is_composite=inputs is not None and inputs.keeps_a_part,
+            )
+        except Exception as error:
+            raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error
 
 
 #: Fields of a record that the lasting one does not have.
@@ -384,16 +394,3 @@ def _is_of(record: JobRecord, message: Message, job: Job) -> bool:
         rendered = {name: getattr(record.job, name) for name in _SERVED}
         job = job.model_copy(update=rendered)
     return record.job.id in (job.id, message.id)
-
-
-def _encode(picture: Picture, job: Job, *, files: FileIndex, mark_as_generated: bool) -> bytes:
-    """The picture's file. Whatever the encoder raises is this job's own failure."""
-    try:
-        text = infotext.write(job, files)
-        # Where there is a mask, a part of the image is kept.
-        is_composite = bool(job.mask)
-        return encode(
-            picture, job.format, text, mark_as_generated=mark_as_generated, is_composite=is_composite
-        )
-    except Exception as error:
-        raise RenderError(f"The picture cannot be encoded: {type(error).__name__}: {error}") from error

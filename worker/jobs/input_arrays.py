@@ -8,8 +8,10 @@ from worker.engine.runner import JobInputs
 from worker.storage.input_pixels import InputPixels
 
 
-def arrays_of(pixels: InputPixels) -> JobInputs:
-    """The same pixels, not copied."""
+def arrays_of(pixels: InputPixels | None) -> JobInputs | None:
+    """The same pixels, not copied; None: the job begins with none."""
+    if pixels is None:
+        return None
     width, height = pixels.size
     image = np.frombuffer(pixels.rgb, np.uint8).reshape(height, width, 3)
     if pixels.mask is None:

@@ -1,13 +1,14 @@
 """From what a job names to begin with, to its pixels: read from the bucket, checked, unpacked and resized.
 
-A job's image is resized to the job's size by Lanczos, both sides, as diffusers does, and so is its mask; with
-`padding` both stay as large as the image, of which the job draws a part. With the mask `alpha` the image is
+A job's image is resized to the job's size by Lanczos, both sides, as diffusers does, and so is its mask. With
+`padding` a part of both is, and the files are kept for the whole picture. With the mask `alpha` the image is
 resized before it is laid on white, and its colours are weighted by alpha, as Pillow does it for RGBA: so what
 is opaque has none of the white, nor of what is behind transparent pixels.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ from worker.contract.input_image import (
 )
 from worker.contract.input_reference import ALPHA, InputReference
 from worker.contract.record import JobRecord
+from worker.storage.masked_region import Region, cut, region_around
 
 if TYPE_CHECKING:
     from worker.contract.choices import ImageFormat
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 #: What is said of a picture whose transparency nobody asked for.
 _ON_WHITE = "The image is transparent in places, and lies on white: mask=alpha draws there."
+#: What is said of a picture that is in part its job's image.
+PUT_BACK = (
+    "The image's own pixels are put back where the mask is black: preserve_unmasked=no leaves that out."
+)
 
 
 class Files(Protocol):
@@ -46,8 +52,33 @@ class Files(Protocol):
         """Its picture; likewise."""
 
 
+class InputFiles(NamedTuple):
+    """The files that a job begins with, as they are in the bucket."""
+
+    image: bytes
+    #: None: the job has no mask, or its image is the mask, too.
+    mask: bytes | None
+
+
+class WholeInputs(NamedTuple):
+    """What is in the files of a job, as large as its image."""
+
+    #: On white where it was transparent.
+    image: InputImage
+    #: Mode L, 255 where the image is drawn; None: everywhere.
+    mask: Image.Image | None
+
+
+class Part(NamedTuple):
+    """The part of an image that a job with `padding` draws."""
+
+    region: Region
+    #: What the drawn part is put back into: as files, which take less memory while the job is rendered.
+    files: InputFiles
+
+
 class InputPixels(NamedTuple):
-    """The pixels that a job begins with, row by row."""
+    """The pixels that a job begins with, row by row, at the job's size."""
 
     #: (width, height).
     size: tuple[int, int]
@@ -57,55 +88,82 @@ class InputPixels(NamedTuple):
     mask: bytes | None
     #: What the caller should know.
     warnings: tuple[str, ...] = ()
+    #: Whether the mask leaves a part of the image as it is.
+    keeps_a_part: bool = False
+    #: What they show of the image; None: all.
+    part: Part | None = None
 
 
 def read_pixels(bucket: Files, job: Job) -> InputPixels:
-    """The pixels that a job with an image and a size begins with. Raises `InputError`, `StorageError`."""
-    image = _read(bucket, "image", InputReference.parse(job.image), job.tenant)
-    mask = _mask(bucket, job, image)
-    size = image.size
-    if job.padding is None:
-        size = job.width or size[0], job.height or size[1]
+    """The pixels that a job with an image begins with. Raises `InputError`, `StorageError`."""
+    files = read_files(bucket, job)
+    image, mask = unpacked(job, files)
+    size = job.width or image.size[0], job.height or image.size[1]
+    warnings = [_ON_WHITE] if image.cut_out is not None and job.mask != ALPHA else []
+    if mask is None:
+        return InputPixels(size, _resized(image.rgb, size).tobytes(), None, tuple(warnings))
+    part, at_size = None, functools.partial(_resized, size=size)
+    if job.padding is not None:
+        region = region_around(mask, size, job.padding)
+        if region is None:
+            raise InputError("mask is white in too few pixels: make its white part larger.")
+        part, at_size = Part(region, files), functools.partial(cut, region=region, size=size)
+        warnings.append(_said_of(region, size, image.size))
+    elif job.preserve_unmasked:
+        warnings.append(PUT_BACK)
     if job.mask == ALPHA and image.cut_out is not None:
-        cut_out = _resized(image.cut_out, size)
-        mask = ImageChops.invert(cut_out.getchannel("A"))
-        return InputPixels(size, on_white(cut_out).tobytes(), mask.tobytes())
-    return InputPixels(
-        size,
-        _resized(image.rgb, size).tobytes(),
-        None if mask is None else _resized(mask, size).tobytes(),
-        () if image.cut_out is None else (_ON_WHITE,),
+        cut_out = at_size(image.cut_out)
+        rgb, drawn = on_white(cut_out), ImageChops.invert(cut_out.getchannel("A"))
+    else:
+        rgb, drawn = at_size(image.rgb), at_size(mask)
+    keeps_a_part = mask.getextrema()[0] != 255
+    return InputPixels(size, rgb.tobytes(), drawn.tobytes(), tuple(warnings), keeps_a_part, part)
+
+
+def _said_of(region: Region, size: tuple[int, int], whole: tuple[int, int]) -> str:
+    """What is said of a picture of which a region was drawn."""
+    left, top, right, bottom = region
+    drawn, own = (f"{width}x{height}" for width, height in (size, whole))
+    is_larger = region.size[0] > size[0] and region.size[1] > size[1]
+    back = "enlarged and put back: a larger width and height make it sharper" if is_larger else "put back"
+    return (
+        f"The part of the image from {left},{top} to {right},{bottom} px was drawn at {drawn} and {back}. "
+        f"The picture has the image's size, {own}."
     )
 
 
-def _mask(bucket: Files, job: Job, image: InputImage) -> Image.Image | None:
-    if not job.mask:
-        return None
+def read_files(bucket: Files, job: Job) -> InputFiles:
+    """The files that a job with an image begins with. Raises `InputError`, `StorageError`."""
+    image = _file(bucket, "image", InputReference.parse(job.image), job.tenant)
+    if job.mask in ("", ALPHA):
+        return InputFiles(image, None)
+    return InputFiles(image, _file(bucket, "mask", InputReference.parse(job.mask), job.tenant))
+
+
+def unpacked(job: Job, files: InputFiles) -> WholeInputs:
+    """What is in a job's files. Raises `InputError`."""
+    name = "image"
     try:
+        image = read_input(files.image)
+        _compare(name, image.size, job.image)
+        name = "mask"
         if job.mask == ALPHA:
-            return mask_of_alpha(image)
-        reference = InputReference.parse(job.mask)
-        mask = read_mask(_file(bucket, "mask", reference, job.tenant))
-    except BadInputError as error:
-        raise InputError(f"mask {error}.") from None
-    _compare("mask", mask.size, reference)
-    return mask
-
-
-def _read(bucket: Files, name: str, reference: InputReference, tenant: str) -> InputImage:
-    data = _file(bucket, name, reference, tenant)
-    try:
-        image = read_input(data)
+            return WholeInputs(image, mask_of_alpha(image))
+        if files.mask is None:
+            return WholeInputs(image, None)
+        mask = read_mask(files.mask)
+        _compare(name, mask.size, job.mask)
     except BadInputError as error:
         raise InputError(f"{name} {error}.") from None
-    _compare(name, image.size, reference)
-    return image
+    # What a job without `padding` begins with is resized once.
+    return WholeInputs(image, mask if job.padding is None else _resized(mask, image.size))
 
 
-def _compare(name: str, size: tuple[int, int], reference: InputReference) -> None:
+def _compare(name: str, size: tuple[int, int], said: str) -> None:
+    reference = InputReference.parse(said)
     if size != (reference.width, reference.height):
-        shown, said = (f"{width}x{height}" for width, height in (size, reference[2:]))
-        raise InputError(f"{name} is {shown}, and the job says {said}: submit the picture again.")
+        shown, named = (f"{width}x{height}" for width, height in (size, reference[2:]))
+        raise InputError(f"{name} is {shown}, and the job says {named}: submit the picture again.")
 
 
 def _file(bucket: Files, name: str, reference: InputReference, tenant: str) -> bytes:

@@ -108,6 +108,23 @@ def test_image_and_mask_may_be_pictures_of_jobs_which_the_id_has() -> None:
     assert jobs_of(IMAGE, "alpha", "", None) == ()
 
 
+def test_a_part_of_a_picture_has_the_size_of_the_model_where_none_is_given() -> None:
+    """Its proportions are those of the mask, and its pixels too few for those of the picture."""
+    for size in ("4000x3000", "10000x20"):
+        job = parsed(image=f"{FILE}:{size}", mask="alpha", padding=0)
+        assert (job.width, job.height) == (None, None)
+        assert (job.resolved(SERVED).width, job.resolved(SERVED).height) == (512, 512)
+    assert parsed(image=IMAGE, mask="alpha", padding=0, width=256).height is None
+
+
+def test_the_picture_of_a_part_is_as_large_as_the_image() -> None:
+    assert parsed(image=IMAGE, mask="alpha", padding=0, width=64, height=64).picture_size == (640, 480)
+    assert parsed(image=IMAGE, mask="alpha").picture_size == (640, 480)
+    assert parsed(image=IMAGE, width=512).picture_size == (512, 384)
+    assert parsed(width=512, height=64).picture_size == (512, 64)
+    assert parsed().picture_size == (None, None)
+
+
 def test_strength_is_diffusers_own_where_it_is_not_given() -> None:
     """StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline, diffusers 0.42."""
     assert parsed(image=IMAGE).strength == 0.8
@@ -132,6 +149,10 @@ def test_strength_is_diffusers_own_where_it_is_not_given() -> None:
         ({"preserve_unmasked": False}, "preserve_unmasked is False, and is for a mask"),
         ({"image": IMAGE, "mask": "alpha", "mask_blur": 65}, "mask_blur is 65: it must be less than"),
         ({"image": IMAGE, "mask": "alpha", "padding": 257}, "padding is 257: it must be less than"),
+        (
+            {"image": f"{FILE}:16384x64", "mask": "alpha", "padding": 0, "format": "webp"},
+            "padding is 0, so that the picture is as large as the image, 16384x64, and webp holds up to 16",
+        ),
     ],
 )
 def test_what_would_have_no_effect_or_another_one_is_refused(fields: Any, sentence: str) -> None:

@@ -21,7 +21,7 @@ from worker.contract.choices import NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError, RenderError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device.beginnings import NOT_SEEN, PUT_BACK, drawn_pixels, put_back
+from worker.device.beginnings import NOT_SEEN, drawn_pixels
 from worker.device.model_runner import ModelRunner
 from worker.device.schedulers.noise_schedules import is_offered
 from worker.device.schedulers.samplers import CLASSES, class_of
@@ -98,7 +98,10 @@ class Model:
         self.is_xl = name.startswith("sdxl")
         self.sees_masks = name.endswith("for inpainting")
 
-    def expected(self, job: Job) -> NDArray[np.uint8]:
+    def expected(
+        self, job: Job, image: Image.Image | None = None, mask: Image.Image | None = None
+    ) -> NDArray[np.uint8]:
+        """What diffusers makes of `job`, of `a_picture` and `a_mask` unless they are given."""
         kind, options = CLASSES.get(job.scheduler, (type(self.own.scheduler).__name__, {}))
         options = {**options, **IN_DIFFUSERS[job.schedule]}
         if kind == "DPMSolverSDEScheduler":
@@ -107,12 +110,13 @@ class Model:
         pipeline = PIPELINES[self.is_xl, has_mask](**self.own.components)
         pipeline.scheduler = class_of(kind).from_config(self.own.scheduler.config, **options)
         pipeline.set_progress_bar_config(disable=True)
-        mask = Image.fromarray(a_mask() if job.mask else ALL_WHITE)
-        masked = {"mask_image": mask, "width": SIDE, "height": SIDE}
+        own_mask = Image.fromarray(a_mask() if job.mask else ALL_WHITE)
+        masked = {"mask_image": mask or own_mask, "padding_mask_crop": job.padding}
+        masked |= {"width": job.width, "height": job.height}
         return np.asarray(
             pipeline(
                 job.prompt,
-                image=Image.fromarray(a_picture()),
+                image=image or Image.fromarray(a_picture()),
                 strength=job.strength or 1.0,
                 num_inference_steps=job.steps,
                 guidance_scale=job.guidance_scale,
@@ -121,9 +125,10 @@ class Model:
             ).images[0]
         )
 
-    def together(self, jobs: list[Job]) -> list[Any]:
-        """The runner's pictures of jobs that share their steps."""
-        states = [self.runner.prepare(job, inputs_of(job)) for job in jobs]
+    def together(self, jobs: list[Job], inputs: list[JobInputs | None] | None = None) -> list[Any]:
+        """The runner's pictures of jobs that share their steps, by `inputs_of` unless these are given."""
+        inputs = inputs or [inputs_of(job) for job in jobs]
+        states = [self.runner.prepare(job, each) for job, each in zip(jobs, inputs, strict=True)]
         while left := [state for state in states if state.step < state.steps]:
             assert self.runner.step(left) == [None] * len(left)
         return list(self.runner.decode(states))
@@ -264,45 +269,6 @@ def test_a_job_of_an_image_has_the_steps_of_its_strength(models: Any) -> None:
     assert runner.prepare(of_image(steps=10, strength=0.3, scheduler="heun"), IMAGE_ONLY).steps == 5
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd1 for inpainting"])
-def test_a_kept_pixel_is_the_images_own(models: Any, name: str) -> None:
-    job = of_mask(preserve_unmasked=True)
-    state = models(name).runner.prepare(job, WITH_MASK)
-    assert state.warnings == (PUT_BACK,)
-    [picture] = models(name).together([job])
-    black = a_mask() == 0
-    assert np.array_equal(picture.pixels[black], a_picture()[black])
-    assert not np.array_equal(picture.pixels[~black], a_picture()[~black])
-
-
-@pytest.mark.parametrize("blur", [0, 4])
-def test_the_edge_is_mixed_within_the_mask(blur: int) -> None:
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    mask[:, 32:] = 255
-    inputs = JobInputs(np.zeros((SIDE, SIDE, 3), np.uint8), mask)
-    white = Picture(np.full((SIDE, SIDE, 3), 255, np.uint8))
-    row = put_back(of_mask(mask_blur=blur), inputs, white).pixels[0, :, 0]
-    assert not row[:32].any()
-    assert row[63] == 255
-    assert (row[32] == 255) == (blur == 0)
-    assert (np.diff(row[32:].astype(int)) >= 0).all()
-
-
-def test_an_image_with_alpha_lies_on_the_picture() -> None:
-    """Of a red cut-out, which is half transparent in its last row, on what was drawn blue."""
-    alpha = np.full((SIDE, SIDE), 255.0)
-    alpha[:32] = 0.0
-    alpha[-1] = 127.0
-    share = (alpha / 255)[..., None]
-    on_white = share * np.array([255, 0, 0]) + (1 - share) * 255
-    inputs = JobInputs(np.rint(on_white).astype(np.uint8), (255 - alpha).astype(np.uint8))
-    blue = Picture(np.full((SIDE, SIDE, 3), (0, 0, 255), np.uint8))
-    pixels = put_back(of_mask(mask="alpha"), inputs, blue).pixels
-    assert (pixels[:32] == (0, 0, 255)).all()
-    assert (pixels[32:-1] == (255, 0, 0)).all()
-    assert np.abs(pixels[-1].astype(int) - (127, 0, 128)).max() <= 1
-
-
 def test_a_latent_is_drawn_where_any_pixel_of_the_image_is_transparent() -> None:
     mask = np.zeros((16, 24), np.uint8)
     mask[7, 8], mask[12, 0] = 128, 127
@@ -322,11 +288,6 @@ def test_steps_keep_of_a_cut_out_what_is_opaque_alone(models: Any) -> None:
         assert int((kept[0][0] == 0).sum()) == latents
 
 
-def test_what_the_safety_checker_blacked_out_stays_black() -> None:
-    black = Picture(np.zeros((SIDE, SIDE, 3), np.uint8), nsfw=True)
-    assert put_back(of_mask(), WITH_MASK, black) is black
-
-
 def refusal(models: Any, job: Job, inputs: JobInputs | None, name: str = "sd1") -> SmallcatError:
     with pytest.raises(SmallcatError) as caught:
         models(name).runner.prepare(job, inputs)
@@ -340,8 +301,5 @@ def test_what_is_not_drawn_is_refused(models: Any) -> None:
         error = refusal(models, of_mask(), JobInputs(a_picture(), dot), name)
         assert isinstance(error, InvalidJobError)
         assert "nothing would be drawn" in str(error)
-    assert "padding is 32, which no worker draws yet: leave it out, or send inpaint_full_res false" in str(
-        refusal(models, of_mask(padding=32), WITH_MASK)
-    )
     assert isinstance(refusal(models, of_image(), None), RenderError)
     assert isinstance(refusal(models, of_mask(), IMAGE_ONLY), RenderError)

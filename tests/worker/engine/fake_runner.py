@@ -204,8 +204,9 @@ class FakeRunner:
 
 
 def picture_of(job: Job) -> Picture:
-    """The picture that the fake makes of a job."""
-    return Picture(np.full((8, 8, 3), job.seed % 251, np.uint8))
+    """The picture that the fake makes of a job: small, unless the job's image is put back into it."""
+    size = (job.height or 8, job.width or 8) if job.mask else (8, 8)
+    return Picture(np.full((*size, 3), job.seed % 251, np.uint8))
 
 
 def job_of(seed: int, **fields: object) -> Job:

@@ -18,6 +18,7 @@ from worker.contract.job_parameters import MAX_SIZE
 from worker.contract.metadata.job_from_image import read_infotext
 from worker.contract.record import JobRecord, State
 from worker.storage.bucket import Bucket
+from worker.storage.input_pixels import PUT_BACK
 from worker.storage.inputs import Inputs
 
 __all__ = ["client", "storage", "worker"]
@@ -68,7 +69,7 @@ def test_the_runner_gets_the_pixels_at_the_jobs_size(worker: Worker, storage: Fl
 
 def test_the_alpha_channel_may_be_the_mask(worker: Worker, storage: FlakyBucket) -> None:
     record = record_of(worker, job(put(storage, CUT_OUT), mask="alpha", width=128))
-    assert (record.state, record.warnings) == (State.DONE, ())
+    assert (record.state, record.warnings) == (State.DONE, (PUT_BACK,))
     inputs = worker.runner.inputs[5]
     assert inputs is not None
     assert inputs.mask is not None
@@ -100,12 +101,22 @@ def test_what_is_opaque_in_a_cut_out_is_as_pillow_resizes_it(
 def test_a_picture_of_which_a_part_is_kept_says_so(worker: Worker, storage: FlakyBucket) -> None:
     """IPTC's term, in XMP, and AUTOMATIC1111's keys in the infotext (1.10, modules/processing.py)."""
     reference = put(storage, CUT_OUT)
-    mask = put(storage, Image.new("L", (128, 64), 255))
+    white, half = Image.new("L", (128, 64), 255), Image.new("L", (128, 64))
+    half.paste(255, (0, 0, 64, 64))
     whole = record_of(worker, job(reference, seed=6))
-    part = record_of(worker, job(reference, mask=mask, padding=32))
-    files = [storage.get(each.uri or "") for each in (whole, part)]
-    assert [b"digitalsourcetype/trainedAlgorithmicMedia" in each for each in files] == [True, False]
-    assert b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in files[1]
+    part = record_of(worker, job(reference, mask=put(storage, half), padding=32))
+    others = [
+        *(job(reference, mask=put(storage, white), padding=padding, seed=8) for padding in (None, 0)),
+        *(job(reference, mask=put(storage, half), padding=padding, seed=8) for padding in (None, 0)),
+    ]
+    records = [whole, part, *(record_of(worker, each) for each in others)]
+    files = [storage.get(each.uri or "") for each in records]
+    assert [b"digitalsourcetype/trainedAlgorithmicMedia" in each for each in files] == [
+        *(True, False, True, True, False, False)
+    ]
+    assert [b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in each for each in files] == [
+        *(False, True, False, False, True, True)
+    ]
     text = read_infotext(files[1]) or ""
     for pair in (
         "Denoising strength: 1.0",
@@ -118,16 +129,32 @@ def test_a_picture_of_which_a_part_is_kept_says_so(worker: Worker, storage: Flak
     assert "Mask blur" not in (read_infotext(files[0]) or "")
 
 
-def test_with_padding_the_runner_gets_the_pictures_as_large_as_the_image(
+def test_with_padding_the_runner_gets_a_part_and_the_picture_is_as_large_as_the_image(
     worker: Worker, storage: FlakyBucket
 ) -> None:
-    mask = Image.new("L", (256, 128), 255)
-    wanted = job(put(storage, CUT_OUT), mask=put(storage, mask), padding=8)
-    assert record_of(worker, wanted).state is State.DONE
+    mask = Image.new("L", (128, 64))
+    mask.paste(255, (10, 20, 26, 36))
+    wanted = job(put(storage, CUT_OUT), mask=put(storage, mask), padding=8, mask_blur=0)
+    record = record_of(worker, wanted)
+    assert record.warnings == (
+        "The image is transparent in places, and lies on white: mask=alpha draws there.",
+        (
+            "The part of the image from 2,12 to 34,44 px was drawn at 64x64 and put back. The picture has "
+            "the image's size, 128x64."
+        ),
+    )
     inputs = worker.runner.inputs[5]
     assert inputs is not None
     assert inputs.mask is not None
-    assert (inputs.image.shape, inputs.mask.shape) == ((64, 128, 3), (64, 128))
+    assert inputs.mask.shape == (64, 64)
+    assert (inputs.image == (255, 0, 0)).all(), "all of the part is of the square"
+    assert (inputs.mask[22:42, 22:42].min(), inputs.mask[:10].max(), inputs.mask[54:].max()) == (255, 0, 0)
+    picture = Image.open(io.BytesIO(storage.get(record.uri or "")))
+    assert picture.size == (128, 64)
+    pixels = np.asarray(picture)
+    assert (pixels[20:36, 10:26] == 5).all(), "as the fake runner draws it"
+    assert (pixels[:, 64:] == 255).all()
+    assert (pixels[:20, :64] == (255, 0, 0)).all()
 
 
 def test_a_job_without_an_image_begins_with_nothing(worker: Worker) -> None:
