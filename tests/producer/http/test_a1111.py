@@ -464,6 +464,10 @@ def test_webuiapi_draws_a_part(client: webuiapi.WebUIApi, bucket: Bucket) -> Non
     )
     job = read(result.info["infotexts"][0])
     assert (job.strength, job.mask_blur, job.padding) == (0.6, 2, 16)
+    assert (result.image.size, result.info["width"]) == (photo().size, 64)
+    kept = (0, 0, 40, 64)  # The mask was inverted.
+    assert result.image.convert("RGB").crop(kept).tobytes() == photo().crop(kept).tobytes()
+    assert result.image.getpixel((60, 30))[0] == 7
     drawn = stored(bucket, job.mask)
     assert (drawn.mode, drawn.getpixel((0, 0)), drawn.getpixel((79, 0))) == ("L", 0, 255)
 
@@ -492,6 +496,23 @@ def test_a_mask_with_an_alpha_channel_draws_what_is_opaque(api: Api, bucket: Buc
     job = read(json.loads(answer.json["info"])["infotexts"][0])
     found = stored(bucket, job.mask)
     assert (found.getpixel((0, 0)), found.getpixel((79, 0)), job.padding) == (255, 0, 0)
+
+
+def test_only_the_masked_part_is_drawn_unless_it_is_said_otherwise(api: Api) -> None:
+    """As StableDiffusionProcessingImg2Img of AUTOMATIC1111 1.10: inpaint_full_res is true, its padding 0."""
+    body = {"init_images": [base64_of(photo())], "mask": base64_of(mask()), "inpainting_fill": 1}
+    answer = api.call("POST", "/sdapi/v1/img2img", {"prompt": "a cat", "seed": 9, "steps": 4, **body})
+    assert answer.status == 200, answer.body
+    text = json.loads(answer.json["info"])["infotexts"][0]
+    assert "Masked area padding: 0, " in text
+    assert "Inpaint area: Only masked" in text
+    job = read(text)
+    assert (job.padding, job.width, job.height) == (0, 64, 64), "the model's own size"
+    picture = Image.open(io.BytesIO(base64.b64decode(answer.json["images"][0])))
+    assert picture.size == photo().size
+    kept = (40, 0, 80, 64)
+    assert picture.convert("RGB").crop(kept).tobytes() == photo().crop(kept).tobytes()
+    assert picture.getpixel((5, 30))[0] == 9
 
 
 @pytest.mark.parametrize(
