@@ -122,7 +122,7 @@ def test_a_sharp_edge_is_diffusers_own_also_where_the_images_pixels_are_preserve
 SIDES = st.integers(1, 300)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.tuples(SIDES, SIDES), st.data(), st.integers(0, 40))
 def test_a_part_is_cut_and_put_back_as_diffusers_does(
     size: tuple[int, int], data: st.DataObject, padding: int
