@@ -100,7 +100,8 @@ def test_equal_to_diffusers_with_xl(models: Any) -> None:
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["sd1", "v", "sdxl"])
 def test_equal_to_diffusers_with_every_part(models: Any, name: str, part: str) -> None:
-    for padding in (0, 5, 32, 256):
+    # With 256 px beside them small parts are less than a latent.
+    for padding in (0, 5, 32) if part in ("small", "in a corner") else (0, 5, 32, 256):
         for width, height in ((SIDE, SIDE), (128, SIDE), (SIDE, 96)):
             check(models(name), Case(part, padding=padding, width=width, height=height, steps=3))
     alone = [Case(part, scheduler=scheduler, strength=0.6) for scheduler in A_FEW]
