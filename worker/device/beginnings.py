@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from worker.contract.errors import InvalidJobError, RenderError
 from worker.contract.input_reference import ALPHA
