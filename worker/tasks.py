@@ -219,7 +219,7 @@ def _assemble(settings: WorkerSettings, name: str) -> _Process:
         name=name,
         served=runner.served,
         engine=engine,
-        records=Records(client, settings.record_ttl_s, held=(transport.UNACKED_INDEX, transport.UNACKED)),
+        records=Records(client, settings.record_ttl_s, held=transport.HELD, together=True),
         bucket=bucket,
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,

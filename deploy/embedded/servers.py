@@ -104,7 +104,7 @@ class ValkeyProcess(_Server):
             # As in production: the queue must lose nothing at a crash, and evict nothing when memory is full.
             "appendonly yes\nappendfsync everysec\nmaxmemory-policy noeviction\n"
             # A record of a job takes half the memory.
-            "hash-max-ziplist-value 2048\n"
+            "hash-max-ziplist-value 2048\nhash-max-ziplist-entries 64\n"
             # No snapshots: the append-only file has everything.
             'save ""\n'
         )

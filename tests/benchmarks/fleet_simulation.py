@@ -17,16 +17,12 @@ from typing import Any
 import redis
 
 from tests.faults.runner import SERVED
-from worker.broker.fetching import MAX_READ
-from worker.broker.job_message import UNREGISTERED
+from worker.broker.fetching import LIMITS
 from worker.broker.layout import words_of
-from worker.broker.moves import KEPT_BYTES
 from worker.broker.scripts import EXPIRED, FETCH, FETCH_DIGEST
 from worker.broker.transport import (
     UNACKED,
     UNACKED_INDEX,
-    UNDECODABLE_MAX,
-    UNDECODABLE_TTL_S,
     transport_options,
 )
 from worker.broker.waiting import CALL, PLACE_MS, ROOM
@@ -143,10 +139,9 @@ class _Waiting:
         lists += [(queue, list_of(queue, step), "") for step in range(10) for queue in queues]
         keys = [UNACKED, UNACKED_INDEX, UNDECODABLE, f"{ROOM}simulated", SHARES, WEIGHTS]
         keys += [name for _, name, _ in lists]
-        limits = (MAX_READ, UNDECODABLE_TTL_S, UNDECODABLE_MAX, KEPT_BYTES, UNREGISTERED)
         said = words_of((queue, kind) for queue, _, kind in lists)
         self._place = ""
-        self._command = lambda: (len(keys), *keys, *limits, f"{CALL}{number}", self._place, PLACE_MS, *said)
+        self._command = lambda: (len(keys), *keys, 1, f"{CALL}{number}", self._place, PLACE_MS, LIMITS, *said)
 
     def fetch(self) -> None:
         """Fetch, as `worker.broker.fetching` does."""

@@ -48,7 +48,7 @@ LEASE_S = 1.0
 SELDOM_S = 5.0
 #: Keys and arguments of a fetch from the queue "q".
 KEYS_OF_ONE = (UNACKED, UNACKED_INDEX, UNDECODABLE, "", SHARES, WEIGHTS, "q")
-FETCH_ONE = (*KEYS_OF_ONE, 1_000, 60, 10, 1_000, "why", "", "", 0, *words_of([("q", "")]))
+FETCH_ONE = (*KEYS_OF_ONE, 1, "", "", 0, "1000 60 10 1000 why", *words_of([("q", "")]))
 #: A worker process takes seconds to start on a busy machine, and a test may start four.
 pytestmark = pytest.mark.timeout(120)
 

@@ -26,7 +26,7 @@ from worker.broker.leases import lease_of_process
 from worker.broker.poller import Poller
 from worker.broker.qos import QoS
 from worker.broker.scripts import FETCH
-from worker.broker.transport import LEASE_S, open_steps
+from worker.broker.transport import LEASE_S, open_slots, open_steps
 from worker.contract.errors import NewerMessageError
 
 logger = logging.getLogger("smallcat.transport")
@@ -158,6 +158,11 @@ class Channel(Fetching, OwnNames):
         """The priorities that may be fetched: the last slots are reserved for urgent messages."""
         return open_steps(self.priority_steps, self.lease.count if self.acknowledging else 0)
 
+    def _open_slots(self) -> int:
+        """Those of the process that are free for messages of `_open_steps`; 1 where nothing is held."""
+        limit = self.qos.prefetch_count if self.acknowledging else 0
+        return max(1, open_slots(limit, self.lease.count)) if limit else 1
+
     def _may_have_messages(self, parked_list: str) -> bool:
         """As the lease's thread has seen: most of the time there are none, and a fetch names fewer lists."""
         return not self.acknowledging or self.lease.parked is None or parked_list in self.lease.parked
@@ -180,6 +185,16 @@ class Channel(Fetching, OwnNames):
         except Exception as error:  # noqa: BLE001 -- whatever is wrong is wrong with the message
             self._set_aside(queue, tag, error)
         return None
+
+    def _receive_messages(self, queue: str, found: Sequence[tuple[bytes, bytes | None]]) -> None:
+        raised: list[BaseException] = []
+        for raw, tag in found:
+            try:
+                self._receive_message(queue, raw, tag)
+            except BaseException as error:  # noqa: BLE001 -- the others are held by this process, too
+                raised.append(error)
+        if raised:
+            raise raised[0]
 
     def _receive_message(self, queue: str, raw: bytes, tag: bytes | None) -> None:
         message = self._read_message(queue, raw, tag)

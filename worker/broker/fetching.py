@@ -46,6 +46,10 @@ logger = logging.getLogger("smallcat.transport")
 AGAIN: Final = b"again"
 #: Bytes of a message that is read at all, whatever its version: room for what later versions send.
 MAX_READ: Final = 1_000_000
+#: What `FETCH` is told of messages that cannot be read.
+LIMITS: Final = f"{MAX_READ} {UNDECODABLE_TTL_S} {UNDECODABLE_MAX} {KEPT_BYTES} {UNREGISTERED}"
+#: Messages that one fetch brings, at most. A worker has no more free slots for long.
+AT_ONCE: Final = 16
 
 
 @functools.cache
@@ -102,12 +106,16 @@ class Fetching(stock.Channel):
         """The priorities that may be fetched now."""
         raise NotImplementedError
 
+    def _open_slots(self) -> int:
+        """How many messages of these priorities may be fetched now, at least 1."""
+        raise NotImplementedError
+
     def _may_have_messages(self, parked_list: str) -> bool:
         """Whether to look into a list of messages that an older worker put aside."""
         raise NotImplementedError
 
-    def _receive_message(self, queue: str, raw: bytes, tag: bytes | None) -> None:
-        """Deliver what was fetched."""
+    def _receive_messages(self, queue: str, found: Sequence[tuple[bytes, bytes | None]]) -> None:
+        """Deliver what was fetched: messages, each with its tag."""
         raise NotImplementedError
 
     def track(self) -> None:
@@ -151,7 +159,7 @@ class Fetching(stock.Channel):
         self._room = self._waiting.room(queues, steps)
         # Stays set: kombu drops a connection that is readable without it.
         self._in_poll = self.client.connection
-        self._fetch = self._fetch_command(self._lists, self._room)
+        self._fetch = self._fetch_command(self._lists, self._room, many=min(self._open_slots(), AT_ONCE))
         self._send(Stage.FETCHING, "EVALSHA", FETCH_DIGEST, *self._fetch)
 
     def _leave_rooms(self) -> None:
@@ -167,16 +175,19 @@ class Fetching(stock.Channel):
         return self._waiting.who if self._waiting is not None else ""
 
     def _fetch_command(
-        self, lists: list[tuple[str, str]], room: Room | None = None, no_ack: bool = False
+        self,
+        lists: Sequence[tuple[str, str]],
+        room: Room | None = None,
+        no_ack: bool = False,
+        many: int = 1,
     ) -> tuple[Any, ...]:
-        """Keys and arguments of `FETCH`; without a room it does not wait."""
+        """Keys and arguments of `FETCH`; without a room it does not wait. `many`: messages at most."""
         layout = self.layout
         keys = [layout.unacked, layout.index, layout.undecodable, room.key if room else ""]
         keys += [layout.prefix + SHARES, layout.prefix + WEIGHTS, *(key for _, key in lists)]
         said = words_of(self._said(queue, key, no_ack=no_ack) for queue, key in lists)
-        limits = (MAX_READ, UNDECODABLE_TTL_S, UNDECODABLE_MAX, KEPT_BYTES, UNREGISTERED)
         place = (self._who, room.place) if room else ("", "")
-        return (len(keys), *keys, *limits, *place, PLACE_MS, *said)
+        return (len(keys), *keys, many, *place, PLACE_MS, LIMITS, *said)
 
     def _lists_at(self, queues: Sequence[str], priorities: Sequence[int]) -> list[tuple[str, str]]:
         """The lists of these queues and priorities in fetching order, each with its queue.
@@ -253,13 +264,13 @@ class Fetching(stock.Channel):
         stage, room = self._stage, self._room
         if stage is Stage.FETCHING:
             refusal_log.answered("fetch")
-            if len(reply) == 3:
+            if len(reply) >= 3:
                 room.place = ""
                 self._rest()
-                index, raw, tag = reply
+                index, *found = reply
                 queue = self._lists[index][0]
                 self._queue_cycle.rotate(queue)
-                self._receive_message(queue, raw, tag)
+                self._receive_messages(queue, list(zip(found[::2], found[1::2], strict=True)))
                 return True
             if reply[0] == AGAIN:
                 self._rest()

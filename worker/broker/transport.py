@@ -41,6 +41,8 @@ TRANSPORT_ALIASES[SCHEMES["rediss+sentinel"]] = "worker.broker.addresses:Sentine
 #: The hash of messages that workers hold, and the index of when each was last renewed.
 UNACKED: Final = "smallcat:unacked"
 UNACKED_INDEX: Final = "smallcat:unacked_index"
+#: As `worker.state.records.Records` takes them.
+HELD: Final = (UNACKED_INDEX, UNACKED)
 #: Their names in earlier versions, which are kombu's: other applications use them, too.
 OLD_UNACKED: Final = "unacked"
 OLD_UNACKED_INDEX: Final = "unacked_index"
@@ -164,6 +166,13 @@ def open_steps(priority_steps: Sequence[int], held: int) -> Sequence[int]:
     if _reserve is None or held < _reserve[0]:
         return priority_steps
     return [step for step in priority_steps if step <= _reserve[1]]
+
+
+def open_slots(limit: int, held: int) -> int:
+    """How many messages of `open_steps` a process may fetch that holds `held` messages, of `limit`."""
+    if _reserve is not None and held < _reserve[0]:
+        limit = min(limit, _reserve[0])
+    return limit - held
 
 
 def alive() -> bool:

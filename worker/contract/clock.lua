@@ -1,5 +1,4 @@
--- Redis' own clock: Unix seconds with six decimals, as text.
-local function now()
-  local time = redis.call('TIME')
-  return time[1] .. '.' .. string.format('%06d', time[2])
-end
+-- What TIME answers, as text: Unix seconds with six decimals.
+local function text_of(time) return time[1] .. '.' .. string.sub('00000' .. time[2], -6) end
+-- Redis' own clock, likewise.
+local function now() return text_of(redis.call('TIME')) end

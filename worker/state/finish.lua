@@ -13,10 +13,6 @@
 -- twice.
 -- A replica that becomes the primary has the mark and the acknowledgement, or neither.
 -- include heal.lua
--- include mark_runs.lua
--- include usage.lua
--- include notify.lua
--- include chains.lua
 -- include ../contract/clock.lua
 -- Seconds that the record stays of a job that only a run has sent: the lasting record is in the bucket, and a
 -- run of a million jobs must not leave a million records here.
@@ -28,28 +24,33 @@ if tag ~= '' then
   redis.call('ZREM', KEYS[5], tag)
   redis.call('HDEL', KEYS[6], tag)
 end
-local state, named, cancel, runs, bulk, error_type, hooks, forgotten, children, waits_for =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'cancel', 'runs', 'bulk', 'error_type', 'hooks', 'forgotten',
-            'children', 'waits_for'))
+local state, cancel, runs, bulk, error_type, hooks, forgotten, children, waits_for =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'bulk', 'error_type', 'hooks', 'forgotten', 'children',
+            'waits_for'))
 -- Whoever forgets the job waits until nobody works on it (`forget.lua`).
 if forgotten then redis.call('DEL', KEYS[3]) end
--- A record that is queued without a claim was written by another submission. Producers can delete the claim.
-named = state == 'running' and message or named
 if state == 'done' or state == final or state == 'cancelled' then return 0 end
-if final ~= 'done' and (named ~= message or on(KEYS[3], 'HGET', 'claim') ~= me) then
-  -- The job was submitted anew meanwhile: this attempt is none of the new one's.
-  if redis.call('HDEL', KEYS[3], 'open:' .. me) == 1 then
-    redis.call('HINCRBY', KEYS[3], 'attempts', -1)
-    redis.call('HINCRBY', KEYS[3], 'deaths', -1)
+if final ~= 'done' then
+  -- A record that is queued without a claim was written by another submission. Producers can delete the claim.
+  local is_named = state == 'running' or redis.call('HGET', KEYS[1], 'claim') == message
+  if not is_named or on(KEYS[3], 'HGET', 'claim') ~= me then
+    -- The job was submitted anew meanwhile: this attempt is none of the new one's.
+    if redis.call('HDEL', KEYS[3], 'open:' .. me) == 1 then
+      redis.call('HINCRBY', KEYS[3], 'attempts', -1)
+      redis.call('HINCRBY', KEYS[3], 'deaths', -1)
+    end
+    return 0
   end
-  return 0
 end
 if final == 'cancelled' and not cancel then return -1 end
 -- A full Redis refuses a script's first write if that may take memory, and none after it: so it deletes first.
 redis.call('DEL', KEYS[3])
-redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'claim_until', '', 'deaths', '', unpack(ARGV, 9))
+redis.call('HSET', KEYS[1], 'state', final, 'claim', '', 'deaths', '', unpack(ARGV, 9))
 if cancel then redis.call('HDEL', KEYS[1], 'cancel') end
-if waits_for then end_waiting(id, false) end
+if waits_for then
+  -- include chains.lua
+  end_waiting(id, false)
+end
 if final == 'done' and error_type then redis.call('HDEL', KEYS[1], 'error', 'error_type') end
 redis.call('EXPIRE', KEYS[1], final == 'done' and math.min(ttl, bulk and BULK_TTL_S or DONE_TTL_S) or ttl)
 if final == 'failed' then
@@ -61,7 +62,10 @@ if final == 'failed' then
 elseif state == 'failed' then
   on(KEYS[2], 'ZREM', id)
 end
-if ARGV[#ARGV - 1] == 'usage' then count_usage(ARGV[#ARGV]) end
+if ARGV[#ARGV - 1] == 'usage' then
+  -- include usage.lua
+  count_usage(ARGV[#ARGV])
+end
 if final == 'done' then
   -- The order of a page's pictures hangs on it, and no more.
   if time == '' then time = now() end
@@ -72,7 +76,14 @@ if final == 'done' then
   if refreshes or is_known ~= '1' then redis.call('EXPIRE', KEYS[4], ttl) end
 end
 redis.call('PUBLISH', KEYS[1], final)
-mark_runs(runs or '')
-if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], final) end
-if children then settle(id, final, TOLD_BY_WORKERS) end
+if runs or hooks then
+  -- include mark_runs.lua
+  -- include notify.lua
+  mark_runs(runs or '')
+  if hooks then notify_submissions(TOLD_BY_WORKERS, KEYS[1], final) end
+end
+if children then
+  -- include chains.lua
+  settle(id, final, TOLD_BY_WORKERS)
+end
 return 1

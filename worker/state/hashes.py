@@ -28,6 +28,8 @@ _TEXT: Final = {"state", "uri", "worker", "error_type", "error", "queue"}
 _SHOWN: Final = {"uri", "worker", "error_type", "error", "queue", "warnings"}
 #: Fields that a record has from elsewhere.
 _NOT_READ: Final = {"id", "runs", "tries", "waits_for"}
+#: Fields that a finished job's record leaves out where they say this.
+_UNSAID: Final = {"warnings": [], "cached": False}
 #: Seconds by which the clock of a producer may be ahead of Redis'.
 _SKEW_S: Final = 60.0
 #: Fields that the record of a job that has ended does not have.
@@ -64,6 +66,17 @@ def wait_of(seconds: str | float, ttl_s: float) -> float | None:
     if not math.isfinite(waited_s) or not -_SKEW_S <= waited_s <= ttl_s:
         return None
     return max(0.0, waited_s)
+
+
+def waited_of(submitted_at: str | None, now_s: float, ttl_s: float) -> float | None:
+    """Seconds from what a record says of its time of submission until `now_s`, as `wait_of` has them.
+
+    A record that says no number counts as submitted now.
+    """
+    try:
+        return wait_of(now_s - float(submitted_at or now_s), ttl_s)
+    except ValueError:
+        return 0.0
 
 
 def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
@@ -126,12 +139,12 @@ def readable(job_id: str, fields: object) -> JobRecord | None:
 
 
 def fields_of(record: JobRecord) -> dict[str, str]:
-    """What the record of a finished job adds to its hash."""
+    """What the record of a finished job adds to its hash: nothing that is at its default."""
     values = record.model_dump(mode="json", exclude={"id", "state", *_NOT_STORED})
     return {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in values.items()
-        if value is not None
+        if value is not None and value != _UNSAID.get(name)
     }
 
 

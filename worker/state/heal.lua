@@ -7,4 +7,4 @@ local function on(key, command, ...)
   return redis.call(command, key, ...)
 end
 -- A number of a hash, which may be missing, or no number.
-local function count(text) return tonumber(string.match(text or '', '^%d+$') or 0) end
+local function count(text) return text and tonumber(string.match(text, '^%d+$') or 0) or 0 end

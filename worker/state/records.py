@@ -34,7 +34,7 @@ from worker.state.hashes import (
     seen_by,
     unknown,
     unreadable,
-    wait_of,
+    waited_of,
 )
 from worker.state.keys import (
     FAILED,
@@ -48,6 +48,7 @@ from worker.state.keys import (
 )
 from worker.state.shared_scripts import Script, SharedScript, WrittenLately
 from worker.state.submissions import Submission, said
+from worker.state.together import Together
 from worker.state.usage import Used
 
 if TYPE_CHECKING:
@@ -80,10 +81,13 @@ class Records:
     """The jobs' records in one Redis. Thread-safe. Each call but `read` is one round trip.
 
     `held`: the keys of the index of held messages and of their hash (`worker.broker.layout`), where `done` is
-    to acknowledge messages.
+    to acknowledge messages. `together`: that calls of several threads that claim and end jobs share round
+    trips; for a client that sends a command again for as long as it takes.
     """
 
-    def __init__(self, client: Redis, ttl_s: int, held: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self, client: Redis, ttl_s: int, held: tuple[str, str] | None = None, *, together: bool = False
+    ) -> None:
         self._redis = client
         self._ttl_s = ttl_s
         self._held = held
@@ -91,8 +95,9 @@ class Records:
         self._named, self._drawn = WrittenLately(ttl_s), WrittenLately(ttl_s)
         #: Redis' clock less this process' monotonic one, as the last claim found it.
         self._clock_s: float | None = None
-        self._claim = Script(client, scripts.CLAIM)
-        self._finish = Script(client, scripts.FINISH)
+        shared = Together(client) if together else None
+        self._claim = Script(client, scripts.CLAIM, shared)
+        self._finish = Script(client, scripts.FINISH, shared)
         self._give_back = Script(client, scripts.GIVE_BACK)
         self._cancel = SharedScript(client, scripts.CANCEL)
         self._unreadable = Script(client, scripts.UNREADABLE)
@@ -222,7 +227,7 @@ class Records:
     ) -> tuple[Claim, int, float | None]:
         """Claim the job for `message`, or say why not. Returns the verdict, the attempt, seconds queued.
 
-        The seconds are None where the record's time of submission cannot be right (`wait_of`).
+        The seconds are None where the record's time of submission cannot be right (`waited_of`).
 
         `message` is the message's id, and, after "/", the tag under which this worker holds it.
         `is_stored` is asked whether the bucket has the picture where the record says that the job is done.
@@ -235,13 +240,16 @@ class Records:
         keys = [job_key(job.id), attempts_key(job.id)]
         args: list[str | int | float] = [*holder_of(message), worker, lease_s, max_attempts, self._ttl_s]
         args += [text, queue, delivery, run]
-        verdict, attempt, queued, *at = self._claim(keys=keys, args=[*args, ""])
+        verdict, *claimed = self._claim(keys=keys, args=[*args, ""])
         if verdict == State.DONE:
             looked = "yes" if is_stored() else "no"
-            verdict, attempt, queued, *at = self._claim(keys=keys, args=[*args, looked])
-        if at:
-            self._clock_s = float(at[0]) - time.monotonic()
-        return Claim(verdict), int(attempt), wait_of(queued, self._ttl_s)
+            verdict, *claimed = self._claim(keys=keys, args=[*args, looked])
+        if not claimed:
+            return Claim(verdict), 0, 0.0
+        attempt, submitted_at, seconds, microseconds = claimed
+        now_s = int(seconds) + int(microseconds) / 1e6
+        self._clock_s = now_s - time.monotonic()
+        return Claim(verdict), int(attempt), waited_of(submitted_at, now_s, self._ttl_s)
 
     def progress(self, steps: Mapping[str, tuple[int, int]], lease_s: float) -> list[str]:
         """Write (steps done, steps in all) and extend the claim of each job. Returns the cancelled ids."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from worker.contract.errors import QueueError
 from worker.contract.refusals import code_of
 from worker.state import run_scripts, scripts
+from worker.state.together import Together
 
 if TYPE_CHECKING:
     from redis.client import Redis
@@ -53,11 +54,18 @@ class Script:
     #: another.
     TRIES: Final = 5
 
-    def __init__(self, client: Redis, text: str) -> None:
+    def __init__(self, client: Redis, text: str, together: Together | None = None) -> None:
+        """`together`: what other threads' calls go with."""
         self._client, self._script = client, client.register_script(text)
+        self._together = together
 
     def __call__(self, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
         """Run it. Raises redis-py's errors."""
+        if self._together is None:
+            return self._alone(keys, args)
+        return self._together(self._script.sha, keys, args, lambda: self._alone(keys, args))
+
+    def _alone(self, keys: Sequence[str], args: Sequence[Any]) -> Any:
         for left in reversed(range(self.TRIES)):
             try:
                 return self._script(keys=keys, args=args)

@@ -14,9 +14,6 @@
 -- Its first write may take memory: a full Redis refuses the script before it has done anything.
 -- Sent twice, because its answer was lost, it counts the submission once, and puts the message once.
 -- include heal.lua
--- include outcome.lua
--- include notify.lua
--- include chains.lua
 -- include ../contract/clock.lua
 -- include ../contract/put.lua
 local job, queue, ttl, id, submission, own, message, print, is_known, raw, hook, parents = unpack(ARGV)
@@ -25,63 +22,66 @@ local is_new_queue = is_known ~= '1' and on(KEYS[2], 'SADD', queue) == 1
 local time = now()
 -- Workers refresh what all jobs share; here it is done for one job of 16, which keeps a busy queue's cost down.
 local refreshes = is_new_queue or tonumber(string.sub(time, -2)) % 16 == 0
-local state, cancel, runs, subs, bulk, mine, known, hooks, waits_for, children =
-  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', 'subs', 'bulk', field, 'message', 'hooks', 'waits_for',
-            'children'))
+local state, cancel, runs, mine, known, waits_for =
+  unpack(on(KEYS[1], 'HMGET', 'state', 'cancel', 'runs', field, 'message', 'waits_for'))
 -- What follows may begin with a write that takes no memory.
 if state and is_known == '1' then on(KEYS[2], 'SADD', queue) end
 local is_alive = (state == 'queued' or state == 'running') and not cancel
 local is_done = state == 'done' and mine and submission ~= ''
-local waits, refused = {}, nil
-if not (is_alive or is_done) then
-  waits, refused = to_wait_for(id, parents or '')
-  if not waits then return refused end
-end
-local holds = KEYS[6] and (is_alive and waits_for or #waits > 0)
--- Webhooks of submissions that nobody has told yet what became of them, as fields of a hash. Where an earlier
--- worker has ended the job, they are told when it ends again.
-local untold = {}
-local function hooks_left(is_cancelled)
-  if is_cancelled then notify_submissions(TOLD_BY_PRODUCERS, KEYS[1], 'cancelled') end
-  local found = {}
-  for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
-    if string.find(name, '^hook:') then
-      found[#found + 1] = name
-      found[#found + 1] = redis.call('HGET', KEYS[1], name)
-    end
+local waits, holds = {}, false
+if is_alive and waits_for or not (is_alive or is_done) and (parents or '') ~= '' then
+  -- include chains.lua
+  if not is_alive then
+    local refused
+    waits, refused = to_wait_for(id, parents)
+    if not waits then return refused end
   end
-  return found
+  holds = KEYS[6] and (is_alive or #waits > 0)
+  if holds then wait_for(id, waits, ttl) end
 end
 -- First of all: where the list cannot take the message, there is no record either.
-if holds then wait_for(id, waits, ttl)
-elseif KEYS[6] and not (is_done or is_alive and mine and known == message) then put('LPUSH', KEYS[6], raw) end
-if is_done then
-  -- Sent again because an answer was lost, or no replica confirmed it: this submission is done.
-elseif not is_alive then
+if KEYS[6] and not holds and not (is_done or is_alive and mine and known == message) then put('LPUSH', KEYS[6], raw) end
+-- Webhooks of submissions that nobody has told yet what became of them, as fields of a hash.
+local untold, children = {}, false
+if state and not (is_alive or is_done) then
+  -- include outcome.lua
+  -- include notify.lua
   if state == 'done' then note_all(KEYS[1], '=') end
   if state == 'failed' then note_all(KEYS[1], '~') end
   if state == 'cancelled' or cancel then note_all(KEYS[1], '-') end
-  if hooks then untold = hooks_left(state == 'cancelled' or cancel) end
-  if state then
-    redis.call('DEL', KEYS[1])
-    on(KEYS[3], 'ZREM', id)
+  if redis.call('HEXISTS', KEYS[1], 'hooks') == 1 then
+    -- Where an earlier worker has ended the job, they are told when it ends again.
+    if state == 'cancelled' or cancel then notify_submissions(TOLD_BY_PRODUCERS, KEYS[1], 'cancelled') end
+    for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+      if string.find(name, '^hook:') then
+        untold[#untold + 1] = name
+        untold[#untold + 1] = redis.call('HGET', KEYS[1], name)
+      end
+    end
   end
-  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', time, 'subs', 1,
-             'message', message, field, print, unpack(runs and {'runs', runs} or {}))
-  if children then redis.call('HSET', KEYS[1], 'children', 1) end
-  if holds then redis.call('HSET', KEYS[1], 'waits_for', table.concat(waits, ' '), 'ttl', ttl) end
-else
+  children = redis.call('HEXISTS', KEYS[1], 'children') == 1
+  redis.call('DEL', KEYS[1])
+  on(KEYS[3], 'ZREM', id)
+end
+if is_alive then
   -- With a second message, none is the job's only one.
   if known ~= message then redis.call('HSET', KEYS[1], 'message', '') end
   if not mine then
     -- Whoever submitted a job by an earlier version is not counted: one such submission is assumed, unless only
     -- runs have sent the job.
+    local subs, bulk = unpack(redis.call('HMGET', KEYS[1], 'subs', 'bulk'))
     local others = subs and count(subs) or bulk and 0 or 1
     redis.call('HSET', KEYS[1], field, print, 'subs', others + 1)
     if bulk then redis.call('HDEL', KEYS[1], 'bulk') end
   elseif mine ~= print then
     redis.call('HSET', KEYS[1], field, print)
   end
+elseif not is_done then
+  -- Where it is done, it was sent again because an answer was lost, or no replica confirmed it.
+  redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', time, 'subs', 1,
+             'message', message, field, print, unpack(runs and {'runs', runs} or {}))
+  if children then redis.call('HSET', KEYS[1], 'children', 1) end
+  if holds then redis.call('HSET', KEYS[1], 'waits_for', table.concat(waits, ' '), 'ttl', ttl) end
 end
 if holds then redis.call('HSET', KEYS[1], 'held:' .. submission, KEYS[6] .. '\n' .. raw) end
 if hook and hook ~= '' and not is_done then
@@ -99,7 +99,9 @@ local function note_latest(key, member)
   if refreshes or key ~= 'smallcat:latest' then redis.call('EXPIRE', key, ttl) end
 end
 note_latest(KEYS[5], id)
--- A tenant's jobs are in its own list, and in that of all.
-local all, tenant = string.match(KEYS[5], '^(smallcat:latest):(.+)$')
-if all then note_latest(all, tenant .. '/' .. id) end
+if KEYS[5] ~= 'smallcat:latest' then
+  -- A tenant's jobs are in its own list, and in that of all.
+  local all, tenant = string.match(KEYS[5], '^(smallcat:latest):(.+)$')
+  if all then note_latest(all, tenant .. '/' .. id) end
+end
 return holds and 'waiting'

@@ -65,7 +65,7 @@ class SharedQueue:
         said = words_of((each, kind) for each, _, kind in lists)
         while True:
             answer: Any = self._client.evalsha(
-                FETCH_DIGEST, len(keys), *keys, 100_000, 60, 10, 1_000, "why", "", "", 0, *said
+                FETCH_DIGEST, len(keys), *keys, 1, "", "", 0, "100000 60 10 1000 why", *said
             )
             if answer != [b"again"]:
                 break

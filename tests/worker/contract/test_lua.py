@@ -34,6 +34,21 @@ def test_files_that_include_each_other_are_inserted_once(tmp_path: Path) -> None
     assert script(tmp_path / "a.lua") == "local b = 2\nlocal a = 1\n"
 
 
+def test_what_is_included_in_a_block_is_there_in_each_block_that_includes_it(tmp_path: Path) -> None:
+    (tmp_path / "base.lua").write_text("local base = 1\n")
+    (tmp_path / "now.lua").write_text("-- include base.lua\nlocal now = base\n")
+    file = tmp_path / "one.lua"
+    file.write_text(
+        "if a then\n  -- include now.lua\n  if b then\n    -- include base.lua\n    f(base)\n  end\n"
+        "  -- include base.lua\nelseif c then\n  -- include base.lua\nend\n"
+        "-- include now.lua\nif d then\n  -- include now.lua\nend\n"
+    )
+
+    base = "local base = 1\n"
+    first = f"if a then\n{base}local now = base\n  if b then\n    f(base)\n  end\nelseif c then\n{base}end\n"
+    assert script(file) == f"{first}{base}local now = base\nif d then\nend\n"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.lua").write_text("-- include gone.lua\n")
 
