@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 _FILES = 50
 #: Share of Redis' memory from which somebody should act.
 _NEARLY_FULL = 0.9
-#: The setting of Redis by which a job's record stays one compact value, by the name that all versions know,
-#: and bytes that a field of it may have.
+#: The settings of Redis by which a job's record stays one compact value and the messages that workers hold do
+#: not, by the names that all versions know: bytes that a field of such a value may have, and its fields.
 _LONGEST_VALUE = ("hash-max-ziplist-value", "2048")
+_MOST_FIELDS = ("hash-max-ziplist-entries", "64")
+#: Fields from which the other one costs a busy queue time.
+_MANY_FIELDS = 128
 #: Notifications that wait while a sender takes them a few times a second.
 _UNTAKEN = 200
 
@@ -99,14 +102,26 @@ def _redis(now: Session) -> Iterator[Finding]:
 
 
 def _record_size(now: Session) -> Iterator[Finding]:
-    """Whether Redis keeps the records of jobs in little memory. Nothing where this user may not ask."""
+    """Whether Redis keeps records in little memory and finds held messages at once.
+
+    Nothing where this user may not ask.
+    """
     try:
         with now.queue_errors():
-            longest = str(now.redis.config_get(_LONGEST_VALUE[0]).get(_LONGEST_VALUE[0], ""))
+            longest, most = (
+                str(now.redis.config_get(name).get(name, "")) for name, _ in (_LONGEST_VALUE, _MOST_FIELDS)
+            )
     except QueueError:
         return
-    if longest.isdigit() and int(longest) < int(_LONGEST_VALUE[1]):
-        text = f"records of jobs take twice the memory that they need: CONFIG SET {' '.join(_LONGEST_VALUE)}"
+    if not (longest.isdigit() and most.isdigit()):
+        return
+    if int(longest) < int(_LONGEST_VALUE[1]):
+        words = " ".join((*_LONGEST_VALUE, *_MOST_FIELDS))
+        yield Finding(
+            "redis", True, f"records of jobs take twice the memory that they need: CONFIG SET {words}"
+        )
+    elif int(most) > _MANY_FIELDS:
+        text = f"looks through the messages that workers hold one by one: CONFIG SET {' '.join(_MOST_FIELDS)}"
         yield Finding("redis", True, text)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -180,6 +181,20 @@ def own_fields(text: str) -> dict[str, Any]:
 def says_final(event: object) -> bool:
     """Whether an event of a job's channel says that it has ended, or that a submission was given up."""
     return isinstance(event, str) and event in _FINAL
+
+
+def may_be_final(receive: Callable[[float], str | None], timeout_s: float) -> bool:
+    """Whether, within `timeout_s` seconds, an event says that the job has ended, or may have been missed."""
+    until = time.monotonic() + timeout_s
+    while (left := until - time.monotonic()) > 0:
+        state = receive(left)
+        if state is None:
+            # Back before its time: the subscription was made just now, at first or after a lost connection,
+            # and what was published before was missed.
+            return until - time.monotonic() > 0.05
+        if says_final(state):
+            return True
+    return False
 
 
 def count(text: str | None) -> int:

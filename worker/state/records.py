@@ -27,10 +27,10 @@ from worker.state.hashes import (
     count,
     fields_of,
     is_in_doubt,
+    may_be_final,
     own_fields,
     readable,
     record_of,
-    says_final,
     seen_by,
     unknown,
     unreadable,
@@ -350,7 +350,7 @@ class Records:
                 left = RECHECK_S if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"Job {job_id} is still {record.state} after {timeout_s:g} s.")
-                if not _may_be_final(receive, min(left, RECHECK_S)):
+                if not may_be_final(receive, min(left, RECHECK_S)):
                     idle(record)
         return record
 
@@ -390,17 +390,3 @@ class Records:
         if ended == 1 and state is State.DONE:
             self._drawn.note(drawn)
         return ended
-
-
-def _may_be_final(receive: Callable[[float], str | None], timeout_s: float) -> bool:
-    """Whether, within `timeout_s` seconds, an event says that the job has ended, or may have been missed."""
-    until = time.monotonic() + timeout_s
-    while (left := until - time.monotonic()) > 0:
-        state = receive(left)
-        if state is None:
-            # Back before its time: the subscription was made just now, at first or after a lost connection,
-            # and what was published before was missed.
-            return until - time.monotonic() > 0.05
-        if says_final(state):
-            return True
-    return False

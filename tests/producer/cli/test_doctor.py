@@ -198,6 +198,18 @@ def test_a_redis_that_evicts(client: Redis) -> None:
     assert text == "evicts jobs when it is full (allkeys-lru): CONFIG SET maxmemory-policy noeviction"
 
 
+def test_a_redis_that_looks_through_the_messages_that_workers_hold_one_by_one(client: Redis) -> None:
+    before = client.config_get("hash-max-ziplist-entries")["hash-max-ziplist-entries"]
+    client.config_set("hash-max-ziplist-entries", 512)  # Redis' default.
+    try:
+        texts = [finding.text for finding in found("redis")]
+    finally:
+        client.config_set("hash-max-ziplist-entries", before)
+    [text] = [each for each in texts if each.startswith("looks through")]
+    assert text.endswith("CONFIG SET hash-max-ziplist-entries 64")
+    assert not [each for each in found("redis") if each.text.startswith("looks through")]
+
+
 def test_a_redis_whose_records_take_more_memory_than_they_need(
     client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +221,7 @@ def test_a_redis_whose_records_take_more_memory_than_they_need(
     client.config_set("hash-max-ziplist-value", 64)  # Redis' default.
     try:
         [text] = said()
-        assert text.endswith("CONFIG SET hash-max-ziplist-value 2048")
+        assert text.endswith("CONFIG SET hash-max-ziplist-value 2048 hash-max-ziplist-entries 64")
         client.acl_setuser(
             "asks",
             enabled=True,
