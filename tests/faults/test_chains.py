@@ -47,14 +47,13 @@ def test_a_chain_is_rendered_in_its_order_whatever_kills_the_workers(ground: Gro
         assert firsts == sorted(firsts)
 
 
-def test_children_fail_with_their_parent_and_slots_stay_free(ground: Ground) -> None:
-    worker = ground.worker()
-    with ground.holding() as hold:
-        parent, child, grandchild = chain(ground, f"{hold} nan:", "", "")
-        cancelled, of_cancelled = chain(ground, hold, "")
-        ground.journal.wait_for("start", [parent.id, cancelled.id])
+def test_children_fail_with_their_parent_and_slots_stay_free(calm: Ground) -> None:
+    with calm.holding() as hold:
+        parent, child, grandchild = chain(calm, f"{hold} nan:", "", "")
+        cancelled, of_cancelled = chain(calm, hold, "")
+        calm.journal.wait_for("start", [parent.id, cancelled.id])
         # Those that wait take no slot.
-        ground.journal.wait_for("end", ground.submit(4))
+        calm.journal.wait_for("end", calm.submit(4))
         assert {child.state(), grandchild.state(), of_cancelled.state()} == {State.WAITING}
         cancelled.cancel()
         with pytest.raises(InputError, match=f"job {cancelled.id}, which was cancelled. Submit that job"):
@@ -62,10 +61,10 @@ def test_children_fail_with_their_parent_and_slots_stay_free(ground: Ground) -> 
     for handle in (child, grandchild):
         with pytest.raises(InputError, match=f"job {parent.id}"):
             handle.result(30)
-    assert not set(ground.journal.count("start")) & {child.id, grandchild.id, of_cancelled.id}
-    oracle.settled(ground)
-    oracle.keys_have_owners(ground)
-    oracle.no_slot_is_lost(ground, worker)
+    assert not set(calm.journal.count("start")) & {child.id, grandchild.id, of_cancelled.id}
+    oracle.settled(calm)
+    oracle.keys_have_owners(calm)
+    oracle.no_slot_is_lost(calm, *calm.workers)
 
 
 @pytest.mark.services
