@@ -173,7 +173,7 @@ class FaultRunner:
             state.step += 1
         return [None] * len(states)
 
-    def decode(self, states: Sequence[FaultState]) -> Iterator[Outcome]:
+    def decode(self, states: Sequence[FaultState], *, is_alone: bool = False) -> Iterator[Outcome]:
         """As in `Runner`."""
         for state in states:
             _raise(state.verbs, "decode")

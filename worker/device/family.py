@@ -222,6 +222,15 @@ class ModelFamily(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Run the VAE: (J, 3, height, width) in pixels, about -1 to 1. Traced as `forward` is, for any J."""
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether there is `decode_in_tiles`; by default there is not."""
+        return False
+
+    def decode_in_tiles(self, latents: torch.Tensor) -> torch.Tensor:
+        """As `decode`, one picture in tiles that overlap: less memory at a time, about the same pixels."""
+        raise NotImplementedError
+
     def to_rgb(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor | None:
         """A job's latents of `lane`, (*shape) float32, as a tiny picture by one linear map, for previews.
 

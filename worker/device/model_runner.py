@@ -266,13 +266,15 @@ class ModelRunner:
             raise
         return outcomes
 
-    def decode(self, states: Sequence[JobState]) -> Iterator[Outcome]:
+    def decode(self, states: Sequence[JobState], *, is_alone: bool = False) -> Iterator[Outcome]:
         """Launch the decoding of finished jobs, which may be of different lanes and have different VAEs.
 
         Returns the picture of each, or its error, in order; of one whose second pass is to come the first.
-        Each is waited for when it is asked for, on any one thread.
+        Each is waited for when it is asked for, on any one thread. What does not fit in memory whole is
+        decoded in tiles, but not beside steps, unless `is_alone`: they need some of it.
         """
         self._set_device()
+        in_tiles = is_alone or not self.decodes_beside
         outcomes: dict[int, Outcome] = {}
         groups: dict[tuple[Lane, VaeDecoder, bool], list[int]] = {}
         for index, state in enumerate(states):
@@ -286,7 +288,8 @@ class ModelRunner:
                 groups.setdefault(key, []).append(index)
         pictures: dict[int, Iterator[Picture | SmallcatError]] = {}
         for (lane, decoder, checked), indices in groups.items():
-            of_group = decoder.pictures(lane, [states[index].latents for index in indices], checked=checked)
+            latents = [states[index].latents for index in indices]
+            of_group = decoder.pictures(lane, latents, checked=checked, in_tiles=in_tiles)
             pictures |= dict.fromkeys(indices, of_group)
         return (
             outcomes[index] if index in outcomes else state.finished(next(pictures[index]))

@@ -338,6 +338,23 @@ class UNetFamily:
         images: torch.Tensor = self._vae.decode(latents, return_dict=False)[0]
         return images
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether diffusers has a rule of tiles for the VAE."""
+        return hasattr(self._vae, "tiled_decode")
+
+    def decode_in_tiles(self, latents: torch.Tensor) -> torch.Tensor:
+        """By diffusers, in tiles of half the picture's longer side, or of the side that the VAE was made for.
+
+        The larger the tiles, the nearer they are to the whole: each has group norms of its own.
+        """
+        vae = self._vae
+        factor, own = self.size_multiple, vae.config.sample_size // self.size_multiple
+        vae.tile_latent_min_size = max(own, -(-max(latents.shape[-2:]) // 2))
+        vae.tile_sample_min_size = factor * vae.tile_latent_min_size
+        images: torch.Tensor = vae.tiled_decode(latents, return_dict=False)[0]
+        return images
+
     def to_rgb(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor | None:
         """By the factors of its VAE (`latent_rgb`)."""
         return self._latent_rgb(latents) if self._latent_rgb else None

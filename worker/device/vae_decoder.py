@@ -5,17 +5,19 @@ and copies pixels into page-locked memory. All work is launched at once, and eac
 it is asked for, so that the device always has the next ones to work on.
 
 Pictures are decoded in chunks of a bounded number of pixels. Where a chunk does not fit in memory, later ones
-have half as many pictures. Where a chunk fails otherwise, its pictures are decoded one by one.
+have half as many pictures; where one picture does not, and nothing runs beside it, it is decoded in tiles,
+and so are later ones of its size. Where a chunk fails otherwise, its pictures are decoded one by one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +40,20 @@ logger = logging.getLogger("smallcat.engine")
 
 #: Most pixels that are decoded at once: 8 pictures of 512 x 512 on a GPU, 1 on a CPU, which gains no more.
 GPU_PIXELS, CPU_PIXELS = 8 * 512 * 512, 512 * 512
+#: What is said of a picture that did not fit.
+IN_TILES = (
+    "The picture did not fit in the device's memory while it was decoded: it was decoded in tiles, which "
+    "differs slightly from the whole."
+)
+
+
+class _How(NamedTuple):
+    """How pictures are decoded."""
+
+    #: Whether the safety checker looks at them.
+    checked: bool
+    #: Whether those that do not fit whole may be decoded in tiles.
+    in_tiles: bool
 
 
 class VaeDecoder:
@@ -61,6 +77,8 @@ class VaeDecoder:
         self._graphs = GraphPool(compiler) if compiler else None
         #: Pictures that fit in a chunk, by lane, where more did not.
         self._caps: dict[Lane, int] = {}
+        #: Lanes of which a picture does not fit in memory whole.
+        self._tiled: set[Lane] = set()
 
     @property
     def lanes(self) -> CompiledLanes[Any] | None:
@@ -88,20 +106,20 @@ class VaeDecoder:
         ]
 
     def pictures(
-        self, lane: Lane, latents: Sequence[torch.Tensor], *, checked: bool = True
+        self, lane: Lane, latents: Sequence[torch.Tensor], *, checked: bool = True, in_tiles: bool = False
     ) -> Iterator[Picture | SmallcatError]:
         """Launch the decoding of `latents`. Returns each picture, or its error; waits when it is asked for.
 
         Latents are those of finished jobs of `lane`, (1, *shape) float32 each. `checked`: by the safety
-        checker, where there is one.
+        checker, where there is one. `in_tiles`: where one does not fit in memory whole.
         """
-        return self._in_chunks(lane, latents, self._most(lane), checked)
+        return self._in_chunks(lane, latents, self._most(lane), _How(checked, in_tiles))
 
     def _in_chunks(
-        self, lane: Lane, latents: Sequence[torch.Tensor], size: int, checked: bool
+        self, lane: Lane, latents: Sequence[torch.Tensor], size: int, how: _How
     ) -> Iterator[Picture | SmallcatError]:
         starts = range(0, len(latents), size)
-        chunks = [self._chunk(lane, latents[start : start + size], checked) for start in starts]
+        chunks = [self._chunk(lane, latents[start : start + size], how) for start in starts]
         return itertools.chain.from_iterable(chunks)
 
     def _most(self, lane: Lane) -> int:
@@ -112,11 +130,14 @@ class VaeDecoder:
         return min(most, self._caps.get(lane, most))
 
     def _chunk(
-        self, lane: Lane, latents: Sequence[torch.Tensor], checked: bool
+        self, lane: Lane, latents: Sequence[torch.Tensor], how: _How
     ) -> Iterator[Picture | SmallcatError]:
         try:
             with mapped("decode"), torch.no_grad(), self._on_stream():
-                return self._together(self.family.to_vae(lane, torch.cat(list(latents))), checked)
+                inputs = self.family.to_vae(lane, torch.cat(list(latents)))
+                if lane in self._tiled:
+                    return self._in_tiles(inputs, how)
+                return self._pictures_of(how, *self._run(inputs))
         except (OutOfMemoryError, RenderError) as error:
             if (count := len(latents)) > 1:
                 size = 1
@@ -127,10 +148,18 @@ class VaeDecoder:
                         count,
                         size,
                     )
-                return self._in_chunks(lane, latents, size, checked)
+                return self._in_chunks(lane, latents, size, how)
             if isinstance(error, RenderError):
                 return iter((error,))
             width, height = self.family.size(lane)
+            if how.in_tiles and lane not in self._tiled and self.family.has_tiles:
+                self._tiled.add(lane)
+                self._caps[lane] = 1
+                text = (
+                    "A picture of %d x %d does not fit in memory while it is decoded: from now on in tiles."
+                )
+                logger.warning(text, width, height)
+                return self._chunk(lane, latents, how)
             too_large = (
                 f"A picture of {width} x {height} pixels does not fit in the device's memory while it is "
                 "decoded: ask for a smaller one."
@@ -141,11 +170,20 @@ class VaeDecoder:
         """The VAE decoder's own stream, where there is one."""
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
-    def _together(self, latents: torch.Tensor, checked: bool) -> Iterator[Picture | SmallcatError]:
-        """Decode `latents`, as the VAE takes them, in one call."""
-        pixels, is_finite, images = self._run(latents)
-        verdicts: Sequence[bool | None] = [None] * len(latents)
-        if checked and (found := self.family.check_safety(images)) is not None:
+    def _in_tiles(self, latents: torch.Tensor, how: _How) -> Iterator[Picture | SmallcatError]:
+        """Decode one picture in tiles."""
+        found = self._pictures_of(how, *_pixels(self.family.decode_in_tiles(latents)))
+        return (
+            dataclasses.replace(each, warnings=(IN_TILES,)) if isinstance(each, Picture) else each
+            for each in found
+        )
+
+    def _pictures_of(
+        self, how: _How, pixels: torch.Tensor, is_finite: torch.Tensor, images: torch.Tensor
+    ) -> Iterator[Picture | SmallcatError]:
+        """The pictures that the VAE gave, once they are copied."""
+        verdicts: Sequence[bool | None] = [None] * len(images)
+        if how.checked and (found := self.family.check_safety(images)) is not None:
             images, verdicts = found
             # As in diffusers, a picture that the checker blacked out is not denormalised.
             for index in (index for index, is_bad in enumerate(verdicts) if is_bad):
@@ -172,9 +210,13 @@ class VaeDecoder:
 
     def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(J, height, width, 3) uint8 pixels, (J,) whether each is finite, and the VAE's own output."""
-        images = self.family.decode(latents)
-        # Exactly VaeImageProcessor.postprocess and numpy_to_pil; only uint8 leaves the device.
-        return _bytes((images * 0.5 + 0.5).clamp(0, 1)), images.isfinite().flatten(1).all(1), images
+        return _pixels(self.family.decode(latents))
+
+
+def _pixels(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The VAE's output as uint8 pixels, whether each picture is finite, and the output itself."""
+    # Exactly VaeImageProcessor.postprocess and numpy_to_pil; only uint8 leaves the device.
+    return _bytes((images * 0.5 + 0.5).clamp(0, 1)), images.isfinite().flatten(1).all(1), images
 
 
 def _bytes(images: torch.Tensor) -> torch.Tensor:

@@ -91,16 +91,17 @@ class DecodeStage(Generic[StateT]):
             if thread is not None:
                 thread.shutdown(wait=False, cancel_futures=True)
 
-    def decode(self, tickets: Sequence[Ticket[StateT]]) -> Iterator[Outcome]:
+    def decode(self, tickets: Sequence[Ticket[StateT]], *, is_alone: bool = False) -> Iterator[Outcome]:
         """The outcomes of `tickets`, in order, decoded together.
 
         If that fails, each half is decoded by itself, down to the job that fails alone. Raises only what is
-        the machine's fault.
+        the machine's fault. `is_alone`: as `Runner.decode` has it.
         """
         if not tickets:
             return iter(())
         try:
-            return self._runner.decode([ticket.state for ticket in tickets if ticket.state is not None])
+            states = [ticket.state for ticket in tickets if ticket.state is not None]
+            return self._runner.decode(states, is_alone=is_alone)
         except BaseException as error:
             if is_machine_fault(error):
                 raise
@@ -110,7 +111,8 @@ class DecodeStage(Generic[StateT]):
                 "Decoding %d pictures failed (%r): trying each half, to find the job.", len(tickets), error
             )
             middle = len(tickets) // 2
-            return itertools.chain(self.decode(tickets[:middle]), self.decode(tickets[middle:]))
+            halves = (self.decode(half, is_alone=is_alone) for half in (tickets[:middle], tickets[middle:]))
+            return itertools.chain(*halves)
 
     def _start_next(self) -> None:
         with self._changed:

@@ -331,7 +331,7 @@ class Engine(Generic[StateT]):
         self._decode_stage.wait_until_idle()
         for ticket in tickets:
             if ticket.state is not None:
-                for outcome in self._decode_stage.decode([ticket]):
+                for outcome in self._decode_stage.decode([ticket], is_alone=True):
                     self._finish(ticket, outcome)
             else:
                 self._prepare_stage.prepare(ticket, is_alone=True)
@@ -358,7 +358,8 @@ class Engine(Generic[StateT]):
         elif isinstance(outcome, Picture):
             assert ticket.state is not None  # noqa: S101 - it had its last step
             seconds = ticket.device_s, ticket.decode_s(self._clock())
-            self._resolve(ticket, Rendered(outcome, ticket.state.warnings, *seconds))
+            warnings = (*ticket.state.warnings, *outcome.warnings)
+            self._resolve(ticket, Rendered(outcome, warnings, *seconds))
         else:
             self._resolve(ticket, outcome)
 

@@ -23,6 +23,8 @@ class Picture:
     pixels: NDArray[np.uint8]
     #: The safety checker's verdict; None: the model has none, or it is off.
     nsfw: bool | None = None
+    #: What the caller should know of how it was decoded.
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,10 @@ class Runner(Costs, Protocol[StateT]):
         this raises, all are unchanged.
         """
 
-    def decode(self, states: Sequence[StateT]) -> Iterator[Outcome]:
+    def decode(self, states: Sequence[StateT], *, is_alone: bool = False) -> Iterator[Outcome]:
         """Start to decode finished jobs, of any lanes.
 
         Returns their pictures or errors, in order; of a job whose second pass is to come the first. The
-        iterator waits for each one, and may be read on any one thread.
+        iterator waits for each one, and may be read on any one thread. `is_alone`: nothing runs beside it, so
+        that what does not fit in memory now never does, whole.
         """

@@ -170,7 +170,7 @@ class FakeRunner:
                 self.steps_done[state.job.seed] += 1
         return outcomes
 
-    def decode(self, states: Sequence[FakeState]) -> Iterator[Outcome]:
+    def decode(self, states: Sequence[FakeState], *, is_alone: bool = False) -> Iterator[Outcome]:
         """As the contract says."""
         self.decode_entered.set()
         assert self.decode_gate.wait(SOON_S), "nobody opened the gate"
