@@ -130,13 +130,14 @@ class VaeDecoder:
         return min(most, self._caps.get(lane, most))
 
     def _chunk(
-        self, lane: Lane, latents: Sequence[torch.Tensor], how: _How
+        self, lane: Lane, latents: Sequence[torch.Tensor], how: _How, *, tiled: bool = False
     ) -> Iterator[Picture | SmallcatError]:
+        tiled = tiled or lane in self._tiled
         try:
             with mapped("decode"), torch.no_grad(), self._on_stream():
                 inputs = self.family.to_vae(lane, torch.cat(list(latents)))
-                if lane in self._tiled:
-                    return self._in_tiles(inputs, how)
+                if tiled:
+                    return self._in_tiles(lane, inputs, how)
                 return self._pictures_of(how, *self._run(inputs))
         except (OutOfMemoryError, RenderError) as error:
             if (count := len(latents)) > 1:
