@@ -40,6 +40,7 @@ logger = logging.getLogger("smallcat.engine")
 
 #: Most pixels that are decoded at once: 8 pictures of 512 x 512 on a GPU, 1 on a CPU, which gains no more.
 GPU_PIXELS, CPU_PIXELS = 8 * 512 * 512, 512 * 512
+NOT_WHOLE = "A picture of %d x %d does not fit in memory while it is decoded: from now on in tiles."
 #: What is said of a picture that did not fit.
 IN_TILES = (
     "The picture did not fit in the device's memory while it was decoded: it was decoded in tiles, which "
@@ -153,14 +154,9 @@ class VaeDecoder:
             if isinstance(error, RenderError):
                 return iter((error,))
             width, height = self.family.size(lane)
-            if how.in_tiles and lane not in self._tiled and self.family.has_tiles:
-                self._tiled.add(lane)
-                self._caps[lane] = 1
-                text = (
-                    "A picture of %d x %d does not fit in memory while it is decoded: from now on in tiles."
-                )
-                logger.warning(text, width, height)
-                return self._chunk(lane, latents, how)
+            if how.in_tiles and not tiled and self.family.has_tiles:
+                logger.warning(NOT_WHOLE, width, height)
+                return self._chunk(lane, latents, how, tiled=True)
             too_large = (
                 f"A picture of {width} x {height} pixels does not fit in the device's memory while it is "
                 "decoded: ask for a smaller one."
@@ -171,9 +167,11 @@ class VaeDecoder:
         """The VAE decoder's own stream, where there is one."""
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
-    def _in_tiles(self, latents: torch.Tensor, how: _How) -> Iterator[Picture | SmallcatError]:
-        """Decode one picture in tiles."""
+    def _in_tiles(self, lane: Lane, latents: torch.Tensor, how: _How) -> Iterator[Picture | SmallcatError]:
+        """Decode one picture in tiles, and remember that its size is decoded so."""
         found = self._pictures_of(how, *_pixels(self.family.decode_in_tiles(latents)))
+        self._tiled.add(lane)
+        self._caps[lane] = 1
         return (
             dataclasses.replace(each, warnings=(IN_TILES,)) if isinstance(each, Picture) else each
             for each in found

@@ -688,6 +688,7 @@ def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.Monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sd1.loaded.pipeline.vae, "decode", fail)
+    monkeypatch.setattr(sd1.loaded.pipeline.vae, "tiled_decode", fail)
     (too_large,) = sd1.runner.decode(in_flight[:1])
     assert isinstance(too_large, JobTooLargeError)
     assert "64 x 64" in str(too_large)
