@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import socket
 from collections.abc import Callable
@@ -51,9 +52,17 @@ def refuse(model: Path, sentence: str, **settings: str) -> None:
     assert str(caught.value).endswith(".")
 
 
+@functools.cache
+def of_folder(folder: Path) -> tuple[Any, np.ndarray]:
+    """The pipeline of a tiny model's folder, which nobody changes, and its picture."""
+    pipeline = load(folder).pipeline
+    return pipeline, picture(pipeline)
+
+
 def same(model: Path, tiny: Tiny) -> None:
     """The single file `model` has the weights of the folder, and draws its picture."""
-    single, folder = load(model).pipeline, load(tiny.folder).pipeline
+    single = load(model).pipeline
+    folder, expected_picture = of_folder(tiny.folder)
     for name, component in folder.components.items():
         if isinstance(component, torch.nn.Module):
             expected, got = component.state_dict(), single.components[name].state_dict()
@@ -62,7 +71,7 @@ def same(model: Path, tiny: Tiny) -> None:
             }
             assert all(torch.equal(value, got[key]) for key, value in expected.items()), name
     # A matrix that lies in memory otherwise is multiplied otherwise, by a last bit.
-    assert np.allclose(picture(single), picture(folder), atol=1e-5)
+    assert np.allclose(picture(single), expected_picture, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"])
@@ -248,12 +257,12 @@ def test_weights_in_any_float(
 ) -> None:
     tiny = tinies[family]
     path = tiny.write(tmp_path / "cat.safetensors", stored(tiny.tensors, dtype))
-    loaded, folder = load(path).pipeline, load(tiny.folder).pipeline
+    loaded, (folder, _) = load(path).pipeline, of_folder(tiny.folder)
     for name in ("unet", "vae", "text_encoder"):
+        got = loaded.components[name].state_dict()
         for key, expected in folder.components[name].state_dict().items():
-            got = loaded.components[name].state_dict()[key]
-            assert got.dtype == torch.float32
-            assert torch.equal(got, expected.to(dtype).float()), key
+            assert got[key].dtype == torch.float32
+            assert torch.equal(got[key], expected.to(dtype).float()), key
 
 
 def scaled(tensors: Tensors, suffix: str, *, rows: bool, prefix: str = "model.diffusion_model.") -> Tensors:
@@ -304,9 +313,10 @@ def test_scaled_fp8_in_a_text_encoder(tinies: dict[str, Tiny], tmp_path: Path) -
     prefix = "cond_stage_model.transformer.text_model.encoder."
     tensors = scaled(tinies["sd1"].tensors, ".scale_weight", rows=False, prefix=prefix)
     loaded = load(tinies["sd1"].write(tmp_path / "cat.safetensors", tensors)).pipeline.text_encoder
-    folder = load(tinies["sd1"].folder).pipeline.text_encoder
-    for key, expected in folder.state_dict().items():
-        assert (loaded.state_dict()[key] - expected).abs().max() <= expected.abs().max() / 16, key
+    folder, _ = of_folder(tinies["sd1"].folder)
+    got = loaded.state_dict()
+    for key, expected in folder.text_encoder.state_dict().items():
+        assert (got[key] - expected).abs().max() <= expected.abs().max() / 16, key
 
 
 # --- a VAE beside -------------------------------------------------------------------------------------------
@@ -354,10 +364,8 @@ def test_a_vae_beside_the_checkpoint_is_taken(
     without = load(path)
     save_file(VAES[layout](other_vae), tmp_path / "cat.v2.vae.safetensors")
     loaded = load(path)
-    assert all(
-        torch.equal(loaded.pipeline.vae.state_dict()[key], value)
-        for key, value in other_vae.state_dict().items()
-    )
+    got = loaded.pipeline.vae.state_dict()
+    assert all(torch.equal(got[key], value) for key, value in other_vae.state_dict().items())
     assert note(loaded, "VAE") == (
         "cat.v2.vae.safetensors",
         "it lies beside the checkpoint, as A1111 takes it",
