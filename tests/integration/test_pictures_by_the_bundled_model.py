@@ -21,7 +21,7 @@ from worker.demo.training import classifier
 from worker.demo.training.captions import BACKGROUNDS
 from worker.demo.training.evaluate import background_of
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]
 
 #: Of pictures that a judge looks at, so many are to be right.
 SHARE = 0.95
@@ -83,3 +83,13 @@ def test_products_keep_their_pixels_before_the_backgrounds_that_prompts_name(tmp
         if not line["prompt"].endswith(f" on a {named} background") or near.mean() < 0.9:
             wrong.append(line["prompt"])
     assert len(wrong) <= (1 - SHARE) * len(lines), wrong
+
+
+def test_a_photo_of_any_size_has_its_own_size_and_pixels_with_padding() -> None:
+    photo = Image.open(ROOT / "docs" / "cut-outs" / "sneaker.png").resize((301, 299))
+    fields = {"image": photo, "mask": "alpha", "padding": 0, "width": 128, "height": 128, "seed": 1}
+    picture = submit_job("a sneaker on a blue background", **fields).image(timeout=300)
+    assert picture.size == photo.size
+    opaque = np.asarray(photo)[..., 3] == 255
+    assert np.array_equal(np.asarray(picture)[opaque], np.asarray(photo)[opaque][:, :3])
+    assert background_of(picture)[0] == "blue"
