@@ -2,11 +2,16 @@
 
     python -m tests.benchmarks.emulated --steps 1 --jobs 1200
     python -m tests.benchmarks.emulated --steps 1 --jobs 400 --turns 5     # what traces cost
+    python -m tests.benchmarks.emulated --steps 30 --alone 200 --encode-ms 0    # one job after the other
 
 Valkey, the S3 server and the worker process are real. The GPU is emulated (`tests.benchmarks.emulated_gpu`):
 steps and decode calls take as long as on an H200. The result is compared with the engine alone on the same
 emulated GPU, without queue and bucket. Torch's Python code, which competes with all other threads, runs;
 CUDA launches do not.
+
+With `--alone` each job is submitted when the one before is done, to an idle worker. What it takes from the
+call of `submit_job` until its result is there, less the emulated GPU's time and encoding, is the system's
+share: two messages, a claim, three requests to the bucket, and the threads of producer and worker.
 
 With `--turns` workers without and with traces take turns, and the medians of both are printed. A collector in
 a process of its own takes the spans and throws them away.
@@ -20,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import click
@@ -27,7 +33,7 @@ import psutil
 
 from deploy.embedded.stack import Stack
 from producer import submit_job
-from tests.benchmarks.emulated_gpu import EmulatedRunner
+from tests.benchmarks.emulated_gpu import DECODE_MS, STEP_MS, EmulatedRunner, cost_s
 from tests.benchmarks.engine import saturate
 from tests.benchmarks.system import run
 from tests.faults.harness import FaultWorker
@@ -53,7 +59,11 @@ class EmulatedWorker(FaultWorker):
     help="Milliseconds to encode a picture, without using a core.",
 )
 @click.option("--turns", default=0, help="Turns without and with traces; 0: one without.")
-def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int) -> None:
+@click.option("--alone", default=0, help="Jobs that are submitted one after the other, instead of --jobs.")
+def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int, alone: int) -> None:
+    if alone:
+        print(json.dumps(one_by_one(alone, steps, encode_ms)))
+        return
     costs = {"ROWS": rows, "STEPS": steps, "ENCODE_MS": encode_ms}
     engine_s = saturate(EmulatedRunner(rows, steps), ENGINE_S, steps=steps, guidance_scale=1.0)["images_s"]
     with Stack(workers=0) as stack:
@@ -83,6 +93,29 @@ def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int) -> None
         measured = measure({})
     share = measured["images_s"] / engine_s
     print(json.dumps({"steps": steps, **measured, "engine_images_s": engine_s, "of_the_engine": share}))
+
+
+def one_by_one(count: int, steps: int, encode_ms: float) -> dict[str, float]:
+    """The milliseconds of jobs on an idle worker, without those of the GPU and of encoding."""
+    with Stack(workers=0) as stack:
+        emulated = {"ROWS": "16", "STEPS": str(steps), "ENCODE_MS": str(encode_ms)}
+        more = {f"EMULATED_{name}": value for name, value in emulated.items()}
+        os.environ.update(stack.environment)
+        worker = EmulatedWorker(stack.home, "worker1", {**stack.environment, **more})
+        worker.start()
+        gpu_ms = 1e3 * (steps * cost_s(STEP_MS, 1) + cost_s(DECODE_MS, 1))
+        shares_ms = []
+        try:
+            for seed in range(count + 10):
+                began_s = time.perf_counter()
+                submit_job("a small cat", seed=seed, steps=steps, guidance_scale=1.0).result(timeout=60)
+                shares_ms.append(1e3 * (time.perf_counter() - began_s) - gpu_ms - encode_ms)
+        finally:
+            worker.stop()
+    # The first jobs open connections.
+    shares_ms = sorted(shares_ms[10:])
+    quantiles = {f"p{share}": shares_ms[len(shares_ms) * share // 100] for share in (50, 90, 95, 99)}
+    return {"jobs": count, "gpu_ms": gpu_ms, "encode_ms": encode_ms, **quantiles}
 
 
 def compare(measure: Callable[[dict[str, str]], dict[str, float]], turns: int) -> None:
