@@ -255,6 +255,7 @@ def test_all_waiting_threads_get_the_result() -> None:
     assert len(results) == 8
 
 
+@pytest.mark.services  # It starts another worker with torch. The id of each revision is in test_job.py.
 def test_a_changed_model_does_not_answer_with_the_old_one_s_pictures(
     stack: Stack, model: Path, tmp_path: Path
 ) -> None:

@@ -923,7 +923,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet.close()
 
 
-@pytest.mark.parametrize("fault", ["none", "connections cut", "redis killed", "redis frozen"])
+#: For `make test-services`: in `make test`, tests/faults promises the same, and more, of whole workers. These
+#: tell whether a fault is the transport's.
+OF_TRANSPORT_ALONE = pytest.mark.services
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "none",
+        *(
+            pytest.param(name, marks=OF_TRANSPORT_ALONE)
+            for name in ("connections cut", "redis killed", "redis frozen")
+        ),
+    ],
+)
 def test_jobs_longer_than_the_lease_run_once(pair: Fleet, fault: str) -> None:
     names = jobs(6, fault.replace(" ", "_"))
     before = len(pair.journal.jobs("end"))
@@ -952,6 +966,7 @@ def test_celery_inspect_and_a_broadcast_reach_the_workers(pair: Fleet) -> None:
     wait_until("both answer", lambda: len(control.ping(timeout=2)) == 2)
 
 
+@OF_TRANSPORT_ALONE
 def test_a_killed_worker_is_followed_within_its_lease(fleet: Callable[..., Fleet]) -> None:
     group = fleet(lease_s=3.0)
     first = group.worker(concurrency=20)
@@ -964,12 +979,14 @@ def test_a_killed_worker_is_followed_within_its_lease(fleet: Callable[..., Fleet
     assert len(group.journal.twice()) == 20
 
 
+@OF_TRANSPORT_ALONE
 def test_sigkills_lose_no_job(fleet: Callable[..., Fleet]) -> None:
     group = fleet(lease_s=2.0)
     assert storm(group, kills=3, number=signal.SIGKILL) == []
     wait_until("settled", lambda: not group.unsettled(), 3 * group.lease_s)
 
 
+@OF_TRANSPORT_ALONE
 def test_a_stopped_worker_gives_back_what_it_has_not_begun(fleet: Callable[..., Fleet]) -> None:
     group = fleet(lease_s=30.0)
     worker = group.worker(concurrency=2)
@@ -983,6 +1000,7 @@ def test_a_stopped_worker_gives_back_what_it_has_not_begun(fleet: Callable[..., 
     assert group.journal.twice() == []
 
 
+@OF_TRANSPORT_ALONE
 def test_a_worker_empties_a_full_redis(fleet: Callable[..., Fleet]) -> None:
     group = fleet(lease_s=2.0)
     group.submit(jobs(100))
