@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from worker.contract.settings import WorkerSettings, worker_settings
-from worker.device.compiling import process
+from worker.device.compiling import process, server
 from worker.device.compiling.kernel_cache import KernelCache, Signed
 from worker.device.compiling.process import CompileError, CompileProcess, cache_of
 from worker.storage.shared_code import Folder
@@ -180,6 +181,36 @@ def test_only_those_who_have_a_key_share(tmp_path: Path, monkeypatch: pytest.Mon
     some.keep("step", "lane", b"kernels", "")
     assert some.is_shared("step", "lane")
     assert not none.is_shared("step", "lane")
+
+
+def test_it_answers_each_question_and_ends_when_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that does not compile is an answer, and the next one is compiled."""
+
+    class Runner:
+        def __init__(self, *arguments: Any, compiles_alone: bool) -> None:
+            assert compiles_alone
+
+        def compile_like(self, what: str, lane: str, argument: Any, dynamic: Any) -> str:
+            if what == "broken":
+                raise RuntimeError("no such kernel\nand more")
+            return f"{what} for {lane}"
+
+    monkeypatch.setattr(server, "ModelRunner", Runner)
+    monkeypatch.setattr(server.loader, "load", lambda settings, gpu: None)
+    monkeypatch.setattr(server, "carried", lambda recorder: (b"kernels", recorder))
+    monkeypatch.setattr(server, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(server.os, "nice", lambda number: number)
+    ours, theirs = multiprocessing.Pipe()
+    serving = threading.Thread(target=server.serve, args=(theirs, worker_settings({}), 0))
+    serving.start()
+    answers = []
+    for what in ("broken", "step"):
+        ours.send_bytes(pickle.dumps((what, "lane", torch.zeros(1), [])))
+        answers.append(pickle.loads(ours.recv_bytes()))  # noqa: S301 - its own answer
+    assert answers == [("no such kernel", b"", ""), ("", b"kernels", "step for lane")]
+    ours.close()
+    serving.join(10)
+    assert not serving.is_alive()
 
 
 PARENT = """
