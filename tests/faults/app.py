@@ -30,6 +30,7 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
+import worker.jobs.handler as handler
 import worker.state.scripts as scripts
 import worker.tasks as tasks
 from tests.faults.app_names import DIED, MARKS
@@ -38,12 +39,16 @@ from tests.folder_storage import InFolder
 from worker.celery import app as app
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import SmallcatError
+from worker.contract.job import Job
 from worker.contract.record import JobRecord
 from worker.contract.settings import WorkerSettings, worker_settings
+from worker.engine.runner import Picture
 from worker.jobs.handler import Handled, JobHandler
+from worker.jobs.put_back import put_back
 from worker.state.records import Records
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
+from worker.storage.input_pixels import InputPixels
 
 # A mark is counted in the step that makes it: so that two of them, by whatever way, are seen.
 
@@ -92,12 +97,18 @@ class TellingRunner(FaultRunner):
             note("stepped", "-")
 
 
+def _note_of_runner(event: str, job: Job) -> None:
+    note(event, job.id)
+    if event == "start":  # While its text and its image are encoded.
+        die("encode", job.prompt, job.id)
+
+
 def load_runner(settings: WorkerSettings, files: object, shared: object) -> FaultRunner:
     runner = TellingRunner if os.environ.get("FAULTS_JOURNAL_STEPS") else FaultRunner
     made = runner(
         int(os.environ.get("FAULTS_ROWS", "4")),
         float(os.environ.get("FAULTS_STEP_S", "0")),
-        lambda event, job: note(event, job.id),
+        _note_of_runner,
         may_die,
     )
     made.served = made.served.model_copy(update={"revision": os.environ.get("FAULTS_REVISION", "f" * 40)})
@@ -127,8 +138,23 @@ class JournalingHandler(JobHandler):
         return answer
 
 
+def dying_put_back(job: Job, inputs: InputPixels | None, picture: Picture) -> Picture:
+    """Dies where what was drawn is put into the job's image."""
+    die("paste", job.prompt, job.id)
+    return put_back(job, inputs, picture)
+
+
+handler.put_back = dying_put_back  # type: ignore[attr-defined]
+
+
 class Dying(Bucket):
-    """Dies between the two objects of a job, and after both."""
+    """Dies around the reading of a job's pictures, between the two objects of a job, and after both."""
+
+    def pixels_of(self, job: Job) -> InputPixels:
+        die("before_inputs", job.prompt, job.id)
+        pixels = super().pixels_of(job)
+        die("after_inputs", job.prompt, job.id)
+        return pixels
 
     def put(
         self,

@@ -26,7 +26,7 @@ from deploy.embedded.servers import WorkerProcess
 from deploy.embedded.stack import BUCKET, Stack
 from producer import JobHandle, submit_job
 from worker.broker.transport import OLD_UNACKED, OLD_UNACKED_INDEX, UNACKED, UNACKED_INDEX
-from worker.contract.errors import QueueError
+from worker.contract.errors import QueueError, StorageError
 from worker.contract.found_message import FoundMessage
 from worker.contract.job import Job
 from worker.contract.queues import lists_of, queues_of
@@ -34,6 +34,7 @@ from worker.engine.capacity import jobs_in_flight
 from worker.state.redis_client import connect
 from worker.state.tenants import lists_of_tenant
 
+from tests.faults.pictures import Pictures  # isort: skip
 from tests.faults.runner import SERVED, FaultRunner  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +149,7 @@ class Ground:
         self.ids: list[str] = []
         self.workers: list[FaultWorker] = []
         self._names = itertools.count()
+        self._pictures = Pictures()
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the producer in this process submit here."""
@@ -201,9 +203,13 @@ class Ground:
 
     # Jobs.
 
-    def job(self, verbs: str = "", **fields: object) -> Job:
-        """A job that no other test has."""
+    def job(self, verbs: str = "", *, kind: str = "text", own: bool = False, **fields: object) -> Job:
+        """A job that no other test has, of one of the kinds of `tests.faults.pictures`.
+
+        `own`: what it begins with is no other job's, either.
+        """
         number = next(self._names)
+        fields |= self._pictures.fields(kind, str(fields.get("tenant", "")), number + 1 if own else 0)
         prompt = f"job-{os.getpid()}-{id(self):x}-{number} {verbs}".strip()
         return Job.parse({"prompt": prompt, "seed": number, **fields}).resolved(SERVED)
 
@@ -219,9 +225,10 @@ class Ground:
         verbs: Callable[[int], str] = lambda number: "",
         submit: Callable[[Job], str] = lambda job: submit_job(job).id,
         tenants: Sequence[str] = TENANTS,
+        kinds: Sequence[str] = ("text",),
     ) -> Feeder:
-        """Submit `rate` jobs a second for as long as the with block lasts, of these tenants in turns."""
-        return Feeder(self, rate, verbs, submit, tenants)
+        """Submit `rate` jobs a second while the with block lasts, of these tenants and kinds in turns."""
+        return Feeder(self, rate, verbs, submit, tenants, kinds)
 
     @contextlib.contextmanager
     def holding(self) -> Iterable[str]:  # type: ignore[misc]
@@ -338,12 +345,13 @@ class Feeder:
         verbs: Callable[[int], str],
         submit: Callable[[Job], str],
         tenants: Sequence[str],
+        kinds: Sequence[str],
     ) -> None:
         self._ground = ground
         self._rate = rate
         self._verbs = verbs
         self._submit = submit
-        self._tenants = tenants
+        self._tenants, self._kinds = tenants, kinds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
         #: Ids that were accepted.
@@ -357,12 +365,13 @@ class Feeder:
         try:
             for number in itertools.count():
                 tenant = self._tenants[number % len(self._tenants)]
-                job = self._ground.job(self._verbs(number), tenant=tenant)
+                kind = self._kinds[number % len(self._kinds)]
+                job = self._ground.job(self._verbs(number), kind=kind, tenant=tenant)
                 while True:
                     try:
                         self.ids.append(self._submit(job))
                         break
-                    except QueueError:
+                    except (QueueError, StorageError):
                         self.refused += 1
                         if self._stop.is_set():
                             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from tests.faults import pictures
 from tests.faults.app_names import MARKS
 from tests.faults.harness import FaultWorker, Ground, slots, wait_until
 from tests.faults.runner import pixel_of
@@ -81,7 +82,7 @@ def is_its_own(ground: Ground, job_id: str) -> None:
     record = JobRecord.model_validate(json.loads(stem.with_suffix(".json").read_bytes()))
     assert record.job.id == job_id
     with Image.open(stem.with_suffix(".png")) as picture:
-        assert picture.convert("L").getextrema() == (pixel_of(record.job), pixel_of(record.job))
+        pictures.check(picture, record.job, pixel_of(record.job))
 
 
 def keys_have_owners(ground: Ground) -> None:

@@ -12,7 +12,8 @@ from typing import Literal
 #: well: nothing is wrong. down: connections are cut. errors: every answer is a 500. silent: nobody answers.
 #: corrupt: a byte of each object is another one on the way. slow: each request waits for SLOW_S.
 #: denied: every request is refused, as when rights lapse. expired: as when keys do.
-Mode = Literal["well", "down", "errors", "silent", "corrupt", "slow", "denied", "expired"]
+#: halved: the connection ends in the middle of each object that is read.
+Mode = Literal["well", "down", "errors", "silent", "corrupt", "slow", "denied", "expired", "halved"]
 
 #: Status and code of a refusal by mode.
 _REFUSALS = {"denied": (403, "AccessDenied"), "expired": (400, "ExpiredToken")}
@@ -32,6 +33,8 @@ class S3Proxy:
         self.failed: Counter[str] = Counter()
         #: Keys that hold this are refused, whatever the mode; none where it is empty.
         self.denied_key = ""
+        #: Requests whose path does not hold this are passed on, whatever the mode.
+        self.only_key = ""
         proxy = self
 
         class Handler(_Handler):
@@ -92,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        mode = self.owner.mode
+        mode = self.owner.mode if self.owner.only_key in self.path else "well"
         if mode != "well":
             self.owner.failed[mode] += 1
         if mode in ("down", "silent"):
@@ -116,9 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
         if mode == "corrupt" and self.command == "PUT" and body:
             body = body[:-1] + bytes([body[-1] ^ 1])
         headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
-        self._answer(*self.owner.pass_on(self.command, self.path, body, headers))
+        answer = self.owner.pass_on(self.command, self.path, body, headers)
+        self._answer(*answer, is_halved=mode == "halved")
 
-    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    def _answer(self, status: int, headers: dict[str, str], body: bytes, *, is_halved: bool = False) -> None:
         with contextlib.suppress(OSError):
             self.send_response_only(status)
             for name, value in headers.items():
@@ -130,7 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", length)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                self.wfile.write(body[: len(body) // 2] if is_halved else body)
+                self.close_connection = self.close_connection or is_halved
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _serve  # noqa: N815 - http.server's names
 

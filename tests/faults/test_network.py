@@ -10,6 +10,7 @@ import pytest
 
 from tests.faults import oracle
 from tests.faults.harness import FaultWorker, Ground, wait_until
+from tests.faults.pictures import KINDS
 from tests.faults.tcp_proxy import MODES, Mode, TCPProxy
 
 #: Seconds, with room for the start of several workers on a busy machine.
@@ -42,7 +43,7 @@ def storm(ground: Ground, seed: int, faults: list[tuple[str, Mode]], rate: float
         workers = [through(ground, redis, s3) for _ in range(2)]
         for worker in workers:
             worker.wait_ready()
-        with ground.feeding(rate) as feeder:
+        with ground.feeding(rate, kinds=KINDS) as feeder:
             for name, mode in faults:
                 left = ground.journal.total("leave")
                 wait_until(

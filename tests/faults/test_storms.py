@@ -16,6 +16,7 @@ import pytest
 from producer import submit_job
 from tests.faults import oracle
 from tests.faults.harness import LEASE_S, TENANTS, FaultWorker, Ground, chaining, wait_until
+from tests.faults.pictures import KINDS
 from worker.contract.job import Job
 
 #: Seconds, with room for the start of several workers on a busy machine.
@@ -210,7 +211,7 @@ def mixed(ground: Ground, seed: int, workers: int, count: int, rate: float) -> N
     faults = faults_of(ground, chance)
     deck = [name for _ in range(count // len(faults) + 1) for name in faults][:count]
     chance.shuffle(deck)
-    with ground.feeding(rate) as feeder:
+    with ground.feeding(rate, kinds=KINDS) as feeder:
         for name in deck:
             for worker in started:
                 worker.wait_ready()

@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, cast
 import botocore.exceptions
 
 from worker.contract.choices import ImageFormat
-from worker.contract.errors import PermanentStorageError, UnknownJobError
+from worker.contract.errors import PermanentStorageError, StorageError, UnknownJobError
 from worker.contract.input_reference import MAX_INPUT_BYTES
 from worker.contract.job import Job
 from worker.contract.object_keys import input_key, object_key
@@ -203,13 +203,17 @@ class Bucket:
     def _bytes(self, key: str) -> bytes | None:
         with self._errors():
             try:
-                body = self._client.get_object(Bucket=self.name, Key=key)["Body"]
+                found = self._client.get_object(Bucket=self.name, Key=key)
             except botocore.exceptions.ClientError as error:
                 if self._says_missing(error):
                     return None
                 raise
-            with closing(body):
-                return body.read(MAX_INPUT_BYTES + 1)
+            with closing(found["Body"]) as body:
+                data = body.read(MAX_INPUT_BYTES + 1)
+        if len(data) < (size := min(found.get("ContentLength", 0), MAX_INPUT_BYTES + 1)):
+            # botocore compares the two where all is read alone.
+            raise StorageError(f"The storage broke off after {len(data):,} of {size:,} bytes of {key}.")
+        return data
 
     def pixels_of(self, job: Job) -> InputPixels:
         """The pixels of what a job with an image begins with. Raises `InputError`, `StorageError`."""

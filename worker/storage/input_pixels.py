@@ -23,7 +23,7 @@ from worker.contract.input_image import (
     read_input,
     read_mask,
 )
-from worker.contract.input_reference import ALPHA, InputReference
+from worker.contract.input_reference import ALPHA, MAX_INPUT_BYTES, InputReference
 from worker.contract.record import JobRecord
 from worker.storage.masked_region import Region, cut, region_around
 
@@ -174,6 +174,11 @@ def _file(bucket: Files, name: str, reference: InputReference, tenant: str) -> b
     if data is None:
         raise InputError(
             f"{name} is gone from the bucket ({reference.id[:12]}...): submit the job again with the picture."
+        )
+    if len(data) > MAX_INPUT_BYTES:
+        raise InputError(
+            f"{name} is larger in the bucket ({reference.id[:12]}...) than the limit, "
+            f"{MAX_INPUT_BYTES // 1_000_000} MB: submit the job again with the picture."
         )
     if hashlib.sha256(data).hexdigest() != reference.id:
         raise InputError(

@@ -219,6 +219,36 @@ def test_a_bucket_that_fails_while_inputs_are_read_is_waited_for(
     assert (record.state, record.attempts, errors) == (State.DONE, 1, [])
 
 
+def test_an_input_that_breaks_off_while_it_is_read_is_read_again(
+    worker: Worker, storage: FlakyBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no changed one."""
+    wanted = job(put(storage, CUT_OUT))
+    real, broken = storage._client.get_object, [True]
+
+    def flaky(**request: Any) -> Any:
+        found = real(**request)
+        if "inputs/" in request["Key"] and broken:
+            broken.pop()
+            found["Body"] = io.BytesIO(found["Body"].read()[:-1])
+        return found
+
+    monkeypatch.setattr(storage._client, "get_object", flaky)
+    record = record_of(worker, wanted)
+    assert (record.state, record.attempts, broken) == (State.DONE, 1, [])
+
+
+def test_an_input_that_is_too_large_in_the_bucket_fails_its_job(
+    worker: Worker, storage: FlakyBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more of it is read, nor unpacked."""
+    wanted = job(put(storage, CUT_OUT))
+    monkeypatch.setattr(storage, "read_input", lambda *_: bytes(50_000_001))
+    assert (record_of(worker, wanted).error or "").endswith(
+        "than the limit, 50 MB: submit the job again with the picture."
+    )
+
+
 def test_the_picture_of_another_job_is_read_where_it_is(worker: Worker, storage: FlakyBucket) -> None:
     first = job_of(3, format="webp")
     assert record_of(worker, first).state is State.DONE
