@@ -23,6 +23,7 @@ from worker.device.beginnings import FirstLatents
 from worker.device.model_runner import ModelRunner
 from worker.device.schedulers.samplers import CLASSES, class_of
 from worker.device.vae_decoder import IN_TILES
+from worker.engine.engine import Engine
 from worker.engine.runner import FirstPass, JobInputs, Picture
 
 pytestmark = [
@@ -209,6 +210,20 @@ def test_the_safety_checker_looks_at_the_last_pass_alone(tmp_path: Path) -> None
     [picture] = runner.decode([second])
     assert picture.nsfw
     assert not picture.pixels.any()
+
+
+def test_an_engine_draws_it_as_diffusers_does(models: Any) -> None:
+    model = models("sd1")
+    jobs = [upscaled(), upscaled(upscaler="lanczos", seed=8), a_job(width=96, height=96, steps=9)]
+    engine: Engine[Any] = Engine(model.runner, job_timeout_s=60, on_failure=pytest.fail)
+    engine.start()
+    try:
+        futures = [engine.submit(job.id, job.resolved(model.runner.served)) for job in jobs]
+        pictures = [future.result(60).picture.pixels for future in futures]
+    finally:
+        engine.stop()
+    for job, pixels in zip(jobs[:2], pictures, strict=False):
+        assert np.abs(pixels.astype(int) - model.expected(job).astype(int)).max() <= 1
 
 
 # --- tiles --------------------------------------------------------------------------------------------------
