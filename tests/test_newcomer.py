@@ -35,9 +35,9 @@ EDITS: dict[str, list[tuple[str, str]]] = {
         ),
         ("    scheduler: Scheduler | str\n", "    noise_multiplier: float\n"),
     ],
-    "worker/device/model_runner.py": [
+    "worker/device/preparation.py": [
         (
-            '        with mapped("load the LoRAs"), self._preparing():\n',
+            '        with mapped("load the LoRAs"), self._beside():\n',
             "        beginning.latents.mul_(job.noise_multiplier)\n",
         )
     ],
