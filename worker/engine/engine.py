@@ -330,7 +330,7 @@ class Engine(Generic[StateT]):
         # No decode call starts meanwhile: only this thread adds jobs to the stage.
         self._decode_stage.wait_until_idle()
         for ticket in tickets:
-            if ticket.state is not None:
+            if ticket.is_prepared:
                 for outcome in self._decode_stage.decode([ticket], is_alone=True):
                     self._finish(ticket, outcome)
             else:

@@ -55,11 +55,13 @@ class PrepareStage(Generic[StateT]):
             else:
                 self._resolve(ticket, as_job_error(ticket.job, error))
         else:
+            ticket.is_prepared = True
             self._ready(ticket)
 
     def begin_second(self, ticket: Ticket[StateT], first: FirstPass) -> None:
         """Make a job ready for its second pass, which begins with `first`. After `stop` it is ignored."""
-        ticket.inputs, ticket.state = first, None
+        ticket.is_prepared = False
+        ticket.inputs = first
         try:
             self._threads.submit(self.prepare, ticket)
         except RuntimeError:

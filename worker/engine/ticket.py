@@ -43,8 +43,10 @@ class Ticket(Generic[StateT]):
     #: What its present pass begins with: its pictures, or its first pass; None: noise.
     inputs: JobInputs | FirstPass | None = None
     future: Future[Rendered] = field(default_factory=Future)
-    #: Set once the job is prepared; None again until its second pass is.
+    #: Set once the job is prepared, and another one once its second pass is.
     state: StateT | None = None
+    #: Whether `state` is that of the present pass.
+    is_prepared: bool = False
     #: When it was ready for its first step, by the engine's clock; None: it is not.
     ready_s: float | None = None
     cancelled: bool = False
@@ -62,12 +64,14 @@ class Ticket(Generic[StateT]):
         The model may be evaluated more often than that (`worker.engine.runner.JobState.steps`).
         """
         is_second = isinstance(self.inputs, FirstPass)
-        if self.state is None and not is_second:
+        if (state := self.state) is None:
             return 0, 0
-        first = self.job.steps or (self.state.steps if self.state else 0)
+        first = self.job.steps or state.steps
         asked = self.job.all_steps or first
+        if is_second and not self.is_prepared:
+            return first, asked
         before, of_pass = (first, asked - first) if is_second else (0, first)
-        return before + (self.state.step * of_pass // self.state.steps if self.state else 0), asked
+        return before + state.step * of_pass // state.steps, asked
 
     def decode_s(self, now_s: float) -> float:
         """Seconds from its last step until `now_s`; 0 where it had none."""

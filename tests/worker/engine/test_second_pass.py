@@ -163,3 +163,16 @@ def test_stopping_in_between_gives_it_back(bench: Bench, runner: FakeRunner) -> 
     bench.engine.stop()
     go.set()
     assert isinstance(error_of(future), EngineStoppedError)
+
+
+def test_a_turn_may_end_with_a_job_between_its_passes(runner: FakeRunner) -> None:
+    """Whoever looks at a step's jobs afterwards finds their states, also of one whose lane changes."""
+    seen: list[bool] = []
+    bench = Bench(runner)
+    bench.engine._on_turn = lambda batch, more: seen.append(all(each.state for each in batch))
+    future = bench.submit(1, **TWICE)
+    bench.engine.start()
+    picture(future)
+    bench.engine.stop()
+    assert seen
+    assert all(seen)
