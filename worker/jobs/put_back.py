@@ -17,6 +17,10 @@ from worker.engine.runner import Picture
 from worker.storage.input_pixels import InputPixels, Part, unpacked
 from worker.storage.masked_region import Region, fitted
 
+#: Pixels that are mixed at once: Pillow keeps Python's lock while it does, 1 ms for so many, for which the
+#: thread of the steps waits.
+BAND = 2**18
+
 
 def put_back(job: Job, inputs: InputPixels | None, picture: Picture) -> Picture:
     """The finished picture of a job: `picture` is what was drawn, at the job's size.
@@ -61,7 +65,16 @@ def _mixed(
         share = np.asarray(mask, np.float32)[..., None] / 255.0
         pixels = np.asarray(image, np.float32) + share * (np.asarray(drawn, np.float32) - 255.0)
         return Image.fromarray(np.rint(pixels.clip(0, 255)).astype(np.uint8))
-    # As `VaeImageProcessor.apply_overlay` does, with its rounding.
+    mixed = Image.new("RGB", image.size)
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = 0, top, image.width, min(top + rows, image.height)
+        mixed.paste(_overlaid(image.crop(band), edge.crop(band), drawn.crop(band)), band)
+    return mixed
+
+
+def _overlaid(image: Image.Image, edge: Image.Image, drawn: Image.Image) -> Image.Image:
+    """`drawn` where `edge` is white: as `VaeImageProcessor.apply_overlay` does, with its rounding."""
     kept = Image.new("RGBa", image.size)
     kept.paste(image.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(edge))
     below = drawn.convert("RGBA")

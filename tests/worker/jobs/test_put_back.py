@@ -89,6 +89,14 @@ def test_an_image_with_alpha_lies_on_the_picture(padding: int | None) -> None:
     assert np.abs(pixels[-1].astype(int) - (127, 0, 128)).max() <= 1
 
 
+def test_an_image_of_several_bands_is_mixed_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, mask = photo((200, 90)), masked((200, 90), (10, 20, 150, 80), value=120)
+    job, inputs = begun(image, mask, padding=9)
+    whole = finished(job, inputs, (1, 100, 250))
+    monkeypatch.setattr("worker.jobs.put_back.BAND", 1_000)
+    assert np.array_equal(finished(job, inputs, (1, 100, 250)), whole)
+
+
 def test_without_preserve_unmasked_nothing_is_put_back() -> None:
     job, inputs = begun(photo((SIDE, SIDE)), masked((SIDE, SIDE), (0, 0, 32, 64)), preserve_unmasked=False)
     assert inputs.warnings == ()
