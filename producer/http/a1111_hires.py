@@ -45,7 +45,7 @@ def second_pass_of(body: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
                 422, f"{name} is {short(value)}, and a second pass is as the first one here: leave it out."
             )
     name = body.get("hr_upscaler") or "Latent"
-    if name not in BY_NAME:
+    if not isinstance(name, str) or name not in BY_NAME:
         raise RefusedError(
             422, f"hr_upscaler is {short(name)}, which is not offered: use {' or '.join(BY_NAME)}."
         )

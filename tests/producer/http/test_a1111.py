@@ -226,6 +226,14 @@ def test_hires_fix_is_a_second_pass(given: dict[str, Any], fields: dict[str, Any
     [
         ({"enable_hr": True}, "enable_hr needs the steps that it has in its second pass: give steps"),
         ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler is 'R-ESRGAN 4x+', which is not"),
+        ({"enable_hr": True, "hr_upscaler": ["Latent"]}, 'hr_upscaler is ["Latent"], which is not'),
+        *(
+            (
+                {"enable_hr": True, "steps": 9, "denoising_strength": tiny},
+                f"strength of {tiny:g}, which are a share",
+            )
+            for tiny in (5e-324, 1e-300, 0.0119)
+        ),
         ({"enable_hr": True, "hr_prompt": "a dog"}, "hr_prompt is 'a dog', and a second pass is as the"),
         ({"enable_hr": True, "steps": 9, "hr_scale": 1.0}, "hr_scale is 1, and a second pass makes the"),
         ({"enable_hr": True, "steps": 9, "hr_resize_x": 512}, "they must be pixels, beside width and height"),

@@ -280,6 +280,14 @@ def test_what_a_job_does_not_take_from_elsewhere_is_named(pair: str, left_out: t
     assert "vae" not in reading.fields
 
 
+@pytest.mark.parametrize("strength", ["1e-300", "5e-324", "0.001", "nan", "inf", "-1"])
+def test_a_hires_fix_that_no_job_can_have_is_named(strength: str) -> None:
+    pairs = [f"Denoising strength: {strength}", "Hires upscale: 2", "Hires upscaler: Latent"]
+    reading = read_fields(f"a cat\nSteps: 20, Seed: 1, Size: 64x64, {', '.join(pairs)}, Version: v1.10.1")
+    assert list(reading.left_out) == pairs
+    assert "upscale" not in reading.fields
+
+
 @pytest.mark.parametrize(("text", "clip_skip"), [("0", 1), ("1", 1), ("2", 2), ("-2", 2), ("12", 12)])
 def test_other_tools_ways_to_count_layers_mean_the_same(text: str, clip_skip: int) -> None:
     assert read(f"a cat\nSteps: 20, Seed: 1, Clip skip: {text}").clip_skip == clip_skip

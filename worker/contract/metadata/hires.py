@@ -15,7 +15,7 @@ from typing import Any, Final
 from worker.contract.choices import UPSCALERS
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
-from worker.contract.second_pass import upscaled
+from worker.contract.second_pass import MAX_UPSCALE_STEPS, upscaled
 
 #: Its keys in an infotext.
 SCALE, RESIZE, STEPS, UPSCALER = "Hires upscale", "Hires resize", "Hires steps", "Hires upscaler"
@@ -25,7 +25,15 @@ BY_NAME: Final = {name: str(each) for each, name in UPSCALERS.items()}
 
 
 def steps_of(run: int, strength: float) -> int:
-    """The fewest `upscale_steps` of which `run` are run at this strength, above 0."""
+    """The fewest `upscale_steps` of which `run` are run at this strength, above 0.
+
+    Raises `InvalidJobError` where a job cannot have as many.
+    """
+    if run > strength * MAX_UPSCALE_STEPS:
+        raise InvalidJobError(
+            f"The second pass has {run} steps at a denoising strength of {strength:g}, which are a share of "
+            f"more than {MAX_UPSCALE_STEPS} steps, the limit: ask for fewer, or for a greater strength."
+        )
     steps = max(1, math.ceil(run / strength) - 1)
     while int(steps * strength) < run:
         steps += 1
@@ -60,7 +68,9 @@ def take(pairs: MutableMapping[str, str], fields: Mapping[str, Any]) -> dict[str
     """
     try:
         upscaler = BY_NAME[pairs[UPSCALER]]
-        strength = min(1.0, float(pairs[STRENGTH]))
+        if not 0 < (strength := float(pairs[STRENGTH])) < math.inf:
+            return {}
+        strength = min(1.0, strength)
         run = int(pairs.get(STEPS) or fields["steps"])
         scale = float(pairs[SCALE]) if SCALE in pairs else _resized(pairs[RESIZE], fields)
         found = {"upscale": scale, "upscale_strength": strength, "upscaler": upscaler}
