@@ -18,22 +18,20 @@ import worker.jobs.handler as handler
 import worker.tasks as tasks
 from tests.benchmarks.emulated_gpu import EmulatedRunner
 from worker.celery import app as app
-from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.engine.runner import Picture
+from worker.jobs import image_file
 
 
-def encode(picture: Picture, job: Job, **options: Any) -> bytes:
+def encode(*given: Any, **options: Any) -> bytes:
     """Encode as the worker does, after the time that a real picture takes."""
     time.sleep(float(os.environ["EMULATED_ENCODE_MS"]) / 1e3)
-    return _encode(picture, job, **options)
+    return image_file.encode(*given, **options)
 
 
 def load_runner(settings: WorkerSettings, files: object, shared: object) -> EmulatedRunner:
     return EmulatedRunner(int(os.environ["EMULATED_ROWS"]), int(os.environ["EMULATED_STEPS"]))
 
 
-_encode = handler._encode
-handler._encode = encode
+handler.encode = encode  # type: ignore[assignment]
 tasks.preload = lambda settings: None
 tasks.load_runner = load_runner  # type: ignore[assignment]

@@ -117,7 +117,9 @@ class EmulatedRunner(FaultRunner):
             job.advance(check, index, states[index], predictions[index])
         return [None] * len(jobs)
 
-    def decode(self, jobs: Sequence[JobState]) -> Iterator[Picture | SmallcatError]:  # type: ignore[override]
+    def decode(  # type: ignore[override]
+        self, jobs: Sequence[JobState], *, is_alone: bool = False
+    ) -> Iterator[Picture | SmallcatError]:
         for job in jobs:
             self._steps.pop(id(job)).wait()
             job.failure()

@@ -46,7 +46,7 @@ def test_a_program_can_be_imported_and_has_a_help_text(name: str) -> None:
 def test_the_names_that_programs_replace_are_there() -> None:
     """By `emulated_app` and `ingest`, which run in processes of their own."""
     assert callable(tasks.load_runner)
-    assert callable(handler._encode)
+    assert callable(handler.encode)
     assert callable(Run.feed)
     assert callable(Ingest._feed_until_over)
 
