@@ -18,8 +18,8 @@ from typing import Any
 
 from smallcat import CallerError, InvalidJobError, JobError, JobHandle, SmallcatError, submit_job
 
-#: What cut-outs are.
-ENDINGS = (".png", ".webp")
+#: Files that are taken. A JPEG is never a cut-out: the manifest says so.
+ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 #: Fields of every job (docs/job-fields.md). At this priority jobs of people who wait go first.
 FIELDS: dict[str, Any] = {"mask": "alpha", "seed": 1, "priority": 3}
 
@@ -47,14 +47,18 @@ def main() -> int:
         for number, text in enumerate(asked.prompts, 1)
     ]
     missing = 0
-    with (asked.photos / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
-        for file, number, line, handle in sent:
-            if handle is not None:
-                line |= finished(handle, asked.photos / f"{file.stem}-{number}.png")
-            if line["state"] != "done":
-                missing += 1
-                print(f"{file.name}: {line['error']}", file=sys.stderr)
-            manifest.write(json.dumps({"image": file.name, **line}) + "\n")
+    lines = []
+    for file, number, line, handle in sent:
+        if handle is not None:
+            line |= finished(handle, asked.photos / f"{file.stem}-{number}.png")
+        if line["state"] != "done":
+            missing += 1
+            print(f"{file.name}: {line['error']}", file=sys.stderr)
+        lines.append(json.dumps({"image": file.name, **line}) + "\n")
+    # In one step, at the end: until then, and after a fault, the manifest of an earlier run stays whole.
+    draft = asked.photos / "manifest.jsonl.part"
+    draft.write_text("".join(lines), encoding="utf-8")
+    draft.replace(asked.photos / "manifest.jsonl")
     print(f"{len(sent) - missing} of {len(sent)} pictures are in {asked.photos}")
     return 1 if missing else 0
 

@@ -194,13 +194,21 @@ class Session:
             return None
         # Loads Pillow.
         from worker.contract.given_picture import Reach, read_given
+        from worker.storage.refusals import is_no_bucket
 
-        def fetch(uri: str) -> bytes:
+        def fetch(uri: str, name: str) -> bytes:
+            bucket = self.bucket_of(uri)
             try:
-                with self.bucket_of(uri).open(uri) as body:
+                with bucket.open(uri) as body:
                     return body.read(MAX_INPUT_BYTES + 1)
             except (UnknownJobError, ValueError) as error:
-                raise InvalidJobError(f"A picture cannot be read: {error}") from None
+                raise InvalidJobError(f"{name} cannot be read: {error}") from None
+            except PermanentStorageError as error:
+                if bucket.name == self.settings.s3_bucket or not is_no_bucket(error):
+                    raise
+                raise InvalidJobError(
+                    f'{name} is {uri}, and there is no bucket "{bucket.name}": check the address.'
+                ) from None
 
         def picture_of(job_id: str, name: str) -> InputReference:
             return self.picture_of(job_id, tenant, name, may_wait=may_wait)

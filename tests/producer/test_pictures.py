@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,18 @@ def test_the_refusal_of_a_chain_says_what_is_in_the_way(
         (io.StringIO("x"), "image is a file of text: open it with mode 'rb'."),
         (f"sha256:{'ab' * 32}:99999x99999", "image is 99999x99999, the limits are 64 megapixels"),
         (f"sha256:{'ab' * 32}:64x64", "There is no file abababababab... among the bucket's inputs"),
-        ("s3://nothing", "A picture cannot be read: "),
+        ("s3://nothing", "image cannot be read: "),
+        (
+            "s3://nobucket/none.png",
+            'image is s3://nobucket/none.png, and there is no bucket "nobucket": check the address.',
+        ),
+        (
+            "https://example.com/a.png",
+            "image is 'https://example.com/a.png'. Web addresses are not read: download the picture first",
+        ),
+        ("file:///a.png", "image is 'file:///a.png'. Such addresses are not read: give the picture."),
+        ("job:abc", "image is 'job:abc': after job: give the job's id, 32 digits of 0-9 and a-f."),
+        ("sha256:abc", "image is 'sha256:abc': after sha256: give 64 digits of 0-9 and a-f and the size"),
     ],
 )
 def test_what_is_no_picture_is_refused_with_a_sentence_and_nothing_is_sent(
@@ -191,6 +203,30 @@ def test_what_is_no_picture_is_refused_with_a_sentence_and_nothing_is_sent(
         submit_job("a cat", image=image, **FIELDS)
     assert str(caught.value).startswith(sentence)
     assert messages(client, job_of(1)) == []
+
+
+def test_the_refusal_of_a_path_says_where_it_was_looked_for(
+    fleet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    looked = f"image is 'in/a.png': there is no such file. It was looked for in {tmp_path}/in: give its whole"
+    with pytest.raises(InvalidJobError, match=re.escape(looked)):
+        submit_job("a cat", image="in/a.png", **FIELDS)
+    with pytest.raises(InvalidJobError, match=r"image is '/none/a\.png': there is no such file\.$"):
+        submit_job("a cat", image="/none/a.png", **FIELDS)
+
+
+def test_a_mask_that_is_nearly_alpha_is_asked_about(
+    fleet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for near in ("alhpa", "Alpa"):
+        with pytest.raises(InvalidJobError, match=f"mask is '{near}', which is no file: did you mean alpha?"):
+            submit_job("a cat", image=CUT_OUT, mask=near, **FIELDS)
+    with pytest.raises(InvalidJobError, match=r"mask is 'mask\.png': there is no such file"):
+        submit_job("a cat", image=CUT_OUT, mask="mask.png", **FIELDS)
+    (tmp_path / "alhpa").write_bytes(file_of(Image.new("L", PHOTO.size, 255)))
+    assert job(submit_job("a cat", image=CUT_OUT, mask="alhpa", **FIELDS)).mask.startswith("sha256:")
 
 
 def test_nothing_is_stored_for_a_job_that_is_wrong_elsewhere(environment: dict[str, str], fleet: Any) -> None:

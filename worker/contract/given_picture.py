@@ -11,6 +11,7 @@ whole job is known to be right.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import os
@@ -28,6 +29,7 @@ from worker.contract.input_image import BadInputError, mask_of_alpha, read_input
 from worker.contract.input_reference import ALPHA, MAX_INPUT_BYTES, REFERENCE, InputReference
 
 _JOB: Final = re.compile(r"(?:job:)?([0-9a-f]{32})")
+_ADDRESS: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 #: Modes of Pillow that a PNG holds as they are.
 _PNG_MODES: Final = frozenset(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
 
@@ -55,8 +57,9 @@ class Given:
 class Reach:
     """What a caller's words may lead to: somebody else's words must not read the reader's own files."""
 
-    #: The bytes at an s3:// address, up to one above an input's limit; None: such addresses are refused.
-    fetch: Callable[[str], bytes] | None = None
+    #: The bytes at an s3:// address for the field of that name, up to one above an input's limit; None: such
+    #: addresses are refused. Raises `InvalidJobError`, `StorageError`.
+    fetch: Callable[[str, str], bytes] | None = None
     #: The reference to the picture of a job by its id, for the field of that name. Raises `InvalidJobError`.
     job: Callable[[str, str], InputReference] | None = None
     #: The folder that paths are below; None: paths are refused; empty: they may lead anywhere.
@@ -141,7 +144,9 @@ def _bytes(name: str, value: Any, reach: Reach) -> bytes:
         if isinstance(text, str) and text.startswith("s3://"):
             if reach.fetch is None:
                 raise InvalidJobError(f"{name} is an s3:// address, which is not read here: send a picture.")
-            return _limited(name, reach.fetch(text))
+            return _limited(name, reach.fetch(text, name))
+        if isinstance(text, str):
+            _check_words(name, text.strip())
         return _of_path(name, Path(os.fsdecode(text)), reach)
     if callable(read := getattr(value, "read", None)):
         data = read(MAX_INPUT_BYTES + 1)
@@ -151,8 +156,30 @@ def _bytes(name: str, value: Any, reach: Reach) -> bytes:
     return _limited(name, _png(name, value))
 
 
+def _check_words(name: str, text: str) -> None:
+    """Refuse what is neither a reference nor meant as a path."""
+    shown = f"{name} is {short(text)}"
+    if address := _ADDRESS.match(text):
+        if address[1].lower() in ("http", "https"):
+            raise InvalidJobError(
+                f"{shown}. Web addresses are not read: download the picture first, and give that."
+            )
+        raise InvalidJobError(f"{shown}. Such addresses are not read: give the picture.")
+    if text.startswith("job:"):
+        raise InvalidJobError(f"{shown}: after job: give the job's id, 32 digits of 0-9 and a-f.")
+    if text.startswith("sha256:"):
+        raise InvalidJobError(
+            f"{shown}: after sha256: give 64 digits of 0-9 and a-f and the size, such as :640x480, as a "
+            "record has them."
+        )
+
+
 def _of_path(name: str, path: Path, reach: Reach) -> bytes:
+    is_near_alpha = name == "mask" and bool(difflib.get_close_matches(str(path).lower(), [ALPHA]))
+    did_you_mean = f"mask is {short(str(path))}, which is no file: did you mean {ALPHA}?"
     if reach.folder is None:
+        if is_near_alpha:
+            raise InvalidJobError(did_you_mean)
         raise InvalidJobError(
             f"{name} is {short(str(path))}, a path, which is not read here: send the picture, or a reference."
         )
@@ -163,6 +190,13 @@ def _of_path(name: str, path: Path, reach: Reach) -> bytes:
             raise InvalidJobError(
                 f"{name} is {short(str(path))}, which is outside the folder of the prompt file: put it there."
             )
+    if not path.is_absolute() and _is_missing(whole):
+        if is_near_alpha:
+            raise InvalidJobError(did_you_mean)
+        raise InvalidJobError(
+            f"{name} is {short(str(path))}: there is no such file. It was looked for in "
+            f"{whole.absolute().parent}: give its whole path."
+        )
     try:
         if not whole.is_file():
             raise InvalidJobError(f"{name} is {short(str(path))}: there is no such file.")
@@ -172,6 +206,16 @@ def _of_path(name: str, path: Path, reach: Reach) -> bytes:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise InvalidJobError(f"{name} is {short(str(path))}, which cannot be read: {why}.") from None
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _limited(name: str, data: bytes, size: int = 0) -> bytes:

@@ -126,7 +126,10 @@ def mask_of_alpha(image: InputImage) -> Image.Image:
     """The mask that draws what is transparent in `image`. Raises `BadInputError` where nothing is, or all."""
     alpha = image.alpha
     if alpha is None:
-        raise BadInputError("is alpha, and no pixel of the image is transparent: give a mask")
+        raise BadInputError(
+            "is alpha, and no pixel of the image is transparent: give a mask, or save the cut-out as PNG or "
+            "WebP with a transparent background, which a JPEG cannot have"
+        )
     if alpha.getextrema() == (0, 0):
         raise BadInputError(
             "is alpha, and every pixel of the image is transparent, so that nothing would be kept: give a "

@@ -111,6 +111,12 @@ def code_of(error: botocore.exceptions.ClientError) -> str:
     return str(error.response["Error"].get("Code", ""))
 
 
+def is_no_bucket(error: StorageError) -> bool:
+    """Whether there is no bucket of the name."""
+    cause = error.__cause__
+    return isinstance(cause, botocore.exceptions.ClientError) and code_of(cause) == "NoSuchBucket"
+
+
 def _remedy(error: botocore.exceptions.ClientError) -> str | None:
     code = code_of(error)
     if _KMS_REFUSAL.search(code):

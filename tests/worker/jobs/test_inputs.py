@@ -195,7 +195,8 @@ def test_an_input_that_is_gone_or_changed_or_no_picture_fails_its_job_at_once_in
     )
     whole = put(storage, CUT_OUT.convert("RGB"))
     opaque = record_of(worker, job(whole, mask="alpha", seed=8))
-    assert opaque.error == "mask is alpha, and no pixel of the image is transparent: give a mask."
+    assert opaque.error is not None
+    assert opaque.error.startswith("mask is alpha, and no pixel of the image is transparent: give a mask, or")
     text = Inputs(storage).put(b"a small cat", "image/png")
     record = record_of(worker, job(f"sha256:{text}:64x64", seed=9))
     assert record.error == "image is no picture that is read: give a PNG, JPEG or WebP."
