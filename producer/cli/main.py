@@ -131,10 +131,10 @@ def submit(
         )
     [prompt] = words
     given = given_fields(fields)
+    output_path.check(output, None, images or 1)
     if (named := output_path.format_of(output)) is not None:
         given.setdefault("format", named)
-        image_format = "jpeg" if given["format"] == "jpg" else given["format"]
-        output_path.check(output, image_format, images or 1)
+        output_path.check(output, "jpeg" if given["format"] == "jpg" else given["format"])
     if webhook is not None:
         given["webhook"] = webhook
     handles = [submit_job(prompt, **given)] if images is None else submit_job(prompt, images=images, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from producer.client.job_result import JobResult
@@ -19,8 +20,16 @@ def format_of(output: Path | None) -> str | None:
 
 
 def check(output: Path | None, image_format: str | None, jobs: int = 1) -> None:
-    """Raise `CallerError` where `output` is a file for several jobs, or one of another format."""
+    """Raise `CallerError` where `output` is a file for several jobs, or one of another format.
+
+    A name that ends as a file's does, and is no folder, is a file; "v1.5" and "2026.11.28" are folders.
+    """
     if (named := format_of(output)) is None:
+        if output is not None and re.search("[a-z]", output.suffix, re.IGNORECASE) and not output.is_dir():
+            raise CallerError(
+                f"--output {output} ends in {output.suffix}, in which no picture is saved: use one of "
+                f"{', '.join(_FORMATS)}, or make the folder first."
+            )
         return
     if jobs > 1:
         raise CallerError(f"--output {output} is one file for {jobs} pictures: name a folder.")

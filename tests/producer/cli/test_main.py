@@ -419,6 +419,20 @@ def test_output_can_be_a_file_of_the_picture_s_format(
     ran = smallcat("submit", "x", "--format", "png", "--output", str(tmp_path / "cat.webp"))
     assert (ran.code, "is a name for webp" in ran.err) == (2, True)
     assert client.zcard("smallcat:latest") == before
+    for command in (("submit", "x"), ("fetch", job_id)):
+        ran = smallcat(*command, "--output", str(tmp_path / "cat.bmp"))
+        assert (
+            ran.code,
+            "ends in .bmp, in which no picture is saved: use one of .png, .webp" in ran.err,
+        ) == (
+            2,
+            True,
+        )
+    assert client.zcard("smallcat:latest") == before
+    for folder in ("2026.11.28", "v1.5"):
+        assert smallcat("fetch", job_id, "--output", str(tmp_path / folder)).code == 0
+    (tmp_path / "photos.d").mkdir()
+    assert smallcat("fetch", job_id, "--output", str(tmp_path / "photos.d")).code == 0
     # The name says the format where nothing else does.
     ran = smallcat("submit", "x", "--seed", "2", "--output", str(tmp_path / "b.webp"), "--timeout", "0")
     assert ran.code == 1
