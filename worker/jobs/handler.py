@@ -59,6 +59,7 @@ from worker.jobs.rates import Rates
 from worker.jobs.rendering import render
 from worker.jobs.retry_policy import RetryPolicy, Verdict
 from worker.jobs.storage_retry import StorageRetry
+from worker.jobs.stored import has_picture, is_stored
 from worker.state.keys import attempts_key, job_key
 from worker.state.records import Claim, Records
 from worker.state.redis_client import RedisError
@@ -68,6 +69,9 @@ from worker.storage.input_pixels import InputPixels
 from worker.tracing.attempts import stage
 
 logger = logging.getLogger("smallcat.jobs")
+
+#: Seconds until a message comes back whose job begins with a picture that is not done.
+WAITING_DELAY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -172,13 +176,18 @@ class JobHandler:
                 max_attempts=self._policy.max_attempts,
                 queue=queue_of(message.job),
                 run=message.run,
-                is_stored=lambda: self._is_stored(message),
+                is_stored=lambda: is_stored(self._bucket, message),
+                has_picture=lambda parent: has_picture(self._bucket, parent, message.job.tenant),
             )
         keys = job_key(message.id), attempts_key(message.id)
-        if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED, Claim.WAITING):
+        if claim is Claim.WAITING:
+            metrics.JOBS.labels("given_back", "").inc()
+            job_log.not_begun(message.id, claim)
+            return Handled(keys, WAITING_DELAY_S)
+        if claim in (Claim.TAKEN, Claim.FINAL, Claim.DROPPED):
             metrics.JOBS.labels("taken", "").inc()
             job_log.not_begun(message.id, claim)
-            return Handled(None if claim in (Claim.DROPPED, Claim.WAITING) else keys)
+            return Handled(None if claim is Claim.DROPPED else keys)
         tag = message_id.partition("/")[2]
         with self._in_flight.hold(message.id), metrics.IN_FLIGHT.track_inprogress():
             try:
@@ -186,13 +195,6 @@ class JobHandler:
             except SmallcatError as error:
                 return Handled(keys, self._after_failure(message.id, message_id, attempt, error))
         return Handled(keys, is_done=True)
-
-    def _is_stored(self, message: Message) -> bool:
-        """Whether the bucket has the picture of a job whose record says so; True where nobody can tell."""
-        try:
-            return self._bucket.find(message.id, message.job.format, message.job.tenant) is not None
-        except StorageError:
-            return True
 
     def _complete(
         self, message: Message, tag: str, attempt: int, queued_s: float | None, *, may_render: bool

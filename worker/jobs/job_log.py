@@ -44,7 +44,7 @@ def begun(job_id: str, attempt: int, queued_s: float | None, worker: str) -> Non
 
 
 def not_begun(job_id: str, claim: Claim) -> None:
-    """The message is acknowledged without any work."""
+    """The message is acknowledged without any work, or comes back later."""
     attempts.note(outcome=str(claim))
     _event("Job %s is not begun: %s.", job_id, _NOT_BEGUN[claim], claim=str(claim))
 

@@ -1,6 +1,9 @@
 -- Jobs that begin with the picture of a job that is not done: they wait for it. Such a record is `queued` and
 -- says what it waits for, and it keeps the job's messages until they go into their lists.
 --
+-- Producers can write what it says. So a job waits for, and fails with, those alone that the job itself names;
+-- one that is released too early is looked at again by who claims it (`claim.lua`).
+--
 -- include heal.lua
 -- include mark_runs.lua
 -- include notify.lua
@@ -15,13 +18,26 @@ local MOST_CHILDREN, MOST_DEEP, SETTLED_AT_ONCE = 1000, 16, 1000
 local LOOKED_AT = 100
 local function record_of(id) return 'smallcat:job:' .. id end
 local function children_of(id) return 'smallcat:job:' .. id .. ':children' end
+-- Whether a job, as JSON, begins with the picture of another one.
+local function names(job, parent)
+  return #parent == 32 and string.find(job or '', '"job:' .. parent .. ':', 1, true) ~= nil
+end
+-- The jobs that a record waits for, by what it says, `waits`, and by its job.
+local function waits_of(waits, job)
+  local found = {}
+  for parent in string.gmatch(waits, '[^ ]+') do
+    if names(job, parent) and parent ~= found[1] and #found < 2 then found[#found + 1] = parent end
+  end
+  return found
+end
 -- Whether as many jobs as may wait for each other in a chain wait up to this one.
 local function is_deep(id)
   local level, looked = {id}, 0
   for _ = 1, MOST_DEEP do
     local above, seen = {}, {}
     for _, each in ipairs(level) do
-      for parent in string.gmatch(on(record_of(each), 'HGET', 'waits_for') or '', '%x+') do
+      local waits, job = unpack(on(record_of(each), 'HMGET', 'waits_for', 'job'))
+      for _, parent in ipairs(waits_of(waits or '', job)) do
         if not seen[parent] then above[#above + 1] = parent end
         seen[parent] = true
       end
@@ -74,7 +90,9 @@ local function end_waiting(id, released)
   for _, field in ipairs(redis.call('HKEYS', key)) do
     if string.find(field, '^held:') then
       local list, message = string.match(redis.call('HGET', key, field), '^(smallcat%.[^\n]+)\n(.+)$')
-      if released and list and not pcall(put, 'LPUSH', list, message) then return false end
+      -- A message of another job is forged.
+      local is_own = list and string.find(message, id, 1, true)
+      if released and is_own and not pcall(put, 'LPUSH', list, message) then return false end
       redis.call('HDEL', key, field)
     end
   end
@@ -99,6 +117,13 @@ local function fate_of(parent, ended)
   if other then return 'failed, because ' .. (string.match(its, '^failed, because (.+)$') or 'job ' .. other .. ' ' .. its) end
   return 'failed: ' .. beginning(why)
 end
+-- Releases one job. False where its messages cannot be put yet.
+local function release(id)
+  if not end_waiting(id, true) then return false end
+  redis.call('HSET', record_of(id), 'released_at', now())
+  redis.call('PUBLISH', record_of(id), 'queued')
+  return true
+end
 -- Adds a job to those that failed for good. False: a producer may not, and a worker does it (`settle.lua`).
 local function list_failed(id, ttl)
   local listed = redis.pcall('ZADD', 'smallcat:failed', redis.call('TIME')[1], id)
@@ -110,24 +135,19 @@ end
 local function settle_one(id, parent, ended, list)
   if not string.match(id, '^%x+$') or #id ~= 32 then return false end
   local key = record_of(id)
-  local state, waits, runs, hooks, children, ttl =
-    unpack(on(key, 'HMGET', 'state', 'waits_for', 'runs', 'hooks', 'children', 'ttl'))
+  local state, waits, runs, hooks, children, ttl, job =
+    unpack(on(key, 'HMGET', 'state', 'waits_for', 'runs', 'hooks', 'children', 'ttl', 'job'))
   if state ~= 'queued' or not waits then
     on(WAITING, 'HDEL', id)
     return false
   end
-  if not string.find(waits, parent, 1, true) then return false end
+  if not names(job, parent) then return false end
   if ended == 'done' then
     local left = {}
-    for each in string.gmatch(waits, '%x+') do
+    for _, each in ipairs(waits_of(waits, job)) do
       if each ~= parent then left[#left + 1] = each end
     end
-    if #left > 0 then
-      redis.call('HSET', key, 'waits_for', table.concat(left, ' '))
-    elseif end_waiting(id, true) then
-      redis.call('HSET', key, 'released_at', now())
-      redis.call('PUBLISH', key, 'queued')
-    end
+    if #left > 0 then redis.call('HSET', key, 'waits_for', table.concat(left, ' ')) else release(id) end
     return false
   end
   -- Only workers may tell runs: they find it.

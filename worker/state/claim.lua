@@ -3,10 +3,11 @@
 -- KEYS     the record, the job's attempts
 -- ARGV     message id, holder, worker, seconds that the claim lasts, attempts at most, seconds until the record
 --          expires, job as JSON, queue, delivery, the message's run mark or '', whether the bucket has the
---          picture: 'yes', 'no', or '' while nobody has looked
+--          picture: 'yes', 'no', or '' while nobody has looked, ids of the jobs whose pictures it begins with and
+--          that the bucket may not have, separated by blanks
 -- Returns  {verdict, attempt, since when it was queued, Redis' time in seconds and microseconds}, the verdict alone
---          where nothing is claimed; it is one of `worker.state.records.Claim`, or 'done' where the record says so
---          and somebody must look
+--          where nothing is claimed, and after 'waiting' the ids of what it waits for; it is one of
+--          `worker.state.records.Claim`, or 'done' where the record says so and somebody must look
 --
 -- The claim belongs to a message, not to a worker: the same message delivered again takes it over at once. The
 -- holder is one of its copies: each is held under a tag of its own. The same delivery asking again, because the
@@ -18,7 +19,7 @@
 -- include go_on.lua
 -- include heal.lua
 -- include ../contract/clock.lua
-local message, me, worker, lease, max_attempts, ttl, job, queue, delivery, run, is_stored = unpack(ARGV)
+local message, me, worker, lease, max_attempts, ttl, job, queue, delivery, run, is_stored, parents = unpack(ARGV)
 local at = redis.call('TIME')
 local time = at[1] + at[2] / 1000000
 local is_run_cancelled = false
@@ -100,10 +101,22 @@ if is_run_cancelled or cancel or state and state ~= 'queued' and state ~= 'runni
   end
 end
 if joins then set('runs', runs == '' and run or runs .. ' ' .. run) end
+if parents ~= '' and (not state or state == 'queued') then
+  -- The message comes back: it does not count on the record, which may have another one of the job, or not.
+  local pending = {'waiting'}
+  for parent in string.gmatch(parents, '%x+') do
+    local its = on('smallcat:job:' .. parent, 'HGET', 'state')
+    if its == 'queued' or its == 'running' then pending[#pending + 1] = parent end
+  end
+  if #pending > 1 then
+    if joins and state then redis.call('HSET', KEYS[1], unpack(fields)) end
+    return pending
+  end
+end
 if state == 'queued' and waits_for then
-  -- A message from before the job was given up: others of it come once what it waits for is done.
-  if joins then redis.call('HSET', KEYS[1], unpack(fields)) end
-  return {'waiting'}
+  -- Forged, or what it waited for was done by an earlier worker. The record's own messages come, too.
+  -- include chains.lua
+  end_waiting(string.sub(KEYS[1], 1 + string.len('smallcat:job:')), true)
 end
 -- Whether another message holds the job. An earlier worker's claim is in the record alone, its attempt is not.
 local function is_taken()

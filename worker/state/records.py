@@ -69,7 +69,7 @@ class Claim(StrEnum):
     TAKEN = "taken"
     #: Nothing: the job is done, was cancelled, or has failed for good.
     FINAL = "final"
-    #: Nothing: the job waits for others, and its record has its messages.
+    #: Nothing yet: the job begins with the pictures of others that are not done. The message must come back.
     WAITING = "waiting"
     #: Nothing: only a run wanted the job, and was cancelled. No record is left that says so.
     DROPPED = "dropped"
@@ -224,13 +224,16 @@ class Records:
         queue: str,
         run: str = "",
         is_stored: Callable[[], bool] = lambda: True,
+        has_picture: Callable[[str], bool] = lambda _: False,
     ) -> tuple[Claim, int, float | None]:
         """Claim the job for `message`, or say why not. Returns the verdict, the attempt, seconds queued.
 
         The seconds are None where the record's time of submission cannot be right (`waited_of`).
 
         `message` is the message's id, and, after "/", the tag under which this worker holds it.
-        `is_stored` is asked whether the bucket has the picture where the record says that the job is done.
+        `is_stored` is asked whether the bucket has the picture where the record says that the job is done,
+        `has_picture` whether it has that of another job, with which this one begins, and whose record says
+        that it is not done. What this job's own record says that it waits for does not count.
 
         Each claim with the verdict `RENDER` counts as an attempt, also one that ends with the death of the
         process. `run` is the message's run mark: that run gets the job's outcome, whichever of its
@@ -240,11 +243,15 @@ class Records:
         keys = [job_key(job.id), attempts_key(job.id)]
         args: list[str | int | float] = [*holder_of(message), worker, lease_s, max_attempts, self._ttl_s]
         args += [text, queue, delivery, run]
-        verdict, *claimed = self._claim(keys=keys, args=[*args, ""])
+        looked, parents = "", " ".join(jobs_of(job.image, job.mask))
+        verdict, *claimed = self._claim(keys=keys, args=[*args, looked, parents])
+        if verdict == Claim.WAITING and all(map(has_picture, map(str, claimed))):
+            parents = ""
+            verdict, *claimed = self._claim(keys=keys, args=[*args, looked, parents])
         if verdict == State.DONE:
             looked = "yes" if is_stored() else "no"
-            verdict, *claimed = self._claim(keys=keys, args=[*args, looked])
-        if not claimed:
+            verdict, *claimed = self._claim(keys=keys, args=[*args, looked, parents])
+        if verdict == Claim.WAITING or not claimed:
             return Claim(verdict), 0, 0.0
         attempt, submitted_at, seconds, microseconds = claimed
         now_s = int(seconds) + int(microseconds) / 1e6

@@ -31,12 +31,13 @@ local is_done = state == 'done' and mine and submission ~= ''
 local waits, holds = {}, false
 if is_alive and waits_for or not (is_alive or is_done) and (parents or '') ~= '' then
   -- include chains.lua
-  if not is_alive then
-    local refused
-    waits, refused = to_wait_for(id, parents)
-    if not waits then return refused end
-  end
-  holds = KEYS[6] and (is_alive or #waits > 0)
+  -- What its job says counts, not what its record does: producers can write that.
+  local refused
+  waits, refused = to_wait_for(id, parents or '')
+  if refused and not is_alive then return refused end
+  -- What cannot be waited for any more ends it soon.
+  holds = KEYS[6] and (refused or #waits > 0)
+  waits = waits or {}
   if holds then wait_for(id, waits, ttl) end
 end
 -- First of all: where the list cannot take the message, there is no record either.
@@ -81,8 +82,8 @@ elseif not is_done then
   redis.call('HSET', KEYS[1], 'state', 'queued', 'job', job, 'queue', queue, 'submitted_at', time, 'subs', 1,
              'message', message, field, print, unpack(runs and {'runs', runs} or {}))
   if children then redis.call('HSET', KEYS[1], 'children', 1) end
-  if holds then redis.call('HSET', KEYS[1], 'waits_for', table.concat(waits, ' '), 'ttl', ttl) end
 end
+if #waits > 0 and holds then redis.call('HSET', KEYS[1], 'waits_for', table.concat(waits, ' '), 'ttl', ttl) end
 if holds then redis.call('HSET', KEYS[1], 'held:' .. submission, KEYS[6] .. '\n' .. raw) end
 if hook and hook ~= '' and not is_done then
   untold[#untold + 1] = 'hook:' .. submission

@@ -41,7 +41,7 @@ from worker.contract.queues import queue_of
 from worker.contract.record import JobRecord, State
 from worker.engine.engine import Engine
 from worker.jobs import metrics
-from worker.jobs.handler import Handled, JobHandler
+from worker.jobs.handler import WAITING_DELAY_S, Handled, JobHandler
 from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.retry_policy import Backoff
 from worker.state.failures import Failures
@@ -335,6 +335,20 @@ def test_a_job_cancelled_while_it_runs_stops_at_its_next_step(worker: Worker) ->
     assert worker.records.get(JOB.id).state is State.CANCELLED
     assert worker.storage.find(JOB.id, JOB.format) is None
     assert worker.records.get(other.id).state is State.DONE
+
+
+def test_a_message_whose_job_begins_with_a_picture_that_is_not_done_comes_back(
+    worker: Worker, client: Redis
+) -> None:
+    parent = job_of(71, width=64, height=64)
+    child = Job.parse(job_of(72).model_dump() | {"width": 64, "height": 64, "image": f"job:{parent.id}:8x8"})
+    worker.submit(parent)
+    assert worker.handle(child) == WAITING_DELAY_S
+    assert worker.handle(parent, "m2") is None
+    # A record that denies it changes nothing: the bucket has the picture.
+    client.hset(job_key(parent.id), "state", "queued")
+    assert worker.handle(child) is None
+    assert worker.records.get(child.id).state is State.DONE
 
 
 @pytest.mark.parametrize("where", ["find_errors", "put_errors"])

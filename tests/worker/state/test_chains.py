@@ -450,7 +450,7 @@ def test_a_producer_leaves_it_to_workers_to_list_what_has_failed(
 # --- at the workers --------------------------------------------------------------------------------------
 
 
-def test_a_stray_message_of_a_waiting_job_is_dropped(records: Records, client: Redis) -> None:
+def test_a_stray_message_of_a_waiting_job_waits_too(records: Records, client: Redis) -> None:
     """It was queued, given up, and submitted again while its parent is rendered once more."""
     parent, child = job_of(1), child_of(job_of(1))
     submit(records, child)
@@ -462,6 +462,115 @@ def test_a_stray_message_of_a_waiting_job_is_dropped(records: Records, client: R
     assert not client.exists(attempts_key(child.id))
     finish(records, parent)
     finish(records, child, "released")
+
+
+OWN, PARENT = "own", "parent"
+#: What a producer can write by hand into a record's `waits_for`.
+FORGED = pytest.mark.parametrize(
+    "forged", ["zzz", "", "f" * 32, OWN, f"{OWN} {'f' * 32}", "f" * 33, "\n", PARENT]
+)
+
+
+def forge(client: Redis, job: Job, forged: str, parent: str = "f" * 32) -> None:
+    text = forged.replace(OWN, job.id).replace(PARENT, parent)
+    client.hset(job_key(job.id), "waits_for", text)
+
+
+@FORGED
+def test_a_forged_wait_keeps_no_job_from_being_rendered(records: Records, client: Redis, forged: str) -> None:
+    job, other = job_of(1), job_of(2)
+    for each in (job, other):
+        submit(records, each)
+    forge(client, job, forged, other.id)
+    assert not submit(records, job, "b")
+    assert waiting(client) == [job.id, other.id, job.id]
+    assert claim(records, "m", job)[0] is Claim.RENDER
+    assert records.get(job.id).state is State.RUNNING
+    assert records.done(done(job))
+    nothing_is_left(client)
+
+
+@FORGED
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_child_whose_wait_is_overwritten_is_rendered_after_its_parent(
+    records: Records, client: Redis, forged: str, looks: bool
+) -> None:
+    parent, other = job_of(1), job_of(2)
+    child = child_of(parent)
+    for each in (parent, other, child):
+        submit(records, each)
+    forge(client, child, forged, other.id)
+    if looks:
+        look(client)
+        # Released too early: its message comes back until the parent is done.
+        assert claim(records, "m", child)[0] is Claim.WAITING
+    finish(records, parent)
+    assert waiting(client).count(child.id) == 1
+    finish(records, child)
+    nothing_is_left(client)
+
+
+@FORGED
+def test_a_wait_that_nobody_notes_is_ended_by_who_has_the_message(
+    records: Records, client: Redis, forged: str
+) -> None:
+    parent, child = job_of(1), child_of(job_of(1))
+    submit(records, child)  # Its parent has no record, and is in the bucket.
+    forge(client, child, forged, parent.id)
+    assert claim(records, "m", child)[0] is Claim.RENDER
+
+
+@FORGED
+def test_a_child_of_which_all_notes_are_forged_is_released_by_the_next_submission(
+    records: Records, client: Redis, forged: str
+) -> None:
+    parent, child = chain(records, 1)
+    forge(client, child, forged, job_of(2).id)
+    client.delete(WAITING, f"{job_key(parent.id)}:children")
+    finish(records, parent)
+    assert not submit(records, child, "b")
+    finish(records, child)
+    nothing_is_left(client)
+
+
+def test_a_cycle_that_is_forged_ends(records: Records, client: Redis) -> None:
+    jobs = [job_of(1), job_of(2)]
+    for job, other in zip(jobs, reversed(jobs), strict=True):
+        submit(records, job)
+        client.hset(job_key(job.id), "waits_for", other.id)
+        client.hset(f"{job_key(job.id)}:children", other.id, "")
+        client.hset(WAITING, job.id, "")
+    look(client)
+    assert {records.get(job.id).state for job in jobs} == {State.QUEUED}
+    assert submit(records, child_of(jobs[0]))
+
+
+def test_a_forged_parent_that_failed_fails_nobody(records: Records, client: Redis) -> None:
+    job, other = job_of(1), job_of(2)
+    for each in (job, other):
+        submit(records, each)
+    forge(client, job, other.id)
+    client.hset(f"{job_key(other.id)}:children", job.id, "")
+    fail(records, client, other)
+    assert records.get(job.id).state is not State.FAILED
+    assert claim(records, "m2", job)[0] is Claim.RENDER
+
+
+def test_a_forged_message_of_another_job_is_not_put(records: Records, client: Redis) -> None:
+    parent, child = chain(records, 1)
+    client.hset(job_key(child.id), "held:x", "smallcat.anything\nany text")
+    finish(records, parent)
+    assert waiting(client) == [parent.id, child.id]
+    assert not client.exists("smallcat.anything")
+
+
+def test_the_bucket_is_believed_and_not_a_parent_s_record(records: Records, client: Redis) -> None:
+    parent, child = job_of(1), child_of(job_of(1))
+    client.hset(job_key(parent.id), "state", "queued")
+    asked: list[str] = []
+    assert claim(records, "m", child, has_picture=lambda each: bool(asked.append(each)))[0] is Claim.WAITING
+    assert claim(records, "m", child, has_picture=lambda _: True)[0] is Claim.RENDER
+    assert asked == [parent.id]
 
 
 def test_a_picture_that_comes_although_its_job_waits_ends_the_waiting(
