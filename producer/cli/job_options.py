@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from producer.prompts.fields import COUNT, NOT_GIVEN, meaning_of, value_of
+from producer.prompts.fields import COUNT, NOT_GIVEN, meaning_of, value_in_call, value_of
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import NESTED, FieldEntry, help_lines
@@ -31,7 +31,7 @@ class _Value(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if self._entry.kind is str:
             return value
-        read = value_of(self._entry, value)
+        read = value_in_call(self._entry, value)
         if isinstance(read, str):
             self.fail(f"{short(value)} is no {_CALLED.get(self._entry.kind, 'number')}.", param, ctx)
         return None if read is NOT_GIVEN else read

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from producer.http.problems import RefusedError
-from producer.prompts.fields import NOT_GIVEN, value_of
+from producer.prompts.fields import NOT_GIVEN, value_in_call
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS
@@ -84,5 +84,5 @@ def _scale(body: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
 
 def _number(body: Mapping[str, Any], name: str, like: str, default: Any) -> Any:
     """A number, read as the job field `like`. What is none stays, and the job's own error names it."""
-    value = value_of(WRITTEN_FIELDS[like], body.get(name))
+    value = value_in_call(WRITTEN_FIELDS[like], body.get(name))
     return default if value is NOT_GIVEN else value

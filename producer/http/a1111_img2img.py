@@ -14,7 +14,7 @@ from producer.http.a1111_request import HARMLESS, Asked, Harmless, is_exactly_on
 from producer.http.foreign_masks import a1111_mask, filled
 from producer.http.pictures import of_base64
 from producer.http.problems import RefusedError
-from producer.prompts.fields import NOT_GIVEN, value_of
+from producer.prompts.fields import NOT_GIVEN, value_in_call
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.input_parameters import MASK_BLUR
@@ -105,5 +105,5 @@ def _blur(body: Mapping[str, Any]) -> Any:
 
 def _number(body: Mapping[str, Any], name: str, like: str, default: Any) -> Any:
     """A number, read as the job field `like`. What is none stays, and the job's own error names it."""
-    value = value_of(WRITTEN_FIELDS[like], body.get(name))
+    value = value_in_call(WRITTEN_FIELDS[like], body.get(name))
     return default if value is NOT_GIVEN else value

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 from producer.http.a1111_hires import second_pass_of
 from producer.http.problems import RefusedError
 from producer.prompts.entries import LineError
-from producer.prompts.fields import NOT_GIVEN, near_miss, value_of
+from producer.prompts.fields import NOT_GIVEN, near_miss, value_in_call
 from worker.contract.choices import ETA, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
@@ -184,7 +184,7 @@ def _job_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         if name not in body:
             continue
         try:
-            value = value_of(WRITTEN_FIELDS[field], body[name])
+            value = value_in_call(WRITTEN_FIELDS[field], body[name])
         except LineError as error:
             raise InvalidJobError(error.reason) from None
         if value is not NOT_GIVEN:
@@ -249,7 +249,7 @@ def _refuse_scripts(scripts: Any) -> None:
 
 
 def _count(body: Mapping[str, Any], name: str) -> int:
-    value = value_of(WRITTEN_FIELDS["steps"], body.get(name, 1))
+    value = value_in_call(WRITTEN_FIELDS["steps"], body.get(name, 1))
     if value is NOT_GIVEN:
         return 1
     if type(value) is not int:

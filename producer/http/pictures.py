@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from producer.http.problems import InvalidJobsError, RefusedError
 from producer.prompts.entries import LineError
-from producer.prompts.fields import NOT_GIVEN, value_of
+from producer.prompts.fields import NOT_GIVEN, value_in_call
 from producer.session import unknown_picture
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
@@ -76,7 +76,7 @@ def fields_of(parts: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             raise InvalidJobError(f"The form has {short(name)} as a file: send it as a text.")
         if name in WRITTEN_FIELDS and isinstance(value, str):
             try:
-                value = value_of(WRITTEN_FIELDS[name], value)
+                value = value_in_call(WRITTEN_FIELDS[name], value)
             except LineError as error:
                 raise InvalidJobError(error.reason) from None
             if value is NOT_GIVEN:

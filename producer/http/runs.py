@@ -23,7 +23,7 @@ from producer.http.run_store import Upload
 from producer.ingest.runs import RunInfo, cancel_run, find_run
 from producer.ingest.types import FILE_PRIORITY
 from producer.prompts.entries import LineError
-from producer.prompts.fields import NOT_GIVEN, near_miss, value_of
+from producer.prompts.fields import NOT_GIVEN, near_miss, value_in_call
 from producer.prompts.sources import FORMATS
 from worker.contract.errors import InvalidJobError, PromptFileError, UnknownJobError
 from worker.contract.explain import short
@@ -278,7 +278,7 @@ def _job_fields(request: Request) -> dict[str, Any]:
         if name in found:
             raise InvalidJobError(f"{name} is given twice: keep one.")
         try:
-            value = value_of(WRITTEN_FIELDS[name], text)
+            value = value_in_call(WRITTEN_FIELDS[name], text)
         except LineError as error:
             raise InvalidJobError(error.reason) from None
         if value is not NOT_GIVEN:

@@ -4,7 +4,8 @@ Options in a text line, headings of a table, keys of JSON and columns of Parquet
 them are values. The command line reads its options' values here too. Whatever the format:
 
 - a name is a job field's or one of its aliases, in any case, with or without blanks, dashes and underscores
-- None, NaN, an empty text and the words null, none and nan mean that the field is not given
+- None, NaN, an empty text and the words null, none and nan mean that the field is not given; a NaN for a
+  number is refused in options and requests, which have no empty cells (`value_in_call`)
 - `20.0` and `"20"` are integers; `7,5` is a number where semicolons part the cells
 - LoRAs are a text such as `detail=0.8; pixel=1`, or as JSON has them; the word none is a list without any
 - `true`, `yes`, `on` and 1 are yes; `false`, `no`, `off` and 0 are no
@@ -57,8 +58,9 @@ _CHOICES = {
     field.name: {name.lower(): str(choice) for choice, name in field.a1111_values.items()}
     for field in WRITTEN_FIELDS.values()
 }
-#: Words that mean that nothing is given.
-_NULLS = frozenset(("null", "none", "nan", "<na>"))
+#: What programs write into a table where a number is missing, and all words that mean that nothing is given.
+_MISSING = frozenset(("nan", "<na>"))
+_NULLS = frozenset(("null", "none", *_MISSING))
 _INTEGER = re.compile(r"[+-]?\d{1,30}(\.0*)?")
 _NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,40})?|\.\d{1,40})(e[+-]?\d{1,3})?", re.IGNORECASE)
 #: A comma in a weight, where it is the mark in numbers: `detail=0,8`.
@@ -176,6 +178,12 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
         if field.kind is str:
             return short(raw) if isinstance(raw, int) and abs(raw) > 10**50 else str(raw)
     return raw
+
+
+def value_in_call(field: FieldEntry, raw: Any) -> Any:
+    """The same in an option of the command line or a request, which have no empty cells: NaN stays there."""
+    is_missing = isinstance(raw, str) and raw.strip().lower() in _MISSING
+    return raw if is_missing and field.kind in (int, float) else value_of(field, raw)
 
 
 def _is_empty_list(field: FieldEntry, text: str) -> bool:

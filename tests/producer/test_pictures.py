@@ -100,6 +100,13 @@ def test_the_mask_may_be_the_alpha_channel(environment: dict[str, str], fleet: A
         submit_job("a cat", image=PHOTO, mask="alpha", **FIELDS)
     with pytest.raises(InvalidJobError, match="mask is alpha, and every pixel of the image is transparent"):
         submit_job("a cat", image=Image.new("RGBA", (64, 64)), mask="alpha", **FIELDS)
+    hardly = Image.new("RGBA", (64, 64), (0, 0, 0, 128))
+    with pytest.raises(
+        InvalidJobError, match="mask is alpha, and no pixel of the image is transparent by half"
+    ):
+        submit_job("a cat", image=hardly, mask="alpha", **FIELDS)
+    with pytest.raises(InvalidJobError, match="mask is nowhere as light as 128 of 255"):
+        submit_job("a cat", image=PHOTO, mask=Image.new("L", (64, 64), 127), **FIELDS)
 
 
 def test_a_tenants_pictures_are_in_his_folder(environment: dict[str, str], fleet: Any) -> None:
@@ -170,7 +177,8 @@ def test_the_refusal_of_a_chain_says_what_is_in_the_way(
     ("image", "sentence"),
     [
         ("no-such.png", "image is 'no-such.png': there is no such file."),
-        (Path("/"), "image is '/': there is no such file."),
+        (Path("/"), "image is '/': that is a folder."),
+        ("/dev/null", "image is '/dev/null': that is no regular file."),
         ("a\0b", "image is 'a\\x00b': there is no such file."),
         (b"GIF89a", "image is a GIF: give a PNG, JPEG or WebP."),
         (b"", "image is empty: give a PNG, JPEG or WebP."),

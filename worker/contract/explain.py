@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -71,6 +72,13 @@ def _near(name: str, table: Mapping[str, FieldEntry]) -> str | None:
 def _plain(name: str) -> str:
     """A name without what does not count in it."""
     return name.casefold().replace("_", "").replace("-", "").replace(" ", "")
+
+
+def why_no_file(path: Path) -> str:
+    """Why a path is that of no regular file."""
+    if path.is_dir():
+        return "that is a folder"
+    return "that is no regular file" if path.exists() else "there is no such file"
 
 
 def short(value: object) -> str:

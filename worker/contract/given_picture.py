@@ -24,7 +24,7 @@ from typing import Any, Final
 from PIL import Image
 
 from worker.contract.errors import InvalidJobError
-from worker.contract.explain import short
+from worker.contract.explain import short, why_no_file
 from worker.contract.input_image import BadInputError, mask_of_alpha, read_input, read_mask, too_many_bytes
 from worker.contract.input_reference import ALPHA, MAX_INPUT_BYTES, REFERENCE, InputReference
 
@@ -199,7 +199,7 @@ def _of_path(name: str, path: Path, reach: Reach) -> bytes:
         )
     try:
         if not whole.is_file():
-            raise InvalidJobError(f"{name} is {short(str(path))}: there is no such file.")
+            raise InvalidJobError(f"{name} is {short(str(path))}: {why_no_file(whole)}.")
         with whole.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             return _limited(name, b"" if size > MAX_INPUT_BYTES else file.read(MAX_INPUT_BYTES + 1), size)

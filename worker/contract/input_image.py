@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 from typing import Final, NamedTuple
 
-from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageFile, UnidentifiedImageError
 
 from worker.contract.input_reference import (
     MAX_INPUT_BYTES,
@@ -61,6 +61,10 @@ _TURNS: Final = {
 #: Passes of a progressive JPEG, at most; usual are 10. Each takes the time of a whole picture.
 _MAX_SCANS: Final = 64
 _SCAN: Final = b"\xff\xda"
+#: From which value on a pixel of a mask is drawn: diffusers' 0.5.
+HALF: Final = 128
+#: Grey values of PNGs of 2 and 4 bits, at most, by Pillow's names for such pixels.
+_FEW_GREYS: Final = {"L;2": 3, "L;4": 15}
 #: Pillow's modes that are read: what PNG, JPEG and WebP can have.
 _MODES: Final = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "I;16"))
 
@@ -98,7 +102,9 @@ def read_input(data: bytes) -> InputImage:
     image = _opened(data)
     mime = MIME_TYPES[image.format or ""]
     try:
+        pixels = next((tile.args for tile in image.tile), None)
         image.load()
+        _correct_transparency(image, pixels)
         rgb, cut_out = _parts(_turned(image))
     except MemoryError:
         raise BadInputError(f"{too_many_pixels(*image.size)}, and memory is short") from None
@@ -119,6 +125,10 @@ def read_mask(data: bytes) -> Image.Image:
     mask = found.rgb.convert("L")
     if mask.getextrema() == (0, 0):
         raise BadInputError("is black everywhere, so that nothing would be drawn: make a part of it white")
+    if _is_dark(mask):
+        raise BadInputError(
+            f"is nowhere as light as {HALF} of 255, so that nothing would be drawn: make a part of it white"
+        )
     return mask
 
 
@@ -135,10 +145,21 @@ def mask_of_alpha(image: InputImage) -> Image.Image:
             "is alpha, and every pixel of the image is transparent, so that nothing would be kept: give a "
             "picture with something in it"
         )
-    return ImageChops.invert(alpha)
+    mask = ImageChops.invert(alpha)
+    if _is_dark(mask):
+        raise BadInputError(
+            "is alpha, and no pixel of the image is transparent by half, so that nothing would be drawn: "
+            "give a mask"
+        )
+    return mask
 
 
-def _opened(data: bytes) -> Image.Image:
+def _is_dark(mask: Image.Image) -> bool:
+    """Whether no pixel of a mask is drawn."""
+    return not any(mask.histogram()[HALF:])
+
+
+def _opened(data: bytes) -> ImageFile.ImageFile:
     """The picture with its head alone read, which is within the limits."""
     if len(data) > MAX_INPUT_BYTES:
         raise BadInputError(too_many_bytes(len(data)))
@@ -193,11 +214,22 @@ def _turned(image: Image.Image) -> Image.Image:
     return image.transpose(_TURNS[turn]) if turn in _TURNS else image
 
 
+def _correct_transparency(image: Image.Image, pixels: object) -> None:
+    """Make the transparent grey of a PNG one of the picture's, 0 to 255: Pillow has it as the file has.
+
+    `pixels`: what Pillow calls the file's pixels.
+    """
+    if "transparency" not in image.info:
+        return
+    if pixels in ("I;16B", "RGB;16B"):
+        raise BadInputError("has 16 bits and a transparent colour: save it with 8 bits, or an alpha channel")
+    if isinstance(pixels, str) and (most := _FEW_GREYS.get(pixels)):
+        image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
+
+
 def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """RGB on white, and RGBA where something is transparent."""
     if image.mode == "I;16":
-        if "transparency" in image.info:
-            raise BadInputError("has 16 bits and a transparent grey: save it with 8 bits")
         # Pillow's own conversion cuts what is above 255 instead. The pixels are of little endian.
         image = Image.frombytes("L", image.size, image.tobytes()[1::2])
     elif image.has_transparency_data:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from worker.contract.errors import InvalidJobError, RenderError
+from worker.contract.input_image import HALF
 from worker.contract.input_reference import ALPHA
 from worker.contract.job import Job
 from worker.contract.job_parameters import SIZE_STEP
@@ -31,8 +32,6 @@ from worker.engine.runner import FirstPass, JobInputs, Picture
 NOT_SEEN = (
     "The image gives its size alone: strength is 1, without a mask, and this model was made for inpainting."
 )
-#: From which value on a pixel of a mask is drawn: diffusers' 0.5.
-HALF = 128
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,10 @@ def _drawn(family: ModelFamily, lane: Lane, job: Job, mask: NDArray[np.uint8]) -
     """The mask of the latents, (*shape). Raises `InvalidJobError` where it is white nowhere."""
     drawn = family.latent_mask(lane, torch.from_numpy(drawn_pixels(job, mask).astype(np.float32)))
     if not drawn.any():
-        raise InvalidJobError(
-            "mask is white in too few pixels, so that nothing would be drawn: make its white part larger."
-        )
+        which, remedy = "white in too few pixels", "make its white part larger"
+        if job.mask == ALPHA:
+            which, remedy = "alpha, and the image is transparent in too few pixels", "give a mask"
+        raise InvalidJobError(f"mask is {which}, so that nothing would be drawn: {remedy}.")
     return drawn
 
 

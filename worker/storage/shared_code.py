@@ -14,7 +14,9 @@ import base64
 import datetime
 import hashlib
 import logging
+import os
 import secrets
+import stat
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -54,13 +56,16 @@ class Folder:
         return str(self._path)
 
     def get(self, name: str) -> bytes | None:
-        """A file; None: there is none. Raises `OSError`, also where it has more than `MOST_BYTES`."""
+        """A file; None: there is none. Raises `OSError`, also for no regular file, or over `MOST_BYTES`."""
         try:
-            with (self._path / name).open("rb") as file:
-                content = file.read(MOST_BYTES + 1)
+            with open(self._path / name, "rb", opener=_opened_at_once) as file:
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode):
+                    raise OSError(f"{name} is no regular file")
+                content = b"" if found.st_size > MOST_BYTES else file.read(MOST_BYTES + 1)
         except FileNotFoundError:
             return None
-        if len(content) > MOST_BYTES:
+        if max(found.st_size, len(content)) > MOST_BYTES:
             raise OSError(_too_large(name))
         return content
 
@@ -145,6 +150,11 @@ def store_of(settings: WorkerSettings) -> Folder | InBucket | None:
     bucket, _, prefix = settings.kernel_cache.removeprefix("s3://").partition("/")
     options = BucketOptions.of(settings)
     return InBucket(Bucket(bucket, prefix.strip("/"), connections=2, attempts=ATTEMPTS, options=options))
+
+
+def _opened_at_once(path: str, flags: int) -> int:
+    """Also a pipe that somebody has put there, without a wait for who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _too_large(name: str) -> str:

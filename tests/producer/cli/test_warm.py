@@ -105,6 +105,23 @@ def test_a_storage_that_fails_is_one_sentence(run: Run, monkeypatch: pytest.Monk
     assert "the disk is away" in err
 
 
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pieces = Pieces(monkeypatch, "step")
+
+    def fill(settings: Any, shared: Folder, _: Any) -> Iterator[Filled]:
+        cache = KernelCache(tmp_path / "here", lambda: "setup", Signed(shared, [KEY.encode()]))
+        (tmp_path / "shared" / cache._name("step", "lane")).mkdir(parents=True)
+        return filling.filled(pieces.all, cache)
+
+    monkeypatch.setattr(filling, "fill", fill)
+    code, _, err = run()
+    assert code == 3
+    assert ".kernels'): check SMALLCAT_KERNEL_CACHE." in err
+    assert "Traceback" not in err
+
+
 class Pieces:
     """Functions of a model, whose compiling is the test's."""
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from producer.cli.job_options import given_fields, job_options, option_of
+from producer.cli.job_options import JOB_OPTIONS, given_fields, job_options, option_of
+from producer.http.pictures import fields_of
 from producer.ingest.message_templates import JobTemplates
 from producer.ingest.plan import unresolved
 from producer.prompts.fields import near_miss
@@ -213,6 +214,8 @@ def test_a_name_and_a_value_mean_the_same_on_the_command_line(name: str, value: 
         given.update(given_fields(options))
 
     text = "" if value is None else str(value)
+    if text.lower() == "nan":
+        expected = "no empty cell"
     try:
         command.main([f"--{name.replace(' ', '_')}", text], standalone_mode=False)
         given["seed"] = given.get("seed", 1)
@@ -225,6 +228,30 @@ def test_a_name_and_a_value_mean_the_same_on_the_command_line(name: str, value: 
     assert {each: getattr(job, each) for each in expected if expected[each] != -1} == {
         each: value for each, value in expected.items() if value != -1
     }
+
+
+@pytest.mark.parametrize("number", ["nan", " NaN ", "-nan", "inf", "-inf", "1e999", "<NA>"])
+@pytest.mark.parametrize(
+    "field", [each for each in JOB_FIELDS.values() if each.kind in (int, float)], ids=lambda field: field.name
+)
+def test_a_number_of_a_call_is_finite_or_refused_by_its_name(field: Any, number: str) -> None:
+    """An option of the command line, and a part of a form."""
+    import click
+
+    @click.command()
+    @job_options
+    def command(**options: Any) -> None:
+        Job.parse({"prompt": "a cat", "seed": 1, **given_fields(options)})
+
+    if field.name in JOB_OPTIONS:
+        with pytest.raises((click.BadParameter, InvalidJobError)) as refused:
+            command.main([f"{field.option}={number}"], standalone_mode=False)
+        said = (
+            refused.value.format_message() if isinstance(refused.value, click.BadParameter) else refused.value
+        )
+        assert field.option.removeprefix("--").replace("-", "_") in str(said).replace("-", "_")
+    with pytest.raises(InvalidJobError, match=rf"{field.name} is .*: it must be"):
+        Job.parse({"prompt": "a cat", "seed": 1, field.name: 1, **fields_of([(field.name, number)])})
 
 
 def test_values_of_parquets_own_types_are_read(tmp_path: Path) -> None:

@@ -101,9 +101,6 @@ def test_16_bits_become_8_by_the_upper_ones() -> None:
     assert [*read_input(colour).rgb.tobytes()] == [0x10, 0x20, 0x30]
     clear = png(1, 1, 16, 4, b"\0" + struct.pack(">HH", 0x8000, 0x40FF))
     assert read_input(clear).alpha.tobytes() == b"\x40"  # type: ignore[union-attr]
-    assert "16 bits and a transparent grey" in refusal(
-        png(1, 1, 16, 0, b"\0\0\x05", (b"tRNS", struct.pack(">H", 5)))
-    )
 
 
 def test_a_cmyk_jpeg_becomes_rgb() -> None:
@@ -130,6 +127,27 @@ def test_a_colour_of_a_palette_may_be_the_transparent_one() -> None:
     assert [*found.alpha.tobytes()] == [0, 255, 255, 255]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_grey_of_a_png_may_be_the_transparent_one(depth: int) -> None:
+    """PNG, 11.3.1.1: of its two bytes, which are in the file's greys, the lower bits count."""
+    most = (1 << depth) - 1
+    for grey in {0, 1, most // 2, most}:
+        row = bytes([0, *(grey << shift for shift in (8 - depth,))])  # The first pixel; a second one is 0.
+        row += b"\0" * (depth == 8)
+        data = png(2, 1, depth, 0, row, (b"tRNS", struct.pack(">H", 0x100 + grey if depth > 1 else grey)))
+        found = read_input(data)
+        assert found.cut_out is not None
+        assert [*found.cut_out.getchannel("A").tobytes()] == [0, 255 if grey else 0], grey
+        assert found.cut_out.getpixel((0, 0)) == (*[grey * 255 // most] * 3, 0)
+
+
+@pytest.mark.parametrize("colour", [0, 2])
+def test_a_transparent_colour_of_16_bits_is_refused_with_a_remedy(colour: int) -> None:
+    value = struct.pack(">H", 0x1234) * (1 + colour)
+    data = png(1, 1, 16, colour, b"\0" + value, (b"tRNS", value))
+    assert refusal(data) == "has 16 bits and a transparent colour: save it with 8 bits, or an alpha channel"
+
+
 def test_an_alpha_channel_in_which_all_is_opaque_is_none() -> None:
     found = read_input(file_of(CORNERS.convert("RGBA")))
     assert found.alpha is None
@@ -142,6 +160,21 @@ def test_an_alpha_channel_in_which_nothing_is_kept_is_no_mask() -> None:
         mask_of_alpha(read_input(file_of(Image.new("RGBA", (2, 2)))))
     hardly = Image.new("RGBA", (2, 2), (0, 0, 0, 1))
     assert mask_of_alpha(read_input(file_of(hardly))).getextrema() == (254, 254)
+
+
+@pytest.mark.parametrize("light", [1, 127, 128, 255])
+def test_a_mask_that_draws_nothing_is_none(light: int) -> None:
+    """A pixel is drawn from 128 on."""
+    mask, image = Image.new("L", (2, 1)), Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    mask.putpixel((1, 0), light)
+    image.putpixel((1, 0), (0, 0, 0, 255 - light))
+    if light >= 128:
+        assert read_mask(file_of(mask)).tobytes() == mask_of_alpha(read_input(file_of(image))).tobytes()
+        return
+    with pytest.raises(BadInputError, match="is nowhere as light as 128 of 255, so that nothing"):
+        read_mask(file_of(mask))
+    with pytest.raises(BadInputError, match="is alpha, and no pixel of the image is transparent by half"):
+        mask_of_alpha(read_input(file_of(image)))
 
 
 def test_a_mask_is_grey_and_says_something() -> None:

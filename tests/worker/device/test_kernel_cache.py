@@ -98,6 +98,16 @@ def test_a_store_that_fails_stops_nothing(tmp_path: Path, caplog: pytest.LogCapt
     assert cache.find("step", "lane") is None
 
 
+def test_a_mark_that_is_no_text_is_none(tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path, lambda: "setup", None)
+    cache.keep("step", "lane", b"", "the trace")
+    [mark] = (path for path in tmp_path.rglob("*") if path.is_file())
+    mark.write_bytes(b"\xff")
+    assert cache.find("step", "lane") is None
+    cache.keep("step", "lane", b"", "the trace")
+    assert cache.find("step", "lane") == "the trace"
+
+
 def test_what_is_signed_and_cannot_be_used_is_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

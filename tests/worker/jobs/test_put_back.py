@@ -90,7 +90,7 @@ def test_an_image_with_alpha_lies_on_the_picture(padding: int | None) -> None:
 
 
 def test_an_image_of_several_bands_is_mixed_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    image, mask = photo((200, 90)), masked((200, 90), (10, 20, 150, 80), value=120)
+    image, mask = photo((200, 90)), masked((200, 90), (10, 20, 150, 80), value=150)
     job, inputs = begun(image, mask, padding=9)
     whole = finished(job, inputs, (1, 100, 250))
     monkeypatch.setattr("worker.jobs.put_back.BAND", 1_000)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,32 @@ def test_what_is_too_large_is_neither_put_nor_read(store: Store, monkeypatch: py
         with pytest.raises((OSError, SmallcatError), match="more than 0 MiB, the limit"):
             call()
     assert store.get("setup/other.kernels") is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "sparse"])
+def test_what_is_no_file_of_code_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / NAME
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 3 << 30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(OSError, match=f"{NAME} (is no reg|has more than 512)|Is a dir.*{NAME}"):
+            Folder(tmp_path).get(NAME)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "code").write_bytes(b"code")
+    (tmp_path / "link").symlink_to("code")
+    assert Folder(tmp_path).get("link") == b"code"
 
 
 def test_nothing_unfinished_stays_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

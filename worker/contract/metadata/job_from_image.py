@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.contract.errors import InvalidJobError
-from worker.contract.explain import short
+from worker.contract.explain import short, why_no_file
 from worker.contract.infotext import read_fields
 from worker.contract.job import Job
 from worker.contract.metadata.comfyui import is_graph, read_graph
@@ -78,7 +78,7 @@ def _bytes(image: object) -> bytes:
     path = Path(os.fsdecode(image)).expanduser()
     try:
         if not path.is_file():
-            raise InvalidJobError(f"image is {short(str(path))}: there is no such file.")
+            raise InvalidJobError(f"image is {short(str(path))}: {why_no_file(path)}.")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error

@@ -86,7 +86,7 @@ class KernelCache:
         Empty: it is there, and has no trace (`worker.device.compiling.traced`).
         """
         name = self._name(what, lane)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             return self._mark(name).read_text("utf-8")
         if self._shared is None:
             return None
