@@ -84,6 +84,8 @@ def test_a_job_waits_for_the_picture_of_one_that_is_not_done(api: Api) -> None:
     ("image", "sentence"),
     [
         ("/etc/hostname", "image is '/etc/hostname', a path, which is not read here: send the picture"),
+        ("https://example.com/a.png", "image is 'https://example.com/a.png'. Web addresses are not read:"),
+        ("job:abc", "image is 'job:abc': after job: give the job's id, 32 digits of 0-9 and a-f."),
         ("s3://pictures/secret.png", "image is an s3:// address, which is not read here: send a picture."),
         (f"sha256:{'0' * 64}:64x64", "There is no file 000000000000... among the bucket's inputs"),
         ("0" * 32, f"image is the picture of job {'0' * 32}, which is not known: check the id."),
@@ -100,6 +102,12 @@ def test_what_is_no_picture_of_the_callers_is_refused(api: Api, image: Any, sent
     assert [(each["index"], each["detail"][: len(sentence)]) for each in listed.json["errors"]] == [
         (1, sentence)
     ]
+
+
+def test_a_mask_that_is_nearly_alpha_is_asked_about(api: Api) -> None:
+    answer = api.call("POST", "/v1/jobs", {"prompt": "a cat", "image": REFERENCE, "mask": "alhpa"})
+    assert answer.status == 422
+    assert answer.json["detail"] == "mask is 'alhpa', which is no file: did you mean alpha?"
 
 
 def test_a_tenant_has_no_picture_of_anothers(api: Api) -> None:
