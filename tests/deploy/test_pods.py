@@ -154,7 +154,7 @@ def wanted(scaling: dict[str, Any], value: float) -> int:
     return max(1, min(int(scaling["maxReplicaCount"]), math.ceil(value / float(trigger["threshold"]))))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
     new_stack: Callable[..., Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +194,7 @@ def test_the_autoscalers_query_counts_from_none_to_200_jobs_and_back(
                 lambda: f"{seen} {prometheus.ask(in_flight)} {worker.shown()}",
                 WORKER_S,
             )
-            wait_for(lambda: value() == 0, lambda: f"{seen} {worker.shown()}", WORKER_S)
+            wait_for(lambda: value() == 0, lambda: f"{seen} {worker.shown()}", 2 * WORKER_S)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0, worker.shown()
         assert {each.state() for each in jobs} == {State.DONE}

@@ -202,7 +202,7 @@ def test_the_bucket_is_moved_with_jobs_in_flight(ground: Ground, monkeypatch: py
         with ground.redis as client:
             client.delete(*(f"smallcat:job:{job_id}" for job_id in ids))
         with pytest.warns(UserWarning, match=r"says s3://smallcat/.*; s3://pictures/.* is used"):
-            assert JobHandle(ids[0]).result().image().size == (8, 8)
+            assert JobHandle(ids[0]).result().image().size == (64, 64)
         record = JobHandle(ids[1]).record()
         assert submit_job(record.job).result(30).cached
         assert max(ground.journal.count("put").values()) == 1
