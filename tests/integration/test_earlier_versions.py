@@ -109,6 +109,7 @@ def test_submitted_again_after_all_gave_it_up_it_is_rendered_and_the_old_submiss
     oracle.settle(ground)
 
 
+@pytest.mark.timeout(240)
 def test_submitting_and_giving_up_at_any_moment(ground: Ground, earlier: FaultWorker) -> None:
     """Random moves while the job is queued, rendered, stopped and rendered again."""
     rng = random.Random(1)
