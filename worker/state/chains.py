@@ -55,6 +55,9 @@ class Chains:
         `is_stored` says whether the bucket has the picture of a job by its id and tenant: asked of jobs
         without a record. Raises what it raises, and redis-py's errors.
         """
+        if not self._redis.exists(WAITING):
+            self._cursor = "0"
+            return  # As nearly always: to make the script's functions takes Redis longer than to say so.
         self._cursor, *missing = self._call([])
         known: list[str] = []
         for child, parent in zip(missing[::2], missing[1::2], strict=True):
