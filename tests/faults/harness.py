@@ -300,6 +300,13 @@ class Ground:
         for worker in workers:
             worker.on_loss = again
 
+    def two_that_may_die(self) -> None:
+        """Two workers that are started again whenever they die, and give up no job for that."""
+        workers = [self.worker(ready=False, settings={"SMALLCAT_MAX_ATTEMPTS": "20"}) for _ in range(2)]
+        self.supervise(*workers)
+        for worker in workers:
+            worker.wait_ready()
+
     def cut_connections(self) -> None:
         """Close all connections to Redis but its own."""
         with self.redis as client:

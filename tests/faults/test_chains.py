@@ -28,10 +28,7 @@ def chain(ground: Ground, *verbs: str) -> list[JobHandle]:
 @pytest.mark.services
 def test_a_chain_is_rendered_in_its_order_whatever_kills_the_workers(ground: Ground) -> None:
     """At each point of the parent's way, and of the child's; and a worker of its own for those who wait."""
-    workers = [ground.worker(ready=False, settings={"SMALLCAT_MAX_ATTEMPTS": "20"}) for _ in range(2)]
-    ground.supervise(*workers)
-    for worker in workers:
-        worker.wait_ready()
+    ground.two_that_may_die()
     with ground.holding() as hold:
         # All are submitted before the first one ends.
         chains = [chain(ground, f"{hold} die:{point}", f"die:{point}", "") for point in POINTS[:1]]

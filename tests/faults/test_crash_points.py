@@ -17,10 +17,7 @@ POINTS = ("between_puts", "after_put", "after_done", "before_ack")
 
 
 def test_death_at_every_point_leaves_one_object_and_one_mark(ground: Ground) -> None:
-    workers = [ground.worker(ready=False, settings={"SMALLCAT_MAX_ATTEMPTS": "20"}) for _ in range(2)]
-    ground.supervise(*workers)
-    for worker in workers:
-        worker.wait_ready()
+    ground.two_that_may_die()
     dying: list[str] = []
     for point in POINTS:
         with ground.holding() as hold:

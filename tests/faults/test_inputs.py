@@ -71,10 +71,7 @@ def test_the_process_that_reads_inputs_is_killed_and_no_job_is_lost(ground: Grou
 
 
 def test_a_worker_that_dies_at_each_point_leaves_one_object_and_one_mark(ground: Ground) -> None:
-    workers = [ground.worker(ready=False, settings={"SMALLCAT_MAX_ATTEMPTS": "20"}) for _ in range(2)]
-    ground.supervise(*workers)
-    for worker in workers:
-        worker.wait_ready()
+    ground.two_that_may_die()
     dying: list[str] = []
     for point in POINTS:
         dying += ground.submit(1, f"die:{point}", kind="part")

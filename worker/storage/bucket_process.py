@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import secrets
 import signal
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from multiprocessing.managers import BaseManager
 from typing import Any, cast
 
+from worker.contract.child_process import end_with_parent
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import StorageError
 from worker.contract.job import Job
@@ -127,18 +127,5 @@ def _address() -> str | None:
 def _begin(form: LogForm) -> None:
     """Log as the worker does, and end with it."""
     set_up_log(form)
-    _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """End this process with its parent, and not before: signals to the group of both are ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # noqa: S101 - it was spawned
-
-    def wait() -> None:
-        parent.join()
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
+    # Signals to the group of both are for the worker.
+    end_with_parent(signal.SIGTERM)

@@ -14,7 +14,18 @@ from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.settings import WorkerSettings
 from worker.device.model_runner import ModelRunner
+from worker.engine.runner import Picture
 from worker.model.file_store import FileStore
+
+
+def assert_drawn(picture: object, expected: Any, job: Job) -> None:
+    """`picture` is what diffusers gives for `job`, within 1 of 255, and is not blank."""
+    assert isinstance(picture, Picture), picture
+    assert picture.pixels.dtype == np.uint8
+    assert picture.pixels.shape == expected.shape
+    difference = np.abs(picture.pixels.astype(int) - expected.astype(int))
+    assert difference.max() <= 1, f"{job!r} is off by {difference.max()}"
+    assert picture.pixels.std() > 10
 
 
 class BesideDiffusers:

@@ -6,10 +6,10 @@ import os
 import time
 from pathlib import Path
 
-from worker.device.compiling.server import _end_with_parent
+from worker.contract.child_process import end_with_parent
 
 
 def main() -> None:
-    _end_with_parent()
+    end_with_parent()
     Path(os.environ["COMPILE_READY"]).touch()
     time.sleep(60)

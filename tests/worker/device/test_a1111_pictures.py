@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests import a1111_oracle, tiny_models
+from tests.worker.device.beside_diffusers import assert_drawn
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device.job_state import JobState
@@ -36,9 +37,6 @@ TEXTS = (
     ("a cat :1.5", "fog"),
     (LONG * 4, LONG * 2),
 )
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def with_means(folder: Path) -> Path:
@@ -135,10 +133,7 @@ class Model:
 
     def check(self, job: Job, picture: object) -> None:
         """`picture` is what diffusers gives, within 1 of 255, and is not blank."""
-        assert isinstance(picture, Picture), picture
-        difference = np.abs(picture.pixels.astype(int) - self.expected(job).astype(int))
-        assert difference.max() <= 1, f"{job!r} is off by {difference.max()}"
-        assert picture.pixels.std() > 10
+        assert_drawn(picture, self.expected(job), job)
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,6 @@ COUNT, STEPS = 2_000, 4
 COMMA = 267
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @functools.cache
 def tokenizer(pad: str = "<|endoftext|>") -> Any:
     """CLIP's own, of 49,408 tokens."""

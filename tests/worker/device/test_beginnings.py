@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests import tiny_models
+from tests.worker.device.beside_diffusers import assert_drawn
 from tests.worker.device.noise_schedules import IN_DIFFUSERS
 from worker.contract.choices import NoiseSchedule, Scheduler
 from worker.contract.errors import InvalidJobError, RenderError, SmallcatError
@@ -27,10 +28,9 @@ from worker.device.schedulers.noise_schedules import is_offered
 from worker.device.schedulers.samplers import CLASSES, class_of
 from worker.device.step import batch_of, denoise
 from worker.device.unet_family import SEEN
-from worker.engine.runner import JobInputs, Picture
+from worker.engine.runner import JobInputs
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
 ]
 
@@ -141,10 +141,7 @@ class Model:
         for job, picture in zip(jobs, self.together(list(jobs)), strict=True):
             if not job.image and not self.sees_masks:
                 continue
-            assert isinstance(picture, Picture), picture
-            difference = np.abs(picture.pixels.astype(int) - self.expected(job).astype(int))
-            assert difference.max() <= 1, f"{job!r} is off by {difference.max()}"
-            assert picture.pixels.std() > 10
+            assert_drawn(picture, self.expected(job), job)
 
 
 @pytest.fixture(scope="module")

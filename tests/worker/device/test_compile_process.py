@@ -198,7 +198,7 @@ def test_it_answers_each_question_and_ends_when_nobody_asks(monkeypatch: pytest.
     monkeypatch.setattr(server, "ModelRunner", Runner)
     monkeypatch.setattr(server.loader, "load", lambda settings, gpu: None)
     monkeypatch.setattr(server, "carried", lambda recorder: (b"kernels", recorder))
-    monkeypatch.setattr(server, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(server, "end_with_parent", lambda: None)
     monkeypatch.setattr(server.os, "nice", lambda number: number)
     ours, theirs = multiprocessing.Pipe()
     serving = threading.Thread(target=server.serve, args=(theirs, worker_settings({}), 0))

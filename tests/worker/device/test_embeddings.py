@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests import a1111_oracle, tiny_models
-from tests.worker.device.beside_diffusers import BesideDiffusers
+from tests.worker.device.beside_diffusers import BesideDiffusers, assert_drawn
 from tests.worker.device.test_a1111_text import model
 from worker.contract import a1111_syntax
 from worker.contract.choices import PromptSyntax
@@ -38,9 +38,6 @@ from worker.model.file_store import FileStore
 CLIP = Path(__file__).parents[3] / "worker" / "model" / "configs" / "clip"
 #: Vectors of each embedding.
 SIZES = {"one": 1, "three": 3, "many-v2": 40}
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vectors(name: str, width: int = 32, seed: int = 0) -> torch.Tensor:
@@ -116,9 +113,7 @@ def test_plain_pictures_are_diffusers_own_in_one_batch(model: str, request: pyte
     jobs = [tiny.job(*texts, seed=number) for number, texts in enumerate(PLAIN)]
     assert [len(job.file_hashes) for job in jobs] == [1, 3, 2, 1, 0]
     for job, picture in zip(jobs, tiny.together(jobs), strict=True):
-        assert isinstance(picture, Picture), picture
-        difference = np.abs(picture.pixels.astype(int) - tiny.expected(job).astype(int))
-        assert difference.max() <= 1, f"{job!r} is off by {difference.max()}"
+        assert_drawn(picture, tiny.expected(job), job)
     [cut] = tiny.runner.prepare(jobs[3]).warnings
     assert cut.startswith("The prompt was cut after 77 tokens; left out:")
 

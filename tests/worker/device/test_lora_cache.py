@@ -22,7 +22,6 @@ from worker.device.loras.cache import Loras
 from worker.device.model_runner import ModelRunner
 from worker.model.file_store import FileStore
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 

@@ -29,7 +29,6 @@ from worker.device.model_runner import ModelRunner
 from worker.device.step import Batch, batch_of, denoise
 from worker.model import loader
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 attends_first = functools.partial(tiny_models.tiny_sd1, attends_first=True)
 #: Guidance, rank and share of layers of each job; rank 0: it has no LoRA.
 JOBS = ((7.0, 4, 0.5), (1.0, 0, 0.0), (3.0, 20, 1.0), (7.0, 0, 0.0), (1.0, 130, 0.8))

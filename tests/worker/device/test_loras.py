@@ -25,8 +25,6 @@ from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.model.file_store import FileStore
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd1": tiny_models.tiny_sd1,
     "sd2": tiny_models.tiny_sd2,

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests import tiny_models
+from tests.worker.device.beside_diffusers import assert_drawn
 from tests.worker.device.noise_schedules import IN_DIFFUSERS
 from worker.contract.choices import Scheduler
 from worker.contract.errors import (
@@ -43,7 +44,6 @@ LONG = "a small cat that sits on a very long wall and looks at a very long list 
 
 #: numpy's word about what diffusers' schedulers call 1,000 times.
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
 ]
 
@@ -97,13 +97,7 @@ class Model:
 
     def check(self, job: Job, picture: Picture | SmallcatError) -> None:
         """`picture` is what diffusers gives, within 1 of 255, and is not blank."""
-        assert isinstance(picture, Picture), picture
-        expected = self.expected(job)
-        assert picture.pixels.dtype == np.uint8
-        assert picture.pixels.shape == expected.shape
-        difference = np.abs(picture.pixels.astype(int) - expected.astype(int))
-        assert difference.max() <= 1, f"{job!r} is off by {difference.max()}"
-        assert picture.pixels.std() > 10
+        assert_drawn(picture, self.expected(job), job)
 
 
 @pytest.fixture(scope="module")

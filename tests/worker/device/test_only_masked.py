@@ -23,7 +23,6 @@ from worker.storage.masked_region import cut, fitted, region_around
 __all__ = ["models"]
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
 ]
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests import tiny_models
+from tests.worker.device.beside_diffusers import assert_drawn
 from worker.contract.choices import Scheduler
 from worker.contract.errors import InvalidJobError, JobTooLargeError
 from worker.contract.job import Job
@@ -27,7 +28,6 @@ from worker.engine.engine import Engine
 from worker.engine.runner import FirstPass, JobInputs, Picture
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor:FutureWarning"),
 ]
@@ -137,9 +137,7 @@ class Model:
                 continue
             assert isinstance(picture, Picture), picture
             assert picture.pixels.shape[:2] == (job.second_pass.height, job.second_pass.width)
-            difference = np.abs(picture.pixels.astype(int) - self.expected(job).astype(int))
-            assert difference.max() <= 1, f"{job!r} is off by {difference.max()}"
-            assert picture.pixels.std() > 10
+            assert_drawn(picture, self.expected(job), job)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests import original_layout, tiny_models
-from tests.worker.device.beside_diffusers import BesideDiffusers
+from tests.worker.device.beside_diffusers import BesideDiffusers, assert_drawn
 from worker.contract import infotext
 from worker.contract.errors import InvalidJobError, RenderError
 from worker.contract.file_index import Kind
@@ -21,10 +20,7 @@ from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.settings import WorkerSettings
 from worker.device.model_runner import ModelRunner
-from worker.engine.runner import Picture
 from worker.model.file_store import FileStore
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def a_vae(seed: int, **more: Any) -> diffusers.AutoencoderKL:
@@ -77,9 +73,7 @@ def test_pictures_are_diffusers_own_with_that_vae_in_one_batch(
     jobs = [tiny.job(name, seed=number % 2) for number, name in enumerate(names)]
     pictures = tiny.together(jobs)
     for job, picture in zip(jobs, pictures, strict=True):
-        assert isinstance(picture, Picture), picture
-        difference = np.abs(picture.pixels.astype(int) - tiny.expected(job).astype(int))
-        assert difference.max() <= 1, f"{job.vae} is off by {difference.max()}"
+        assert_drawn(picture, tiny.expected(job), job)
     assert len({picture.pixels.tobytes() for picture in pictures}) == len(set(names))
 
 

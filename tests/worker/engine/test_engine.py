@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
 
@@ -25,17 +25,6 @@ from worker.contract.errors import (
     RenderError,
     SmallcatError,
 )
-
-
-@pytest.fixture(params=[False, True], ids=["decodes between steps", "decodes beside steps"])
-def runner(request: pytest.FixtureRequest) -> FakeRunner:
-    return FakeRunner(max_rows=8, decodes_beside=request.param)
-
-
-@pytest.fixture
-def bench(runner: FakeRunner) -> Iterator[Bench]:
-    with bench_of(runner) as bench:
-        yield bench
 
 
 def test_a_job_becomes_its_picture(bench: Bench, runner: FakeRunner) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import wait
 
 import numpy as np
-import pytest
 
 from tests.worker.engine.engine_bench import Bench, bench_of, error_of, picture
 from tests.worker.engine.fake_runner import SOON_S, FakeRunner, Faults, job_of, picture_of
@@ -25,17 +23,6 @@ from worker.engine.runner import FirstPass
 #: Of three steps at 64 x 64 px, then two at 128 x 128.
 TWICE = {"steps": 3, "upscale": 2, "upscale_steps": 4, "upscale_strength": 0.5}
 LARGE = {"width": 128, "height": 128}
-
-
-@pytest.fixture(params=[False, True], ids=["decodes between steps", "decodes beside steps"])
-def runner(request: pytest.FixtureRequest) -> FakeRunner:
-    return FakeRunner(max_rows=8, decodes_beside=request.param)
-
-
-@pytest.fixture
-def bench(runner: FakeRunner) -> Iterator[Bench]:
-    with bench_of(runner) as bench:
-        yield bench
 
 
 def wait_for_second(bench: Bench, job_id: str) -> None:

@@ -29,8 +29,6 @@ from worker.model.lora_files import LoraFile
 from worker.model.lora_names import Targets, parse
 from worker.model.single_file import CONFIGS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 MODELS = {"sd1": tiny_models.tiny_sd1, "sd2": tiny_models.tiny_sd2, "sdxl": tiny_models.tiny_sdxl}
 
