@@ -24,7 +24,8 @@ from typing import Any, Final
 from PIL import Image
 
 from worker.contract.errors import InvalidJobError
-from worker.contract.explain import short, why_no_file
+from worker.contract.explain import short
+from worker.contract.given_file import read_file
 from worker.contract.input_image import BadInputError, mask_of_alpha, read_input, read_mask, too_many_bytes
 from worker.contract.input_reference import ALPHA, MAX_INPUT_BYTES, REFERENCE, InputReference
 
@@ -197,15 +198,7 @@ def _of_path(name: str, path: Path, reach: Reach) -> bytes:
             f"{name} is {short(str(path))}: there is no such file. It was looked for in "
             f"{whole.absolute().parent}: give its whole path."
         )
-    try:
-        if not whole.is_file():
-            raise InvalidJobError(f"{name} is {short(str(path))}: {why_no_file(whole)}.")
-        with whole.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return _limited(name, b"" if size > MAX_INPUT_BYTES else file.read(MAX_INPUT_BYTES + 1), size)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidJobError(f"{name} is {short(str(path))}, which cannot be read: {why}.") from None
+    return _limited(name, *read_file(name, path, whole, MAX_INPUT_BYTES))
 
 
 def _is_missing(path: Path) -> bool:
@@ -219,7 +212,7 @@ def _is_missing(path: Path) -> bool:
 
 
 def _limited(name: str, data: bytes, size: int = 0) -> bytes:
-    if (size := max(size, len(data))) > MAX_INPUT_BYTES:
+    if (size := size or len(data)) > MAX_INPUT_BYTES:
         raise InvalidJobError(f"{name} {too_many_bytes(size)}.")
     return data
 

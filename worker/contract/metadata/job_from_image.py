@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from worker.contract.errors import InvalidJobError
-from worker.contract.explain import short, why_no_file
+from worker.contract.explain import short
+from worker.contract.given_file import read_file
 from worker.contract.infotext import read_fields
 from worker.contract.job import Job
 from worker.contract.metadata.comfyui import is_graph, read_graph
@@ -76,13 +77,7 @@ def _bytes(image: object) -> bytes:
     if not isinstance(image, str | os.PathLike):
         raise InvalidJobError(f"image is {short(image)}: give a path, or the bytes of a file.")
     path = Path(os.fsdecode(image)).expanduser()
-    try:
-        if not path.is_file():
-            raise InvalidJobError(f"image is {short(str(path))}: {why_no_file(path)}.")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidJobError(f"image is {short(str(path))}, which cannot be read: {why}.") from None
+    return read_file("image", path, path)[0]
 
 
 def read_infotext(data: bytes) -> str | None:
