@@ -94,9 +94,8 @@ def begin(
     if isinstance(inputs, FirstPass):
         larger = _larger(family, lane, inputs.result, generator)
         noise = family.initial_noise(lane, generator).to(larger.device)
-        share, share_of_noise = schedule.mixes[0] if sampler is None else sampler.mix(0)
         seen = _seen(family, lane, job, None, generator)
-        return Beginning(share * larger + share_of_noise * noise, seen=seen)
+        return Beginning(_noisy(larger, noise, schedule, sampler), seen=seen)
     if inputs is None or not job.image:
         latents = family.initial_noise(lane, generator) * schedule.noise_scale
         return Beginning(latents, seen=_seen(family, lane, job, None, generator))
@@ -109,8 +108,7 @@ def begin(
     latents = noise * schedule.noise_scale
     if image is not None:
         noise = noise.to(image.device)
-        share, share_of_noise = schedule.mixes[0] if sampler is None else sampler.mix(0)
-        latents = latents if is_all_noise else share * image + share_of_noise * noise
+        latents = latents if is_all_noise else _noisy(image, noise, schedule, sampler)
     seen = _seen(family, lane, job, inputs, generator)
     if inputs.mask is None:
         return Beginning(latents, seen=seen, warnings=(NOT_SEEN,) if image is None else ())
@@ -120,6 +118,14 @@ def begin(
         family.initial_noise(lane, generator)
         kept = torch.stack([_drawn(family, lane, job, inputs.mask).to(image.device), image, noise])
     return Beginning(latents, kept, seen)
+
+
+def _noisy(
+    image: torch.Tensor, noise: torch.Tensor, schedule: Schedule, sampler: Sampler | None
+) -> torch.Tensor:
+    """Latents of an image with as much noise as the first step expects."""
+    share, share_of_noise = schedule.mixes[0] if sampler is None else sampler.mix(0)
+    return share * image + share_of_noise * noise
 
 
 def _seen(
