@@ -21,6 +21,7 @@ def services() -> Iterator[Callable[[str], S3Process]]:
     """One server of each name for the whole run, started when it is first asked for.
 
     One that is not installed skips the test at home and fails it in CI, except s3rver where there is no npm.
+    One that has ended since fails the next test with the end of its log, and is started anew after it.
     """
     started: dict[str, S3Process] = {}
     with Home() as home:
@@ -33,6 +34,8 @@ def services() -> Iterator[Callable[[str], S3Process]]:
                 server = SERVERS[name](home, name)
                 server.start()
                 started[name] = server
+            elif not started[name].running:
+                raise started.pop(name).loss()
             return started[name]
 
         yield service
