@@ -4,7 +4,7 @@
 
 The real workers are `celery worker` processes with a fake renderer (`tests.faults.app`), which put pictures
 into a folder. The simulated ones send what such a worker sends while it is idle, and each fetches over a
-connection of its own: its fetch every second, its announcement, its look for leases that ran out, its
+connection of its own: its fetch every two seconds, its announcement, its look for leases that ran out, its
 heartbeat for Flower.
 Commands are those that Redis counts: those that scripts call are among them. CPU is Redis' own.
 """

@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from tests.faults.runner import SERVED
-from worker.broker.fetching import LIMITS
+from worker.broker.fetching import LIMITS, LOOK_AGAIN_S
 from worker.broker.layout import words_of
 from worker.broker.scripts import EXPIRED, FETCH, FETCH_DIGEST
 from worker.broker.transport import (
@@ -30,8 +30,8 @@ from worker.contract.queues import SHARES, UNDECODABLE, WEIGHTS, arrivals_of, li
 from worker.state.fleet import ANNOUNCE_EVERY_S, Fleet, WorkerInfo
 from worker.state.redis_client import connect
 
-#: Seconds between two fetches of a worker that waits, and between two heartbeats of Celery.
-FETCH_EVERY_S, HEARTBEAT_EVERY_S = 1.0, 2.0
+#: Seconds between two heartbeats of Celery.
+HEARTBEAT_EVERY_S = 2.0
 #: About what Celery says in a heartbeat.
 HEARTBEAT = json.dumps({"body": "x" * 420, "headers": {"hostname": "x" * 30}})
 
@@ -104,7 +104,7 @@ class _Simulated:
         for place, worker in enumerate(workers):
             at = now + place / len(workers)
             due += [
-                (at, 4 * place, FETCH_EVERY_S, worker.fetch),
+                (at, 4 * place, LOOK_AGAIN_S, worker.fetch),
                 (at, 4 * place + 1, ANNOUNCE_EVERY_S, lambda worker=worker: fleet.announce(worker.info)),
                 (at, 4 * place + 2, sweep_s, sweep),
                 (at, 4 * place + 3, HEARTBEAT_EVERY_S, beat),

@@ -104,7 +104,7 @@ class Party:
 @pytest.fixture
 def seldom_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fetched before `SELDOM_S` is over was fetched because of a notice, however busy the machine."""
-    monkeypatch.setattr(fetching, "CHECK_AGAIN_S", SELDOM_S)
+    monkeypatch.setattr(fetching, "LOOK_AGAIN_S", SELDOM_S)
 
 
 @pytest.fixture

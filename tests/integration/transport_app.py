@@ -29,7 +29,6 @@ def read_any(raw: bytes, queue: str, tag: str, channel: Any) -> Any:
 
 
 options: dict[str, Any] = transport_options(LEASE_S) | {"reader": read_any}
-options["unacked_restore_interval"] = min(2.0, LEASE_S / 4)
 if PREFIX:
     options["global_keyprefix"] = PREFIX
 if STOCK:

@@ -46,6 +46,8 @@ logger = logging.getLogger("smallcat.transport")
 AGAIN: Final = b"again"
 #: Bytes of a message that is read at all, whatever its version: room for what later versions send.
 MAX_READ: Final = 1_000_000
+#: Seconds until empty lists are looked at again by a connection that hears of changes: a notice may be lost.
+LOOK_AGAIN_S: Final = 2.0
 #: What `FETCH` is told of messages that cannot be read.
 LIMITS: Final = f"{MAX_READ} {UNDECODABLE_TTL_S} {UNDECODABLE_MAX} {KEPT_BYTES} {UNREGISTERED}"
 #: Messages that one fetch brings, at most. A worker has no more free slots for long.
@@ -276,9 +278,14 @@ class Fetching(stock.Channel):
                 self._rest()
                 return False
             room.place = reply[0].decode()
-            self._rest(CHECK_AGAIN_S)
+            self._rest(self._pause_s)
             if room.watches:
                 self._send(Stage.CHECKING, "EXISTS", *(key for _, key in self._lists))
         else:
-            self._rest(CHECK_AGAIN_S if stage is Stage.CHECKING and not reply else 0)
+            self._rest(self._pause_s if stage is Stage.CHECKING and not reply else 0)
         return False
+
+    @property
+    def _pause_s(self) -> float:
+        """Seconds for which lists that were empty are taken for empty, unless a notice comes before."""
+        return LOOK_AGAIN_S if self._waiting and self._waiting.can_be_called else CHECK_AGAIN_S

@@ -16,7 +16,7 @@ ROOM: Final = "smallcat:worker-only:wait:"
 CALL: Final = "smallcat:worker-only:call:"
 
 #: Milliseconds that a watcher's place lasts without a fetch: two of them may come late.
-PLACE_MS: Final = 2_500
+PLACE_MS: Final = 5_000
 
 #: Place of one who stood in line and was called.
 CALLED: Final = "called"
