@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from worker.model.lora_names import PEFT, TEXT, TEXT_2, UNET
@@ -78,18 +78,26 @@ def settings_of(path: Path, metadata: Mapping[str, str], names: list[str]) -> Ma
         return {part: _settings(found) for part, found in parts.items() if part in (UNET, TEXT, TEXT_2)}
     if (text := config_of(path)) is not None:
         return {"": _settings(_json(text, f"its {CONFIG}"))}
-    if any(PEFT in name for name in names) and not any(name.endswith(".alpha") for name in names):
+    is_peft = path.stem == PEFT_STEM or any(PEFT in name for name in names)
+    if is_peft and not any(name.endswith(".alpha") for name in names):
         raise ValueError(
             f"it is PEFT's and lacks alpha: keep it as {PEFT_STEM}.safetensors in a folder with its {CONFIG}"
         )
     return {}
 
 
+def config_name(path: PurePath) -> str:
+    """What the config of a file is called that has one beside it; empty for others.
+
+    They have nothing to do with a config that lies in their folder.
+    """
+    return CONFIG if path.stem == PEFT_STEM else ""
+
+
 def config_of(path: Path) -> str | None:
     """The text of PEFT's config beside a file; None where there is none. Raises `ValueError`, `OSError`."""
-    place = path.with_name(CONFIG)
-    # Others in a folder have nothing to do with a config that lies there.
-    if path.stem != PEFT_STEM or not place.is_file():
+    place = path.with_name(config_name(path) or f".{path.name}.no-config")
+    if not place.is_file():
         return None
     if place.stat().st_size > MAX_CONFIG:
         raise ValueError(f"its {CONFIG} has more than {MAX_CONFIG:,} bytes")

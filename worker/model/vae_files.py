@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from worker.contract.errors import InvalidJobError, RenderError, SettingsError, first_line
@@ -78,10 +78,16 @@ def from_hub(repo: str) -> Path:
         ) from error
 
 
+def config_name(path: PurePath) -> str:
+    """What the config of a file is called that has one beside it; empty for others.
+
+    They have nothing to do with a config that lies in their folder.
+    """
+    return CONFIG if path.stem.startswith("diffusion_pytorch_model") else ""
+
+
 def _config_path(path: Path) -> Path:
-    # Others in a folder of single files have nothing to do with a config that lies there.
-    is_diffusers = path.stem.startswith("diffusion_pytorch_model")
-    return path.parent / CONFIG if is_diffusers else path.parent / f".{path.name}.no-config"
+    return path.with_name(config_name(path) or f".{path.name}.no-config")
 
 
 def _part(tensors: Mapping[str, Tensor], path: Path) -> Part:

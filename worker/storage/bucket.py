@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 import botocore.exceptions
 
@@ -49,6 +49,18 @@ TEST_NAME = "images/.smallcat-check-"
 ASK_AGAIN_S = 60.0
 #: What HEAD and GET answer where nothing is.
 MISSING = frozenset({"NoSuchKey", "NotFound", "404"})
+
+
+class StoredObject(NamedTuple):
+    """An object as a listing has it."""
+
+    #: Its address.
+    uri: str
+    #: When it was put, Unix seconds.
+    put_at: float
+    #: Another one when the object is another one: its ETag, size and time. The ETag alone does not say it for
+    #: each encryption, nor the time alone, which S3 rounds to seconds.
+    version: str
 
 
 class Bucket:
@@ -252,12 +264,18 @@ class Bucket:
 
         A prefix is a folder: "runs/1" does not contain "runs/10". Raises `StorageError`.
         """
+        return ((each.uri, each.put_at) for each in self.listed(address))
+
+    def listed(self, address: str) -> Iterator[StoredObject]:
+        """The same, with what else the listing says of each."""
         bucket, _, prefix = address.removeprefix("s3://").partition("/")
         prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         with self._errors():
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for stored in page.get("Contents", ()):
-                    yield f"s3://{bucket}/{stored['Key']}", stored["LastModified"].timestamp()
+                    put_at = stored["LastModified"].timestamp()
+                    version = f"{stored.get('ETag', '')} {stored.get('Size', 0)} {put_at:.3f}"
+                    yield StoredObject(f"s3://{bucket}/{stored['Key']}", put_at, version)
 
     def delete(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> None:
         """Delete a job's picture and record, if they are there. Raises `StorageError`."""

@@ -7,9 +7,10 @@ import io
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import huggingface_hub
@@ -22,8 +23,10 @@ from worker.contract.file_index import FileEntry, Kind
 from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.served_model import Defaults, ServedModel
-from worker.model import embedding_files, file_store
+from worker.model import bucket_files, embedding_files, file_store, lora_header
 from worker.model.file_store import FileStore
+from worker.model.lora_scales import Settings
+from worker.storage.bucket import StoredObject
 
 SERVED = ServedModel(
     name="m", revision="r", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=5.0)
@@ -219,12 +222,12 @@ class FakeBucket:
         self.opened: list[str] = []
         self.fails = False
 
-    def below(self, address: str) -> Iterator[tuple[str, float]]:
+    def listed(self, address: str) -> Iterator[StoredObject]:
         if self.fails:
             raise StorageError("out of reach")
-        for uri, (_, put_at) in self.objects.items():
+        for uri, (data, put_at) in self.objects.items():
             if uri.startswith(f"{address}/"):
-                yield uri, put_at
+                yield StoredObject(uri, put_at, f"{len(data)} {put_at}")
 
     @contextmanager
     def open(self, uri: str) -> Iterator[IO[bytes]]:
@@ -265,7 +268,7 @@ def test_files_in_a_bucket_are_copied_once_and_again_when_they_are_replaced(tmp_
 
 
 def test_an_object_that_is_too_large_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_store, "_MOST", {Kind.EMBEDDING: 100})
+    monkeypatch.setattr(bucket_files, "_MOST", {Kind.EMBEDDING: 100})
     bucket = FakeBucket({"s3://b/e/x.safetensors": embedding()})
     files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
     assert "more than 100 bytes" in by_name(files)["x"].problem
@@ -314,6 +317,117 @@ def test_loras_are_found_by_name_and_what_is_wrong_with_one_is_told(tmp_path: Pa
     assert by_name(files)["mine"] == entries["mine"]
 
 
+#: Puts the files of a folder somewhere and says where: the place, and the bucket.
+Put = Callable[[dict[str, bytes]], tuple[str, FakeBucket]]
+
+
+@pytest.fixture(params=["folder", "file", "bucket", "object", "hub"])
+def put(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
+    def at(files: dict[str, bytes]) -> tuple[str, FakeBucket]:
+        bucket = FakeBucket({f"s3://b/loras/cat/{name}": data for name, data in files.items()})
+        weights = next(name for name in files if name.endswith(".safetensors"))
+        if request.param in ("bucket", "object"):
+            return "s3://b/loras" + (f"/cat/{weights}" if request.param == "object" else "/"), bucket
+        if request.param == "hub":
+            fake_hub(tmp_path / "hub", list(files), monkeypatch, files)
+            return "a/cat", bucket
+        (tmp_path / "loras" / "cat").mkdir(parents=True)
+        for name, data in files.items():
+            (tmp_path / "loras" / "cat" / name).write_bytes(data)
+        return str(tmp_path / "loras" / (f"cat/{weights}" if request.param == "file" else "")), bucket
+
+    return at
+
+
+PEFT_CONFIG = {
+    "peft_type": "LORA",
+    "lora_alpha": 12,
+    "alpha_pattern": {"attn2.to_k": 6},
+    "use_rslora": True,
+    "use_dora": True,
+}
+
+
+def of_peft() -> bytes:
+    module = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    return save(
+        {
+            f"{module}.lora_A.weight": torch.ones(2, 768),
+            f"{module}.lora_B.weight": torch.ones(8, 2),
+            f"{module}.lora_magnitude_vector": torch.ones(8),
+        }
+    )
+
+
+def test_pefts_config_is_read_wherever_the_file_is(tmp_path: Path, put: Put) -> None:
+    """`adapter_model.safetensors` and `adapter_config.json`, as PEFT 0.21 saves them."""
+    config = json.dumps(PEFT_CONFIG).encode()
+    place, bucket = put({"adapter_config.json": config, "adapter_model.safetensors": of_peft()})
+    files = FileStore({Kind.LORA: [place]}, tmp_path / "cache", lambda _: bucket)
+    [entry] = files.index.files
+    assert (entry.name, entry.architecture, entry.problem) == ("cat", "SD 1.x", "")
+    # The same one wherever it is.
+    sha256 = hashlib.sha256(of_peft()).hexdigest()
+    assert entry.sha256 == hashlib.sha256(json.dumps([sha256, config.decode()]).encode()).hexdigest()
+    path = files.path(Kind.LORA, entry.sha256)
+    assert path is not None
+    assert lora_header.read(path).settings == {"": Settings(12.0, {"attn2.to_k": 6.0}, root=True, dora=True)}
+
+
+@pytest.mark.parametrize("data", [of_peft(), lora()], ids=["its names", "other names"])
+def test_pefts_file_without_its_config_is_refused_wherever_it_is(
+    tmp_path: Path, put: Put, data: bytes
+) -> None:
+    place, bucket = put({"adapter_model.safetensors": data})
+    [entry] = FileStore({Kind.LORA: [place]}, tmp_path / "cache", lambda _: bucket).index.files
+    assert "lacks alpha: keep it as adapter_model.safetensors in a folder with its adapter" in entry.problem
+
+
+def test_a_config_in_a_bucket_that_changes_makes_another_file(tmp_path: Path) -> None:
+    uri = "s3://b/loras/cat/adapter_config.json"
+    bucket = FakeBucket({uri: b"{}", "s3://b/loras/cat/adapter_model.safetensors": of_peft()})
+    files = FileStore({Kind.LORA: ["s3://b/loras"]}, tmp_path, lambda _: bucket)
+    before = files.index
+    bucket.objects[uri] = b'{"lora_alpha": 1}', 2.0
+    files.look()
+    assert [each.sha256 for each in files.index.files] != [each.sha256 for each in before.files]
+    # The next start knows both files without reading them.
+    opened = len(bucket.opened)
+    again = FileStore({Kind.LORA: ["s3://b/loras"]}, tmp_path, lambda _: bucket)
+    assert again.index == files.index
+    assert len(bucket.opened) == opened
+
+
+def test_a_vaes_config_is_part_of_it_in_a_bucket_too(tmp_path: Path) -> None:
+    (tmp_path / "vaes" / "mine").mkdir(parents=True)
+    bucket = FakeBucket({})
+    for name, data in (("config.json", b"{}"), ("diffusion_pytorch_model.safetensors", embedding())):
+        (tmp_path / "vaes" / "mine" / name).write_bytes(data)
+        bucket.objects[f"s3://b/vaes/mine/{name}"] = data, 1.0
+    near = FileStore({Kind.VAE: [str(tmp_path / "vaes")]}, tmp_path / "cache")
+    far = FileStore({Kind.VAE: ["s3://b/vaes"]}, tmp_path / "cache", lambda _: bucket)
+    assert by_name(far)["mine"].sha256 == by_name(near)["mine"].sha256
+
+
+def test_a_bucket_is_listed_as_a_folder_is(tmp_path: Path) -> None:
+    """The better one of several formats; general names; and a problem that says where the file is."""
+    names = ("x.safetensors", "x.fp16.safetensors", "x.ckpt", "sub/model.safetensors", "y.pt", "readme.txt")
+    bucket = FakeBucket(
+        {f"s3://b/e/{name}": embedding() for name in names} | {"s3://b/e/z.safetensors": b"x"}
+    )
+    far = by_name(store("s3://b/e/", tmp_path / "cache", remote_of=lambda _: bucket))
+    for uri, (data, _) in bucket.objects.items():
+        path = tmp_path / "e" / uri.removeprefix("s3://b/e/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    near = by_name(store(tmp_path / "e", tmp_path / "cache"))
+    assert far.keys() == near.keys() == {"x", "sub", "y", "z"}
+    assert far["z"].problem == near["z"].problem.replace(str(tmp_path / "e"), "s3://b/e")
+    assert {name: each for name, each in far.items() if name != "z"} == {
+        name: each for name, each in near.items() if name != "z"
+    }
+
+
 def test_a_place_may_be_one_lora(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine" / "pytorch_lora_weights.safetensors"
@@ -360,8 +474,13 @@ def test_a_place_on_the_hub_that_is_no_lora_stops_the_start(
         FileStore({Kind.LORA: [place]}, tmp_path / "cache")
 
 
-def fake_hub(folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub on which every repository but "a/gone" has these files."""
+def fake_hub(
+    folder: Path,
+    names: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    contents: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """A hub on which every repository but "a/gone" has these files: LoRAs, unless `contents` says another."""
 
     def list_repo_files(repo: str) -> list[str]:
         if repo == "a/gone":
@@ -373,7 +492,7 @@ def fake_hub(folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) ->
         folder.mkdir(parents=True)
         for name in {*names} & {*(allow_patterns or ())}:
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(lora())
+            (folder / name).write_bytes(contents.get(name, lora()))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)

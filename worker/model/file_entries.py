@@ -1,0 +1,109 @@
+"""What is to be known of a file before jobs name it: its content, what it fits, and what is wrong with it.
+
+Reading a file for its hash takes long, so what is known is remembered in the cache, by the file's stamp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from worker.contract.errors import ServiceError, SmallcatError
+from worker.contract.file_index import MAX_FILES, FileEntry, Kind, composed_name, name_problem
+from worker.model import embedding_files, lora_files, vae_files
+from worker.model.file_places import Found
+from worker.model.index import PICKLE_REASON
+
+logger = logging.getLogger("smallcat.files")
+
+#: Where what is known of files is kept, in the cache; and the version of how they are described.
+REMEMBERED, DESCRIBED = "known.json", 1
+#: What a file fits, and why it cannot be used, by its kind.
+_DESCRIBE: Mapping[Kind, Callable[[Path], tuple[str, str]]] = MappingProxyType(
+    {Kind.EMBEDDING: embedding_files.describe, Kind.VAE: vae_files.describe, Kind.LORA: lora_files.describe}
+)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+#: The SHA-256 of a file's content, by its kind.
+_SHA256: Mapping[Kind, Callable[[Path], str]] = MappingProxyType(
+    {Kind.EMBEDDING: _sha256, Kind.VAE: vae_files.sha256_of, Kind.LORA: lora_files.sha256_of}
+)
+
+
+def sha256_of(kind: Kind, path: Path) -> str:
+    """The SHA-256 of a file's content: of the file, or of that and its config. Raises `OSError`."""
+    return _SHA256[kind](path)
+
+
+def entry_by_name(found: Found) -> FileEntry:
+    """What a file's name says; it has a problem where that is enough to refuse the file."""
+    name = found.name.removeprefix("<").removesuffix(">")
+    if found.kind is Kind.LORA:
+        name = composed_name(name)
+    problem = PICKLE_REASON if found.is_pickled else name_problem(name, found.kind)
+    return FileEntry(kind=found.kind, name=name[:200] if problem else name, problem=problem)
+
+
+def entry_by_content(found: Found, path: Path) -> FileEntry:
+    """What is to be known of a file, which is at `path` on this machine. Raises `ServiceError`."""
+    named = entry_by_name(found)
+    try:
+        size, sha256 = path.stat().st_size, sha256_of(found.kind, path)
+    except (OSError, SmallcatError) as error:
+        return with_error(named, error)
+    fits, problem = _DESCRIBE[found.kind](path)
+    known = {
+        "sha256": sha256,
+        "architecture": fits,
+        "size": size,
+        # All workers say the same of one file, wherever each has it.
+        "problem": problem.replace(str(path), found.where),
+    }
+    if found.kind is Kind.LORA and not problem:
+        known["auto_v3"] = lora_files.auto_v3(path)
+    return named.model_copy(update=known)
+
+
+def with_error(entry: FileEntry, error: OSError | SmallcatError) -> FileEntry:
+    """What is known of a file that cannot be read. Raises `error` where that is a service's fault."""
+    if isinstance(error, ServiceError):
+        raise error
+    return entry.model_copy(update={"problem": str(error).rstrip(".")})
+
+
+def remembered(folder: Path) -> dict[str, FileEntry]:
+    """What an earlier process knew of files; nothing where that cannot be read, or is another version's."""
+    try:
+        kept = json.loads((folder / REMEMBERED).read_text("utf-8"))
+        if kept["version"] != DESCRIBED:
+            return {}
+        return {stamp: FileEntry.model_validate(entry) for stamp, entry in kept["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def remember(folder: Path, known: Mapping[str, FileEntry]) -> None:
+    """Keep what is known for the next start, beside what other workers of this machine know.
+
+    A cache that cannot be written costs that start some time.
+    """
+    others = remembered(folder)
+    both = known if len(others) > 4 * MAX_FILES else {**others, **known}
+    values = {stamp: entry.model_dump(mode="json") for stamp, entry in both.items()}
+    part = folder / f".{secrets.token_hex(8)}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"version": DESCRIBED, "files": values}), "utf-8")
+        part.replace(folder / REMEMBERED)
+    except OSError as error:
+        logger.warning("What is known of files cannot be kept in %s: %s", folder, error)
