@@ -21,7 +21,8 @@ from worker.device.compiling.process import cache_of
 from worker.device.compiling.traced import carried
 from worker.device.model_runner import ModelRunner
 from worker.model import loader
-from worker.model.file_store import FileStore, Remote
+from worker.model.file_places import Remote
+from worker.model.file_store import FileStore
 
 
 @dataclass(frozen=True)
