@@ -85,7 +85,10 @@ class Pinned:
             {} if resolved.prompt_syntax is PromptSyntax.PLAIN else {"prompt_syntax": resolved.prompt_syntax}
         )
         # All of the index: that of now may be gone from Redis when the run is resumed.
-        files = {"files": meant.index.model_dump(mode="json")} if meant and meant.index.files else {}
+        files: dict[str, Any] = {}
+        if meant and meant.index.files:
+            files["files"] = meant.index.model_dump(mode="json")
+            files |= {"architecture": meant.served.architecture} if meant.served.architecture else {}
         unserved = {} if meant else {"unserved": True}
         return {**defaults, **syntax, **files, **unserved, "model": resolved.model, "revision": revision}
 
@@ -114,4 +117,6 @@ class _Pin:
         place = {name: self.values[name] for name in ("model", "revision")}
         job = job.model_copy(update={**filled, **place})
         # Nobody serves the model yet: the worker that does says which files are meant.
-        return job if self.values.get("unserved") else with_files(job, self.index)
+        if self.values.get("unserved"):
+            return job
+        return with_files(job, self.index, self.values.get("architecture", ""))

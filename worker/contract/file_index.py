@@ -144,6 +144,10 @@ class FileIndex(BaseModel):
     def _contents(self) -> frozenset[tuple[str, str]]:
         return frozenset((each.kind, each.sha256) for each in self.files if not each.problem)
 
+    def of_content(self, kind: str, sha256: str) -> FileEntry | None:
+        """A file of that kind with this content, under whatever name; None where there is none."""
+        return next(iter(self._by_hash.get((kind, sha256), ())), None)
+
     def has(self, kind: str, sha256: str) -> bool:
         """Whether it has a file of that kind with this content, under whatever name."""
         return (kind, sha256) in self._contents

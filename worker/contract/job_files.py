@@ -22,13 +22,16 @@ from worker.contract.loras import Lora
 
 #: Files that a message names, at most.
 _SHOWN = 4
+#: Architectures that models, LoRAs and embeddings are named by alike.
+_OF_ALL = {"SD 1.x", "SD 2.x", "SDXL"}
 
 
-def with_files(job: Job, index: FileIndex) -> Job:
+def with_files(job: Job, index: FileIndex, architecture: str = "") -> Job:
     """A resolved job with the SHA-256 of each file that it names, from `index`.
 
     A hash that it has already stays, so that a job can be sent again; one of a file that it does not name is
-    taken away, so that equal jobs have equal ids. Raises `InvalidJobError` for a file that cannot be used.
+    taken away, so that equal jobs have equal ids. `architecture`: that of the job's model, where it is known.
+    Raises `InvalidJobError` for a file that cannot be used, or is for another architecture.
     """
     given = embeddings_of(job)
     names = index.embedding_names if not given else EmbeddingNames({*index.embedding_names.names, *given})
@@ -42,8 +45,30 @@ def with_files(job: Job, index: FileIndex) -> Job:
         hashes[key] = job.file_hashes.get(key) or _vae(job.vae, index)
     loras = _loras(job, index)
     hashes |= {key_of(Kind.LORA, each.name): sha256 for each, sha256 in loras}
+    for key, sha256 in hashes.items():
+        _check_fits(key, index.of_content(parts_of(key)[0], sha256), architecture)
     found = {"loras": [each for each, _ in loras], "file_hashes": dict(sorted(hashes.items()))}
     return job.model_copy(update=found) if any(getattr(job, name) != found[name] for name in found) else job
+
+
+def _check_fits(key: str, entry: FileEntry | None, model: str) -> None:
+    """Raise `InvalidJobError` for a LoRA, or an embedding, that is for another architecture than the model.
+
+    A worker looks at each layer: what is not known here, or only looks right, is its own to refuse.
+    """
+    kind, name = parts_of(key)
+    own = entry.architecture if entry else ""
+    if kind == Kind.LORA:
+        fits = own in ("", model)
+    elif kind == Kind.EMBEDDING:  # Of others each says in its own terms what it fits.
+        fits = own == model or not {own, model} <= _OF_ALL
+    else:
+        return
+    if model and not fits:
+        raise InvalidJobError(
+            f'The {called(kind)} "{name}" is for {own}, and the model is {model}: use one that fits, or '
+            "another model."
+        )
 
 
 def lacks_hashes(job: Job) -> bool:

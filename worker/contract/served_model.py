@@ -36,3 +36,5 @@ class ServedModel(BaseModel):
     #: Whether it was made for inpainting: it sees the mask and the masked image of a job. It draws other jobs
     #: too, as if all were masked.
     inpainting: bool = False
+    #: What LoRAs must be for, as a `FileEntry` says it, such as "SDXL"; empty where that is not known.
+    architecture: str = ""

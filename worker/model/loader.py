@@ -30,7 +30,7 @@ from worker.contract.job_parameters import (
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
-from worker.model import half_vae, single_file_loader
+from worker.model import half_vae, lora_header, single_file_loader
 from worker.model.checkpoint import inpainting_channels
 from worker.model.placement import (
     Choice,
@@ -105,6 +105,7 @@ def load(
         revision=_revision(files, settings),
         defaults=_defaults(pipeline, files, settings),
         inpainting=pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels,
+        architecture=lora_header.architecture_of(pipeline.unet.config.cross_attention_dim),
     )
     choices = (
         Choice("device", device_name(device), device_reason),

@@ -59,10 +59,10 @@ class LoraHeader:
             width = self.header.tensors[names[Role.DOWN]].shape[1]
             if part == UNET and _CROSS.search(module):
                 return architecture(width)
-            if part == UNET and _DEEP.search(module):
-                return "SDXL"
             if part != UNET and module.endswith(("_proj", "_fc1")):
                 widths[part] = width
+        if any(part == UNET and _DEEP.search(module) for part, module in self.modules):
+            return "SDXL"
         if TEXT_2 in widths or any(name.startswith("lora_te1") for name in self.header.tensors):
             return "SDXL"
         if widths.get(TEXT) == 1024:
@@ -80,6 +80,13 @@ class LoraHeader:
 def architecture(width: int) -> str:
     """What fits a UNet that takes text of this width."""
     return _BY_TEXT.get(width) or f"a UNet that takes text {width} wide"
+
+
+def architecture_of(width: object) -> str:
+    """The same of a model, by its UNet's `cross_attention_dim`; empty where its blocks differ in it."""
+    widths = set(width) if isinstance(width, list | tuple) else {width}
+    (only, *others) = widths or {None}
+    return architecture(only) if isinstance(only, int) and not others else ""
 
 
 def read(path: Path) -> LoraHeader:

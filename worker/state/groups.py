@@ -165,7 +165,8 @@ class Meant:
 
     def resolve(self, job: Job) -> Job:
         """`job` with all of it. Raises `InvalidJobError`."""
-        return with_files(job.in_syntax(self.prompt_syntax).resolved(self.served), self.index)
+        job = job.in_syntax(self.prompt_syntax).resolved(self.served)
+        return with_files(job, self.index, self.served.architecture)
 
 
 def meant_by(job: Job, *known: Callable[[], Sequence[Group]]) -> Group | None:

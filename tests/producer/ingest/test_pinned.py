@@ -10,6 +10,7 @@ import pytest
 
 from producer.ingest.pinned import Pinned
 from worker.contract.choices import PromptSyntax
+from worker.contract.errors import InvalidJobError
 from worker.contract.file_index import NO_FILES, FileEntry, FileIndex
 from worker.contract.job import Job
 from worker.contract.served_model import Defaults, ServedModel
@@ -35,9 +36,14 @@ class Notes:
         return self.notes.get(name)
 
 
-def pinned(notes: dict[str, str], syntax: PromptSyntax, index: FileIndex = NO_FILES) -> Pinned:
+def pinned(
+    notes: dict[str, str],
+    syntax: PromptSyntax,
+    index: FileIndex = NO_FILES,
+    served: ServedModel = SERVED,
+) -> Pinned:
     run: Any = Notes(notes)
-    fleet: Any = SimpleNamespace(meant=lambda job: Meant(SERVED, syntax, index))
+    fleet: Any = SimpleNamespace(meant=lambda job: Meant(served, syntax, index))
     return Pinned(run, fleet)
 
 
@@ -86,3 +92,17 @@ def test_a_run_keeps_the_files_that_it_began_with() -> None:
     assert resumed.resolve(job) == resolved
     assert resumed.resolver.names(job).may_be_in("a <x>")
     assert pinned({}, PromptSyntax.PLAIN, second).foreseen(job).id != resolved.id
+
+
+def test_a_run_refuses_a_lora_for_another_architecture_also_when_it_is_resumed() -> None:
+    index = FileIndex.of([FileEntry(kind="lora", name="x", sha256="aa" * 32, architecture="SD 1.x")])
+    notes: dict[str, str] = {}
+    job = Job.parse({"prompt": "a cat", "seed": 1, "loras": "x"})
+    served = SERVED.model_copy(update={"architecture": "SDXL"})
+    for known in (served, SERVED):
+        with pytest.raises(InvalidJobError, match=r'The LoRA "x" is for SD 1\.x, and the model is SDXL'):
+            pinned(notes, PromptSyntax.PLAIN, index, known).resolve(job)
+    # A run that an earlier version pinned does not know it.
+    (key, pin), *_ = notes.items()
+    earlier = {name: value for name, value in json.loads(pin).items() if name != "architecture"}
+    assert pinned({key: json.dumps(earlier)}, PromptSyntax.PLAIN, index, served).resolve(job).loras

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests import a1111_networks
 from worker.contract.a1111_syntax import without_comments
+from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.file_index import NO_FILES, FileEntry, FileIndex, Kind
 from worker.contract.infotext import read, write
@@ -21,6 +22,7 @@ from worker.contract.lora_tags import tags_of, taken
 from worker.contract.loras import MAX_LORAS, Lora, read_loras, shown_loras
 from worker.contract.message import Message, payload_of
 from worker.contract.served_model import Defaults, ServedModel
+from worker.state.groups import Meant
 
 SERVED = ServedModel(
     name="m", revision="r", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
@@ -288,6 +290,48 @@ def test_a_name_that_nobody_has_is_refused_with_near_misses() -> None:
         with_files(parsed("x"), broken)
     # One of weight 0 is not looked for.
     assert with_files(parsed("nobody=0"), NO_FILES).loras == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "model", "fits"),
+    [
+        ("lora", "SDXL", "SDXL", True),
+        ("lora", "SD 1.x", "SDXL", False),
+        ("lora", "SD 1.x", "SD 2.x", False),
+        ("lora", "SDXL", "a UNet that takes text 64 wide", False),
+        ("lora", "a UNet that takes text 64 wide", "a UNet that takes text 64 wide", True),
+        # What nobody says is the worker's to find out.
+        ("lora", "", "SDXL", True),
+        ("lora", "SDXL", "", True),
+        ("embedding", "SD 1.x", "SDXL", False),
+        ("embedding", "SDXL", "SDXL", True),
+        # Of embeddings it is the text encoders that count, of which a UNet's input does not say all.
+        ("embedding", "a text encoder 1280 wide", "SDXL's refiner", True),
+        ("embedding", "SD 1.x", "a UNet that takes text 64 wide", True),
+        ("vae", "4 latent channels", "SDXL", True),
+    ],
+)
+def test_a_file_for_another_architecture_than_the_models_is_refused_at_the_door(
+    kind: str, own: str, model: str, fits: bool
+) -> None:
+    files = FileIndex.of([FileEntry(kind=kind, name="x", sha256="ab" * 32, architecture=own)])
+    served = SERVED.model_copy(update={"architecture": model})
+    fields = {"lora": {"loras": "x"}, "vae": {"vae": "x"}, "embedding": {"prompt": "a <x>"}}[kind]
+    job = Job.parse({"prompt": "a small cat", "seed": 1, **fields})
+    meant = Meant(served, PromptSyntax.PLAIN, files)
+    if fits:
+        resolved = meant.resolve(job)
+        assert resolved.file_hashes == {f"{kind}:x": "ab" * 32}
+        return
+    with pytest.raises(InvalidJobError) as caught:
+        meant.resolve(job)
+    called = "LoRA" if kind == "lora" else kind
+    assert str(caught.value) == (
+        f'The {called} "x" is for {own}, and the model is {model}: use one that fits, or another model.'
+    )
+    # One whose content the job says already, as when it is sent again, is refused as well.
+    with pytest.raises(InvalidJobError, match=f"is for {own}, and the model is"):
+        meant.resolve(job.model_copy(update={"file_hashes": {f"{kind}:x": "ab" * 32}}))
 
 
 def test_another_content_is_another_picture_and_another_name_is_the_same_one() -> None:

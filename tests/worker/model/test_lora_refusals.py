@@ -292,3 +292,30 @@ def test_convolutions_of_one_pixel_are_linear_modules_too(tmp_path: Path) -> Non
 def test_what_a_file_fits(tmp_path: Path, tensors: Any, metadata: dict[str, str], fits: str) -> None:
     save_file(tensors, tmp_path / "x.safetensors", metadata or None)
     assert lora_files.describe(tmp_path / "x.safetensors") == (fits, "")
+
+
+def test_the_text_says_what_a_file_fits_before_the_depth_does(tmp_path: Path) -> None:
+    """A small model may have as many blocks as SDXL."""
+    deep = "unet.mid_block.attentions.0.transformer_blocks.9."
+    assert (
+        problem(tmp_path / "x.safetensors", pair(f"{deep}attn1.to_q") | pair(f"{deep}attn2.to_k", into=24))
+        == ""
+    )
+    assert lora_files.describe(tmp_path / "x.safetensors")[0] == "a UNet that takes text 24 wide"
+
+
+@pytest.mark.parametrize(
+    ("width", "fits"),
+    [
+        (768, "SD 1.x"),
+        (1024, "SD 2.x"),
+        (2048, "SDXL"),
+        (1280, "SDXL's refiner"),
+        (64, "a UNet that takes text 64 wide"),
+        ((768, 768), "SD 1.x"),
+        ([768, 1024], ""),
+        (None, ""),
+    ],
+)
+def test_what_a_model_is_by_its_unets_config(width: object, fits: str) -> None:
+    assert lora_header.architecture_of(width) == fits
