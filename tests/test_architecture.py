@@ -235,6 +235,8 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
         "redis_url",
         "errors",
         "explain",
+        "given_file",
+        "limits",
         "job_checks",
         "job_fields",
         "job_parameters",

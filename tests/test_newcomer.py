@@ -139,7 +139,7 @@ def test_the_new_parameter_makes_another_picture_and_is_everywhere(followed: Fol
     found: dict[str, Any] = json.loads(followed.printed.splitlines()[-1])
     said = found.pop("checked")
     assert found == dict.fromkeys(found, True)
-    assert said == "noise_multiplier is 3.0: it must be less than or equal to 2."
+    assert said == "noise_multiplier is 3.0: it must be 0 to 2."
 
 
 @pytest.mark.services

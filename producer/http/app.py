@@ -39,6 +39,7 @@ from producer.http.guard import UPLOADS
 from producer.http.problems import InvalidJobsError, RefusedError
 from worker.contract.errors import SmallcatError
 from worker.contract.explain import short
+from worker.contract.limits import limits_of, requirement
 from worker.contract.settings import ServerSettings
 
 _DESCRIPTION = """\
@@ -128,7 +129,8 @@ async def _answer(request: Request, error: Exception) -> Response:
 def _as_ours(request: Request, error: Exception) -> Exception:
     """FastAPI's and Starlette's errors as `RefusedError`."""
     if isinstance(error, RequestValidationError):
-        return RefusedError(422, " ".join(map(_sentence, error.errors())))
+        limits = _limits_at(request)
+        return RefusedError(422, " ".join(_sentence(each, limits) for each in error.errors()))
     if isinstance(error, HTTPException):
         headers = dict(error.headers or {})
         if error.status_code == 405:
@@ -167,15 +169,22 @@ def _allowed(request: Request) -> str:
     return ", ".join(sorted(methods)) or "GET, POST"
 
 
-def _sentence(finding: Any) -> str:
-    """A finding about a parameter."""
+def _limits_at(request: Request) -> dict[str, str]:
+    """The limits of the parameters of a request's route, by their names."""
+    known = getattr(getattr(request.scope.get("route"), "dependant", None), "query_params", ())
+    return {each.alias: limits_of(each.field_info.metadata) for each in known}
+
+
+def _sentence(finding: Any, limits: dict[str, str]) -> str:
+    """A finding about a parameter, whose `limits` are known by its name."""
     *where, name = map(str, finding["loc"])
     subject = f"The {' '.join(where).replace('query', 'parameter')} {name}"
     if finding["type"] == "missing":
         return f"{subject} is missing: send it."
     # Pydantic says "Input should be ...", "String should match ..." and the like.
     said = str(finding["msg"]).partition(", unable to")[0]
-    limit = re.sub(r"^\w+ should ", "it must ", said, count=1)
+    rule = requirement({**finding, "msg": said}, limits.get(name, ""))
+    limit = re.sub(r"^\w+ should ", "it must ", rule) if " should " in rule else f"it must be {rule}"
     return f"{subject} is {short(finding.get('input'))}: {limit}."
 
 

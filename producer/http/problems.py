@@ -150,7 +150,7 @@ SCHEMA: Final[Mapping[str, Any]] = {
         "type": {"type": "string", "examples": [f"{_TYPE}InvalidJobError"]},
         "title": {"type": "string"},
         "status": {"type": "integer"},
-        "detail": {"type": "string", "examples": ["steps is 200: it must be less than or equal to 150."]},
+        "detail": {"type": "string", "examples": ["steps is 200: it must be 1 to 150."]},
         "errors": {
             "type": "array",
             "items": {

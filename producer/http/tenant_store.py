@@ -18,6 +18,7 @@ from worker.contract.choices import ImageFormat
 from worker.contract.errors import CallerError
 from worker.contract.explain import short
 from worker.contract.job_parameters import MAX_MODEL, MAX_PRIORITY
+from worker.contract.limits import limits_of, requirement
 from worker.state.keys import HTTP_TENANTS
 
 if TYPE_CHECKING:
@@ -141,5 +142,8 @@ def _checked(values: Mapping[str, Any]) -> Tenant:
         return Tenant.model_validate(values)
     except ValidationError as error:
         finding = error.errors(include_url=False)[0]
-        said = re.sub(r"^\w+ should ", "", str(finding["msg"]))
-        raise CallerError(f"{finding['loc'][0]} is {short(finding['input'])}: it must {said}.") from None
+        name = str(finding["loc"][0])
+        limits = limits_of(Tenant.model_fields[name].metadata) if name in Tenant.model_fields else ""
+        rule = requirement(finding, limits)
+        must = re.sub(r"^\w+ should ", "", rule) if " should " in rule else f"be {rule}"
+        raise CallerError(f"{name} is {short(finding['input'])}: it must {must}.") from None

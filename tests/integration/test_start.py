@@ -33,7 +33,7 @@ def refusal(environment: dict[str, str]) -> str:
     ("change", "words"),
     [
         ({"SMALLCAT_MODLE": "x"}, ["SMALLCAT_MODLE", "Did you mean SMALLCAT_MODEL?"]),
-        ({"SMALLCAT_MAX_BATCH": "0"}, ["SMALLCAT_MAX_BATCH", "'0'", "greater than or equal to 1"]),
+        ({"SMALLCAT_MAX_BATCH": "0"}, ["SMALLCAT_MAX_BATCH", "'0'", "1 to 256"]),
         ({"REDIS_URL": "http://localhost"}, ["REDIS_URL", "redis://"]),
         (
             {"REDIS_URL": f"redis://:secret@{NOWHERE}/0", "SMALLCAT_START_TIMEOUT_S": "1"},

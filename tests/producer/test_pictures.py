@@ -177,6 +177,8 @@ def test_the_refusal_of_a_chain_says_what_is_in_the_way(
     ("image", "sentence"),
     [
         ("no-such.png", "image is 'no-such.png': there is no such file."),
+        ("~nobody-here/a.png", "image is '~nobody-here/a.png': there is no such file."),
+        (Path("~nobody-here/a.png"), "image is '~nobody-here/a.png': there is no such file."),
         (Path("/"), "image is '/': that is a folder."),
         ("/dev/null", "image is '/dev/null': that is no regular file."),
         ("a\0b", "image is 'a\\x00b': there is no such file."),

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from worker.contract.limits import requirement
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -51,7 +53,7 @@ def explain(error: ValidationError, table: Mapping[str, FieldEntry]) -> str:
                 limit = finding["ctx"]["max_length"]
                 sentences.append(f"{field} is {len(str(value)):,} characters, the limit is {limit:,}.")
             case _:
-                limit = str(finding["msg"]).removeprefix("Input should be ")
+                limit = requirement(finding, table[field].limits if field in table else "")
                 sentences.append(f"{short(field)[1:-1]} is {short(value)}: it must be {limit}.")
     return " ".join(sentences)
 

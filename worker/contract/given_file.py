@@ -9,6 +9,14 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short, why_no_file
 
 
+def at_home(path: Path) -> Path:
+    """The path with the home folder in the place of `~`. One of a user that there is not stays as it is."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def read_file(name: str, given: Path, path: Path, most_bytes: int | None = None) -> tuple[bytes, int]:
     """The bytes of the regular file at `path`, and how many it has; of one above `most_bytes` no bytes.
 

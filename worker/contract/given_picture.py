@@ -25,7 +25,7 @@ from PIL import Image
 
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.given_file import read_file
+from worker.contract.given_file import at_home, read_file
 from worker.contract.input_image import BadInputError, mask_of_alpha, read_input, read_mask, too_many_bytes
 from worker.contract.input_reference import ALPHA, MAX_INPUT_BYTES, REFERENCE, InputReference
 
@@ -184,7 +184,7 @@ def _of_path(name: str, path: Path, reach: Reach) -> bytes:
         raise InvalidJobError(
             f"{name} is {short(str(path))}, a path, which is not read here: send the picture, or a reference."
         )
-    whole = path.expanduser()
+    whole = at_home(path)
     if reach.folder != Path():
         whole = (reach.folder / path).resolve()
         if not whole.is_relative_to(reach.folder.resolve()):

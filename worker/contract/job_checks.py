@@ -93,7 +93,7 @@ def drawn(value: object) -> object:
         return value
     if value == -1:
         return secrets.randbits(32)
-    raise ValueError(f"is {short(value)}: it must be 0 or more, or -1 for a drawn one")
+    raise ValueError(f"is {short(value)}: it must be 0 to {2**63 - 1:,}, or -1 for a drawn one")
 
 
 def one_zero(value: float | None) -> float | None:

@@ -22,6 +22,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from worker.contract.limits import limits_of
+
 #: Types that a field can have: a number, yes or no, a text (choices are texts), a JSON object, or a list of
 #: objects that a text says as well.
 KINDS = (int, float, bool, str, dict, list)
@@ -107,6 +109,8 @@ class FieldEntry(JobField):
     is_nullable: bool = False
     #: Whether its value is made for each job where it is not given, such as a drawn seed.
     is_made: bool = False
+    #: The limits of a number, such as "1 to 150"; empty: it has none.
+    limits: str = ""
 
     @property
     def option(self) -> str:
@@ -173,6 +177,7 @@ def _entry(name: str, info: FieldInfo) -> FieldEntry:
             "default": None if info.default is PydanticUndefined else info.default,
             "is_nullable": is_nullable and not declared.is_left_open,
             "is_made": info.default_factory is not None,
+            "limits": limits_of(info.metadata),
         }
     )
 

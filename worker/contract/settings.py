@@ -25,8 +25,10 @@ from pydantic import (
 )
 
 from worker.contract.errors import SettingsError
+from worker.contract.given_file import at_home
 from worker.contract.job_checks import MAX_TENANT, tenant_name
 from worker.contract.job_parameters import MAX_GUIDANCE, MAX_STEPS
+from worker.contract.limits import limits_of, requirement
 from worker.contract.redis_url import RedisURL
 from worker.contract.redis_url import hidden as hidden
 from worker.contract.webhook import Hosts
@@ -187,7 +189,8 @@ class Settings(BaseModel):
         except ValidationError as error:
             finding = error.errors(include_url=False)[0]
             field = str(finding["loc"][0])
-            rule = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+            limits = limits_of(cls.model_fields[field].metadata) if field in cls.model_fields else ""
+            rule = requirement(finding, limits).removeprefix("Value error, ")
             shown = "***" if field in _SECRET else repr(finding["input"])
             raise SettingsError(f"{cls.variable(field)} has the value {shown}. It {_must(rule)}.") from None
 
@@ -317,7 +320,7 @@ class WorkerSettings(Settings):
     @property
     def cache_folder(self) -> Path:
         """`cache_dir`, with a leading tilde replaced by the user's home."""
-        return Path(self.cache_dir).expanduser()
+        return at_home(Path(self.cache_dir))
 
     @property
     def attention_backend(self) -> Literal["auto", "xformers", "sdpa", "naive"]:

@@ -16,6 +16,7 @@ from typing import IO, NamedTuple, Protocol, TypeVar
 
 from worker.contract.errors import SettingsError
 from worker.contract.file_index import Kind
+from worker.contract.given_file import at_home
 from worker.model import lora_hub, lora_scales, vae_files
 from worker.model.index import PICKLED
 
@@ -94,7 +95,7 @@ def place_of(kind: Kind, place: str) -> Place:
     """A place as a setting names it. Raises `SettingsError` for one that is not there."""
     if place.startswith(REMOTE):
         return Place(kind, place.rstrip("/"), PurePosixPath(place).parent.name)
-    path = Path(place).expanduser()
+    path = at_home(Path(place))
     if path.exists():
         return Place(kind, str(path), path.parent.name if path.is_file() else path.name)
     if kind is Kind.VAE and _HUB_ID.fullmatch(place) and not place.startswith("."):

@@ -16,6 +16,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from worker.contract.errors import SettingsError
+from worker.contract.given_file import at_home
 from worker.contract.settings import WorkerSettings
 from worker.model import index as model_index
 from worker.model import single_file
@@ -65,7 +66,7 @@ def find(settings: WorkerSettings, *, half: bool) -> ModelFiles:
     `half`: prefer fp16 weights. Raises `SettingsError` if the model is missing, cannot be downloaded or is
     not served.
     """
-    path = Path(settings.model).expanduser() if settings.model else _bundled()
+    path = at_home(Path(settings.model)) if settings.model else _bundled()
     source = settings.model or "bundled with smallcat"
     if path.suffix.lower() in model_index.PICKLED:
         raise SettingsError(f"SMALLCAT_MODEL is {source}: {model_index.PICKLE_REASON}.")

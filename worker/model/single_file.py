@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker.contract.errors import SettingsError
+from worker.contract.given_file import at_home
 from worker.model import index as model_index
 from worker.model import prediction
 from worker.model.checkpoint import SDXL, Checkpoint, Part, identify, identify_vae
@@ -58,7 +59,7 @@ def find(path: Path, source: str, config_dir: str) -> SingleFile:
     files = {"": path} | ({"vae": vae[0]} if vae[0] != path else {})
     predicts: Prediction | None = None
     if config_dir:
-        configs = Path(config_dir).expanduser()
+        configs = at_home(Path(config_dir))
         kind, texts = _user_configs(configs, source, checkpoint)
         files |= texts
         predicted = _predicted_by(configs)

@@ -14,6 +14,8 @@ import botocore.config
 import botocore.exceptions
 import botocore.session
 
+from worker.contract.given_file import at_home
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
@@ -29,7 +31,7 @@ class KeyFiles:
     def __init__(self) -> None:
         session = botocore.session.get_session()
         names = ("credentials_file", "config_file")
-        self._paths = [Path(str(session.get_config_variable(name))).expanduser() for name in names]
+        self._paths = [at_home(Path(str(session.get_config_variable(name)))) for name in names]
 
     def version(self) -> tuple[tuple[int, int, int] | None, ...]:
         """Another value whenever one of them was written, replaced, made or removed."""

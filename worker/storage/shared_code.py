@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Final, cast
 import botocore.exceptions
 
 from worker.contract.errors import PermanentStorageError, StorageError
+from worker.contract.given_file import at_home
 from worker.storage.bucket import MISSING, Bucket
 from worker.storage.options import BucketOptions
 from worker.storage.refusals import DENIED, code_of
@@ -146,7 +147,7 @@ def store_of(settings: WorkerSettings) -> Folder | InBucket | None:
     if not settings.kernel_cache or not settings.kernel_cache_key:
         return None
     if not settings.kernel_cache.startswith("s3://"):
-        return Folder(Path(settings.kernel_cache).expanduser())
+        return Folder(at_home(Path(settings.kernel_cache)))
     bucket, _, prefix = settings.kernel_cache.removeprefix("s3://").partition("/")
     options = BucketOptions.of(settings)
     return InBucket(Bucket(bucket, prefix.strip("/"), connections=2, attempts=ATTEMPTS, options=options))

@@ -105,11 +105,11 @@ def test_a_key_belongs_to_a_tenant_that_stays_while_it_has_keys(valkey: ValkeyPr
         (("tenants", "set", "nobody"), "Which setting?"),
         (
             ("tenants", "add", "t", "--max-priority", "10"),
-            "max_priority is 10: it must be less than or equal to 9",
+            "max_priority is 10: it must be 0 to 9",
         ),
         (
             ("tenants", "add", "t", "--requests-per-s", "0"),
-            "requests_per_s is 0.0: it must be greater than 0",
+            "requests_per_s is 0.0: it must be above 0 and up to 1,000,000",
         ),
         (
             ("tenants", "add", "t", "--format", "png", "--format", "none"),

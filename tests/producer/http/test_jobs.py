@@ -72,7 +72,7 @@ def test_a_picture_can_be_waited_for(api: Api) -> None:
     [
         ("/v1/jobs?limt=3", "There is no parameter 'limt': did you mean limit?"),
         ("/v1/fleet?x=1", "There is no parameter 'x': known are none."),
-        ("/v1/jobs?limit=abc", "The parameter limit is 'abc': it must be a valid integer."),
+        ("/v1/jobs?limit=abc", "The parameter limit is 'abc': it must be a valid integer, 1 to 1,000."),
         (f"/v1/jobs/{'0' * 32}/image?wiat=3", "There is no parameter 'wiat': did you mean wait?"),
     ],
 )
@@ -206,7 +206,7 @@ def test_of_a_list_with_wrong_jobs_nothing_is_sent(api: Api) -> None:
     ("raw", "status", "part"),
     [
         (b'{"prompt": ""}', 422, "prompt is empty: say what to draw."),
-        (b'{"prompt": "a", "steps": 1000}', 422, "steps is 1000: it must be less than or equal to 150."),
+        (b'{"prompt": "a", "steps": 1000}', 422, "steps is 1000: it must be 1 to 150."),
         (b'{"prompt": "a", "seed": "7"}', 422, "seed is '7'"),
         # As JSON has them.
         (b'{"prompt": "a", "steps": true}', 422, "steps is true: "),

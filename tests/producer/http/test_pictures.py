@@ -127,8 +127,8 @@ def test_a_tenant_has_no_picture_of_anothers(api: Api) -> None:
         ({"prompt": "a cat", "image": b"GIF89a"}, "image is a GIF: give a PNG, JPEG or WebP."),
         ({"prompt": b"a cat"}, "The form has 'prompt' as a file: send it as a text."),
         ({"prompt": "a cat", "stepps": "5"}, 'There is no job field "stepps": did you mean "steps"?'),
-        ({"prompt": "a cat", "steps": "many"}, "steps is 'many': it must be a valid integer."),
-        ({"prompt": "a cat", "image": DATA, "steps": "0"}, "steps is 0: it must be greater"),
+        ({"prompt": "a cat", "steps": "many"}, "steps is 'many': it must be a valid integer, 1 to 150."),
+        ({"prompt": "a cat", "image": DATA, "steps": "0"}, "steps is 0: it must be 1 to 150."),
     ],
 )
 def test_a_form_that_is_wrong_is_refused(api: Api, parts: Any, sentence: str) -> None:

@@ -27,8 +27,8 @@ def test_every_status_has_a_problem_document(status: int, title: str) -> None:
     ("query", "sentence"),
     [
         ("shape=zzz", "The parameter shape is 'zzz': it must match pattern '^a*$'."),
-        ("count=x", "The parameter count is 'x': it must be a valid integer."),
-        ("count=0", "The parameter count is '0': it must be greater than or equal to 1."),
+        ("count=x", "The parameter count is 'x': it must be a valid integer, at least 1."),
+        ("count=0", "The parameter count is '0': it must be at least 1."),
         ("kind=z", "The parameter kind is 'z': it must be 'x' or 'y'."),
         ("short=abc", "The parameter short is 'abc': it must have at most 2 characters."),
         ("", "The parameter needed is missing: send it."),

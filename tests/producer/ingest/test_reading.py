@@ -95,7 +95,7 @@ def test_a_seed_that_is_none_is_refused_whatever_picture_it_is_for(seed: int) ->
     Path("p.csv").write_text(f"prompt,seed\na cat,{seed}\n")
     code, said, errors = checked("p.csv", "--images", "4")
     assert (code, said) == (1, ["0 jobs, 1 bad line; nothing was sent"])
-    assert f"seed is {seed}: it must be 0 or more, or -1 for a drawn one" in errors
+    assert f"seed is {seed}: it must be 0 to {2**63 - 1:,}, or -1 for a drawn one" in errors
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_the_gallerys_page_knows_a_new_field(found: dict[str, Any]) -> None:
 
 def test_errors_name_a_new_field_its_limit_and_its_choices(found: dict[str, Any]) -> None:
     assert 'There is no job field "sharpnes": did you mean "sharpness"?' in found["errors"]
-    assert "sharpness is 9.0: it must be less than or equal to 4." in found["errors"]
+    assert "sharpness is 9.0: it must be 0 to 4." in found["errors"]
     assert "palette is 'loud': use one of any, warm." in found["errors"]
 
 
@@ -259,6 +259,21 @@ def test_every_limit_of_a_field_is_in_its_line() -> None:
                     continue
             # An empty name is refused with the remedy.
             assert shown in lines[name] or (name, value) == ("model", 1), (name, value)
+
+
+def test_a_number_beyond_a_limit_or_no_number_is_refused_with_both_limits() -> None:
+    numbers = [each for each in JOB_FIELDS.values() if each.kind in (int, float)]
+    assert len(numbers) > 15
+    for entry in numbers:
+        assert re.fullmatch("[0-9]+ to [0-9,]+", entry.limits), entry.name
+        most = int(entry.limits.split(" to ")[1].replace(",", ""))
+        # -1 is a seed: a drawn one.
+        for value in (-2, most + 1, "x", [], 10**40):
+            with pytest.raises(InvalidJobError) as caught:
+                Job.parse({"prompt": "a cat", entry.name: value})
+            sentence = str(caught.value)
+            assert sentence.startswith(f"{entry.name} is "), sentence
+            assert re.search(rf"it must be (a valid \w+, )?{entry.limits}[,.]", sentence), sentence
 
 
 def test_what_a_model_fills_in_are_the_fields_that_may_be_none() -> None:

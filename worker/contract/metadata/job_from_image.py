@@ -15,7 +15,7 @@ from typing import Any
 
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
-from worker.contract.given_file import read_file
+from worker.contract.given_file import at_home, read_file
 from worker.contract.infotext import read_fields
 from worker.contract.job import Job
 from worker.contract.metadata.comfyui import is_graph, read_graph
@@ -76,7 +76,7 @@ def _bytes(image: object) -> bytes:
         return bytes(image)
     if not isinstance(image, str | os.PathLike):
         raise InvalidJobError(f"image is {short(image)}: give a path, or the bytes of a file.")
-    path = Path(os.fsdecode(image)).expanduser()
+    path = at_home(Path(os.fsdecode(image)))
     return read_file("image", path, path)[0]
 
 

@@ -828,6 +828,7 @@ def test_a_picture_is_given_by_its_path_or_its_bytes(tmp_path: Path) -> None:
     ("image", "part"),
     [
         ("no-such.png", "image is 'no-such.png': there is no such file"),
+        ("~nobody-here/a.png", "image is '~nobody-here/a.png': there is no such file"),
         ("/", "image is '/': that is a folder"),
         ("a\0b", "image is "),
         (None, "image is None: give a path, or the bytes of a file"),
