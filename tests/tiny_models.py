@@ -198,6 +198,23 @@ def vae(*, channels: int, levels: int, **more: Any) -> diffusers.AutoencoderKL:
     return model
 
 
+def tiny_vae(*, channels: int = 4, levels: int = 4, seed: int = 5, **more: Any) -> diffusers.AutoencoderTiny:
+    """A VAE of TAESD's kind, of 8 channels, that uses the whole range of pixel values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {
+            "encoder_block_out_channels": (8,) * levels,
+            "decoder_block_out_channels": (8,) * levels,
+            "num_encoder_blocks": (1,) * levels,
+            "num_decoder_blocks": (1,) * levels,
+        }
+        model: Any = diffusers.AutoencoderTiny(latent_channels=channels, **options | more)
+    with torch.no_grad():
+        for layer, scale in ((model.decoder.layers[-1], 6.0), (model.encoder.layers[-1], 8.0)):
+            layer.weight *= scale
+    return model.eval()
+
+
 def _text_config(tokens: int, **more: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=514,

@@ -258,6 +258,9 @@ class WorkerSettings(Settings):
     model_revision: str = ""
     #: Folder with configs (no weights needed) for a single file, in place of those that come with smallcat.
     model_config_dir: str = ""
+    #: VAE in place of the model's own, such as TAESD: folder, .safetensors file or hub id. It is part of the
+    #: model's revision.
+    model_vae: str = ""
     #: Steps for jobs that do not say. Not set: the model's, else 30.
     default_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     #: Guidance for jobs that do not say. Not set: the model's, else 7.5.

@@ -115,7 +115,8 @@ def begin(
     kept = None
     if image is not None and not family.sees_masks:
         # diffusers encodes the masked image, too, which models of 4 channels do not use: its noise is drawn.
-        family.initial_noise(lane, generator)
+        if family.draws_to_encode:
+            family.initial_noise(lane, generator)
         kept = torch.stack([_drawn(family, lane, job, inputs.mask).to(image.device), image, noise])
     return Beginning(latents, kept, seen)
 

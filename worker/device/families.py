@@ -17,7 +17,9 @@ def family_of(loaded: Loaded, *, compiled: bool) -> ModelFamily:
     """
     model = getattr(loaded.pipeline, "unet", None)
     if isinstance(model, diffusers.UNet2DConditionModel):
-        return UNetFamily(loaded.pipeline, loaded.device, loaded.dtype, patched=compiled)
+        return UNetFamily(
+            loaded.pipeline, loaded.device, loaded.dtype, patched=compiled, own_vae=loaded.own_vae
+        )
     raise SettingsError(
         f"The model {loaded.served.name} is a {type(loaded.pipeline).__name__}, which is not served: use a "
         "Stable Diffusion model (1.x, 2.x or XL)."

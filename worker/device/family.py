@@ -187,6 +187,11 @@ class ModelFamily(Protocol):
         """
         raise InvalidJobError("image: this model draws from text alone; leave it out.")
 
+    @property
+    def draws_to_encode(self) -> bool:
+        """Whether the VAE leaves something to chance in `to_latents`; by default it does."""
+        return True
+
     def larger_latents(self, latents: torch.Tensor, lane: Lane, larger: Lane) -> torch.Tensor:
         """Finished latents of `lane`, (*shape) float32, resized for those of the lane `larger`.
 

@@ -51,11 +51,18 @@ class UNetFamily:
     """A diffusers pipeline with a UNet, as a `worker.device.family.ModelFamily`."""
 
     def __init__(
-        self, pipeline: Any, device: torch.device, dtype: torch.dtype, *, patched: bool = False
+        self,
+        pipeline: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        patched: bool = False,
+        own_vae: Any = None,
     ) -> None:
         """`pipeline` is on `device`. `dtype` is that of its UNet and its text encoders.
 
         `patched`: put the modules of `unet_patches` into the pipeline. They are for compiled steps alone.
+        `own_vae`: the config of the VAE that the model came with, where the pipeline has another one.
         """
         self._pipeline, self._unet = pipeline, pipeline.unet
         self._device, self._dtype = device, dtype
@@ -68,7 +75,9 @@ class UNetFamily:
             for part in (pipeline.vae.encoder, getattr(pipeline.vae, "quant_conv", None)):
                 if part is not None:
                     part.to(torch.float32)
-        self._latent_rgb = latent_rgb.of_vae(pipeline.vae.config)
+        self._own_vae = own_vae or pipeline.vae.config
+        # A tiny VAE takes latents of the same scale and says of itself that there is none.
+        self._latent_rgb = latent_rgb.of_vae(pipeline.vae.config if self.draws_to_encode else self._own_vae)
         self._clip = ClipTexts(tuple(encoders_of(pipeline)))
         # `attentions` depends on it: choosing a backend replaces the processor of every layer, so what the
         # patches need of a processor must be part of the layer's description.
@@ -285,7 +294,7 @@ class UNetFamily:
         vae = self._vae
         encoded = vae.encode(pixels[None].to(self._device, next(vae.encoder.parameters()).dtype))
         if (found := getattr(encoded, "latent_dist", None)) is None:
-            latents = encoded.latents.float()  # A VAE that leaves nothing to chance.
+            latents = encoded.latents.float()
         else:
             noise = torch.randn(found.mean.shape, generator=generator).to(self._device)
             latents = found.mean.float() + found.std.float() * noise
@@ -295,6 +304,11 @@ class UNetFamily:
         else:
             scaled = (latents - moments[0]) * factor / moments[1]
         return scaled[0]
+
+    @property
+    def draws_to_encode(self) -> bool:
+        """A tiny VAE leaves nothing to chance."""
+        return not isinstance(self._vae, diffusers.AutoencoderTiny)
 
     def larger_latents(self, latents: torch.Tensor, lane: Lane, larger: Lane) -> torch.Tensor:
         """Bilinearly, as AUTOMATIC1111's upscaler "Latent"."""
@@ -360,24 +374,16 @@ class UNetFamily:
         return self._latent_rgb(latents) if self._latent_rgb else None
 
     def with_vae(self, path: Path, name: str, sha256: str) -> UNetFamily:
-        """The same UNet and text encoders, with an `AutoencoderKL` of a file."""
-        own = self._pipeline.vae
-        vae = vae_files.load(path, name, sha256, own.config)
-        for what, has, needs in (
-            ("latent channels", vae.config.latent_channels, own.config.latent_channels),
-            ("levels", len(vae.config.block_out_channels), len(own.config.block_out_channels)),
-        ):
-            if has != needs:
-                raise InvalidJobError(
-                    f'The VAE "{name}" has {has} {what}, this model needs {needs}: use another one.'
-                )
+        """The same UNet and text encoders, with an `AutoencoderKL` or an `AutoencoderTiny` of a file."""
+        vae = vae_files.load(path, name, sha256, self._own_vae)
         # As the loader does: the VAE that SDXL came with overflows in fp16.
         upcast = self._is_xl and vae.config.force_upcast and self._dtype == torch.float16
         vae.to(self._device, torch.float32 if upcast else self._dtype)
         vae.to(memory_format=torch.channels_last)
         family = copy.copy(self)
-        family._vae, family._latent_rgb = vae, latent_rgb.of_vae(vae.config)
-        family._vae_dtype = vae.dtype
+        family._vae, family._vae_dtype = vae, vae.dtype
+        if family.draws_to_encode:
+            family._latent_rgb = latent_rgb.of_vae(vae.config)
         return family
 
     def check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]] | None:

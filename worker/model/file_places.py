@@ -6,7 +6,6 @@ name. A file of some kinds has a config beside it that is part of its content.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ _GENERAL = ("learned_embeds", "diffusion_pytorch_model", "model", *lora_hub.GENE
 _CONFIGS: Mapping[Kind, Callable[[PurePath], str]] = MappingProxyType(
     {Kind.VAE: vae_files.config_name, Kind.LORA: lora_scales.config_name}
 )
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 _Path = TypeVar("_Path", bound=PurePath)
 
@@ -98,7 +96,7 @@ def place_of(kind: Kind, place: str) -> Place:
     path = at_home(Path(place))
     if path.exists():
         return Place(kind, str(path), path.parent.name if path.is_file() else path.name)
-    if kind is Kind.VAE and _HUB_ID.fullmatch(place) and not place.startswith("."):
+    if kind is Kind.VAE and vae_files.HUB_ID.fullmatch(place) and not place.startswith("."):
         return Place(kind, str(vae_files.from_hub(place)), place.partition("/")[2])
     if kind is Kind.LORA and lora_hub.PLACE.fullmatch(place):
         return Place(kind, str(lora_hub.fetch(place)), place.split("/")[1])

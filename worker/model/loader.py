@@ -30,7 +30,7 @@ from worker.contract.job_parameters import (
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
-from worker.model import half_vae, lora_header, single_file_loader
+from worker.model import half_vae, lora_header, own_vae, single_file_loader
 from worker.model.checkpoint import inpainting_channels
 from worker.model.placement import (
     Choice,
@@ -75,6 +75,8 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     choices: tuple[Choice, ...]
+    #: The config of the VAE that the model came with; None: the pipeline has it.
+    own_vae: Any = None
 
 
 def load(
@@ -99,10 +101,12 @@ def load(
     _silence_libraries()
     pipeline = _load_pipeline(files, settings, dtype)
     _check_pipeline(pipeline, files)
+    came_with = pipeline.vae.config
+    of_vae, chosen_vae = own_vae.put(pipeline, settings.model_vae)
     placed = _to_device(pipeline, device, compiled=settings.compile)
     served = ServedModel(
         name=_name(settings, files),
-        revision=_revision(files, settings),
+        revision=f"{_revision(files, settings)}{of_vae}",
         defaults=_defaults(pipeline, files, settings),
         inpainting=pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels,
         architecture=lora_header.architecture_of(pipeline.unet.config.cross_attention_dim),
@@ -118,9 +122,10 @@ def load(
         *(Choice(*note) for note in (files.single.notes if files.single else ())),
         *((Choice("made for", "inpainting", INPAINTING),) if served.inpainting else ()),
         Choice("safety checker", *choose_safety_checker(settings, ships_one=files.ships_checker)),
+        *chosen_vae,
         *placed,
     )
-    return Loaded(pipeline, served, device, dtype, choices)
+    return Loaded(pipeline, served, device, dtype, choices, came_with)
 
 
 def _silence_libraries() -> None:

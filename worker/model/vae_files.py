@@ -1,5 +1,7 @@
 """VAEs in files of their own: checked by their header, and loaded beside a model that has another one.
 
+An `AutoencoderKL`, or an `AutoencoderTiny` (TAESD).
+
 A file in diffusers' format has its config beside it, as `config.json`, and is scaled as that says. A single
 file has none: it is read with the model's own config, as AUTOMATIC1111 reads it.
 """
@@ -8,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from worker.contract.errors import InvalidJobError, RenderError, SettingsError, first_line
+from worker.model import tiny_vae
 from worker.model.checkpoint import Part, identify_vae
 from worker.model.headers import Tensor, read_header
 
@@ -20,6 +24,8 @@ from worker.model.headers import Tensor, read_header
 MAX_BYTES = 2 << 30
 #: The config of a VAE in diffusers' format, beside its weights; bytes of it, at most.
 CONFIG, MAX_CONFIG = "config.json", 64 << 10
+#: What may be a VAE's name on the hub.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def describe(path: Path) -> tuple[str, str]:
@@ -29,14 +35,20 @@ def describe(path: Path) -> tuple[str, str]:
         if size > MAX_BYTES:
             return "", f"it has {size:,} bytes, the limit is {MAX_BYTES:,}: it is no VAE"
         tensors = read_header(path).tensors
-        part = _part(tensors, path)
         config_of(path)
+        if tiny_vae.is_tiny(tensors):
+            return _fits(tiny_vae.channels_of(tensors)), ""
+        part = _part(tensors, path)
     except (SettingsError, OSError, ValueError) as error:
         return "", str(error).rstrip(".")
     shape = tensors[part.names["decoder.conv_in.weight"]].shape
     if len(shape) != 4:
         return "", f"its first layer has the shape {shape}, a VAE of pictures has four sides"
-    return f"{shape[1]} latent channels", ""
+    return _fits(shape[1]), ""
+
+
+def _fits(channels: int) -> str:
+    return f"{channels} latent channels"
 
 
 def sha256_of(path: Path) -> str:
@@ -59,13 +71,16 @@ def config_of(path: Path) -> dict[str, Any] | None:
         config = dict(json.loads(place.read_text("utf-8")))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"its {CONFIG} is no JSON object: download it again") from None
-    if (kind := config.get("_class_name")) != "AutoencoderKL":
-        raise ValueError(f"it is a {kind}, an AutoencoderKL is needed")
+    if (kind := config.get("_class_name")) not in ("AutoencoderKL", tiny_vae.CLASS):
+        raise ValueError(f"it is a {kind}, an AutoencoderKL or an {tiny_vae.CLASS} is needed")
     return config
 
 
-def from_hub(repo: str) -> Path:
-    """The folder of a VAE on the hub, in its cache; downloaded if it is not there. Raises `SettingsError`."""
+def from_hub(repo: str, setting: str = "SMALLCAT_VAES") -> Path:
+    """The folder of a VAE on the hub, in its cache; downloaded if it is not there. Raises `SettingsError`.
+
+    `setting`: the one that names it.
+    """
     import huggingface_hub
 
     names = [CONFIG, "diffusion_pytorch_model.safetensors"]
@@ -73,7 +88,7 @@ def from_hub(repo: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names))
     except Exception as error:
         raise SettingsError(
-            f"SMALLCAT_VAES names {repo}, which is neither here nor can be downloaded from the hub "
+            f"{setting} names {repo}, which is neither here nor can be downloaded from the hub "
             f"({first_line(error)}): correct it, or name a folder or a file."
         ) from error
 
@@ -101,36 +116,51 @@ def _part(tensors: Mapping[str, Tensor], path: Path) -> Part:
     return part
 
 
-def load(path: Path, name: str, sha256: str, own: Mapping[str, Any]) -> Any:
-    """The VAE of a file, an `AutoencoderKL` on the CPU. `own`: the config of the model's VAE.
+def load(path: Path, name: str, sha256: str, own: Any) -> Any:
+    """The VAE of a file, on the CPU. `own`: the config of the model's VAE.
 
-    Raises `InvalidJobError` for a file that cannot be used, `RenderError` where it is gone or another one.
+    Raises `InvalidJobError` for a file that cannot be used or does not fit the model, `RenderError` where it
+    is gone or another one.
     """
-    import diffusers
-    import torch
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
     from safetensors.torch import load_file
-
-    from worker.model.single_file_loader import as_today
 
     try:
         if sha256_of(path) != sha256:
             raise RenderError(f'The VAE "{name}" was replaced while a job asked for it.')
-        config = config_of(path) or dict(own)
-        part = _part(read_header(path).tensors, path)
+        config, header = config_of(path), read_header(path).tensors
+        is_tiny = tiny_vae.is_tiny(header)
+        if config is not None and is_tiny != (config["_class_name"] == tiny_vae.CLASS):
+            raise ValueError(f"its {CONFIG} is that of an {config['_class_name']}, its weights are not")
+        if config is None:
+            config = tiny_vae.config_for(header) if is_tiny else dict(own)
         stored = load_file(path)
-        tensors = {key: stored[stored_name] for key, stored_name in part.names.items()}
+        if not is_tiny:
+            stored = {key: stored[stored_name] for key, stored_name in _part(header, path).names.items()}
     except OSError as error:
         raise RenderError(f'The VAE "{name}" cannot be read: {error}.') from error
     except (SettingsError, ValueError) as error:
         raise InvalidJobError(f'The VAE "{name}" cannot be used: {str(error).rstrip(".")}.') from error
+    vae = _built(config, stored, name, is_tiny=is_tiny)
+    _check(vae.config, name, own, is_tiny=is_tiny)
+    return vae.eval().requires_grad_(False)
+
+
+def _built(config: Mapping[str, Any], tensors: Mapping[str, Any], name: str, *, is_tiny: bool) -> Any:
+    """The VAE of a config, with these weights. Raises `InvalidJobError`."""
+    import diffusers
+    import torch
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    from worker.model.single_file_loader import as_today
+
+    kind = diffusers.AutoencoderTiny if is_tiny else diffusers.AutoencoderKL
     try:
         # Without memory for its weights, which an author's config could make as large as it likes.
         with torch.device("meta"):
-            vae = diffusers.AutoencoderKL.from_config(config)
+            vae = kind.from_config(config)
         if any(key.startswith("decoder.mid_block.") for key in tensors):
             tensors = dict(as_today(key, tensor) for key, tensor in tensors.items())
-        else:
+        elif not is_tiny:
             tensors = convert_ldm_vae_checkpoint(
                 {f"first_stage_model.{key}": tensor for key, tensor in tensors.items()}, vae.config
             )
@@ -140,4 +170,18 @@ def load(path: Path, name: str, sha256: str, own: Mapping[str, Any]) -> Any:
     missing = next((weight for weight, value in vae.named_parameters() if value.is_meta), None)
     if missing is not None:
         raise InvalidJobError(f'The VAE "{name}" cannot be used: it lacks {missing}.')
-    return vae.eval().requires_grad_(False)
+    return vae
+
+
+def _check(config: Any, name: str, own: Any, *, is_tiny: bool) -> None:
+    """Raise `InvalidJobError` for a VAE that a model, whose own has the config `own`, cannot use."""
+    if is_tiny and (problem := tiny_vae.problem_of(config)):
+        raise InvalidJobError(f'The VAE "{name}" has {problem}: use another one.')
+    for what, has, needs in (
+        ("latent channels", config.latent_channels, own.latent_channels),
+        ("levels", len(config.block_out_channels), len(own.block_out_channels)),
+    ):
+        if has != needs:
+            raise InvalidJobError(
+                f'The VAE "{name}" has {has} {what}, this model needs {needs}: use another one.'
+            )

@@ -54,6 +54,9 @@ MODELS = {
     "sd1 for inpainting": functools.partial(tiny_models.tiny_sd1, attends_first=True, inpainting=True),
     "v for inpainting": functools.partial(tiny_v, inpainting=True),
     "sdxl for inpainting": functools.partial(tiny_models.tiny_sdxl, inpainting=True),
+    # By a worker with SMALLCAT_MODEL_VAE.
+    "sd1 with a tiny VAE": tiny_models.tiny_sd1,
+    "sdxl with a tiny VAE": tiny_models.tiny_sdxl,
 }
 PIPELINES: dict[tuple[bool, bool], Any] = {
     (False, False): diffusers.StableDiffusionImg2ImgPipeline,
@@ -91,8 +94,13 @@ class Model:
 
     def __init__(self, name: str, folder: Path) -> None:
         path = MODELS[name](folder / name)
-        self.runner = ModelRunner(WorkerSettings(model=str(path)))
         self.own: Any = diffusers.DiffusionPipeline.from_pretrained(path)
+        settings = WorkerSettings(model=str(path))
+        if name.endswith("with a tiny VAE"):
+            self.own.register_modules(vae=tiny_models.tiny_vae())
+            self.own.vae.save_pretrained(folder / "taesd")
+            settings = settings.model_copy(update={"model_vae": str(folder / "taesd")})
+        self.runner = ModelRunner(settings)
         # diffusers 0.42.1 looks for the last norm where transformers had it before version 5.
         object.__setattr__(self.own.text_encoder, "text_model", self.own.text_encoder)
         self.is_xl = name.startswith("sdxl")
@@ -178,6 +186,10 @@ def test_equal_to_diffusers_beside_jobs_of_text(models: Any, name: str) -> None:
 def test_equal_to_diffusers_with_a_few_schedulers(models: Any) -> None:
     for scheduler in A_FEW:
         models("sd1").check(of_image(scheduler=scheduler), of_mask(scheduler=scheduler))
+
+
+def test_equal_to_diffusers_with_a_tiny_vae_which_draws_nothing_to_encode(models: Any) -> None:
+    models("sd1 with a tiny VAE").check(of_image(scheduler="euler_a"), of_mask(scheduler="euler_a"))
 
 
 def test_a_model_made_for_inpainting_is_equal_to_diffusers_with_a_few_schedulers(models: Any) -> None:

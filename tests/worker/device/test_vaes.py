@@ -30,10 +30,16 @@ def a_vae(seed: int, **more: Any) -> diffusers.AutoencoderKL:
 
 
 class Model(BesideDiffusers):
-    """A tiny model behind a runner that offers three VAEs, and diffusers' pipeline beside it."""
+    """A tiny model behind a runner that offers four VAEs, and diffusers' pipeline beside it."""
 
     def __init__(self, path: Path, folder: Path) -> None:
-        self.vaes = {"folder": a_vae(11, scaling_factor=0.3), "ldm": a_vae(12), "flat": a_vae(13)}
+        self.vaes: dict[str, Any] = {
+            "folder": a_vae(11, scaling_factor=0.3),
+            "ldm": a_vae(12),
+            "flat": a_vae(13),
+            "taesd": tiny_models.tiny_vae(),
+        }
+        self.vaes["taesd"].save_pretrained(folder / "taesd")
         self.vaes["folder"].save_pretrained(folder / "folder")
         save_file(original_layout.vae(self.vaes["ldm"]), folder / "ldm.safetensors")
         save_file(self.vaes["flat"].state_dict(), folder / "flat.safetensors")
@@ -69,7 +75,7 @@ def test_pictures_are_diffusers_own_with_that_vae_in_one_batch(
     model: str, request: pytest.FixtureRequest
 ) -> None:
     tiny: Model = request.getfixturevalue(model)
-    names = ("folder", "", "ldm", "flat", "folder", "")
+    names = ("folder", "", "ldm", "flat", "folder", "", "taesd")
     jobs = [tiny.job(name, seed=number % 2) for number, name in enumerate(names)]
     pictures = tiny.together(jobs)
     for job, picture in zip(jobs, pictures, strict=True):
@@ -87,7 +93,7 @@ def test_a_vae_is_loaded_once_and_in_prepare(sd1: Model) -> None:
 def test_a_vae_is_part_of_the_job_by_content_and_the_index_says_what_it_is(sd1: Model) -> None:
     entries = {entry.name: entry for entry in sd1.files.index.files}
     assert {name: entry.architecture for name, entry in entries.items()} == dict.fromkeys(
-        ("folder", "ldm", "flat"), "4 latent channels"
+        ("folder", "ldm", "flat", "taesd"), "4 latent channels"
     )
     job = sd1.job("ldm")
     assert job.file_hashes == {"vae:ldm": entries["ldm"].sha256}
@@ -128,6 +134,9 @@ def test_a_place_may_be_a_file_or_a_folder_of_diffusers(tmp_path: Path) -> None:
     [
         (lambda: a_vae(1, channels=8), "has 8 latent channels, this model needs 4"),
         (lambda: a_vae(1, levels=3), "has 3 levels, this model needs 4"),
+        (lambda: tiny_models.tiny_vae(channels=16), "has 16 latent channels, this model needs 4"),
+        (lambda: tiny_models.tiny_vae(levels=3), "has 3 levels, this model needs 4"),
+        (lambda: tiny_models.tiny_vae(shift_factor=0.1), "has latents that are shifted by 0.1"),
     ],
 )
 def test_a_vae_that_does_not_fit_fails_its_own_job(sd1: Model, tmp_path: Path, vae: Any, part: str) -> None:
@@ -163,7 +172,7 @@ def test_what_is_no_vae_is_told_in_the_index(tmp_path: Path) -> None:
     problems = {entry.name: entry.problem for entry in files.index.files}
     assert problems["x"] == "it has no VAE that is read here"
     assert "pickled" in problems["old"]
-    assert problems["other"] == "it is a UNet2DModel, an AutoencoderKL is needed"
+    assert problems["other"] == "it is a UNet2DModel, an AutoencoderKL or an AutoencoderTiny is needed"
 
 
 def test_a_vae_that_was_replaced_is_not_used_for_a_job_that_asked_for_the_old_one(
