@@ -83,6 +83,7 @@ REMEDIES: dict[type[errors.SmallcatError], str] = {
     errors.OutOfMemoryError: "Nothing: the engine tries again with fewer rows.",
     errors.DeviceError: "Let the supervisor start the worker again; check the GPU and its driver.",
     errors.EngineStoppedError: "Nothing: another worker takes the job.",
+    errors.EngineFailedError: "Nothing: another worker takes the job. Read the failed one's log.",
     errors.BucketRefusedError: "Give the worker its rights again: `smallcat doctor` says what is refused.",
     errors.MissingFileError: "Put the file where a worker looks for it, or submit the job again.",
     errors.NewerMessageError: "Upgrade the workers before the producers.",

@@ -11,6 +11,7 @@ nan:            its latents are not finite
 kill:           its process dies by SIGKILL in its first step; kill:N, only in its first N attempts
 kill2:N         the same in the first step of its second pass
 lose:N          its device fails in its first step, in its first N attempts
+break:N         the engine's own loop fails there, in its first N attempts; break:, in each
 die:POINT       its process dies once at that point: see `tests.faults.app`
 """
 
@@ -167,6 +168,8 @@ class FaultRunner:
                 os.kill(os.getpid(), signal.SIGKILL)
             if "lose" in state.verbs and self._may_die(state.job.id, int(state.verbs["lose"])):
                 raise DeviceError("The device is gone.")
+            if "break" in state.verbs and self._may_die(state.job.id, int(state.verbs["break"] or 10**6)):
+                return []  # The engine expects an outcome for each job.
         going = [state for state in states if not state.waits()]
         time.sleep(self._step_s if going else IDLE_TURN_S)
         for state in going:

@@ -62,14 +62,18 @@ def test_a_picture_that_is_not_finite_fails_alone(ground: Ground) -> None:
     oracle.settle(ground, others)
 
 
-def test_a_job_that_kills_its_process_is_set_aside_and_its_mates_complete(ground: Ground) -> None:
-    """Three tries, the last of them alone; those that ran with it are done in the end."""
+@pytest.mark.parametrize("verb", ["kill:", pytest.param("break:", marks=pytest.mark.slow)])
+def test_a_job_that_kills_its_process_is_set_aside_and_its_mates_complete(ground: Ground, verb: str) -> None:
+    """Three tries, the last of them alone; those that ran with it are done in the end.
+
+    So is one that breaks its worker's engine, after which the worker ends.
+    """
     worker = ground.worker()
     ground.supervise(worker)
     with ground.holding() as hold:
         others = ground.submit(3, hold)  # One row is left.
         ground.journal.wait_for("start", others)
-        [poison] = ground.submit(1, "kill:")
+        [poison] = ground.submit(1, verb)
         wait_until("two deaths with others in flight", lambda: ground.journal.count("died")[poison] == 2, 60)
     wait_until("set aside", lambda: ground.states([poison]).keys() == {"failed"}, 60)
     oracle.settle(ground, others)

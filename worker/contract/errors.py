@@ -19,6 +19,7 @@
     │   ├── OutOfMemoryError        a batch did not fit; the engine tries again with fewer rows
     │   ├── DeviceError             the device failed, and will for every job
     │   ├── EngineStoppedError      the engine is stopping or lost
+    │   │   └── EngineFailedError   it failed while it had the job, as when a worker dies
     │   ├── BucketRefusedError      the bucket refuses all that this worker puts
     │   ├── MissingFileError        this worker lacks a file that the job uses
     │   └── NewerMessageError       the message is of a newer version than this worker reads
@@ -116,6 +117,13 @@ class DeviceError(MachineError):
 
 class EngineStoppedError(MachineError):
     """Raised when the engine is draining, stopped or lost. The job goes back to the queue."""
+
+
+class EngineFailedError(EngineStoppedError):
+    """Raised when the engine failed while it had the job. That counts as a worker's death."""
+
+    #: Whether the device or the machine failed, which is seldom a job's fault.
+    by_machine: bool = False
 
 
 class BucketRefusedError(MachineError):

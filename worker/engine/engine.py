@@ -13,8 +13,9 @@ batcher as a finished one does, and joins it again, with its age, when the secon
 A job fails alone. If a step fails, each half of its batch runs again from the same latents, down to the job
 that fails by itself. If a batch does not fit in memory, the lane's cap is lowered. A job is too large only if
 it does not fit while the device does nothing else.
-Every future is resolved, whatever happens. Only a machine fault (`MachineError`) of the runner ends the loop:
-then all jobs go back to the queue, and the process ends.
+Every future is resolved, whatever happens. A machine fault (`MachineError`) of the runner ends the loop, and
+so does a fault of the loop itself: then all jobs go back to the queue with `EngineFailedError`, and the
+process ends.
 
 The engine is given its runner (`worker.engine.runner`) and imports no torch.
 """
@@ -44,7 +45,7 @@ from worker.engine.movement import Movement
 from worker.engine.prepare_stage import PrepareStage
 from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture, Runner, StateT
 from worker.engine.step_watch import StepWatch
-from worker.engine.ticket import Rendered, Ticket, as_job_error, is_machine_fault, shared
+from worker.engine.ticket import Rendered, Ticket, as_job_error, engine_failed, is_machine_fault, shared
 
 logger = logging.getLogger("smallcat.engine")
 
@@ -194,9 +195,7 @@ class Engine(Generic[StateT]):
         except BaseException as error:
             self._has_failed = True
             logger.critical("The engine failed, its jobs go back to the queue: %r", error, exc_info=True)
-            self._give_all_back(
-                EngineStoppedError(f"The engine failed ({error!r}): the job goes back to the queue.")
-            )
+            self._give_all_back(engine_failed(error))
             self._on_failure(error)
 
     def _wait_for_work(self) -> bool:

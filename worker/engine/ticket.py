@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic
 
 from worker.contract.errors import (
+    EngineFailedError,
     JobTooLargeError,
     MachineError,
     OutOfMemoryError,
@@ -103,6 +104,13 @@ def shared(batch: Sequence[Ticket[StateT]], rows: Sequence[int], began_s: float,
 def is_machine_fault(error: BaseException) -> bool:
     """Whether the machine failed and no job: then every other job would fail too, and the engine ends."""
     return isinstance(error, MachineError) and not isinstance(error, OutOfMemoryError)
+
+
+def engine_failed(fault: BaseException) -> EngineFailedError:
+    """The error of all jobs that the engine had when `fault` ended it."""
+    error = EngineFailedError(f"The engine failed ({fault!r}): the job goes back to the queue.")
+    error.by_machine = is_machine_fault(fault)
+    return error
 
 
 def as_job_error(job: Job, error: BaseException) -> SmallcatError:

@@ -8,6 +8,7 @@ failure:
 
     the job's or the caller's fault   decided by `worker.jobs.retry_policy`
     the machine's fault               the message goes back to the queue: `MachineError` leaves `handle`
+    the engine fails                  the same, and it counts as the death of the worker, which ends
     the storage fails                 each request is repeated: `worker.jobs.storage_retry`
     the bucket refuses all            the message goes back to the queue: `worker.jobs.bucket_access`
     Redis fails                       the client repeats each command until the worker stops; then the message
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +43,13 @@ from worker.contract.message import Message
 from worker.contract.plain_text import plain
 from worker.contract.prompt_syntax import warnings_of
 from worker.contract.queues import queue_of
-from worker.contract.record import Attempt, JobRecord, State, Timings
+from worker.contract.record import JobRecord, State, Timings
 from worker.contract.served_model import ServedModel
 from worker.engine.engine import Engine
 from worker.engine.runner import Picture
 from worker.jobs import job_log, metrics
 from worker.jobs.bucket_access import BucketAccess
+from worker.jobs.failed_attempts import FailedAttempts
 from worker.jobs.image_file import CONTENT_TYPES, encode
 from worker.jobs.in_flight import JobsInFlight
 from worker.jobs.input_arrays import arrays_of
@@ -57,7 +58,7 @@ from worker.jobs.put_back import put_back
 from worker.jobs.quarantine import Quarantine
 from worker.jobs.rates import Rates
 from worker.jobs.rendering import render
-from worker.jobs.retry_policy import RetryPolicy, Verdict
+from worker.jobs.retry_policy import RetryPolicy
 from worker.jobs.storage_retry import StorageRetry
 from worker.jobs.stored import has_picture, is_stored
 from worker.state.keys import attempts_key, job_key
@@ -116,6 +117,7 @@ class JobHandler:
         #: How much is done at present.
         self.rates = rates or Rates()
         self._policy = RetryPolicy(max_attempts)
+        self._failed_attempts = FailedAttempts(name, records, self._policy)
         self._quarantine = Quarantine()
         self._in_flight = JobsInFlight()
         #: Whether the bucket takes this worker's pictures. While it is closed, no job should be fetched.
@@ -158,15 +160,15 @@ class JobHandler:
         alone = redelivered and self._policy.runs_alone(*self._records.attempts_and_deaths(message.id))
         with self._quarantine.admit(alone=alone):
             try:
-                return self._attempt(message, message_id)
+                return self._attempt(message, message_id, alone=alone)
             except RedisError:
                 # Redis refuses for good, or did not answer until the worker stopped.
                 with contextlib.suppress(RedisError):
                     self._records.give_back(message.id, message_id)
                 raise
 
-    def _attempt(self, message: Message, message_id: str) -> Handled:
-        """As `handle`, for a message that can be read."""
+    def _attempt(self, message: Message, message_id: str, *, alone: bool) -> Handled:
+        """As `handle`, for a message that can be read. `alone`: no other job runs here meanwhile."""
         with stage("claim"):
             claim, attempt, queued_s = self._records.claim(
                 message.job,
@@ -193,7 +195,8 @@ class JobHandler:
             try:
                 self._complete(message, tag, attempt, queued_s, may_render=claim is Claim.RENDER)
             except SmallcatError as error:
-                return Handled(keys, self._after_failure(message.id, message_id, attempt, error))
+                delay_s = self._failed_attempts.settle(message.id, message_id, attempt, error, alone=alone)
+                return Handled(keys, delay_s)
         return Handled(keys, is_done=True)
 
     def _complete(
@@ -333,40 +336,6 @@ class JobHandler:
             lambda: self._bucket.put(record.id, image_format, picture, lasting, mime, tenant),
             len(picture),
         )
-
-    def _after_failure(
-        self, job_id: str, message_id: str, attempt: int, error: SmallcatError
-    ) -> float | None:
-        """Record that an attempt failed. Returns seconds until the next one; None: it was the last.
-
-        Raises `error` where the message must go back to the queue.
-        """
-        name, text = type(error).__name__, str(error)
-        match self._policy.verdict(error, attempt):
-            case Verdict.GIVE_BACK:
-                self._records.give_back(job_id, message_id)
-                metrics.JOBS.labels("given_back", name).inc()
-                raise error
-            case Verdict.RETRY:
-                at = time.time()
-                failure = Attempt(attempt=attempt, worker=self._name, at=at, error_type=name, error=text)
-                self._records.retried(job_id, message_id, failure)
-                metrics.JOBS.labels("retried", name).inc()
-                job_log.failed(job_id, attempt, error, logging.WARNING)
-                return self._policy.pause_s(attempt, random.random())  # noqa: S311 - nothing secret
-            case Verdict.CANCEL:
-                if not self._records.cancelled(job_id, message_id, error):
-                    # It was submitted again while this render was being stopped.
-                    self._records.give_back(job_id, message_id)
-                    metrics.JOBS.labels("given_back", name).inc()
-                    return 0.0
-                metrics.JOBS.labels("cancelled", "").inc()
-                job_log.failed(job_id, attempt, error, logging.INFO)
-            case Verdict.FAIL:
-                self._records.failed(job_id, message_id, error)
-                metrics.JOBS.labels("failed", name).inc()
-                job_log.failed(job_id, attempt, error, logging.ERROR)
-        return None
 
     def _file_of(self, picture: Picture, job: Job, inputs: InputPixels | None) -> bytes:
         """The picture's file. Whatever is raised on the way is this job's own failure."""

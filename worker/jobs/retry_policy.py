@@ -5,11 +5,14 @@ Whose fault the failure is (`worker.contract.errors`) decides:
     the caller's     the job fails
     the job's        it is tried again, each time after a longer pause; it fails with its last attempt
     the machine's    the message goes back to the queue, and the attempt does not count
+    the engine's     the same, but it counts as the death of a worker, since a job may be why
     a service's      the job fails: the request was repeated before (`worker.jobs.storage_retry`)
 
 A worker that dies reports no failure. `claim.lua` counts its attempt, too, and lets nobody have a job whose
 attempts are used up: that is a poison job. Its last attempt is made alone, so that no other job loses an
-attempt with it.
+attempt with it. An engine that fails is the same to its jobs: the process ends. Where its device failed, that
+is seldom a job's fault: it uses up an attempt only of a job that had the device to itself. A job in whose
+attempts devices failed again and again has it to itself.
 """
 
 from __future__ import annotations
@@ -18,7 +21,14 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
-from worker.contract.errors import JobCancelledError, JobError, MachineError, PoisonJobError, SmallcatError
+from worker.contract.errors import (
+    EngineFailedError,
+    JobCancelledError,
+    JobError,
+    MachineError,
+    PoisonJobError,
+    SmallcatError,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,10 @@ class Verdict(enum.Enum):
 
     #: Its message goes back to the queue at once; the attempt does not count.
     GIVE_BACK = enum.auto()
+    #: The same, but the death of its worker counts; the attempt does not.
+    SUSPECT = enum.auto()
+    #: The same, and the attempt counts: as that of a worker that died.
+    DEATH = enum.auto()
     #: It is tried again after a pause.
     RETRY = enum.auto()
     #: It has failed for good.
@@ -64,8 +78,13 @@ class RetryPolicy:
     #: Attempts at a job, >= 1: `SMALLCAT_MAX_ATTEMPTS`.
     max_attempts: int
 
-    def verdict(self, error: SmallcatError, attempt: int) -> Verdict:
-        """What becomes of a job whose attempt number `attempt` (>= 1) ended with `error`."""
+    def verdict(self, error: SmallcatError, attempt: int, *, alone: bool = False) -> Verdict:
+        """What becomes of a job whose attempt number `attempt` (>= 1) ended with `error`.
+
+        `alone`: no other job was in the engine.
+        """
+        if isinstance(error, EngineFailedError):
+            return Verdict.DEATH if alone or not error.by_machine else Verdict.SUSPECT
         if isinstance(error, MachineError):
             return Verdict.GIVE_BACK
         if isinstance(error, JobCancelledError):
@@ -80,9 +99,11 @@ class RetryPolicy:
     def runs_alone(self, attempts: int, deaths: int) -> bool:
         """Whether the next attempt must be made alone, after so many attempts and deaths of workers.
 
-        It must when it is the last one and an earlier one ended with the death of its worker.
+        It must when it is the last one and an earlier one ended with the death of its worker; and after as
+        many deaths as would leave one attempt, had they used up any.
         """
-        return attempts == self.max_attempts - 1 and deaths > 0
+        last = self.max_attempts - 1
+        return deaths > 0 and attempts <= last <= max(attempts, deaths)
 
     def poison(self, attempts: int) -> PoisonJobError:
         """The error of a job whose attempts are used up without a failure that was reported."""

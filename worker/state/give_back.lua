@@ -2,17 +2,18 @@
 --
 -- KEYS     the record, the job's attempts
 -- ARGV     message id, holder (`claim.lua`), how the attempt failed as JSON (`worker.contract.record.Attempt`);
---          '' where it was not the job's fault and does not count
+--          '' where it was not the job's fault and does not count, 'death' where it ended as one by the death of
+--          its worker does, or ''
 -- Returns  1 when it was undone, 0 when the message does not hold the claim
 -- include go_on.lua
 -- include heal.lua
 go_on()
-local message, me, failure = unpack(ARGV)
+local message, me, failure, ended = unpack(ARGV)
 local state, named, attempt = unpack(on(KEYS[1], 'HMGET', 'state', 'claim', 'attempts'))
 local holds = on(KEYS[2], 'HGET', 'claim') == me and (named == message or state == 'running')
 local is_open = on(KEYS[2], 'HDEL', 'open:' .. me) == 1
 if is_open then
-  redis.call('HINCRBY', KEYS[2], 'deaths', -1)
+  if ended ~= 'death' then redis.call('HINCRBY', KEYS[2], 'deaths', -1) end
   if failure == '' or not holds then redis.call('HINCRBY', KEYS[2], 'attempts', -1) end
 end
 if not holds then return 0 end

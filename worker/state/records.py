@@ -297,11 +297,22 @@ class Records:
 
     def give_back(self, job_id: str, message: str) -> None:
         """Undo the claim of `message`, and its attempt: the job goes to another worker."""
-        self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=[*holder_of(message), ""])
+        self._undo(job_id, message)
 
     def retried(self, job_id: str, message: str, attempt: Attempt) -> None:
         """Undo the claim of `message`, whose attempt failed: the job is tried again later."""
-        args = [*holder_of(message), attempt.model_dump_json()]
+        self._undo(job_id, message, attempt)
+
+    def died(self, job_id: str, message: str, attempt: Attempt | None) -> None:
+        """Undo the claim of `message`, whose attempt counts as one that ended with its worker's death.
+
+        `attempt`: how it failed; None: only the death counts, and no attempt is used up.
+        """
+        self._undo(job_id, message, attempt, "death")
+
+    def _undo(self, job_id: str, message: str, attempt: Attempt | None = None, ended: str = "") -> None:
+        failure = "" if attempt is None else attempt.model_dump_json()
+        args = [*holder_of(message), failure, ended]
         self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=args)
 
     def attempts_and_deaths(self, job_id: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.worker.engine.engine_bench import Bench, bench_of, error_of, picture
 from tests.worker.engine.fake_runner import SOON_S, FakeRunner, Faults, job_of, picture_of
 from worker.contract.errors import (
+    EngineFailedError,
     EngineStoppedError,
     JobCancelledError,
     JobTimeoutError,
@@ -327,7 +328,7 @@ def test_a_machine_fault_ends_the_loop_gives_all_jobs_back_and_is_reported(bench
     assert all(future.done() for future in futures)
     errors = [error for future in futures if (error := future.exception())]
     assert errors
-    assert all(isinstance(error, EngineStoppedError) for error in errors)
+    assert all(isinstance(error, EngineFailedError) and error.by_machine for error in errors)
     assert not bench.engine.is_alive()
     assert isinstance(error_of(bench.submit(99)), EngineStoppedError)
 
@@ -338,7 +339,8 @@ def test_a_bug_in_the_loop_itself_gives_all_jobs_back_and_is_reported(runner: Fa
         futures = bench.submit_together(1, 2)
         bench.engine.start()
         assert bench.failed.wait(SOON_S)
-        assert all(isinstance(error_of(future), EngineStoppedError) for future in futures)
+        errors = [error_of(future) for future in futures]
+        assert all(isinstance(error, EngineFailedError) and not error.by_machine for error in errors)
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), MemoryError()], ids=repr)

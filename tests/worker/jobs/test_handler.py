@@ -21,9 +21,12 @@ from worker.contract import infotext
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import (
     BucketRefusedError,
+    DeviceError,
+    EngineFailedError,
     EngineStoppedError,
     InvalidJobError,
     JobCancelledError,
+    MachineError,
     MissingFileError,
     NewerMessageError,
     NotFiniteError,
@@ -644,6 +647,59 @@ def test_stopping_gives_back_a_job_that_is_rendered(worker: Worker) -> None:
     stop.join(SOON_S)
     record = worker.records.get(JOB.id)
     assert (record.state, record.attempts, record.tries) == (State.QUEUED, 0, ())
+
+
+def break_engine(worker: Worker, fault: BaseException) -> None:
+    """Let the engine's loop end with `fault` in its next step."""
+
+    def step(states: object) -> list[None]:
+        if isinstance(fault, MachineError):
+            raise fault
+        return []  # One outcome a job is what the loop expects.
+
+    worker.runner.step = step  # type: ignore[assignment]
+
+
+def fail_engines(client: Redis, storage: FlakyBucket, fault: BaseException, most: int) -> list[JobRecord]:
+    """The job's record after each worker whose engine it broke, until no worker has it any more."""
+    records: list[JobRecord] = []
+    while len(records) < most:
+        with Worker(client, storage) as worker:
+            break_engine(worker, fault)
+            worker.submit(JOB)
+            begun = worker.begin(JOB, redelivered=bool(records))
+            is_over = begun.exception(SOON_S) is None
+            records.append(worker.records.get(JOB.id))
+            if is_over:
+                return records
+            assert isinstance(begun.exception(), EngineFailedError)
+            assert records[-1].state is State.QUEUED
+    return records
+
+
+def test_a_job_that_breaks_the_engine_each_time_is_poison(client: Redis, storage: FlakyBucket) -> None:
+    """As one that kills its worker each time."""
+    *queued, last = fail_engines(client, storage, ValueError("a bug"), 9)
+    assert [record.attempts for record in queued] == [1, 2, 3]
+    assert (last.state, last.error_type, last.attempts) == (State.FAILED, "PoisonJobError", 3)
+    assert [attempt.error_type for attempt in last.tries] == ["EngineFailedError"] * 3
+    assert "ValueError" in (last.tries[0].error or "")
+
+
+def test_a_job_under_which_devices_fail_uses_up_attempts_only_alone(
+    client: Redis, storage: FlakyBucket
+) -> None:
+    *queued, last = fail_engines(client, storage, DeviceError("illegal memory access"), 9)
+    assert [record.attempts for record in queued] == [0, 0, 1, 2, 3]
+    assert (last.state, last.error_type, last.attempts) == (State.FAILED, "PoisonJobError", 3)
+
+
+def test_a_job_that_was_in_a_broken_engine_is_done_by_another(client: Redis, storage: FlakyBucket) -> None:
+    fail_engines(client, storage, ValueError("a bug"), 2)
+    with Worker(client, storage) as worker:
+        assert worker.handle(JOB, redelivered=True) is None
+        record = worker.records.get(JOB.id)
+    assert (record.state, record.attempts) == (State.DONE, 3)
 
 
 # --- failures of Redis ------------------------------------------------------------------------------------

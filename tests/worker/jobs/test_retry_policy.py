@@ -34,6 +34,7 @@ VERDICTS = {
     errors.OutOfMemoryError: Verdict.GIVE_BACK,
     errors.DeviceError: Verdict.GIVE_BACK,
     errors.EngineStoppedError: Verdict.GIVE_BACK,
+    errors.EngineFailedError: Verdict.DEATH,
     errors.BucketRefusedError: Verdict.GIVE_BACK,
     errors.MissingFileError: Verdict.GIVE_BACK,
     errors.NewerMessageError: Verdict.GIVE_BACK,
@@ -59,6 +60,23 @@ def test_every_error_has_a_verdict() -> None:
 def test_whose_fault_it_is_decides(kind: type[SmallcatError]) -> None:
     assert POLICY.verdict(kind("x"), 1) is VERDICTS[kind]
     assert POLICY.verdict(kind("x"), 2) is VERDICTS[kind]
+
+
+@pytest.mark.parametrize(
+    ("by_machine", "alone", "verdict"),
+    [
+        (False, False, Verdict.DEATH),
+        (False, True, Verdict.DEATH),
+        (True, False, Verdict.SUSPECT),
+        (True, True, Verdict.DEATH),
+    ],
+)
+def test_an_engine_s_failure_counts_as_a_death_and_a_device_s_as_an_attempt_of_a_job_alone(
+    by_machine: bool, alone: bool, verdict: Verdict
+) -> None:
+    error = errors.EngineFailedError("x")
+    error.by_machine = by_machine
+    assert POLICY.verdict(error, 1, alone=alone) is verdict
 
 
 @pytest.mark.parametrize("kind", VERDICTS)
@@ -93,7 +111,20 @@ def test_jitter_takes_up_to_half_off(failures: int, chance: float) -> None:
 
 @pytest.mark.parametrize(
     ("attempts", "deaths", "alone"),
-    [(0, 0, False), (1, 1, False), (2, 0, False), (2, 1, True), (2, 2, True), (3, 3, False)],
+    [
+        (0, 0, False),
+        (1, 1, False),
+        (2, 0, False),
+        (2, 1, True),
+        (2, 2, True),
+        (3, 3, False),
+        # Deaths that used up no attempt.
+        (0, 1, False),
+        (0, 2, True),
+        (1, 2, True),
+        (2, 5, True),
+        (3, 5, False),
+    ],
 )
 def test_the_last_attempt_after_a_worker_s_death_is_made_alone(
     attempts: int, deaths: int, alone: bool

@@ -284,6 +284,22 @@ def test_giving_back_undoes_the_attempt(records: Records) -> None:
     assert claim(records, "m2") == (Claim.RENDER, 1)
 
 
+def test_a_death_counts_with_its_attempt_or_without(records: Records) -> None:
+    records.submitted(JOB, QUEUE)
+    claim(records, "m1")
+    records.died(JOB.id, "m1", None)
+    record = records.get(JOB.id)
+    assert (record.state, record.attempts, record.tries) == (State.QUEUED, 0, ())
+    assert records.attempts_and_deaths(JOB.id) == (0, 1)
+    claim(records, "m1")
+    records.died(JOB.id, "m1", failure(1))
+    record = records.get(JOB.id)
+    assert (record.state, record.attempts, record.tries) == (State.QUEUED, 1, (failure(1),))
+    assert records.attempts_and_deaths(JOB.id) == (1, 2)
+    # Any message may have it now.
+    assert claim(records, "m2") == (Claim.RENDER, 2)
+
+
 def test_giving_back_a_poison_job_undoes_no_attempt(records: Records) -> None:
     """As when Redis fails just when its failure is written."""
     for _ in range(3):  # As by workers that were killed.
