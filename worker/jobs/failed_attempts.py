@@ -35,11 +35,12 @@ class FailedAttempts:
                 metrics.JOBS.labels("given_back", name).inc()
                 raise error
             case Verdict.SUSPECT | Verdict.DEATH as verdict:
-                self._records.died(job_id, message_id, failure if verdict is Verdict.DEATH else None)
+                counted = failure if verdict is Verdict.DEATH else None
+                self._records.give_back(job_id, message_id, counted, died=True)
                 metrics.JOBS.labels("given_back", name).inc()
                 raise error
             case Verdict.RETRY:
-                self._records.retried(job_id, message_id, failure)
+                self._records.give_back(job_id, message_id, failure)
                 metrics.JOBS.labels("retried", name).inc()
                 job_log.failed(job_id, attempt, error, logging.WARNING)
                 return self._policy.pause_s(attempt, random.random())  # noqa: S311 - nothing secret

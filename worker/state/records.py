@@ -295,24 +295,15 @@ class Records:
         """As `failed`, for a job that was stopped. False only where somebody wants it still."""
         return self._ended(job_id, message, error) != -1
 
-    def give_back(self, job_id: str, message: str) -> None:
-        """Undo the claim of `message`, and its attempt: the job goes to another worker."""
-        self._undo(job_id, message)
+    def give_back(
+        self, job_id: str, message: str, failure: Attempt | None = None, *, died: bool = False
+    ) -> None:
+        """Undo the claim of `message`: the job goes to another worker, or is tried again later.
 
-    def retried(self, job_id: str, message: str, attempt: Attempt) -> None:
-        """Undo the claim of `message`, whose attempt failed: the job is tried again later."""
-        self._undo(job_id, message, attempt)
-
-    def died(self, job_id: str, message: str, attempt: Attempt | None) -> None:
-        """Undo the claim of `message`, whose attempt counts as one that ended with its worker's death.
-
-        `attempt`: how it failed; None: only the death counts, and no attempt is used up.
+        `failure`: how the attempt failed; None: it does not count. `died`: it ended as by its worker's death.
         """
-        self._undo(job_id, message, attempt, "death")
-
-    def _undo(self, job_id: str, message: str, attempt: Attempt | None = None, ended: str = "") -> None:
-        failure = "" if attempt is None else attempt.model_dump_json()
-        args = [*holder_of(message), failure, ended]
+        said = "" if failure is None else failure.model_dump_json()
+        args = [*holder_of(message), said, "death" if died else ""]
         self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=args)
 
     def attempts_and_deaths(self, job_id: str) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def fail(prompt: str, error: SmallcatError, run: str = "") -> str:
         assert (verdict, number) == ("render", attempt)
         if attempt == 1:
             tried = Attempt(attempt=1, worker="w1", at=1.0, error_type=type(error).__name__, error=str(error))
-            records.retried(handle.id, "m1", tried)
+            records.give_back(handle.id, "m1", tried)
     assert records.failed(handle.id, "m1", error)
     return handle.id
 

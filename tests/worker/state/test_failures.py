@@ -49,7 +49,7 @@ def ids(failures: Failures) -> list[str]:
 
 def test_a_failure_is_what_its_record_says(records: Records, failures: Failures) -> None:
     records.claim(JOB, "m1", worker="w1", lease_s=30, max_attempts=3, queue="q", run=MARK)
-    records.retried(JOB.id, "m1", Attempt(attempt=1, worker="w1", at=1.0, error_type="x", error="y"))
+    records.give_back(JOB.id, "m1", Attempt(attempt=1, worker="w1", at=1.0, error_type="x", error="y"))
     fail(records, JOB, '"NaN" / \u00fc \u4e2d \x7f\n')
     record = records.get(JOB.id)
     assert len(record.tries) == 2

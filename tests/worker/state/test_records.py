@@ -142,7 +142,7 @@ def test_a_job_that_was_taken_too_often_is_poison(records: Records) -> None:
 
 def test_each_try_is_on_record(records: Records) -> None:
     claim(records, worker="w1")
-    records.retried(JOB.id, "m1", failure(1))
+    records.give_back(JOB.id, "m1", failure(1))
     claim(records, worker="w2")
     first, second = records.get(JOB.id).tries
     assert (first.attempt, first.worker, first.error) == (1, "w1", "once")
@@ -268,7 +268,7 @@ def test_a_failure_from_a_message_that_lost_its_claim_changes_nothing(records: R
     claim(records, "m2")
     before = records.get(JOB.id)
     assert not records.failed(JOB.id, "m1", NotFiniteError("late"))
-    records.retried(JOB.id, "m1", failure(1))
+    records.give_back(JOB.id, "m1", failure(1))
     records.give_back(JOB.id, "m1")
     assert records.get(JOB.id) == before
 
@@ -287,12 +287,12 @@ def test_giving_back_undoes_the_attempt(records: Records) -> None:
 def test_a_death_counts_with_its_attempt_or_without(records: Records) -> None:
     records.submitted(JOB, QUEUE)
     claim(records, "m1")
-    records.died(JOB.id, "m1", None)
+    records.give_back(JOB.id, "m1", died=True)
     record = records.get(JOB.id)
     assert (record.state, record.attempts, record.tries) == (State.QUEUED, 0, ())
     assert records.attempts_and_deaths(JOB.id) == (0, 1)
     claim(records, "m1")
-    records.died(JOB.id, "m1", failure(1))
+    records.give_back(JOB.id, "m1", failure(1), died=True)
     record = records.get(JOB.id)
     assert (record.state, record.attempts, record.tries) == (State.QUEUED, 1, (failure(1),))
     assert records.attempts_and_deaths(JOB.id) == (1, 2)
@@ -321,7 +321,7 @@ def test_workers_go_on_while_redis_is_full_and_so_make_room(records: Records, cl
         claim(records, job=others[0])
         assert records.failed(others[0].id, "m1", NotFiniteError("NaN"))
         claim(records, job=others[1])
-        records.retried(others[1].id, "m1", failure(1))
+        records.give_back(others[1].id, "m1", failure(1))
         claim(records, job=others[2])
         assert records.cancel(others[2].id) is State.RUNNING
         with pytest.raises(OutOfMemoryError):
@@ -334,7 +334,7 @@ def test_workers_go_on_while_redis_is_full_and_so_make_room(records: Records, cl
 
 def test_a_failed_attempt_counts_and_the_job_waits_for_the_next(records: Records) -> None:
     claim(records, "m1")
-    records.retried(JOB.id, "m1", failure(1))
+    records.give_back(JOB.id, "m1", failure(1))
     assert (records.get(JOB.id).state, records.get(JOB.id).attempts) == (State.QUEUED, 1)
     assert claim(records, "m1") == (Claim.RENDER, 2)
 
@@ -514,7 +514,7 @@ def test_every_key_expires(records: Records, client: Redis, end: str, submitted:
     if end == "given back":
         records.give_back(JOB.id, "m1")
     if end == "retried":
-        records.retried(JOB.id, "m1", failure(1))
+        records.give_back(JOB.id, "m1", failure(1))
     assert all_keys_expire(client)
 
 

@@ -392,7 +392,7 @@ def test_a_record_whose_claim_is_deleted_still_hears_of_its_end(
         assert claim(records) is Claim.RENDER
         client.hdel(job_key(JOB.id), *fields)
         failure = Attempt(attempt=1, worker="w1", at=1.0, error_type="RenderError", error="x")
-        records.retried(JOB.id, message, failure)
+        records.give_back(JOB.id, message, failure)
         assert state(records)[0] is State.QUEUED
     assert claim(records) is Claim.RENDER
     client.hdel(job_key(JOB.id), *fields)
