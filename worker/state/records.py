@@ -302,9 +302,8 @@ class Records:
 
         `failure`: how the attempt failed; None: it does not count. `died`: it ended as by its worker's death.
         """
-        said = "" if failure is None else failure.model_dump_json()
-        args = [*holder_of(message), said, "death" if died else ""]
-        self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=args)
+        said = failure.model_dump_json() if failure else "", "death" if died else ""
+        self._give_back(keys=[job_key(job_id), attempts_key(job_id)], args=[*holder_of(message), *said])
 
     def attempts_and_deaths(self, job_id: str) -> tuple[int, int]:
         """Attempts at the job, and how many of them ended with the death of their worker."""
