@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,12 +182,17 @@ class Session:
         return None
 
     def given(
-        self, fields: Mapping[str, Any], tenant: str, folder: Path | None = None, *, may_wait: bool = True
+        self,
+        fields: Mapping[str, Any],
+        tenant: str,
+        folder: Path | None = None,
+        picture_of: Callable[[str, str], InputReference] | None = None,
     ) -> Given | None:
         """The fields of a job of `tenant` with its pictures read, wherever they are; None: it has none.
 
-        `folder`: see `worker.contract.given_picture.Reach`; `may_wait`: see `picture_of`. Raises
-        `InvalidJobError`, `StorageError`.
+        `folder`: see `worker.contract.given_picture.Reach`; `picture_of` says what a job's id means for the
+        field of that name, where it is not its picture as it is known now. Raises `InvalidJobError`,
+        `StorageError`.
         """
         pictures = (fields.get("image"), fields.get("mask"))
         if all(each is None or (isinstance(each, str) and not each.strip()) for each in pictures):
@@ -210,18 +215,15 @@ class Session:
                     f'{name} is {uri}, and there is no bucket "{bucket.name}": check the address.'
                 ) from None
 
-        def picture_of(job_id: str, name: str) -> InputReference:
-            return self.picture_of(job_id, tenant, name, may_wait=may_wait)
+        def known_picture(job_id: str, name: str) -> InputReference:
+            return self.picture_of(job_id, tenant, name)[0]
 
-        return read_given(fields, Reach(fetch, picture_of, folder or Path()))
+        return read_given(fields, Reach(fetch, picture_of or known_picture, folder or Path()))
 
-    def picture_of(
-        self, job_id: str, tenant: str, name: str = "image", *, may_wait: bool = True
-    ) -> InputReference:
-        """The reference to the picture of another job of `tenant`, for the field `name`.
+    def picture_of(self, job_id: str, tenant: str, name: str = "image") -> tuple[InputReference, bool]:
+        """The reference to the picture of another job of `tenant`, for the field `name`; whether it is done.
 
-        Unless the new job `may_wait`, that one must be done. Raises `InvalidJobError`, `QueueError`,
-        `StorageError`.
+        Raises `InvalidJobError`, `QueueError`, `StorageError`.
         """
         is_of = f"{name} is the picture of job {job_id}"
         with self.queue_errors():
@@ -234,15 +236,13 @@ class Session:
                 f"{is_of}, which {'has failed' if record.state is State.FAILED else 'was cancelled'}: submit "
                 "that job again first."
             )
-        if not may_wait and record.state is not State.DONE:
-            raise InvalidJobError(f"{is_of}, which is {record.state}: wait until it is done.")
         width, height = record.job.picture_size
         if not width or not height:
             raise InvalidJobError(
                 f"{is_of}, whose size is not known, as no worker of its model has run: submit that job with "
                 "a width and a height, or wait until it is done."
             )
-        return InputReference("job", job_id, width, height)
+        return InputReference("job", job_id, width, height), record.state is State.DONE
 
     def store(self, given: Given, tenant: str) -> None:
         """Put the files of a job into the bucket, unless they are there.

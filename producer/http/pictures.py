@@ -148,7 +148,7 @@ def _picture_of(backend: Backend, caller: Caller, job_id: str, name: str) -> Inp
         found = Submissions(backend.session.redis, 1).of(job_id)
         if not any(each.startswith(caller.tenant_mark) for each in found):
             raise unknown_picture(name, job_id)
-    return backend.session.picture_of(job_id, caller.owner, name)
+    return backend.session.picture_of(job_id, caller.owner, name)[0]
 
 
 async def store(backend: Backend, caller: Caller, given: Sequence[Given]) -> None:

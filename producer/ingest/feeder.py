@@ -27,6 +27,7 @@ from producer.ingest.rejects import OwnFiles, Rejects
 from producer.ingest.results import Results
 from producer.ingest.run_state import Run, Status
 from producer.ingest.run_webhook import set_webhook
+from producer.ingest.sent import Sent
 from producer.ingest.types import Counts, Display, Gate, Options, Outcome
 from producer.ingest.windows import Windows
 from producer.ingest.writing import writing
@@ -43,6 +44,8 @@ WINDOW = 500
 POLL_EVERY_S = 0.1
 #: Seconds with empty queues and without an outcome, until a check for lost messages.
 QUIET_S = 3.0
+#: The same where all that is not over waits for other jobs.
+QUIET_WAITING_S = 60.0
 #: The run's field that says which files of rejected lines are its own.
 REJECTED_FILES = "rejected files"
 #: Names of files that a run keeps for lists of runs.
@@ -82,7 +85,7 @@ class Ingest:
         self._rejects: Rejects | None = None
         self._received_at = self._counted_at = 0.0
         self._sent_again = 0
-        self._told_of_parked = False
+        self._told_of_parked = self._told_of_waiting = False
         self._counts = Counts()
 
     def stop(self) -> None:
@@ -93,6 +96,9 @@ class Ingest:
         """Feed the run. Raises `PromptFileError`, `QueueError`, `StorageError`; a later call resumes it."""
         with self._session.queue_errors():
             self._go_on_as_begun()
+            pictures = self._plan.pictures
+            if pictures:
+                pictures.of(self.run)
             if self._options.strict:
                 refuse_bad_lines(self._plan, self._display.notice, self._pinned.foreseer)
             self._choose_manifest()
@@ -104,6 +110,10 @@ class Ingest:
                 # In this order: a journal without its run is no harm.
                 journal_path(self._wanted, self.run.id).unlink(missing_ok=True)
                 self.run.begin_anew(keep=("files", "tenant", REJECTED_FILES))
+                if pictures:
+                    pictures.of(self.run)
+            if pictures:
+                pictures.note()
             if self._options.hook:
                 set_webhook(
                     self._session.redis,
@@ -221,6 +231,10 @@ class Ingest:
         elif status.total is None and (room := self._room(status)):
             progressed = self._send_window(status, room) or progressed
         if not progressed:
+            if status.waiting and not self._told_of_waiting:
+                self._told_of_waiting = True
+                wait = counted(status.waiting, "job waits", "jobs wait")
+                self._display.notice(f"{wait} for the pictures of jobs that are not done.")
             if status.queued == status.parked and status.ended < status.fed:
                 self._send_lost_again(status)
             time.sleep(POLL_EVERY_S)
@@ -230,7 +244,7 @@ class Ingest:
         """Jobs that may be sent now; 0 until there is room for half a window."""
         if self._options.detach:
             return WINDOW
-        room = self._options.max_queued - status.queued
+        room = self._options.max_queued - status.queued - status.waiting
         return min(WINDOW, room) if room >= min(WINDOW, self._options.max_queued) // 2 else 0
 
     # Sending.
@@ -240,7 +254,7 @@ class Ingest:
         if status.cursor != self._cursor:
             self._display.notice("Redis has lost the jobs that were sent last: they are sent again.")
             self._go_to(status)
-        messages: list[tuple[str, str]] = []
+        messages: list[Sent] = []
         cursor, total = status.cursor, None
         at = self.run.now()
         window, is_last = self._windows.next(status.fed, WINDOW, room)
@@ -270,7 +284,8 @@ class Ingest:
 
     def _send_lost_again(self, status: Status) -> None:
         """Send jobs again whose messages were purged, or lost with a Redis that died."""
-        if time.monotonic() - self._received_at < QUIET_S:
+        all_wait = status.ended + status.waiting >= status.fed
+        if time.monotonic() - self._received_at < (QUIET_WAITING_S if all_wait else QUIET_S):
             return
         self._received_at = time.monotonic()
         if status.parked and not self._told_of_parked:

@@ -6,7 +6,9 @@ import uuid
 
 from producer.ingest.message_templates import MessageTemplate, TemplatedJob
 from producer.ingest.plan import Planned
+from producer.ingest.sent import Sent
 from producer.session import Session
+from worker.contract.input_reference import jobs_of
 from worker.contract.message import Route, RunMark
 from worker.tracing.submissions import SentSpan, send_span
 
@@ -25,8 +27,8 @@ class Messages:
         """The queues that they were written for."""
         return {route.queue for route in self._templates}
 
-    def of(self, job: Planned, run: str, number: int, at: int, again: str = "") -> tuple[str, str]:
-        """The list and the message of job `number` of a run. Each has an id of its own, for its claim.
+    def of(self, job: Planned, run: str, number: int, at: int, again: str = "") -> Sent:
+        """The message of job `number` of a run. Each has an id of its own, for its claim.
 
         `at`: Unix seconds by Redis' clock. `again` makes the id another one, where the job is sent again.
         """
@@ -34,13 +36,20 @@ class Messages:
         self._tags += 1
         span = send_span(job.templated.id, job.templated.route.queue, is_root=True)
         self._spans.append(span)
-        return template.list, template.fill(
+        mark = RunMark(run, number, job.file, job.line, at).encode()
+        message = template.fill(
             job.templated,
-            RunMark(run, number, job.file, job.line, at).encode(),
+            mark,
             f"{job.templated.id}-{run}-{number}{again}",
             f"{self._tag}{self._tags:012x}",
             span.headers,
         )
+        shape = job.templated.shape
+        parents = jobs_of(shape["image"], shape.get("mask")) if shape.get("image") else ()
+        if not parents:
+            return Sent(template.list, message)
+        route = job.templated.route
+        return Sent(template.list, message, parents, job.templated.id, job.templated.job, route.queue, mark)
 
     def sent(self) -> None:
         """All that were written are in Redis: their spans end."""

@@ -1,7 +1,8 @@
 """The pictures that a run's jobs begin with: read where lines name them, stored before their jobs are sent.
 
 A run reads its files several times, and must have the same jobs each time. So what a line's words mean is
-decided once in a process, and pictures may not change while a run is fed.
+decided once in a process, and pictures may not change while a run is fed. What becomes of a job whose picture
+a line names is in nobody's hands: what its id meant at first is noted with the run, unless it was done.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from producer.prompts.sources import Source
 from producer.session import Session
 from worker.contract.errors import InvalidJobError
+from worker.contract.input_reference import InputReference
+
+if TYPE_CHECKING:
+    from producer.ingest.run_state import Run
 
 #: Pictures that are stored at once.
 _AT_ONCE = 8
+#: A run's field of what a job's id means: its picture's size, or why it is refused.
+_PICTURE_OF, _REFUSED = "picture:", "!"
 
 
 class Pictures:
@@ -31,6 +38,20 @@ class Pictures:
         self._files: dict[str, tuple[Path | None, str, Any]] = {}
         #: The references that were stored, or renewed.
         self._stored: set[str] = set()
+        self._run: Run | None = None
+        #: What ids of jobs mean, while it may not be noted with the run yet; None: it may.
+        self._unnoted: dict[str, str] | None = {}
+
+    def of(self, run: Run) -> None:
+        """From now on ids of jobs mean what they meant when `run` was begun."""
+        self._run = run
+        self._known.clear()
+
+    def note(self) -> None:
+        """From now on what ids of jobs mean is noted with the run, which this process feeds."""
+        unnoted, self._unnoted = self._unnoted or {}, None
+        for job_id, meaning in unnoted.items():
+            self._noted(job_id, meaning)
 
     def named(self, fields: Mapping[str, Any], source: Source | None = None) -> Mapping[str, Any]:
         """The fields of a job with references in the place of words.
@@ -55,7 +76,7 @@ class Pictures:
         folder, image, mask = key
         try:
             named = {"image": image, "mask": mask}
-            given = self._session.given(named, self._tenant, folder, may_wait=False)
+            given = self._session.given(named, self._tenant, folder, self._picture_of)
         except InvalidJobError as error:
             return str(error)
         found = {name: value for name, value in (given.fields if given else {}).items() if value}
@@ -63,6 +84,28 @@ class Pictures:
             if words and found[name] != words:
                 self._files.setdefault(found[name], (folder, name, words))
         return found
+
+    def _picture_of(self, job_id: str, name: str) -> InputReference:
+        """The reference to a job's picture, also of one that is not done. Raises as `Session.given` does."""
+        meaning = self._run.noted(_PICTURE_OF + job_id) if self._run else None
+        if meaning is None:
+            try:
+                reference, is_done = self._session.picture_of(job_id, self._tenant, name)
+                meaning = f"{reference.width}x{reference.height}"
+            except InvalidJobError as error:
+                meaning, is_done = _REFUSED + str(error).removeprefix(f"{name} "), False
+            if not is_done:
+                meaning = self._noted(job_id, meaning)
+        if meaning.startswith(_REFUSED):
+            raise InvalidJobError(f"{name} {meaning.removeprefix(_REFUSED)}")
+        return InputReference.parse(f"job:{job_id}:{meaning}")
+
+    def _noted(self, job_id: str, meaning: str) -> str:
+        """Note what a job's id means. Returns what it has meant before."""
+        if self._unnoted is not None:
+            return self._unnoted.setdefault(job_id, meaning)
+        assert self._run is not None  # noqa: S101 - `of` comes before `note`
+        return self._run.note_once(_PICTURE_OF + job_id, meaning)
 
     def store(self, shapes: Iterable[Mapping[str, Any]]) -> None:
         """Store what jobs of these fields begin with, unless that was done. Raises `StorageError`.

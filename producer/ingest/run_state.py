@@ -1,7 +1,8 @@
 """A run of prompt files in Redis: what was sent, what has ended, and who feeds it.
 
     smallcat:run:<run>          hash    `fed` jobs sent, `cursor` after them, `ended`, `total` once known,
-                                        the lists that were used, the models that names were pinned to
+                                        the lists that were used, the models that names were pinned to,
+                                        what jobs' ids mean, and `waiting`, jobs that wait for others
     smallcat:run:<run>:done     bits    a bit for each job that is done, set by the workers
     smallcat:run:<run>:failed   bits    likewise, for jobs that failed for good or were cancelled
     smallcat:run:<run>:cancelled  bits  those of the failed that were cancelled
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
 from producer.ingest.ended import Ended
+from producer.ingest.sent import Sent, arguments
 from worker.broker.transport import OLD_UNACKED, UNACKED
 from worker.contract.errors import PromptFileError
 from worker.contract.found_message import digest_of
@@ -78,6 +80,8 @@ class Status:
     is_cancelled: bool = False
     #: Those of `queued` that wait for newer workers.
     parked: int = 0
+    #: Jobs that wait for the pictures of others, outside of the lists.
+    waiting: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -170,10 +174,10 @@ class Run:
         if (holder := self._try_to_take()) != self._token:
             raise PromptFileError(f"{feeder_of(holder)} has taken this run over, {self.id}: let it go on.")
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hmget(self._key, "fed", "ended", "total", "rejected", "cursor", "cancelled")
+            pipe.hmget(self._key, "fed", "ended", "total", "rejected", "cursor", "cancelled", "waiting")
             for name in self._lists:
                 pipe.llen(name)
-            (fed, ended, total, rejected, cursor, cancelled), *lengths = pipe.execute()
+            (fed, ended, total, rejected, cursor, cancelled, waiting), *lengths = pipe.execute()
         if fed is None:
             raise PromptFileError(f"The run {self.id} has expired meanwhile: start it again.")
         parked = sum(self._parked().values())
@@ -186,18 +190,19 @@ class Run:
             cursor or "",
             cancelled is not None,
             parked,
+            int(waiting or 0),
         )
 
     def feed(
-        self, before: int, messages: Sequence[tuple[str, str]], cursor: str, total: int | None, rejected: int
+        self, before: int, messages: Sequence[Sent], cursor: str, total: int | None, rejected: int
     ) -> bool:
-        """Send `messages`, pairs of list and message, and move the cursor: both or neither.
+        """Send `messages` and move the cursor: both or neither. Jobs wait whose `parents` are not done.
 
         `before` is the number of jobs fed before. Calling it again after a lost connection sends once.
         Where the run was cancelled, nothing is sent. False: nothing was sent, because the run is not what
         `status` said; another process feeds it, or Redis has lost what was written last.
         """
-        lists = sorted({name for name, _ in messages} | set(self._lists))
+        lists = sorted({each.list for each in messages} | set(self._lists))
         numbers = {name: number for number, name in enumerate(lists, 1)}
         queues = sorted({queue_of_list(name) for name in lists})
         args: list[str | int | bytes] = [
@@ -207,9 +212,9 @@ class Run:
             before + len(messages),
             cursor,
         ]
-        prints = b"".join(_print(message) for _, message in messages)
+        prints = b"".join(_print(each.message) for each in messages)
         args += ["" if total is None else total, rejected, self._ttl_s, prints, len(queues), *queues]
-        args += [item for name, message in messages for item in (numbers[name], message)]
+        args += arguments(messages, numbers)
         keys = [self._key, f"{self._key}:feeder", QUEUES, f"{self._key}:prints", *lists]
         if (answer := self._feed(keys=keys, args=args)) == CANCELLED:
             return True
@@ -217,14 +222,14 @@ class Run:
             self._lists = lists
         return bool(answer == 1)
 
-    def send_again(self, messages: Mapping[int, tuple[str, str]]) -> None:
+    def send_again(self, messages: Mapping[int, Sent]) -> None:
         """Send new messages, by the jobs' numbers, of jobs that were fed and whose messages are lost."""
         prints = f"{self._key}:prints"
         with self._redis.pipeline() as pipe:
-            for number, (name, message) in messages.items():
-                pipe.hset(prints, f"={number}", _print(message))
-                pipe.lpush(name, message)
-                queue, priority, tenant = tenant_of_list(name)
+            for number, sent in messages.items():
+                pipe.hset(prints, f"={number}", _print(sent.message))
+                pipe.lpush(sent.list, sent.message)
+                queue, priority, tenant = tenant_of_list(sent.list)
                 if tenant:
                     pipe.lpush(arrivals_of(queue, priority), tenant)
             pipe.expire(prints, self._ttl_s)
@@ -276,11 +281,14 @@ class Run:
         return {index for index in self._unfinished(fed) if index not in held}
 
     def are_in_flight(self, ids: Sequence[str]) -> list[bool]:
-        """For each job whether its record says that it is queued or running."""
+        """For each job whether it runs, waits for others, or was submitted beside the runs."""
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
-                pipe.hget(job_key(job_id), "state")
-            return [state in ("queued", "running") for state in pipe.execute()]
+                pipe.hmget(job_key(job_id), "state", "bulk", "waits_for")
+            return [
+                state == "running" or (state == "queued" and (not bulk or waits_for is not None))
+                for state, bulk, waits_for in pipe.execute()
+            ]
 
     def note_once(self, name: str, value: str) -> str:
         """Store a field with the run, unless it has one of that name. Returns the value that it has."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from producer import submit_job
 from producer.client import JobHandle
 from tests.faults import oracle
-from tests.faults.harness import Ground, wait_until
+from tests.faults.harness import ROOT, Ground, wait_until
 from tests.faults.test_crash_points import POINTS
 from worker.contract.errors import InputError
 from worker.contract.record import State
@@ -62,6 +67,41 @@ def test_children_fail_with_their_parent_and_slots_stay_free(calm: Ground) -> No
     oracle.settled(calm)
     oracle.keys_have_owners(calm)
     oracle.no_slot_is_lost(calm, *calm.workers)
+
+
+@pytest.mark.services
+def test_lines_that_wait_are_rendered_once_whatever_is_killed(ground: Ground, tmp_path: Path) -> None:
+    """The feeder, Redis, the worker of the job that they wait for, and theirs at each point of their way."""
+    ground.two_that_may_die()
+    file = tmp_path / "lines.csv"
+    command = [sys.executable, "-m", "producer", "ingest", str(file)]
+    with ground.holding() as hold:
+        parent = submit_job(ground.job(f"{hold} die:after_done"))
+        prompts = [ground.job(f"die:{point}").prompt for point in POINTS] + [ground.job().prompt] * 20
+        lines = [f"{prompt},{seed},{parent.id},1" for seed, prompt in enumerate(prompts)]
+        file.write_text("\n".join(["prompt,seed,image,strength", *lines, "a cat,7,,"]) + "\n")
+        feeder = subprocess.Popen(command, env=ground.stack.environment, cwd=ROOT)
+        try:
+            wait_until("one is done, and the others wait", lambda: counts(ground) == (len(lines), 1), 60)
+        finally:
+            feeder.kill()
+            feeder.wait()
+        ground.stack.valkey.kill()
+        ground.stack.valkey.start()
+        assert counts(ground) == (len(lines), 1)
+    done = subprocess.run(command, env=ground.stack.environment, cwd=ROOT, timeout=100, check=False)
+    assert done.returncode == 0
+    found = [json.loads(line) for line in Path(f"{file}.manifest.jsonl").read_text().splitlines()]
+    assert [line["state"] for line in found] == ["done"] * (len(lines) + 1)
+    oracle.settle(ground, [parent.id, *(line["id"] for line in found)], timeout_s=60)
+
+
+def counts(ground: Ground) -> tuple[int, int]:
+    """Of the one run: lines that wait, and lines that have ended."""
+    with ground.redis as client:
+        [run] = client.zrange("smallcat:runs", 0, -1) or ["none"]
+        waiting, ended = client.hmget(f"smallcat:run:{run}", "waiting", "ended")
+    return int(waiting or 0), int(ended or 0)
 
 
 @pytest.mark.services

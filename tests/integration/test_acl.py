@@ -172,15 +172,20 @@ def test_a_producer_feeds_a_prompt_file_and_asks_the_doctor(ground: Ground, url:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
     environment = {**ground.stack.environment, "REDIS_URL": url, "PYTHONPATH": str(ROOT)}
-    for words in (["ingest", str(prompts)], ["doctor"], ["failed", "list"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "producer", *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=50,
-        )
+
+    def run(*words: str) -> None:
+        command = [sys.executable, "-m", "producer", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    for words in (["ingest", str(prompts)], ["doctor"], ["failed", "list"]):
+        run(*words)
+    chained = tmp_path / "chained.csv"
+    with ground.holding() as hold:
+        [parent] = ground.submit(1, hold)
+        chained.write_text(f"prompt,image,strength\na cat,{parent},1\n")
+        run("ingest", "--detach", str(chained))
+    run("ingest", str(chained))
 
 
 #: What Redis 6.2, which has no rules for a part of the commands, cannot forbid.

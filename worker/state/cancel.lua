@@ -43,7 +43,8 @@ if state == 'queued' then
   for _, each in ipairs(note_all(KEYS[1], '-')) do redis.call('HDEL', KEYS[1], 'sub:' .. each) end
   redis.call('HSET', KEYS[1], 'subs', 0, 'state', 'cancelled', 'error_type', 'JobCancelledError',
              'error', 'The job was cancelled.')
-  if waits_for then end_waiting(id, false) end
+  -- A run is told by who fetches its message.
+  if waits_for then end_waiting(id, (runs or '') ~= '') end
   redis.call('PUBLISH', KEYS[1], 'cancelled')
   redis.call('PUBLISH', channel, 'cancel ' .. id)
   if hooks then notify_submissions(TOLD_BY_PRODUCERS, KEYS[1], 'cancelled') end

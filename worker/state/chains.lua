@@ -83,6 +83,12 @@ local function wait_for(id, parents, ttl)
   on(WAITING, 'HSET', id, '')
   redis.call('EXPIRE', WAITING, ttl)
 end
+-- Counts that a message of a run waits no longer. Producers may not add to a field.
+local function count_released(run)
+  local key = 'smallcat:run:' .. run
+  local waiting = redis.pcall('HGET', key, 'waiting')
+  if type(waiting) == 'string' then redis.call('HSET', key, 'waiting', math.max(0, count(waiting) - 1)) end
+end
 -- Ends a job's waiting: forgets its messages, or, where it is `released`, puts them into their lists. False where
 -- one could not be put: its list is of another type.
 local function end_waiting(id, released)
@@ -94,6 +100,8 @@ local function end_waiting(id, released)
       local is_own = list and string.find(message, id, 1, true)
       if released and is_own and not pcall(put, 'LPUSH', list, message) then return false end
       redis.call('HDEL', key, field)
+      local run = string.match(field, '^held:(%w+):%d+$')
+      if run then count_released(run) end
     end
   end
   redis.call('HDEL', key, 'waits_for', 'ttl')

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MAX_CHILDREN, MAX_DEPTH = 1_000, 16
 #: Jobs that are looked at in one call.
 LOOKED_AT: Final = 200
+#: Calls in a row, at most, while they settle jobs.
+LOOKS: Final = 50
 
 
 def refusal(answer: object) -> InvalidJobError | None:
@@ -58,12 +60,20 @@ class Chains:
         if not self._redis.exists(WAITING):
             self._cursor = "0"
             return  # As nearly always: to make the script's functions takes Redis longer than to say so.
-        self._cursor, *missing = self._call([])
+        for _ in range(LOOKS):
+            # There may be more: of many that wait for one, its end settles the first ones.
+            if not self._look_once(is_stored):
+                return
+
+    def _look_once(self, is_stored: Callable[[str, str], bool]) -> int:
+        self._cursor, settled, *missing = self._call([])
         known: list[str] = []
         for child, parent in zip(missing[::2], missing[1::2], strict=True):
             known += [child, parent, "done" if is_stored(parent, self._tenant_of(child)) else "gone"]
         if known:
-            self._call(known)
+            _, more, *_ = self._call(known)
+            return int(settled) + int(more)
+        return int(settled)
 
     def _call(self, known: list[str]) -> list[str]:
         found: list[Any] = self._settle(keys=[WAITING], args=[self._cursor, LOOKED_AT, *known])

@@ -5,7 +5,9 @@
 -- ARGV     the feeder's token, the window's own token, jobs fed before and after it, the cursor after it,
 --          the number of jobs in all or '' while it is not known, lines rejected so far, seconds that the
 --          run's keys live, the first eight bytes of each message's fingerprint, the number of queues, the
---          queues, then number of the list, from 1, and message in turn
+--          queues, then for each job the number of its list, from 1, and its message; then for each job that
+--          begins with the pictures of others its place among them, from 1, id, the job as JSON, queue, run mark,
+--          and the ids of those others, separated by blanks
 -- Returns  1: done, now or by an earlier try whose answer was lost; 0: somebody else has fed the run;
 --          -1: somebody else is its feeder; -2: the run was cancelled
 -- include notify.lua
@@ -15,7 +17,22 @@ if redis.call('HGET', KEYS[1], 'window') == ARGV[2] then return 1 end
 if redis.call('HGET', KEYS[1], 'fed') ~= ARGV[3] then return 0 end
 if redis.call('HGET', KEYS[1], 'cancelled') then return -2 end
 local first = 11 + ARGV[10]
-for i = first, #ARGV, 2 do put('LPUSH', KEYS[4 + ARGV[i]], ARGV[i + 1]) end
+local behind = first + 2 * (ARGV[4] - ARGV[3])
+local held, waiting = {}, 0
+if behind <= #ARGV then
+  -- include hold.lua
+  for i = behind, #ARGV, 6 do
+    local place, id, job, queue, mark, parents = unpack(ARGV, i, i + 5)
+    local at = first + 2 * (place - 1)
+    if hold(KEYS[4 + ARGV[at]], ARGV[at + 1], id, job, queue, mark, parents, ARGV[8]) then
+      held[at] = true
+      waiting = waiting + 1
+    end
+  end
+end
+for i = first, behind - 1, 2 do
+  if not held[i] then put('LPUSH', KEYS[4 + ARGV[i]], ARGV[i + 1]) end
+end
 -- A field holds those of 512 jobs.
 local prints, number = ARGV[9], tonumber(ARGV[3])
 while prints ~= '' do
@@ -26,6 +43,9 @@ while prints ~= '' do
   prints, number = string.sub(prints, (512 - offset) * 8 + 1), number + 512 - offset
 end
 redis.call('HSET', KEYS[1], 'window', ARGV[2], 'fed', ARGV[4], 'cursor', ARGV[5], 'rejected', ARGV[7])
+if waiting > 0 then
+  redis.call('HSET', KEYS[1], 'waiting', (redis.call('HGET', KEYS[1], 'waiting') or 0) + waiting)
+end
 if ARGV[6] ~= '' then redis.call('HSET', KEYS[1], 'total', ARGV[6]) end
 for i = 5, #KEYS do redis.call('HSET', KEYS[1], 'list:' .. KEYS[i], 1) end
 for i = 11, first - 1 do redis.call('SADD', KEYS[3], ARGV[i]) end

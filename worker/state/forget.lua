@@ -20,10 +20,10 @@ if not forgotten then
     redis.call('HSET', KEYS[1], unpack(mark))
     mark_runs(runs or '')
   end
+  end_waiting(id, false)
   redis.call('DEL', KEYS[1])
   redis.call('HSET', KEYS[1], 'forgotten', scope, 'of', tenant, 'cancelled_at', time, unpack(mark))
   redis.call('EXPIRE', KEYS[1], ttl)
-  on(WAITING, 'HDEL', id)
   settle(id, 'cancelled', TOLD_BY_WORKERS)
   on(KEYS[3], 'ZREM', id)
   on(KEYS[4], 'ZREM', id, tenant .. '/' .. id)

@@ -80,6 +80,7 @@ Fields of a job's record, beside those of `worker.contract.record.JobRecord`:
                          by blanks; then it is `queued`, and its messages are in none of the queues' lists
                          (but producers can write it: the job itself says what counts, `chains.lua`)
     held:<submission>    meanwhile, where that submission's message goes and, after a line feed, the message
+    held:<run>:<number>  likewise, of a run's message
     ttl                  meanwhile, seconds that the record stays once it has failed
     released_at          when it waited no longer, in Unix seconds: from then on it waited for a worker
     children             1 once other jobs waited for this one

@@ -15,6 +15,7 @@ from redis import Redis
 
 from deploy.embedded.servers import ValkeyProcess
 from producer.ingest.run_state import Run
+from producer.ingest.sent import Sent
 from tests.worker.broker import test_malformed as stored
 from tests.worker.engine.fake_runner import job_of
 from worker.contract.errors import RenderError
@@ -237,7 +238,7 @@ def feed(client: Redis, windows: list[int]) -> list[bytes]:
     for size in windows:
         start = len(messages)
         texts = [sent(start + number, mark(start + number)) for number in range(size)]
-        run.feed(start, [(QUEUE, text.decode()) for text in texts], "", None, 0)
+        run.feed(start, [Sent(QUEUE, text.decode()) for text in texts], "", None, 0)
         messages += texts
     run.release()
     return messages
@@ -306,7 +307,7 @@ def test_a_job_that_a_run_has_sent_again_fails_with_either_message(records: Reco
     run = Run(client, "r1", "digest", 1_000)
     run.take(timeout_s=0)
     again = sent(9, mark(1))
-    run.send_again({1: (QUEUE, again.decode())})
+    run.send_again({1: Sent(QUEUE, again.decode())})
     assert records.set_aside(again, WHY)
     assert failed_of_run(client) == [1]
 
