@@ -26,6 +26,7 @@ from worker.contract.job import Job
 from worker.contract.job_parameters import SIZE_STEP
 from worker.device.family import Lane, ModelFamily
 from worker.device.schedulers.schedule import Sampler, Schedule
+from worker.device.vae_encoder import VaeEncoder
 from worker.engine.runner import FirstPass, JobInputs, Picture
 
 #: What is said where a model made for inpainting draws anew all of an image.
@@ -79,7 +80,7 @@ def check(job: Job, inputs: JobInputs | FirstPass | None) -> None:
 
 
 def begin(
-    family: ModelFamily,
+    encoder: VaeEncoder,
     lane: Lane,
     job: Job,
     inputs: JobInputs | FirstPass | None,
@@ -87,29 +88,31 @@ def begin(
     sampler: Sampler | None,
     generator: torch.Generator,
 ) -> Beginning:
-    """What `job`, which is of one pass, begins with, by the VAE of `family`.
+    """What `job`, which is of one pass, begins with, by the family and the VAE of `encoder`.
 
-    Draws from `generator`, on the CPU. `sampler`: for a schedule without weights. Raises `InvalidJobError`.
+    Draws from `generator`, on the CPU. `sampler`: for a schedule without weights. Raises `InvalidJobError`,
+    and as `VaeEncoder`.
     """
+    family = encoder.family
     if isinstance(inputs, FirstPass):
-        larger = _larger(family, lane, inputs.result, generator)
+        larger = _larger(encoder, lane, inputs.result, generator)
         noise = family.initial_noise(lane, generator).to(larger.device)
-        seen = _seen(family, lane, job, None, generator)
+        seen = _seen(encoder, lane, job, None, generator)
         return Beginning(_noisy(larger, noise, schedule, sampler), seen=seen)
     if inputs is None or not job.image:
         latents = family.initial_noise(lane, generator) * schedule.noise_scale
-        return Beginning(latents, seen=_seen(family, lane, job, None, generator))
+        return Beginning(latents, seen=_seen(encoder, lane, job, None, generator))
     is_all_noise = job.strength == 1 and (inputs.mask is not None or family.sees_masks)
     image = None
     # What diffusers does not use, it does not encode.
     if not (is_all_noise and family.sees_masks):
-        image = family.to_latents(_pixels(inputs.image), generator)
+        image = encoder.to_latents(_pixels(inputs.image), generator)
     noise = family.initial_noise(lane, generator)
     latents = noise * schedule.noise_scale
     if image is not None:
         noise = noise.to(image.device)
         latents = latents if is_all_noise else _noisy(image, noise, schedule, sampler)
-    seen = _seen(family, lane, job, inputs, generator)
+    seen = _seen(encoder, lane, job, inputs, generator)
     if inputs.mask is None:
         return Beginning(latents, seen=seen, warnings=(NOT_SEEN,) if image is None else ())
     kept = None
@@ -130,13 +133,14 @@ def _noisy(
 
 
 def _seen(
-    family: ModelFamily, lane: Lane, job: Job, inputs: JobInputs | None, generator: torch.Generator
+    encoder: VaeEncoder, lane: Lane, job: Job, inputs: JobInputs | None, generator: torch.Generator
 ) -> Mapping[str, torch.Tensor]:
     """What the model sees of mask and image in each forward; nothing unless it was made for inpainting.
 
     Without a mask all is masked, and the image is grey, as AUTOMATIC1111 1.10 has it (modules/processing.py,
     `txt2img_image_conditioning`): diffusers' masked image for a mask that is all white.
     """
+    family = encoder.family
     if not family.sees_masks:
         return {}
     if inputs is None or inputs.mask is None:
@@ -145,18 +149,18 @@ def _seen(
     else:
         drawn = _drawn(family, lane, job, inputs.mask)
         masked = _pixels(inputs.image) * torch.from_numpy(~drawn_pixels(job, inputs.mask))
-    latents = family.to_latents(masked, generator)
+    latents = encoder.to_latents(masked, generator)
     return family.seen(drawn.to(latents.device), latents)
 
 
 def _larger(
-    family: ModelFamily, lane: Lane, first: FirstLatents | Picture, generator: torch.Generator
+    encoder: VaeEncoder, lane: Lane, first: FirstLatents | Picture, generator: torch.Generator
 ) -> torch.Tensor:
     """What a first pass gave as latents of `lane`."""
     if isinstance(first, FirstLatents):
-        return family.larger_latents(first.latents, first.lane, lane)
-    resized = Image.fromarray(first.pixels).resize(family.size(lane), Image.Resampling.LANCZOS)
-    return family.to_latents(_pixels(np.asarray(resized)), generator)
+        return encoder.family.larger_latents(first.latents, first.lane, lane)
+    resized = Image.fromarray(first.pixels).resize(encoder.family.size(lane), Image.Resampling.LANCZOS)
+    return encoder.to_latents(_pixels(np.asarray(resized)), generator)
 
 
 def _pixels(image: NDArray[np.uint8]) -> torch.Tensor:

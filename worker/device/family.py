@@ -179,11 +179,13 @@ class ModelFamily(Protocol):
         Raises `SettingsError` for attention of a kind that is not supported.
         """
 
-    def to_latents(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def to_latents(
+        self, pixels: torch.Tensor, generator: torch.Generator, *, in_tiles: bool = False
+    ) -> torch.Tensor:
         """A picture, (3, height, width) float32 of -1 to 1 on the CPU, as a job's scaled latents.
 
-        (*shape) float32 on the device. What the VAE leaves to chance is drawn from `generator`. Raises
-        `InvalidJobError`, by default for any picture.
+        (*shape) float32 on the device. What the VAE leaves to chance is drawn from `generator`. `in_tiles`:
+        see `has_tiles`. Raises `InvalidJobError`, by default for any picture.
         """
         raise InvalidJobError("image: this model draws from text alone; leave it out.")
 
@@ -229,11 +231,14 @@ class ModelFamily(Protocol):
 
     @property
     def has_tiles(self) -> bool:
-        """Whether there is `decode_in_tiles`; by default there is not."""
+        """Whether the VAE takes pictures in tiles, too: the same but for rounding, in less memory, slower.
+
+        By default it does not. Asked for tiles all the same, `to_latents` and `decode_in_tiles` may fail.
+        """
         return False
 
     def decode_in_tiles(self, latents: torch.Tensor) -> torch.Tensor:
-        """As `decode`, one picture in tiles that overlap: less memory at a time, about the same pixels."""
+        """As `decode`, one picture in tiles."""
         raise NotImplementedError
 
     def to_rgb(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor | None:

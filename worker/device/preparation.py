@@ -18,6 +18,7 @@ from worker.device.schedulers.samplers import Samplers
 from worker.device.schedulers.schedule import Sampler, Schedule
 from worker.device.text.embeddings import Files
 from worker.device.text.encoder import TextEncoder
+from worker.device.vae_encoder import VaeEncoder
 from worker.device.vaes import Vaes
 from worker.engine.runner import FirstPass, JobInputs
 
@@ -35,6 +36,7 @@ class Preparation:
         self._family, self._device, self._loras = family, device, loras
         self._samplers = Samplers(family.schedulers)
         self._texts = TextEncoder(family, files)
+        self._encoder = VaeEncoder(family)
         self._vaes = Vaes(files, family, device, alone=alone)
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
@@ -52,11 +54,11 @@ class Preparation:
         lane, (schedule, sampler, generator) = self._plan(job)
         rows = self._family.rows(job.guidance_scale)
         with mapped("load the VAE"):
-            decoder = self._vaes.decoder_of(job)
+            vae = self._vaes.of(job)
         with mapped("encode the image"), self._beside():
             # Before anything else is drawn for the job.
-            family = decoder.family if decoder else self._family
-            beginning = beginnings.begin(family, lane, job, inputs, schedule, sampler, generator)
+            encoder = vae.encoder if vae else self._encoder
+            beginning = beginnings.begin(encoder, lane, job, inputs, schedule, sampler, generator)
         with mapped("load the LoRAs"), self._beside():
             loras = self._loras.of(job)
         with mapped("encode the prompt"), self._beside():
@@ -68,7 +70,7 @@ class Preparation:
             conditions = self._family.conditions(job, len(text.prompts) + rows - 1)
             beginning = beginning.on(self._device)
             state = JobState(job, lane, text, conditions, schedule, sampler, generator, beginning)
-        state.decoder, state.loras = decoder, loras.unet
+        state.decoder, state.loras = vae.decoder if vae else None, loras.unet
         return state
 
     def _plan(self, job: Job) -> tuple[Lane, tuple[Schedule, Sampler | None, torch.Generator]]:

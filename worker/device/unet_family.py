@@ -21,7 +21,7 @@ from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
-from worker.device import latent_rgb, unet_patches
+from worker.device import latent_rgb, unet_patches, vae_tiles
 from worker.device.attention import Layer, shape_of
 from worker.device.family import Lane, Schedulers, Text
 from worker.device.loras.job_set import Adaptable, RowLoras
@@ -289,10 +289,13 @@ class UNetFamily:
 
     # --- pictures -------------------------------------------------------------------------------------------
 
-    def to_latents(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def to_latents(
+        self, pixels: torch.Tensor, generator: torch.Generator, *, in_tiles: bool = False
+    ) -> torch.Tensor:
         """As diffusers' image-to-image pipelines; the VAE's noise is float32 in every dtype."""
         vae = self._vae
-        encoded = vae.encode(pixels[None].to(self._device, next(vae.encoder.parameters()).dtype))
+        given = pixels[None].to(self._device, next(vae.encoder.parameters()).dtype)
+        encoded = vae_tiles.encode(vae, given) if in_tiles else vae.encode(given)
         if (found := getattr(encoded, "latent_dist", None)) is None:
             latents = encoded.latents.float()
         else:
@@ -354,20 +357,12 @@ class UNetFamily:
 
     @property
     def has_tiles(self) -> bool:
-        """Whether diffusers has a rule of tiles for the VAE."""
-        return hasattr(self._vae, "tiled_decode")
+        """Whether the VAE is built as `vae_tiles` knows it."""
+        return vae_tiles.is_known(self._vae)
 
     def decode_in_tiles(self, latents: torch.Tensor) -> torch.Tensor:
-        """By diffusers, in tiles of half the picture's longer side, or of the side that the VAE was made for.
-
-        The larger the tiles, the nearer they are to the whole: each has group norms of its own.
-        """
-        vae = self._vae
-        factor, own = self.size_multiple, vae.config.sample_size // self.size_multiple
-        vae.tile_latent_min_size = max(own, -(-max(latents.shape[-2:]) // 2))
-        vae.tile_sample_min_size = factor * vae.tile_latent_min_size
-        images: torch.Tensor = vae.tiled_decode(latents, return_dict=False)[0]
-        return images
+        """As the whole, but for rounding."""
+        return vae_tiles.decode(self._vae, latents)
 
     def to_rgb(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor | None:
         """By the factors of its VAE (`latent_rgb`)."""

@@ -43,8 +43,8 @@ GPU_PIXELS, CPU_PIXELS = 8 * 512 * 512, 512 * 512
 NOT_WHOLE = "A picture of %d x %d does not fit in memory while it is decoded: from now on in tiles."
 #: What is said of a picture that did not fit.
 IN_TILES = (
-    "The picture did not fit in the device's memory while it was decoded: it was decoded in tiles, which "
-    "differs slightly from the whole."
+    "The picture did not fit in the device's memory while it was decoded: it was decoded in tiles, which is "
+    "the whole but for rounding."
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 
@@ -14,24 +15,33 @@ from worker.contract.job_files import vae_of
 from worker.device.family import ModelFamily
 from worker.device.text.embeddings import Files
 from worker.device.vae_decoder import VaeDecoder
+from worker.device.vae_encoder import VaeEncoder
 
 #: VAEs that are kept on the device, at most: one of SDXL in fp32 has 335 MB. Jobs in flight keep theirs.
 KEPT = 4
 
 
+@dataclass(frozen=True)
+class Vae:
+    """Both ways through one VAE."""
+
+    encoder: VaeEncoder
+    decoder: VaeDecoder
+
+
 class Vaes:
-    """The decoders of the VAEs that jobs name. Thread-safe: loading makes those wait who want a VAE."""
+    """The VAEs that jobs name. Thread-safe: loading makes those wait who want a VAE."""
 
     def __init__(
         self, files: Files | None, family: ModelFamily, device: torch.device, *, alone: bool
     ) -> None:
         """`alone`: as `VaeDecoder` has it."""
         self._files, self._family, self._device, self._alone = files, family, device, alone
-        self._kept: OrderedDict[str, VaeDecoder] = OrderedDict()
+        self._kept: OrderedDict[str, Vae] = OrderedDict()
         self._lock = threading.Lock()
 
-    def decoder_of(self, job: Job) -> VaeDecoder | None:
-        """The decoder of a job's VAE; None: the model's own.
+    def of(self, job: Job) -> Vae | None:
+        """The VAE that a job names; None: the model's own.
 
         Raises `InvalidJobError` for a VAE that does not fit the model, `RenderError` for one that is gone.
         """
@@ -44,8 +54,8 @@ class Vaes:
                     raise RenderError(f'The VAE "{job.vae}" was taken away while a job asked for it.')
                 family = self._family.with_vae(path, job.vae, sha256)
                 # Not compiled: it would take minutes, at a moment that nobody chose.
-                known = VaeDecoder(family, self._device, alone=self._alone, compiler=None)
-                self._kept[sha256] = known
+                decoder = VaeDecoder(family, self._device, alone=self._alone, compiler=None)
+                known = self._kept[sha256] = Vae(VaeEncoder(family), decoder)
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(sha256)

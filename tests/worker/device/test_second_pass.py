@@ -17,13 +17,12 @@ from PIL import Image
 from tests import tiny_models
 from tests.worker.device.beside_diffusers import assert_drawn
 from worker.contract.choices import Scheduler
-from worker.contract.errors import InvalidJobError, JobTooLargeError
+from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device.beginnings import FirstLatents
 from worker.device.model_runner import ModelRunner
 from worker.device.schedulers.samplers import CLASSES, class_of
-from worker.device.vae_decoder import IN_TILES
 from worker.engine.engine import Engine
 from worker.engine.runner import FirstPass, JobInputs, Picture
 
@@ -33,7 +32,6 @@ pytestmark = [
 ]
 
 SIDE = 64
-ROOT = Path(__file__).parents[3]
 
 
 def tiny_v(folder: Path) -> Path:
@@ -222,76 +220,3 @@ def test_an_engine_draws_it_as_diffusers_does(models: Any) -> None:
         engine.stop()
     for job, pixels in zip(jobs[:2], pictures, strict=False):
         assert np.abs(pixels.astype(int) - model.expected(job).astype(int)).max() <= 1
-
-
-# --- tiles --------------------------------------------------------------------------------------------------
-
-
-def decibels(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio."""
-    error = np.square(one.astype(float) - other.astype(float)).mean()
-    return float(10 * np.log10(255**2 / error))
-
-
-def memory_for(monkeypatch: pytest.MonkeyPatch, runner: ModelRunner, pixels: int) -> None:
-    """Let the VAE run out of memory for larger pictures than that, whole."""
-    decode = runner._family.decode
-
-    def limited(latents: torch.Tensor) -> torch.Tensor:
-        if 64 * latents.shape[-1] * latents.shape[-2] * len(latents) > pixels:
-            raise torch.OutOfMemoryError("out of memory")
-        return decode(latents)
-
-    monkeypatch.setattr(runner._family, "decode", limited)
-
-
-def test_a_picture_that_does_not_fit_is_decoded_in_tiles_and_says_so(
-    models: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = models("sd1")
-    jobs = [a_job(width=128, height=96, steps=1, seed=seed) for seed in (1, 2)] + [a_job(steps=1)]
-    whole = model.together(jobs)
-    memory_for(monkeypatch, model.runner, 64 * 64)
-    for _ in range(2):
-        *tiled, small = model.together(jobs)
-        assert all(picture.warnings == (IN_TILES,) for picture in tiled)
-        assert small.warnings == ()
-        assert np.array_equal(small.pixels, whole[-1].pixels)
-        for picture, expected in zip(tiled, whole, strict=False):
-            assert picture.pixels.shape == expected.pixels.shape
-            assert not np.array_equal(picture.pixels, expected.pixels)
-    assert [each.getMessage() for each in caplog.records if "tiles" in each.getMessage()] == [
-        "A picture of 128 x 96 does not fit in memory while it is decoded: from now on in tiles."
-    ]
-
-
-def test_beside_steps_nothing_is_decoded_in_tiles(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine tries it again alone, where it may fit whole."""
-    runner = ModelRunner(WorkerSettings(model=str(models("sd1").folder)))
-    memory_for(monkeypatch, runner, 0)
-    monkeypatch.setattr(ModelRunner, "decodes_beside", True)
-    state = runner.prepare(a_job(steps=1))
-    runner.step([state])
-    assert isinstance(next(runner.decode([state])), JobTooLargeError)
-    [alone] = runner.decode([state], is_alone=True)
-    assert alone.warnings == (IN_TILES,)
-
-
-@pytest.mark.slow
-def test_tiles_of_the_bundled_model_are_within_40_decibels_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of a part of its contact sheet: its VAE has the shape of real ones, and was trained."""
-    runner = ModelRunner(WorkerSettings())
-    with Image.open(ROOT / "docs" / "contact-sheet.png") as sheet:
-        pixels = np.asarray(sheet.convert("RGB").crop((0, 0, 512, 384)), dtype=np.float32)
-    image = torch.from_numpy(pixels).movedim(-1, 0) / 127.5 - 1.0
-    with torch.no_grad():
-        latents = runner._family.to_latents(image, torch.Generator().manual_seed(0))[None]
-        lane = runner._family.lane(512, 384)
-        [whole] = runner._vae_decoder.pictures(lane, [latents])
-        memory_for(monkeypatch, runner, 0)
-        [tiled] = runner._vae_decoder.pictures(lane, [latents], in_tiles=True)
-    assert isinstance(whole, Picture)
-    assert isinstance(tiled, Picture)
-    assert decibels(tiled.pixels, whole.pixels) >= 40
