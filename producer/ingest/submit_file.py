@@ -22,7 +22,6 @@ from producer.prompts.wildcards import Wildcards
 from producer.session import FEEDER_RETRY_S, session
 from worker.contract.errors import PromptFileError, StorageError
 from worker.contract.explain import short
-from worker.contract.input_reference import ALPHA
 from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.job_keywords import JobFields
 from worker.contract.settings import producer_settings
@@ -192,7 +191,7 @@ def _for_check(fields: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, 
         found["image"] = _ANY_PICTURE
         found.pop("mask", None)
     if is_of_mask and not found.get("mask"):
-        found["mask"] = ALPHA
+        found["mask"] = found["image"]
     return found
 
 

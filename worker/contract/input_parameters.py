@@ -156,6 +156,27 @@ def _for_a_mask(default: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _has_an_edge(value: int, info: ValidationInfo) -> int:
+    """Refuse a blur of an edge that is the image's own."""
+    if value not in (0, MASK_BLUR) and info.data.get("mask") == ALPHA:
+        raise ValueError(
+            f"is {value}, and the edge of the mask alpha is the image's own: leave it out, blur the image's "
+            "alpha channel, or give a mask"
+        )
+    return value
+
+
+def _has_an_edge_to_blur(value: bool, info: ValidationInfo) -> bool:
+    """Refuse a blur where nothing is put back."""
+    blur = info.data.get("mask_blur", MASK_BLUR)
+    if not value and blur not in (0, MASK_BLUR):
+        raise ValueError(
+            f"is {short(value)} and mask_blur {blur}, which is for the edge where the image's own pixels are "
+            "put back: leave one of them out"
+        )
+    return value
+
+
 def _fits_format(value: int | None, info: ValidationInfo) -> int | None:
     """Refuse a picture of the image's size that its format does not hold."""
     image, image_format = info.data.get("image"), info.data.get("format")
@@ -216,11 +237,13 @@ class InputParameters(JobParameters):
             is_left_open=True,
         ),
     ] = None
-    #: Pixels of the picture by which the mask's edge is blurred (a Gaussian's sigma), 0 to 64.
+    #: Pixels of the picture by which the mask's edge is blurred (a Gaussian's sigma), 0 to 64; not that of
+    #: the mask `alpha`, whose edge is the image's own.
     mask_blur: Annotated[
         int,
         Field(ge=0, le=MAX_MASK_BLUR, strict=True),
         _for_a_mask(MASK_BLUR),
+        AfterValidator(_has_an_edge),
         JobField(since=INPUTS_SINCE, infotext_ours_only=True),
     ] = MASK_BLUR
     #: Draw only the masked part, at the job's whole size, with so many pixels of the image around it, 0 to
@@ -246,6 +269,7 @@ class InputParameters(JobParameters):
         bool,
         Field(strict=True),
         _for_a_mask(True),
+        AfterValidator(_has_an_edge_to_blur),
         JobField(since=INPUTS_SINCE, infotext_ours_only=True),
     ] = True
 

@@ -118,8 +118,9 @@ def inputs(draw: st.DrawFn) -> dict[str, Any]:
     found = {"image": image, "mask": mask, "strength": draw(strength) if image else None}
     if mask:
         padding = draw(st.none() | st.integers(0, 256))
-        found |= {"mask_blur": draw(st.integers(0, 64)), "padding": padding}
-        found["preserve_unmasked"] = draw(st.booleans())
+        found |= {"padding": padding, "preserve_unmasked": draw(st.booleans())}
+        has_edge = mask != "alpha" and found["preserve_unmasked"]
+        found["mask_blur"] = draw(st.integers(0, 64) if has_edge else st.sampled_from([0, 4]))
     return found
 
 

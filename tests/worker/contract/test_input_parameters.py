@@ -145,6 +145,14 @@ def test_strength_is_diffusers_own_where_it_is_not_given() -> None:
         ({"image": IMAGE, "mask": f"{PARENT}:480x640"}, "mask is 480x640 and the image 640x480: give a mask"),
         ({"image": f"{PARENT}:64x64", "mask": "alpha"}, "mask is alpha, and pictures of jobs have no alpha"),
         ({"image": IMAGE, "mask_blur": 8}, "mask_blur is 8, and is for a mask: give one, or leave it out."),
+        (
+            {"image": IMAGE, "mask": "alpha", "mask_blur": 8},
+            "mask_blur is 8, and the edge of the mask alpha is the image's own: leave it out, blur the image",
+        ),
+        (
+            {"image": IMAGE, "mask": IMAGE, "mask_blur": 8, "preserve_unmasked": False},
+            "preserve_unmasked is False and mask_blur 8, which is for the edge where the image's own pixels",
+        ),
         ({"padding": 0}, "padding is 0, and is for a mask: give one, or leave it out."),
         ({"preserve_unmasked": False}, "preserve_unmasked is False, and is for a mask"),
         ({"image": IMAGE, "mask": "alpha", "mask_blur": 65}, "mask_blur is 65: it must be 0 to 64."),

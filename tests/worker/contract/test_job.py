@@ -294,7 +294,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "eta": {"scheduler": "ddim"},
     "mask": {"image": REFERENCE},
     "strength": {"image": REFERENCE},
-    "mask_blur": {"image": REFERENCE, "mask": "alpha"},
+    "mask_blur": {"image": REFERENCE, "mask": REFERENCE},
     "padding": {"image": REFERENCE, "mask": "alpha"},
     "preserve_unmasked": {"image": REFERENCE, "mask": "alpha"},
     "upscale_steps": {"upscale": 2.0},

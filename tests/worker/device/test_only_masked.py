@@ -95,9 +95,19 @@ def test_equal_to_diffusers_with_xl(models: Any) -> None:
     check(models("sdxl"), Case("in a corner", steps=2, width=128, padding=0))
 
 
+def test_equal_to_diffusers_with_a_model_made_for_inpainting(models: Any) -> None:
+    """Its UNet sees the mask of the part, and the part without what is drawn."""
+    cases = [
+        Case("in the middle", steps=3),
+        Case("wide, and the image too low for it", steps=3, strength=1.0, seed=8),
+    ]
+    check(models("sd1 for inpainting"), *cases, mates=(a_job(seed=9, steps=3), of_image(steps=3)))
+    check(models("sdxl for inpainting"), Case("in a corner", steps=2, width=128, padding=0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("name", ["sd1", "v", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", "v", "sdxl", "sd1 for inpainting", "sdxl for inpainting"])
 def test_equal_to_diffusers_with_every_part(models: Any, name: str, part: str) -> None:
     # With 256 px beside them small parts are less than a latent.
     for padding in (0, 5, 32) if part in ("small", "in a corner") else (0, 5, 32, 256):
