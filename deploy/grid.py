@@ -50,11 +50,18 @@ def draw(manifest: Path, output: Path) -> tuple[int, int]:
 
 
 def _row(line: dict[str, Any]) -> str:
-    return str(next(iter(line["grid"].values())))
+    return _shown(next(iter(line["grid"].values())))
 
 
 def _column(line: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in list(line["grid"].items())[1:])
+    return ", ".join(f"{name} {_shown(value)}" for name, value in list(line["grid"].items())[1:])
+
+
+def _shown(value: Any) -> str:
+    """A field's value; of LoRAs their names."""
+    if not isinstance(value, list):
+        return str(value)
+    return ", ".join(each["name"] for each in value) or "none"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,15 @@ def test_each_picture_is_in_its_row_and_column(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_of_loras_have_their_names(tmp_path: Path) -> None:
+    path = manifest_in(tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, loras in zip(lines, ([], [{"name": "pixel", "weight": 1.0}], [], []), strict=True):
+        line["grid"] = {"loras": loras}
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert draw(path, tmp_path / "grid.png") == (2, 1)
+
+
 def test_a_job_without_a_picture_is_said(tmp_path: Path) -> None:
     path = manifest_in(tmp_path)
     path.write_text(path.read_text() + "\n" + json.dumps({"prompt": "a cat", "state": "failed"}))

@@ -1,5 +1,5 @@
-"""The bundled demo model, in `model/`, and its training, in `training/`.
+"""The bundled demo model, in `model/`, its LoRAs, in `loras/`, and its training, in `training/`.
 
-`diffusers.StableDiffusionPipeline.from_pretrained` loads the folder `model/`. The rest of `worker` uses it by
-its path only, and imports nothing from here.
+`diffusers.StableDiffusionPipeline.from_pretrained` loads the folder `model/`. The rest of `worker` uses both
+by their paths only, and imports nothing from here.
 """

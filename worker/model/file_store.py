@@ -25,6 +25,8 @@ logger = logging.getLogger("smallcat.files")
 
 #: Seconds between two looks at folders and at buckets; and between two that jobs ask for.
 LOOK_EVERY_S, LOOK_AT_BUCKET_EVERY_S, ASKED_EVERY_S = 10.0, 60.0, 5.0
+#: The LoRAs that come with the bundled model.
+BUNDLED_LORAS = Path(__file__).parents[1] / "demo" / "loras"
 #: Files that are read at once when they are new: hashing one takes a core.
 _AT_ONCE = 4
 
@@ -58,6 +60,8 @@ class FileStore:
         """The files that a worker's settings name. Raises as the class does."""
         vaes = [place.strip() for place in settings.vaes.split(",")]
         loras = [place.strip() for place in settings.loras.split(",")]
+        if not settings.loras and not settings.model and BUNDLED_LORAS.is_dir():
+            loras = [str(BUNDLED_LORAS)]
         places = {Kind.EMBEDDING: [settings.embeddings], Kind.VAE: vaes, Kind.LORA: loras}
         return cls(places, settings.cache_folder, remote_of)
 

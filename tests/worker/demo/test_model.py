@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from worker.demo.training import classifier, evaluate
+from worker.demo.training import classifier, evaluate, style_judge
 from worker.demo.training.captions import BACKGROUNDS
 
 DEMO = Path(evaluate.__file__).parents[1]
@@ -24,14 +24,32 @@ def pipeline():
     return loaded
 
 
+def _precisions(file):
+    with safe_open(file, framework="pt") as weights:
+        return {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+
+
 def test_weights_fit_into_32_megabytes_of_fp16():
-    files = sorted(DEMO.rglob("*.safetensors"))
+    files = [*sorted(evaluate.MODEL.rglob("*.safetensors")), classifier.WEIGHTS]
     assert len(files) == 4
     assert sum(file.stat().st_size for file in files) <= 32_000_000
     for file in files:
-        with safe_open(file, framework="pt") as weights:
-            kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
-        assert kinds <= {"F16", "I64"}, file
+        assert _precisions(file) <= {"F16", "I64"}, file
+
+
+def test_each_lora_and_the_style_judge_fit_into_a_megabyte_or_so_of_fp16():
+    loras = sorted((DEMO / "loras").iterdir())
+    assert [file.name for file in loras] == ["neon.safetensors", "pixel.safetensors", "sketch.safetensors"]
+    assert all(file.stat().st_size <= 1_000_000 for file in loras)
+    assert style_judge.WEIGHTS.stat().st_size <= 1_400_000
+    for file in (*loras, style_judge.WEIGHTS):
+        assert _precisions(file) == {"F16"}, file
+    assert set(DEMO.rglob("*.safetensors")) == {
+        *evaluate.MODEL.rglob("*.safetensors"),
+        *loras,
+        classifier.WEIGHTS,
+        style_judge.WEIGHTS,
+    }
 
 
 def test_model_card_gives_data_licences_and_limits():
