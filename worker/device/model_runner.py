@@ -168,7 +168,16 @@ class ModelRunner:
 
         Returns what was chosen. Raises `SettingsError` when the picture fails.
         """
-        return warm_up.warm_up(self)
+        return warm_up.warm_up(
+            self,
+            self._seconds,
+            self._costs,
+            self._loras if self._offers_loras else None,
+            self._kernel_compiler,
+            on_gpu=self._on_gpu,
+            compiles_first=self._compiles_first,
+            max_batch=self._asked_rows,
+        )
 
     @torch.no_grad()
     def compile(self, job: Job, *, loras: bool = False) -> bool:

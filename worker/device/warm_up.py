@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from worker.contract.errors import DeviceError, OutOfMemoryError, SettingsError, SmallcatError
 from worker.contract.job import Job
+from worker.contract.served_model import ServedModel
 from worker.device.compiling.ahead import Ahead
+from worker.device.compiling.compiler import Compiler, Piece
+from worker.device.costs import Costs
 from worker.device.errors import mapped
+from worker.device.job_state import JobState
+from worker.device.loras.cache import Loras
 from worker.engine import step_cost
 from worker.engine.runner import Runner, StateT
 from worker.model.placement import Choice
@@ -32,9 +37,37 @@ MIN_SIZES, TIMES = 4, 3
 QUICK_S, QUICK_SIZES, QUICK_TIMES = 1.0, 3, 2
 
 
-def warm_up(runner: Any) -> tuple[Choice, ...]:
-    """Make a `worker.device.model_runner.ModelRunner`, which imports this module, ready for its first job."""
-    on_gpu, compiler = runner._on_gpu, runner._kernel_compiler
+class TrialRunner(Runner[JobState], Protocol):
+    """What `warm_up` calls of a `worker.device.model_runner.ModelRunner`, which imports this module."""
+
+    served: ServedModel
+    choices: tuple[Choice, ...]
+
+    def compile(self, job: Job, *, loras: bool = False) -> bool:
+        """Compile now for jobs of the size of `job`, with LoRAs if `loras`. Returns whether that worked."""
+
+    def default_pieces(self) -> list[Piece]:
+        """What is compiled for the model's default size, with LoRAs where some are offered."""
+
+
+def warm_up(
+    runner: TrialRunner,
+    step_s: Callable[[Sequence[JobState]], float],
+    costs: Costs,
+    loras: Loras | None,
+    compiler: Compiler | None,
+    *,
+    on_gpu: bool,
+    compiles_first: bool,
+    max_batch: int | None,
+) -> tuple[Choice, ...]:
+    """Make a runner ready for its first job. Returns what was chosen.
+
+    `step_s` runs one step of jobs, which stay as they are, and returns its seconds. What is measured goes to
+    `costs`. `loras`: None where none are offered. `compiler`: None where nothing is compiled.
+    `compiles_first`: the first job waits for compiled steps. `max_batch`: rows that the settings ask for.
+    Raises `SettingsError` when a small picture fails.
+    """
     # In exact mode nothing is run that another process has compiled.
     loads = compiler is not None and compiler.in_background
     device = next((choice.choice for choice in runner.choices if choice.what == "device"), "")
@@ -42,44 +75,53 @@ def warm_up(runner: Any) -> tuple[Choice, ...]:
         ahead = Ahead(runner.default_pieces()) if loads else None
         run_trial(runner, on_gpu=on_gpu)
         compiled = (ahead and ahead.load()) or IN_BACKGROUND
-        if not loads or (runner._compiles_first and compiled is IN_BACKGROUND):
+        if not loads or (compiles_first and compiled is IN_BACKGROUND):
             compiled = compile_default(runner.compile if compiler is not None else None, on_gpu=on_gpu)
     row = runner.prepare(Job(prompt=PROMPT, seed=0, guidance_scale=1.0))
-    runner._costs.window = row.text_tokens
+    costs.window = row.text_tokens
     curve, measured = measure_steps(
-        lambda rows: runner._seconds([row] * rows),
+        lambda rows: step_s([row] * rows),
         on_gpu=on_gpu,
-        max_batch=runner._asked_rows,
-        quick=compiler is not None and not runner._compiles_first,
+        max_batch=max_batch,
+        quick=compiler is not None and not compiles_first,
     )
-    runner._costs.measured(curve, int(measured.choice))
-    of_loras = _warm_up_loras(runner, row)
+    costs.measured(curve, int(measured.choice))
+    compiles = compiler is not None and compiles_first
+    of_loras = _warm_up_loras(runner, row, step_s, costs, loras, compiles=compiles) if loras else ()
     if compiler is not None:
         compiler.is_serving = True
-        if not runner._compiles_first:
+        if not compiles_first:
             for piece in runner.default_pieces():
                 piece.begin()
         if compiled is IN_BACKGROUND:
-            runner._costs.search()
+            costs.search()
     return compiled, measured, *of_loras
 
 
-def _warm_up_loras(runner: Any, row: Any) -> tuple[Choice, ...]:
-    """Where LoRAs are offered: compile the steps with some, and measure what they cost."""
-    if not runner._offers_loras or (example := runner._loras.example(LORA_RANK)) is None:
+def _warm_up_loras(
+    runner: TrialRunner,
+    row: JobState,
+    step_s: Callable[[Sequence[JobState]], float],
+    costs: Costs,
+    loras: Loras,
+    *,
+    compiles: bool,
+) -> tuple[Choice, ...]:
+    """Compile the steps with LoRAs if `compiles`, and measure what they cost; nothing if there are none."""
+    if (example := loras.example(LORA_RANK)) is None:
         return ()
     chosen = []
-    if runner._graphs is not None and runner._compiles_first:
+    if compiles:
         compile_for = functools.partial(runner.compile, loras=True)
         chosen.append(compile_default(compile_for, on_gpu=True, what="compile for LoRAs"))
 
-    def step_s(loras: bool) -> float:
-        row.loras = example if loras else None
-        return float(runner._seconds([row] * runner.max_rows))
+    def with_loras_s(has_loras: bool) -> float:
+        row.loras = example if has_loras else None
+        return step_s([row] * runner.max_rows)
 
-    share, measured = measure_loras(step_s)
-    runner._costs.measured_loras(share)
-    return *chosen, measured, runner._loras.choice
+    share, measured = measure_loras(with_loras_s)
+    costs.measured_loras(share)
+    return *chosen, measured, loras.choice
 
 
 @contextlib.contextmanager
