@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Task, signals
@@ -54,6 +55,7 @@ from worker.model.file_store import FileStore
 from worker.state.chains import Chains
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.keys import holder_of
+from worker.state.known_files import KnownFiles
 from worker.state.previews import Previews
 from worker.state.records import Records
 from worker.state.redis_client import RedisError, connect, connect_until
@@ -238,23 +240,21 @@ def _assemble(settings: WorkerSettings, name: str) -> _Process:
 
 def _services(settings: WorkerSettings) -> BucketProcess:
     """Check Redis and the bucket, and wait for them a while; return the bucket. Raises `ServiceError`."""
-    lacks = wait_for_both(settings)
+    wait_for_both(settings)
     where, options = (settings.s3_bucket, settings.s3_prefix), BucketOptions.of(settings)
     bucket = BucketProcess(*where, connections=STORAGE_CONNECTIONS, options=options)
     bucket.start()
     _log_choice("queue", hidden(settings.redis_url), "REDIS_URL")
     _log_choice("storage", bucket.root, "S3_BUCKET, S3_PREFIX; a test object was written and read")
-    for lack in lacks:
-        logger.warning("storage: %s", lack)
     return bucket
 
 
 def _files(settings: WorkerSettings) -> FileStore:
     """The files beside the model, found and indexed. Raises `SettingsError`, `ServiceError`."""
     options, until_s = BucketOptions.of(settings), time.monotonic() + settings.start_timeout_s
-    files = wait_for(lambda: FileStore.of(settings, lambda name: Bucket(name, options=options)), until_s)
-    files.start()
-    return files
+    shared = KnownFiles(connect(settings.redis_url, retry_s=1), settings.record_ttl_s)
+    files = wait_for(lambda: FileStore.of(settings, partial(Bucket, options=options), shared), until_s)
+    return files.start()
 
 
 def _warm_runner(settings: WorkerSettings, files: FileStore) -> ModelRunner:

@@ -162,5 +162,5 @@ timed(tasks, "_assemble", "assemble, all")
 tasks.load_runner = load_runner
 tasks.JobHandler = FirstJob  # type: ignore[misc]
 tasks.BucketProcess = FolderStorage  # type: ignore[assignment, misc]
-tasks.wait_for_both = lambda settings: ()
+tasks.wait_for_both = lambda settings: None
 note("event", what="worker.tasks imported", at_s=now())

@@ -279,6 +279,9 @@ class WorkerSettings(Settings):
     #: Memory of the device in which LoRAs are kept, such as 2GiB or 512MB. Not set: chosen at start from what
     #: the model leaves free.
     lora_memory: ByteSize | None = Field(default=None, ge=0)
+    #: Disk space for LoRAs, VAEs and embeddings fetched from buckets, in the cache, such as 100GiB. Not set:
+    #: half of what is free.
+    file_disk: ByteSize | None = Field(default=None, ge=0)
     #: Where to run: auto takes a GPU where there is one.
     device: Literal["auto", "cuda", "cpu"] = "auto"
     #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.

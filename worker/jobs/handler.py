@@ -134,7 +134,8 @@ class JobHandler:
         self._engine.cancel(job_id)
 
     def stop(self) -> None:
-        """Give back also those jobs that wait for the storage, or to run alone."""
+        """Give back also those jobs that wait for the storage or for a file, or to run alone."""
+        self._files.stop()
         self._in_flight.stop()
         self._quarantine.stop()
         self.access.end()

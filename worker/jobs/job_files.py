@@ -18,7 +18,10 @@ class Files(Protocol):
         """All of them."""
 
     def provide(self, job: Job) -> Job:
-        """`job` with its files here. Raises `MissingFileError`, `InvalidJobError`, `StorageError`."""
+        """`job` with its files here. Raises `MissingFileError`, `InvalidJobError`."""
+
+    def stop(self) -> None:
+        """Let jobs that wait for a file go back to the queue."""
 
 
 class NoFiles:
@@ -33,3 +36,6 @@ class NoFiles:
         if job.file_hashes:
             raise MissingFileError(f"This worker lacks {', '.join(files_of(job))}: another one may have it.")
         return job
+
+    def stop(self) -> None:
+        """None waits."""

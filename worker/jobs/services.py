@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from worker.contract.choices import ImageFormat
@@ -25,8 +25,8 @@ START_RETRY_S = 0.5
 NO_JOB = hashlib.sha256(b"readiness").hexdigest()
 
 
-def wait_for_both(settings: WorkerSettings) -> Sequence[str]:
-    """Wait a while until Redis and the bucket answer. Returns what the bucket lacks, in sentences.
+def wait_for_both(settings: WorkerSettings) -> None:
+    """Wait a while until Redis and the bucket answer, and log what the bucket lacks.
 
     Raises `ServiceError`.
     """
@@ -38,7 +38,8 @@ def wait_for_both(settings: WorkerSettings) -> Sequence[str]:
 
     wait_for(redis, until_s)
     where, options = (settings.s3_bucket, settings.s3_prefix), BucketOptions.of(settings)
-    return wait_for(Bucket(*where, attempts=2, options=options).check, until_s)
+    for lack in wait_for(Bucket(*where, attempts=2, options=options).check, until_s):
+        logger.warning("storage: %s", lack)
 
 
 def wait_for(ask: Callable[[], T], until_s: float) -> T:

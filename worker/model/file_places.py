@@ -38,6 +38,10 @@ class Listed(Protocol):
         """Its address."""
 
     @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
     def version(self) -> str:
         """Another one when its content is another one."""
 
@@ -82,6 +86,8 @@ class Found:
     path: Path | None
     #: The address of its config in the bucket; empty where it has none.
     config: str = ""
+    #: Bytes, of one in a bucket.
+    size: int = 0
 
     @property
     def is_pickled(self) -> bool:
@@ -126,15 +132,15 @@ def in_bucket(place: Place, remote: Remote) -> Iterator[Found]:
     """The files of an s3:// prefix, or of the address of one file. Raises `StorageError`."""
     is_one = PurePosixPath(place.where).suffix.lower() == SUFFIX
     root = place.where.rpartition("/")[0] if is_one else place.where
-    versions = {each.uri: each.version for each in remote.listed(root)}
-    paths = {PurePosixPath(uri.removeprefix(REMOTE)): uri for uri in versions}
+    listed = {each.uri: each for each in remote.listed(root)}
+    paths = {PurePosixPath(uri.removeprefix(REMOTE)): uri for uri in listed}
     for path in _chosen(paths):
         uri, config = paths[path], _config_name(place.kind, path)
         if is_one and uri != place.where:
             continue
         beside = paths.get(path.with_name(config), "") if config else ""
-        stamp = f"{place.kind} {uri} {[versions[each] for each in (uri, beside) if each]}"
-        yield Found(place.kind, uri, stamp, _name(path, path.parent.name), None, beside)
+        stamp = f"{place.kind} {uri} {[listed[each].version for each in (uri, beside) if each]}"
+        yield Found(place.kind, uri, stamp, _name(path, path.parent.name), None, beside, listed[uri].size)
 
 
 def _chosen(paths: Iterable[_Path]) -> Iterator[_Path]:

@@ -32,6 +32,9 @@
     smallcat:worker-only:usage:<day>  what tenants have used, by day (`worker.state.usage`)
     smallcat:worker::files:<digest>   the files that workers offer beside their model, as JSON: once for all
                              string   that offer the same (`worker.state.file_indexes`)
+    smallcat:worker-only:files        what workers know of the files in buckets, by their stamps
+                             hash     (`worker.state.known_files`)
+      ...:read:<hash>        string   a worker reads one of them
     smallcat:worker-only:fleet:...    the book that the digest is made from (`fleet_book.lua`)
     smallcat:served          string   the last announcements of each model, for when its workers are away
     smallcat:http:keys       hash     the keys of the HTTP API by their hash (`producer.http.key_store`)
@@ -141,6 +144,9 @@ HTTP_SESSIONS: Final = "smallcat:http:sessions:"
 WORKER_ONLY: Final = "smallcat:worker-only:"
 #: Begins the keys of what tenants have used, by day (`worker.state.usage`).
 USAGE: Final = f"{WORKER_ONLY}usage:"
+#: What workers know of the files in buckets; and what begins the key of a file that one of them reads.
+KNOWN_FILES: Final = f"{WORKER_ONLY}files"
+READ_FILE: Final = f"{KNOWN_FILES}:read:"
 #: Begins the keys of the book that the digest is made from.
 BOOK: Final = f"{WORKER_ONLY}fleet"
 #: The messages that workers hold: the transport's (`worker.broker.transport.UNACKED`).

@@ -58,6 +58,8 @@ class StoredObject(NamedTuple):
     uri: str
     #: When it was put, Unix seconds.
     put_at: float
+    #: Bytes.
+    size: int
     #: Another one when the object is another one: its ETag, size and time. The ETag alone does not say it for
     #: each encryption, nor the time alone, which S3 rounds to seconds.
     version: str
@@ -274,8 +276,9 @@ class Bucket:
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for stored in page.get("Contents", ()):
                     put_at = stored["LastModified"].timestamp()
-                    version = f"{stored.get('ETag', '')} {stored.get('Size', 0)} {put_at:.3f}"
-                    yield StoredObject(f"s3://{bucket}/{stored['Key']}", put_at, version)
+                    size = stored.get("Size", 0)
+                    version = f"{stored.get('ETag', '')} {size} {put_at:.3f}"
+                    yield StoredObject(f"s3://{bucket}/{stored['Key']}", put_at, size, version)
 
     def delete(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> None:
         """Delete a job's picture and record, if they are there. Raises `StorageError`."""

@@ -127,6 +127,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_EMBEDDINGS": ("/embeddings", "/embeddings", []),
     "SMALLCAT_LORAS": ("/loras,s3://b/loras", "/loras,s3://b/loras", []),
     "SMALLCAT_LORA_MEMORY": ("2GiB", 2 << 30, [("much", "value and unit"), ("2parsecs", "byte unit")]),
+    "SMALLCAT_FILE_DISK": ("100GiB", 100 << 30, [("much", "value and unit"), ("-1", "value and unit")]),
     "SMALLCAT_VAES": ("/vaes,stabilityai/sd-vae-ft-mse", "/vaes,stabilityai/sd-vae-ft-mse", []),
     "SMALLCAT_EXACT": ("1", True, [("perhaps", "valid boolean")]),
     "SMALLCAT_CACHE_DIR": ("/cache", "/cache", []),

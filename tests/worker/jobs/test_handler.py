@@ -847,6 +847,9 @@ class Offers:
     def provide(self, job: Job) -> Job:
         return with_files(job, self.index)
 
+    def stop(self) -> None:
+        pass
+
 
 class HasAll:
     """The files of a worker that has what any job asks for."""
@@ -855,6 +858,9 @@ class HasAll:
 
     def provide(self, job: Job) -> Job:
         return job
+
+    def stop(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("said", ["-1e308", "nan", "inf"])

@@ -18,7 +18,14 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from worker.contract.errors import MissingFileError, SettingsError, StorageError
+from worker.contract.errors import (
+    EngineStoppedError,
+    MissingFileError,
+    PermanentStorageError,
+    SettingsError,
+    StorageError,
+    UnknownJobError,
+)
 from worker.contract.file_index import FileEntry, Kind
 from worker.contract.job import Job
 from worker.contract.job_files import with_files
@@ -220,51 +227,133 @@ class FakeBucket:
     def __init__(self, objects: dict[str, bytes]) -> None:
         self.objects = {uri: (data, 1.0) for uri, data in objects.items()}
         self.opened: list[str] = []
+        #: Whether it cannot be listed; and what opening an object raises.
         self.fails = False
+        self.error: Exception | None = None
 
     def listed(self, address: str) -> Iterator[StoredObject]:
         if self.fails:
             raise StorageError("out of reach")
         for uri, (data, put_at) in self.objects.items():
             if uri.startswith(f"{address}/"):
-                yield StoredObject(uri, put_at, f"{len(data)} {put_at}")
+                yield StoredObject(uri, put_at, len(data), f"{len(data)} {put_at}")
 
     @contextmanager
     def open(self, uri: str) -> Iterator[IO[bytes]]:
         self.opened.append(uri)
+        if self.error:
+            raise self.error
         yield io.BytesIO(self.objects[uri][0])
 
 
-def test_files_in_a_bucket_are_copied_once_and_again_when_they_are_replaced(tmp_path: Path) -> None:
+def test_files_in_a_bucket_are_read_once_and_again_when_they_are_replaced(tmp_path: Path) -> None:
     uri = "s3://b/embeddings/x.safetensors"
     bucket = FakeBucket({uri: embedding(), "s3://b/other/y.safetensors": embedding()})
     files = store("s3://b/embeddings", tmp_path, remote_of=lambda _: bucket)
     entry = by_name(files)["x"]
-    path = files.path(Kind.EMBEDDING, entry.sha256)
-    assert path is not None
-    assert path.read_bytes() == embedding()
     files.look()
     assert bucket.opened == [uri]
+    assert not list((tmp_path / "files").glob("*.safetensors")), "none is kept that no job needs"
     bucket.objects[uri] = embedding(fill=1.0), 2.0
     files.look()
     assert bucket.opened == [uri, uri]
     assert by_name(files)["x"].sha256 != entry.sha256
-    assert not list((tmp_path / "files").glob("*.part"))
-    # Another worker of this machine, and the next start, know it already; unless somebody emptied the cache.
+    # Another worker of this machine, and the next start, know it already.
     again = store("s3://b/embeddings", tmp_path, remote_of=lambda _: bucket)
     assert again.index == files.index
     assert bucket.opened == [uri, uri]
     (tmp_path / "files" / "known.json").write_text("[")
     assert store("s3://b/embeddings", tmp_path, remote_of=lambda _: bucket).index == files.index
     assert bucket.opened == [uri, uri, uri]
-    for kept in (tmp_path / "files").glob("*.safetensors"):
-        kept.unlink()
-    assert store("s3://b/embeddings", tmp_path, remote_of=lambda _: bucket).index == files.index
-    assert len(bucket.opened) == 4
     bucket.fails = True
     with pytest.raises(StorageError):
         files.look()
     assert by_name(files)["x"].sha256 != entry.sha256, "what is known stays"
+
+
+def test_a_file_in_a_bucket_is_fetched_when_a_job_needs_it_and_kept(tmp_path: Path) -> None:
+    uri = "s3://b/e/x.safetensors"
+    bucket = FakeBucket({uri: embedding(), "s3://b/e/y.safetensors": embedding(fill=1.0)})
+    files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
+    bucket.opened.clear()
+    asked = job("a <x>", files)
+    assert bucket.opened == []
+    assert files.provide(asked) == asked
+    path = files.path(Kind.EMBEDDING, by_name(files)["x"].sha256)
+    assert path is not None
+    assert path.read_bytes() == embedding()
+    # Neither this worker nor another one of the machine fetches it again; one whose cache was emptied does.
+    store("s3://b/e", tmp_path, remote_of=lambda _: bucket).provide(asked)
+    assert bucket.opened == [uri]
+    path.unlink()
+    assert files.path(Kind.EMBEDDING, by_name(files)["x"].sha256) == path
+    assert bucket.opened == [uri, uri]
+    opened = Job(prompt="a <y>", seed=1).opened()
+    assert list(files.provide(opened).file_hashes) == ["embedding:y"]
+    assert bucket.opened == [uri, uri, "s3://b/e/y.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageError("out of reach"),
+        PermanentStorageError("Access Denied"),
+        UnknownJobError("it was deleted"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_job_whose_file_cannot_be_fetched_goes_back_without_an_attempt(
+    tmp_path: Path, error: Exception
+) -> None:
+    bucket = FakeBucket({"s3://b/e/x.safetensors": embedding()})
+    files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
+    asked, sha256 = job("a <x>", files), by_name(files)["x"].sha256
+    bucket.error = error
+    with pytest.raises(MissingFileError, match=r"cannot fetch s3://b/e/x\.safetensors: "):
+        files.provide(asked)
+    # Where the job's file goes in between, the job alone fails, and is tried again: not the engine.
+    assert files.path(Kind.EMBEDDING, sha256) is None
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["known.json"]
+    bucket.error = None
+    assert files.provide(asked) == asked
+
+
+def test_an_object_that_was_replaced_since_the_last_look_is_no_other_ones_picture(tmp_path: Path) -> None:
+    """Nor where what is kept of it is wrong, whoever wrote that."""
+    uri = "s3://b/e/x.safetensors"
+    bucket = FakeBucket({uri: embedding()})
+    files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
+    asked = job("a <x>", files)
+    bucket.objects[uri] = embedding(fill=1.0), 1.0
+    with pytest.raises(MissingFileError, match="is another file than it was"):
+        files.provide(asked)
+    files.look()
+    assert by_name(files)["x"].sha256 != asked.file_hashes["embedding:x"]
+    with pytest.raises(MissingFileError, match='lacks embedding "x"'):
+        files.provide(asked)
+
+
+def test_a_worker_that_cannot_look_for_a_file_gives_the_job_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_store, "ASKED_EVERY_S", -1.0)
+    bucket = FakeBucket({})
+    files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
+    (tmp_path / "x.safetensors").write_bytes(embedding())
+    asked = job("a <x>", store(tmp_path, tmp_path))
+    bucket.fails = True
+    with pytest.raises(MissingFileError, match="and cannot look for it: out of reach"):
+        files.provide(asked)
+
+
+def test_a_worker_that_stops_does_not_wait_for_a_file(tmp_path: Path) -> None:
+    bucket = FakeBucket({"s3://b/e/x.safetensors": embedding()})
+    files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
+    asked = job("a <x>", files)
+    files.stop()
+    with pytest.raises(EngineStoppedError):
+        files.provide(asked)
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["known.json"]
 
 
 def test_an_object_that_is_too_large_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
