@@ -27,10 +27,13 @@ if ahead_s := float(os.environ.get("FAULTS_CLOCK_S", "0")):
 import json
 import re
 import signal
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import worker.jobs.handler as handler
+import worker.model.file_store as file_store
 import worker.state.scripts as scripts
 import worker.tasks as tasks
 from tests.faults.app_names import DIED, MARKS
@@ -45,6 +48,8 @@ from worker.contract.settings import WorkerSettings, worker_settings
 from worker.engine.runner import Picture
 from worker.jobs.handler import Handled, JobHandler
 from worker.jobs.put_back import put_back
+from worker.model.bucket_files import BucketFiles
+from worker.model.file_store import FileStore
 from worker.state.records import Records
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess
@@ -174,6 +179,28 @@ class Dying(Bucket):
         die("after_put", prompt, job_id)
 
 
+#: The job whose files this thread fetches.
+_fetching = threading.local()
+
+
+class DyingCopies(BucketFiles):
+    """Dies before and after a fetched file has its place on the disk."""
+
+    def _keep(self, path: Path, sha256: str) -> Path:
+        die("copied", _fetching.job.prompt, _fetching.job.id)
+        kept = super()._keep(path, sha256)
+        die("fetched", _fetching.job.prompt, _fetching.job.id)
+        return kept
+
+
+class DyingFiles(FileStore):
+    """Knows whose files it fetches."""
+
+    def provide(self, job: Job) -> Job:
+        _fetching.job = job
+        return super().provide(job)
+
+
 class DyingRecords(Records):
     """Dies after the done mark."""
 
@@ -197,3 +224,5 @@ tasks.JobHandler = JournalingHandler  # type: ignore[misc]
 IS_FOLDER = os.environ.get("FAULTS_STORAGE") == "folder"
 tasks.BucketProcess = FolderStorage if IS_FOLDER else DyingStorage  # type: ignore[assignment, misc]
 tasks.Records = DyingRecords  # type: ignore[misc]
+tasks.FileStore = DyingFiles  # type: ignore[misc]
+file_store.BucketFiles = DyingCopies  # type: ignore[misc]
