@@ -10,7 +10,7 @@ from worker.storage.bucket import Bucket
 
 
 class InFolder(Bucket):
-    """Puts objects into a folder instead."""
+    """Puts objects into a folder instead, and reads there what jobs begin with."""
 
     #: The environment variable that names the folder.
     VARIABLE: str
@@ -19,8 +19,14 @@ class InFolder(Bucket):
         """Nothing to start."""
 
     def find(self, job_id: str, image_format: ImageFormat, tenant: str = "") -> bytes | None:
-        record = self._path(self._key(job_id, "json", tenant))
-        return record.read_bytes() if record.exists() else None
+        return self.record(job_id, tenant)
+
+    def record(self, job_id: str, tenant: str = "") -> bytes | None:
+        return self._bytes(self._key(job_id, "json", tenant))
+
+    def _bytes(self, key: str) -> bytes | None:
+        path = self._path(key)
+        return path.read_bytes() if path.exists() else None
 
     def _put(self, key: str, body: bytes, mime: str) -> None:
         path = self._path(key)

@@ -315,12 +315,12 @@ class Ground:
 
 
 def chaining(every: int) -> Callable[[Job], str]:
-    """Submits jobs of which each `every`-th begins with the picture of its tenant's last one."""
+    """Submits jobs of which each `every`-th without an image begins with the picture of its tenant's last."""
     last: dict[str, str] = {}
     numbers = itertools.count(1)
 
     def submit(job: Job) -> str:
-        parent = last.get(job.tenant) if next(numbers) % every == 0 else None
+        parent = last.get(job.tenant) if next(numbers) % every == 0 and not job.image else None
         made = submit_job(job, image=JobHandle(parent)) if parent else submit_job(job)
         last[job.tenant] = made.id
         return made.id

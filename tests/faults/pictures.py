@@ -13,6 +13,8 @@ from worker.contract.job import Job
 #: Of text alone; of an image; of a part of it; of that part alone, at a size of its own.
 KINDS = ("text", "image", "mask", "part")
 WITH_PICTURES = KINDS[1:]
+#: Kinds of jobs in turns. Each eighth is of text alone, and begins with another job by `harness.chaining`.
+IN_TURNS = ("image", *4 * ["text"], "mask", *4 * ["text"], "part", *5 * ["text"])
 #: Of an image, (width, height); its right half is drawn.
 SIZE = (96, 64)
 #: The grey of an image, which no job is drawn in: see `tests.faults.runner.pixel_of`.

@@ -16,7 +16,7 @@ import pytest
 from producer import submit_job
 from tests.faults import oracle
 from tests.faults.harness import LEASE_S, TENANTS, FaultWorker, Ground, chaining, wait_until
-from tests.faults.pictures import KINDS
+from tests.faults.pictures import IN_TURNS, KINDS
 from worker.contract.job import Job
 
 #: Seconds, with room for the start of several workers on a busy machine.
@@ -39,6 +39,7 @@ def storm(
     between: int = 20,
     tenants: Sequence[str] = TENANTS,
     submit: Callable[[Job], str] = lambda job: submit_job(job).id,
+    kinds: Sequence[str] = ("text",),
     **faults: object,
 ) -> float:
     """Kill one of two workers again and again, under load, each time after `between` more jobs.
@@ -49,7 +50,7 @@ def storm(
     for worker in workers:
         worker.wait_ready()
     began_s = time.monotonic()
-    with ground.feeding(rate, submit=submit, tenants=tenants) as feeder:
+    with ground.feeding(rate, submit=submit, tenants=tenants, kinds=kinds) as feeder:
         for kill in range(kills):
             victim = workers[kill % 2]
             victim.wait_ready()
@@ -65,8 +66,13 @@ def storm(
     return pace
 
 
+def of_all_kinds() -> dict[str, Any]:
+    """Of 16 jobs three begin with a picture, and two with another job's."""
+    return {"kinds": IN_TURNS, "submit": chaining(8)}
+
+
 def test_sigkills_lose_no_job(ground: Ground) -> None:
-    storm(ground, kills=3, rate=30.0, submit=chaining(4))
+    storm(ground, kills=3, rate=30.0, **of_all_kinds())
     oracle.settle(ground)
 
 
@@ -74,7 +80,7 @@ def test_sigkills_lose_no_job(ground: Ground) -> None:
 @pytest.mark.timeout(3600)
 def test_200_sigkills_lose_no_job(ground: Ground) -> None:
     """At 100 jobs a second and more, downtime included. Into a folder: the bucket's server takes a core."""
-    pace = storm(ground, KILLS, rate=RATE, between=JOBS_BETWEEN, storage="folder")
+    pace = storm(ground, KILLS, rate=RATE, between=JOBS_BETWEEN, storage="folder", **of_all_kinds())
     found = oracle.settle(ground, timeout_s=300)
     print(f"lost {len(found.lost)}, marked twice {found.marks_over}, rendered again {found.renders_over}")
     assert pace >= 100
@@ -84,7 +90,7 @@ def test_200_sigkills_lose_no_job(ground: Ground) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_sigkills_lose_no_job_on_a_real_bucket(ground: Ground) -> None:
-    storm(ground, KILLS // 4, rate=120.0, submit=chaining(4))
+    storm(ground, KILLS // 4, rate=120.0, **of_all_kinds())
     found = oracle.settle(ground, timeout_s=300)
     print(f"lost {len(found.lost)}, marked twice {found.marks_over}, rendered again {found.renders_over}")
 
@@ -211,7 +217,7 @@ def mixed(ground: Ground, seed: int, workers: int, count: int, rate: float) -> N
     faults = faults_of(ground, chance)
     deck = [name for _ in range(count // len(faults) + 1) for name in faults][:count]
     chance.shuffle(deck)
-    with ground.feeding(rate, kinds=KINDS) as feeder:
+    with ground.feeding(rate, kinds=KINDS, submit=chaining(3)) as feeder:
         for name in deck:
             for worker in started:
                 worker.wait_ready()

@@ -129,6 +129,20 @@ def test_a_picture_of_which_a_part_is_kept_says_so(worker: Worker, storage: Flak
     assert "Mask blur" not in (read_infotext(files[0]) or "")
 
 
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_every_format_says_that_a_part_is_kept(
+    worker: Worker, storage: FlakyBucket, image_format: str
+) -> None:
+    reference = put(storage, CUT_OUT)
+    for seed, (fields, kept) in enumerate(
+        [({"mask": "alpha"}, True), ({"mask": "alpha", "preserve_unmasked": False}, True), ({}, False)]
+    ):
+        record = record_of(worker, job(reference, format=image_format, seed=10 + seed, **fields))
+        data = storage.get(record.uri or "")
+        assert (b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in data) is kept
+        assert (b"digitalsourcetype/trainedAlgorithmicMedia" in data) is not kept
+
+
 def test_with_padding_the_runner_gets_a_part_and_the_picture_is_as_large_as_the_image(
     worker: Worker, storage: FlakyBucket
 ) -> None:
