@@ -29,6 +29,7 @@ from typing import Any, Final, cast
 
 from producer.http import run_folder
 from producer.http.run_limits import gate_of
+from producer.http.run_pictures import UploadedPictures
 from producer.http.run_slots import MAX_RUNS, MAX_RUNS_OF_ONE, RunSlots, Slot, tenant_of
 from producer.ingest.check import refuse_bad_lines
 from producer.ingest.feeder import Ingest
@@ -352,6 +353,7 @@ def _is_among(forgotten: Mapping[str, str], folder: Path) -> bool:
 
 
 def _plan_of(file: Path, upload: Upload) -> Plan:
+    pictures = UploadedPictures(upload.tenant, upload.owner)
     variants = make_variants(
         dict(upload.fields),
         upload.images,
@@ -360,9 +362,11 @@ def _plan_of(file: Path, upload: Upload) -> Plan:
         upload.sample,
         None,
         literal=upload.literal,
+        pictures=pictures,
     )
     found = source(str(file), upload.format or None)
-    return Plan([dataclasses.replace(found, name=upload.name)], variants, upload.extra, tenant=upload.owner)
+    sources = [dataclasses.replace(found, name=upload.name)]
+    return Plan(sources, variants, upload.extra, tenant=upload.owner, pictures=pictures)
 
 
 def _told(error: Exception, file: Path, upload: Upload) -> str:

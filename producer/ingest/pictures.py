@@ -7,6 +7,7 @@ a line names is in nobody's hands: what its id meant at first is noted with the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +20,16 @@ from worker.contract.input_reference import InputReference
 
 if TYPE_CHECKING:
     from producer.ingest.run_state import Run
+    from worker.contract.given_picture import Given
 
 #: Pictures that are stored at once.
 _AT_ONCE = 8
 #: A run's field of what a job's id means: its picture's size, or why it is refused.
 _PICTURE_OF, _REFUSED = "picture:", "!"
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value)
 
 
 class Pictures:
@@ -60,13 +66,15 @@ class Pictures:
         options (`source` is None) may lead anywhere. Raises `InvalidJobError`, `StorageError`.
         """
         image, mask = fields.get("image"), fields.get("mask")
-        if not image and not mask:
+        if _is_empty(image) and _is_empty(mask):
             return fields
         folder = None
         if source is not None:
             folder = Path.cwd() if source.path is None else source.path.parent.resolve()
         key = folder, image, mask
-        if (known := self._known.get(key)) is None:
+        if not all(each is None or isinstance(each, str) for each in (image, mask)):
+            known = self._read(key)  # It may be no key: an array, an open file, a list in a line of JSON.
+        elif (known := self._known.get(key)) is None:  # type: ignore[assignment]
             known = self._known[key] = self._read(key)
         if isinstance(known, str):
             raise InvalidJobError(known)
@@ -75,22 +83,34 @@ class Pictures:
     def _read(self, key: tuple[Path | None, Any, Any]) -> dict[str, Any] | str:
         folder, image, mask = key
         try:
-            named = {"image": image, "mask": mask}
-            given = self._session.given(named, self._tenant, folder, self._picture_of)
+            given = self._given({"image": image, "mask": mask}, folder)
         except InvalidJobError as error:
             return str(error)
         found = {name: value for name, value in (given.fields if given else {}).items() if value}
+        data = {each.sha256: each.data for each in given.files} if given else {}
         for name, words in (("image", image), ("mask", mask)):
-            if words and found[name] != words:
-                self._files.setdefault(found[name], (folder, name, words))
+            if isinstance(words, str | os.PathLike):
+                if words and found[name] != words:
+                    self._files.setdefault(found[name], (folder, name, words))
+            elif name in found and (sha256 := found[name].split(":")[1]) in data:
+                # An open file is read once.
+                self._files.setdefault(found[name], (folder, name, data[sha256]))
         return found
+
+    def _given(self, named: dict[str, Any], folder: Path | None) -> Given | None:
+        """What words mean, wherever that is. Raises as `Session.given` does."""
+        return self._session.given(named, self._tenant, folder, self._picture_of)
+
+    def _known_picture(self, job_id: str, name: str) -> tuple[InputReference, bool]:
+        """The reference to a job's picture as it is known now, and whether it is done. Raises likewise."""
+        return self._session.picture_of(job_id, self._tenant, name)
 
     def _picture_of(self, job_id: str, name: str) -> InputReference:
         """The reference to a job's picture, also of one that is not done. Raises as `Session.given` does."""
         meaning = self._run.noted(_PICTURE_OF + job_id) if self._run else None
         if meaning is None:
             try:
-                reference, is_done = self._session.picture_of(job_id, self._tenant, name)
+                reference, is_done = self._known_picture(job_id, name)
                 meaning = f"{reference.width}x{reference.height}"
             except InvalidJobError as error:
                 meaning, is_done = _REFUSED + str(error).removeprefix(f"{name} "), False

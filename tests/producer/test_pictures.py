@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from redis import Redis
 
-from producer import JobHandle, submit_job
+from producer import JobHandle, submit_file, submit_job
 from tests.producer.test_client import client, environment, finish, fleet, messages, records
 from tests.worker.engine.fake_runner import job_of
 from worker.contract.errors import InvalidJobError, StorageError
@@ -244,6 +245,32 @@ def test_nothing_is_stored_for_a_job_that_is_wrong_elsewhere(environment: dict[s
         with pytest.raises(InvalidJobError):
             submit_job("a cat", image=PHOTO, **wrong)
     assert inputs_in(bucket_of(environment)) == {}
+
+
+def test_a_picture_of_200_mb_is_refused_unread(
+    environment: dict[str, str], fleet: Any, client: Redis, tmp_path: Path
+) -> None:
+    huge, lines = tmp_path / "huge.png", tmp_path / "lines.csv"
+    with huge.open("wb") as file:
+        file.truncate(200_000_000)
+    lines.write_text("prompt,image\na cat,huge.png\n")
+    said = "image is 200.0 MB, the limit is 50 MB: make it smaller."
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidJobError, match=re.escape(said)):
+            submit_job("a cat", image=huge, **FIELDS)
+        outcome = submit_file(lines)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+    assert (outcome.total, outcome.rejected) == (0, 1)
+    assert said in (tmp_path / "lines.csv.rejected.jsonl").read_text()
+    with (
+        huge.open("rb") as body,
+        pytest.raises(InvalidJobError, match="the limit is 50 MB"),
+    ):
+        submit_job("a cat", image=body, **FIELDS)
+    assert (messages(client, job_of(1)), inputs_in(bucket_of(environment))) == ([], {})
 
 
 def test_without_a_bucket_a_picture_is_refused(

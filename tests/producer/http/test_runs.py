@@ -101,6 +101,24 @@ def test_rejected_lines_are_told(api: Api) -> None:
     assert upload(api, data, "name=a.jsonl&strict=true").status == 422
 
 
+def test_lines_begin_with_the_pictures_of_jobs_and_with_no_file_of_the_servers(api: Api) -> None:
+    job = api.call("POST", "/v1/jobs", {"prompt": "a first one", "width": 64, "height": 64}).json
+    images = [job["id"], f"job:{job['id']}", "0" * 32, "/etc/hostname", "s3://b/k", ["a"]]
+    data = "".join(json.dumps({"prompt": "a cat", "image": each}) + "\n" for each in images).encode()
+    run = finished(api, upload(api, data, "name=a.jsonl").json)
+    # Its worker draws pictures of another size, which no job begins with.
+    assert (run["state"], run["total"], run["rejected"]) == ("finished", 2, 4)
+    lines = lines_of(api.call("GET", run["links"]["manifest"]))
+    assert {line["image"] for line in lines} == {f"job:{job['id']}:64x64"}
+    reasons = [line["reason"] for line in lines_of(api.call("GET", run["links"]["rejected"]))]
+    assert [each.partition(": ")[0] for each in reasons] == [
+        f"image is the picture of job {'0' * 32}, which is not known",
+        "image is '/etc/hostname', a path, which is not read here",
+        "image is an s3:// address, which is not read here",
+        "image is ['a']",
+    ]
+
+
 def test_a_file_that_is_sent_again_is_the_same_run(api: Api) -> None:
     first, second = (upload(api, b"a cat, twice\n", "seed_start=5").json for _ in range(2))
     assert first["run"] == second["run"]

@@ -205,6 +205,10 @@ def test_tenants_that_share_pictures_share_nothing_else(api: Api) -> None:
     assert api.call("GET", path, key=three).status == 404
     assert "a shared one" not in api.call("GET", "/v1/jobs", key=three).body.decode()
     assert "a shared one" in api.call("GET", "/v1/jobs", key=two).body.decode()
+    line = json.dumps({"prompt": "a line", "image": job["id"]}).encode()
+    assert upload(api, line, "name=a.jsonl", key=two).status == 202
+    refused = upload(api, line, "name=a.jsonl", key=three)
+    assert (refused.status, f"{job['id']}, which is not known" in refused.json["detail"]) == (422, True)
     waiting = WAITING | {"prompt": "shared, and waits"}
     jobs = {key: submit(api, key, waiting).json for key in (one, two)}
     boss = api.new_key("one-boss", "admin", tenant="one")

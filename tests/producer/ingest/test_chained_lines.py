@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from producer.cli.ingest_display import QuietDisplay
 from producer.ingest.feeder import Ingest
 from producer.ingest.pictures import Pictures
@@ -19,7 +21,7 @@ from producer.ingest.types import Options, Outcome
 from producer.session import session
 from tests.drain import Drain
 from tests.producer.ingest.test_feeder import QUEUE, drain, manifest, quick, waiting
-from worker.contract.errors import RenderError
+from worker.contract.errors import RenderError, StorageError
 from worker.contract.input_reference import jobs_of
 from worker.contract.job import Job
 from worker.contract.message import RunMark
@@ -238,6 +240,23 @@ def test_more_may_wait_for_one_job_than_one_call_releases(drain: Drain) -> None:
     look(drain)
     assert drain.client.llen(QUEUE) == 1_300
     assert run.status().waiting == 0
+
+
+def test_a_bucket_that_is_away_while_a_lines_picture_is_stored_loses_no_line(
+    drain: Drain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise StorageError("The bucket is away.")
+
+    with monkeypatch.context() as now:
+        now.setattr(Pictures, "store", away)
+        with pytest.raises(StorageError):
+            ingest(["a dog,5,", "a bird,6,"])()
+    assert waiting(drain) == 0
+    with going(ingest()) as outcomes:
+        run = ingest()
+        until(drain, run, ended=2)
+    assert (outcomes[0].state, outcomes[0].done) == ("finished", 2)
 
 
 def test_a_message_that_was_released_and_is_lost_is_sent_again(drain: Drain) -> None:

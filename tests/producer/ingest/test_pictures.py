@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from producer.ingest.pictures import Pictures
 from producer.ingest.plan import Plan, Planned, Rejected, unresolved
@@ -116,6 +119,20 @@ def test_options_are_for_all_lines_and_axes_of_grids(environment: dict[str, str]
         plan_of(file, {"image": "none.png"})
     with pytest.raises(InvalidJobError, match="mask_blur is 65"):
         plan_of(file, {"mask_blur": 65})
+
+
+@pytest.mark.parametrize("form", [lambda it: it, np.asarray, file_of, lambda it: io.BytesIO(file_of(it))])
+def test_an_option_may_be_a_picture_in_any_form(
+    environment: dict[str, str], folder: Path, form: Callable[[Image.Image], Any]
+) -> None:
+    file = folder / "prompts.txt"
+    file.write_text("a cat\n")
+    plan = plan_of(file, {"image": form(PHOTO), "mask": form(Image.new("L", PHOTO.size, 255))})
+    assert plan.pictures is not None
+    plan.pictures.store(shapes(plan))
+    stored = inputs_in(bucket_of(environment))
+    named = {shapes(plan)[0][name].split(":")[1] for name in ("image", "mask")}
+    assert {key.rpartition("/")[2] for key in stored} == named
 
 
 def test_a_mask_for_all_is_stored_beside_each_lines_picture(
