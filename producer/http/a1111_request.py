@@ -255,5 +255,5 @@ def _count(body: Mapping[str, Any], name: str) -> int:
     if type(value) is not int:
         raise InvalidJobError(f"{name} is {short(value)}, which is no whole number: use 1 to {MAX_IMAGES}.")
     if value < 1:
-        raise InvalidJobError(f"{name} is {short(value)}: it must be at least 1.")
+        raise InvalidJobError(f"{name} is {short(value)}: it must be 1 to {MAX_IMAGES}.")
     return value

@@ -272,7 +272,7 @@ def test_hires_fix_is_a_second_pass(given: dict[str, Any], fields: dict[str, Any
         ({"cfg_scal": 3}, "There is no 'cfg_scal' in txt2img: did you mean cfg_scale?"),
         ({"steps": 1_000}, "steps is 1000"),
         ({"width": 500}, "width is 500, which is no multiple of 8"),
-        ({"batch_size": 0}, "batch_size is 0: it must be at least 1."),
+        ({"batch_size": 0}, "batch_size is 0: it must be 1 to 100."),
         ({"batch_size": 50, "n_iter": 50}, "it must be 1 to 100 pictures"),
         ({"prompt": ""}, "prompt is empty"),
         *(({"override_settings": value}, "override_settings is ") for value in (7, [], "", False, 0)),
