@@ -30,7 +30,6 @@ from worker.contract.errors import (
     SmallcatError,
     first_line,
 )
-from worker.contract.job_parameters import DEFAULT_PRIORITY
 from worker.contract.message import TASK
 from worker.contract.plain_log import ended
 from worker.contract.plain_text import plain
@@ -39,7 +38,7 @@ from worker.contract.refusals import refusal_log
 from worker.contract.settings import WorkerSettings, hidden, worker_settings
 from worker.contract.versions import versions
 from worker.device import start
-from worker.engine.capacity import JOBS_PER_ROW, jobs_in_flight, uploading_jobs
+from worker.engine.capacity import Slots
 from worker.engine.engine import Engine
 from worker.engine.pauses import Pauses
 from worker.health.report import Health
@@ -181,19 +180,12 @@ def _start(sender: Any, **_: Any) -> None:
     transport.set_max_returns(_process.settings.max_attempts + MORE_RETURNS)
     transport.set_liveness(lambda: _here().engine.is_alive())
     transport.set_pause(lambda: bool(_here().handler.access.reason))
-    served, max_rows = _process.handler.served, _process.engine.max_rows
-    app.amqp.queues.select(queues_of(served))
+    app.amqp.queues.select(queues_of(_process.handler.served))
     if sender.concurrency == "auto":
-        job_s = _process.engine.job_s
-        open_to_all, reserved = jobs_in_flight(max_rows, job_s)
-        sender.concurrency = open_to_all + reserved
-        transport.set_reserve(open_to_all, URGENT)
-        _log_choice(
-            "jobs in flight",
-            f"{open_to_all} and {reserved} reserved",
-            f"{JOBS_PER_ROW} for each row of a step and {uploading_jobs(max_rows, job_s)} being uploaded; "
-            f"{reserved} more slots are reserved for priority {DEFAULT_PRIORITY} and above",
-        )
+        slots = Slots(_process.engine.sizes)
+        sender.concurrency = slots.most
+        transport.set_slots(slots.now, URGENT)
+        _log_choice("jobs in flight", "{} and {} reserved".format(*slots.now()), slots.reason())
 
 
 def _assemble(settings: WorkerSettings, name: str) -> _Process:
@@ -232,7 +224,7 @@ def _assemble(settings: WorkerSettings, name: str) -> _Process:
     )
     chosen = {choice.what: choice.choice for choice in runner.choices}
     started_at = Fleet(client, settings.record_ttl_s).now()
-    info = announcement(settings, name, runner.served, chosen, runner.max_rows, started_at)
+    info = announcement(settings, name, runner.served, chosen, runner.most_rows, started_at)
     heartbeat = _heartbeat(settings, info, handler, engine, files, runner)
     waiting = WaitingJobs(Chains(connect(settings.redis_url, retry_s=1)), bucket.has_record)
     return _Process(settings, engine, handler, heartbeat, waiting, bucket, health, stop_waiting)
@@ -295,6 +287,7 @@ def _heartbeat(
         paused=lambda: handler.access.reason,
         files=lambda: files.index,
         lately=handler.rates.lately,
+        max_rows=lambda: engine.sizes.most_rows,
         preview=PreviewMaker(engine.tickets, runner.preview, Previews(client).put).ask,
     )
 

@@ -115,6 +115,8 @@ class Device:
     decode_curve: Curve
     #: The cap of a step, in rows.
     rows: int
+    #: The same in a crowded lane; 0: the same.
+    most_rows: int = 0
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Self:
@@ -125,6 +127,10 @@ class Device:
     def cap(self, lane: Hashable) -> int:
         """The same for all lanes."""
         return self.rows
+
+    def most(self, lane: Hashable) -> int:
+        """The same for all lanes."""
+        return max(self.rows, self.most_rows)
 
     def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """Seconds of a step."""

@@ -19,6 +19,7 @@ from worker.jobs import handler
 
 PROGRAMS = (
     "autoscaling",
+    "crowds",
     "emulated",
     "encoding",
     "engine",

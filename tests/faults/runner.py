@@ -144,6 +144,15 @@ class FaultRunner:
         """The same for each lane."""
         return self.max_rows
 
+    @property
+    def most_rows(self) -> int:
+        """The same however many jobs wait."""
+        return self.max_rows
+
+    def most(self, lane: Hashable) -> int:
+        """The same however many jobs wait."""
+        return self.max_rows
+
     def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """The same for any rows."""
         return 1.0

@@ -142,9 +142,9 @@ def test_a_tenants_message_wakes_who_waits(client: redis.Redis, party: Callable[
 
 @pytest.fixture
 def reserve() -> Iterator[None]:
-    transport.set_reserve(2, URGENT)
+    transport.set_slots(lambda: (2, 100), URGENT)
     yield
-    transport._reserve = None
+    transport._slots = None
 
 
 def test_reserved_slots_wait_for_urgent_messages_of_tenants(

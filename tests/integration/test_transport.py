@@ -357,8 +357,8 @@ def test_a_consumer_that_pauses_fetches_nothing_keeps_what_it_holds_and_goes_on(
 @pytest.fixture
 def reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five slots, two are for messages of priority 0 to 4."""
-    monkeypatch.setattr(transport, "_reserve", None)
-    transport.set_reserve(open_to_all=3, urgent=4)
+    monkeypatch.setattr(transport, "_slots", lambda: (3, 2))
+    monkeypatch.setattr(transport, "_urgent", 4)
 
 
 def put(client: redis.Redis, queue: str, priority: int, count: int = 1) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from kombu.transport import redis as stock
 
 from worker.broker.lease import FLUSH_S, Held
-from worker.broker.transport import alive, paused
+from worker.broker.transport import alive, open_slots, paused
 
 logger = logging.getLogger("smallcat.transport")
 
@@ -24,7 +24,7 @@ class QoS(stock.QoS):
         if not self.channel.acknowledging:
             return True
         limit = self.prefetch_count
-        return alive() and not paused() and (not limit or self.channel.lease.count < limit)
+        return alive() and not paused() and (not limit or open_slots(limit, self.channel.lease.count) > 0)
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Hold a broadcast: it came over publish/subscribe and is not registered in Redis."""

@@ -55,7 +55,8 @@ UNDECODABLE_MAX: Final = 1_000
 LEASE_S: Final = 30.0
 
 _is_alive: Callable[[], bool] = lambda: True  # noqa: E731 -- until `set_liveness` is called
-_reserve: tuple[int, int] | None = None
+_slots: Callable[[], tuple[int, int]] | None = None
+_urgent = 0
 _is_paused: Callable[[], bool] = lambda: False  # noqa: E731 -- until `set_pause` is called
 _on_unreadable: Callable[[bytes, str, bool], object] = lambda *_: None  # noqa: E731 -- until it is set
 _max_returns = 13
@@ -111,14 +112,16 @@ def set_liveness(is_alive: Callable[[], bool]) -> None:
     _is_alive = is_alive
 
 
-def set_reserve(open_to_all: int, urgent: int) -> None:
-    """Reserve this process' slots beyond the first `open_to_all`, >= 1, for urgent messages.
+def set_slots(slots: Callable[[], tuple[int, int]], urgent: int) -> None:
+    """Set the function that says how many messages this process holds at most.
 
-    Urgent are priorities 0 to `urgent`, as Redis counts: 0 is fetched first. While the process holds
-    `open_to_all` messages or more, of whatever priority, it fetches only urgent ones.
+    Of those that `slots()` returns, the first, >= 1, is for all messages, and so many more for urgent ones:
+    of priorities 0 to `urgent`, as Redis counts: 0 is fetched first. While the process holds as many as are
+    for all, of whatever priority, it fetches only urgent ones. It is called up to twice a message: it must be
+    quick.
     """
-    global _reserve
-    _reserve = open_to_all, urgent
+    global _slots, _urgent
+    _slots, _urgent = slots, urgent
 
 
 def set_pause(is_paused: Callable[[], bool]) -> None:
@@ -164,15 +167,16 @@ def paused() -> bool:
 
 def open_steps(priority_steps: Sequence[int], held: int) -> Sequence[int]:
     """Those of `priority_steps` whose messages may be fetched by a process that holds `held` messages."""
-    if _reserve is None or held < _reserve[0]:
+    if _slots is None or held < _slots()[0]:
         return priority_steps
-    return [step for step in priority_steps if step <= _reserve[1]]
+    return [step for step in priority_steps if step <= _urgent]
 
 
 def open_slots(limit: int, held: int) -> int:
     """How many messages of `open_steps` a process may fetch that holds `held` messages, of `limit`."""
-    if _reserve is not None and held < _reserve[0]:
-        limit = min(limit, _reserve[0])
+    if _slots is not None:
+        open_to_all, reserved = _slots()
+        limit = min(limit, open_to_all if held < open_to_all else open_to_all + reserved)
     return limit - held
 
 

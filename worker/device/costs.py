@@ -32,7 +32,10 @@ class Costs:
 
     def measured(self, curve: Curve, max_rows: int) -> None:
         """`curve` was measured at the default size, of which a step should have so many rows at most."""
-        self._cost = dataclasses.replace(self._cost, curve=curve, max_rows=max_rows)
+        most = max_rows if self._asked_rows else step_cost.choose_most(curve, max_rows)
+        self._cost = dataclasses.replace(self._cost, curve=curve, max_rows=max_rows, most_rows=most)
+        if most > max_rows:
+            logger.info("max rows while many jobs wait: %d (least time a row)", most)
 
     def measured_loras(self, share: float) -> None:
         """A row with LoRAs costs more, by this share of itself."""
@@ -71,6 +74,11 @@ class Costs:
         return self._cost.max_rows
 
     @property
+    def most_rows(self) -> int:
+        """The same while many jobs wait."""
+        return self._cost.most(self._cost.area)
+
+    @property
     def job_s(self) -> float:
         """Seconds of the device's time for the steps of a job of the model's defaults, in full batches."""
         step_s = self._cost.seconds(self.max_rows, self._cost.area)
@@ -82,6 +90,12 @@ class Costs:
         if self._search is not None and self._search.cap is not None and lane == self.lane:
             return self._search.cap
         return self._asked_rows or self._cost.cap(self._family.area(lane))
+
+    def most(self, lane: Lane) -> int:
+        """The same while many jobs wait, >= `cap`."""
+        if self._asked_rows or (self._search is not None and self._search.cap is not None):
+            return self.cap(lane)
+        return self._cost.most(self._family.area(lane))
 
     def step_s(self, lane: Lane, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """What a step of `rows` rows of `lane` costs, whose longest text has so many tokens."""

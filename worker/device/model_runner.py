@@ -112,6 +112,11 @@ class ModelRunner:
         return self._costs.max_rows
 
     @property
+    def most_rows(self) -> int:
+        """The same while many jobs wait."""
+        return self._costs.most_rows
+
+    @property
     def job_s(self) -> float:
         """Seconds of the device's time for a job of the model's defaults. Measured by `warm_up`."""
         return self._costs.job_s
@@ -129,6 +134,10 @@ class ModelRunner:
     def cap(self, lane: Hashable) -> int:
         """See `Costs`."""
         return self._costs.cap(cast("Lane", lane))
+
+    def most(self, lane: Hashable) -> int:
+        """See `Costs`."""
+        return self._costs.most(cast("Lane", lane))
 
     def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """See `Costs`."""

@@ -3,10 +3,11 @@
 Terms. A **lane** is a set of jobs that may share a step, since their latents have the same shape. A job in a
 lane is **waiting** or **scheduled**; a scheduled job stays so until it is finished, removed or preempted. The
 **cap** is the most rows that a lane's batch may have; a job takes a row for each of its prompts, and one more
-if it is guided. The longest text of a batch is part of its cost, since all its rows attend to as much, and so
-are its rows with LoRAs. A job's
-**effective priority** is its priority plus one for every `AGEING_S` seconds since it was added. A job **may
-preempt** another one if its priority is higher and its effective priority is higher by at least one. Since
+if it is guided. A lane is **crowded** from when its jobs have `CROWD` times as many rows as a batch of least
+time a row, until they no longer fill one. The longest text of a batch is part of its cost, since all its rows
+attend to as much, and so are its rows with LoRAs. A job's **effective priority** is its priority plus one for
+every `AGEING_S` seconds since it was added. A job **may preempt** another one if its priority is higher and
+its effective priority is higher by at least one. Since
 all jobs age at the same rate, that never changes for two given jobs.
 
 Rules.
@@ -26,7 +27,10 @@ Rules.
    another one is empty, whatever jobs are added.
 6. Jobs with LoRAs and jobs without are company like any other: what a LoRA costs, its own rows cost, and
    keeping the two apart would gain 1 to 2% (docs/performance.md, "LoRAs").
-7. If a batch did not fit in memory, the cap of its lane is halved for the life of the process. If there are
+7. The cap is the size beyond which larger batches gain little, so that each job is done soon. In a crowded
+   lane it is that of least time a row, because throughput is what its jobs wait for. No scheduled job is
+   preempted when a lane is not crowded any more.
+8. If a batch did not fit in memory, the cap of its lane is halved for the life of the process. If there are
    more rows than the cap, because of that or because a job needs more rows than before, the scheduled jobs
    of the lowest effective priority are preempted.
 """
@@ -44,6 +48,10 @@ AGEING_S = 30.0
 #: How many times the cost of a step may grow by jobs that others in the batch may preempt.
 MAX_SLOWDOWN = 1.3
 
+#: Rows of a lane's jobs, in batches of least time a row, from which it is crowded. Simulated
+#: (docs/performance.md, "Which batch size, by how many jobs wait"): more gains less, less costs latency.
+CROWD = 1.5
+
 T = TypeVar("T", bound=Hashable)
 
 
@@ -52,6 +60,9 @@ class Costs(Protocol):
 
     def cap(self, lane: Hashable) -> int:
         """The cap of a lane at the start, in rows, >= 1."""
+
+    def most(self, lane: Hashable) -> int:
+        """The cap of a crowded lane, in rows, >= `cap`."""
 
     def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """The cost of a step of `rows` rows of `lane`, > 0, in seconds or in any other unit.
@@ -96,6 +107,16 @@ class _Lane(Generic[T]):
     pass_: float
     waiting: dict[T, _Entry[T]] = field(default_factory=dict)
     scheduled: dict[T, _Entry[T]] = field(default_factory=dict)
+    is_crowded: bool = False
+
+    def follow(self, usual: int, most: int) -> None:
+        """Set the cap, which is `usual` rows, and in a crowded lane `most`."""
+        rows = self.rows + sum(entry.rows for entry in self.waiting.values())
+        if rows >= CROWD * most:
+            self.is_crowded = True
+        elif rows < most:
+            self.is_crowded = False
+        self.cap = most if self.is_crowded else max(usual, min(self.rows, most))
 
     @property
     def rows(self) -> int:
@@ -242,7 +263,7 @@ class Batcher(Generic[T]):
             return []
         for name, lane in self._lanes.items():
             # What the device gains by may be known better now.
-            lane.cap = self.cap(name)
+            lane.follow(self.cap(name), self.most(name))
             lane.schedule(now_s)
         name, lowest = min(self._lanes.items(), key=lambda named: named[1].pass_)
         batch = lowest.batch(self._costs, name, now_s)
@@ -252,11 +273,15 @@ class Batcher(Generic[T]):
         return [entry.item for entry in batch]
 
     def cap(self, lane: Hashable) -> int:
+        """The most rows in a step of `lane` while it is not crowded, >= 1."""
+        return min(self._caps[lane], self._costs.cap(lane)) if lane in self._caps else self._costs.cap(lane)
+
+    def most(self, lane: Hashable) -> int:
         """The most rows in a step of `lane`, >= 1."""
-        return self._caps[lane] if lane in self._caps else self._costs.cap(lane)
+        return self._caps[lane] if lane in self._caps else self._costs.most(lane)
 
     def lower_cap(self, lane: Hashable, rows: int) -> None:
         """Lower the cap of `lane` to half of `rows`, which did not fit in memory; to one row at least."""
-        self._caps[lane] = max(1, min(self.cap(lane), rows // 2))
+        self._caps[lane] = max(1, min(self.most(lane), rows // 2))
         if lane in self._lanes:
             self._lanes[lane].cap = self._caps[lane]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+from worker.engine.runner import Sizes
+from worker.engine.step_cost import BATCH_SIZES
+
 #: Jobs in flight for each row of a step: while one is denoised, the next is prepared or the last is decoded.
 JOBS_PER_ROW = 2
 #: Seconds in which a picture is encoded and uploaded, with a margin. So many more jobs are in flight as the
@@ -25,3 +28,28 @@ def jobs_in_flight(max_rows: int, job_s: float) -> tuple[int, int]:
     """
     open_to_all = JOBS_PER_ROW * max_rows + uploading_jobs(max_rows, job_s)
     return open_to_all, max(1, max_rows // ROWS_PER_RESERVED_SLOT)
+
+
+class Slots:
+    """The slots of a worker whose steps have so many rows, as far as it is known now. Any thread may ask."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+
+    def now(self) -> tuple[int, int]:
+        """As `jobs_in_flight`. Follows the rows of steps, also when these are compiled later."""
+        return jobs_in_flight(self._sizes.max_rows, self._sizes.job_s)
+
+    @property
+    def most(self) -> int:
+        """No fewer than there will ever be, reserved ones included: threads are made when they are needed."""
+        rows = max(self._sizes.max_rows, BATCH_SIZES[-1])
+        return sum(jobs_in_flight(rows, UPLOAD_S / rows))
+
+    def reason(self) -> str:
+        """Why there are as many as now, for the log."""
+        rows = self._sizes.max_rows
+        return (
+            f"{JOBS_PER_ROW} for each row of a step and {uploading_jobs(rows, self._sizes.job_s)} being "
+            f"uploaded; {self.now()[1]} more slots are reserved for urgent jobs"
+        )

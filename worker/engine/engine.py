@@ -43,7 +43,7 @@ from worker.engine.batcher import Batcher
 from worker.engine.decode_stage import DecodeStage
 from worker.engine.movement import Movement
 from worker.engine.prepare_stage import PrepareStage
-from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture, Runner, StateT
+from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture, Runner, Sizes, StateT
 from worker.engine.step_watch import StepWatch
 from worker.engine.ticket import Rendered, Ticket, as_job_error, engine_failed, is_machine_fault, shared
 
@@ -104,14 +104,9 @@ class Engine(Generic[StateT]):
         )
 
     @property
-    def max_rows(self) -> int:
-        """The most rows in one step, at the model's default size."""
-        return self._runner.max_rows
-
-    @property
-    def job_s(self) -> float:
-        """Seconds of the device's time for a job with the model's defaults, > 0."""
-        return self._runner.job_s
+    def sizes(self) -> Sizes:
+        """How many rows its steps have, as far as it is known at the moment of asking."""
+        return self._runner
 
     def start(self) -> None:
         """Start the loop."""

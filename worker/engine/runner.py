@@ -91,20 +91,28 @@ class JobState(Protocol):
 StateT = TypeVar("StateT", bound=JobState)
 
 
-class Runner(Costs, Protocol[StateT]):
-    """Runs the model on one device.
-
-    Each method may raise a `MachineError`, which ends the engine; `OutOfMemoryError` is the exception: then
-    the engine tries again with fewer jobs.
-    """
+class Sizes(Protocol):
+    """How many rows the steps of a device have. That may change while it serves."""
 
     @property
     def max_rows(self) -> int:
         """The cap of a step of the model's default size, in rows, >= 1."""
 
     @property
+    def most_rows(self) -> int:
+        """The same while many jobs wait, >= `max_rows`."""
+
+    @property
     def job_s(self) -> float:
         """Seconds of the device's time for a job of the model's defaults, in full batches, > 0."""
+
+
+class Runner(Costs, Sizes, Protocol[StateT]):
+    """Runs the model on one device.
+
+    Each method may raise a `MachineError`, which ends the engine; `OutOfMemoryError` is the exception: then
+    the engine tries again with fewer jobs.
+    """
 
     @property
     def decodes_beside(self) -> bool:

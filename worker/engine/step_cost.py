@@ -2,7 +2,8 @@
 
 A step of more rows takes longer, but less time for each row, until the device is fully used. Beyond that a
 larger batch only makes its jobs wait for each other. Where that point lies depends on the device, the model
-and the size of the pictures, so it is measured.
+and the size of the pictures, so it is measured. Just before it there is a size that gains a little more: it
+is for when so many jobs wait that throughput is what each of them waits for (`worker.engine.batcher`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 #: A batch of twice the size must lower the time of a row by at least this share.
 MIN_GAIN = 0.03
+#: The same for a batch while many jobs wait. Less is noise.
+MIN_GAIN_OF_MANY = 0.01
 #: Batch sizes that are measured, in rows, as far as they fit in memory and gain.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: By what share of itself a row costs more for each more window of text that it attends to. Measured: 0.01 to
@@ -40,10 +43,19 @@ class StepCost:
     max_rows: int
     #: By what share of itself a row with LoRAs costs more.
     lora_share: float = 0.0
+    #: The cap while many jobs wait, >= `max_rows`; 0: the same.
+    most_rows: int = 0
 
     def cap(self, area: int) -> int:
         """The cap of a step over latents of `area` pixels: rows of the same total area, >= 1."""
-        return max(1, min(BATCH_SIZES[-1], self.max_rows * self.area // area))
+        return self._of_area(self.max_rows, area)
+
+    def most(self, area: int) -> int:
+        """The same while many jobs wait."""
+        return self._of_area(max(self.max_rows, self.most_rows), area)
+
+    def _of_area(self, rows: int, area: int) -> int:
+        return max(1, min(BATCH_SIZES[-1], rows * self.area // area))
 
     def seconds(self, rows: int, area: int, more_windows: float = 0.0, lora_rows: int = 0) -> float:
         """The cost of a step of `rows` rows of `area` pixels, by linear interpolation.
@@ -82,6 +94,18 @@ def choose_cap(curve: Curve) -> tuple[int, str]:
         cap,
         f"larger batches gain less than {MIN_GAIN:.0%} a row; measured ms a row by batch size: {measured}",
     )
+
+
+def choose_most(curve: Curve, cap: int) -> int:
+    """The cap while many jobs wait: the measured batch size that takes the least time a row, >= `cap`.
+
+    It is `cap` itself unless the gain over that is at least `MIN_GAIN_OF_MANY`.
+    """
+    a_row = {rows: seconds / rows for rows, seconds in curve if rows >= cap}
+    if cap not in a_row:
+        return cap
+    best = min(a_row, key=lambda rows: a_row[rows])
+    return best if a_row[best] <= (1 - MIN_GAIN_OF_MANY) * a_row[cap] else cap
 
 
 def is_past_gain(curve: Curve) -> bool:

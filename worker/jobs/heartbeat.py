@@ -34,7 +34,8 @@ class Heartbeat:
     each job that was cancelled, `preview` with that of each that somebody looks at. `watchdog` is called
     about twice a second. `paused` returns why the worker takes no jobs at present, or nothing, and `files`
     what it offers; a change is announced at once. `lately` returns pictures a second and rows of a step,
-    announced with the number of jobs. That Redis is out of reach is logged once; each beat tries again.
+    announced with the number of jobs and `max_rows` (None: as in `info`). That Redis is out of reach is
+    logged once; each beat tries again.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Heartbeat:
         paused: Callable[[], str] = lambda: "",
         files: Callable[[], FileIndex] = lambda: NO_FILES,
         lately: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+        max_rows: Callable[[], int] | None = None,
         preview: Callable[[str], None] = lambda job_id: None,
     ) -> None:
         self._records = records
@@ -61,6 +63,7 @@ class Heartbeat:
         self._watchdog = watchdog
         self._paused, self._files = paused, files
         self._lately, self._preview = lately, preview
+        self._max_rows = max_rows or (lambda: info.max_rows)
         self._withdrawing = threading.Event()
         self._withdrawn = False
         self._stop = threading.Event()
@@ -136,7 +139,8 @@ class Heartbeat:
         self._info = self._info.model_copy(update={"files": index.digest})
         images_s, step_rows = self._lately()
         now = {"running": len(self._jobs()), "images_s": images_s, "step_rows": step_rows}
-        self._fleet.announce(self._info.model_copy(update=now))
+        rows = {"max_rows": self._max_rows()}
+        self._fleet.announce(self._info.model_copy(update=now | rows))
 
     def _announce(self) -> None:
         try:

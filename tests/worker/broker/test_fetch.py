@@ -123,8 +123,16 @@ def test_several_cost_less_than_as_many_fetches(client: redis.Redis) -> None:
 
 def test_messages_beyond_the_reserve_are_urgent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_slots(14, 5) == 9
-    monkeypatch.setattr(transport, "_reserve", (12, 4))
-    assert [open_slots(14, held) for held in (5, 11, 12, 13, 14)] == [7, 1, 2, 1, 0]
+    slots = [(12, 2)]
+    monkeypatch.setattr(transport, "_slots", lambda: slots[0])
+    monkeypatch.setattr(transport, "_urgent", 4)
+    assert [open_slots(100, held) for held in (5, 11, 12, 13, 14)] == [7, 1, 2, 1, 0]
+    assert [list(transport.open_steps((0, 4, 9), held)) for held in (11, 12)] == [[0, 4, 9], [0, 4]]
+    # They may become fewer or more while messages are held.
+    slots[0] = 6, 2
+    assert [open_slots(100, held) for held in (5, 6, 8, 14)] == [1, 2, 0, -6]
+    slots[0] = 200, 50
+    assert open_slots(100, 14) == 86
 
 
 def test_after_one_whose_delivery_fails_the_others_are_delivered(monkeypatch: pytest.MonkeyPatch) -> None:

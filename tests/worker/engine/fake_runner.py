@@ -115,6 +115,15 @@ class FakeRunner:
         """The same for each lane."""
         return self.max_rows
 
+    @property
+    def most_rows(self) -> int:
+        """The same however many jobs wait."""
+        return self.max_rows
+
+    def most(self, lane: Hashable) -> int:
+        """The same however many jobs wait."""
+        return self.max_rows
+
     def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """Each row costs one."""
         return float(rows)

@@ -21,9 +21,14 @@ class Device:
 
     max_rows: int
     fixed: float = 0.0
+    #: The cap of a crowded lane; 0: the same.
+    most_rows: int = 0
 
     def cap(self, lane: Hashable) -> int:
         return self.max_rows
+
+    def most(self, lane: Hashable) -> int:
+        return max(self.max_rows, self.most_rows)
 
     def step_s(self, lane: Hashable, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         return self.fixed + rows
@@ -231,6 +236,73 @@ def test_a_cap_never_rises_and_never_falls_below_one_row() -> None:
     assert batcher.next_batch(0.0) == ["a"]
 
 
+def crowd(jobs: int, *, cap: int = 4, most: int = 8) -> Batcher[int]:
+    """So many jobs of two rows in a lane whose cap follows how many there are."""
+    batcher: Batcher[int] = Batcher(Device(cap, most_rows=most))
+    for number in range(jobs):
+        batcher.add(number, lane="lane", rows=2, priority=5, now_s=0.0)
+    return batcher
+
+
+@pytest.mark.parametrize(("jobs", "rows"), [(1, 2), (2, 4), (3, 4), (5, 4), (6, 8), (50, 8)])
+def test_where_many_jobs_wait_a_batch_has_the_rows_of_least_time_a_row(jobs: int, rows: int) -> None:
+    """1.5 batches of that size are many."""
+    assert 2 * len(crowd(jobs).next_batch(0.0)) == rows
+
+
+def test_a_crowded_lane_stays_so_until_its_jobs_no_longer_fill_a_batch() -> None:
+    batcher, sizes = crowd(8), list[int]()
+    for number in range(8):
+        sizes.append(len(batcher.next_batch(0.0)))
+        batcher.remove(number)
+    # Nobody who was scheduled is preempted when it ends: with three jobs all three take the step.
+    assert sizes == [4, 4, 4, 4, 4, 3, 2, 1]
+
+
+def test_a_lane_that_is_no_longer_crowded_admits_none_beyond_its_cap() -> None:
+    batcher = crowd(7)
+    assert batcher.next_batch(0.0) == [0, 1, 2, 3]
+    for number in (0, 4, 5, 6):
+        batcher.remove(number)
+    assert batcher.next_batch(0.0) == [1, 2, 3]
+    batcher.add(7, lane="lane", rows=2, priority=5, now_s=0.0)
+    batcher.remove(1)
+    assert batcher.next_batch(0.0) == [2, 3]
+    batcher.remove(2)
+    assert batcher.next_batch(0.0) == [3, 7]
+
+
+def test_one_that_arrives_and_one_that_leaves_do_not_change_the_cap_each_step() -> None:
+    batcher, sizes, number = crowd(6), list[int](), 6
+    for step in range(40):
+        sizes.append(len(batcher.next_batch(0.0)))
+        if step % 2:
+            batcher.add(number, lane="lane", rows=2, priority=5, now_s=0.0)
+            number += 1
+        else:
+            batcher.remove(next(iter(batcher)))
+    assert sizes == [4] * 40
+
+
+def test_what_did_not_fit_in_memory_is_never_tried_again_however_many_wait() -> None:
+    batcher = crowd(20)
+    assert len(batcher.next_batch(0.0)) == 4
+    batcher.lower_cap("lane", 8)
+    assert (batcher.cap("lane"), batcher.most("lane")) == (4, 4)
+    assert len(batcher.next_batch(0.0)) == 2
+    batcher.lower_cap("lane", 4)
+    assert len(batcher.next_batch(0.0)) == 1
+
+
+def test_a_crowd_waits_in_order_and_nobody_is_overtaken() -> None:
+    batcher, done = crowd(30), list[int]()
+    while len(batcher):
+        batch = batcher.next_batch(0.0)
+        done.append(batch[0])
+        batcher.remove(batch[0])
+    assert done == sorted(done)
+
+
 @dataclass
 class Known:
     """What the test's model knows of a job."""
@@ -245,11 +317,12 @@ class Known:
 class AnyOrderOfEvents(RuleBasedStateMachine):
     """In any order of events: no job is lost, caps and order are kept."""
 
-    @initialize(max_rows=st.integers(1, 6))
-    def begin(self, max_rows: int) -> None:
-        self.batcher: Batcher[int] = Batcher(Device(max_rows))
+    @initialize(max_rows=st.integers(1, 6), more=st.integers(0, 6))
+    def begin(self, max_rows: int, more: int) -> None:
+        self.batcher: Batcher[int] = Batcher(Device(max_rows, most_rows=max_rows + more))
         self.known: dict[int, Known] = {}
-        self.caps = dict.fromkeys("xyz", max_rows)
+        self.usual = max_rows
+        self.caps = dict.fromkeys("xyz", max_rows + more)
         self.now_s = 0.0
         self.arrivals = 0
 
@@ -305,7 +378,9 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         waiting = [item for item, job in self.known.items() if job.lane == name and item not in batch]
         if waiting and not any(self.may_preempt(high, low) for low in waiting for high in batch):
             first = max(waiting, key=self.order)
-            assert rows + self.known[first].rows > self.caps[name], "the next job does not fit"
+            assert rows + self.known[first].rows > min(self.usual, self.caps[name]), (
+                "the next one does not fit"
+            )
         for late in batch:
             for early in waiting:
                 equals = self.known[late].priority == self.known[early].priority
@@ -314,7 +389,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @invariant()
     def no_job_is_lost(self) -> None:
         assert len(self.batcher) == len(self.known)
-        assert {lane: self.batcher.cap(lane) for lane in "xyz"} == self.caps
+        assert {lane: self.batcher.most(lane) for lane in "xyz"} == self.caps
 
 
 AnyOrderOfEvents.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -63,6 +63,9 @@ class Device:
     def cap(self, lane: object) -> int:
         return self.rows
 
+    def most(self, lane: object) -> int:
+        return self.rows
+
     def step_s(self, lane: object, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         return 1.0
 

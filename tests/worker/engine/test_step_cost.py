@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from worker.engine.step_cost import BATCH_SIZES, MIN_CAP, StepCost, choose_cap, gains, is_past_gain
+from worker.engine.step_cost import (
+    BATCH_SIZES,
+    MIN_CAP,
+    StepCost,
+    choose_cap,
+    choose_most,
+    gains,
+    is_past_gain,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +36,27 @@ def test_the_cap_is_the_largest_batch_size_that_gains(curve: list[tuple[int, flo
         assert f"{rows}: " in reason
 
 
+@pytest.mark.parametrize(
+    ("ms_a_row", "cap", "most"),
+    [
+        # SD 1.x and SDXL on an H200 and an H100 (docs/performance.md).
+        ({2: 3.30, 4: 2.50, 8: 2.28, 16: 2.16, 32: 2.09}, 16, 32),
+        ({1: 17.7, 2: 17.7, 8: 15.9, 16: 15.5, 32: 15.6}, 8, 16),
+        # What gains less than that is noise, and what costs more a row is never taken.
+        ({8: 2.28, 16: 2.16, 32: 2.15}, 16, 16),
+        ({8: 2.28, 16: 2.16, 32: 2.40}, 16, 16),
+        # The cap was not measured.
+        ({1: 10.0}, 2, 2),
+        ({}, 2, 2),
+    ],
+)
+def test_while_many_jobs_wait_the_size_of_least_time_a_row_is_the_cap(
+    ms_a_row: dict[int, float], cap: int, most: int
+) -> None:
+    curve = [(rows, rows * each) for rows, each in ms_a_row.items()]
+    assert choose_most(curve, cap) == most
+
+
 def test_measuring_goes_on_past_one_batch_size_that_does_not_gain() -> None:
     assert gains([(1, 10.0)])
     assert not is_past_gain([(1, 10.0)])
@@ -42,6 +71,10 @@ def test_larger_pictures_get_fewer_rows_and_smaller_ones_more() -> None:
     assert cost.cap(128 * 128) == 8
     assert cost.cap(32 * 32) == BATCH_SIZES[-1]
     assert cost.cap(1000 * 1000) == 1
+    assert cost.most(64 * 64) == 32
+    many = StepCost((), 64 * 64, 16, most_rows=32)
+    assert (many.cap(64 * 64), many.most(64 * 64)) == (16, 32)
+    assert (many.cap(128 * 128), many.most(128 * 128)) == (4, 8)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ class Beating:
         self.cancelled: queue.Queue[str] = queue.Queue()
         self.watched = threading.Semaphore(0)
         self.paused = ""
+        self.max_rows = 8
         self.heartbeat = Heartbeat(
             self.records,
             self.fleet,
@@ -54,6 +55,7 @@ class Beating:
             cancel=self.cancelled.put,
             watchdog=self.watched.release,
             paused=lambda: self.paused,
+            max_rows=lambda: self.max_rows,
         )
 
     def run(self, *jobs: Any) -> None:
@@ -89,6 +91,15 @@ def test_a_worker_is_announced_once_it_starts_and_gone_once_it_stops(beating: Be
     assert beating.fleet.workers() == [INFO]
     beating.heartbeat.stop()
     assert beating.fleet.workers() == []
+
+
+def test_the_rows_of_a_step_are_announced_as_they_are_now(
+    beating: Beating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.jobs.heartbeat.ANNOUNCE_EVERY_S", 0.01)
+    beating.heartbeat.start()
+    beating.max_rows = 32
+    until_true(lambda: beating.fleet.workers() == [INFO.model_copy(update={"max_rows": 32})])
 
 
 def test_a_pause_is_announced_at_once_with_its_reason_and_so_is_its_end(
