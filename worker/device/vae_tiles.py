@@ -27,8 +27,8 @@ from worker.device.attention import Processor, sdpa
 #: Side of a tile in pixels, at most, without its margin, where its level is largest. Pictures that are not
 #: much larger have tiles of half their longer side.
 SIDE = 256
-#: Pairs of a query and a key that attention takes at a time: 128 MiB in fp32, with a kernel that keeps them.
-PAIRS = 1 << 25
+#: Pairs of a query and a key that attention takes at a time: 256 MiB in fp32, with a kernel that keeps them.
+PAIRS = 1 << 26
 
 
 def is_known(vae: Any) -> bool:
@@ -240,12 +240,14 @@ class _Norm(torch.nn.Module):
         """(1, channels, height, width). Raises `_NormReached` until `settle` was called with all tiles."""
         if self._applied is None:
             assert self.tile is not None  # noqa: S101 - set for each tile
-            groups = self.tile.own(hidden)[0].float().unflatten(0, (self._original.num_groups, -1)).flatten(1)
+            own = self.tile.own(hidden).contiguous().float()
+            groups = own.view(self._original.num_groups, -1)
             variance, mean = torch.var_mean(groups, dim=1, correction=0)
             self._found.append((groups.shape[1], mean, variance))
             raise _NormReached
         factor, shift = self._applied
-        return torch.addcmul(shift, hidden.float(), factor).to(hidden.dtype)
+        # In fp32, whatever the dtype of `hidden`.
+        return torch.addcmul(shift, hidden, factor).to(hidden.dtype)
 
     def settle(self) -> None:
         """Put the tiles' means and variances together, if there are any (Chan et al., 1979)."""
