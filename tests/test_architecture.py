@@ -235,6 +235,7 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
         "redis_url",
         "errors",
         "explain",
+        "gpu_share",
         "given_file",
         "limits",
         "job_checks",

@@ -26,6 +26,7 @@ from pydantic import (
 
 from worker.contract.errors import SettingsError
 from worker.contract.given_file import at_home
+from worker.contract.gpu_share import GpuShare
 from worker.contract.job_checks import MAX_TENANT, tenant_name
 from worker.contract.job_parameters import MAX_GUIDANCE, MAX_STEPS
 from worker.contract.limits import limits_of, requirement
@@ -102,6 +103,12 @@ def _networks(value: str) -> str:
             ipaddress.ip_network(part)
         except ValueError:
             raise ValueError(f"must be addresses or networks, and {part!r} is neither") from None
+    return value
+
+
+def _gpu_share(value: str) -> str:
+    if value:
+        GpuShare.parse(value)
     return value
 
 
@@ -284,6 +291,9 @@ class WorkerSettings(Settings):
     file_disk: ByteSize | None = Field(default=None, ge=0)
     #: Where to run: auto takes a GPU where there is one.
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    #: Memory of the GPU that this worker may use in all: a share, such as 0.45, or a size, such as 11GiB, so
+    #: that several workers fit on one. Not set: what is free.
+    gpu_memory: Annotated[str, AfterValidator(_gpu_share)] = ""
     #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     #: Attention backend. One asked for by name that does not work stops the start.

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 
 from worker.contract.served_model import Defaults
+from worker.device.cuda_graphs import captured_below
 from worker.device.family import Lane, ModelFamily
 from worker.engine import step_cost
 from worker.engine.cap_search import CapSearch
@@ -20,9 +21,19 @@ logger = logging.getLogger("smallcat.engine")
 class Costs:
     """A `worker.engine.batcher.Costs` of a model. Any thread may read it."""
 
-    def __init__(self, family: ModelFamily, defaults: Defaults, asked_rows: int | None) -> None:
-        """`defaults`: those of the model's jobs. `asked_rows`: what the settings ask for; None: nothing."""
-        self._family, self._defaults, self._asked_rows = family, defaults, asked_rows
+    def __init__(
+        self,
+        family: ModelFamily,
+        defaults: Defaults,
+        asked_rows: int | None,
+        planned_rows: int | None = None,
+    ) -> None:
+        """`defaults`: those of the model's jobs. `asked_rows`: what the settings ask for; None: nothing.
+
+        `planned_rows`: rows of the default size that fit in memory, by its plan; None: as many as gain.
+        """
+        self._family, self._defaults = family, defaults
+        self._asked_rows, self._planned_rows = asked_rows, planned_rows
         #: The lane of the default size.
         self.lane: Lane = family.lane(defaults.width, defaults.height)
         #: Tokens of the text encoder's window; 0: not yet known.
@@ -44,7 +55,7 @@ class Costs:
     def search(self) -> None:
         """Find out by compiled steps of jobs how many rows one should have: `stepped` is told of them."""
         if self._asked_rows is None:
-            self._search = CapSearch()
+            self._search = CapSearch(self._planned_rows)
 
     @property
     def is_searching(self) -> bool:
@@ -89,7 +100,11 @@ class Costs:
         """The cap in rows of a step of `lane`, >= 1: as many latent pixels as in the measured one."""
         if self._search is not None and self._search.cap is not None and lane == self.lane:
             return self._search.cap
-        return self._asked_rows or self._cost.cap(self._family.area(lane))
+        area = self._family.area(lane)
+        rows = self._asked_rows or self._cost.cap(area)
+        if self._planned_rows is None or rows * area <= self._planned_rows * self._cost.area:
+            return rows
+        return max(1, captured_below(self._planned_rows * self._cost.area // area))
 
     def most(self, lane: Lane) -> int:
         """The same while many jobs wait, >= `cap`."""

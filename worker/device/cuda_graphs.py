@@ -23,6 +23,7 @@ from worker.contract.errors import first_line
 from worker.device.compiling.compiler import CompiledLanes, Compiler, Piece
 from worker.device.family import Lane, lane_name
 from worker.device.step import Batch, Forward, Step, denoise
+from worker.model import gpu_memory
 
 logger = logging.getLogger("smallcat.engine")
 
@@ -37,6 +38,11 @@ WARM_UPS = 2
 #: What a graph records: a function that reads tensors that stay in their place.
 Captured = Callable[[], tuple[torch.Tensor, ...]]
 _Function = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def captured_below(rows: int) -> int:
+    """The largest captured batch size of at most `rows`, >= 1; of fewer than the smallest `rows` itself."""
+    return max((size for size in range(1, rows + 1) if batch_size(min(size, MAX_ROWS)) == size), default=rows)
 
 
 def batch_size(rows: int) -> int:
@@ -154,7 +160,7 @@ def _make_room() -> None:
     Not otherwise: it takes a while, and the device waits for it.
     """
     kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if kept > torch.cuda.mem_get_info()[0]:
+    if kept > gpu_memory.room():
         torch.cuda.empty_cache()
 
 

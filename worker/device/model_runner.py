@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -73,7 +74,7 @@ class ModelRunner:
         Raises `SettingsError` with one sentence when that cannot be done.
         """
         loaded = loaded or loader.load(settings)
-        self._device = loaded.device
+        self._device, self._plan = loaded.device, loaded.plan
         self._on_gpu = self._device.type == "cuda"
         self._exact = settings.exact
         self._components = getattr(loaded.pipeline, "components", {})
@@ -96,12 +97,15 @@ class ModelRunner:
         )
         self._previews = Previews(self._family, self._device)
         self._offers_loras = bool(settings.loras)
-        self._loras = Loras(files, self._family, self._device, settings.lora_memory)
-        self._preparation = Preparation(self._family, self._device, files, self._loras, alone=settings.exact)
+        self._loras = Loras(files, self._family, self._device, settings.lora_memory, self._plan.lora_memory)
+        decoder = partial(
+            VaeDecoder, device=self._device, alone=settings.exact, decoding=loaded.plan.decoding
+        )
+        self._preparation = Preparation(self._family, self._device, files, self._loras, decoder)
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
-        self._vae_decoder = VaeDecoder(self._family, self._device, alone=settings.exact, compiler=compiler)
-        self._costs = Costs(self._family, self.served.defaults, settings.max_batch)
+        self._vae_decoder = decoder(self._family, compiler=compiler)
+        self._costs = Costs(self._family, self.served.defaults, settings.max_batch, self._plan.rows)
         self._times = StepTimes(self._costs, lambda: self.is_compiled)
 
     # --- costs ----------------------------------------------------------------------------------------------
@@ -186,6 +190,7 @@ class ModelRunner:
             on_gpu=self._on_gpu,
             compiles_first=self._compiles_first,
             max_batch=self._asked_rows,
+            plan=self._plan,
         )
 
     @torch.no_grad()
@@ -227,7 +232,7 @@ class ModelRunner:
         return lanes.record(lane, argument, dynamic)
 
     def _compiler(self, settings: WorkerSettings, alone: bool, shared: Store | None) -> Compiler | None:
-        if not self._on_gpu or not settings.compile:
+        if not self._on_gpu or not settings.compile or not self._plan.compile:
             return None
         return compiler_of(settings, self._device, self.setup, alone=alone, shared=shared)
 

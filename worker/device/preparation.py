@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from worker.device.schedulers.samplers import Samplers
 from worker.device.schedulers.schedule import Sampler, Schedule
 from worker.device.text.embeddings import Files
 from worker.device.text.encoder import TextEncoder
+from worker.device.vae_decoder import VaeDecoder
 from worker.device.vae_encoder import VaeEncoder
 from worker.device.vaes import Vaes
 from worker.engine.runner import FirstPass, JobInputs
@@ -30,14 +32,19 @@ class Preparation:
     """
 
     def __init__(
-        self, family: ModelFamily, device: torch.device, files: Files | None, loras: Loras, *, alone: bool
+        self,
+        family: ModelFamily,
+        device: torch.device,
+        files: Files | None,
+        loras: Loras,
+        decoder: Callable[[ModelFamily], VaeDecoder],
     ) -> None:
-        """`files`: those beside the model that jobs may name. `alone`: as `VaeDecoder` has it."""
+        """`files`: those beside the model that jobs may name. `decoder`: makes that of a VAE."""
         self._family, self._device, self._loras = family, device, loras
         self._samplers = Samplers(family.schedulers)
         self._texts = TextEncoder(family, files)
         self._encoder = VaeEncoder(family)
-        self._vaes = Vaes(files, family, device, alone=alone)
+        self._vaes = Vaes(files, family, decoder)
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def state_of(self, whole: Job, inputs: JobInputs | FirstPass | None) -> JobState:

@@ -35,11 +35,12 @@ from worker.device.errors import mapped
 from worker.device.family import Lane, ModelFamily, lane_name
 from worker.device.host_copy import HostCopy
 from worker.engine.runner import Picture
+from worker.model.memory_plan import CHUNK_PIXELS, PLENTY, Decoding
 
 logger = logging.getLogger("smallcat.engine")
 
-#: Most pixels that are decoded at once: 8 pictures of 512 x 512 on a GPU, 1 on a CPU, which gains no more.
-GPU_PIXELS, CPU_PIXELS = 8 * 512 * 512, 512 * 512
+#: Most pixels that are decoded at once on a GPU, and on a CPU, which gains no more.
+GPU_PIXELS, CPU_PIXELS = CHUNK_PIXELS, 512 * 512
 NOT_WHOLE = "A picture of %d x %d does not fit in memory while it is decoded: from now on in tiles."
 #: What is said of a picture that did not fit.
 IN_TILES = (
@@ -64,15 +65,21 @@ class VaeDecoder:
     """
 
     def __init__(
-        self, family: ModelFamily, device: torch.device, *, alone: bool, compiler: Compiler | None
+        self,
+        family: ModelFamily,
+        device: torch.device,
+        *,
+        alone: bool,
+        compiler: Compiler | None = None,
+        decoding: Decoding = PLENTY,
     ) -> None:
         """`alone`: one picture at a time, so that its bits do not depend on the others of a chunk.
 
-        Without a `compiler`, the VAE is neither compiled nor captured.
+        Without a `compiler`, the VAE is neither compiled nor captured. `decoding`: what was planned.
         """
         #: The model with this VAE.
         self.family = family
-        self._alone = alone
+        self._alone, self._decoding = alone, decoding
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lanes = CompiledLanes("VAE decoder", self._decode, compiler) if compiler else None
         self._graphs = GraphPool(compiler) if compiler else None
@@ -88,7 +95,7 @@ class VaeDecoder:
 
     def pieces(self, lane: Lane, latents: torch.Tensor) -> list[Piece]:
         """What is compiled for latents of `lane` like these, (1, *shape)."""
-        if self._lanes is None:
+        if self._lanes is None or self._is_tiled(lane):
             return []
         inputs = self.family.to_vae(lane, latents)
 
@@ -126,14 +133,21 @@ class VaeDecoder:
     def _most(self, lane: Lane) -> int:
         """Most pictures of `lane` that are decoded at once."""
         width, height = self.family.size(lane)
-        budget = GPU_PIXELS if self._stream else CPU_PIXELS
-        most = 1 if self._alone else max(1, budget // (width * height))
+        budget = min(self._decoding.pixels, GPU_PIXELS if self._stream else CPU_PIXELS)
+        most = 1 if self._alone or self._is_tiled(lane) else max(1, budget // (width * height))
         return min(most, self._caps.get(lane, most))
+
+    def _is_tiled(self, lane: Lane) -> bool:
+        """Whether pictures of `lane` are decoded in tiles from the first on."""
+        if lane in self._tiled:
+            return True
+        width, height = self.family.size(lane)
+        return self._decoding.tiled and self.family.has_tiles and width * height > self._decoding.pixels
 
     def _chunk(
         self, lane: Lane, latents: Sequence[torch.Tensor], how: _How, *, tiled: bool = False
     ) -> Iterator[Picture | SmallcatError]:
-        tiled = tiled or lane in self._tiled
+        tiled = tiled or self._is_tiled(lane)
         try:
             with mapped("decode"), torch.no_grad(), self._on_stream():
                 inputs = self.family.to_vae(lane, torch.cat(list(latents)))

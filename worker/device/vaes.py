@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from worker.contract.errors import RenderError
 from worker.contract.file_index import Kind
@@ -33,10 +32,10 @@ class Vaes:
     """The VAEs that jobs name. Thread-safe: loading makes those wait who want a VAE."""
 
     def __init__(
-        self, files: Files | None, family: ModelFamily, device: torch.device, *, alone: bool
+        self, files: Files | None, family: ModelFamily, decoder: Callable[[ModelFamily], VaeDecoder]
     ) -> None:
-        """`alone`: as `VaeDecoder` has it."""
-        self._files, self._family, self._device, self._alone = files, family, device, alone
+        """`decoder`: makes that of a family."""
+        self._files, self._family, self._decoder = files, family, decoder
         self._kept: OrderedDict[str, Vae] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -54,8 +53,7 @@ class Vaes:
                     raise RenderError(f'The VAE "{job.vae}" was taken away while a job asked for it.')
                 family = self._family.with_vae(path, job.vae, sha256)
                 # Not compiled: it would take minutes, at a moment that nobody chose.
-                decoder = VaeDecoder(family, self._device, alone=self._alone, compiler=None)
-                known = self._kept[sha256] = Vae(VaeEncoder(family), decoder)
+                known = self._kept[sha256] = Vae(VaeEncoder(family), self._decoder(family))
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(sha256)

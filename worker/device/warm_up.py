@@ -19,6 +19,7 @@ from worker.device.job_state import JobState
 from worker.device.loras.cache import Loras
 from worker.engine import step_cost
 from worker.engine.runner import Runner, StateT
+from worker.model.memory_plan import MemoryPlan
 from worker.model.placement import Choice
 
 #: What these jobs show does not matter.
@@ -31,6 +32,8 @@ GPU_MEASURE_S, CPU_MEASURE_S = 5.0, 0.4
 LORA_RANK = 16
 #: The choice of a worker that serves before its steps are compiled.
 IN_BACKGROUND = Choice("compile", "in the background", "until then steps are uncompiled")
+#: That of one whose GPU has no room for compiled steps beside the uncompiled ones.
+TOO_SMALL = Choice("compile", "no", "there is no room for it, see memory")
 #: Batch sizes that are measured however long it takes, and steps of each size, of which the fastest counts.
 MIN_SIZES, TIMES = 4, 3
 #: The same where jobs wait for it: seconds, sizes, steps of each.
@@ -60,12 +63,14 @@ def warm_up(
     on_gpu: bool,
     compiles_first: bool,
     max_batch: int | None,
+    plan: MemoryPlan,
 ) -> tuple[Choice, ...]:
     """Make a runner ready for its first job. Returns what was chosen.
 
     `step_s` runs one step of jobs, which stay as they are, and returns its seconds. What is measured goes to
     `costs`. `loras`: None where none are offered. `compiler`: None where nothing is compiled.
     `compiles_first`: the first job waits for compiled steps. `max_batch`: rows that the settings ask for.
+    `plan`: that of the memory.
     Raises `SettingsError` when a small picture fails.
     """
     # In exact mode nothing is run that another process has compiled.
@@ -77,12 +82,15 @@ def warm_up(
         compiled = (ahead and ahead.load()) or IN_BACKGROUND
         if not loads or (compiles_first and compiled is IN_BACKGROUND):
             compiled = compile_default(runner.compile if compiler is not None else None, on_gpu=on_gpu)
+        if not plan.compile:
+            compiled = TOO_SMALL
     row = runner.prepare(Job(prompt=PROMPT, seed=0, guidance_scale=1.0))
     costs.window = row.text_tokens
     curve, measured = measure_steps(
         lambda rows: step_s([row] * rows),
         on_gpu=on_gpu,
         max_batch=max_batch,
+        planned=plan.rows,
         quick=compiler is not None and not compiles_first,
     )
     costs.measured(curve, int(measured.choice))
@@ -172,12 +180,18 @@ def compile_default(
 
 
 def measure_steps(
-    step_s: Callable[[int], float], *, on_gpu: bool, max_batch: int | None, quick: bool = False
+    step_s: Callable[[int], float],
+    *,
+    on_gpu: bool,
+    max_batch: int | None,
+    planned: int | None = None,
+    quick: bool = False,
 ) -> tuple[list[tuple[int, float]], Choice]:
     """(rows, seconds a step) for rising numbers of rows, and the most rows that a step should have.
 
     `step_s` runs one step of so many rows and returns its seconds. `max_batch`: rows that the settings ask
-    for; no more are measured. Ends where more rows do not fit in memory or gain nothing.
+    for, `planned` those that fit in memory by its plan; no more are measured. Ends where more rows do not fit
+    in memory or gain nothing.
     """
     curve: list[tuple[int, float]] = []
     budget_s, times, min_sizes = GPU_MEASURE_S if on_gpu else CPU_MEASURE_S, TIMES, MIN_SIZES
@@ -185,7 +199,7 @@ def measure_steps(
         budget_s, times, min_sizes = QUICK_S, QUICK_TIMES, QUICK_SIZES
     started_s = time.monotonic()
     for rows in step_cost.BATCH_SIZES[1 if quick and max_batch != 1 else 0 :]:
-        if max_batch is not None and rows > max_batch:
+        if rows > min(max_batch or rows, planned or rows):
             break
         try:
             with mapped("measure"):
@@ -200,6 +214,8 @@ def measure_steps(
     cap, reason = step_cost.choose_cap(curve)
     if max_batch is not None:
         cap, reason = max_batch, "SMALLCAT_MAX_BATCH asks for it"
+    if planned is not None and cap > planned:
+        cap, reason = planned, f"as many as fit in memory, by its plan; {reason}"
     return curve, Choice("max rows", str(cap), reason)
 
 

@@ -23,11 +23,12 @@ MOST_TRIES: Final = 5
 class CapSearch:
     """Tries batch sizes. For one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """`most`: rows that fit in memory; None: as many as gain."""
         #: (rows, seconds a step) so far.
         self.curve: list[tuple[int, float]] = []
-        self._sizes = iter(BATCH_SIZES[1:])
-        self._size: int | None = next(self._sizes)
+        self._sizes = iter([size for size in BATCH_SIZES[1:] if most is None or size <= most])
+        self._size: int | None = next(self._sizes, None)
         #: Whether the size is being tried.
         self._is_trying = False
         self._steps, self._failed = 0, 0

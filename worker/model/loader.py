@@ -32,6 +32,8 @@ from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
 from worker.model import half_vae, lora_header, own_vae, single_file_loader
 from worker.model.checkpoint import inpainting_channels
+from worker.model.memory_plan import UNPLANNED, MemoryPlan, Texts
+from worker.model.moved_weights import MovedWeights
 from worker.model.placement import (
     Choice,
     choose_device,
@@ -41,6 +43,7 @@ from worker.model.placement import (
     share_gpu,
     take_gpu,
 )
+from worker.model.planning import planned
 
 #: Steps and guidance if neither the settings nor the model set them.
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 30, 7.5
@@ -77,6 +80,8 @@ class Loaded:
     choices: tuple[Choice, ...]
     #: The config of the VAE that the model came with; None: the pipeline has it.
     own_vae: Any = None
+    #: What is where on the device, and how much of it may be used.
+    plan: MemoryPlan = UNPLANNED
 
 
 def load(
@@ -91,19 +96,20 @@ def load(
     """
     device, device_reason = choose_device(settings.device)
     if device.type == "cuda":
-        device, device_reason = take_gpu() if gpu is None else share_gpu(gpu)
+        device, device_reason = take_gpu(settings.gpu_memory) if gpu is None else share_gpu(gpu)
     dtype, dtype_reason = choose_dtype(settings.dtype, device)
     half = dtype == torch.float16
     if found is not None and half == (settings.dtype in ("auto", "fp16") and settings.device != "cpu"):
         files = found.result()
     else:
         files = model_files.find(settings, half=half)
+    plan, memory = planned(files, settings, device, dtype, helps=gpu is not None)
     _silence_libraries()
     pipeline = _load_pipeline(files, settings, dtype)
     _check_pipeline(pipeline, files)
     came_with = pipeline.vae.config
     of_vae, chosen_vae = own_vae.put(pipeline, settings.model_vae)
-    placed = _to_device(pipeline, device, compiled=settings.compile)
+    placed = _to_device(pipeline, device, plan, compiled=settings.compile and plan.compile)
     served = ServedModel(
         name=_name(settings, files),
         revision=f"{_revision(files, settings)}{of_vae}",
@@ -113,6 +119,7 @@ def load(
     )
     choices = (
         Choice("device", device_name(device), device_reason),
+        *memory,
         Choice("dtype", str(dtype).removeprefix("torch."), dtype_reason),
         Choice(
             "model",
@@ -125,7 +132,7 @@ def load(
         *chosen_vae,
         *placed,
     )
-    return Loaded(pipeline, served, device, dtype, choices, came_with)
+    return Loaded(pipeline, served, device, dtype, choices, came_with, plan)
 
 
 def _silence_libraries() -> None:
@@ -185,7 +192,7 @@ def _check_pipeline(pipeline: Any, files: model_files.ModelFiles) -> None:
             )
 
 
-def _to_device(pipeline: Any, device: torch.device, *, compiled: bool) -> list[Choice]:
+def _to_device(pipeline: Any, device: torch.device, plan: MemoryPlan, *, compiled: bool) -> list[Choice]:
     """Move all components to the device, ready for inference. Returns what was chosen."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
@@ -193,7 +200,20 @@ def _to_device(pipeline: Any, device: torch.device, *, compiled: bool) -> list[C
     vae = pipeline.vae
     is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
     is_too_large = is_xl and vae.config.force_upcast and vae.dtype == torch.float16
-    pipeline.to(device)
+    texts = [each for each in map(pipeline.components.get, ("text_encoder", "text_encoder_2")) if each]
+    if plan.texts is Texts.GPU:
+        pipeline.to(device)
+    else:
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module) and component not in texts:
+                component.to(device)
+    if plan.texts is Texts.MOVED:
+        MovedWeights(texts, device)
+    elif plan.texts is Texts.HOST:
+        for text_encoder in texts:
+            text_encoder.to(torch.float32)  # CPUs are slow in fp16.
+        # The thread of the steps keeps a core.
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     pipeline.set_progress_bar_config(disable=True)
     # diffusers converts such a VAE to fp32 for each call.
     choices = [_choice_of_vae(vae)] if is_too_large else []

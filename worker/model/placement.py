@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from worker.contract.errors import SettingsError
+from worker.contract.gpu_share import GpuShare
 from worker.contract.settings import WorkerSettings
 from worker.model import gpu_lock
 
@@ -37,17 +40,29 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
     return torch.device("cuda"), "torch finds a CUDA GPU" if asked == "auto" else "set by SMALLCAT_DEVICE"
 
 
-def take_gpu() -> tuple[torch.device, str]:
+def take_gpu(memory: str = "") -> tuple[torch.device, str]:
     """A GPU that no other worker uses, for the life of this process, and why this one.
 
-    Raises `SettingsError` if there is none.
+    With SMALLCAT_GPU_MEMORY, which is `memory`, it may be shared. Raises `SettingsError` if there is none.
     """
     index, reason = gpu_lock.take(
-        torch.cuda.device_count(), lambda index: str(torch.cuda.get_device_properties(index).uuid)
+        torch.cuda.device_count(),
+        lambda index: str(torch.cuda.get_device_properties(index).uuid),
+        share_of=_parts_of(GpuShare.parse(memory)) if memory else None,
     )
     # Libraries use the current GPU; by default that is the first one.
     torch.cuda.set_device(index)
     return torch.device("cuda", index), reason
+
+
+def _parts_of(share: GpuShare) -> Callable[[int], int]:
+    """How many of a GPU's parts a worker uses, by the GPU's index. At most all: more is refused later."""
+
+    def parts(index: int) -> int:
+        total = torch.cuda.get_device_properties(index).total_memory
+        return min(gpu_lock.PARTS, max(1, math.ceil(gpu_lock.PARTS * share.of(total) / total)))
+
+    return parts
 
 
 def share_gpu(index: int) -> tuple[torch.device, str]:

@@ -108,6 +108,14 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_DEFAULT_STEPS": ("150", 150, [("0", "must be 1 to 150."), ("151", "must be 1 to 150.")]),
     "SMALLCAT_DEFAULT_GUIDANCE_SCALE": ("30", 30.0, [("-1", "must be 0 to 30."), ("31", "must be 0 to 30.")]),
     "SMALLCAT_DEVICE": ("cpu", "cpu", [("gpu", "'auto', 'cuda' or 'cpu'")]),
+    "SMALLCAT_GPU_MEMORY": (
+        "11GiB",
+        "11GiB",
+        [
+            (wrong, "must be a share of the GPU's memory, above 0 and at most 1, such as 0.45, or a size")
+            for wrong in ("0", "1.5", "-0.5", "11", "much", "1 parsec", "0GiB", "nan", "50%", "1e400GiB")
+        ],
+    ),
     "SMALLCAT_DTYPE": ("bf16", "bf16", [("fp8", "'auto', 'fp16', 'bf16' or 'fp32'")]),
     "SMALLCAT_ATTENTION": ("sdpa", "sdpa", [("flash", "'auto', 'xformers', 'sdpa' or 'naive'")]),
     "SMALLCAT_DEFAULT_PROMPT_SYNTAX": ("a1111", "a1111", [("comfyui", "'plain' or 'a1111'")]),

@@ -99,3 +99,23 @@ def test_where_the_settings_say_how_many_nothing_is_searched() -> None:
     costs.search()
     assert not costs.is_searching
     assert costs.cap((4, 8, 8)) == 6
+
+
+@pytest.mark.parametrize(("asked", "caps"), [(None, [8, 16, 5, 2, 1]), (32, [8, 20, 6, 2, 1])])
+def test_no_step_has_more_latents_than_was_planned(costs: Costs, asked: int | None, caps: list[int]) -> None:
+    planned = Costs(costs._family, costs._defaults, asked, 10)
+    planned.measured(UNCOMPILED, 8 if asked is None else 10)
+    lanes = [(4, 64, 64), (4, 32, 64), (4, 64, 96), (4, 128, 128), (4, 512, 512)]
+    assert [planned.cap(lane) for lane in lanes] == caps
+
+
+def test_no_more_rows_are_tried_than_were_planned(costs: Costs) -> None:
+    planned = Costs(costs._family, costs._defaults, None, 10)
+    planned.window = 77
+    planned.measured(UNCOMPILED, 8)
+    planned.search()
+    gpu = Gpu(planned)
+    for _ in range(100):
+        gpu.step(planned.cap((4, 64, 64)))
+    assert max(gpu.ran) == planned.max_rows == 8
+    assert not planned.is_searching

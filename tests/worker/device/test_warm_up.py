@@ -44,6 +44,16 @@ def test_no_more_rows_are_measured_than_the_settings_ask_for() -> None:
     assert (choice.choice, choice.reason) == ("3", "SMALLCAT_MAX_BATCH asks for it")
 
 
+@pytest.mark.parametrize(
+    ("asked", "cap", "why"), [(None, "2", "gain less"), (3, "3", "MAX_BATCH"), (32, "6", "by its plan")]
+)
+def test_no_more_rows_are_measured_than_were_planned(asked: int | None, cap: str, why: str) -> None:
+    curve, choice = warm_up.measure_steps(lambda rows: float(rows), on_gpu=True, max_batch=asked, planned=6)
+    assert [rows for rows, _ in curve] == [1, 2, 4][: 2 if asked == 3 else 3]
+    assert choice.choice == cap
+    assert why in choice.reason
+
+
 def test_a_slow_device_is_measured_at_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = itertools.count(step=10.0)
     monkeypatch.setattr(warm_up.time, "monotonic", lambda: next(seconds))

@@ -21,7 +21,9 @@ import sys
 from worker.model import gpu_lock
 from worker.contract.errors import SettingsError
 try:
-    print(*gpu_lock.take(int(sys.argv[1]), "uuid-{}".format), flush=True)
+    share = int(sys.argv[2])
+    share_of = (lambda index: share) if share else None
+    print(*gpu_lock.take(int(sys.argv[1]), "uuid-{}".format, share_of=share_of), flush=True)
 except SettingsError as error:
     print(error, flush=True)
 sys.stdin.read()
@@ -35,10 +37,10 @@ PARENT = WORKER.replace(
 class Worker:
     """A process that runs one of the scripts above."""
 
-    def __init__(self, folder: Path, count: int, script: str, **environment: str) -> None:
+    def __init__(self, folder: Path, count: int, script: str, share: int = 0, **environment: str) -> None:
         cleaned = {name: value for name, value in os.environ.items() if name != gpu_lock.CHOSEN_BY}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", script, str(count)],
+            [sys.executable, "-c", script, str(count), str(share)],
             env={**cleaned, "TMPDIR": str(folder), **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -60,8 +62,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     """Starts workers on one machine, which end with the test."""
     with ExitStack() as cleanup:
 
-        def one(count: int, script: str = WORKER, **environment: str) -> Worker:
-            worker = Worker(tmp_path, count, script, **environment)
+        def one(count: int, script: str = WORKER, share: int = 0, **environment: str) -> Worker:
+            worker = Worker(tmp_path, count, script, share, **environment)
             cleanup.enter_context(worker.process)
             cleanup.callback(worker.kill)
             return worker
@@ -133,6 +135,31 @@ def test_of_several_gpus_that_the_user_chooses_each_worker_takes_one(start: Call
     """A cluster's scheduler sets the variable for all processes on a machine."""
     for expected in ("0 the first", "1 the first", "Every GPU"):
         assert start(2, CUDA_VISIBLE_DEVICES="4,5").next_line().startswith(expected)
+
+
+def test_workers_with_shares_have_a_gpu_each_while_there_is_one_and_then_share(
+    start: Callable[..., Worker],
+) -> None:
+    first, second = start(2, share=450), start(2, share=450)
+    assert {first.next_line()[:1], second.next_line()[:1]} == {"0", "1"}
+    third = start(2, share=550)
+    line = third.next_line()
+    assert "uses a part of its memory" in line
+    assert start(2, share=550).next_line()[:1] != line[:1]
+    assert "let SMALLCAT_GPU_MEMORY of all workers on a GPU add up" in start(2, share=1).next_line()
+    third.kill()
+    assert start(2, share=550).next_line()[:1] == line[:1]
+
+
+def test_a_worker_without_a_share_is_beside_none(start: Callable[..., Worker]) -> None:
+    first = start(1, share=1)
+    first.next_line()
+    taken = f"Every GPU that this worker sees is taken (GPU 0 by process {first.process.pid})"
+    assert start(1).next_line().startswith(taken)
+    first.kill()
+    whole = start(1)
+    whole.next_line()
+    assert start(1, share=1).next_line().startswith("Every GPU")
 
 
 @pytest.fixture

@@ -463,7 +463,7 @@ def test_taking_a_gpu_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}")
     )
-    monkeypatch.setattr(placement.gpu_lock, "take", lambda count, uuid_of: (count - 1, uuid_of(1)))
+    monkeypatch.setattr(placement.gpu_lock, "take", lambda count, uuid_of, share_of: (count - 1, uuid_of(1)))
     current: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert placement.take_gpu() == (torch.device("cuda", 1), "GPU-1")

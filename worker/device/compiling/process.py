@@ -24,6 +24,7 @@ from worker.contract.settings import WorkerSettings
 from worker.device.compiling.claims import Store, is_ending
 from worker.device.compiling.compiler import Compiler, keep_kernels_in
 from worker.device.compiling.kernel_cache import KernelCache, Signed
+from worker.model import gpu_memory
 
 logger = logging.getLogger("smallcat.engine")
 
@@ -184,7 +185,11 @@ class CompileProcess:
             )
         context: Any = multiprocessing.get_context(METHOD)
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, self._settings, self._device.index or 0)
+        settings = self._settings
+        if settings.gpu_memory:
+            # Of what this process is allowed, which then takes the less.
+            settings = settings.model_copy(update={"gpu_memory": f"{free}B"})
+        arguments = (theirs, settings, self._device.index or 0)
         self._process = context.Process(target=self._target, args=arguments, name="compile", daemon=True)
         self._process.start()
         theirs.close()
@@ -192,8 +197,9 @@ class CompileProcess:
 
     def _memory(self) -> tuple[int, int]:
         """Bytes of the GPU's memory that are free, and that must be."""
-        free, total = torch.cuda.mem_get_info(self._device)
-        return free, torch.cuda.memory_allocated(self._device) + WORKING_BYTES + int(SPARE_SHARE * total)
+        needed = torch.cuda.memory_allocated(self._device) + WORKING_BYTES
+        spare = int(SPARE_SHARE * gpu_memory.all_of(self._device))
+        return gpu_memory.room(self._device), needed + spare
 
 
 class _DiedError(Exception):

@@ -26,7 +26,7 @@ from worker.device.loras.factors import StoredFile, joined
 from worker.device.loras.job_set import Adaptable, LayerFactors, LoraSet
 from worker.device.loras.text import TextLoras
 from worker.device.text.embeddings import Files
-from worker.model import lora_files
+from worker.model import gpu_memory, lora_files
 from worker.model.placement import Choice
 
 logger = logging.getLogger("smallcat.engine")
@@ -117,11 +117,23 @@ class Loras:
     """Loads the LoRAs of jobs. Thread-safe: those wait for each other who want the same file."""
 
     def __init__(
-        self, files: Files | None, family: ModelFamily, device: torch.device, memory: int | None
+        self,
+        files: Files | None,
+        family: ModelFamily,
+        device: torch.device,
+        memory: int | None,
+        planned: int | None = None,
     ) -> None:
-        """`memory`: bytes of the device's memory in which they are kept; None: chosen by what is free."""
+        """`memory`: bytes of the device's memory in which they are kept; None: `planned`, which was made sure
+        of; None as well: chosen by what is free.
+        """
         self._files, self._family, self._device = files, family, device
-        limit, reason = _choose(device) if memory is None else (memory, "SMALLCAT_LORA_MEMORY asks for it")
+        if memory is not None:
+            limit, reason = memory, "SMALLCAT_LORA_MEMORY asks for it"
+        elif planned is not None:
+            limit, reason = planned, "planned, see memory"
+        else:
+            limit, reason = _choose(device)
         #: What was chosen, for the log.
         self.choice = Choice("LoRA memory", f"{limit / 2**30:.2f} GiB", reason)
         self._on_device: _Kept[StoredFile] = _Kept(limit)
@@ -282,7 +294,7 @@ def _choose(device: torch.device) -> tuple[int, str]:
     """Bytes in which LoRAs are kept, and why."""
     if device.type != "cuda":
         return MOST // 8, "as much as anywhere without a GPU"
-    free, _ = torch.cuda.mem_get_info(device)
+    free = gpu_memory.room(device)
     return min(MOST, int(free * FREE_SHARE)), (
         f"{FREE_SHARE:.0%} of the {free / 2**30:.1f} GiB that the model leaves free, at most {MOST >> 30} GiB"
     )

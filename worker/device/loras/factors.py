@@ -107,6 +107,7 @@ def weighted(stored: Stored, weight: float, own: torch.Tensor) -> LayerFactors:
     scale = weight * stored.scale
     if stored.dora is None:
         return LayerFactors(stored.down, stored.up, scale)
+    own = own.to(stored.up.device)
     # (out, taps, in)
     whole = own.float().flatten(2).transpose(1, 2) if own.ndim == 4 else own.float()[:, None]
     product = stored.up.float().T @ stored.down.float().flatten(1)

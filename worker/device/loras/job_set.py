@@ -47,6 +47,18 @@ class LayerFactors:
         """> 0."""
         return len(self.up)
 
+    def beside(self, x: torch.Tensor) -> LayerFactors:
+        """The same on the device and, but for DoRA's shares, in the dtype of `x`."""
+        if self.down.device == x.device and self.down.dtype == x.dtype:
+            return self
+        return dataclasses.replace(
+            self,
+            down=self.down.to(x),
+            up=self.up.to(x),
+            after=None if self.after is None else self.after.to(x.device),
+            before=None if self.before is None else self.before.to(x.device),
+        )
+
     def tensors(self) -> list[torch.Tensor]:
         """All that there are."""
         return [each for each in (self.down, self.up, self.after, self.before) if each is not None]

@@ -42,6 +42,8 @@ def _hook(factors: LayerFactors) -> Any:
         bias = 0 if layer.bias is None else layer.bias
         linear = functional.linear
         plain = linear(given[0], layer.weight)
-        return with_factors(plain, given[0], layer.weight, factors, linear, linear) + bias
+        # An encoder may run on the host.
+        own = factors.beside(given[0])
+        return with_factors(plain, given[0], layer.weight, own, linear, linear) + bias
 
     return after
