@@ -29,6 +29,7 @@ PROGRAMS = (
     "load",
     "lora_zipf",
     "mates",
+    "precision",
     "previews",
     "s3_requests",
     "shares",

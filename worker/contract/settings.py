@@ -296,6 +296,9 @@ class WorkerSettings(Settings):
     gpu_memory: Annotated[str, AfterValidator(_gpu_share)] = ""
     #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    #: Precision of the UNet's linear layers: fp8, on GPUs that have it, is faster and part of the model's
+    #: revision. fp16 is as SMALLCAT_DTYPE says.
+    precision: Literal["fp16", "fp8"] = "fp16"
     #: Attention backend. One asked for by name that does not work stops the start.
     attention: Literal["auto", "xformers", "sdpa", "naive"] = "auto"
     #: 0 is SMALLCAT_ATTENTION=naive, 1 is xformers, as in PhotoRoom's post of 2022. SMALLCAT_ATTENTION wins.

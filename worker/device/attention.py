@@ -25,6 +25,7 @@ from torch import library
 
 from worker.contract.errors import SettingsError, first_line
 from worker.device.attention_timing import TIMED_ROWS, Kernel, Shape, Timings, time_kernel
+from worker.device.fp8 import Fp8Linear, quantise
 from worker.model.placement import Choice
 
 Backend = Literal["auto", "xformers", "sdpa", "naive"]
@@ -189,7 +190,12 @@ class Processor:
         self, attn: Any, hidden_states: torch.Tensor, context: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         """Queries, keys and values."""
-        return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        if not isinstance(attn.to_q, Fp8Linear):
+            return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query = quantise(hidden_states, attn.to_q.outliers)
+        if context is not hidden_states:
+            return attn.to_q.of(query), attn.to_k(context), attn.to_v(context)
+        return attn.to_q.of(query), attn.to_k.of(query), attn.to_v.of(query)
 
     def _output(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """The product behind the attention."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 
 from worker.contract.errors import SettingsError
+from worker.device import fp8
 from worker.device.family import ModelFamily
 from worker.device.unet_family import UNetFamily
 from worker.model.loader import Loaded
@@ -17,6 +18,8 @@ def family_of(loaded: Loaded, *, compiled: bool) -> ModelFamily:
     """
     model = getattr(loaded.pipeline, "unet", None)
     if isinstance(model, diffusers.UNet2DConditionModel):
+        if loaded.is_fp8:
+            fp8.install(model, loaded.device)
         return UNetFamily(
             loaded.pipeline, loaded.device, loaded.dtype, patched=compiled, own_vae=loaded.own_vae
         )

@@ -38,6 +38,7 @@ from worker.model.placement import (
     Choice,
     choose_device,
     choose_dtype,
+    choose_precision,
     choose_safety_checker,
     device_name,
     share_gpu,
@@ -82,6 +83,8 @@ class Loaded:
     own_vae: Any = None
     #: What is where on the device, and how much of it may be used.
     plan: MemoryPlan = UNPLANNED
+    #: Whether linear layers are to be computed in FP8.
+    is_fp8: bool = False
 
 
 def load(
@@ -98,6 +101,7 @@ def load(
     if device.type == "cuda":
         device, device_reason = take_gpu(settings.gpu_memory) if gpu is None else share_gpu(gpu)
     dtype, dtype_reason = choose_dtype(settings.dtype, device)
+    precision = choose_precision(settings, device, dtype)
     half = dtype == torch.float16
     if found is not None and half == (settings.dtype in ("auto", "fp16") and settings.device != "cpu"):
         files = found.result()
@@ -112,7 +116,7 @@ def load(
     placed = _to_device(pipeline, device, plan, compiled=settings.compile and plan.compile)
     served = ServedModel(
         name=_name(settings, files),
-        revision=f"{_revision(files, settings)}{of_vae}",
+        revision=f"{_revision(files, settings)}{of_vae}{'-fp8' if precision else ''}",
         defaults=_defaults(pipeline, files, settings),
         inpainting=pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels,
         architecture=lora_header.architecture_of(pipeline.unet.config.cross_attention_dim),
@@ -121,6 +125,7 @@ def load(
         Choice("device", device_name(device), device_reason),
         *memory,
         Choice("dtype", str(dtype).removeprefix("torch."), dtype_reason),
+        *((Choice("precision", "fp8", precision),) if precision else ()),
         Choice(
             "model",
             f"{served.name} at {served.revision}",
@@ -132,7 +137,7 @@ def load(
         *chosen_vae,
         *placed,
     )
-    return Loaded(pipeline, served, device, dtype, choices, came_with, plan)
+    return Loaded(pipeline, served, device, dtype, choices, came_with, plan, bool(precision))
 
 
 def _silence_libraries() -> None:

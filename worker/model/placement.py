@@ -13,6 +13,9 @@ from worker.contract.gpu_share import GpuShare
 from worker.contract.settings import WorkerSettings
 from worker.model import gpu_lock
 
+#: The compute capability from which on a GPU has FP8.
+FP8_FROM = (8, 9)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -87,6 +90,31 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
         )
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     return dtypes[asked], "set by SMALLCAT_DTYPE"
+
+
+def choose_precision(settings: WorkerSettings, device: torch.device, dtype: torch.dtype) -> str:
+    """How linear layers are computed in FP8, for the log; empty: they are not. Raises `SettingsError`."""
+    if settings.precision != "fp8":
+        return ""
+    if settings.exact:
+        raise SettingsError(
+            "SMALLCAT_PRECISION is fp8, whose products have not been shown to give the same bits in every "
+            "batch, and SMALLCAT_EXACT is 1: unset one of them."
+        )
+    if device.type != "cuda":
+        return "set by SMALLCAT_PRECISION; a CPU computes it slowly, in fp32 with the same rounding"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FP8_FROM:
+        raise SettingsError(
+            f"SMALLCAT_PRECISION is fp8, and {torch.cuda.get_device_name(device)} has none: its compute "
+            f"capability is {major}.{minor}, which must be {FP8_FROM[0]}.{FP8_FROM[1]} or more; unset it."
+        )
+    if dtype == torch.float32:
+        raise SettingsError(
+            "SMALLCAT_PRECISION is fp8, which goes with fp16 and bf16, and SMALLCAT_DTYPE is fp32: unset one "
+            "of them."
+        )
+    return "set by SMALLCAT_PRECISION: linear layers of the UNet, with scales by row and by token"
 
 
 def choose_safety_checker(settings: WorkerSettings, *, ships_one: bool) -> tuple[str, str]:

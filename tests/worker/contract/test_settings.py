@@ -104,6 +104,7 @@ TABLE: dict[str, tuple[str, object, list[tuple[str, str]]]] = {
     "SMALLCAT_MODEL_NAME": ("mine", "mine", []),
     "SMALLCAT_MODEL_REVISION": ("main", "main", []),
     "SMALLCAT_MODEL_CONFIG_DIR": ("/configs", "/configs", []),
+    "SMALLCAT_PRECISION": ("fp8", "fp8", [("int8", "'fp16' or 'fp8'")]),
     "SMALLCAT_MODEL_VAE": ("madebyollin/taesd", "madebyollin/taesd", []),
     "SMALLCAT_DEFAULT_STEPS": ("150", 150, [("0", "must be 1 to 150."), ("151", "must be 1 to 150.")]),
     "SMALLCAT_DEFAULT_GUIDANCE_SCALE": ("30", 30.0, [("-1", "must be 0 to 30."), ("31", "must be 0 to 30.")]),

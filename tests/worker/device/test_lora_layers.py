@@ -11,7 +11,7 @@ import functools
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -155,9 +155,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unet_patches.Upsample2D, "always", True)
 
 
-def a_runner(path: Path, *, patched: bool) -> ModelRunner:
+def a_runner(path: Path, *, patched: bool, precision: Literal["fp16", "fp8"] = "fp16") -> ModelRunner:
     """On a CPU, as where steps are compiled if `patched`."""
-    settings = WorkerSettings(model=str(path))
+    settings = WorkerSettings(model=str(path), precision=precision)
     loaded = loader.load(settings)
     if patched:
         # The upsamplers' patches are for half precision.
@@ -186,26 +186,31 @@ def stepped(runner: ModelRunner, batch: Batch, *, by_kernel: bool) -> torch.Tens
 
 
 @pytest.mark.usefixtures("kernels")
-def test_the_operators_do_what_the_loop_does_and_leave_mates_as_they_are(tmp_path: Path) -> None:
-    runner = a_runner(attends_first(tmp_path / "model"), patched=True)
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_the_operators_do_what_the_loop_does_and_leave_mates_as_they_are(
+    tmp_path: Path, precision: Literal["fp16", "fp8"]
+) -> None:
+    runner = a_runner(attends_first(tmp_path / "model"), patched=True, precision=precision)
     batch = a_batch(runner, wide=True)
     expected = stepped(runner, batch, by_kernel=False)
-    # Weights of upsamplers were added up and rounded.
-    assert torch.allclose(stepped(runner, batch, by_kernel=True), expected, atol=1e-3)
+    # Weights of upsamplers were added up and rounded; in FP8 that makes some values round the other way.
+    near = 1e-3 if precision == "fp16" else 2e-2
+    assert torch.allclose(stepped(runner, batch, by_kernel=True), expected, atol=near)
     without = stepped(runner, dataclasses.replace(batch, loras=None), by_kernel=False)
     moved = (expected - without).abs().amax(dim=(1, 2, 3, 4))
     for (_, rank, _), far in zip(JOBS, moved.tolist(), strict=True):
-        assert far > 0.1 if rank else far < 1e-3
+        assert far > 0.1 if rank else far < near
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
 @pytest.mark.parametrize("make", [attends_first, tiny_models.tiny_sd2, tiny_models.tiny_sdxl])
 def test_a_step_is_traced_once_for_all_rows_ranks_and_loras(
-    make: Callable[[Path], Path], wide: bool, tmp_path: Path
+    make: Callable[[Path], Path], precision: Literal["fp16", "fp8"], wide: bool, tmp_path: Path
 ) -> None:
-    runner = a_runner(make(tmp_path / "model"), patched=True)
+    runner = a_runner(make(tmp_path / "model"), patched=True, precision=precision)
     batch = a_batch(runner, wide=wide)
     expected = stepped(runner, batch, by_kernel=True)
     torch._dynamo.reset()

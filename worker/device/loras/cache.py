@@ -185,14 +185,16 @@ class Loras:
         """
         if (adaptable := self._family.adaptable()) is None:
             return None
-        weights = {name: adaptable.weights[name] for name in adaptable.places.common}
-        widest = [max(len(each), each[0].numel()) for each in weights.values()]
-        zeros = next(iter(weights.values())).new_zeros(rank * max(widest))
+        sides: dict[str, tuple[int, int]] = {}
+        for name in adaptable.places.common:
+            weight = adaptable.weights[name]
+            sides[name] = weight[0].numel(), len(weight)
+        zeros = weight.new_zeros(rank * max(map(max, sides.values())))
         layers = {
             name: LayerFactors(
-                zeros[: rank * each[0].numel()].view(rank, -1), zeros[: rank * len(each)].view(rank, -1), 1.0
+                zeros[: rank * taken].view(rank, -1), zeros[: rank * given].view(rank, -1), 1.0
             )
-            for name, each in weights.items()
+            for name, (taken, given) in sides.items()
         }
         return LoraSet.of(("example", rank), layers, adaptable.places, self._device)
 

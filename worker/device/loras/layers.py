@@ -1,67 +1,27 @@
 """A UNet whose layers add each row's own LoRAs: a copy of the model's modules that shares its weights.
 
 The model itself is not touched: a batch without LoRAs runs what it ran before. In the copy stand other
-modules for each linear layer, convolution and attention. They find the LoRAs of the present forward in its
-`Context`. On a GPU they call `worker.device.loras.operators`, for all rows at once; elsewhere, and for what
-the kernels do not do, they go through the jobs one by one.
+modules for each linear layer, convolution and attention. They find the LoRAs of the present forward by their
+`Site`.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from worker.device import unet_patches
+from worker.device import fp8, unet_patches
 from worker.device.attention import Processor
 from worker.device.loras import operators
-from worker.device.loras.job_set import LayerFactors, Places, RowLoras
+from worker.device.loras.job_set import Places, RowLoras
+from worker.device.loras.site import Context, Current, Site, each_job
 
 #: Where the name of a layer of attention or feed-forward has this, the layer is one of the common ones.
 _COMMON = (".transformer_blocks.", ".proj_in", ".proj_out")
-
-
-class Current(NamedTuple):
-    """The LoRAs of the present forward."""
-
-    loras: RowLoras
-    #: (R,) int64: the job of each row.
-    job_of_row: torch.Tensor
-    #: (J,) int64: the job of each row where a layer is computed once for each job.
-    jobs: torch.Tensor
-    #: Whether the operators are used.
-    by_kernel: bool
-
-
-class Context:
-    """Which LoRAs the present forward has. Each thread that runs one has its own, and so has the compiler."""
-
-    def __init__(self) -> None:
-        self._traced: Current | None = None
-        self._local = threading.local()
-
-    def enter(self, current: Current | None) -> None:
-        """Have the forward from here on, on this thread, take these; None: it is over."""
-        # The compiler follows what attributes hold while it traces, but knows no thread's own.
-        if torch.compiler.is_compiling():
-            self._traced = current
-        else:
-            self._local.current = current
-
-    def get(self) -> Current:
-        """Those of the present forward. Raises `RuntimeError` outside of one."""
-        current: Current | None
-        if torch.compiler.is_compiling():
-            current = self._traced
-        else:
-            current = getattr(self._local, "current", None)
-        if current is None:
-            raise RuntimeError("A layer with LoRAs was run without any: it would draw another picture.")
-        return current
 
 
 class LoraUNet:
@@ -80,7 +40,7 @@ class LoraUNet:
             frozenset(name for name in names if any(part in name for part in _COMMON)),
         )
         #: The weight of each layer, for DoRA.
-        self.weights = {name: module.weight for name, module in _layers(unet).items()}
+        self.weights = _Weights(_layers(unet))
         self._replace(self._unet, "", once=False)
 
     def __call__(
@@ -131,97 +91,26 @@ class LoraUNet:
         return Site(self._context, self.places, name, once)
 
 
-class Site:
-    """Where a layer is, and what LoRAs do there in the present forward."""
+class _Weights(Mapping[str, torch.Tensor]):
+    """The weights of layers by name. Those in FP8 are made when they are asked for."""
 
-    def __init__(self, context: Context, places: Places, name: str, once: bool) -> None:
-        """`once`: its rows are not the batch's rows but its jobs."""
-        self._context, self._once = context, once
-        self.index, self.is_common = places.index[name], name in places.common
-        names = list(places.index)[self.index :]
-        #: Its name, and those of the layers that follow it in a table, of which some share its input.
-        self.names = tuple(names[:4])
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        self._layers = layers
 
-    def here(self) -> tuple[Current, torch.Tensor] | None:
-        """The present LoRAs and the job of each row; None where no job's set can change the layer."""
-        current = self._context.get()
-        if not self.is_common and not current.loras.is_wide:
-            return None
-        return current, current.jobs if self._once else current.job_of_row
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight: torch.Tensor = self._layers[name].weight
+        return weight
 
-    def linears(
-        self, x: torch.Tensor, layers: Sequence[torch.nn.Linear], first: int = 0
-    ) -> Sequence[torch.Tensor]:
-        """Outputs without bias of linear layers of one input, (rows, tokens, width).
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
 
-        They are those from `first` on, counted from this site's own.
-        """
-        found = self.here()
-        weights = [layer.weight for layer in layers]
-        if found is None:
-            return [functional.linear(x, weight) for weight in weights]
-        current, owners = found
-        loras = current.loras
-        if current.by_kernel:
-            outputs: list[torch.Tensor] = torch.ops.smallcat.lora_linears(
-                x, weights, loras.table, owners, loras.room, self.index + first
-            )
-            return outputs
-        named = zip(self.names[first:], weights, strict=False)
-        return [each_job(x, weight, name, loras, owners, _linear) for name, weight in named]
-
-
-def each_job(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    name: str,
-    loras: RowLoras,
-    owners: torch.Tensor,
-    layer: Any,
-    factor: Any = None,
-) -> torch.Tensor:
-    """The output without bias of a layer, one job after the other.
-
-    `layer`: (x, weight) to the output of W; `factor`: (x, down) to that of the first factor, by default the
-    same.
-    """
-    output: torch.Tensor = layer(x, weight)
-    for job, lora_set in enumerate(loras.sets):
-        factors = lora_set.layers.get(name) if lora_set is not None else None
-        if factors is not None:
-            rows = (owners == job).nonzero().flatten()
-            output[rows] = with_factors(output[rows], x[rows], weight, factors, layer, factor or layer)
-    return output
-
-
-def with_factors(
-    output: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    factors: LayerFactors,
-    layer: Any,
-    factor: Any,
-) -> torch.Tensor:
-    """`output`, W x without bias, with what LoRAs change."""
-    axis = (-1, *[1] * (x.ndim - 2)) if weight.ndim == 4 else (-1,)
-    result = output if factors.after is None else output * factors.after.to(output.dtype).view(axis)
-    if factors.before is not None:
-        result = result + layer(x * (factors.before - 1).to(x.dtype).view(axis), weight)
-    low = factor(x, factors.down)
-    if weight.ndim == 4:
-        product = functional.conv2d(low, factors.up.T[:, :, None, None])
-    else:
-        product = low @ factors.up
-    return result + factors.scale * product
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def _with_bias(output: torch.Tensor, layer: Any) -> torch.Tensor:
     result: torch.Tensor = output if layer.bias is None else output + layer.bias
     return result
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return functional.linear(x, weight)
 
 
 class _Linear(torch.nn.Module):
@@ -253,9 +142,13 @@ class _Gate(torch.nn.Module):
         if found is not None and found[0].by_kernel and self.proj.bias is not None:
             current, owners = found
             loras = current.loras
-            gated: torch.Tensor = torch.ops.smallcat.lora_gate(
-                x, self.proj.weight, self.proj.bias, loras.table, owners, loras.room, self._site.index
-            )
+            rows = loras.table, owners, loras.room, self._site.index
+            gated: torch.Tensor
+            if isinstance(self.proj, fp8.Fp8Linear):
+                given = fp8.arguments(x, [self.proj])
+                gated = torch.ops.smallcat.lora_fp8_gate(x, *given, self.proj.bias, *rows)
+            else:
+                gated = torch.ops.smallcat.lora_gate(x, self.proj.weight, self.proj.bias, *rows)
             return gated
         (output,) = self._site.linears(x, [self.proj])
         value, gate = _with_bias(output, self.proj).chunk(2, dim=-1)

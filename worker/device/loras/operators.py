@@ -14,7 +14,11 @@ from types import ModuleType
 import torch
 from torch import library
 
+from worker.device.fp8 import scaled_product
+
 _ROWS = "Tensor table, Tensor owners, Tensor room, int layer"
+#: A quantised input and the layers that take it: see `worker.device.fp8.arguments`.
+_FP8 = "Tensor values, Tensor scales, Tensor[] weights, Tensor[] weight_scales, ScalarType out_dtype"
 
 
 @functools.cache
@@ -92,6 +96,87 @@ def _(
     layer: int,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], len(weight) // 2))
+
+
+@library.custom_op(
+    "smallcat::lora_fp8_linears", mutates_args=(), schema=f"(Tensor x, {_FP8}, {_ROWS}) -> Tensor[]"
+)
+def fp8_linears(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    weights: list[torch.Tensor],
+    weight_scales: list[torch.Tensor],
+    out_dtype: torch.dtype,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> list[torch.Tensor]:
+    """`linears`, of layers in FP8. x: their input, from which `values` and `scales` are."""
+    x = x.contiguous()
+    outputs = [
+        scaled_product(values, scales, *each, out_dtype).to(x.dtype)
+        for each in zip(weights, weight_scales, strict=True)
+    ]
+    _products().add(x, outputs, table, owners, layer, len(room))
+    return outputs
+
+
+@fp8_linears.register_fake
+def _(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    weights: list[torch.Tensor],
+    weight_scales: list[torch.Tensor],
+    out_dtype: torch.dtype,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> list[torch.Tensor]:
+    return [x.new_empty((*x.shape[:-1], len(weight))) for weight in weights]
+
+
+@library.custom_op(
+    "smallcat::lora_fp8_gate", mutates_args=(), schema=f"(Tensor x, {_FP8}, Tensor bias, {_ROWS}) -> Tensor"
+)
+def fp8_gate(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    weights: list[torch.Tensor],
+    weight_scales: list[torch.Tensor],
+    out_dtype: torch.dtype,
+    bias: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> torch.Tensor:
+    """`gate`, of one layer in FP8. x: its input, from which `values` and `scales` are."""
+    x = x.contiguous()
+    output = scaled_product(values, scales, weights[0], weight_scales[0], out_dtype).to(x.dtype)
+    gated: torch.Tensor = _products().gated(x, output, bias, table, owners, layer, len(room))
+    return gated
+
+
+@fp8_gate.register_fake
+def _(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    weights: list[torch.Tensor],
+    weight_scales: list[torch.Tensor],
+    out_dtype: torch.dtype,
+    bias: torch.Tensor,
+    table: torch.Tensor,
+    owners: torch.Tensor,
+    room: torch.Tensor,
+    layer: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], len(weights[0]) // 2))
 
 
 @library.custom_op(

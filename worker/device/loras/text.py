@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from worker.device.loras.job_set import LayerFactors
-from worker.device.loras.layers import with_factors
+from worker.device.loras.site import with_factors
 
 
 @dataclass(frozen=True, eq=False)
