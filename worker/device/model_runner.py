@@ -43,10 +43,8 @@ from worker.device.text.embeddings import Files
 from worker.device.vae_decoder import VaeDecoder
 from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture
 from worker.model import loader
+from worker.model.memory_plan import EXACT_AT_ONCE
 from worker.model.placement import Choice
-
-#: Forwards of one job each that a GPU runs side by side in exact mode: one alone does not fill it.
-EXACT_AT_ONCE = 4
 
 
 class ModelRunner:

@@ -54,7 +54,10 @@ def room(device: torch.device | None = None) -> int:
 
 def all_of(device: torch.device) -> int:
     """Bytes of the GPU that this process may use at most: all, or what the settings say."""
-    return _limits.get(_index(device), torch.cuda.get_device_properties(device).total_memory)
+    limited = _limits.get(_index(device))
+    if limited is not None:
+        return limited
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def budget(device: torch.device) -> int:

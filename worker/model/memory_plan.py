@@ -29,7 +29,7 @@ TILE_PIXELS, KEPT_SHARE = 320 * 320, 8
 LEAST_ROWS, SHARED_ROWS, GOOD_ROWS, MOST_ROWS = 2, 4, 16, 64
 #: The share of the memory, 1 in so many, that is left for what nobody plans; only what must fit takes of it.
 SLACK: Final = 20
-#: Forwards side by side in exact mode (`worker.device.model_runner.EXACT_AT_ONCE`).
+#: Forwards of one job each that a GPU runs side by side in exact mode: one alone does not fill it.
 EXACT_AT_ONCE: Final = 4
 #: Where nobody says how much LoRAs may take: a share of what the weights leave, and at most. As
 #: `worker.device.loras.cache` chooses. Sets take a quarter more.

@@ -24,6 +24,7 @@ from worker.contract.settings import WorkerSettings, worker_settings
 from worker.device.compiling import process, server
 from worker.device.compiling.kernel_cache import KernelCache, Signed
 from worker.device.compiling.process import CompileError, CompileProcess, cache_of
+from worker.model import gpu_memory
 from worker.storage.shared_code import Folder
 
 KEY = "k" * 32
@@ -45,7 +46,9 @@ def spoilt(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
 def curious(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
     """Says what it was given."""
     connection.recv_bytes()
-    connection.send_bytes(pickle.dumps(("", b"kernels", f"{settings.kernel_cache_key} at {gpu}")))
+    connection.send_bytes(
+        pickle.dumps(("", b"kernels", f"{settings.kernel_cache_key} at {gpu}{settings.gpu_memory}"))
+    )
     connection.recv_bytes()
 
 
@@ -116,6 +119,22 @@ def test_what_it_compiles_is_kept_here_and_in_the_fleet(
 
 def test_it_has_no_key_and_knows_its_gpu(started: Callable[..., CompileProcess]) -> None:
     assert asked(started(curious)) == ("by another process", " at 3")
+
+
+def test_it_takes_of_what_the_worker_may_use_and_no_more(
+    started: Callable[..., CompileProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of 100 GiB, of which the worker may use 50 and has 10."""
+    monkeypatch.undo()
+    monkeypatch.setattr(process, "METHOD", "fork")
+    monkeypatch.setattr(gpu_memory, "_limits", {3: 50 << 30})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90 << 30, 100 << 30))
+    for what in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, what, lambda device: 10 << 30)
+    elsewhere = started(curious)
+    elsewhere._settings = elsewhere._settings.model_copy(update={"gpu_memory": "0.5"})
+    assert elsewhere._memory() == (40 << 30, (10 << 30) + process.WORKING_BYTES + (10 << 30))
+    assert asked(elsewhere) == ("by another process", f" at 3{30 << 30}B")
 
 
 def test_what_does_not_compile_is_an_error_of_its_own(started: Callable[..., CompileProcess]) -> None:

@@ -187,8 +187,9 @@ class CompileProcess:
         self._connection, theirs = context.Pipe()
         settings = self._settings
         if settings.gpu_memory:
-            # Of what this process is allowed, which then takes the less.
-            settings = settings.model_copy(update={"gpu_memory": f"{free}B"})
+            # A part of what this process is allowed, which still needs the rest.
+            size = free - int(SPARE_SHARE * gpu_memory.all_of(self._device))
+            settings = settings.model_copy(update={"gpu_memory": f"{size}B"})
         arguments = (theirs, settings, self._device.index or 0)
         self._process = context.Process(target=self._target, args=arguments, name="compile", daemon=True)
         self._process.start()
