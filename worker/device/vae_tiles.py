@@ -9,7 +9,7 @@ Layers are taken a **level** at a time, from one change of size to the next. Wha
 kept whole, before it is enlarged or after it is reduced, so that tiles need not begin at the first layer. The
 smallest level, with the attention, is computed whole; its attention takes a part of the queries at a time.
 
-It takes about four times as long as the whole. The tiles of diffusers' `enable_tiling` have a mean, a
+It takes four to five times as long as the whole. The tiles of diffusers' `enable_tiling` have a mean, a
 deviation and an attention of their own each, and differ from the whole in what is seen.
 """
 
