@@ -41,6 +41,7 @@ from worker.device.step import Step, batch_of, denoise
 from worker.device.step_times import StepTimes
 from worker.device.text.embeddings import Files
 from worker.device.vae_decoder import VaeDecoder
+from worker.device.vaes import Vae
 from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture
 from worker.model import loader
 from worker.model.memory_plan import EXACT_AT_ONCE
@@ -96,13 +97,12 @@ class ModelRunner:
         self._previews = Previews(self._family, self._device)
         self._offers_loras = bool(settings.loras)
         self._loras = Loras(files, self._family, self._device, settings.lora_memory, self._plan.lora_memory)
-        decoder = partial(
-            VaeDecoder, device=self._device, alone=settings.exact, decoding=loaded.plan.decoding
-        )
-        self._preparation = Preparation(self._family, self._device, files, self._loras, decoder)
+        vae_of = partial(Vae.of, device=self._device, alone=settings.exact, planned=self._plan.decoding)
+        vae = vae_of(self._family, compiler=compiler)
+        self._vae_decoder = vae.decoder
+        self._preparation = Preparation(self._family, self._device, files, self._loras, vae.encoder, vae_of)
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
-        self._vae_decoder = decoder(self._family, compiler=compiler)
         self._costs = Costs(self._family, self.served.defaults, settings.max_batch, self._plan.rows)
         self._times = StepTimes(self._costs, lambda: self.is_compiled)
 

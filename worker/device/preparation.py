@@ -19,9 +19,8 @@ from worker.device.schedulers.samplers import Samplers
 from worker.device.schedulers.schedule import Sampler, Schedule
 from worker.device.text.embeddings import Files
 from worker.device.text.encoder import TextEncoder
-from worker.device.vae_decoder import VaeDecoder
 from worker.device.vae_encoder import VaeEncoder
-from worker.device.vaes import Vaes
+from worker.device.vaes import Vae, Vaes
 from worker.engine.runner import FirstPass, JobInputs
 
 
@@ -37,14 +36,18 @@ class Preparation:
         device: torch.device,
         files: Files | None,
         loras: Loras,
-        decoder: Callable[[ModelFamily], VaeDecoder],
+        encoder: VaeEncoder,
+        vae_of: Callable[[ModelFamily], Vae],
     ) -> None:
-        """`files`: those beside the model that jobs may name. `decoder`: makes that of a VAE."""
+        """`files`: those beside the model that jobs may name. `encoder`: of the model's own VAE.
+
+        `vae_of`: makes both ways through another one.
+        """
         self._family, self._device, self._loras = family, device, loras
         self._samplers = Samplers(family.schedulers)
         self._texts = TextEncoder(family, files)
-        self._encoder = VaeEncoder(family)
-        self._vaes = Vaes(files, family, decoder)
+        self._encoder = encoder
+        self._vaes = Vaes(files, family, vae_of)
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def state_of(self, whole: Job, inputs: JobInputs | FirstPass | None) -> JobState:

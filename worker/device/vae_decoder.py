@@ -141,8 +141,7 @@ class VaeDecoder:
         """Whether pictures of `lane` are decoded in tiles from the first on."""
         if lane in self._tiled:
             return True
-        width, height = self.family.size(lane)
-        return self._decoding.tiled and self.family.has_tiles and width * height > self._decoding.pixels
+        return self._decoding.is_tiled(*self.family.size(lane)) and self.family.has_tiles
 
     def _chunk(
         self, lane: Lane, latents: Sequence[torch.Tensor], how: _How, *, tiled: bool = False

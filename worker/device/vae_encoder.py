@@ -9,6 +9,7 @@ import torch
 from worker.contract.errors import OutOfMemoryError
 from worker.device.errors import mapped
 from worker.device.family import ModelFamily
+from worker.model.memory_plan import PLENTY, Decoding
 
 logger = logging.getLogger("smallcat.engine")
 
@@ -22,9 +23,11 @@ class VaeEncoder:
     may be beside steps, which need some of the memory: tiles are as good as the whole, and nothing waits.
     """
 
-    def __init__(self, family: ModelFamily) -> None:
+    def __init__(self, family: ModelFamily, planned: Decoding = PLENTY) -> None:
+        """`planned`: which pictures the plan of the memory has in tiles."""
         #: The model with this VAE.
         self.family = family
+        self._planned = planned
         #: (height, width) of pictures that do not fit whole.
         self._tiled: set[tuple[int, ...]] = set()
 
@@ -33,8 +36,8 @@ class VaeEncoder:
 
         Raises `OutOfMemoryError` where tiles do not fit either, or the family has none.
         """
-        size = tuple(pixels.shape[-2:])
-        if size in self._tiled:
+        size = height, width = tuple(pixels.shape[-2:])
+        if size in self._tiled or (self._planned.is_tiled(width, height) and self.family.has_tiles):
             return self._in_tiles(pixels, generator)
         before = generator.get_state()
         try:
@@ -45,7 +48,7 @@ class VaeEncoder:
                 raise
         generator.set_state(before)
         latents = self._in_tiles(pixels, generator)
-        logger.warning(NOT_WHOLE, size[1], size[0])
+        logger.warning(NOT_WHOLE, width, height)
         self._tiled.add(size)
         return latents
 

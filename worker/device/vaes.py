@@ -7,14 +7,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from worker.contract.errors import RenderError
 from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import vae_of
+from worker.device.compiling.compiler import Compiler
 from worker.device.family import ModelFamily
 from worker.device.text.embeddings import Files
 from worker.device.vae_decoder import VaeDecoder
 from worker.device.vae_encoder import VaeEncoder
+from worker.model.memory_plan import Decoding
 
 #: VAEs that are kept on the device, at most: one of SDXL in fp32 has 335 MB. Jobs in flight keep theirs.
 KEPT = 4
@@ -27,15 +31,29 @@ class Vae:
     encoder: VaeEncoder
     decoder: VaeDecoder
 
+    @classmethod
+    def of(
+        cls,
+        family: ModelFamily,
+        device: torch.device,
+        *,
+        alone: bool,
+        planned: Decoding,
+        compiler: Compiler | None = None,
+    ) -> Vae:
+        """That of a family. `planned`: by the plan of the memory. `alone`, `compiler`: as `VaeDecoder`."""
+        decoder = VaeDecoder(family, device, alone=alone, compiler=compiler, decoding=planned)
+        return cls(VaeEncoder(family, planned), decoder)
+
 
 class Vaes:
     """The VAEs that jobs name. Thread-safe: loading makes those wait who want a VAE."""
 
     def __init__(
-        self, files: Files | None, family: ModelFamily, decoder: Callable[[ModelFamily], VaeDecoder]
+        self, files: Files | None, family: ModelFamily, vae_of: Callable[[ModelFamily], Vae]
     ) -> None:
-        """`decoder`: makes that of a family."""
-        self._files, self._family, self._decoder = files, family, decoder
+        """`vae_of`: makes that of a family."""
+        self._files, self._family, self._vae_of = files, family, vae_of
         self._kept: OrderedDict[str, Vae] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -53,7 +71,7 @@ class Vaes:
                     raise RenderError(f'The VAE "{job.vae}" was taken away while a job asked for it.')
                 family = self._family.with_vae(path, job.vae, sha256)
                 # Not compiled: it would take minutes, at a moment that nobody chose.
-                known = self._kept[sha256] = Vae(VaeEncoder(family), self._decoder(family))
+                known = self._kept[sha256] = self._vae_of(family)
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(sha256)

@@ -78,8 +78,12 @@ class Decoding(NamedTuple):
 
     #: Pixels that are decoded at once, at most: of one picture or of several.
     pixels: int = CHUNK_PIXELS
-    #: Whether a picture of more pixels is decoded in tiles. Otherwise it is tried whole.
+    #: Whether a picture of more pixels is encoded and decoded in tiles. Otherwise it is tried whole.
     tiled: bool = False
+
+    def is_tiled(self, width: int, height: int) -> bool:
+        """Whether a picture of so many pixels goes through the VAE in tiles from the first on."""
+        return self.tiled and width * height > self.pixels
 
 
 #: Where memory is no question.

@@ -20,6 +20,7 @@ from worker.device import vae_encoder, vae_tiles
 from worker.device.model_runner import ModelRunner
 from worker.device.vae_decoder import IN_TILES, NOT_WHOLE
 from worker.device.vae_encoder import VaeEncoder
+from worker.model.memory_plan import Decoding
 
 ROOT = Path(__file__).parents[3]
 #: Least PSNR in decibels of tiles beside the whole.
@@ -195,8 +196,17 @@ def test_where_tiles_do_not_fit_either_it_is_said_and_tried_again() -> None:
 def test_a_family_without_tiles_is_not_asked_for_them() -> None:
     family: Any = Family(True, has_tiles=False)
     with pytest.raises(OutOfMemoryError):
-        encoded(VaeEncoder(family))
+        encoded(VaeEncoder(family, Decoding(8, tiled=True)))
     assert family.asked == [False]
+
+
+def test_what_is_planned_in_tiles_is_never_tried_whole() -> None:
+    family: Any = Family()
+    encoder = VaeEncoder(family, Decoding(8 * 8, tiled=True))
+    for side in (8, 16):
+        encoded(encoder, side)
+    encoded(VaeEncoder(family, Decoding(8 * 8)), 16)
+    assert family.asked == [False, True, False]
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------
