@@ -158,6 +158,7 @@ timed(start, "_wake_gpu", "wake the GPU")
 timed(start, "_find", "find and hash the model")
 timed(start, "_import", "imports")
 timed(tasks, "_services", "Redis and the bucket")
+timed(tasks, "_files", "files beside the model")
 timed(tasks, "_assemble", "assemble, all")
 tasks.load_runner = load_runner
 tasks.JobHandler = FirstJob  # type: ignore[misc]

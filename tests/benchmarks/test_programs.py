@@ -33,6 +33,7 @@ PROGRAMS = (
     "previews",
     "s3_requests",
     "shares",
+    "start_loras",
     "system",
     "text_lengths",
 )

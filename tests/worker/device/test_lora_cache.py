@@ -127,6 +127,31 @@ def test_out_of_memory_while_loading_lets_others_go_and_tries_again(
     monkeypatch.setattr(factors.StoredFile, "to", full_once)
     assert loras.of(ground.job("b")).unet is not None
     assert loras._on_device.nbytes == ground.size
+    # One more than there was did not fit: from now on so much is kept.
+    assert loras.limit == ground.size
+    loras.of(ground.job("c"))
+    assert loras._on_device.nbytes == ground.size
+
+
+def test_out_of_memory_while_loading_that_lasts_is_one_of_memory_and_halves_what_is_kept(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = ground.a_runner(lora_memory=3 * ground.size)
+    mates = [runner.prepare(ground.job(name)) for name in "ab"]
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(factors.StoredFile, "to", full)
+        # The engine tries such a job again, alone.
+        with pytest.raises(OutOfMemoryError):
+            runner.prepare(ground.job("c"))
+    assert runner._loras.limit == ground.size
+    assert runner._loras._on_device.nbytes == 0
+    # The jobs in flight still have what they had.
+    assert runner.step(mates) == [None, None]
+    assert runner.prepare(ground.job("c")).loras is not None
 
 
 def test_out_of_memory_in_a_step_lowers_what_is_kept(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,17 +265,24 @@ class Loras:
     def _with_room(self, make: Callable[[], Made]) -> Made:
         """What `make` makes. Where it does not fit, once more without those that no job uses.
 
-        Raises what torch raises where it does not fit then either. From then on fewer are kept.
+        From then on no more is kept than there was; half of that where it does not fit then either. Raises
+        then what torch raises.
         """
         try:
             return make()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        self._sets.shrink_to(0)
-        self._on_device.shrink_to(0)
+        for kept in (self._on_device, self._sets):
+            if kept.nbytes:  # One more than these did not fit.
+                kept.limit = kept.nbytes
+            kept.shrink_to(0)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        logger.warning(
+            "Memory ran out while a LoRA was loaded: from now on LoRAs keep at most %.2f GiB of the device.",
+            self.limit / 2**30,
+        )
         try:
             return make()
         except Exception:
