@@ -145,10 +145,7 @@ _WAYS: Final = (
 def plan(sizes: Sizes, budget: int, asked: Asked) -> MemoryPlan:
     """How a model of these `sizes` is served within `budget` bytes. Raises `DoesNotFitError`."""
     loras = _loras(sizes, budget, asked)
-    ways = [way for way in _WAYS if asked.compile or not way.compiled]
-    if not asked.compile:
-        # All on the GPU comes first here as well.
-        ways = [_WAYS[0]._replace(compiled=False), _WAYS[1]._replace(compiled=False), *ways]
+    ways = dict.fromkeys(way._replace(compiled=way.compiled and asked.compile) for way in _WAYS)
     of_ways = [_Parts(sizes, asked, way, loras) for way in ways]
     for parts in of_ways:
         if parts.needs(parts.least_rows) <= budget:

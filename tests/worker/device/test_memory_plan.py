@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from tests import tiny_models
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
+from worker.device import warm_up
 from worker.device.loras.job_set import LayerFactors
 from worker.device.loras.text import TextLoras
 from worker.device.model_runner import ModelRunner
@@ -180,3 +181,11 @@ def test_what_was_planned_for_tiles_is_decoded_in_tiles_with_a_warning_and_the_r
     whole_of.clear()
     assert all(each.warnings == (IN_TILES,) for each in pictures(tiled, 128))
     assert not whole_of
+
+
+def test_a_worker_warms_up_as_was_planned_and_says_so(model: Path) -> None:
+    runner = runner_with(model, MemoryPlan(rows=2, compile=False))
+    chosen = {choice.what: choice for choice in runner.warm_up()}
+    assert chosen["compile"] == warm_up.TOO_SMALL
+    assert runner.max_rows == int(chosen["max rows"].choice) == 2
+    assert runner.cap(runner._family.lane(128, 128)) == 1

@@ -209,6 +209,9 @@ def test_what_the_settings_ask_for_is_part_of_the_plan(models: Mapping[str, Size
     assert plain is not None
     assert plain.texts is Texts.GPU
     assert plain.compile, "it is the settings' own choice"
+    less = planned(sdxl, 9.2, compile=False)
+    assert less is not None
+    assert (less.texts, less.rows, less.decoding.tiled) == (Texts.MOVED, 2, False)
     one = planned(sdxl, 11.0, rows=2)
     assert one is not None
     assert (one.texts, one.rows) == (Texts.GPU, None), "two rows fit beside the text encoders"
