@@ -25,16 +25,14 @@ def warm(as_json: bool) -> None:
         raise CallerError('torch is not installed: pip install "smallcat[worker,cuda]", as for a worker.')
     settings = _checked(worker_settings())
     from worker.device.compiling import filling
-    from worker.storage.bucket import Bucket
-    from worker.storage.options import BucketOptions
     from worker.storage.shared_code import store_of
 
-    shared, options = store_of(settings), BucketOptions.of(settings)
+    shared = store_of(settings)
     assert shared is not None  # noqa: S101 - the settings were checked
     say(f"loading the model; compiled code goes to {shared}", err=True)
     found: list[dict[str, Any]] = []
     try:
-        for each in filling.fill(settings, shared, lambda name: Bucket(name, options=options)):
+        for each in filling.fill(settings, shared):
             found.append(dataclasses.asdict(each))
             if not as_json:
                 how = "was there already" if each.was_there else f"compiled in {each.seconds:.0f} s"

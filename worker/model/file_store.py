@@ -15,7 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from worker.contract.errors import MachineError, MissingFileError, SettingsError, SmallcatError
+from worker.contract.errors import (
+    EngineStoppedError,
+    MachineError,
+    MissingFileError,
+    SettingsError,
+    SmallcatError,
+)
 from worker.contract.file_index import MAX_FILES, NO_FILES, FileEntry, FileIndex, Kind, parts_of
 from worker.contract.job import Job
 from worker.contract.job_files import lacking, lacks_hashes, with_files
@@ -99,7 +105,9 @@ class FileStore:
                     problem = f"two files have this name, {found.where} is one: rename it"
                     entry = entry.model_copy(update={"problem": problem})
                 entries[entry.kind, entry.name] = entry
-                if not entry.problem:
+                # One that is on this disk is taken rather than the same one in a bucket.
+                is_nearer = found.path is not None or (entry.kind, entry.sha256) not in files
+                if not entry.problem and is_nearer:
                     files[entry.kind, entry.sha256] = found
             self._found = files
             if (index := FileIndex.of(entries.values())) != self.index:
@@ -171,6 +179,8 @@ class FileStore:
             time.sleep(LOOK_AT_BUCKET_EVERY_S if is_far else LOOK_EVERY_S)
             try:
                 self.look()
+            except EngineStoppedError:
+                return
             except Exception as error:  # noqa: BLE001 - the thread must not end
                 if not is_logged:
                     logger.warning("The files beside the model cannot be looked at: %s", error)

@@ -40,7 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 @pytest.fixture
 def filled(monkeypatch: pytest.MonkeyPatch) -> list[Filled]:
     found: list[Filled] = []
-    monkeypatch.setattr(filling, "fill", lambda settings, shared, remote_of: iter(found))
+    monkeypatch.setattr(filling, "fill", lambda settings, shared: iter(found))
     return found
 
 
@@ -110,7 +110,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_sentence(
 ) -> None:
     pieces = Pieces(monkeypatch, "step")
 
-    def fill(settings: Any, shared: Folder, _: Any) -> Iterator[Filled]:
+    def fill(settings: Any, shared: Folder) -> Iterator[Filled]:
         cache = KernelCache(tmp_path / "here", lambda: "setup", Signed(shared, [KEY.encode()]))
         (tmp_path / "shared" / cache._name("step", "lane")).mkdir(parents=True)
         return filling.filled(pieces.all, cache)

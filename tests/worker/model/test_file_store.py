@@ -293,6 +293,16 @@ def test_a_file_in_a_bucket_is_fetched_when_a_job_needs_it_and_kept(tmp_path: Pa
     assert bucket.opened == [uri, uri, "s3://b/e/y.safetensors"]
 
 
+def test_a_file_that_is_on_this_disk_is_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x.safetensors").write_bytes(lora())
+    bucket = FakeBucket({"s3://b/l/other.safetensors": lora()})
+    for places in ([str(tmp_path / "mine"), "s3://b/l"], ["s3://b/l", str(tmp_path / "mine")]):
+        files = FileStore({Kind.LORA: places}, tmp_path / "cache", lambda _: bucket)
+        sha256 = by_name(files)["other"].sha256
+        assert files.path(Kind.LORA, sha256) == tmp_path / "mine" / "x.safetensors"
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -7,7 +7,7 @@ compiled in this process, unless the fleet has it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,6 @@ from worker.device.compiling.process import cache_of
 from worker.device.compiling.traced import carried
 from worker.device.model_runner import ModelRunner
 from worker.model import loader
-from worker.model.file_places import Remote
-from worker.model.file_store import FileStore
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,14 @@ class Filled:
     problem: str = ""
 
 
-def fill(settings: WorkerSettings, shared: Store, remote_of: Callable[[str], Remote]) -> Iterator[Filled]:
-    """Compile into `shared` what it lacks. `remote_of` a name: the bucket with the files beside the model.
+def fill(settings: WorkerSettings, shared: Store) -> Iterator[Filled]:
+    """Compile into `shared` what it lacks. The files beside the model are not looked at: no code is of one.
 
     Raises `SettingsError` where this machine cannot, `StorageError`, `OSError`.
     """
     if settings.device == "cpu" or not torch.cuda.is_available():
         raise SettingsError("There is no GPU here: run it on a machine with a GPU of the workers' kind.")
-    runner = ModelRunner(
-        settings, loader.load(settings), files=FileStore.of(settings, remote_of), compiles_alone=True
-    )
+    runner = ModelRunner(settings, loader.load(settings), compiles_alone=True)
     return filled(runner.default_pieces(), cache_of(settings, runner.setup, shared))
 
 
