@@ -95,6 +95,10 @@ class Fp8Linear(torch.nn.Linear):
         weight[:, self.outliers] += values[:, self.in_features + len(self.outliers) :]
         return (weight * self.scales.T).to(self._dtype)
 
+    def extra_repr(self) -> str:
+        """With what compiled code depends on (`worker.device.compiling.kernel_cache.setup_name`)."""
+        return f"{super().extra_repr()}, outliers={len(self.outliers)}, products in {self.out_dtype}"
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As the original's; another dtype is that of the layer's output alone."""
         # As integers, which are moved to devices and not converted.

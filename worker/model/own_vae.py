@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from worker.contract.errors import SettingsError, SmallcatError
 from worker.model import vae_files
@@ -26,7 +26,7 @@ def put(pipeline: Any, place: str) -> tuple[str, tuple[Choice, ...]]:
     """
     if not place:
         return "", ()
-    path, name = _find(place)
+    path, name = find(place)
     own = pipeline.vae
     try:
         sha256 = vae_files.sha256_of(path)
@@ -40,16 +40,24 @@ def put(pipeline: Any, place: str) -> tuple[str, tuple[Choice, ...]]:
     return f"-{slug or 'vae'}-{sha256[:_DIGITS]}", (Choice("VAE", what, reason),)
 
 
-def _find(place: str) -> tuple[Path, str]:
-    """The file of a VAE and its name. Raises `SettingsError`."""
+class VaeFile(NamedTuple):
+    """A VAE's weights."""
+
+    path: Path
+    name: str
+
+
+def find(place: str) -> VaeFile:
+    """The VAE in `place`, downloaded from the hub if need be. Raises `SettingsError`."""
     path = Path(place).expanduser()
     if path.is_file():
         is_general = path.name in _WEIGHTS
-        return path, path.resolve().parent.name if is_general else path.stem
+        return VaeFile(path, path.resolve().parent.name if is_general else path.stem)
     if path.is_dir():
-        return _in_folder(path, place), path.resolve().name
+        return VaeFile(_in_folder(path, place), path.resolve().name)
     if vae_files.HUB_ID.fullmatch(place) and not place.startswith("."):
-        return _in_folder(vae_files.from_hub(place, "SMALLCAT_MODEL_VAE"), place), place.partition("/")[2]
+        folder = vae_files.from_hub(place, "SMALLCAT_MODEL_VAE")
+        return VaeFile(_in_folder(folder, place), place.partition("/")[2])
     raise SettingsError(
         f"SMALLCAT_MODEL_VAE is {place}, which does not exist: use a hub id (owner/name), a folder with "
         f"{vae_files.CONFIG} and {_WEIGHTS[0]}, or a .safetensors file."

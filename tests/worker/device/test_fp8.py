@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,33 @@ def test_layers_of_one_input_share_what_is_kept_of_it() -> None:
         assert torch.equal(together, layer(x))
     for plain, layer in zip(fp8.products(x, layers), layers, strict=True):
         assert torch.equal(plain, layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_compiler_fuses_quantising_into_what_comes_before_it() -> None:
+    """torch 2.13's Inductor makes one kernel of a norm, or of a gate, with quantising and its outliers."""
+    from torch._inductor.utils import run_and_get_code
+
+    norm, outliers = torch.nn.LayerNorm(256), torch.arange(0, 256, 16)
+
+    def normed(x: torch.Tensor) -> Any:
+        return fp8.quantise(norm(x), outliers)
+
+    def gated(x: torch.Tensor) -> Any:
+        value, gate = x.chunk(2, dim=-1)
+        return fp8.quantise(value * torch.nn.functional.gelu(gate), outliers)
+
+    for function, width in ((normed, 256), (gated, 512)):
+        torch.manual_seed(1)
+        x = torch.randn(2, 64, width)
+        with torch.no_grad():
+            found, code = run_and_get_code(torch.compile(function, fullgraph=True), x)
+            expected = function(x)
+        assert len(set(re.findall(r"cpp_fused_\w+", "".join(code)))) == 1
+        same = (found.values.float() == expected.values.float()).float().mean()
+        assert same > 0.99
+        assert torch.allclose(found.scales, expected.scales, rtol=1e-5)
 
 
 # --- a model ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from worker.contract.job import Job
 from worker.contract.queues import queue_of
 from worker.contract.settings import WorkerSettings
 from worker.device.model_runner import ModelRunner
+from worker.model import __main__ as download
 from worker.model import own_vae
 from worker.model.file_store import FileStore
 
@@ -130,3 +131,15 @@ def test_what_cannot_be_put_stops_the_start_with_one_sentence(place: Path, tmp_p
         assert str(refused.value).startswith(f"SMALLCAT_MODEL_VAE is {given}")
         assert "\n" not in str(refused.value)
     assert pipeline.vae is own
+
+
+def test_it_is_downloaded_ahead_with_the_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMALLCAT_MODEL", str(place / "sd1"))
+    monkeypatch.setenv("SMALLCAT_MODEL_VAE", str(place / "taesd"))
+    assert download.main() == 0
+    assert f"taesd is in {place / 'taesd'}" in capsys.readouterr().out
+    monkeypatch.setenv("SMALLCAT_MODEL_VAE", str(place / "nowhere"))
+    assert download.main() == 1
+    assert "which does not exist: use a hub id" in capsys.readouterr().err
