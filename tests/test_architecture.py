@@ -20,7 +20,7 @@ FOLDERS = {
     "worker.tasks": "worker.jobs worker.device worker.model worker.broker worker.celery worker.health",
     "worker.tasks worker.jobs": "worker.engine worker.state worker.storage worker.tracing",
     "worker.device": "worker.engine worker.model",
-    "worker.bench": "worker.device worker.model",
+    "worker.bench": "worker.device worker.engine worker.model",
     "worker.celery": "worker.broker",
     "producer": "producer.client producer.cli producer.ingest",
     "producer.cli": (

@@ -34,9 +34,9 @@ import psutil
 from deploy.embedded.stack import Stack
 from producer import submit_job
 from tests.benchmarks.emulated_gpu import DECODE_MS, STEP_MS, EmulatedRunner, cost_s
-from tests.benchmarks.engine import saturate
 from tests.benchmarks.system import run
 from tests.faults.harness import FaultWorker
+from worker.bench.saturation import saturate
 
 #: Seconds for which the engine alone is measured.
 ENGINE_S = 8.0

@@ -11,79 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from worker.bench.saturation import saturate
 from worker.contract.job import Job
 from worker.contract.settings import worker_settings
 from worker.device.model_runner import ModelRunner
-from worker.engine.capacity import JOBS_PER_ROW
-from worker.engine.engine import Engine
-from worker.engine.ticket import Rendered
-
-#: Threads that submit.
-SUBMITTERS = 8
-
-
-def saturate(runner: ModelRunner, seconds: float, trace_s: float = 0.0, **fields: Any) -> dict[str, float]:
-    """Keep `runner` busy with jobs of these `fields`, after a batch to warm up. Returns the rates."""
-    steps: list[tuple[float, int, float]] = []
-
-    def on_step(rows: int, took_s: float) -> None:
-        steps.append((time.perf_counter(), rows, took_s))
-
-    engine = Engine(runner, job_timeout_s=600, on_failure=_die, on_step=on_step)
-    done: queue.SimpleQueue[float] = queue.SimpleQueue()
-    # As in a worker: text is encoded on the thread that submits.
-    threads = ThreadPoolExecutor(SUBMITTERS)
-    number = 0
-
-    def finish(future: Future[Rendered]) -> None:
-        # Jobs that are given back at the end do not count.
-        if future.exception() is None:
-            done.put(time.perf_counter())
-
-    def submit() -> None:
-        nonlocal number
-        number += 1
-        job = Job.parse({"prompt": f"a small cat, number {number % 50}", "seed": number, **fields})
-        threads.submit(lambda: engine.submit(job.id, job).add_done_callback(finish))
-
-    resolved = Job.parse({"prompt": "a small cat", **fields}).resolved(runner.served)
-    one = runner.prepare(resolved)
-    in_flight = JOBS_PER_ROW * runner.cap(one.lane)
-    for _ in range(in_flight):
-        submit()
-    engine.start()
-    for _ in range(in_flight):
-        done.get(timeout=600)
-        submit()
-    begun_s = ended_s = time.perf_counter()
-    while ended_s - begun_s < seconds:
-        done.get(timeout=600)
-        ended_s = time.perf_counter()
-        submit()
-    # After the measurement: recording slows the engine down.
-    idle = _traced(lambda: (done.get(timeout=600), submit()), trace_s) if trace_s else {}
-    threads.shutdown()
-    engine.stop()
-    inside = [(rows, took_s) for at_s, rows, took_s in steps if begun_s <= at_s <= ended_s]
-    # By the rows of their steps, not by those that ended: jobs end in groups, and how far the others are at
-    # the beginning and at the end is as much as a sixth of what a large model does in half a minute.
-    return {
-        "images_s": sum(rows for rows, _ in inside) / (one.rows * one.steps) / (ended_s - begun_s),
-        "rows": sum(rows for rows, _ in inside) / len(inside),
-        "step_ms": 1e3 * sum(took_s for _, took_s in inside) / len(inside),
-        "no_step_share": 1 - sum(took_s for _, took_s in inside) / (ended_s - begun_s),
-        **idle,
-    }
 
 
 def _traced(turn: Any, seconds: float) -> dict[str, float]:
@@ -104,11 +43,6 @@ def _traced(turn: Any, seconds: float) -> dict[str, float]:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return {"traced_ms": (reached - spans[0][0]) / 1e3, "gpu_idle_share": 1 - busy / (reached - spans[0][0])}
-
-
-def _die(error: BaseException) -> None:
-    logging.getLogger("smallcat.engine").critical("lost: %r", error)
-    sys.exit(1)
 
 
 def fields_of(text: str) -> dict[str, Any]:
@@ -140,7 +74,8 @@ def main(model: str, jobs: tuple[str, ...], seconds: float, trace_s: float, name
         fields = fields_of(text)
         compiled = runner.compile(Job.parse({"prompt": "a small cat", **fields}))
         if seconds:
-            result = saturate(runner, seconds, trace_s, **fields)
+            after = (lambda turn: _traced(turn, trace_s)) if trace_s else None
+            result = saturate(runner, seconds, after=after, **fields)
             line = {"name": name, "model": Path(model).name, "job": text, **result, "compiled": compiled}
             print(json.dumps({**line, **where}), flush=True)
 

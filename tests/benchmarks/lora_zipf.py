@@ -27,7 +27,8 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from tests.benchmarks.engine import SUBMITTERS, fields_of
+from tests.benchmarks.engine import fields_of
+from worker.bench.saturation import SUBMITTERS
 from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import with_files

@@ -16,7 +16,8 @@ from typing import Any
 
 import click
 
-from tests.benchmarks.engine import fields_of, saturate
+from tests.benchmarks.engine import fields_of
+from worker.bench.saturation import saturate
 from worker.contract.settings import worker_settings
 from worker.device.model_runner import ModelRunner
 from worker.engine.engine import Engine

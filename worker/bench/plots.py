@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from worker.bench.peer_report import PeerReport
 from worker.bench.report import Cat, Point, Rate, Report
 
 #: A colour for each backend, distinct for colour-blind readers as well (Okabe and Ito, 2008).
@@ -32,6 +33,28 @@ def draw(report: Report, folder: Path) -> list[Path]:
     if any(each.images_per_s is not None for each in report.rates):
         drawn.append(_saved(_rates(report.rates), report.conditions("c"), folder / "images-per-second.png"))
     return drawn
+
+
+def draw_peers(report: PeerReport, folder: Path) -> list[Path]:
+    """Write a PNG of experiment d to `folder`, if it has figures. Returns its path."""
+    shown = [each for each in report.peers if each.images_s]
+    if not shown:
+        return []
+    figure, (axes,) = _figure(1, height=1.8 + 0.5 * len(shown))
+    colours = ["#D55E00" if each.peer == "smallcat" else "#0072B2" for each in shown]
+    rates = [each.images_s or 0.0 for each in shown]
+    bars = axes.barh([each.title for each in shown], rates, height=0.6, color=colours, alpha=0.85)
+    ratios = [report.ratio(each) for each in shown]
+    texts = [
+        f"{rate:.3g} images/s" + (f", {ratio:.2f} times" if ratio else "")
+        for rate, ratio in zip(rates, ratios, strict=True)
+    ]
+    axes.bar_label(bars, labels=texts, padding=4)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.45 * max(rates))
+    axes.set_xlabel("images/s in a steady state")
+    axes.set_title("Beside what people would use instead (times diffusers one at a time)")
+    return [_saved(figure, report.conditions, folder / "peers.png")]
 
 
 def _cats(cats: Sequence[Cat]) -> Figure:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-#: The three experiments.
+#: The experiments that are measured in one process; d is in `peer_report`.
 Experiment = Literal["a", "b", "c"]
 #: Rows of the attention in b: a guided job has two.
 ROWS = 2

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from worker.bench.peer_report import PeerReport
 from worker.bench.report import Cat, Point, Rate, Report, Setup, growth
 
 #: A row: the setup, keys, figures, and why there are none.
@@ -84,6 +85,28 @@ def rates(found: Sequence[Rate]) -> Table:
         rows.append((each.setup, [str(each.jobs)], figures, each.left_out))
     names = ["images/s", "ms/step", "ms to decode", "GPU memory, GiB"]
     return _of_setups("Throughput, by jobs in a batch", ["jobs"], names, rows)
+
+
+def peers(report: PeerReport) -> Iterator[RenderableType]:
+    """Experiment d, with its conditions below it."""
+    table = Table(title="Beside what people would use instead", title_justify="left")
+    table.add_column("", no_wrap=True)
+    names = ("images/s", "ratio", "dB", "MHz", "W", "GiB", "first, s")
+    for name in names:
+        table.add_column(name, justify="right")
+    for each in report.peers:
+        figures = [
+            _number(each.images_s, 3),
+            _number(report.ratio(each), 2),
+            _number(each.psnr_db, 1),
+            _number(each.mhz, 0),
+            _number(each.watts, 0),
+            _number(each.memory_gib, 2),
+            _number(each.first_s, 0),
+        ]
+        table.add_row(each.title, *([escape(each.left_out)] if each.left_out else figures))
+    yield table
+    yield _caption(report.conditions)
 
 
 def _of_setups(title: str, keys: list[str], names: list[str], rows: Sequence[_Row]) -> Table:

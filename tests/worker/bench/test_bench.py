@@ -428,7 +428,7 @@ def test_without_matplotlib_a_line_names_the_remedy(
     ("arguments", "exit_code", "sentence"),
     [
         (["--model", "x", "--shapes", "sd15"], 2, "exclude each other"),
-        (["--only", "d"], 2, "'d' is not one of"),
+        (["--only", "e"], 2, "'e' is not one of"),
         (["--model", "/nowhere"], 1, "SMALLCAT_MODEL is /nowhere, which does not exist"),
     ],
 )
