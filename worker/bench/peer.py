@@ -48,9 +48,7 @@ def _diffusers(task: Task, begun_s: float) -> dict[str, Any]:
     if task.peer == "compiled" and not on_gpu:
         raise SettingsError("measured on a GPU only")
     dtype = torch.float16 if on_gpu else torch.float32
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
-        task.model, dtype=dtype, safety_checker=None
-    )
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(task.model, dtype=dtype, safety_checker=None)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe = pipe.to("cuda" if on_gpu else "cpu")
     pipe.set_progress_bar_config(disable=True)

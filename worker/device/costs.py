@@ -87,7 +87,7 @@ class Costs:
     @property
     def most_rows(self) -> int:
         """The same while many jobs wait."""
-        return self._cost.most(self._cost.area)
+        return self._planned(self.lane, self._cost.most(self._cost.area))
 
     @property
     def job_s(self) -> float:
@@ -98,19 +98,22 @@ class Costs:
 
     def cap(self, lane: Lane) -> int:
         """The cap in rows of a step of `lane`, >= 1: as many latent pixels as in the measured one."""
-        if self._search is not None and self._search.cap is not None and lane == self.lane:
-            return self._search.cap
-        area = self._family.area(lane)
-        rows = self._asked_rows or self._cost.cap(area)
-        if self._planned_rows is None or rows * area <= self._planned_rows * self._cost.area:
-            return rows
-        return max(1, captured_below(self._planned_rows * self._cost.area // area))
+        return self._tried(lane) or self._planned(lane, self._cost.cap(self._family.area(lane)))
 
     def most(self, lane: Lane) -> int:
         """The same while many jobs wait, >= `cap`."""
-        if self._asked_rows or (self._search is not None and self._search.cap is not None):
-            return self.cap(lane)
-        return self._cost.most(self._family.area(lane))
+        return self._tried(lane) or self._planned(lane, self._cost.most(self._family.area(lane)))
+
+    def _tried(self, lane: Lane) -> int | None:
+        """The size that is being tried in `lane`."""
+        return self._search.cap if self._search is not None and lane == self.lane else None
+
+    def _planned(self, lane: Lane, gaining: int) -> int:
+        """What the settings ask for, or `gaining` rows, as far as they fit in memory by its plan."""
+        area, rows = self._family.area(lane), self._asked_rows or gaining
+        if self._planned_rows is None or rows * area <= self._planned_rows * self._cost.area:
+            return rows
+        return max(1, captured_below(self._planned_rows * self._cost.area // area))
 
     def step_s(self, lane: Lane, rows: int, text_tokens: int = 0, lora_rows: int = 0) -> float:
         """What a step of `rows` rows of `lane` costs, whose longest text has so many tokens."""

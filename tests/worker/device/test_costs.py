@@ -119,3 +119,25 @@ def test_no_more_rows_are_tried_than_were_planned(costs: Costs) -> None:
         gpu.step(planned.cap((4, 64, 64)))
     assert max(gpu.ran) == planned.max_rows == 8
     assert not planned.is_searching
+
+
+@pytest.mark.parametrize(
+    ("asked", "planned", "usual", "most"),
+    [(None, None, 16, 32), (None, 24, 16, 24), (None, 8, 8, 8), (16, None, 16, 16), (6, 24, 6, 6)],
+)
+def test_where_many_jobs_wait_steps_have_the_rows_of_least_time_a_row_that_fit_and_are_allowed(
+    costs: Costs, asked: int | None, planned: int | None, usual: int, most: int
+) -> None:
+    bounded = Costs(costs._family, costs._defaults, asked, planned)
+    bounded.measured([(8, 8 * 0.00228), (16, 16 * 0.00216), (32, 32 * 0.00209)], asked or 16)
+    lane = (4, 64, 64)
+    assert (bounded.cap(lane), bounded.most(lane), bounded.most_rows) == (usual, most, most)
+
+
+def test_while_sizes_are_tried_no_other_is_taken(costs: Costs) -> None:
+    gpu, lane = Gpu(costs), (4, 64, 64)
+    costs.search()
+    gpu.step(8)
+    for _ in range(6):
+        assert costs.cap(lane) == costs.most(lane)
+        gpu.step(costs.cap(lane))
