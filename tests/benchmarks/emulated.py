@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.emulated --steps 1 --jobs 1200
     python -m tests.benchmarks.emulated --steps 1 --jobs 400 --turns 5     # what traces cost
-    python -m tests.benchmarks.emulated --steps 30 --alone 200 --encode-ms 0    # one job after the other
+    python -m tests.benchmarks.emulated --steps 30 --alone 200    # one job after the other
 
 Valkey, the S3 server and the worker process are real. The GPU is emulated (`tests.benchmarks.emulated_gpu`):
 steps and decode calls take as long as on an H200. The result is compared with the engine alone on the same
@@ -11,7 +11,9 @@ CUDA launches do not.
 
 With `--alone` each job is submitted when the one before is done, to an idle worker. What it takes from the
 call of `submit_job` until its result is there, less the emulated GPU's time and encoding, is the system's
-share: two messages, a claim, three requests to the bucket, and the threads of producer and worker.
+share: two messages, a claim, three requests to the bucket, the upload, and the threads of producer and
+worker. A photo of `--side` pixels a side with grain is encoded and uploaded; encoding is measured by itself,
+job by job.
 
 With `--turns` workers without and with traces take turns, and the medians of both are printed. A collector in
 a process of its own takes the spans and throws them away.
@@ -25,8 +27,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import click
 import psutil
@@ -40,6 +45,8 @@ from worker.bench.saturation import saturate
 
 #: Seconds for which the engine alone is measured.
 ENGINE_S = 8.0
+#: The first jobs of `--alone` open connections.
+UNCOUNTED = 10
 
 
 class EmulatedWorker(FaultWorker):
@@ -60,9 +67,10 @@ class EmulatedWorker(FaultWorker):
 )
 @click.option("--turns", default=0, help="Turns without and with traces; 0: one without.")
 @click.option("--alone", default=0, help="Jobs that are submitted one after the other, instead of --jobs.")
-def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int, alone: int) -> None:
+@click.option("--side", default=1024, show_default=True, help="Pixels a side of the pictures of --alone.")
+def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int, alone: int, side: int) -> None:
     if alone:
-        print(json.dumps(one_by_one(alone, steps, encode_ms)))
+        print(json.dumps(one_by_one(alone, steps, side)))
         return
     costs = {"ROWS": rows, "STEPS": steps, "ENCODE_MS": encode_ms}
     engine_s = saturate(EmulatedRunner(rows, steps), ENGINE_S, steps=steps, guidance_scale=1.0)["images_s"]
@@ -95,27 +103,39 @@ def main(jobs: int, steps: int, rows: int, encode_ms: float, turns: int, alone: 
     print(json.dumps({"steps": steps, **measured, "engine_images_s": engine_s, "of_the_engine": share}))
 
 
-def one_by_one(count: int, steps: int, encode_ms: float) -> dict[str, float]:
-    """The milliseconds of jobs on an idle worker, without those of the GPU and of encoding."""
-    with Stack(workers=0) as stack:
-        emulated = {"ROWS": "16", "STEPS": str(steps), "ENCODE_MS": str(encode_ms)}
-        more = {f"EMULATED_{name}": value for name, value in emulated.items()}
+def one_by_one(count: int, steps: int, side: int) -> dict[str, Any]:
+    """The milliseconds of jobs on an idle worker, without those of the GPU and of encoding, and these."""
+    with Stack(workers=0) as stack, tempfile.NamedTemporaryFile() as file:
+        encoded = Path(file.name)
+        emulated = {"ROWS": 16, "STEPS": steps, "ENCODE_MS": 0, "SIDE": side, "ENCODED": encoded}
+        more = {f"EMULATED_{name}": str(value) for name, value in emulated.items()}
         os.environ.update(stack.environment)
         worker = EmulatedWorker(stack.home, "worker1", {**stack.environment, **more})
         worker.start()
         gpu_ms = 1e3 * (steps * cost_s(STEP_MS, 1) + cost_s(DECODE_MS, 1))
-        shares_ms = []
+        took_ms = []
         try:
-            for seed in range(count + 10):
+            for seed in range(count + UNCOUNTED):
                 began_s = time.perf_counter()
                 submit_job("a small cat", seed=seed, steps=steps, guidance_scale=1.0).result(timeout=60)
-                shares_ms.append(1e3 * (time.perf_counter() - began_s) - gpu_ms - encode_ms)
+                took_ms.append(1e3 * (time.perf_counter() - began_s))
         finally:
             worker.stop()
-    # The first jobs open connections.
-    shares_ms = sorted(shares_ms[10:])
-    quantiles = {f"p{share}": shares_ms[len(shares_ms) * share // 100] for share in (50, 90, 95, 99)}
-    return {"jobs": count, "gpu_ms": gpu_ms, "encode_ms": encode_ms, **quantiles}
+        # One after the other: in the order of the jobs.
+        encode_ms = [1e3 * float(line) for line in encoded.read_text().split()]
+    pairs = list(zip(took_ms, encode_ms, strict=True))[UNCOUNTED:]
+    return {
+        "jobs": count,
+        "gpu_ms": gpu_ms,
+        "system_ms": quantiles([took - encoding - gpu_ms for took, encoding in pairs]),
+        "encode_ms": quantiles([encoding for _, encoding in pairs]),
+    }
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """The median and the shares of the tail."""
+    ordered = sorted(values)
+    return {f"p{share}": ordered[len(ordered) * share // 100] for share in (50, 90, 95, 99)}
 
 
 def compare(measure: Callable[[dict[str, str]], dict[str, float]], turns: int) -> None:
