@@ -117,7 +117,7 @@ def test_a_worker_whose_redis_is_away_reads_for_itself(
     bucket = Embeddings(3)
     with connect("redis://127.0.0.1:9", 0) as nobody:
         assert len(worker(bucket, tmp_path, nobody).index.files) == 3
-    assert sum("cannot share what they know" in each.message for each in caplog.records) == 1
+    assert sum("cannot share what they know" in each.getMessage() for each in caplog.records) == 1
 
 
 def test_what_cannot_be_read_is_as_if_it_was_not_there(redis: Redis) -> None:
