@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -186,9 +187,14 @@ def test_files_are_offered_and_rates_at_rest_are_of_before(page: Chromium, api: 
         offered = "[...document.getElementById('loras-names').options].map((each) => each.value)"
         assert page.run(offered) == ["detail=0.5; pixel=1"]
         fill(page, prompt="a cat", loras="detial=0.5")
-        press(page, "#draw-button")
-        page.wait("document.getElementById('draw-error').textContent")
-        assert 'loras has "detial", which no worker offers: did you mean detail?' in text(page, "#draw-error")
+        # The server looks at the fleet every second: until then it knows of no such files.
+        until_s = time.monotonic() + 30
+        while 'loras has "detial", which no worker offers: did you mean detail?' not in text(
+            page, "#draw-error"
+        ):
+            assert time.monotonic() < until_s
+            press(page, "#draw-button")
+            page.wait("document.getElementById('draw-error').textContent")
         fill(page, loras="detail=0.5")
         assert page.run("document.getElementById('model-names').options[0].value") == SERVED.name
         assert "lately 2 pictures a second" in text(page, "#summary")
