@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from worker.contract.choices import PromptSyntax
 from worker.contract.embedding_names import EmbeddingNames, unknown_in
@@ -24,6 +24,8 @@ from worker.contract.loras import Lora
 _SHOWN = 4
 #: Architectures that models, LoRAs and embeddings are named by alike.
 _OF_ALL = {"SD 1.x", "SD 2.x", "SDXL"}
+#: The field that names files of a kind.
+_FIELDS: Mapping[str, str] = {Kind.LORA: "loras", Kind.EMBEDDING: "prompt"}
 
 
 def with_files(job: Job, index: FileIndex, architecture: str = "") -> Job:
@@ -66,8 +68,8 @@ def _check_fits(key: str, entry: FileEntry | None, model: str) -> None:
         return
     if model and not fits:
         raise InvalidJobError(
-            f'The {called(kind)} "{name}" is for {own}, and the model is {model}: use one that fits, or '
-            "another model."
+            f'{_FIELDS[kind]} has the {called(kind)} "{name}", which is for {own}, and the model is {model}: '
+            "use one that fits, or another model."
         )
 
 

@@ -21,6 +21,9 @@ from worker.model.index import PICKLE_REASON
 
 logger = logging.getLogger("smallcat.files")
 
+#: What reading a file that somebody else wrote can raise: its own problem, and none of the others'.
+_UNREADABLE = (OSError, SmallcatError, ValueError, TypeError, ArithmeticError, RecursionError)
+
 #: Where what is known of files is kept, in the cache; and the version of how they are described.
 REMEMBERED, DESCRIBED = "known.json", 1
 #: What a file fits, and why it cannot be used, by its kind.
@@ -59,9 +62,9 @@ def entry_by_content(found: Found, path: Path) -> FileEntry:
     named = entry_by_name(found)
     try:
         size, sha256 = path.stat().st_size, sha256_of(found.kind, path)
-    except (OSError, SmallcatError) as error:
+        fits, problem = _DESCRIBE[found.kind](path)
+    except _UNREADABLE as error:
         return with_error(named, error)
-    fits, problem = _DESCRIBE[found.kind](path)
     known = {
         "sha256": sha256,
         "architecture": fits,
@@ -74,7 +77,7 @@ def entry_by_content(found: Found, path: Path) -> FileEntry:
     return named.model_copy(update=known)
 
 
-def with_error(entry: FileEntry, error: OSError | SmallcatError) -> FileEntry:
+def with_error(entry: FileEntry, error: Exception) -> FileEntry:
     """What is known of a file that cannot be read. Raises `error` where that is a service's fault."""
     if isinstance(error, ServiceError):
         raise error

@@ -38,6 +38,8 @@ _MUST_BE_OFF = (
 )
 #: How PEFT may have started a training. Others take something out of the model's own weights.
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+#: The largest alpha; published ones are a few hundred at most.
+_MOST = 1_000_000
 _PATTERN = re.compile(r"\^?[\w.]+")
 
 
@@ -136,6 +138,8 @@ def _settings(config: Mapping[str, Any]) -> Settings:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"its alpha is {value!r}, a number is needed: save the LoRA again")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST:
+        raise ValueError(
+            f"its alpha is {value!r:.40}, a number of at most {_MOST:,} is needed: save the LoRA again"
+        )
     return float(value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from worker.contract.errors import SettingsError, SmallcatError
+from worker.contract.given_file import at_home
 from worker.model import vae_files
 from worker.model.placement import Choice
 
@@ -31,7 +32,7 @@ def put(pipeline: Any, place: str) -> tuple[str, tuple[Choice, ...]]:
     try:
         sha256 = vae_files.sha256_of(path)
         vae = vae_files.load(path, name, sha256, own.config)
-    except (SmallcatError, OSError) as error:
+    except (SmallcatError, OSError, ValueError) as error:
         raise SettingsError(f"SMALLCAT_MODEL_VAE is {place}: {error}") from error
     pipeline.register_modules(vae=vae.to(own.dtype))
     slug = re.sub(r"[^a-z0-9.]+", ".", name.lower())[:_LETTERS].strip(".")
@@ -49,7 +50,7 @@ class VaeFile(NamedTuple):
 
 def find(place: str) -> VaeFile:
     """The VAE in `place`, downloaded from the hub if need be. Raises `SettingsError`."""
-    path = Path(place).expanduser()
+    path = at_home(Path(place))
     if path.is_file():
         is_general = path.name in _WEIGHTS
         return VaeFile(path, path.resolve().parent.name if is_general else path.stem)

@@ -24,6 +24,10 @@ from worker.model.headers import Tensor, read_header
 MAX_BYTES = 2 << 30
 #: The config of a VAE in diffusers' format, beside its weights; bytes of it, at most.
 CONFIG, MAX_CONFIG = "config.json", 64 << 10
+#: What the names of its layers begin with.
+_LAYERS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+#: The largest factor by which latents are scaled; published ones are below 1.
+_MOST = 1_000
 #: What may be a VAE's name on the hub.
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -52,28 +56,39 @@ def _fits(channels: int) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a VAE: of its file, or of that and its config where it has one beside it."""
+    """The SHA-256 of a VAE: of its file, or of that and its config where it has one beside it.
+
+    Raises `OSError`, and `ValueError` for a config that cannot be read.
+    """
+    config = _config_text(path)
     with path.open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    if not (config := _config_path(path)).is_file():
-        return weights
-    return hashlib.sha256(json.dumps([weights, config.read_text("utf-8")]).encode()).hexdigest()
+    return weights if config is None else hashlib.sha256(json.dumps([weights, config]).encode()).hexdigest()
 
 
 def config_of(path: Path) -> dict[str, Any] | None:
     """The config beside a file in diffusers' format; None where there is none. Raises `ValueError`."""
-    place = _config_path(path)
-    if not place.is_file():
+    if (text := _config_text(path)) is None:
         return None
-    if place.stat().st_size > MAX_CONFIG:
-        raise ValueError(f"its {CONFIG} has more than {MAX_CONFIG:,} bytes")
     try:
-        config = dict(json.loads(place.read_text("utf-8")))
+        config = dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"its {CONFIG} is no JSON object: download it again") from None
     if (kind := config.get("_class_name")) not in ("AutoencoderKL", tiny_vae.CLASS):
         raise ValueError(f"it is a {kind}, an AutoencoderKL or an {tiny_vae.CLASS} is needed")
     return config
+
+
+def _config_text(path: Path) -> str | None:
+    place = path.with_name(config_name(path) or f".{path.name}.no-config")
+    if not place.is_file():
+        return None
+    if place.stat().st_size > MAX_CONFIG:
+        raise ValueError(f"its {CONFIG} has more than {MAX_CONFIG:,} bytes")
+    try:
+        return place.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"its {CONFIG} is no UTF-8: download it again") from None
 
 
 def from_hub(repo: str, setting: str = "SMALLCAT_VAES") -> Path:
@@ -99,10 +114,6 @@ def config_name(path: PurePath) -> str:
     They have nothing to do with a config that lies in their folder.
     """
     return CONFIG if path.stem.startswith("diffusion_pytorch_model") else ""
-
-
-def _config_path(path: Path) -> Path:
-    return path.with_name(config_name(path) or f".{path.name}.no-config")
 
 
 def _part(tensors: Mapping[str, Tensor], path: Path) -> Part:
@@ -164,12 +175,17 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Any], name: str, *, 
             tensors = convert_ldm_vae_checkpoint(
                 {f"first_stage_model.{key}": tensor for key, tensor in tensors.items()}, vae.config
             )
-        vae.load_state_dict(tensors, strict=False, assign=True)
+        unused = vae.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except Exception as error:
         raise InvalidJobError(f'The VAE "{name}" does not fit its config: {first_line(error)}') from error
     missing = next((weight for weight, value in vae.named_parameters() if value.is_meta), None)
     if missing is not None:
         raise InvalidJobError(f'The VAE "{name}" cannot be used: it lacks {missing}.')
+    # Without these layers it would draw other pictures.
+    if left := next((key for key in unused if key.startswith(_LAYERS)), None):
+        raise InvalidJobError(
+            f'The VAE "{name}" cannot be used: its file has {left}, for which its config has no place.'
+        )
     return vae
 
 
@@ -177,6 +193,12 @@ def _check(config: Any, name: str, own: Any, *, is_tiny: bool) -> None:
     """Raise `InvalidJobError` for a VAE that a model, whose own has the config `own`, cannot use."""
     if is_tiny and (problem := tiny_vae.problem_of(config)):
         raise InvalidJobError(f'The VAE "{name}" has {problem}: use another one.')
+    scale = config.scaling_factor
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= _MOST:
+        raise InvalidJobError(
+            f'The VAE "{name}" cannot be used: its scaling_factor is {str(scale)[:40]}; it must be above '
+            f"0 and at most {_MOST:,}."
+        )
     for what, has, needs in (
         ("latent channels", config.latent_channels, own.latent_channels),
         ("levels", len(config.block_out_channels), len(own.block_out_channels)),

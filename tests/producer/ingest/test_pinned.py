@@ -100,7 +100,9 @@ def test_a_run_refuses_a_lora_for_another_architecture_also_when_it_is_resumed()
     job = Job.parse({"prompt": "a cat", "seed": 1, "loras": "x"})
     served = SERVED.model_copy(update={"architecture": "SDXL"})
     for known in (served, SERVED):
-        with pytest.raises(InvalidJobError, match=r'The LoRA "x" is for SD 1\.x, and the model is SDXL'):
+        with pytest.raises(
+            InvalidJobError, match=r'loras has the LoRA "x", which is for SD 1\.x, and the model'
+        ):
             pinned(notes, PromptSyntax.PLAIN, index, known).resolve(job)
     # A run that an earlier version pinned does not know it.
     (key, pin), *_ = notes.items()

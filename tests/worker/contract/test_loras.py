@@ -327,7 +327,8 @@ def test_a_file_for_another_architecture_than_the_models_is_refused_at_the_door(
         meant.resolve(job)
     called = "LoRA" if kind == "lora" else kind
     assert str(caught.value) == (
-        f'The {called} "x" is for {own}, and the model is {model}: use one that fits, or another model.'
+        f'{"loras" if kind == "lora" else "prompt"} has the {called} "x", which is for {own}, and the model '
+        f"is {model}: use one that fits, or another model."
     )
     # One whose content the job says already, as when it is sent again, is refused as well.
     with pytest.raises(InvalidJobError, match=f"is for {own}, and the model is"):

@@ -482,6 +482,41 @@ def test_pefts_file_without_its_config_is_refused_wherever_it_is(
     assert "lacks alpha: keep it as adapter_model.safetensors in a folder with its adapter" in entry.problem
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        b'{"lora_alpha": 1' + b"0" * 400 + b"}",
+        b'{"lora_alpha": 1' + b"0" * 5_000 + b"}",
+        b'{"alpha_pattern": {"to_k": 1' + b"0" * 400 + b"}}",
+        b'{"lora_alpha": NaN}',
+        b'{"lora_alpha": -1e9}',
+        b'{"lora_alpha": "\xe9"}',
+        b"[" * 100_000,
+        b"[1]",
+    ],
+    ids=lambda config: config[:20].decode("latin-1"),
+)
+def test_a_hostile_config_is_the_problem_of_its_own_file_alone(
+    tmp_path: Path, put: Put, config: bytes
+) -> None:
+    files = {"adapter_config.json": config, "adapter_model.safetensors": of_peft()}
+    place, bucket = put(files)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "good.safetensors").write_bytes(lora())
+    places = {Kind.LORA: [place, str(tmp_path / "good")]}
+    found = by_name(FileStore(places, tmp_path / "cache", lambda _: bucket))
+    assert found["cat"].problem
+    assert not found["good"].problem
+
+
+def test_a_hostile_config_of_a_vae_is_its_own_problem(tmp_path: Path) -> None:
+    (tmp_path / "vaes" / "mine").mkdir(parents=True)
+    (tmp_path / "vaes" / "mine" / "config.json").write_bytes(b'{"author": "\xe9"}')
+    (tmp_path / "vaes" / "mine" / "diffusion_pytorch_model.safetensors").write_bytes(embedding())
+    [entry] = FileStore({Kind.VAE: [str(tmp_path / "vaes")]}, tmp_path / "cache").index.files
+    assert entry.problem == "its config.json is no UTF-8: download it again"
+
+
 def test_a_config_in_a_bucket_that_changes_makes_another_file(tmp_path: Path) -> None:
     uri = "s3://b/loras/cat/adapter_config.json"
     bucket = FakeBucket({uri: b"{}", "s3://b/loras/cat/adapter_model.safetensors": of_peft()})

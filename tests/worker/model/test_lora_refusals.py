@@ -119,7 +119,7 @@ def test_factors_that_do_not_fit_each_other(tmp_path: Path, tensors: Any, part: 
         ({"unet.use_qalora": True}, "PEFT's setting use_qalora is on"),
         ({"unet.use_dora": True}, "has no magnitude"),
         ({"unet.init_lora_weights": "pissa"}, "trained from pissa, which changes the model's own weights"),
-        ({"unet.lora_alpha": "x"}, "its alpha is 'x', a number is needed"),
+        ({"unet.lora_alpha": "x"}, "its alpha is 'x', a number of at most 1,000,000 is needed"),
         (
             {"unet.alpha_pattern": {"(a+)+$": 1}},
             'alpha_pattern has "(a+)+$", and only names of modules are read',

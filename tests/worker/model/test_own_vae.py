@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,27 @@ def test_what_cannot_be_put_stops_the_start_with_one_sentence(place: Path, tmp_p
     }
     save_file(decoder, tmp_path / "taesd_decoder.safetensors")
     (tmp_path / "pickled.pt").write_bytes(b"PK")
+    # A file without a config is read with the model's own, which has fewer layers.
+    more = diffusers.AutoencoderKL.from_config(
+        {**own.config, "layers_per_block": own.config.layers_per_block + 1}
+    )
+    save_file(more.state_dict(), tmp_path / "more.safetensors")
+    for name, edit in (
+        ("zero", lambda text: re.sub(r'"scaling_factor": [^,\n]+', '"scaling_factor": 0', text)),
+        ("text", lambda text: re.sub(r'"scaling_factor": [^,\n]+', '"scaling_factor": "x"', text)),
+        ("latin-1", lambda text: text.replace("{", '{"author": "\xe9",', 1)),
+    ):
+        shutil.copytree(place / "taesd", tmp_path / name)
+        config = tmp_path / name / "config.json"
+        text = config.read_text()
+        config.write_bytes(edit(text).encode("latin-1"))
+        assert config.read_bytes() != text.encode()
     for given, part in (
+        (tmp_path / "more.safetensors", "its file has (en|de)coder.*, for which its config has no place"),
+        (tmp_path / "zero", "its scaling_factor is 0; it must be above 0 and at most 1,000"),
+        (tmp_path / "text", "its scaling_factor is x; it must be above 0"),
+        (tmp_path / "latin-1", "its config.json is no UTF-8"),
+        (Path("~nobody-of-this-name/vae"), "which does not exist: use a hub id"),
         (tmp_path / "taef1", "has 16 latent channels, this model needs 4: use another one."),
         (tmp_path / "empty", "a folder without diffusion_pytorch_model.safetensors and with no .safeten"),
         (
