@@ -1,7 +1,8 @@
 """The embedded stack: `python -m deploy.local` runs Valkey, an S3 server, a worker and the HTTP API.
 
     python -m deploy.local                  until Ctrl-C; prints the environment to use it
-    python -m deploy.local -- CMD ARG...    runs CMD inside a stack of its own, and returns its exit code
+    python -m deploy.local -- CMD ARG...    runs CMD inside a stack of its own, and returns its exit code;
+                                            this interpreter's programs, such as smallcat, are on its PATH
 
 Real servers from Python wheels, on free ports: no root, no Docker. Everything that was started is stopped,
 however this ends: at the end of CMD, by Ctrl-C (once: gracefully, twice: at once), SIGTERM or SIGHUP, when a
@@ -221,7 +222,10 @@ class _Session:
             with signals.deferred():
                 # An exception between the start and the assignment would leave the command running.
                 self._command = _Command(
-                    argv, self._stack.environment, self._stack.home, on_end=lambda: self._events.put(None)
+                    argv,
+                    with_own_programs(self._stack.environment),
+                    self._stack.home,
+                    on_end=lambda: self._events.put(None),
                 )
             part = self._events.get()
         except OSError as error:
@@ -246,6 +250,12 @@ class _Session:
             self._print_note("The stack stays up. To use it from another terminal:")
             print(exports(self._stack.variables), flush=True)
             self._console.input("[dim]Press Enter to stop it. [/dim]")
+
+
+def with_own_programs(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` with this interpreter's programs, such as smallcat, first on PATH."""
+    own = str(Path(sys.executable).parent)
+    return {**environment, "PATH": os.pathsep.join((own, environment.get("PATH", os.defpath)))}
 
 
 def exports(variables: Mapping[str, str]) -> str:

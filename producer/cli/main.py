@@ -124,7 +124,11 @@ def submit(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Enqueue one job, or several of consecutive seeds."""
+    """Enqueue one job, or several of consecutive seeds.
+
+    Without waiting it prints the job's id alone, with --images each id and seed; with --wait, --output or
+    --show the id, the seed and the picture's address. Scripts use --json.
+    """
     if len(words) > 1:
         raise click.UsageError(
             f"The prompt is one argument: write it in quotes, {shlex.quote(' '.join(words))}."

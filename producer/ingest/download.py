@@ -12,14 +12,15 @@ import string
 import threading
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from producer.ingest.writing import writing
 from worker.contract.errors import PromptFileError, UnknownJobError
 from worker.contract.job import WRITTEN_FIELDS
+from worker.contract.loras import Lora
 
 if TYPE_CHECKING:
     from producer.ingest.journal import Journal
@@ -32,6 +33,8 @@ TEMPLATE = "{line:06d}-{seed}-{slug}.png"
 _JOB_FIELDS = tuple(each.name for each in WRITTEN_FIELDS.values() if each.is_hashed and not each.is_prompt)
 #: What a template can name: the job's place in the run, its id, the words of its prompt, and its fields.
 FIELDS = ("line", "number", "file", "id", "slug", *_JOB_FIELDS)
+#: The fields that are pictures.
+PICTURES: Final = ("image", "mask")
 #: Pictures that are fetched at once; and that may be unsaved before the run waits for them.
 _THREADS, _PENDING = 8, 256
 #: Characters of a prompt in a name, and bytes of a name, at most.
@@ -62,21 +65,39 @@ class Template:
         except (ValueError, TypeError) as error:
             raise PromptFileError(f"The name {text!r} cannot be made: {error}.") from None
 
-    def name(self, values: dict[str, Any], ending: str) -> PurePosixPath:
-        """The relative path for a job's values. `ending` is the picture's own, such as `png`."""
+    def name(self, values: dict[str, Any], ending: str, *, as_first: bool = False) -> PurePosixPath:
+        """The relative path for a job's values. `ending` is the picture's own, such as `png`.
+
+        `as_first`: as the first version named it, with Python's words for lists and for what is not there.
+        """
         texts = {name: values.get(name, "") for name in FIELDS}
         plain = {
-            name: value
-            if type(value) in (int, float)
-            else _plain(str(value).lower() if type(value) is bool else str(value))
+            name: value if type(value) in (int, float) else _plain(str(value) if as_first else _words(value))
             for name, value in texts.items()
         }
+        if as_first:
+            plain |= {name: str(value).lower() for name, value in texts.items() if type(value) is bool}
+        text = self._text.format(**plain) if as_first else self._filled(plain)
         # An empty field may leave a part of the path empty, or make it begin with a slash.
-        parts = [part for part in self._text.format(**plain).split("/") if part.strip(". ")]
+        parts = [part for part in text.split("/") if part.strip(". ")]
         path = PurePosixPath(*parts) if parts else PurePosixPath("picture")
         stem = path.stem if path.suffix.lower() in (".png", ".webp", ".jpeg", ".jpg") else path.name
         cut = stem.encode()[:_NAME].decode(errors="ignore").strip(". ") or "picture"
         return path.with_name(f"{cut}.{ending}")
+
+    def _filled(self, values: Mapping[str, Any]) -> str:
+        """The text with its fields; of one that is empty the dash beside it is left out, too."""
+        text, is_empty = "", False
+        for literal, name, spec, _ in string.Formatter().parse(self._text):
+            if is_empty and literal.startswith("-") and (not text or text[-1] in "-/"):
+                literal = literal[1:]
+            elif is_empty and literal.startswith((".", "/")):
+                text = text.removesuffix("-")
+            text += literal
+            if name is not None:
+                value = format(values[name], spec or "")
+                text, is_empty = text + value, not value
+        return text.removesuffix("-") if is_empty else text
 
 
 def default_template(files: int, axes: Iterable[str]) -> str:
@@ -97,16 +118,21 @@ class Downloads:
         template: str | None = None,
         notice: Callable[[str], None] = lambda _: None,
         axes: Iterable[str] = (),
+        file_of: Callable[[str], str] = lambda _: "",
     ) -> None:
         """`notice` gets a sentence for a picture that is gone from the bucket.
 
-        `axes` are the fields that a grid crosses: names of the default template have them.
+        `axes` are the fields that a grid crosses: names of the default template have them. `file_of` says
+        what the file of a picture that jobs begin with is called, by its reference; "": not known.
 
         Raises `PromptFileError` for a bad template or a folder that cannot be made.
         """
         self._notice = notice
         self._template = Template(template or default_template(len(sources), axes))
         self._folder, self._sources = folder, sources
+        self._file_of = file_of
+        #: Whether pictures are named as in the first version, which has begun the run.
+        self.as_first = False
         #: Where the pictures are.
         self.storage = storage
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="download")
@@ -166,7 +192,11 @@ class Downloads:
         values = {"line": line, "number": number, "file": PurePosixPath(source).name.partition(".")[0]}
         values |= {"id": job_id, "slug": slug(job.prompt) if job else job_id}
         values |= {name: getattr(job, name) for name in _JOB_FIELDS} if job else {"seed": 0}
-        path = self._folder / self._template.name(values, ending)
+        if not self.as_first:
+            values |= {
+                name: known for name in PICTURES if (known := self._file_of(str(values.get(name) or "")))
+            }
+        path = self._folder / self._template.name(values, ending, as_first=self.as_first)
         with writing(path, f"The picture of job {job_id}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f".{job_id}-{number}.part")
@@ -186,6 +216,20 @@ def slug(text: str) -> str:
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
     joined = "-".join(words)
     return joined if len(joined) <= _SLUG else joined[:_SLUG].rpartition("-")[0] or joined[:_SLUG]
+
+
+def _words(value: object) -> str:
+    """A field's value in words: `pixel-0.5` for a LoRA; nothing for what is not there."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Lora):
+        text = value.name if value.weight == 1 else f"{value.name}-{value.weight:g}"
+        return text if value.text_encoder_weight is None else f"{text}-te-{value.text_encoder_weight:g}"
+    if isinstance(value, Mapping):
+        return "+".join(f"{_words(key)}-{_words(each)}" for key, each in value.items())
+    return "+".join(map(_words, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _plain(text: str) -> str:

@@ -48,6 +48,8 @@ QUIET_S = 3.0
 QUIET_WAITING_S = 60.0
 #: The run's field that says which files of rejected lines are its own.
 REJECTED_FILES = "rejected files"
+#: The run's field of the version that names pictures of `--download`. Without it, it is the first one.
+NAMES = "names"
 #: Names of files that a run keeps for lists of runs.
 SHOWN_FILES = 10
 #: Times that lost jobs are sent again, at most, before the run fails.
@@ -112,6 +114,10 @@ class Ingest:
                 self.run.begin_anew(keep=("files", "tenant", REJECTED_FILES))
                 if pictures:
                     pictures.of(self.run)
+            if self.run.noted("cursor") is None:
+                self.run.note(NAMES, "2")
+            if self._downloads:
+                self._downloads.as_first = self.run.noted(NAMES) is None
             if pictures:
                 pictures.note()
             if self._options.hook:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from producer.prompts.sources import Source
@@ -126,6 +126,12 @@ class Pictures:
             return self._unnoted.setdefault(job_id, meaning)
         assert self._run is not None  # noqa: S101 - `of` comes before `note`
         return self._run.note_once(_PICTURE_OF + job_id, meaning)
+
+    def file_of(self, reference: str) -> str:
+        """The name without its ending of the file that a reference was read from; "" where none is known."""
+        words = self._files.get(reference, (None, "", None))[2]
+        is_file = isinstance(words, str | os.PathLike) and reference.startswith("sha256:")
+        return PurePath(words).stem if is_file and not str(words).startswith("sha256:") else ""
 
     def store(self, shapes: Iterable[Mapping[str, Any]]) -> None:
         """Store what jobs of these fields begin with, unless that was done. Raises `StorageError`.

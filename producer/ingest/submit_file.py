@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Unpack
 
-from producer.ingest.download import Downloads, Template
+from producer.ingest.download import PICTURES, Downloads, Template
 from producer.ingest.feeder import Ingest
 from producer.ingest.pictures import Pictures
 from producer.ingest.plan import Plan
@@ -31,8 +31,7 @@ from worker.contract.webhook import hook_of
 WILDCARDS = "wildcards"
 #: Job fields whose values a grid can cross.
 AXES = tuple(each.name for each in JOB_FIELDS.values() if each.is_axis)
-#: Job fields that are pictures, and a reference that stands for any.
-PICTURES: Final = ("image", "mask")
+#: A reference to a picture that stands for any.
 _ANY_PICTURE: Final = f"sha256:{'0' * 64}:512x512"
 #: Cells of a grid, at most.
 MAX_GRID = 10_000
@@ -237,8 +236,15 @@ def make_ingest(
     if download is not None:
         if feeder_session.bucket is None:
             raise StorageError("S3_BUCKET is not set: name the bucket that the pictures are in.")
-        axes = plan.variants.grid
-        downloads = Downloads(download, feeder_session.bucket, plan.sources, name, display.notice, axes)
+        downloads = Downloads(
+            download,
+            feeder_session.bucket,
+            plan.sources,
+            name,
+            display.notice,
+            plan.variants.grid,
+            plan.pictures.file_of if plan.pictures else lambda _: "",
+        )
     return Ingest(plan, options, feeder_session, display, downloads, gate)
 
 

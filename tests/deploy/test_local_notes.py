@@ -1,8 +1,10 @@
-"""What `make local` says at a terminal, and what it sets for webhooks."""
+"""What `make local` says at a terminal, and what it sets for webhooks and for a command."""
 
 from __future__ import annotations
 
 import io
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from deploy.embedded.home import Home
 from deploy.embedded.servers import HttpProcess
-from deploy.local import Interrupted, _Session
+from deploy.local import Interrupted, _Session, with_own_programs
 
 
 def test_it_names_the_page_and_an_absolute_path_to_source(tmp_path: Path) -> None:
@@ -33,3 +35,9 @@ def test_the_sender_has_a_folder_for_the_secrets_of_tenants(tmp_path: Path) -> N
         folder = http.of_webhooks["SMALLCAT_WEBHOOK_SECRETS_DIR"]
         assert Path(folder).is_relative_to(tmp_path)
         assert http._environment()["SMALLCAT_WEBHOOK_SECRETS_DIR"] == folder
+
+
+def test_a_command_has_this_interpreter_s_programs_first_on_its_path() -> None:
+    own = str(Path(sys.executable).parent)
+    assert with_own_programs({"PATH": "/usr/bin", "A": "b"}) == {"PATH": f"{own}:/usr/bin", "A": "b"}
+    assert with_own_programs({})["PATH"] == f"{own}:{os.defpath}"

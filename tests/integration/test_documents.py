@@ -114,7 +114,7 @@ def test_the_prompt_files_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("a {3::red|blue} car", "", 2),
         ("a {1|2|3|4|5|6|7|8|9|10|11|12} car", "--sample 10", 10),
         ("a car", "--images 4", 4),
-        ("a car", "--grid steps=20,30 guidance_scale=5,7.5", 4),
+        ("a car", "--grid steps=20,30 guidance_scale=2,4", 4),
         (r"a \{red|blue} \__car__", "", 1),
         ("a {red|blue} car", "--literal", 1),
         ('--prompt "a small cat" --negative_prompt "blurry" --steps 30 --cfg_scale 7 --n_iter 2', "", 2),

@@ -306,9 +306,9 @@ class JobParameters(BaseModel):
         AfterValidator(one_line),
         JobField(since=3, label="VAE", infotext_ours_only=True, headings=("sd_vae", "vae_name")),
     ] = ""
-    #: LoRAs that the workers offer, up to 8, by name, SHA-256 or AutoV2 hash, each with a weight of -4 to 4
-    #: (not given: 1): `detail=0.8; pixel=1:te=0.5`, where `te` is another weight for the text encoders, or as
-    #: JSON `[{"name": "detail", "weight": 0.8}]`.
+    #: LoRAs that the workers offer, up to 8, by name or hash (SHA-256, AutoV2, AutoV3), each with a weight of
+    #: -4 to 4 (not given: 1): `detail=0.8; pixel=1:te=0.5`, where `te` is another weight for the text
+    #: encoders, or as JSON `[{"name": "detail", "weight": 0.8}]`.
     loras: Annotated[
         list[Lora],
         Field(max_length=MAX_LORAS),

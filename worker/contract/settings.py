@@ -280,8 +280,8 @@ class WorkerSettings(Settings):
     embeddings: str = ""
     #: VAEs that jobs may name: folders, files, s3:// prefixes and hub ids, separated by commas.
     vaes: str = ""
-    #: LoRAs that jobs may name: folders, files, s3:// prefixes and hub ids, separated by commas. Not set:
-    #: those of the bundled model, where that is served; else none.
+    #: LoRAs that jobs may name: folders, files, s3:// prefixes and hub ids, separated by commas. Those of the
+    #: bundled model are offered beside them where that is served, but for one whose name a file here has.
     loras: str = ""
     #: Memory of the device in which LoRAs are kept, such as 2GiB or 512MB. Not set: chosen at start from what
     #: the model leaves free.

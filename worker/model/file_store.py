@@ -34,7 +34,7 @@ logger = logging.getLogger("smallcat.files")
 
 #: Seconds between two looks at folders and at buckets; and between two that jobs ask for.
 LOOK_EVERY_S, LOOK_AT_BUCKET_EVERY_S, ASKED_EVERY_S = 10.0, 60.0, 5.0
-#: The LoRAs that come with the bundled model.
+#: The LoRAs that come with the bundled model: those of a user take the places of their names.
 BUNDLED_LORAS = Path(__file__).parents[1] / "demo" / "loras"
 
 
@@ -71,8 +71,8 @@ class FileStore:
         """The files that a worker's settings name. Raises as the class does."""
         vaes = [place.strip() for place in settings.vaes.split(",")]
         loras = [place.strip() for place in settings.loras.split(",")]
-        if not settings.loras and not settings.model and BUNDLED_LORAS.is_dir():
-            loras = [str(BUNDLED_LORAS)]
+        if not settings.model and BUNDLED_LORAS.is_dir():
+            loras.append(str(BUNDLED_LORAS))
         places = {Kind.EMBEDDING: [settings.embeddings], Kind.VAE: vaes, Kind.LORA: loras}
         return cls(places, settings.cache_folder, remote_of, shared, settings.file_disk)
 
@@ -102,6 +102,8 @@ class FileStore:
             for found in listed:
                 entry = known[found.stamp]
                 if (entry.kind, entry.name) in entries:
+                    if found.path is not None and BUNDLED_LORAS in found.path.parents:
+                        continue  # The user's own takes its place.
                     problem = f"two files have this name, {found.where} is one: rename it"
                     entry = entry.model_copy(update={"problem": problem})
                 entries[entry.kind, entry.name] = entry

@@ -16,6 +16,7 @@ from worker.contract import infotext
 from worker.contract.choices import ImageFormat
 from worker.contract.errors import PromptFileError
 from worker.contract.job import Job
+from worker.contract.loras import Lora
 from worker.engine.runner import Picture
 from worker.jobs.image_file import encode
 
@@ -114,3 +115,52 @@ def test_with_a_grid_all_names_have_its_values() -> None:
     assert default_template(2, []) == "{file}-{line:06d}-{seed}-{slug}.png"
     values = {"line": 1, "seed": 7, "steps": 20, "guidance_scale": 7.5, "slug": "a-cat"}
     assert str(Template(template).name(values, "png")) == "000001-7-20-7.5-a-cat.png"
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"loras": [Lora(name="pixel")]}, "1-7-pixel-cat.png"),
+        ({"loras": [Lora(name="pixel", weight=0.5)]}, "1-7-pixel-0.5-cat.png"),
+        (
+            {"loras": [Lora(name="a"), Lora(name="b c", weight=-1, text_encoder_weight=0)]},
+            "1-7-a+b-c--1-te-0-cat.png",
+        ),
+        ({"loras": []}, "1-7-cat.png"),
+        ({"loras": None, "slug": ""}, "1-7.png"),
+        ({"loras": True, "slug": ""}, "1-7-true.png"),
+    ],
+)
+def test_a_value_is_words_in_a_name_and_one_that_is_not_there_is_left_out(
+    values: dict[str, Any], name: str
+) -> None:
+    given = {"line": 1, "seed": 7, "slug": "cat", **values}
+    assert str(Template("{line}-{seed}-{loras}-{slug}.png").name(given, "png")) == name
+
+
+def test_what_an_empty_field_leaves_is_no_dash_in_any_part_of_a_path() -> None:
+    values = {"line": 1, "seed": 7, "slug": ""}
+    assert str(Template("{slug}-{line}/{slug}/{seed}-{slug}").name(values, "png")) == "1/7.png"
+    assert str(Template("x--{slug}{loras}--{line}").name(values, "png")) == "x---1.png"
+
+
+def test_pictures_that_jobs_begin_with_have_their_files_names_but_in_runs_of_the_first_version(
+    tmp_path: Path,
+) -> None:
+    bucket: Any = FakeBucket()
+    reference = f"sha256:{'a' * 64}:64x64"
+    uri = bucket.put(Job(prompt="a cat", seed=1, image=reference, steps=10))
+    source, named = Source("p.txt", "txt", "", None), {reference: "dog"}
+    for as_first in (False, True):
+        downloads = Downloads(
+            tmp_path, bucket, [source], axes=["image", "loras"], file_of=lambda each: named.get(each, "")
+        )
+        downloads.as_first = as_first
+        with Journal(tmp_path / "m.jsonl", "run") as journal:
+            downloads.fetch(0, 1, 0, uri)
+            downloads.flush(journal)
+        downloads.close()
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "000001-1-dog-a-cat.png",
+        f"000001-1-sha256-{'a' * 64}-64x64--a-cat.png",
+    }

@@ -24,6 +24,7 @@ from deploy.embedded.servers import ValkeyProcess
 from producer.cli.ingest_display import QuietDisplay
 from producer.client.job_result import JobResult
 from producer.gallery.lines import read_lines
+from producer.ingest.feeder import NAMES
 from producer.ingest.journal import Journal
 from producer.ingest.manifest import COLUMNS
 from producer.ingest.plan import Plan, Planned, unresolved
@@ -189,6 +190,8 @@ def test_a_run_that_was_begun_keeps_its_dynamic_prompts(sample: int | None, drai
     drain.client.setbit(f"smallcat:run:{run}:done", 0, 1)
     drain.client.setbit(f"smallcat:run:{run}:done", 1, 1)
     outcome = worked(drain, plan, Options())
+    # Without a version, pictures are named as in the first one; runs that this version begins have it.
+    assert drain.client.hget(f"smallcat:run:{run}", NAMES) is None
     assert (outcome.run, outcome.state, outcome.total) == (run, "finished", len(stored["jobs"]))
     assert sorted(number for number, _ in drain.seen) == list(range(2, len(stored["jobs"])))
     manifest = lines_of("dynamic.txt.manifest.jsonl")
@@ -197,3 +200,5 @@ def test_a_run_that_was_begun_keeps_its_dynamic_prompts(sample: int | None, drai
     jobs = [each for each in begun.items(unresolved) if isinstance(each, Planned)]
     found = [[each.line, str(each.cursor), each.templated.id] for each in jobs]
     assert found == [each[:3] for each in stored["jobs"]]
+    worked(drain, plan, Options(run="fresh"))
+    assert drain.client.hget("smallcat:run:fresh", NAMES) == "2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,13 +35,28 @@ def offered(tmp_path: Path, **settings: str) -> FileStore:
     return FileStore.of(WorkerSettings(cache_dir=str(tmp_path / "cache"), **settings), _no_bucket)
 
 
-def test_a_worker_of_the_bundled_model_offers_its_styles_unless_others_are_named(tmp_path: Path) -> None:
+def test_a_worker_of_the_bundled_model_offers_its_styles_beside_those_that_are_named(tmp_path: Path) -> None:
     bundled = offered(tmp_path).index.files
     assert {entry.name for entry in bundled} == set(STYLES)
     assert {(entry.kind, entry.problem) for entry in bundled} == {(Kind.LORA, "")}
     assert not offered(tmp_path, model="owner/model").index.files
     (tmp_path / "mine").mkdir()
-    assert not offered(tmp_path, loras=str(tmp_path / "mine")).index.files
+    mine = str(tmp_path / "mine")
+    assert offered(tmp_path, loras=mine).index.files == bundled
+    for name in ("detail", "pixel"):  # The second one takes the place of the bundled one.
+        shutil.copy(score_loras.LORAS / "neon.safetensors", tmp_path / "mine" / f"{name}.safetensors")
+    found = {entry.name: entry for entry in offered(tmp_path, loras=mine).index.files}
+    assert set(found) == {*STYLES, "detail"}
+    assert not any(entry.problem for entry in found.values())
+    assert found["pixel"].sha256 == found["detail"].sha256 == found["neon"].sha256
+    (tmp_path / "mine" / "pixel.safetensors").write_bytes(b"")
+    assert {entry.name for entry in offered(tmp_path, loras=mine).index.files if entry.problem} == {"pixel"}
+    assert {entry.name for entry in offered(tmp_path, model="owner/model", loras=mine).index.files} == {
+        "detail",
+        "pixel",
+    }
+    named = offered(tmp_path, loras=str(score_loras.LORAS)).index.files
+    assert named == bundled
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -77,7 +93,7 @@ def test_the_recipe_makes_a_file_that_is_read_and_leaves_the_model_as_it_was(tmp
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     (tmp_path / "loras").mkdir()
     loras.save_lora(tensors, "pixel", tmp_path / "loras" / "pixel.safetensors")
-    (entry,) = offered(tmp_path, loras=str(tmp_path / "loras")).index.files
+    (entry,) = offered(tmp_path, model="owner/model", loras=str(tmp_path / "loras")).index.files
     assert (entry.name, entry.problem) == ("pixel", "")
 
 
