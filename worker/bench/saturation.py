@@ -62,11 +62,19 @@ class Load:
         self._threads.shutdown()
         self._engine.stop()
 
+    def job(self, number: int) -> Job:
+        """The job of that number, from 1 on."""
+        prompt = f"a small cat, number {number % 50}"
+        return Job.parse({"prompt": prompt, "seed": number, **self._fields})
+
+    def send(self, job: Job, engine: Engine[Any]) -> Future[Rendered]:
+        """Submit it, on a thread of its own."""
+        return engine.submit(job.id, job)
+
     def _submit(self) -> None:
         self._number += 1
-        prompt = f"a small cat, number {self._number % 50}"
-        job = Job.parse({"prompt": prompt, "seed": self._number, **self._fields})
-        self._threads.submit(lambda: self._engine.submit(job.id, job).add_done_callback(self._finish))
+        job = self.job(self._number)
+        self._threads.submit(lambda: self.send(job, self._engine).add_done_callback(self._finish))
 
     def _finish(self, future: Future[Rendered]) -> None:
         # Jobs that are given back at the end do not count.
