@@ -20,9 +20,13 @@ import click
 import torch
 
 from worker.bench.saturation import saturate
+from worker.bench.steady import Gauges
 from worker.contract.job import Job
 from worker.contract.settings import worker_settings
 from worker.device.model_runner import ModelRunner
+
+#: Seconds of load before it is measured, within which a GPU becomes warm.
+WARM_S = 5.0
 
 
 def _traced(turn: Any, seconds: float) -> dict[str, float]:
@@ -75,8 +79,10 @@ def main(model: str, jobs: tuple[str, ...], seconds: float, trace_s: float, name
         compiled = runner.compile(Job.parse({"prompt": "a small cat", **fields}))
         if seconds:
             after = (lambda turn: _traced(turn, trace_s)) if trace_s else None
-            result = saturate(runner, seconds, after=after, **fields)
+            gauges = Gauges()
+            result = saturate(runner, seconds, warm_s=WARM_S, during=gauges, after=after, **fields)
             line = {"name": name, "model": Path(model).name, "job": text, **result, "compiled": compiled}
+            line |= dict(zip(("mhz", "watts"), gauges.medians, strict=True))
             print(json.dumps({**line, **where}), flush=True)
 
 

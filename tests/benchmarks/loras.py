@@ -5,15 +5,13 @@
 
 Each job has a LoRA of its own, at every layer of attention and feed-forward. The steps without and those with
 LoRAs are compiled by two processes at the same time, and measured one after the other. Meanwhile a third one
-chooses block sizes, times how long a LoRA takes to be in use, and runs diffusers, which changes its LoRA
-between jobs of one picture each.
+times how long a LoRA takes to be in use, and runs diffusers, which changes its LoRA between jobs of one picture
+each. `--only-compile` compiles the steps with LoRAs into the cache, and ends. `tests.benchmarks.lora_kernels` chooses the kernels' block sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import multiprocessing
 import queue
 import statistics
@@ -26,7 +24,6 @@ import torch
 from safetensors.torch import save_file
 
 from tests import lora_files
-from tests.benchmarks import lora_kernels
 from tests.benchmarks.power import line
 from tests.lora_sets import random_set
 from worker.contract.file_index import Kind
@@ -102,7 +99,8 @@ def work(options: argparse.Namespace, loras: bool, ready: Any, turn: Any, result
             assert runner.compile(job)
         say(f"loras={loras}: compiled in {time.monotonic() - started_s:.0f} s")
         ready.release()
-        lora_kernels.use(turn.get())
+        if not turn.get():
+            return
         warm_s = WARM_S
         for label, ranks in cases(options.rank, options.rows, loras).items():
             states = states_of(runner, options.rows, ranks)
@@ -142,18 +140,11 @@ def check(runner: ModelRunner, states: list[Any]) -> None:
     say(f"predictions by kernels and by the loop differ by {far:.1e} of their norm")
 
 
-def beside(options: argparse.Namespace, chosen: Any) -> None:
-    """Block sizes, loading, and diffusers, while others compile."""
-    tuned: dict[str, Any] = {}
-    try:
-        tuned = lora_kernels.tune(options.rank)
-        lora_kernels.use(tuned)
-    except Exception as error:  # noqa: BLE001
-        say(f"no block sizes: {error!r}"[:500])
-    chosen.put(tuned)
-    for part in (lora_kernels.blocks, lambda: loading(options), lambda: diffusers_alone(options)):
+def beside(options: argparse.Namespace) -> None:
+    """Loading, and diffusers, while others compile."""
+    for part in (loading, diffusers_alone):
         try:
-            part()
+            part(options)
         except Exception as error:  # noqa: BLE001
             say(f"failed: {error!r}"[:1000])
         torch.cuda.empty_cache()
@@ -235,20 +226,28 @@ def main() -> None:
     parser.add_argument("--cache", default="loras-cache")
     parser.add_argument("--peer-s", type=float, default=20.0)
     parser.add_argument("--most", type=float, default=3600.0, help="seconds in all")
+    parser.add_argument("--only-compile", action="store_true")
     options = parser.parse_args()
     ends_s = time.monotonic() + options.most
     context = multiprocessing.get_context("spawn")
-    ready, chosen = context.Semaphore(0), context.Queue()
-    turns = {loras: context.Queue() for loras in (False, True)}
+    ready = context.Semaphore(0)
+    kinds = (True,) if options.only_compile else (False, True)
+    turns = {loras: context.Queue() for loras in kinds}
     results = context.Queue()
-    processes = [context.Process(target=beside, args=(options, chosen))]
-    processes += [
+    processes = [
         context.Process(target=work, args=(options, loras, ready, turns[loras], results)) for loras in turns
     ]
+    other = context.Process(target=beside, args=(options,))
     for each in processes:
         each.start()
     try:
-        measure(options, ready, chosen, turns, results, processes[0], ends_s)
+        if options.only_compile:
+            turns[True].put(False)
+            processes[0].join()
+            return
+        processes.append(other)
+        other.start()
+        measure(options, ready, turns, results, other, ends_s)
     finally:
         for each in processes:
             each.join(1.0)
@@ -259,7 +258,6 @@ def main() -> None:
 def measure(
     options: argparse.Namespace,
     ready: Any,
-    chosen: Any,
     turns: dict[bool, Any],
     results: Any,
     other: Any,
@@ -274,15 +272,12 @@ def measure(
     if other.is_alive():
         say("what ran beside is not done, and ends here")
         other.kill()
-    tuned: dict[str, Any] = {}
-    with contextlib.suppress(queue.Empty):
-        tuned = chosen.get(timeout=1.0)
     own_s = decode_s = 0.0
     jobs = options.rows // 2
-    say(f"{options.model}, {options.rows} rows, {jobs} jobs with different LoRAs; {json.dumps(tuned)}")
+    say(f"{options.model}, {options.rows} rows, {jobs} jobs with different LoRAs")
     print("| case | ms a step | images/s | share | clock, power |\n|---|---|---|---|---|", flush=True)
-    for loras in (False, True):
-        turns[loras].put(tuned)
+    for loras in turns:
+        turns[loras].put(True)
         while True:
             try:
                 found = results.get(timeout=max(1.0, ends_s - time.monotonic()))

@@ -28,8 +28,9 @@ COMPILED = os.environ.get("SMALLCAT_TEST_COMPILED") == "1"
 TOLERANCE_DB = 40.0
 #: Draws six guided jobs of the default size and two of another, which come one after the other, and says how.
 WORKER = """
-import json, sys
+import json, os, sys
 import numpy as np
+import pynvml
 import torch
 from worker.contract.errors import SettingsError
 from worker.contract.job import Job
@@ -54,10 +55,18 @@ futures = [engine.submit(str(number), job.resolved(runner.served)) for number, j
 pictures = [future.result(400).picture for future in futures]
 engine.stop()
 np.savez(out, **{str(number): picture.pixels for number, picture in enumerate(pictures)})
-free, total = torch.cuda.mem_get_info()
+
+def used():
+    # Bytes that this process takes of the GPU; those of all where the driver does not say.
+    pynvml.nvmlInit()
+    each = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    free, total = torch.cuda.mem_get_info()
+    return next((one.usedGpuMemory for one in each if one.pid == os.getpid()), None) or total - free
+
+
 print(json.dumps({
     "choices": {choice.what: f"{choice.choice} ({choice.reason})" for choice in choices},
-    "reserved": torch.cuda.max_memory_reserved(), "used": total - free,
+    "reserved": torch.cuda.max_memory_reserved(), "used": used(),
     "rows": runner.max_rows, "out of memory": times["out of memory"],
     "warnings": sorted({each for picture in pictures for each in picture.warnings}),
 }), flush=True)
