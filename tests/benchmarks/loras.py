@@ -5,8 +5,8 @@
 
 Each job has a LoRA of its own, at every layer of attention and feed-forward. The steps without and those with
 LoRAs are compiled by two processes at the same time, and measured one after the other. Meanwhile a third one
-times how long a LoRA takes to be in use, and runs diffusers, which changes its LoRA between jobs of one picture
-each. `--only-compile` compiles the steps with LoRAs into the cache, and ends. `tests.benchmarks.lora_kernels` chooses the kernels' block sizes.
+times how long a LoRA takes to be in use, and runs diffusers, which changes its LoRA between jobs of one
+picture each. `--only-compile` compiles the steps with LoRAs into the cache, and ends.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def measure(
             say("not compiled in time")
             return
     # It has been at work since long, and must not be there when steps are timed.
-    other.join(max(0.0, min(20.0, ends_s - time.monotonic() - 90.0)))
+    other.join(max(0.0, min(60.0, ends_s - time.monotonic() - 60.0)))
     if other.is_alive():
         say("what ran beside is not done, and ends here")
         other.kill()

@@ -269,10 +269,11 @@ def environment_of(model: Path, work: Path, shared: Path, url: str) -> dict[str,
 
 
 def fill_cache(model: Path, shared: Path) -> None:
-    """Compile into `shared`, from nothing."""
+    """Compile into `shared`: from nothing, or from the kernels in TORCHINDUCTOR_CACHE_DIR where that is set."""
     work = Path(tempfile.mkdtemp(prefix="fill-"))
     environment = environment_of(model, work, shared, "redis://127.0.0.1:1/0")
-    environment |= {"SMALLCAT_ATTENTION": "sdpa", "TORCHINDUCTOR_CACHE_DIR": str(work / "kernels")}
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(work / "kernels")} | environment
+    environment["SMALLCAT_ATTENTION"] = "sdpa"
     started_s = time.time()
     subprocess.run([sys.executable, "-m", "producer", "warm"], env=environment, check=True)
     sizes = [each.stat().st_size for each in shared.rglob("*.kernels")]
