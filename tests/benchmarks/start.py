@@ -269,7 +269,7 @@ def environment_of(model: Path, work: Path, shared: Path, url: str) -> dict[str,
 
 
 def fill_cache(model: Path, shared: Path) -> None:
-    """Compile into `shared`: from nothing, or from the kernels in TORCHINDUCTOR_CACHE_DIR where that is set."""
+    """Compile into `shared`: from nothing, or from kernels in TORCHINDUCTOR_CACHE_DIR where that is set."""
     work = Path(tempfile.mkdtemp(prefix="fill-"))
     environment = environment_of(model, work, shared, "redis://127.0.0.1:1/0")
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(work / "kernels")} | environment
