@@ -2,14 +2,16 @@
 
     python -m tests.benchmarks.lora_mates --jobs 200
 
-A job has none, one or several of them, of weights of its own. diffusers computes in fp32, and in the worker's
-own type as well: `load_lora_weights`, `set_adapters`, and a generator of the job's seed.
+A job has none, one or several of them, of weights of its own. diffusers computes in fp32, by
+`load_lora_weights`, `set_adapters`, and a generator of the job's seed. In fp16 its own pipeline is far from
+that (27 dB), because it keeps latents in fp16.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,8 @@ def jobs_of(count: int, rng: random.Random) -> list[Job]:
 class Diffusers:
     """Its pipeline with the LoRAs loaded."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(BUNDLED / "model", torch_dtype=dtype)
+    def __init__(self, device: torch.device) -> None:
+        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(BUNDLED / "model")
         pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
         self._pipeline = pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
@@ -79,6 +81,15 @@ class Diffusers:
         return np.asarray((image * 255).round(), np.uint8)
 
 
+def wait_until_compiled(runner: ModelRunner, files: FileStore) -> None:
+    """Until steps with the bundled LoRAs run compiled, which change convolutions, too."""
+    job = Job.parse({"prompt": "a small cat", "seed": 0, "loras": LORAS[0]}).resolved(runner.served)
+    state, ends_s = runner.prepare(with_files(job, files.index)), time.monotonic() + 200
+    while not runner.is_compiled and time.monotonic() < ends_s:
+        runner._seconds([state])
+        time.sleep(0.1)
+
+
 @click.command(help=__doc__)
 @click.option("--jobs", "count", default=200, show_default=True)
 def main(count: int) -> None:
@@ -87,31 +98,27 @@ def main(count: int) -> None:
     runner = ModelRunner(settings, files=files)
     runner.warm_up()
     if runner._graphs is not None:
-        runner.compile(Job(prompt="a small cat", seed=0), loras=True)
+        wait_until_compiled(runner, files)
     engine = Engine(runner, job_timeout_s=600, on_failure=lambda error: print(repr(error)))
     engine.start()
     jobs = [with_files(job.resolved(runner.served), files.index) for job in jobs_of(count, random.Random(1))]
     together = pictures(engine, jobs, 2 * runner.max_rows, "together")
     engine.stop()
-    device = runner._device
-    for dtype in dict.fromkeys((torch.float32, next(runner._components["unet"].parameters()).dtype)):
-        peer = Diffusers(device, dtype)
-        found = [psnr(one, peer.draw(job)) for one, job in zip(together, jobs, strict=True)]
-        worst = sorted(range(count), key=found.__getitem__)[:3]
-        values = sorted(found)
-        result = {
-            "name": "lora mates",
-            "diffusers": str(dtype),
-            "jobs": count,
-            "with LoRAs": sum(bool(job.loras) for job in jobs),
-            "least_db": values[0],
-            "median_db": values[count // 2],
-            "below_40_db": sum(value < 40 for value in values),
-            "worst": [f"{found[index]:.1f} dB: {jobs[index].prompt}, {jobs[index].loras}" for index in worst],
-            "compiled": runner.is_compiled,
-            "device": str(device),
-        }
-        print(json.dumps(result), flush=True)
+    peer = Diffusers(runner._device)
+    found = [psnr(one, peer.draw(job)) for one, job in zip(together, jobs, strict=True)]
+    worst = sorted(range(count), key=found.__getitem__)[:3]
+    result = {
+        "name": "lora mates",
+        "jobs": count,
+        "with LoRAs": sum(bool(job.loras) for job in jobs),
+        "least_db": found[worst[0]],
+        "median_db": sorted(found)[count // 2],
+        "below_40_db": sum(value < 40 for value in found),
+        "worst": [f"{found[index]:.1f} dB: {jobs[index].prompt}, {jobs[index].loras}" for index in worst],
+        "compiled": runner.is_compiled,
+        "device": str(runner._device),
+    }
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

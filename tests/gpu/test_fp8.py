@@ -93,7 +93,8 @@ def test_a_mixed_batch_with_loras_is_that_of_the_loop(runners: dict[str, ModelRu
     without = drawn(runners["compiled"])
     for rank, one, other, unchanged in zip(ranks, compiled, plain, without, strict=True):
         assert psnr(one, other) > SAME_DB
-        assert (psnr(one, unchanged) < SAME_DB) == bool(rank)
+        # A LoRA of a small rank changes little: more than rounding does.
+        assert (psnr(one, unchanged) < psnr(one, other)) == bool(rank)
 
 
 def test_quantising_is_fused_into_the_norm_before_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,19 @@ def test_jobs_without_loras_run_the_step_that_they_ran_before(compiled: ModelRun
     finish(compiled, states_of(compiled))
     again = finish(compiled, states_of(compiled, none))
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_another_process_compiles_steps_with_loras_and_their_convolutions(
+    plain: ModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a worker, whose process that compiles loads no LoRA."""
+    runner = a_runner(tmp_path)
+    runner.warm_up()
+    ends_s = time.monotonic() + 300
+    while not (runner.is_compiled or time.monotonic() > ends_s):
+        states = states_of(runner, wide=True)
+        assert runner.step(states) == [None] * len(states)
+    assert runner.is_compiled
+    expected = by_loop(plain, states_of(plain, wide=True), monkeypatch)
+    for one, other in zip(finish(runner, states_of(runner, wide=True)), expected, strict=True):
+        assert psnr(one, other) >= TOLERANCE_DB

@@ -227,6 +227,9 @@ class ModelRunner:
         """Compile the function that is called `what` for a call with `argument`: see `CompiledLanes`."""
         found = (self._graphs.lanes if self._graphs is not None else None, self._vae_decoder.lanes)
         lanes: CompiledLanes[Any] = next(each for each in found if each is not None and each.what == what)
+        if getattr(argument, "loras", None) is not None:
+            # Loading the first LoRA makes the layers for them, and this process loads none.
+            self._family.adaptable()
         return lanes.record(lane, argument, dynamic)
 
     def _compiler(self, settings: WorkerSettings, alone: bool, shared: Store | None) -> Compiler | None:

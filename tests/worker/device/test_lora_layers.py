@@ -11,6 +11,7 @@ import functools
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -261,6 +262,21 @@ def test_the_traced_step_without_loras_is_the_same_whether_or_not_others_have_so
                 functools.partial(denoise, runner._family.forward), backend=backend, fullgraph=True
             )(example)
     assert codes[0] == codes[1]
+
+
+def test_a_process_that_only_compiles_has_the_layers_for_loras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets a batch of a worker's, and loads no LoRA of its own."""
+    path = attends_first(tmp_path / "model")
+    batch = a_batch(a_runner(path, patched=True), wide=True)
+    other = a_runner(path, patched=True)
+    lanes = SimpleNamespace(
+        what="step", record=lambda lane, given, dynamic: stepped(other, given, by_kernel=False)
+    )
+    monkeypatch.setattr(other, "_graphs", SimpleNamespace(lanes=lanes))
+    result: Any = other.compile_like("step", "a lane", batch.zeros(jobs=4, rows=6), [])
+    assert result.isfinite().all()
 
 
 def test_a_batch_without_loras_has_none() -> None:

@@ -1,0 +1,121 @@
+"""What FP8 gains where, on a GPU: products and quantising alone, and transformer blocks with their kernels.
+
+    python -m tests.benchmarks.fp8_layers
+
+Microseconds, replayed as CUDA graphs, at the shapes of SDXL's blocks with 16 rows of 1,024 px.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tests.benchmarks.lora_kernels import microseconds
+from tests.benchmarks.power import line
+from worker.device import attention, fp8
+
+#: Rows, tokens, width, heads.
+BLOCKS = {"1280": (16, 1024, 1280, 20), "640": (16, 4096, 640, 10)}
+TEXT = 2048
+
+
+def say(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def products(name: str, tokens: int, into: int, out: int) -> None:
+    """One layer: its product in fp16 and in FP8, and how long quantising its input takes."""
+    x = torch.randn(tokens, into, device="cuda").half()
+    layer = torch.nn.Linear(into, out, bias=False).half().cuda().requires_grad_(False)
+    norm = torch.nn.LayerNorm(into).half().cuda().requires_grad_(False)
+    took: dict[str, Callable[[], Any]] = {"fp16": lambda: functional.linear(x, layer.weight)}
+    for outliers in (0, 16):
+        ours = fp8.Fp8Linear(layer, fp8._outliers([layer], norm, outliers), torch.float16)
+        given = fp8.quantise(x, ours.outliers)
+        for dtype in (torch.float16, torch.bfloat16):
+            label = f"{outliers} outliers, {str(dtype).removeprefix('torch.')}"
+            took[label] = lambda ours=ours, given=given, dtype=dtype: fp8.scaled_product(
+                given.values, given.scales, ours.quantised, ours.scales, dtype
+            )
+        quantise = torch.compile(fp8.quantise, dynamic=False)
+        took[f"quantise {outliers}"] = lambda quantise=quantise, ours=ours: quantise(x, ours.outliers)
+        both = torch.compile(lambda x, outliers: fp8.quantise(norm(x), outliers), dynamic=False)
+        took[f"norm and quantise {outliers}"] = lambda both=both, ours=ours: both(x, ours.outliers)
+    plain = torch.compile(norm, dynamic=False)
+    took["norm"] = lambda: plain(x)
+    one = torch.ones((), device="cuda")
+    values, weight = given.values[:, :into].contiguous(), ours.quantised[:, :into].contiguous()
+    took["one scale, bfloat16"] = lambda: torch._scaled_mm(
+        values, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    found: dict[str, Any] = {}
+    for label, run in took.items():
+        try:
+            found[label] = round(microseconds(run), 1)
+        except Exception as error:  # noqa: BLE001 - the rest is of use
+            found[label] = f"{error!r}"[:120]
+    say(layer=name, tokens=tokens, into=into, out=out, us=found)
+
+
+def blocks(name: str) -> None:
+    """A transformer block, compiled: in fp16, in FP8 with and without outliers; and its kernels."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    rows, tokens, width, heads = BLOCKS[name]
+    block: Any = BasicTransformerBlock(width, heads, width // heads, cross_attention_dim=TEXT)
+    block = block.half().cuda().requires_grad_(False)
+    for module in (block.attn1, block.attn2):
+        module.set_processor(attention.Processor(attention.sdpa))
+    x = torch.randn(rows, tokens, width, device="cuda").half()
+    text = torch.randn(rows, 77, TEXT, device="cuda").half()
+    for label, outliers in (("fp16", None), ("fp8, 0", 0), ("fp8, 16", 16)):
+        own = torch.nn.ModuleDict({"block": copy.deepcopy(block)})
+        if outliers is not None:
+            fp8.install(own, x.device, count=outliers)
+        compiled = torch.compile(own["block"], dynamic=False)
+
+        def run(compiled: Any = compiled) -> Any:
+            return compiled(x, encoder_hidden_states=text)
+
+        with torch.no_grad():
+            took = microseconds(run, 0.3)
+            say(block=name, way=label, us=round(took), power=line(), kernels=kernels(run))
+
+
+def kernels(run: Callable[[], Any]) -> list[str]:
+    """Microseconds, calls and name of each kernel of one run, those that take long first."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(5):
+            run()
+        torch.cuda.synchronize()
+    took: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            took[event.name] += event.time_range.elapsed_us() / 5
+            calls[event.name] += 1
+    return [f"{value:.0f} us, {calls[each] / 5:g}: {each[:110]}" for each, value in took.most_common(16)]
+
+
+@torch.no_grad()
+def main() -> None:
+    for name, (rows, tokens, width, _) in BLOCKS.items():
+        for label, into, out in (
+            ("queries", width, width),
+            ("feed-forward: first", width, 8 * width),
+            ("feed-forward: second", 4 * width, width),
+        ):
+            products(f"{name} {label}", rows * tokens, into, out)
+        blocks(name)
+
+
+if __name__ == "__main__":
+    main()
