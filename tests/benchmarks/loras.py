@@ -29,7 +29,7 @@ from tests.lora_sets import random_set
 from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import with_files
-from worker.contract.settings import WorkerSettings
+from worker.contract.settings import WorkerSettings, worker_settings
 from worker.device.model_runner import ModelRunner
 from worker.device.step import batch_of, denoise
 from worker.model.file_store import FileStore
@@ -39,10 +39,17 @@ WARM_S, MEASURE_S = 5.0, 4.0
 STEPS = 30
 #: Bytes of the file whose loading is timed.
 FILE_BYTES = 200 << 20
+#: The largest rank that is read.
+MAX_RANK = 256
 
 
 def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def settings_of(options: argparse.Namespace) -> WorkerSettings:
+    """Those of the environment, for the model that is measured."""
+    return worker_settings().model_copy(update={"model": options.model, "cache_dir": options.cache})
 
 
 def states_of(runner: ModelRunner, rows: int, ranks: list[int]) -> list[Any]:
@@ -85,7 +92,7 @@ def work(options: argparse.Namespace, loras: bool, ready: Any, turn: Any, result
     """Compile one kind of step, and measure it in its turn."""
     try:
         started_s = time.monotonic()
-        runner = ModelRunner(WorkerSettings(model=options.model, cache_dir=options.cache))
+        runner = ModelRunner(settings_of(options))
         say(f"loras={loras}: loaded in {time.monotonic() - started_s:.0f} s")
         started_s = time.monotonic()
         job = Job(prompt="a small cat", seed=0)
@@ -154,7 +161,7 @@ def write_file(unet: Any, path: Path, seed: int) -> None:
     """A LoRA of diffusers' layout, about `FILE_BYTES`."""
     generator = torch.Generator("cuda").manual_seed(seed)
     shapes = {name: each for name, each in lora_files.modules(unet).items() if ".transformer_blocks." in name}
-    rank = FILE_BYTES // (2 * sum(shape[0] + shape[1] for shape in shapes.values()))
+    rank = min(MAX_RANK, FILE_BYTES // (2 * sum(shape[0] + shape[1] for shape in shapes.values())))
     found = {}
     for name, shape in shapes.items():
         for suffix, size in (("lora_A", (rank, shape[1])), ("lora_B", (shape[0], rank))):
@@ -167,7 +174,7 @@ def write_file(unet: Any, path: Path, seed: int) -> None:
 def loading(options: argparse.Namespace) -> None:
     """Time how long a LoRA takes to be in use: from disk, from the host's memory, from the GPU's."""
     with tempfile.TemporaryDirectory() as folder:
-        runner = ModelRunner(WorkerSettings(model=options.model, cache_dir=options.cache, compile=False))
+        runner = ModelRunner(settings_of(options).model_copy(update={"compile": False}))
         runner_any: Any = runner
         unet = runner_any._family._pipeline.unet
         for number in range(2):
@@ -199,8 +206,10 @@ def diffusers_alone(options: argparse.Namespace) -> None:
         pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(options.model, torch_dtype=torch.float16)
         pipeline = pipeline.to("cuda")
         pipeline.set_progress_bar_config(disable=True)
+        # Before the first is loaded, which changes the modules' names.
         for number in range(2):
             write_file(pipeline.unet, Path(folder, f"{number}.safetensors"), number)
+        for number in range(2):
             started_s = time.monotonic()
             pipeline.load_lora_weights(folder, weight_name=f"{number}.safetensors", adapter_name=str(number))
             say(f"diffusers' load_lora_weights took {time.monotonic() - started_s:.1f} s")

@@ -41,13 +41,13 @@ class StoredFile:
     @classmethod
     def of(cls, file: LoraFile, dtype: torch.dtype, name: str) -> StoredFile:
         """On the CPU. Raises `InvalidJobError` for one, called `name`, that is not finite in `dtype`."""
-        pieces: list[torch.Tensor] = []
+        pieces: list[tuple[int, torch.Tensor]] = []
         size = 0
 
         def put(tensor: torch.Tensor) -> int:
             nonlocal size
             start = size
-            pieces.append(tensor.reshape(-1))
+            pieces.append((start, tensor))
             size += -(-tensor.numel() // _ALIGNED) * _ALIGNED
             return start
 
@@ -58,11 +58,7 @@ class StoredFile:
                 down, up = _by_taps(each.down), each.up.T
                 part[layer] = put(down), down.shape, put(up), up.shape, each.scale, each.dora
             parts.append(part)
-        buffer = torch.zeros(size, dtype=dtype)
-        start = 0
-        for piece in pieces:
-            buffer[start : start + len(piece)] = piece
-            start += -(-len(piece) // _ALIGNED) * _ALIGNED
+        buffer = _in_one(pieces, size).to(dtype)
         if size and not bool(torch.stack([buffer.amax(), buffer.amin()]).isfinite().all()):
             raise InvalidJobError(
                 f'The LoRA "{name}" has numbers that are too large for {str(dtype).removeprefix("torch.")}: '
@@ -90,6 +86,23 @@ class StoredFile:
 
     def _view(self, start: int, shape: torch.Size) -> torch.Tensor:
         return self.buffer[start : start + shape.numel()].view(shape)
+
+
+def _in_one(pieces: Sequence[tuple[int, torch.Tensor]], size: int) -> torch.Tensor:
+    """A buffer of `size` numbers with each piece, flattened, where it starts. Of float32 if dtypes differ.
+
+    By numpy, on one thread: torch would have all its threads meet for each of some thousand pieces, which
+    takes seconds where other processes use the cores.
+    """
+    dtypes = {tensor.dtype for _, tensor in pieces}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    buffer = torch.zeros(size, dtype=integers)
+    numbers = buffer.numpy()
+    for start, tensor in pieces:
+        values = tensor.to(dtype).view(integers).numpy()
+        numbers[start : start + values.size].reshape(values.shape)[...] = values
+    return buffer.view(dtype)
 
 
 def _by_taps(down: torch.Tensor) -> torch.Tensor:
