@@ -201,6 +201,7 @@ def measure(
         "steps": len(inside),
         **found,
         "power": ", ".join(power),
+        "compiled": runner.is_compiled,
     }
 
 

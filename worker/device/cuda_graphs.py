@@ -22,7 +22,7 @@ import torch
 from worker.contract.errors import first_line
 from worker.device.compiling.compiler import CompiledLanes, Compiler, Piece
 from worker.device.family import Lane, lane_name
-from worker.device.step import Batch, Forward, Step, denoise
+from worker.device.step import Batch, Fields, Forward, Step, denoise_all, with_kept
 from worker.model import gpu_memory
 
 logger = logging.getLogger("smallcat.engine")
@@ -37,7 +37,8 @@ WARM_UPS = 2
 
 #: What a graph records: a function that reads tensors that stay in their place.
 Captured = Callable[[], tuple[torch.Tensor, ...]]
-_Function = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+#: The step of a batch in which no job keeps anything of its image.
+_Function = Callable[[Batch], Fields]
 
 
 def captured_below(rows: int) -> int:
@@ -233,7 +234,7 @@ class StepGraphs:
     """
 
     def __init__(self, forward: Forward, compiler: Compiler, *, at_once: int = 1) -> None:
-        plain = partial(denoise, forward)
+        plain = partial(denoise_all, forward)
         self._lanes: CompiledLanes[_Function] = CompiledLanes("step", plain, compiler)
         #: What serves until a lane is compiled.
         self._plain = PlainGraphs(plain, compiler) if compiler.in_background else None
@@ -352,6 +353,8 @@ class _Padded:
         if jobs > padded_jobs:
             padded_jobs = rows
         self._name = f"{rows} rows of {padded_jobs} jobs"
+        # That is part of the graph and not of what is compiled: the first mask need not wait for a compiler.
+        self._name += ", some masked" if batch.kept is not None else ""
         if batch.loras is not None:
             self._name += f", ranks to {len(batch.loras.room)}"
             # The addresses of jobs that are no longer there must not stay in the graph's input.
@@ -364,7 +367,8 @@ class _Padded:
 
         def make() -> tuple[Captured, Sequence[torch.Tensor]]:
             inputs = self._batch.zeros(padded_jobs, rows)
-            return lambda: function(inputs), inputs.tensors()
+            unmasked = inputs.unmasked()
+            return lambda: with_kept(function(unmasked), inputs), inputs.tensors()
 
         name = f"{self._name} with {self.kind}"
         # Clones, because the graph's next replay overwrites its outputs.
@@ -378,5 +382,5 @@ def _name(lane: Lane, batch: Batch) -> str:
 
 def _example(batch: Batch) -> tuple[Batch, list[torch.Tensor]]:
     """A batch like `batch`, whose numbers of jobs and rows are dynamic."""
-    example = batch.zeros(jobs=4, rows=6)
+    example = batch.unmasked().zeros(jobs=4, rows=6)
     return example, example.tensors()

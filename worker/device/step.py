@@ -138,8 +138,11 @@ class Batch:
         parts = [f"{tokens} tokens", *([f"{prompts} prompts"] if prompts > 1 else [])]
         parts += ["some hidden"] if TEXT_BIAS in self.conditions else []
         parts += ["some rescaled"] if self.rescale is not None else []
-        parts += ["some masked"] if self.kept is not None else []
         return ", ".join(parts if self.loras is None else [*parts, self.loras.kind])
+
+    def unmasked(self) -> Batch:
+        """The same without what jobs keep of their images."""
+        return dataclasses.replace(self, kept=None, mixes=None)
 
     def zeros(self, jobs: int, rows: int) -> Batch:
         """A batch of `jobs` and `rows` with tensors of these shapes and dtypes, all zeros."""
@@ -172,8 +175,17 @@ class Step:
     finite: torch.Tensor
 
 
-def denoise(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The step of `batch`: the fields of a `Step`, as a plain tuple for the compiler."""
+#: The fields of a `Step`, as a plain tuple for the compiler.
+Fields = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def denoise(forward: Forward, batch: Batch) -> Fields:
+    """The step of `batch`."""
+    return with_kept(denoise_all(forward, batch), batch)
+
+
+def denoise_all(forward: Forward, batch: Batch) -> Fields:
+    """The step of `batch` as if no job kept anything of its image: what is compiled."""
     scaled = batch.states[:, 0] * _for_each(batch.input_scale, batch.noise)
     # A family that takes no LoRAs needs no argument for them.
     loras = {} if batch.loras is None else {"loras": batch.loras}
@@ -194,11 +206,17 @@ def denoise(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
         predictions = _rescaled(predictions, output[batch.prompted[:, 0]], batch.rescale)
     sources = torch.cat([batch.states, predictions[:, None], batch.noise[:, None]], dim=1)
     states = torch.bmm(batch.weights, sources.flatten(2)).view(batch.states.shape)
-    if batch.kept is not None and batch.mixes is not None:
-        latents = blended(states[:, 0], batch.kept, _for_each(batch.mixes, batch.kept[:, :2]))
-        states = torch.cat([latents[:, None], states[:, 1:]], dim=1)
     finite = (states.isfinite().flatten(1).all(1)) & (predictions.isfinite().flatten(1).all(1))
     return states, predictions, finite
+
+
+def with_kept(step: Fields, batch: Batch) -> Fields:
+    """The step of `batch`, from what `denoise_all` gave for it, with what jobs keep of their images."""
+    if batch.kept is None or batch.mixes is None:
+        return step
+    states, predictions, finite = step
+    latents = blended(states[:, 0], batch.kept, _for_each(batch.mixes, batch.kept[:, :2]))
+    return torch.cat([latents[:, None], states[:, 1:]], dim=1), predictions, finite
 
 
 def blended(latents: torch.Tensor, kept: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
