@@ -33,20 +33,20 @@ def take_over(ground: Ground, lease_s: float, within_s: float = 30, **faults: ob
 
 
 def test_a_killed_worker_s_jobs_are_taken_over_within_the_lease(ground: Ground) -> None:
-    # Up to 2 s for the sweep, and room for a busy machine.
-    assert take_over(ground, LEASE_S) < LEASE_S + 2 + 5
+    # A quarter of the lease, at most 5 s, until somebody looks, and room for a busy machine.
+    assert take_over(ground, LEASE_S) < 1.25 * LEASE_S + 5
 
 
 @pytest.mark.slow
-def test_20_jobs_of_a_killed_worker_are_restarted_within_12_s(ground: Ground) -> None:
-    assert take_over(ground, 10.0) < 12
+def test_20_jobs_of_a_killed_worker_are_restarted_within_14_s(ground: Ground) -> None:
+    assert take_over(ground, 10.0) < 14
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_20_jobs_of_a_killed_worker_wait_longer_on_kombus_own_transport(ground: Ground) -> None:
     """A negative control: this suite can fail."""
-    assert take_over(ground, 10.0, within_s=200, transport="stock") > 12
+    assert take_over(ground, 10.0, within_s=200, transport="stock") > 14
 
 
 def befall(ground: Ground, fault: str, lease_s: float, away_s: float, frozen_s: float) -> None:
