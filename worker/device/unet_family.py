@@ -67,14 +67,7 @@ class UNetFamily:
         self._pipeline, self._unet = pipeline, pipeline.unet
         self._device, self._dtype = device, dtype
         self._vae = pipeline.vae
-        #: Of the VAE's decoder.
-        self._vae_dtype = pipeline.vae.dtype
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
-        if self._is_xl and self._vae_dtype == torch.float16:
-            # The loader scales the decoder alone for fp16, in which SDXL's encoder may overflow, too.
-            for part in (pipeline.vae.encoder, getattr(pipeline.vae, "quant_conv", None)):
-                if part is not None:
-                    part.to(torch.float32)
         self._own_vae = own_vae or pipeline.vae.config
         # A tiny VAE takes latents of the same scale and says of itself that there is none.
         self._latent_rgb = latent_rgb.of_vae(pipeline.vae.config if self.draws_to_encode else self._own_vae)
@@ -294,13 +287,15 @@ class UNetFamily:
     ) -> torch.Tensor:
         """As diffusers' image-to-image pipelines; the VAE's noise is float32 in every dtype."""
         vae = self._vae
-        given = pixels[None].to(self._device, next(vae.encoder.parameters()).dtype)
+        given = pixels[None].to(self._device, _dtype_of(vae.encoder))
         encoded = vae_tiles.encode(vae, given) if in_tiles else vae.encode(given)
         if (found := getattr(encoded, "latent_dist", None)) is None:
             latents = encoded.latents.float()
         else:
-            noise = torch.randn(found.mean.shape, generator=generator).to(self._device)
-            latents = found.mean.float() + found.std.float() * noise
+            # A deviation may be too small for fp16.
+            mean, log_variance = found.mean.float(), found.logvar.float()
+            noise = torch.randn(mean.shape, generator=generator).to(self._device)
+            latents = mean + torch.exp(0.5 * log_variance) * noise
         factor = float(vae.config.scaling_factor)
         if (moments := self._moments(latents)) is None:
             scaled: torch.Tensor = factor * latents
@@ -336,10 +331,10 @@ class UNetFamily:
         """Unscaled latents. diffusers reads mean and deviation in its SDXL pipeline alone."""
         vae = self._vae
         if (moments := self._moments(latents)) is None:
-            return (latents / float(vae.config.scaling_factor)).to(self._vae_dtype)
+            return (latents / float(vae.config.scaling_factor)).to(_dtype_of(vae.decoder))
         mean, deviation = moments
         unscaled: torch.Tensor = latents * deviation / float(vae.config.scaling_factor) + mean
-        return unscaled.to(self._vae_dtype)
+        return unscaled.to(_dtype_of(vae.decoder))
 
     def _moments(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Mean and deviation of each channel of the VAE's latents, where the config has them."""
@@ -376,7 +371,7 @@ class UNetFamily:
         vae.to(self._device, torch.float32 if upcast else self._dtype)
         vae.to(memory_format=torch.channels_last)
         family = copy.copy(self)
-        family._vae, family._vae_dtype = vae, vae.dtype
+        family._vae = vae
         if family.draws_to_encode:
             family._latent_rgb = latent_rgb.of_vae(vae.config)
         return family
@@ -387,6 +382,11 @@ class UNetFamily:
             return None
         checked, verdicts = self._pipeline.run_safety_checker(images, self._device, self._dtype)
         return checked, list(verdicts)
+
+
+def _dtype_of(part: torch.nn.Module) -> torch.dtype:
+    """That of a VAE's encoder or decoder, of which one may be in fp32 and the other one in fp16."""
+    return next(part.parameters()).dtype
 
 
 def _zeros_like(encoded: Encoded) -> Encoded:

@@ -204,7 +204,6 @@ def _to_device(pipeline: Any, device: torch.device, plan: MemoryPlan, *, compile
             component.eval().requires_grad_(False)
     vae = pipeline.vae
     is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
-    is_too_large = is_xl and vae.config.force_upcast and vae.dtype == torch.float16
     texts = [each for each in map(pipeline.components.get, ("text_encoder", "text_encoder_2")) if each]
     if plan.texts is Texts.GPU:
         pipeline.to(device)
@@ -220,8 +219,7 @@ def _to_device(pipeline: Any, device: torch.device, plan: MemoryPlan, *, compile
         # The thread of the steps keeps a core.
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     pipeline.set_progress_bar_config(disable=True)
-    # diffusers converts such a VAE to fp32 for each call.
-    choices = [_choice_of_vae(vae)] if is_too_large else []
+    choices = [Choice(*half) for half in _half_vae(vae)] if is_xl and vae.dtype == torch.float16 else []
     if device.type == "cuda" and not compiled:
         why = "channels_last is faster on a GPU only if the UNet is compiled"
         return [*choices, Choice("memory layout", "contiguous", why)]
@@ -233,9 +231,13 @@ def _to_device(pipeline: Any, device: torch.device, plan: MemoryPlan, *, compile
     return [*choices, Choice("memory layout", "channels_last", why)]
 
 
-def _choice_of_vae(vae: Any) -> Choice:
-    dtype, _, reason = half_vae.to_half(vae).partition(": ")
-    return Choice("VAE", dtype, reason)
+def _half_vae(vae: Any) -> list[half_vae.Half]:
+    """Bring SDXL's VAE to fp16 so that it works there. Returns what was done with which part."""
+    if vae.config.force_upcast:
+        # diffusers converts such a VAE to fp32 for each call.
+        return half_vae.to_half(vae)
+    # What its config says is of the decoder: some were trained for fp16, with the encoder left as it was.
+    return [half_vae.encoder_to_half(vae)]
 
 
 def _name(settings: WorkerSettings, files: model_files.ModelFiles) -> str:

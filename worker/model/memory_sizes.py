@@ -41,7 +41,7 @@ def sizes_of(files: ModelFiles, width: int, *, naive: bool = False) -> Sizes | N
         scores = _scores(unet, latents) if naive else 0
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
-    # As in the loader: brought to fp16, its encoder stays in fp32.
+    # As in the loader: it is brought to fp16 from fp32, in which it stays where that does not work.
     is_upcast = "XL" in files.pipeline_class and width == 2 and bool(vae.get("force_upcast", True))
     texts = sum(count for name, count in values.items() if name.startswith("text_encoder"))
     of_vae = values.get("vae", 0)

@@ -1,13 +1,14 @@
-"""A VAE whose values are too large for fp16, decoded in fp16."""
+"""A VAE whose values are too large for fp16, decoded and encoded in fp16."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from worker.model import half_vae
 
@@ -29,52 +30,134 @@ def vae_of(**config: Any) -> AutoencoderKL:
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        images: torch.Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        dtype = vae.decoder.conv_in.weight.dtype
+        images: torch.Tensor = vae.decode(latents.to(dtype), return_dict=False)[0]
     return images.float()
 
 
+def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """The mean and the logarithm of the variance."""
+    with torch.no_grad():
+        dtype = vae.encoder.conv_in.weight.dtype
+        moments: torch.Tensor = vae.encode(pixels.to(dtype)).latent_dist.parameters
+    return moments.float()
+
+
+def dtypes(vae: AutoencoderKL) -> dict[str, torch.dtype]:
+    """Of each part's weights."""
+    return {name: next(each.parameters()).dtype for name, each in vae.named_children()}
+
+
 LATENTS = torch.randn((2, 4, 16, 16), generator=torch.Generator().manual_seed(1)) / 0.18215
+PIXELS = torch.rand((2, 3, 64, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
+#: Each part of a VAE: its name, how it is run and converted, on what, and of what range its output is.
+PARTS = pytest.mark.parametrize(
+    ("part", "run", "to_half", "given"),
+    [
+        ("decoder", decode, half_vae.decoder_to_half, LATENTS),
+        ("encoder", encode, half_vae.encoder_to_half, PIXELS),
+    ],
+)
+Run = Callable[[AutoencoderKL, torch.Tensor], torch.Tensor]
+ToHalf = Callable[[AutoencoderKL], half_vae.Half]
 
 
+@PARTS
 @pytest.mark.parametrize("config", [{}, {"mid_block_add_attention": False}, {"layers_per_block": 2}])
 @pytest.mark.parametrize("power", [-8, 3, 12])
-def test_a_divided_stream_gives_the_same_pixels(config: dict[str, Any], power: int) -> None:
+def test_a_divided_stream_gives_the_same(
+    part: str, run: Run, to_half: ToHalf, given: torch.Tensor, config: dict[str, Any], power: int
+) -> None:
     vae = vae_of(**config).double()
-    before = decode(vae, LATENTS)
-    half_vae.divide_stream(vae.decoder, 2.0**power)
-    assert (decode(vae, LATENTS) - before).abs().max() < 1e-6
+    before = run(vae, given)
+    half_vae.divide_stream(getattr(vae, part), 2.0**power)
+    assert (run(vae, given) - before).abs().max() < 1e-6
 
 
-def test_values_too_large_for_fp16_are_decoded_in_fp16() -> None:
+@PARTS
+def test_values_too_large_for_fp16_work_in_fp16(
+    part: str, run: Run, to_half: ToHalf, given: torch.Tensor
+) -> None:
     vae = vae_of()
-    half_vae.divide_stream(vae.decoder, 2.0**-14)
-    right = decode(vae, LATENTS)
+    half_vae.divide_stream(getattr(vae, part), 2.0**-14)
+    right = run(vae, given)
     plain = vae_of()
     plain.load_state_dict(vae.state_dict())
-    assert not decode(plain.half(), LATENTS).isfinite().all()
-    said = half_vae.to_half(vae)
-    assert vae.dtype == torch.float16
-    assert said.startswith("fp16: its values, which reach ")
-    psnr = 10 * math.log10(4 / (decode(vae, LATENTS) - right).square().mean())
+    assert not run(plain.half(), given).isfinite().all()
+    said = to_half(vae)
+    assert said[:2] == (f"VAE {part}", "fp16")
+    assert said.reason.startswith("its values, which reach ")
+    psnr = 10 * math.log10(right.square().max() / (run(vae, given) - right).square().mean())
     assert psnr > 60
 
 
-def test_one_that_needs_no_division_is_not_divided_by_more_than_its_margin() -> None:
+@pytest.mark.parametrize("shade", [-1.0, 0.0, 1.0])
+def test_a_picture_of_one_colour_is_encoded_in_fp16(shade: float) -> None:
+    """What is added in a group norm must not be lost, for the deviation may be nearly 0."""
     vae = vae_of()
-    before = vae.decoder.conv_in.weight.clone()
+    half_vae.divide_stream(vae.encoder, 2.0**-14)
+    pixels = torch.full_like(PIXELS, shade)
+    right = encode(vae, pixels)
     half_vae.to_half(vae)
-    ratio = before.abs().max() / vae.decoder.conv_in.weight.float().abs().max()
+    psnr = 10 * math.log10(right.square().max() / (encode(vae, pixels) - right).square().mean())
+    assert psnr > 50
+
+
+def test_a_picture_goes_through_both_parts_in_fp16() -> None:
+    def there_and_back(vae: AutoencoderKL) -> torch.Tensor:
+        return decode(vae, encode(vae, PIXELS).chunk(2, dim=1)[0])
+
+    vae = vae_of()
+    for part in (vae.encoder, vae.decoder):
+        half_vae.divide_stream(part, 2.0**-14)
+    right = there_and_back(vae)
+    assert [said[:2] for said in half_vae.to_half(vae)] == [("VAE decoder", "fp16"), ("VAE encoder", "fp16")]
+    assert set(dtypes(vae).values()) == {torch.float16}
+    psnr = 10 * math.log10(4 / (there_and_back(vae) - right).square().mean())
+    assert psnr > 50
+
+
+@PARTS
+def test_one_that_needs_no_division_is_not_divided_by_more_than_its_margin(
+    part: str, run: Run, to_half: ToHalf, given: torch.Tensor
+) -> None:
+    vae = vae_of()
+    weight = getattr(vae, part).conv_in.weight
+    before = weight.clone()
+    to_half(vae)
+    ratio = before.abs().max() / getattr(vae, part).conv_in.weight.float().abs().max()
     assert 1 <= ratio.round() <= 2**half_vae._MARGIN
 
 
-def test_what_is_not_known_or_reaches_too_far_stays_in_fp32() -> None:
+@PARTS
+def test_what_is_not_known_or_reaches_too_far_stays_in_fp32(
+    part: str, run: Run, to_half: ToHalf, given: torch.Tensor
+) -> None:
     vae = vae_of()
-    vae.decoder.mid_block.resnets[0].output_scale_factor = 2.0
-    assert half_vae.to_half(vae) == "fp32: its decoder has blocks of an unknown kind"
+    getattr(vae, part).mid_block.resnets[0].output_scale_factor = 2.0
+    assert to_half(vae) == (f"VAE {part}", "fp32", f"its {part} has blocks of an unknown kind")
     far = vae_of()
-    half_vae.divide_stream(far.decoder, 2.0**-40)
-    assert half_vae.to_half(far).startswith("fp32: its values reach ")
+    half_vae.divide_stream(getattr(far, part), 2.0**-40)
+    assert to_half(far).reason.startswith("its values reach ")
     broken = vae_of()
-    broken.decoder.conv_in.bias.data[0] = math.nan
-    assert half_vae.to_half(broken) == "fp32: its values reach nan"
-    assert {vae.dtype, far.dtype, broken.dtype} == {torch.float32}
+    getattr(broken, part).conv_in.bias.data[0] = math.nan
+    assert to_half(broken).reason == "its values reach nan"
+    for each in (vae, far, broken):
+        assert set(dtypes(each).values()) == {torch.float32}
+
+
+def test_a_part_that_stays_in_fp32_does_not_keep_the_other_one_there() -> None:
+    vae = vae_of().half()
+    vae.encoder.down_blocks[0].downsamplers[0].norm = torch.nn.LayerNorm(8)
+    assert [said.dtype for said in half_vae.to_half(vae)] == ["fp16", "fp32"]
+    assert dtypes(vae) == {
+        "encoder": torch.float32,
+        "decoder": torch.float16,
+        "quant_conv": torch.float32,
+        "post_quant_conv": torch.float16,
+    }
+
+
+def test_a_tiny_vae_is_of_an_unknown_kind() -> None:
+    tiny = AutoencoderTiny()
+    assert [said.dtype for said in half_vae.to_half(tiny)] == ["fp32", "fp32"]
