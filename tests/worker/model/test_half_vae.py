@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from worker.model import half_vae
+from tests import tiny_models
+from worker.contract.settings import WorkerSettings
+from worker.device.families import family_of
+from worker.model import half_vae, loader
 
 
 def vae_of(**config: Any) -> AutoencoderKL:
@@ -161,3 +166,23 @@ def test_a_part_that_stays_in_fp32_does_not_keep_the_other_one_there() -> None:
 def test_a_tiny_vae_is_of_an_unknown_kind() -> None:
     tiny = AutoencoderTiny()
     assert [said.dtype for said in half_vae.to_half(tiny)] == ["fp32", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("upcast", "parts"),
+    [(True, {"VAE decoder": "fp16", "VAE encoder": "fp16"}), (False, {"VAE encoder": "fp16"})],
+)
+def test_sdxl_in_fp16_gives_the_latents_of_fp32(tmp_path: Path, upcast: bool, parts: dict[str, str]) -> None:
+    model = tiny_models.tiny_sdxl(tmp_path / "xl")
+    config = model / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": upcast}))
+    latents = []
+    for dtype in ("fp32", "fp16"):
+        loaded = loader.load(WorkerSettings(model=str(model), dtype=dtype))
+        family = family_of(loaded, compiled=False)
+        latents.append(family.to_latents(PIXELS[0], torch.Generator().manual_seed(0)))
+        chosen = {each.what: each.choice for each in loaded.choices if each.what.startswith("VAE")}
+        assert chosen == (parts if dtype == "fp16" else {})
+    right, found = latents
+    assert found.dtype == torch.float32
+    assert 10 * math.log10(right.square().max() / (found - right).square().mean()) > 60
