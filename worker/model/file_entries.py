@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from worker.contract.errors import ServiceError, SmallcatError
 from worker.contract.file_index import MAX_FILES, FileEntry, Kind, composed_name, name_problem
+from worker.contract.plain_text import plain
 from worker.model import embedding_files, lora_files, vae_files
 from worker.model.file_places import Found
 from worker.model.index import PICKLE_REASON
@@ -70,7 +71,7 @@ def entry_by_content(found: Found, path: Path) -> FileEntry:
         "architecture": fits,
         "size": size,
         # All workers say the same of one file, wherever each has it.
-        "problem": problem.replace(str(path), found.where),
+        "problem": plain(problem.replace(str(path), found.where)),
     }
     if found.kind is Kind.LORA and not problem:
         known["auto_v3"] = lora_files.auto_v3(path)
@@ -81,7 +82,7 @@ def with_error(entry: FileEntry, error: Exception) -> FileEntry:
     """What is known of a file that cannot be read. Raises `error` where that is a service's fault."""
     if isinstance(error, ServiceError):
         raise error
-    return entry.model_copy(update={"problem": str(error).rstrip(".")})
+    return entry.model_copy(update={"problem": plain(error).rstrip(".")})
 
 
 def remembered(folder: Path) -> dict[str, FileEntry]:

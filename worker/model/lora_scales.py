@@ -108,21 +108,27 @@ def config_of(path: Path) -> str | None:
 
 def _json(text: str, what: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{what} is no JSON object: save the LoRA again") from None
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is no JSON object: save the LoRA again")
+    return value
 
 
 def _settings(config: Mapping[str, Any]) -> Settings:
     if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise ValueError(f"it is PEFT's {kind}, which is not offered: LoRA and DoRA are")
+        raise ValueError(f"it is PEFT's {_short(kind)}, which is not offered: LoRA and DoRA are")
     if on := next((name for name in _MUST_BE_OFF if config.get(name)), None):
         raise ValueError(f"PEFT's setting {on} is on, which is not read here: use a LoRA without it")
     if (bias := config.get("bias", "none")) != "none":
-        raise ValueError(f"PEFT's setting bias is {bias}, which is not read here: use a LoRA without it")
+        raise ValueError(
+            f"PEFT's setting bias is {_short(bias)}, which is not read here: use a LoRA without it"
+        )
     if (start := config.get("init_lora_weights")) not in _STARTS:
         raise ValueError(
-            f"it was trained from {start}, which changes the model's own weights too: convert it into a LoRA"
+            f"it was trained from {_short(start)}, which changes the model's own weights too: convert it "
+            "into a LoRA"
         )
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
@@ -132,9 +138,22 @@ def _settings(config: Mapping[str, Any]) -> Settings:
     return Settings(
         _number(config.get("lora_alpha", 8)),
         {name: _number(value) for name, value in patterns.items()},
-        bool(config.get("use_rslora")),
-        bool(config.get("use_dora")),
+        _switch(config, "use_rslora"),
+        _switch(config, "use_dora"),
     )
+
+
+def _short(value: object) -> str:
+    return str(value)[:40]
+
+
+def _switch(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value not in (None, True, False):
+        raise ValueError(
+            f"PEFT's setting {name} is {value!r:.40}, true or false is needed: save the LoRA again"
+        )
+    return bool(value)
 
 
 def _number(value: object) -> float:

@@ -71,11 +71,13 @@ def config_of(path: Path) -> dict[str, Any] | None:
     if (text := _config_text(path)) is None:
         return None
     try:
-        config = dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"its {CONFIG} is no JSON object: download it again") from None
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"its {CONFIG} is no JSON object: download it again")
     if (kind := config.get("_class_name")) not in ("AutoencoderKL", tiny_vae.CLASS):
-        raise ValueError(f"it is a {kind}, an AutoencoderKL or an {tiny_vae.CLASS} is needed")
+        raise ValueError(f"it is a {str(kind)[:40]}, an AutoencoderKL or an {tiny_vae.CLASS} is needed")
     return config
 
 

@@ -493,6 +493,9 @@ def test_pefts_file_without_its_config_is_refused_wherever_it_is(
         b'{"lora_alpha": "\xe9"}',
         b"[" * 100_000,
         b"[1]",
+        b'""',
+        b'[["lora_alpha", 1]]',
+        b'{"use_rslora": "false"}',
     ],
     ids=lambda config: config[:20].decode("latin-1"),
 )
@@ -511,10 +514,27 @@ def test_a_hostile_config_is_the_problem_of_its_own_file_alone(
 
 def test_a_hostile_config_of_a_vae_is_its_own_problem(tmp_path: Path) -> None:
     (tmp_path / "vaes" / "mine").mkdir(parents=True)
-    (tmp_path / "vaes" / "mine" / "config.json").write_bytes(b'{"author": "\xe9"}')
     (tmp_path / "vaes" / "mine" / "diffusion_pytorch_model.safetensors").write_bytes(embedding())
-    [entry] = FileStore({Kind.VAE: [str(tmp_path / "vaes")]}, tmp_path / "cache").index.files
-    assert entry.problem == "its config.json is no UTF-8: download it again"
+    for config, problem in (
+        (b'{"author": "\xe9"}', "its config.json is no UTF-8: download it again"),
+        (b'""', "its config.json is no JSON object: download it again"),
+        (b'[["_class_name", "AutoencoderKL"]]', "its config.json is no JSON object: download it again"),
+    ):
+        (tmp_path / "vaes" / "mine" / "config.json").write_bytes(config)
+        [entry] = FileStore({Kind.VAE: [str(tmp_path / "vaes")]}, tmp_path / "cache").index.files
+        assert entry.problem == problem
+
+
+def test_what_an_author_wrote_moves_no_cursor_and_forges_no_line(tmp_path: Path) -> None:
+    """The problem of a file is shown at terminals, and announced to all."""
+    (tmp_path / "loras" / "cat").mkdir(parents=True)
+    (tmp_path / "loras" / "cat" / "adapter_model.safetensors").write_bytes(of_peft())
+    config = {"bias": "\x1b[2J\nall is well\u202e" + "x" * 100_000}
+    (tmp_path / "loras" / "cat" / "adapter_config.json").write_text(json.dumps(config))
+    [entry] = FileStore({Kind.LORA: [str(tmp_path / "loras")]}, tmp_path / "cache").index.files
+    assert r"bias is \x1b[2J\nall is well\u202exxx" in entry.problem
+    assert entry.problem.isprintable()
+    assert len(entry.problem) < 200
 
 
 def test_a_config_in_a_bucket_that_changes_makes_another_file(tmp_path: Path) -> None:
