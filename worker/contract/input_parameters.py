@@ -136,8 +136,6 @@ def _strength(value: float | None, info: ValidationInfo) -> float | None:
     if not info.data["image"]:
         raise ValueError(f"is {value:g}, and there is no image to begin with: give one, or leave it out")
     steps = info.data.get("steps")
-    if value == 0:
-        raise ValueError("is 0, which leaves the image as it is: use more")
     if steps is not None and not leaves_steps(value, steps):
         raise ValueError(
             f"is {value:g}, which leaves none of {steps} steps: use at least {1 / steps:.2g}, or more steps"
@@ -226,7 +224,7 @@ class InputParameters(JobParameters):
     #: given: 0.8, or 1 with a mask. AUTOMATIC1111 calls it denoising strength.
     strength: Annotated[
         float | None,
-        Field(ge=0, le=1, strict=True, allow_inf_nan=False),
+        Field(gt=0, le=1, strict=True, allow_inf_nan=False),
         AfterValidator(_strength),
         JobField(
             since=INPUTS_SINCE,

@@ -80,6 +80,8 @@ def _upscale(value: float, info: ValidationInfo) -> float:
         )
         most = int(100 * MAX_SIZE / max(given)) / 100
         remedy = f"use at most {most:g}" if most > 1 else "leave it out"
+        side = int(MAX_SIZE / value) // SIZE_STEP * SIZE_STEP
+        remedy += f", or use a width and height of at most {side:,}"
         raise ValueError(
             f"is {value:g}, which makes {to} px of {of}, the limit is {MAX_SIZE:,} a side: {remedy}"
         )
@@ -156,7 +158,7 @@ class SecondPassParameters(InputParameters):
     #: How much the second pass draws anew, above 0 and up to 1. AUTOMATIC1111 calls it denoising strength.
     upscale_strength: Annotated[
         float,
-        Field(ge=0, le=1, strict=True, allow_inf_nan=False, validate_default=True),
+        Field(gt=0, le=1, strict=True, allow_inf_nan=False, validate_default=True),
         _for_a_second_pass(UPSCALE_STRENGTH),
         AfterValidator(_strength),
         JobField(since=SECOND_PASS_SINCE, infotext_ours_only=True),

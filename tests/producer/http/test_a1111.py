@@ -243,7 +243,7 @@ def test_hires_fix_is_a_second_pass(given: dict[str, Any], fields: dict[str, Any
         ),
         ({**HIRES, "hr_scale": 8}, "upscale is 8: it must be 1 to 4"),
         ({**HIRES, "hr_scale": 4, "width": 1024}, "upscale is 4, which makes 4096x3072 px of 1024x768"),
-        ({**HIRES, "denoising_strength": 0}, "upscale_strength is 0, which leaves none of 10 steps"),
+        ({**HIRES, "denoising_strength": 0}, "upscale_strength is 0: it must be above 0 and up to 1"),
         ({"styles": ["anime"]}, 'styles is ["anime"], and styles are not offered'),
         ({"script_name": "X/Y/Z plot"}, "script_name is 'X/Y/Z plot', and scripts are not offered"),
         (
@@ -533,7 +533,7 @@ def test_only_the_masked_part_is_drawn_unless_it_is_said_otherwise(api: Api) -> 
         ({"latent_mask": "x"}, "latent_mask is 'x', and it is not offered: send a mask."),
         ({"mask": base64_of(mask()), "inpainting_fill": 2}, "inpainting_fill is 2, which is not offered"),
         ({"mask": base64_of(mask()), "mask_blur_x": 3}, "mask_blur_x and mask_blur_y are [3, 4]"),
-        ({"denoising_strength": 2}, "strength is 2: it must be 0 to 1."),
+        ({"denoising_strength": 2}, "strength is 2: it must be above 0 and up to 1."),
         ({"denoising_strenght": 0.5}, "There is no 'denoising_strenght' in"),
         ({"script_name": "loopback"}, "scripts are not offered"),
     ],

@@ -55,7 +55,9 @@ def stored(version: int) -> dict[str, Any]:
 def parts(field: dict[str, Any]) -> dict[str, Any]:
     """A field's own schema, whether or not it may be null as well."""
     own = [each for each in field.get("anyOf", [field]) if each.get("type") != "null"]
-    return own[0]
+    # A limit that is left out itself is no wider one.
+    least = own[0].get("exclusiveMinimum")
+    return own[0] if least is None else {"minimum": least} | own[0]
 
 
 def additions(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:

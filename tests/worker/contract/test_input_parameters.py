@@ -137,9 +137,9 @@ def test_strength_is_diffusers_own_where_it_is_not_given() -> None:
     ("fields", "sentence"),
     [
         ({"strength": 0.5}, "strength is 0.5, and there is no image to begin with: give one, or leave"),
-        ({"image": IMAGE, "strength": 0.0}, "strength is 0, which leaves the image as it is: use more."),
+        ({"image": IMAGE, "strength": 0.0}, "strength is 0.0: it must be above 0 and up to 1."),
         ({"image": IMAGE, "strength": 0.04, "steps": 20}, "strength is 0.04, which leaves none of 20 steps"),
-        ({"image": IMAGE, "strength": 1.5}, "strength is 1.5: it must be 0 to 1."),
+        ({"image": IMAGE, "strength": 1.5}, "strength is 1.5: it must be above 0 and up to 1."),
         ({"mask": "alpha"}, "mask is for an image: give one, or leave the mask out."),
         ({"image": IMAGE, "mask": f"{FILE}:480x640"}, "mask is 480x640 and the image 640x480: give a mask"),
         ({"image": IMAGE, "mask": f"{PARENT}:480x640"}, "mask is 480x640 and the image 640x480: give a mask"),

@@ -265,7 +265,7 @@ def test_a_number_beyond_a_limit_or_no_number_is_refused_with_both_limits() -> N
     numbers = [each for each in JOB_FIELDS.values() if each.kind in (int, float)]
     assert len(numbers) > 15
     for entry in numbers:
-        assert re.fullmatch("[0-9]+ to [0-9,]+", entry.limits), entry.name
+        assert re.fullmatch("([0-9]+|above 0 and up) to [0-9,]+", entry.limits), entry.name
         most = int(entry.limits.split(" to ")[1].replace(",", ""))
         # -1 is a seed: a drawn one.
         for value in (-2, most + 1, "x", [], 10**40):

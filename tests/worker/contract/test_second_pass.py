@@ -63,14 +63,19 @@ def test_what_a_tenant_is_charged_has_both_passes() -> None:
         ({"upscale": 4.1}, "upscale is 4.1: it must be 1 to 4."),
         (
             {"upscale": 3, "width": 1024, "height": 512},
-            "upscale is 3, which makes 3072x1536 px of 1024x512, the limit is 2,048 a side: use at most 2.",
+            "upscale is 3, which makes 3072x1536 px of 1024x512, the limit is 2,048 a side: use at most 2,",
         ),
-        ({"upscale": 2, "width": 2048}, "upscale is 2, which makes 4096 px of 2048, the limit is 2,048 a"),
+        (
+            {"upscale": 2, "width": 2048},
+            "upscale is 2, which makes 4096 px of 2048, the limit is 2,048 a side: leave it out, or",
+        ),
         ({"upscale": 2, "image": IMAGE, "mask": "alpha"}, "upscale is 2, and is not for a job with a mask"),
         (
             {"upscale_steps": 5},
             "upscale_steps is 5, and is for a second pass: give upscale, or leave it out.",
         ),
+        # Whether or not the steps are known.
+        ({"upscale": 2, "upscale_strength": 0}, "upscale_strength is 0: it must be above 0 and up to 1."),
         ({"upscale_strength": 0.7}, "upscale_strength is 0.7, and is for a second pass: give upscale"),
         ({"upscaler": "lanczos"}, "upscaler is 'lanczos', and is for a second pass: give upscale"),
         ({"upscale": 2, "upscaler": "esrgan"}, "upscaler is 'esrgan': use one of latent, lanczos."),
@@ -90,6 +95,14 @@ def test_what_would_have_no_effect_or_no_size_is_refused(fields: Any, sentence: 
     with pytest.raises(InvalidJobError) as caught:
         parsed(**fields)
     assert str(caught.value).startswith(sentence)
+
+
+def test_the_remedy_of_a_picture_that_is_too_large_is_enough() -> None:
+    for size, upscale in (({"width": 1024, "height": 512}, 3), ({"width": 2048}, 2), ({"width": 1504}, 1.5)):
+        with pytest.raises(InvalidJobError, match=r"a side: .* a width and height of at most") as caught:
+            parsed(**size, upscale=upscale)
+        side = int(str(caught.value).rpartition(" ")[2].rstrip(".").replace(",", ""))
+        assert parsed(width=side, height=side, upscale=upscale).upscale == upscale
 
 
 def test_what_only_the_models_own_size_and_steps_refuse_is_refused_then() -> None:
