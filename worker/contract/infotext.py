@@ -26,6 +26,7 @@ from worker.contract.choices import NoiseSchedule, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.file_index import AUTO_V2, NO_FILES, FileIndex, Kind, composed_name, key_of, with_hash
+from worker.contract.input_reference import ALPHA
 from worker.contract.job import JOB_FIELDS, WRITTEN_FIELDS, Job
 from worker.contract.job_fields import FieldEntry, truth_of
 from worker.contract.job_files import embeddings_of, vae_of
@@ -271,8 +272,8 @@ def _value(job: Job, entries: tuple[FieldEntry, ...]) -> object:
     value = getattr(job, entry.name)
     if value is NoiseSchedule.DEFAULT and job.scheduler in AUTOMATIC:
         return _OWN_SCHEDULE
-    # AUTOMATIC1111 writes its default blur, too.
-    is_blur = entry.name == "mask_blur" and bool(job.mask)
+    # AUTOMATIC1111 writes its default blur, too. The edge of the mask alpha is the image's own.
+    is_blur = entry.name == "mask_blur" and bool(job.mask) and job.mask != ALPHA
     if not entry.is_original and value == entry.default and not is_blur:
         return None
     if entry.kind is dict:

@@ -81,6 +81,7 @@ class Preparation:
             beginning = beginning.on(self._device)
             state = JobState(job, lane, text, conditions, schedule, sampler, generator, beginning)
         state.decoder, state.loras = vae.decoder if vae else None, loras.unet
+        state.warnings += loras.warnings(job)
         return state
 
     def _plan(self, job: Job) -> tuple[Lane, tuple[Schedule, Sampler | None, torch.Generator]]:

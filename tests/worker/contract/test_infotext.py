@@ -356,3 +356,12 @@ def test_an_infotext_says_its_syntax_and_ours_without_it_is_plain() -> None:
     assert read(write(other)).id == other.id
     bare = read("a (cat:1.3)")
     assert not bare.says_syntax
+
+
+def test_a_blur_that_has_no_effect_is_not_written() -> None:
+    """The edge of the mask alpha is the image's own; AUTOMATIC1111 writes the blur of each other mask."""
+    for mask, is_written in (("alpha", False), (REFERENCE, True)):
+        job = Job(prompt="a cat", seed=1, image=REFERENCE, mask=mask, steps=20, guidance_scale=5.0)
+        text = write(job)
+        assert ("Mask blur: 4" in text) == is_written
+        assert read(text).mask_blur == job.mask_blur

@@ -81,6 +81,20 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+def test_a_weight_that_changes_nothing_is_said(ground: Ground) -> None:
+    """The files have no part for text encoders."""
+
+    def said(**lora: Any) -> tuple[str, ...]:
+        job = Job(prompt="a small cat", seed=0, steps=2, guidance_scale=3.0, loras=[{"name": "a", **lora}])
+        whole = with_files(job.resolved(ground.runner.served), ground.files.index)
+        return ground.runner.prepare(whole).warnings
+
+    [sentence] = said(weight=1, text_encoder_weight=0.5)
+    assert sentence == 'The LoRA "a" has no part for text encoders, so te=0.5 changes nothing: leave it out.'
+    # What nobody asked for on its own needs no word; nor does a weight of 0, which changes nothing anywhere.
+    assert said(weight=0.5) == said(weight=1, text_encoder_weight=0) == ()
+
+
 def test_what_was_used_least_lately_goes_first_and_the_memory_is_kept(
     ground: Ground, reads: list[str]
 ) -> None:

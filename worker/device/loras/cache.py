@@ -107,6 +107,17 @@ class JobLoras:
     texts: TextLoras | None = None
     #: Bytes that the files' own buffers do not hold.
     nbytes: int = 0
+    #: SHA-256 of the files that have no part for text encoders.
+    without_texts: frozenset[str] = frozenset()
+
+    def warnings(self, job: Job) -> tuple[str, ...]:
+        """A sentence for each LoRA of the job that has a weight of its own in text encoders, and no part."""
+        return tuple(
+            f'The LoRA "{each.name}" has no part for text encoders, so te={each.text_encoder_weight:g} '
+            "changes nothing: leave it out."
+            for sha256, each in loras_of(job)
+            if each.text_encoder_weight and sha256 in self.without_texts
+        )
 
 
 #: Those of most jobs.
@@ -214,7 +225,10 @@ class Loras:
         )
 
     def _made(
-        self, key: tuple[Hashable, ...], files: list[tuple[StoredFile, Lora]], adaptable: Adaptable
+        self,
+        key: tuple[tuple[str, float, float], ...],
+        files: list[tuple[StoredFile, Lora]],
+        adaptable: Adaptable,
     ) -> JobLoras:
         unet = joined([(file, each.weight) for file, each in files], 0, adaptable.weights)
         texts = []
@@ -235,6 +249,9 @@ class Loras:
             lora_set,
             TextLoras(key, texts) if any(texts) else None,
             sum(each.nbytes for each in owned),
+            frozenset(
+                sha256 for (sha256, *_), (file, _) in zip(key, files, strict=True) if not any(file.parts[1:])
+            ),
         )
 
     def _file(self, sha256: str, name: str, adaptable: Adaptable) -> StoredFile:
