@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from producer.cli.json_output import say
 from producer.ingest.check import check, given_of, rejected_of
+from producer.ingest.message_templates import Resolver, resolver_of
 from producer.session import session
+from worker.contract.embedding_names import EmbeddingNames
 from worker.contract.errors import ServiceError, SettingsError
-from worker.contract.job import Job
+from worker.contract.job import JOB_FIELDS, Job
 from worker.contract.plain_text import counted, plain_json
 from worker.contract.prompt_syntax import SYNTAX
 
 if TYPE_CHECKING:
     from producer.ingest.plan import Plan, Planned, Rejected
-    from worker.contract.choices import PromptSyntax
     from worker.state.fleet import FleetSnapshot
 
 #: Jobs of each file that are shown, and characters of a value and names of a list, at most.
@@ -45,15 +46,17 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
         else:
             say(f"{values['file']}, line {values['line']}: {values['reason']}", err=True)
 
-    fleet = _FleetsSyntax()
-    findings = check(plan, found, lambda text: say(text, err=True), read, fleet.resolve)
+    fleet = _Fleet()
+    findings = check(
+        plan, found, lambda text: say(text, err=True), read, Resolver(fleet.checked, fleet.names_for)
+    )
     names = [f"{name} ({counted(count, 'job')})" for name, count in findings.metadata.items()]
     if names:
         more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
         say(f"to metadata: {', '.join(map(_short, names[:_NAMES]))}{more}", err=as_json)
     for sentence, (count, file, line) in findings.warnings.items():
         say(f"{sentence} ({counted(count, 'job')}, the first in {file}, line {line})", err=as_json)
-    if fleet.is_unknown and any(sentence.startswith(fleet.names) for sentence in findings.warnings):
+    if fleet.is_syntax_unknown and any(sentence.startswith(fleet.syntaxes) for sentence in findings.warnings):
         say(
             "note  Redis does not answer, so the fleet's default syntax of prompts is not known: these were "
             "checked as plain. To be sure, give --prompt-syntax.",
@@ -62,34 +65,43 @@ def print_check(plan: Plan, *, as_json: bool) -> int:
     if not (findings.jobs or findings.bad):
         say("note  the files have no prompts", err=True)
     jobs, bad = counted(findings.jobs, "job"), counted(findings.bad, "bad line")
-    say(f"{jobs}, {bad}; nothing was sent", err=as_json)
+    # In the last line, so that nobody takes it for all that a run checks.
+    but = " (Redis does not answer: models and names of LoRAs and VAEs were not checked)"
+    say(f"{jobs}, {bad}; nothing was sent{but if fleet.is_unknown else ''}", err=as_json)
     return 1 if findings.bad else 0
 
 
-class _FleetsSyntax:
-    """Gives jobs that do not say their syntax the fleet's default, where Redis answers; else none."""
+class _Fleet:
+    """Checks jobs by what the fleet serves at one moment, as a run that begins then; else as they are."""
 
     #: What the warnings of plain prompts begin with.
-    names = tuple(SYNTAX)
+    syntaxes = tuple(SYNTAX)
 
     def __init__(self) -> None:
+        #: Whether Redis did not answer when it was asked.
         self.is_unknown = False
-        self._known: dict[tuple[str, str], PromptSyntax] = {}
-        self._fleet: FleetSnapshot | None = None
+        #: Whether it would have been asked for a job's syntax.
+        self.is_syntax_unknown = False
+        self._known: Resolver | None = None
 
-    def resolve(self, job: Job) -> Job:
-        """`job` in its syntax, and else as it is. Raises `InvalidJobError`."""
-        if job.says_syntax or self.is_unknown:
+    def checked(self, job: Job) -> Job:
+        """`job` in its syntax, and else as it is. Raises `InvalidJobError` where a run would reject it."""
+        if (known := self._resolver()) is None:
+            self.is_syntax_unknown = self.is_syntax_unknown or not job.says_syntax
             return job
-        name = (job.model, job.revision)
-        if name not in self._known:
-            self._fleet = self._fleet or _snapshot()
-            if self._fleet is None:
-                self.is_unknown = True
-                return job
-            plain = Job(prompt="x", seed=0, model=job.model, revision=job.revision)
-            self._known[name] = self._fleet.resolve(plain).prompt_syntax
-        return job.in_syntax(self._known[name])
+        return job.in_syntax(known.job(job).prompt_syntax)
+
+    def names_for(self, job: Job) -> EmbeddingNames:
+        """As `Resolver.names`."""
+        known = self._resolver()
+        return EmbeddingNames(()) if known is None else known.names(job)
+
+    def _resolver(self) -> Resolver | None:
+        if self._known is None and not self.is_unknown:
+            snapshot = _snapshot()
+            self.is_unknown = snapshot is None
+            self._known = resolver_of(snapshot) if snapshot else None
+        return self._known
 
 
 def _snapshot() -> FleetSnapshot | None:
@@ -107,10 +119,18 @@ def _shown(plan: Plan, job: Planned) -> tuple[str, str]:
     values = given_of(plan, job)
     place = f"{values.pop('file')}, line {values.pop('line')}: {_short(values.pop('prompt'))}"
     metadata = values.pop("metadata", None)
-    parts = [f"{name} {_short(value)}" for name, value in values.items()]
+    parts = [f"{name} {_short(_written(name, value))}" for name, value in values.items()]
     if metadata:
         parts.append(f"metadata {_short(json.dumps(metadata, ensure_ascii=False))}")
     return place, f"    {', '.join(parts)}"
+
+
+def _written(name: str, value: Any) -> object:
+    """A field's value as people write it."""
+    as_text = JOB_FIELDS[name].as_text
+    if as_text is not None:
+        return as_text(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | dict | list) else value
 
 
 def _short(value: object) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,19 +13,25 @@ from deploy.embedded.servers import ValkeyProcess
 from producer.cli.ingest_display import QuietDisplay
 from producer.cli.main import cli
 from producer.ingest.check import refuse_bad_lines
-from producer.ingest.plan import Plan, Planned, unresolved
+from producer.ingest.message_templates import resolver_of
+from producer.ingest.plan import Plan, Planned, Rejected, unresolved
 from producer.ingest.submit_file import grid_of, make_ingest, make_plan, make_variants
 from producer.ingest.types import Options
 from producer.prompts.variants import Variants
+from tests.fast_worker import SERVED
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import PromptFileError
-from worker.contract.job import Job
+from worker.contract.file_index import NO_FILES, FileEntry, FileIndex, Kind
+from worker.contract.job import FORMAT_VERSION, Job
 from worker.contract.prompt_syntax import COMMENT_IN_A1111, UNUSED_NEGATIVE, only_words_warning
+from worker.state.fleet import FleetSnapshot
+from worker.state.groups import WorkerInfo, groups_of
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: FleetSnapshot((), (), {}))
 
 
 def checked(*words: str) -> tuple[int, list[str], str]:
@@ -248,6 +253,56 @@ def test_loras_of_options_lines_and_grids() -> None:
     assert [each.grid["loras"] for each in planned][:3] == grid["loras"]
 
 
+def a_fleet(index: FileIndex = NO_FILES, **announced: Any) -> FleetSnapshot:
+    """A fleet of one worker, which offers these files."""
+    worker = WorkerInfo(
+        name="w1",
+        served=SERVED,
+        started_at=1.0,
+        device="CPU",
+        attention="native",
+        max_rows=8,
+        versions={},
+        reads=FORMAT_VERSION,
+        files=index.digest,
+        **announced,
+    )
+    return FleetSnapshot(groups_of([worker]), (), {index.digest: index})
+
+
+def test_check_rejects_what_a_run_would_by_the_files_that_workers_offer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index = FileIndex.of([FileEntry(kind=Kind.LORA, name="pixel", sha256="ab" * 32)])
+    fleet = a_fleet(index)
+    monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: fleet)
+    Path("p.csv").write_text("prompt,loras,vae\na,pixel=0.8,\nb,detail=0.8,\nc,,nope\nd <lora:x:1>,,\n")
+    code, said, errors = checked("p.csv", "--prompt-syntax", "a1111")
+    assert code == 1
+    offered = "they offer pixel (smallcat doctor lists them)."
+    none = "they offer no VAE. SMALLCAT_VAES of the workers says where theirs are."
+    assert errors.splitlines() == [
+        f'p.csv, line 3: loras has "detail", which no worker offers: {offered}',
+        f'p.csv, line 4: vae is "nope", which no worker offers: {none}',
+        f'p.csv, line 5: loras has "x", which no worker offers: {offered}',
+    ]
+    # Jobs are shown as the file has them, and values as people write them.
+    assert "loras pixel=0.8" in said[1]
+    assert "steps" not in said[1]
+    assert said[-1] == "1 job, 3 bad lines; nothing was sent"
+    variants = make_variants({"prompt_syntax": "a1111"}, 1, None, {}, None, None, literal=False)
+    plan = make_plan(["p.csv"], file_format=None, variants=variants)
+    rejected = [each.line for each in plan.items(resolver_of(fleet)) if isinstance(each, Rejected)]
+    assert rejected == [3, 4, 5]
+    monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: None)
+    code, said, _ = checked("p.csv", "--prompt-syntax", "a1111")
+    assert code == 0
+    assert said[-1] == (
+        "4 jobs, 0 bad lines; nothing was sent (Redis does not answer: models and names of LoRAs and VAEs "
+        "were not checked)"
+    )
+
+
 def in_a1111(job: Job) -> Job:
     return job.in_syntax(PromptSyntax.A1111)
 
@@ -257,8 +312,9 @@ def test_strict_and_check_read_lines_in_the_fleets_syntax(monkeypatch: pytest.Mo
     refuse_bad_lines(plan, lambda _: None)
     with pytest.raises(PromptFileError, match=r"1 line is no job, and nothing was sent:\np.txt, line 2"):
         refuse_bad_lines(plan, lambda _: None, in_a1111)
-    fleet = SimpleNamespace(resolve=in_a1111)
-    monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: fleet)
+    monkeypatch.setattr(
+        "producer.cli.ingest_check._snapshot", lambda: a_fleet(prompt_syntax=PromptSyntax.A1111)
+    )
     code, said, errors = checked("p.txt")
     assert code == 1
     assert "p.txt, line 2: prompt_syntax is a1111, and the prompt asks for <hypernet:foo:1>" in errors
@@ -271,6 +327,6 @@ def test_check_says_where_the_fleets_syntax_is_not_known(monkeypatch: pytest.Mon
     monkeypatch.setattr("producer.cli.ingest_check._snapshot", lambda: None)
     Path("p.txt").write_text("a (cat:1.3)\n")
     assert "the fleet's default syntax of prompts is not known" in checked("p.txt")[2]
-    assert "not known" not in checked("p.txt", "--prompt-syntax", "plain")[2]
+    assert "is not known" not in checked("p.txt", "--prompt-syntax", "plain")[2]
     Path("p.txt").write_text("a cat\n")
     assert "not known" not in checked("p.txt")[2]
