@@ -35,9 +35,11 @@ def main() -> int:
     parser.add_argument("photos", type=Path, help="folder for the results")
     parser.add_argument("prompts", nargs="+", help="the whole picture in words")
     asked = parser.parse_args()
+    if not asked.cut_outs.is_dir():
+        parser.error(f"there is no folder {asked.cut_outs}: name the one that your cut-outs are in")
     files = sorted(each for each in asked.cut_outs.glob("*") if each.suffix.lower() in ENDINGS)
     if not files:
-        parser.error(f"there is no {' or '.join(ENDINGS)} file in {asked.cut_outs}")
+        parser.error(f"there is no {' or '.join(ENDINGS)} file in {asked.cut_outs}: put your cut-outs there")
     asked.photos.mkdir(parents=True, exist_ok=True)
 
     # All are queued before the first is waited for, so that workers draw them in batches.

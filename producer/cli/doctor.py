@@ -47,8 +47,10 @@ class Finding(NamedTuple):
     what: str
     #: Whether it is as it should be.
     ok: bool
-    #: What was found; where `ok` is false, also what to do.
+    #: What was found; where `ok` is false or it is a note, also what to do.
     text: str
+    #: Whether it is as it may be, and something else would be better.
+    is_note: bool = False
 
 
 def examine() -> Iterator[Finding]:
@@ -97,6 +99,7 @@ def _redis(now: Session) -> Iterator[Finding]:
         "keeps an append-only file: jobs survive its death"
         if durable
         else "keeps no append-only file: jobs are lost if it dies. For production: CONFIG SET appendonly yes",
+        is_note=not durable,
     )
     yield from _record_size(now)
 
@@ -117,19 +120,18 @@ def _record_size(now: Session) -> Iterator[Finding]:
         return
     if int(longest) < int(_LONGEST_VALUE[1]):
         words = " ".join((*_LONGEST_VALUE, *_MOST_FIELDS))
-        yield Finding(
-            "redis", True, f"records of jobs take twice the memory that they need: CONFIG SET {words}"
-        )
+        text = f"records of jobs take twice the memory that they need: CONFIG SET {words}"
+        yield Finding("redis", True, text, is_note=True)
     elif int(most) > _MANY_FIELDS:
         text = f"looks through the messages that workers hold one by one: CONFIG SET {' '.join(_MOST_FIELDS)}"
-        yield Finding("redis", True, text)
+        yield Finding("redis", True, text, is_note=True)
 
 
 def _fullness(info: Mapping[str, object]) -> Finding:
     """How much of its memory is in use."""
     if (share := fullness(info)) is None:
         text = "has no maxmemory: CONFIG SET maxmemory to less than the machine has, or its kernel may end it"
-        return Finding("redis", True, text)
+        return Finding("redis", True, text, is_note=True)
     text = f"uses {share:.0%} of its maxmemory"
     if share >= _NEARLY_FULL:
         text += ": it refuses jobs when it is full. Start workers, which make room, or raise maxmemory"

@@ -250,6 +250,8 @@ def doctor(as_json: bool) -> None:
         findings.append(finding)
         if not as_json:
             mark, colour = ("ok  ", "green") if finding.ok else ("FAIL", "red")
+            if finding.is_note:
+                mark, colour = "note", "yellow"
             say(f"  {finding.what:10} {finding.text}", mark=mark, colour=colour)
     if as_json:
         print_json([finding._asdict() for finding in findings])

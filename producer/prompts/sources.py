@@ -105,7 +105,7 @@ class Source:
                     raise PromptFileError(f"{self.name} has changed since it was first read: run it again.")
                 yield raw
         except OSError as error:
-            raise PromptFileError(f"{self.name} cannot be read: {error.strerror or error}.") from None
+            raise _unreadable(self.name, error) from None
 
     def _decompressed(self, raw: BinaryIO, head: bytes, *, is_limited: bool) -> BinaryIO:
         if self.format == "parquet":
@@ -141,8 +141,19 @@ def source(name: str, form: str | None = None) -> Source:
         with path.open("rb") as raw:
             seen, digest = _seen(raw), _digest(raw)
     except OSError as error:
-        raise PromptFileError(f"{name} cannot be read: {error.strerror or error}.") from None
+        raise _unreadable(name, error) from None
     return Source(name, form, digest, path, None, seen)
+
+
+def _unreadable(name: str, error: OSError) -> PromptFileError:
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            why = "there is no such file. Check its path"
+        case IsADirectoryError():
+            why = "that is a folder. Name the files in it"
+        case _:
+            why = f"{error.strerror or error}. Check who may read it"
+    return PromptFileError(f"{name} cannot be read: {why}.")
 
 
 def _format_of(name: str) -> str:

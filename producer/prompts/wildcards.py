@@ -110,7 +110,11 @@ class Wildcards:
             self.notice(said)
         if not weights:
             broken = "".join(f" {each}" for each in self._index.broken[:1])
-            raise _error(shown, f"there is no {shown}.txt with a line in it in {self._folder}.{broken}")
+            raise _error(
+                shown,
+                f"there is no {shown}.txt with a line in it in {self._folder}: write it, or name another "
+                f"folder with --wildcards.{broken}",
+            )
         return tuple((_parsed(text, shown), weights[text]) for text in sorted(weights))
 
     def _lines(self, path: Path, shown: str) -> Iterator[tuple[str, float]]:
@@ -179,11 +183,16 @@ class _Index:
                 elif isinstance(data, dict):
                     self._names.update(_named(data, [prefix] if prefix else [], [0], odd))
                 if odd:
-                    shown = ", ".join(short(each) for each in odd[:3])
+                    shown = ", ".join(_as_written(each) for each in odd[:3])
                     more = f" and {len(odd) - 3:,} more" if len(odd) > 3 else ""
+                    no, are = (
+                        ("is no text, or has", "is") if len(odd) == 1 else ("are no texts, or have", "are")
+                    )
+                    # YAML reads these as true and false.
+                    has_bool = path.suffix == ".yaml" and any(isinstance(each, bool) for each in odd)
                     self.left_out.append(
-                        f"{path}: {shown}{more} are no texts, or have no weight above 0, and are left out: "
-                        "put quotes around texts."
+                        f"{path}: {shown}{more} {no} no weight above 0, and {are} left out: put quotes "
+                        f"around texts{', also around yes, no, on and off' if has_bool else ''}."
                     )
             except LineError as error:
                 self.broken.append(error.reason)
@@ -209,6 +218,15 @@ def _yaml(path: Path, text: str) -> Any:
         return yaml.load(text, loader)  # noqa: S506 - a safe loader
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+
+
+def _as_written(value: object) -> str:
+    """A value as JSON, which is nearly as its file has it: 60 characters at most."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # Days as names, which JSON has not; huge numbers.
+        return short(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _refuse_bomb(events: Iterator[Any]) -> None:

@@ -18,6 +18,7 @@ from producer import JobHandle, submit_file, submit_job
 from tests.producer.test_client import client, environment, finish, fleet, messages, records
 from tests.worker.engine.fake_runner import job_of
 from worker.contract.errors import InvalidJobError, StorageError
+from worker.contract.given_picture import Reach, read_given
 from worker.contract.input_reference import MAX_INPUT_BYTES
 from worker.contract.job import Job
 from worker.contract.record import State
@@ -180,8 +181,8 @@ def test_the_refusal_of_a_chain_says_what_is_in_the_way(
         ("no-such.png", "image is 'no-such.png': there is no such file."),
         ("~nobody-here/a.png", "image is '~nobody-here/a.png': there is no such file."),
         (Path("~nobody-here/a.png"), "image is '~nobody-here/a.png': there is no such file."),
-        (Path("/"), "image is '/': that is a folder."),
-        ("/dev/null", "image is '/dev/null': that is no regular file."),
+        (Path("/"), "image is '/': that is a folder: name a file in it."),
+        ("/dev/null", "image is '/dev/null': that is no regular file: copy what it holds into one."),
         ("a\0b", "image is 'a\\x00b': there is no such file."),
         (b"GIF89a", "image is a GIF: give a PNG, JPEG or WebP."),
         (b"", "image is empty: give a PNG, JPEG or WebP."),
@@ -223,8 +224,14 @@ def test_the_refusal_of_a_path_says_where_it_was_looked_for(
     looked = f"image is 'in/a.png': there is no such file. It was looked for in {tmp_path}/in: give its whole"
     with pytest.raises(InvalidJobError, match=re.escape(looked)):
         submit_job("a cat", image="in/a.png", **FIELDS)
-    with pytest.raises(InvalidJobError, match=r"image is '/none/a\.png': there is no such file\.$"):
+    with pytest.raises(InvalidJobError, match=r"'/none/a\.png': there is no such file: check its path\.$"):
         submit_job("a cat", image="/none/a.png", **FIELDS)
+
+
+def test_a_picture_of_a_prompt_file_that_is_missing_belongs_in_its_folder(tmp_path: Path) -> None:
+    """A whole path may lead out of it, which is refused."""
+    with pytest.raises(InvalidJobError, match=r"looked for in .*: put it there, or correct its name"):
+        read_given({"image": "nope.png"}, Reach(folder=tmp_path))
 
 
 def test_a_mask_that_is_nearly_alpha_is_asked_about(

@@ -23,6 +23,7 @@ from worker.bench.saturation import saturate
 from worker.bench.steady import Gauges, Steady, Window
 from worker.contract.errors import SettingsError, SmallcatError, first_line
 from worker.contract.job import Job
+from worker.contract.plain_text import counted
 from worker.contract.settings import worker_settings
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
@@ -126,7 +127,7 @@ def _pixels(outcome: Any) -> np.ndarray:
 
 def _result(found: Steady, batch: int, first_s: float, size: tuple[int, int], dtype: str) -> dict[str, Any]:
     on_gpu = torch.cuda.is_initialized()
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     peer = {
         **dataclasses.asdict(found),
         "batch": batch,

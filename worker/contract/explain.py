@@ -77,10 +77,12 @@ def _plain(name: str) -> str:
 
 
 def why_no_file(path: Path) -> str:
-    """Why a path is that of no regular file."""
+    """Why a path is that of no regular file, and what to do."""
     if path.is_dir():
-        return "that is a folder"
-    return "that is no regular file" if path.exists() else "there is no such file"
+        return "that is a folder: name a file in it"
+    if path.exists():
+        return "that is no regular file: copy what it holds into one"
+    return "there is no such file: check its path"
 
 
 def short(value: object) -> str:

@@ -34,5 +34,5 @@ def read_file(name: str, given: Path, path: Path, most_bytes: int | None = None)
                 data = b"" if size > most_bytes else file.read(most_bytes + 1)
             return data, max(size, len(data))
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        why = f"{error.strerror}: check who may read it" if isinstance(error, OSError) else error
         raise InvalidJobError(f"{shown}, which cannot be read: {why}.") from None

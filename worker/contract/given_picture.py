@@ -194,9 +194,11 @@ def _of_path(name: str, path: Path, reach: Reach) -> bytes:
     if not path.is_absolute() and _is_missing(whole):
         if is_near_alpha:
             raise InvalidJobError(did_you_mean)
+        # Of a prompt file all pictures are in its folder.
+        remedy = "give its whole path" if reach.folder == Path() else "put it there, or correct its name"
         raise InvalidJobError(
             f"{name} is {short(str(path))}: there is no such file. It was looked for in "
-            f"{whole.absolute().parent}: give its whole path."
+            f"{whole.absolute().parent}: {remedy}."
         )
     return _limited(name, *read_file(name, path, whole, MAX_INPUT_BYTES))
 

@@ -88,24 +88,32 @@ def _vae(name: str, index: FileIndex) -> str:
 
 
 def _hint(index: FileIndex, kind: Kind, name: str) -> str:
-    near = index.near(kind, name)
-    return f"did you mean {' or '.join(near)}?" if near else f"{kind.setting} of the workers names them."
+    if near := index.near(kind, name):
+        return f"did you mean {' or '.join(near)}?"
+    offered = [each.name for each in index.files if each.kind == kind and not each.problem]
+    if not offered:
+        return f"they offer no {called(kind)}. {kind.setting} of the workers says where theirs are."
+    shown = ", ".join(offered[:_SHOWN])
+    shown += f" and {len(offered) - _SHOWN:,} more" if len(offered) > _SHOWN else ""
+    return f"they offer {shown} (smallcat doctor lists them)."
 
 
 def _loras(job: Job, index: FileIndex) -> list[tuple[Lora, str]]:
     """The LoRAs of a job by their files' names, each with its SHA-256, in the order of the names."""
     found: dict[str, Lora] = {}
+    #: By SHA-256: how the job calls each.
+    called_by: dict[str, str] = {}
     for each in job.loras:
+        written = each.name
         sha256 = job.file_hashes.get(key_of(Kind.LORA, each.name))
         if sha256 is None:
             entry = _lora(index, each.name)
             sha256 = _usable(entry, Kind.LORA, each.name)
             each = each.model_copy(update={"name": composed_name(entry.name)})
-        if (other := found.get(sha256)) is not None:
-            raise InvalidJobError(
-                f'loras has the same file twice, as "{other.name}" and "{each.name}": keep one of them.'
-            )
-        found[sha256] = each
+        if sha256 in found:
+            names = " and ".join(f'"{name}"' for name in (called_by[sha256], written))
+            raise InvalidJobError(f"loras has the same file twice, as {names}: keep one of them.")
+        found[sha256], called_by[sha256] = each, written
     return sorted(((lora, sha256) for sha256, lora in found.items()), key=lambda pair: pair[0].name)
 
 

@@ -95,7 +95,10 @@ def _lora(tag: str, arguments: str) -> Lora:
         )
     values = dict(zip(_ARGUMENTS, positional[1:], strict=False)) | named
     if "dyn" in values:
-        raise ValueError(f"has {short(tag)} in the prompt, and a part of a LoRA's rank is not offered")
+        raise ValueError(
+            f"has {short(tag)} in the prompt, and a part of a LoRA's rank is not offered: take out "
+            f"{'dyn=' if 'dyn' in named else 'its third number'}"
+        )
     text_weight = _number(tag, values.get("te", "1"))
     return lora_of(
         positional[0], _number(tag, values["unet"]) if "unet" in values else text_weight, text_weight

@@ -30,6 +30,8 @@ SUFFIX: Final = ".safetensors"
 _PARTS: Final = ";,"
 #: Before the text encoders' weight in a text, where it is another one.
 _TEXT_WEIGHT: Final = "te="
+#: A text that stands for no LoRA.
+_NONE: Final = "none"
 _KEYS: Final = ("name", "weight", "text_encoder_weight")
 
 
@@ -134,6 +136,8 @@ def _entries(value: object) -> Iterator[Lora]:
             if isinstance(each, Lora):
                 yield lora_of(each.name, each.weight, each.text_encoder_weight)
             elif isinstance(each, str):
+                if len(value) > 1 and each.strip().lower() == _NONE:
+                    raise ValueError(f"has {short(each)} beside others: it stands alone, for no LoRA")
                 yield from _of_text(each)
             elif isinstance(each, Mapping):
                 yield _of_object(each)
@@ -164,7 +168,7 @@ def _of_text(text: str) -> Iterator[Lora]:
             raise ValueError(f"is {short(text)}, which is no JSON ({short(str(error))})") from None
         yield from _entries(value)
         return
-    if text.lower() == "none":
+    if text.lower() == _NONE:
         return
     for part in text.replace(",", ";").split(";"):
         if not part.strip():

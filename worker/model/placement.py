@@ -10,6 +10,7 @@ import torch
 
 from worker.contract.errors import SettingsError
 from worker.contract.gpu_share import GpuShare
+from worker.contract.plain_text import counted
 from worker.contract.settings import WorkerSettings
 from worker.model import gpu_lock
 
@@ -130,4 +131,4 @@ def device_name(device: torch.device) -> str:
     """The device as it appears in the log."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    return f"cpu ({counted(torch.get_num_threads(), 'thread')})"

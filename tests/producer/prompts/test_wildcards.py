@@ -92,8 +92,17 @@ def test_what_is_no_value_is_named_and_the_others_stay(tmp_path: Path) -> None:
     wildcards = Wildcards(tmp_path)
     assert [template for template, _ in wildcards.values("hats")] == [("red",)]
     [said] = wildcards.notices()
-    assert "w.yaml: True, 1990, {'text': 'x', 'weight': -1} and 2 more are no texts" in said
-    assert "put quotes around texts" in said
+    assert 'w.yaml: true, 1990, {"text": "x", "weight": -1} and 2 more are no texts' in said
+    assert said.endswith("and are left out: put quotes around texts, also around yes, no, on and off.")
+    put(tmp_path, "one.yaml", "hats: [red, off]\n")
+    put(tmp_path, "two.json", '{"hats": ["red", true]}')
+    put(tmp_path, "days.yaml", "hats: [{2020-01-01: x}]\n")
+    wildcards = Wildcards(tmp_path)
+    wildcards.values("hats")
+    said = " ".join(wildcards.notices())
+    assert "one.yaml: false is no text, or has no weight above 0, and is left out: put quotes" in said
+    assert "two.json: true is no text" in said
+    assert "2020" in said
 
 
 def test_utf16_as_windows_writes_it_is_read(tmp_path: Path) -> None:

@@ -283,8 +283,10 @@ def test_a_name_that_nobody_has_is_refused_with_near_misses() -> None:
         InvalidJobError, match=r'loras has "detial", which no worker offers: did you mean detail'
     ):
         with_files(parsed("detial"), HERE)
-    with pytest.raises(InvalidJobError, match=r"SMALLCAT_LORAS of the workers names them\."):
+    with pytest.raises(InvalidJobError, match=r"no LoRA\. SMALLCAT_LORAS of the workers says where theirs"):
         with_files(parsed("detail"), NO_FILES)
+    with pytest.raises(InvalidJobError, match=r"they offer a, b, c, d and 2 more \(smallcat doctor"):
+        with_files(parsed("zzzzz"), index(**{name: f"{n:02}" for n, name in enumerate("abcdef")}))
     broken = FileIndex.of([FileEntry(kind=Kind.LORA, name="x", problem="it is a LoHa")])
     with pytest.raises(InvalidJobError, match=r'The LoRA "x" cannot be used: it is a LoHa\.'):
         with_files(parsed("x"), broken)
@@ -353,6 +355,16 @@ def test_another_content_is_another_picture_and_another_name_is_the_same_one() -
 def test_one_file_under_two_names_is_refused() -> None:
     with pytest.raises(InvalidJobError, match=r'the same file twice, as "a" and "b": keep one of them\.'):
         with_files(parsed("a=1; b=1"), index(a="ab", b="ab"))
+    # As they were written.
+    with pytest.raises(InvalidJobError, match=r'twice, as "ABABABABAB" and "pixel": keep'):
+        with_files(parsed("pixel; ABABABABAB"), index(pixel="ab"))
+
+
+def test_none_stands_alone() -> None:
+    assert read_loras(["none"]) == read_loras("None") == []
+    for values in (["pixel", "none"], ["None", "pixel=0.5"]):
+        with pytest.raises(ValueError, match="beside others: it stands alone, for no LoRA"):
+            read_loras(values)
 
 
 def test_who_lacks_one_lacks_its_content() -> None:
@@ -385,7 +397,7 @@ def test_who_lacks_one_lacks_its_content() -> None:
         (
             "a cat <lora:x:1:1:16>",
             None,
-            "loras has '<lora:x:1:1:16>' in the prompt, and a part of a LoRA's rank",
+            "loras has '<lora:x:1:1:16>' in the prompt, and a part of a LoRA's rank is not offered: take",
         ),
         (
             "a cat <lora:x:1:lbw=ALL>",
