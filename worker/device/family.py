@@ -179,19 +179,27 @@ class ModelFamily(Protocol):
         Raises `SettingsError` for attention of a kind that is not supported.
         """
 
-    def to_latents(
-        self, pixels: torch.Tensor, generator: torch.Generator, *, in_tiles: bool = False
-    ) -> torch.Tensor:
-        """A picture, (3, height, width) float32 of -1 to 1 on the CPU, as a job's scaled latents.
+    def to_encoder(self, pixels: torch.Tensor) -> torch.Tensor:
+        """A picture, (3, height, width) float32 of -1 to 1 on the CPU, as `encode_picture` takes it.
 
-        (*shape) float32 on the device. What the VAE leaves to chance is drawn from `generator`. `in_tiles`:
-        see `has_tiles`. Raises `InvalidJobError`, by default for any picture.
+        (1, 3, height, width) on the device, in the VAE's dtype. Raises `InvalidJobError`, by default for any.
         """
         raise InvalidJobError("image: this model draws from text alone; leave it out.")
 
+    def encode_picture(self, pixels: torch.Tensor, *, in_tiles: bool = False) -> torch.Tensor:
+        """Run the VAE's encoder, for `drawn_latents`. Traced as `forward` is. `in_tiles`: see `has_tiles`."""
+        raise NotImplementedError
+
+    def drawn_latents(self, encoded: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A job's scaled latents, (*shape) float32, of what `encode_picture` returned.
+
+        What the VAE leaves to chance is drawn from `generator`.
+        """
+        raise NotImplementedError
+
     @property
     def draws_to_encode(self) -> bool:
-        """Whether the VAE leaves something to chance in `to_latents`; by default it does."""
+        """Whether the VAE leaves something to chance in `drawn_latents`; by default it does."""
         return True
 
     def larger_latents(self, latents: torch.Tensor, lane: Lane, larger: Lane) -> torch.Tensor:
@@ -215,7 +223,7 @@ class ModelFamily(Protocol):
     def seen(self, mask: torch.Tensor, masked: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """A job's mask and its image without what is drawn as `conditions`, of a model that `sees_masks`.
 
-        `mask`: as `latent_mask` gives it. `masked`: as `to_latents` does. Both are on the device. Returns
+        `mask`: as `latent_mask` gives it. `masked`: as `drawn_latents` does. Both are on the device. Returns
         (1, ...) each, the same for all rows, under names that no other condition has.
         """
         raise NotImplementedError
@@ -233,7 +241,7 @@ class ModelFamily(Protocol):
     def has_tiles(self) -> bool:
         """Whether the VAE takes pictures in tiles, too: the same but for rounding, in less memory, slower.
 
-        By default it does not. Asked for tiles all the same, `to_latents` and `decode_in_tiles` may fail.
+        By default it does not. Asked for tiles all the same, `encode_picture` and `decode_in_tiles` may fail.
         """
         return False
 

@@ -99,7 +99,7 @@ class ModelRunner:
         self._loras = Loras(files, self._family, self._device, settings.lora_memory, self._plan.lora_memory)
         vae_of = partial(Vae.of, device=self._device, alone=settings.exact, planned=self._plan.decoding)
         vae = vae_of(self._family, compiler=compiler)
-        self._vae_decoder = vae.decoder
+        self._vae_encoder, self._vae_decoder = vae.encoder, vae.decoder
         self._preparation = Preparation(self._family, self._device, files, self._loras, vae.encoder, vae_of)
         at_once = EXACT_AT_ONCE if settings.exact else 1
         self._graphs = StepGraphs(self._family.forward, compiler, at_once=at_once) if compiler else None
@@ -225,7 +225,8 @@ class ModelRunner:
 
     def compile_like(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> Recorder:
         """Compile the function that is called `what` for a call with `argument`: see `CompiledLanes`."""
-        found = (self._graphs.lanes if self._graphs is not None else None, self._vae_decoder.lanes)
+        steps = self._graphs.lanes if self._graphs is not None else None
+        found = (steps, self._vae_decoder.lanes, self._vae_encoder.lanes)
         lanes: CompiledLanes[Any] = next(each for each in found if each is not None and each.what == what)
         if getattr(argument, "loras", None) is not None:
             # Loading the first LoRA makes the layers for them, and this process loads none.

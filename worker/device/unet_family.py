@@ -282,20 +282,25 @@ class UNetFamily:
 
     # --- pictures -------------------------------------------------------------------------------------------
 
-    def to_latents(
-        self, pixels: torch.Tensor, generator: torch.Generator, *, in_tiles: bool = False
-    ) -> torch.Tensor:
-        """As diffusers' image-to-image pipelines; the VAE's noise is float32 in every dtype."""
+    def to_encoder(self, pixels: torch.Tensor) -> torch.Tensor:
+        """In the dtype of the encoder, which may be another one than the decoder's."""
+        return pixels[None].to(self._device, _dtype_of(self._vae.encoder))
+
+    def encode_picture(self, pixels: torch.Tensor, *, in_tiles: bool = False) -> torch.Tensor:
+        """Mean and logarithm of the variance, (1, 2 * channels, ...); of a tiny VAE its latents."""
         vae = self._vae
-        given = pixels[None].to(self._device, _dtype_of(vae.encoder))
-        encoded = vae_tiles.encode(vae, given) if in_tiles else vae.encode(given)
-        if (found := getattr(encoded, "latent_dist", None)) is None:
-            latents = encoded.latents.float()
-        else:
+        found: Any = (vae_tiles.encode(vae, pixels) if in_tiles else vae.encode(pixels, return_dict=False))[0]
+        encoded: torch.Tensor = found.parameters if self.draws_to_encode else found
+        return encoded
+
+    def drawn_latents(self, encoded: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """As diffusers' image-to-image pipelines; the VAE's noise is float32 in every dtype."""
+        vae, latents = self._vae, encoded.float()
+        if self.draws_to_encode:
             # A deviation may be too small for fp16.
-            mean, log_variance = found.mean.float(), found.logvar.float()
+            mean, log_variance = latents.chunk(2, dim=1)
             noise = torch.randn(mean.shape, generator=generator).to(self._device)
-            latents = mean + torch.exp(0.5 * log_variance) * noise
+            latents = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
         factor = float(vae.config.scaling_factor)
         if (moments := self._moments(latents)) is None:
             scaled: torch.Tensor = factor * latents

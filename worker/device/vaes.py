@@ -43,7 +43,7 @@ class Vae:
     ) -> Vae:
         """That of a family. `planned`: by the plan of the memory. `alone`, `compiler`: as `VaeDecoder`."""
         decoder = VaeDecoder(family, device, alone=alone, compiler=compiler, decoding=planned)
-        return cls(VaeEncoder(family, planned), decoder)
+        return cls(VaeEncoder(family, planned, compiler=compiler), decoder)
 
 
 class Vaes:

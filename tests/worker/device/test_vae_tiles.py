@@ -152,20 +152,23 @@ def test_vaes_of_other_kinds_have_no_tiles() -> None:
 
 
 class Family:
-    """Out of memory as often as it is told, after it has drawn."""
+    """Out of memory as often as it is told."""
 
     def __init__(self, *fails: bool, has_tiles: bool = True) -> None:
         self._fails, self.has_tiles = iter(fails), has_tiles
         self.asked: list[bool] = []
 
-    def to_latents(
-        self, pixels: torch.Tensor, generator: torch.Generator, *, in_tiles: bool = False
-    ) -> torch.Tensor:
+    def to_encoder(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels[None]
+
+    def encode_picture(self, pixels: torch.Tensor, *, in_tiles: bool = False) -> torch.Tensor:
         self.asked.append(in_tiles)
-        drawn = torch.randn(3, generator=generator)
         if next(self._fails, False):
             raise torch.OutOfMemoryError("out of memory")
-        return drawn
+        return pixels
+
+    def drawn_latents(self, encoded: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return encoded.mean() + torch.randn(3, generator=generator)
 
 
 def encoded(encoder: VaeEncoder, side: int = 8) -> torch.Tensor:

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from tests import tiny_models
 from worker.contract.settings import WorkerSettings
 from worker.device.families import family_of
+from worker.device.vae_encoder import VaeEncoder
 from worker.model import half_vae, loader
 
 
@@ -179,8 +180,8 @@ def test_sdxl_in_fp16_gives_the_latents_of_fp32(tmp_path: Path, upcast: bool, pa
     latents = []
     for dtype in ("fp32", "fp16"):
         loaded = loader.load(WorkerSettings(model=str(model), dtype=dtype))
-        family = family_of(loaded, compiled=False)
-        latents.append(family.to_latents(PIXELS[0], torch.Generator().manual_seed(0)))
+        encoder = VaeEncoder(family_of(loaded, compiled=False))
+        latents.append(encoder.to_latents(PIXELS[0], torch.Generator().manual_seed(0)))
         chosen = {each.what: each.choice for each in loaded.choices if each.what.startswith("VAE")}
         assert chosen == (parts if dtype == "fp16" else {})
     right, found = latents

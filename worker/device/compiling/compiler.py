@@ -133,9 +133,11 @@ class CompiledLanes(Generic[F]):
     A lane is given by its name in the log.
     """
 
-    def __init__(self, what: str, function: F, compiler: Compiler) -> None:
+    def __init__(self, what: str, function: F, compiler: Compiler, *, calls: int | None = None) -> None:
+        """`calls`: of a lane before it is compiled; None: `CALLS_BEFORE_COMPILING`."""
         #: The function's name in the log.
         self.what = what
+        self._least_calls = calls or CALLS_BEFORE_COMPILING
         self._function, self._compiler = function, compiler
         self._calls: Counter[str] = Counter()
         #: What is compiled, or will be.
@@ -147,7 +149,7 @@ class CompiledLanes(Generic[F]):
         """The function compiled for `lane`. None while it is not; this call may begin to compile it."""
         if (future := self._futures.get(lane)) is None:
             self._calls[lane] += 1
-            if self._calls[lane] >= CALLS_BEFORE_COMPILING and self._compiler.in_background:
+            if self._calls[lane] >= self._least_calls and self._compiler.in_background:
                 self.begin(lane, example)
             return None
         return future.result() if future.done() and not future.exception() else None
