@@ -207,7 +207,7 @@ def measure(
 
 
 def wait_for_encoder(runner: ModelRunner, host: Host, begins: dict[str, Any]) -> None:
-    """Encode pictures until the encoder is compiled and captured, as in a worker that has been up for long."""
+    """Encode pictures until the encoder is compiled and captured, as in a worker that has been up long."""
     job = Job.parse({"prompt": "a small cat", "seed": 1, **begins}).resolved(runner.served)
     inputs = arrays_of(host.reader.pixels_of(job))
     for _ in range(2):
