@@ -83,7 +83,8 @@ def long_jobs(
         twice += found.renders_over
         print(f"6 jobs of {seconds:g} s, lease {lease_s:g} s, {fault}: {found.renders_over} twice")
     assert all(worker.running for worker in workers)
-    oracle.no_slot_is_lost(ground, *workers)
+    if not control:  # kombu's own transport may lose some.
+        oracle.no_slot_is_lost(ground, *workers)
     return twice
 
 
