@@ -6,7 +6,6 @@ itself writes them into `adapter_config.json` beside the file. No torch here.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from worker.model.lora_names import PEFT, TEXT, TEXT_2, UNET
+from worker.model.side_config import json_object, text_beside
 
 #: Where diffusers writes them, in the file; and PEFT, beside it; bytes of that file, at most.
 METADATA, CONFIG, MAX_CONFIG = "lora_adapter_metadata", "adapter_config.json", 1 << 20
@@ -40,6 +40,8 @@ _MUST_BE_OFF = (
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 #: The largest alpha; published ones are a few hundred at most.
 _MOST = 1_000_000
+#: What to do about settings that cannot be read.
+_REMEDY = "save the LoRA again"
 _PATTERN = re.compile(r"\^?[\w.]+")
 
 
@@ -72,14 +74,14 @@ def settings_of(path: Path, metadata: Mapping[str, str], names: list[str]) -> Ma
     Raises `ValueError` for those that are not read.
     """
     if text := metadata.get(METADATA):
-        entries = _json(text, f"its {METADATA}")
+        entries = json_object(text, f"its {METADATA}", _REMEDY)
         parts: dict[str, dict[str, Any]] = {}
         for key, value in entries.items():
             part, _, name = key.partition(".")
             parts.setdefault(part, {})[name] = value
         return {part: _settings(found) for part, found in parts.items() if part in (UNET, TEXT, TEXT_2)}
     if (text := config_of(path)) is not None:
-        return {"": _settings(_json(text, f"its {CONFIG}"))}
+        return {"": _settings(json_object(text, f"its {CONFIG}", _REMEDY))}
     is_peft = path.stem == PEFT_STEM or any(PEFT in name for name in names)
     if is_peft and not any(name.endswith(".alpha") for name in names):
         raise ValueError(
@@ -98,22 +100,7 @@ def config_name(path: PurePath) -> str:
 
 def config_of(path: Path) -> str | None:
     """The text of PEFT's config beside a file; None where there is none. Raises `ValueError`, `OSError`."""
-    place = path.with_name(config_name(path) or f".{path.name}.no-config")
-    if not place.is_file():
-        return None
-    if place.stat().st_size > MAX_CONFIG:
-        raise ValueError(f"its {CONFIG} has more than {MAX_CONFIG:,} bytes")
-    return place.read_text("utf-8")
-
-
-def _json(text: str, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} is no JSON object: save the LoRA again")
-    return value
+    return text_beside(path, config_name(path), MAX_CONFIG)
 
 
 def _settings(config: Mapping[str, Any]) -> Settings:

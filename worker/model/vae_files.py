@@ -19,6 +19,7 @@ from worker.contract.errors import InvalidJobError, RenderError, SettingsError, 
 from worker.model import tiny_vae
 from worker.model.checkpoint import Part, identify_vae
 from worker.model.headers import Tensor, read_header
+from worker.model.side_config import json_object, text_beside
 
 #: Bytes of a file, at most: in fp32 the VAE of SDXL has 335 MB.
 MAX_BYTES = 2 << 30
@@ -70,27 +71,14 @@ def config_of(path: Path) -> dict[str, Any] | None:
     """The config beside a file in diffusers' format; None where there is none. Raises `ValueError`."""
     if (text := _config_text(path)) is None:
         return None
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"its {CONFIG} is no JSON object: download it again")
+    config = json_object(text, f"its {CONFIG}", "download it again")
     if (kind := config.get("_class_name")) not in ("AutoencoderKL", tiny_vae.CLASS):
         raise ValueError(f"it is a {str(kind)[:40]}, an AutoencoderKL or an {tiny_vae.CLASS} is needed")
     return config
 
 
 def _config_text(path: Path) -> str | None:
-    place = path.with_name(config_name(path) or f".{path.name}.no-config")
-    if not place.is_file():
-        return None
-    if place.stat().st_size > MAX_CONFIG:
-        raise ValueError(f"its {CONFIG} has more than {MAX_CONFIG:,} bytes")
-    try:
-        return place.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"its {CONFIG} is no UTF-8: download it again") from None
+    return text_beside(path, config_name(path), MAX_CONFIG)
 
 
 def from_hub(repo: str, setting: str = "SMALLCAT_VAES") -> Path:
