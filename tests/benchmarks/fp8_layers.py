@@ -8,6 +8,7 @@ Microseconds, replayed as CUDA graphs, at the shapes of SDXL's blocks with 16 ro
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from torch.nn import functional
 
 from tests.benchmarks.lora_kernels import microseconds
 from tests.benchmarks.power import line
-from worker.device import attention, fp8
+from worker.device import attention
+from worker.device.fp8 import unet as fp8
+from worker.device.fp8.layers import Fp8Linear
+from worker.device.fp8.quantising import gated, quantise
 
 #: Rows, tokens, width, heads.
 BLOCKS = {"1280": (16, 1024, 1280, 20), "640": (16, 4096, 640, 10)}
@@ -30,30 +34,21 @@ def say(**values: Any) -> None:
 
 
 def products(name: str, tokens: int, into: int, out: int) -> None:
-    """One layer: its product in fp16 and in FP8, and how long quantising its input takes."""
+    """One layer: its product in fp16 and in FP8, and how long what comes before it and quantising take."""
     x = torch.randn(tokens, into, device="cuda").half()
     layer = torch.nn.Linear(into, out, bias=False).half().cuda().requires_grad_(False)
     norm = torch.nn.LayerNorm(into).half().cuda().requires_grad_(False)
+    bias = torch.randn(2 * into, device="cuda").half()
+    halves = torch.randn(tokens, 2 * into, device="cuda").half()
     took: dict[str, Callable[[], Any]] = {"fp16": lambda: functional.linear(x, layer.weight)}
-    for outliers in (0, 16):
-        ours = fp8.Fp8Linear(layer, fp8._outliers([layer], norm, outliers), torch.float16)
-        given = fp8.quantise(x, ours.outliers)
-        for dtype in (torch.float16, torch.bfloat16):
-            label = f"{outliers} outliers, {str(dtype).removeprefix('torch.')}"
-            took[label] = lambda ours=ours, given=given, dtype=dtype: fp8.scaled_product(
-                given.values, given.scales, ours.quantised, ours.scales, dtype
-            )
-        quantise = torch.compile(fp8.quantise, dynamic=False)
-        took[f"quantise {outliers}"] = lambda quantise=quantise, ours=ours: quantise(x, ours.outliers)
-        both = torch.compile(lambda x, outliers: fp8.quantise(norm(x), outliers), dynamic=False)
-        took[f"norm and quantise {outliers}"] = lambda both=both, ours=ours: both(x, ours.outliers)
-    plain = torch.compile(norm, dynamic=False)
-    took["norm"] = lambda: plain(x)
-    one = torch.ones((), device="cuda")
-    values, weight = given.values[:, :into].contiguous(), ours.quantised[:, :into].contiguous()
-    took["one scale, bfloat16"] = lambda: torch._scaled_mm(
-        values, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    for outliers in (0, 16, 64):
+        ours = Fp8Linear(layer, fp8._outliers([layer], norm, outliers), torch.float16)
+        given = quantise(x, ours.outliers)
+        took[f"{outliers} outliers"] = lambda ours=ours, given=given: ours.product(given)
+        took[f"quantise {outliers}"] = lambda ours=ours: quantise(x, ours.outliers)
+        took[f"gate and quantise {outliers}"] = lambda ours=ours: gated(halves, bias, ours.outliers)
+    took["norm"] = functools.partial(torch.compile(norm, dynamic=False), x)
+    took["gate"] = functools.partial(torch.compile(_gate, dynamic=False), halves, bias)
     found: dict[str, Any] = {}
     for label, run in took.items():
         try:
@@ -61,6 +56,11 @@ def products(name: str, tokens: int, into: int, out: int) -> None:
         except Exception as error:  # noqa: BLE001 - the rest is of use
             found[label] = f"{error!r}"[:120]
     say(layer=name, tokens=tokens, into=into, out=out, us=found)
+
+
+def _gate(halves: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    value, gate = (halves + bias).chunk(2, dim=-1)
+    return value * functional.gelu(gate)
 
 
 def blocks(name: str) -> None:
@@ -74,7 +74,7 @@ def blocks(name: str) -> None:
         module.set_processor(attention.Processor(attention.sdpa))
     x = torch.randn(rows, tokens, width, device="cuda").half()
     text = torch.randn(rows, 77, TEXT, device="cuda").half()
-    for label, outliers in (("fp16", None), ("fp8, 0", 0), ("fp8, 16", 16)):
+    for label, outliers in (("fp16", None), ("fp8, 0", 0), ("fp8, 16", 16), ("fp8, 64", 64)):
         own = torch.nn.ModuleDict({"block": copy.deepcopy(block)})
         if outliers is not None:
             fp8.install(own, x.device, count=outliers)

@@ -27,7 +27,9 @@ from worker.contract.settings import worker_settings
 from worker.demo.training import classifier
 from worker.demo.training.evaluate import Recogniser
 from worker.demo.training.subjects import scored_words
-from worker.device import fp8
+from worker.device.fp8 import unet as fp8
+from worker.device.fp8.layers import Fp8Linear
+from worker.device.fp8.quantising import quantise
 from worker.device.model_runner import ModelRunner
 from worker.engine.runner import Picture
 from worker.model import loader
@@ -102,7 +104,7 @@ def outputs_db(layer: torch.nn.Linear, norm: Any, x: torch.Tensor, count: int) -
     def product(values: torch.Tensor, of: torch.Tensor, outliers: torch.Tensor) -> torch.Tensor:
         plain = torch.nn.Linear(of.shape[1], of.shape[0], bias=False)
         plain.weight.data = of
-        return fp8.Fp8Linear(plain, outliers).product(fp8.quantise(values, outliers))
+        return Fp8Linear(plain, outliers).product(quantise(values, outliers))
 
     def near(found: torch.Tensor) -> float:
         return 10 * math.log10(float(exact.square().sum() / (exact - found).square().sum()))

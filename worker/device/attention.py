@@ -25,7 +25,8 @@ from torch import library
 
 from worker.contract.errors import SettingsError, first_line
 from worker.device.attention_timing import TIMED_ROWS, Kernel, Shape, Timings, time_kernel
-from worker.device.fp8 import Fp8Linear, quantise
+from worker.device.fp8.layers import Fp8Linear
+from worker.device.fp8.quantising import quantise
 from worker.model.placement import Choice
 
 Backend = Literal["auto", "xformers", "sdpa", "naive"]

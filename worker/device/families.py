@@ -5,8 +5,8 @@ from __future__ import annotations
 import diffusers
 
 from worker.contract.errors import SettingsError
-from worker.device import fp8
 from worker.device.family import ModelFamily
+from worker.device.fp8 import unet as fp8
 from worker.device.unet_family import UNetFamily
 from worker.model.loader import Loaded
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 
 import torch
+
+#: Whether there is Triton, in which kernels are written. It comes with torch for GPUs.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def memory(device: torch.device, peaks: Mapping[str, int]) -> dict[str, int]:

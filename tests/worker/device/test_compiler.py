@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -127,3 +128,20 @@ def test_a_folder_for_kernels_that_the_user_has_chosen_stays(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     keep_kernels_in(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def test_programs_that_import_in_another_order_find_each_others_code() -> None:
+    """Torch's keys are hashes of pickles, which name no module that happened to be imported first."""
+    program = """
+import pickle, sys, types
+early = sys.modules["early"] = types.ModuleType("early")
+import torch
+early.torch = torch
+assert b"early" in pickle.dumps(torch.channels_last)
+from worker.device.compiling.compiler import Compiler
+Compiler(torch.device("cpu"), exact=False)
+written = pickle.dumps(torch.channels_last)
+assert b"early" not in written
+assert pickle.loads(written) is torch.channels_last
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=50)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from worker.contract.errors import SettingsError
 from worker.contract.job import Job
 from worker.contract.queues import queue_of
 from worker.contract.settings import WorkerSettings
-from worker.device import fp8
+from worker.device.fp8 import unet as fp8
+from worker.device.fp8.layers import Fp8Gate, Fp8Linear, products
+from worker.device.fp8.quantising import quantise
 from worker.device.model_runner import ModelRunner
 from worker.model import loader, placement
 
@@ -41,8 +43,8 @@ def an_input(inputs: int = 96) -> torch.Tensor:
     return x
 
 
-def in_fp8(layer: torch.nn.Linear, outliers: int = 16) -> fp8.Fp8Linear:
-    return fp8.Fp8Linear(layer, fp8._outliers([layer], None, outliers))
+def in_fp8(layer: torch.nn.Linear, outliers: int = 16) -> Fp8Linear:
+    return Fp8Linear(layer, fp8._outliers([layer], None, outliers))
 
 
 def snr(exact: torch.Tensor, found: torch.Tensor) -> float:
@@ -75,7 +77,7 @@ def test_what_is_not_finite_stays_so() -> None:
 def test_the_reference_is_what_torch_gives_with_scales_by_row() -> None:
     """torch 2.13 has the product on CPUs, too, in bfloat16 alone."""
     layer, x = in_fp8(a_layer()), an_input()
-    given = fp8.quantise(x, layer.outliers)
+    given = quantise(x, layer.outliers)
     scaled = torch._scaled_mm(
         given.values.flatten(0, 1),
         layer.quantised.t(),
@@ -99,39 +101,28 @@ def test_another_dtype_is_that_of_the_output_alone() -> None:
 def test_layers_of_one_input_share_what_is_kept_of_it() -> None:
     layers = [a_layer(bias=False), a_layer(96, 32, bias=False)]
     outliers = fp8._outliers(layers, None, 16)
-    both: list[torch.nn.Linear] = [fp8.Fp8Linear(each, outliers) for each in layers]
+    both: list[torch.nn.Linear] = [Fp8Linear(each, outliers) for each in layers]
     x = an_input()
-    for together, layer in zip(fp8.products(x, both), both, strict=True):
+    for together, layer in zip(products(x, both), both, strict=True):
         assert torch.equal(together, layer(x))
-    for plain, layer in zip(fp8.products(x, layers), layers, strict=True):
+    for plain, layer in zip(products(x, layers), layers, strict=True):
         assert torch.equal(plain, layer(x))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_compiler_fuses_quantising_into_what_comes_before_it() -> None:
-    """torch 2.13's Inductor makes one kernel of a norm, or of a gate, with quantising and its outliers."""
-    from torch._inductor.utils import run_and_get_code
-
-    norm, outliers = torch.nn.LayerNorm(256), torch.arange(0, 256, 16)
-
-    def normed(x: torch.Tensor) -> Any:
-        return fp8.quantise(norm(x), outliers)
-
-    def gated(x: torch.Tensor) -> Any:
-        value, gate = x.chunk(2, dim=-1)
-        return fp8.quantise(value * torch.nn.functional.gelu(gate), outliers)
-
-    for function, width in ((normed, 256), (gated, 512)):
-        torch.manual_seed(1)
-        x = torch.randn(2, 64, width)
-        with torch.no_grad():
-            found, code = run_and_get_code(torch.compile(function, fullgraph=True), x)
-            expected = function(x)
-        assert len(set(re.findall(r"cpp_fused_\w+", "".join(code)))) == 1
-        same = (found.values.float() == expected.values.float()).float().mean()
-        assert same > 0.99
-        assert torch.allclose(found.scales, expected.scales, rtol=1e-5)
+def test_a_gate_between_two_layers_gives_its_output_quantised_for_the_second(sdxl: Path) -> None:
+    unet = loader.load(WorkerSettings(model=str(sdxl))).pipeline.unet
+    plain = copy.deepcopy(unet)
+    fp8.install(unet, CPU)
+    name = next(name for name, each in unet.named_modules() if isinstance(each, Fp8Gate))
+    gate, expected = unet.get_submodule(name), plain.get_submodule(name)
+    x = torch.randn(2, 7, expected.proj.in_features)
+    found = gate(x)
+    second = unet.get_submodule(name.removesuffix("0") + "2")
+    assert torch.equal(second(found), second.of(found))
+    assert snr(plain.get_submodule(name.removesuffix("0") + "2")(expected(x)), second(found)) > 20
+    alone = copy.deepcopy(plain)
+    fp8.install(alone, CPU, ["feed-forward: first"])
+    assert not any(isinstance(each, Fp8Gate) for each in alone.modules())
 
 
 # --- a model ------------------------------------------------------------------------------------------------
@@ -172,7 +163,7 @@ def test_the_layers_that_are_served_are_in_fp8_and_no_others(sdxl: Path) -> None
     linear = {name for name, each in unet.named_modules() if isinstance(each, torch.nn.Linear)}
     order = list(unet.state_dict())
     count = fp8.install(unet, CPU)
-    found = {name for name, each in unet.named_modules() if isinstance(each, fp8.Fp8Linear)}
+    found = {name for name, each in unet.named_modules() if isinstance(each, Fp8Linear)}
     assert count == len(found)
     left_out = {name.rpartition("transformer_blocks.0.")[2] for name in linear - found}
     assert left_out == {

@@ -8,6 +8,7 @@ this one it would hold Python's lock. After that it takes seconds, with the kern
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import gc
 import logging
 import os
@@ -51,6 +52,21 @@ def keep_kernels_in(folder: Path) -> None:
     Call it before anything compiles. A folder that the user has chosen by TORCHINDUCTOR_CACHE_DIR stays.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def memory_format(name: str) -> torch.memory_format:
+    """The one that torch has under this name."""
+    found: torch.memory_format = getattr(torch, name)
+    return found
+
+
+def _reduced(value: torch.memory_format) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
+    """How it is pickled. Torch's keys of compiled code are hashes of pickles.
+
+    Of itself pickle names the first module of all that were imported in which it finds `torch`, so that
+    programs that import in another order would not find each other's code.
+    """
+    return memory_format, (str(value).removeprefix("torch."),)
 
 
 class Elsewhere(Protocol):
@@ -106,6 +122,7 @@ class Compiler:
         self._thread = ThreadPoolExecutor(1, "compiler", torch.cuda.set_device, (device,))
         # Kernels that are chosen by timing may differ, and round differently, from one start to the next.
         torch._inductor.config.deterministic = exact
+        copyreg.pickle(torch.memory_format, _reduced)
         # Dynamo compiles no function more often than this; each lane counts.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.accumulated_recompile_limit = 4096

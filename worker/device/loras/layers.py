@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from worker.device import fp8, unet_patches
+from worker.device import unet_patches
 from worker.device.attention import Processor
+from worker.device.fp8 import layers as fp8
 from worker.device.loras import operators
 from worker.device.loras.job_set import Places, RowLoras
 from worker.device.loras.site import Context, Current, Site, each_job

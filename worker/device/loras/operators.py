@@ -7,24 +7,22 @@ bias, unless said. The kernels are launched by `worker.device.loras.products`.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from types import ModuleType
 
 import torch
 from torch import library
 
-from worker.device.fp8 import scaled_product
+from worker.device.fp8.quantising import scaled_product
+from worker.device.gpu import HAS_TRITON
 
 _ROWS = "Tensor table, Tensor owners, Tensor room, int layer"
-#: A quantised input and the layers that take it: see `worker.device.fp8.arguments`.
+#: A quantised input and the layers that take it: see `worker.device.fp8.layers.arguments`.
 _FP8 = "Tensor values, Tensor scales, Tensor[] weights, Tensor[] weight_scales, ScalarType out_dtype"
 
 
-@functools.cache
 def are_there(device_type: str) -> bool:
     """Whether the operators work on such a device: on a GPU with Triton."""
-    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device_type == "cuda" and HAS_TRITON
 
 
 def _products() -> ModuleType:

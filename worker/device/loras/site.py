@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from worker.device import fp8
+from worker.device.fp8 import layers as fp8
 from worker.device.loras.job_set import LayerFactors, Places, RowLoras
 
 
