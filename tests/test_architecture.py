@@ -245,6 +245,7 @@ def test_celerys_module_can_hardly_fail_to_import() -> None:
         "loras",
         "scheduler_names",
         "spelling",
+        "stored_jobs",
         "webhook",
     ]
     assert ours == {

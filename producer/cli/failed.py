@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from producer.cli.job_lines import lines_of
-from producer.cli.json_output import json_option, moment, print_json, say
+from producer.cli.json_output import json_option, moment, print_json, raise_last, say
 from producer.client import JobHandle, submit_job
 from producer.client.job_result import JobResult
 from producer.session import session
 from worker.contract import errors
-from worker.contract.errors import CallerError, PoisonJobError, UnknownJobError
+from worker.contract.errors import CallerError, InvalidJobError, PoisonJobError, UnknownJobError
 from worker.contract.input_reference import jobs_of
 from worker.contract.message import RunMark
 from worker.contract.plain_text import counted
@@ -93,14 +93,21 @@ def select(
     return [_with_last_error(JobResult.of(record)) for record in failed if record.state is State.FAILED]
 
 
-def retry(records: Iterable[JobResult]) -> list[JobHandle]:
+def retry(records: Iterable[JobResult]) -> tuple[list[JobHandle], list[InvalidJobError]]:
     """Submit the jobs again, with all their attempts; those of a run belong to it.
 
-    Those that begin with the pictures of others come after them. Raises `QueueError`, and `InvalidJobError`
-    where such another one has failed and is not among them.
+    Those that begin with the pictures of others come after them. The handles, and an error for each job that
+    is refused: an earlier version took it, or it begins with the picture of a job that has failed and is not
+    among them. Raises `QueueError`.
     """
     left = {record.id: record for record in records}
-    return [submit_job(left[job_id].job) for job_id in _parents_first(left)]
+    handles, refused = list[JobHandle](), list[InvalidJobError]()
+    for job_id in _parents_first(left):
+        try:
+            handles.append(submit_job(left[job_id].job))
+        except InvalidJobError as error:
+            refused.append(InvalidJobError(f"Job {job_id} is not submitted again: {error}"))
+    return handles, refused
 
 
 def _parents_first(records: Mapping[str, JobResult]) -> list[str]:
@@ -335,11 +342,12 @@ def failed_retry(
 ) -> None:
     """Submit failed jobs again, with all their attempts."""
     require_choice(job_ids, (error_type, run), everything)
-    handles = retry(select(job_ids, error_type=error_type, run=run))
+    handles, refused = retry(select(job_ids, error_type=error_type, run=run))
     if as_json:
         print_json([handle.id for handle in handles])
-        return
-    say(f"{len(handles)} submitted again")
+    else:
+        say(f"{len(handles)} submitted again")
+    raise_last(refused)
 
 
 @failed.command("drop")

@@ -150,7 +150,7 @@ def _resolved(line: Line) -> Job | None:
     if any(name not in line for name in _RESOLVED):
         return None
     try:
-        return Job.parse({name: line[name] for name in _PICTURE if name in line})
+        return Job.parse({name: line[name] for name in _PICTURE if name in line}, is_new=False)
     except InvalidJobError:
         return None
 

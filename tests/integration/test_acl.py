@@ -163,7 +163,7 @@ def test_a_producer_looks_after_failed_jobs(ground: Ground, url: str) -> None:
             assert records.failed(job.id, "m1", RenderError("x"))
     assert {record.id for record in failed.select()} == {job.id for job in jobs}
     assert failed.drop([jobs[0].id]) == 1
-    [handle] = failed.retry(failed.select())
+    [handle], _ = failed.retry(failed.select())
     assert handle.result(timeout=30).state is State.DONE
     assert failed.find() == []
 

@@ -149,7 +149,7 @@ def read(text: str) -> Job:
 
     Raises `InvalidJobError` where a value is outside a job's limits.
     """
-    return Job.parse(read_fields(text).fields)
+    return read_fields(text).job
 
 
 def read_fields(text: str) -> Reading:

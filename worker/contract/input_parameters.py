@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
+from annotated_types import Gt
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from worker.contract.choices import ImageFormat
@@ -15,6 +16,7 @@ from worker.contract.explain import short
 from worker.contract.input_reference import ALPHA, REFERENCE, InputReference
 from worker.contract.job_fields import JobField
 from worker.contract.job_parameters import MAX_SIZE, MIN_SIZE, SIZE_STEP, JobParameters
+from worker.contract.stored_jobs import NarrowedTo, of_new_jobs
 
 #: The version of messages that has these fields.
 INPUTS_SINCE: Final = 4
@@ -224,7 +226,8 @@ class InputParameters(JobParameters):
     #: given: 0.8, or 1 with a mask. AUTOMATIC1111 calls it denoising strength.
     strength: Annotated[
         float | None,
-        Field(gt=0, le=1, strict=True, allow_inf_nan=False),
+        Field(ge=0, le=1, strict=True, allow_inf_nan=False),
+        NarrowedTo(Gt(0)),
         AfterValidator(_strength),
         JobField(
             since=INPUTS_SINCE,
@@ -241,7 +244,7 @@ class InputParameters(JobParameters):
         int,
         Field(ge=0, le=MAX_MASK_BLUR, strict=True),
         _for_a_mask(MASK_BLUR),
-        AfterValidator(_has_an_edge),
+        of_new_jobs(_has_an_edge),
         JobField(since=INPUTS_SINCE, infotext_ours_only=True),
     ] = MASK_BLUR
     #: Draw only the masked part, at the job's whole size, with so many pixels of the image around it, 0 to
@@ -251,7 +254,7 @@ class InputParameters(JobParameters):
         int | None,
         Field(ge=0, le=MAX_PADDING, strict=True),
         _for_a_mask(None),
-        AfterValidator(_fits_format),
+        of_new_jobs(_fits_format),
         JobField(
             since=INPUTS_SINCE,
             infotext="Masked area padding",
@@ -267,7 +270,7 @@ class InputParameters(JobParameters):
         bool,
         Field(strict=True),
         _for_a_mask(True),
-        AfterValidator(_has_an_edge_to_blur),
+        of_new_jobs(_has_an_edge_to_blur),
         JobField(since=INPUTS_SINCE, infotext_ours_only=True),
     ] = True
 

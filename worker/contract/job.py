@@ -17,11 +17,12 @@ from pydantic import SerializationInfo, SerializerFunctionWrapHandler, Validatio
 from worker.contract.choices import NoiseSchedule, PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import explain
-from worker.contract.job_checks import NEW, tenant_name
+from worker.contract.job_checks import tenant_name
 from worker.contract.job_fields import FieldEntry, table_of, version_that_has
 from worker.contract.loras import key_of_lora
 from worker.contract.second_pass import SecondPassParameters
 from worker.contract.served_model import Defaults, ServedModel
+from worker.contract.stored_jobs import NEW
 
 #: Version of messages that this code reads, and writes at most: see `version_needed`. Every change of what a
 #: job may be (a field, a choice, a wider limit) takes a new number, and says so by `JobField.since`.
@@ -52,7 +53,7 @@ class Job(SecondPassParameters):
 
     @classmethod
     def parse(cls, fields: dict[str, Any], *, is_new: bool = True) -> Self:
-        """The job that `fields` describe. Without `is_new` it may be one that the first version took alone.
+        """The job that `fields` describe. Without `is_new` it may be one that only an earlier version took.
 
         Raises `InvalidJobError` with one sentence for each field that is unknown or outside its limits.
         """
@@ -65,7 +66,7 @@ class Job(SecondPassParameters):
         """This job in the fleet's default syntax, unless it was given one. Raises `InvalidJobError`."""
         if self.says_syntax or default is PromptSyntax.PLAIN:
             return self
-        return self.parse(dict(self) | {"prompt_syntax": default})
+        return self.parse(dict(self) | {"prompt_syntax": default}, is_new=False)
 
     @property
     def says_syntax(self) -> bool:

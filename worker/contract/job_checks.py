@@ -11,7 +11,7 @@ import secrets
 import unicodedata
 from collections.abc import Callable, Container, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationInfo
 
@@ -23,8 +23,6 @@ from worker.contract.scheduler_names import read_pair
 if TYPE_CHECKING:
     from pydantic import ValidationInfo
 
-#: pydantic's context where a job is one of today, and not one that is stored.
-NEW: Final = {"is_new": True}
 #: What `printable` and `one_line` take, as a JSON schema's pattern.
 PRINTABLE = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"
 ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
@@ -70,11 +68,21 @@ VISIBLE = re.compile(
 )
 
 
-def not_blank(value: str, info: ValidationInfo) -> str:
-    """Refuse a text in which nothing can be seen. Stored jobs may have one of invisible characters."""
-    if not (VISIBLE.search(value) if info.context == NEW else value.strip()):
-        raise ValueError("is blank: say what to draw")
+def not_blank(value: str) -> str:
+    """Refuse a text of white space."""
+    if not value.strip():
+        raise ValueError(_BLANK)
     return value
+
+
+def not_invisible(value: str, _: ValidationInfo) -> str:
+    """Refuse a text in which nothing can be seen."""
+    if not VISIBLE.search(value):
+        raise ValueError(_BLANK)
+    return value
+
+
+_BLANK = "is blank: say what to draw"
 
 
 def since_by_choice(first: Container[str], version: int) -> Callable[[Any], int]:

@@ -31,6 +31,7 @@ from worker.contract.job_checks import (
     has_its_steps,
     named_vae,
     not_blank,
+    not_invisible,
     one_line,
     one_pair,
     one_zero,
@@ -48,6 +49,7 @@ from worker.contract.job_checks import (
 from worker.contract.job_fields import JobField
 from worker.contract.lora_tags import without_tags
 from worker.contract.loras import MAX_LORAS, Lora, LorasLike, read_loras, shown_loras
+from worker.contract.stored_jobs import of_new_jobs
 
 #: Characters in a prompt, at most; and in messages of version 1.
 MAX_PROMPT, FIRST_MAX_PROMPT = 8_000, 2_000
@@ -105,6 +107,7 @@ class JobParameters(BaseModel):
         ),
         AfterValidator(printable),
         AfterValidator(not_blank),
+        of_new_jobs(not_invisible),
         JobField(
             since=since_by_length(FIRST_MAX_PROMPT, 2),
             a1111_option="prompt",

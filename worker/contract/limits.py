@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from worker.contract.stored_jobs import NarrowedTo
+
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
@@ -17,10 +19,13 @@ _NO_NUMBER = ("int_", "float_", "finite_number")
 
 
 def limits_of(metadata: Iterable[Any]) -> str:
-    """The limits in a field's annotation, such as "1 to 150" or "at least 1"; empty where it has none."""
+    """The limits in a field's annotation, such as "1 to 150" or "at least 1": those of new jobs.
+
+    Empty where it has none.
+    """
     least = most = ""
     is_range = True
-    for each in metadata:
+    for each in (each.limit if isinstance(each, NarrowedTo) else each for each in metadata):
         match each:
             case Ge():
                 least = _shown(each.ge)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, NamedTuple
 
+from annotated_types import Gt
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from worker.contract import a1111_syntax
@@ -18,6 +19,7 @@ from worker.contract.input_reference import InputReference
 from worker.contract.job_checks import spelled_as
 from worker.contract.job_fields import JobField
 from worker.contract.job_parameters import MAX_SIZE, MAX_STEPS, SIZE_STEP
+from worker.contract.stored_jobs import NarrowedTo
 
 #: The version of messages that has these fields.
 SECOND_PASS_SINCE: Final = 4
@@ -123,7 +125,9 @@ def _strength(value: float, info: ValidationInfo) -> float:
             f"is {value:g}, which runs {int(steps * value)} of {steps} steps, the limit is {MAX_STEPS}: use "
             "less"
         )
-    if info.data.get("prompt_syntax") is PromptSyntax.A1111 and info.data.get("steps"):
+    # A prompt that is wrong by itself has its own error.
+    has_prompts = {"prompt", "negative_prompt"} <= info.data.keys()
+    if has_prompts and info.data.get("prompt_syntax") is PromptSyntax.A1111 and info.data.get("steps"):
         a1111_syntax.check(
             info.data["prompt"], info.data["negative_prompt"], int(steps * value), info.data["steps"]
         )
@@ -158,7 +162,8 @@ class SecondPassParameters(InputParameters):
     #: How much the second pass draws anew, above 0 and up to 1. AUTOMATIC1111 calls it denoising strength.
     upscale_strength: Annotated[
         float,
-        Field(gt=0, le=1, strict=True, allow_inf_nan=False, validate_default=True),
+        Field(ge=0, le=1, strict=True, allow_inf_nan=False, validate_default=True),
+        NarrowedTo(Gt(0)),
         _for_a_second_pass(UPSCALE_STRENGTH),
         AfterValidator(_strength),
         JobField(since=SECOND_PASS_SINCE, infotext_ours_only=True),

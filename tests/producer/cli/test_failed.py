@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -141,6 +143,31 @@ def test_a_job_that_is_tried_again_is_queued_with_all_its_attempts_and_no_longer
     record = handle.record()
     assert (record.state, record.attempts, record.tries) == (State.QUEUED, 0, ())
     assert failed.select() == []
+
+
+def test_a_job_that_only_an_earlier_version_took_is_shown_and_refused_alone_when_it_is_tried_again() -> None:
+    """Whatever its state: it was stored by the limits of then."""
+    fields = {"prompt": "old", "seed": 1, "upscale": 2, "upscale_strength": 0}
+    job, records = Job.parse(fields, is_new=False).opened(), session().records
+    records.submitted(job, queue_of(job))
+    old = job.id
+    for command in (["status", old], ["status"], ["status", old, "--json"]):
+        assert old in CliRunner().invoke(cli, command, catch_exceptions=False).stdout
+    where: dict[str, Any] = {"worker": "w1", "lease_s": 30, "max_attempts": 2, "queue": queue_of(job)}
+    records.claim(job, "m1", **where)
+    assert records.failed(old, "m1", InvalidJobError("upscale_strength is 0, which leaves none of 20 steps"))
+    other = fail("new", RenderError("x"))
+
+    assert re.search("\nupscale_strength +0(.0)?\n", run("show", old))
+    assert "leaves none of 20 steps" in run("list")
+    assert json.loads(run("list", old, "--json"))[0]["job"]["upscale_strength"] == 0
+    done = CliRunner().invoke(cli, ["failed", "retry", "--all"])
+    assert (done.stdout, type(done.exception)) == ("1 submitted again\n", InvalidJobError)
+    assert str(done.exception) == (
+        f"Job {old} is not submitted again: upscale_strength is 0.0: it must be above 0 and up to 1."
+    )
+    assert [record.id for record in failed.select()] == [old]
+    assert failed.JobHandle(other).state() is State.QUEUED
 
 
 def test_a_job_that_is_dropped_is_forgotten() -> None:
@@ -352,7 +379,8 @@ def test_jobs_that_begin_with_others_pictures_are_retried_after_them() -> None:
     session().records.claim(job, "m1", worker="w", lease_s=30, max_attempts=2, queue=queue_of(job))
     assert session().records.failed(parent.id, "m1", RenderError("bad kernel"))
     assert {record.id for record in failed.select()} == {parent.id, child.id, last.id}
-    with pytest.raises(InvalidJobError, match=f"job {parent.id}, which has failed: submit that job again"):
-        failed.retry(failed.select([child.id]))
+    handles, [refused] = failed.retry(failed.select([child.id]))
+    assert handles == []
+    assert str(refused).startswith(f"Job {child.id} is not submitted again: image is the picture of")
     assert "3 submitted again" in run("retry", last.id, child.id, parent.id)
     assert (parent.state(), child.state(), last.state()) == (State.QUEUED, State.WAITING, State.WAITING)

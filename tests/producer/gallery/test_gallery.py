@@ -133,6 +133,14 @@ def test_a_manifest_line_becomes_a_row_with_all_that_people_see(manifest: Callab
     }
 
 
+@pytest.mark.usefixtures("no_bucket")
+def test_a_job_that_only_an_earlier_version_took_has_its_parameters(manifest: Callable[..., str]) -> None:
+    fields = {**dict(job_of()), "image": f"sha256:{'ab' * 32}:64x64", "mask": "alpha", "mask_blur": 8}
+    job = Job.parse(fields, is_new=False)
+    (row,) = rows_of(write_gallery(manifest(line_of(job, "s3://b/images/x.png"))).path)
+    assert row["parameters"] == write(job)
+
+
 def test_guidance_in_a_part_of_the_steps_is_shown_and_in_the_infotext(manifest: Callable[..., str]) -> None:
     job = job_of(guidance_start=0.25, guidance_stop=0.5)
     page = write_gallery(manifest(line_of(job), line_of(job_of())))

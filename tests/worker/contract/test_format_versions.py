@@ -1,6 +1,8 @@
 """Every change of what a job may be is a new version of messages, so that older workers leave it alone.
 
 `formats/N.json` is what a job may be in messages of version N: JSON Schema of `Job`, as pydantic makes it.
+`allOf` has what is asked of new jobs alone. Nothing that was in a version is ever taken back: a limit that
+became narrower is `NarrowedTo`.
 After a change of `Job`: raise `FORMAT_VERSION`, say `since` in the field's `JobField`, put a message into
 `messages/`, and write the new file with
 
@@ -26,6 +28,7 @@ FORMATS = Path(__file__).with_name("formats")
 UNVERSIONED = {"guidance_start", "guidance_stop"}
 #: Limits of a schema, and whether a wider one is a smaller number.
 LIMITS = {"minimum": True, "maximum": False, "minLength": True, "maxLength": False}
+LIMITS |= {"exclusiveMinimum": True, "exclusiveMaximum": False}
 
 
 def schema() -> dict[str, Any]:
@@ -55,9 +58,7 @@ def stored(version: int) -> dict[str, Any]:
 def parts(field: dict[str, Any]) -> dict[str, Any]:
     """A field's own schema, whether or not it may be null as well."""
     own = [each for each in field.get("anyOf", [field]) if each.get("type") != "null"]
-    # A limit that is left out itself is no wider one.
-    least = own[0].get("exclusiveMinimum")
-    return own[0] if least is None else {"minimum": least} | own[0]
+    return own[0]
 
 
 def additions(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
@@ -91,6 +92,11 @@ def test_what_came_after_a_version_needs_a_later_one() -> None:
             for value in values:
                 since = JOB_FIELDS[name].since if value is None else version_needed({name: value})
                 assert callable(since) or since > version, f"{name}: since which version has it {value}?"
+
+
+def test_what_a_version_had_is_read_ever_after() -> None:
+    for version in range(1, FORMAT_VERSION + 1):
+        assert additions(schema(), stored(version)) == {}, f"of version {version}"
 
 
 def test_fields_say_since_when_they_are_there() -> None:
@@ -144,4 +150,7 @@ def test_a_worker_reads_all_versions_up_to_its_own() -> None:
 
 
 if __name__ == "__main__":
-    (FORMATS / f"{FORMAT_VERSION}.json").write_text(json.dumps(schema(), indent=1, sort_keys=True) + "\n")
+    file = FORMATS / f"{FORMAT_VERSION}.json"
+    if file.exists() and (taken_back := additions(schema(), stored(FORMAT_VERSION))):
+        raise SystemExit(f"Version {FORMAT_VERSION} had more, and it must be read: {taken_back}. {__doc__}")
+    file.write_text(json.dumps(schema(), indent=1, sort_keys=True) + "\n")

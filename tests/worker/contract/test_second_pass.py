@@ -74,6 +74,11 @@ def test_what_a_tenant_is_charged_has_both_passes() -> None:
             {"upscale_steps": 5},
             "upscale_steps is 5, and is for a second pass: give upscale, or leave it out.",
         ),
+        # A prompt that is wrong by itself has its own error alone.
+        (
+            {"upscale": 2, "steps": 20, "prompt": "", "prompt_syntax": "a1111"},
+            "prompt is empty: say what to draw.",
+        ),
         # Whether or not the steps are known.
         ({"upscale": 2, "upscale_strength": 0}, "upscale_strength is 0: it must be above 0 and up to 1."),
         ({"upscale_strength": 0.7}, "upscale_strength is 0.7, and is for a second pass: give upscale"),

@@ -763,6 +763,22 @@ def test_what_is_no_job_is_refused_and_leaves_nothing(worker: Worker, client: Re
     assert worker.runner.prepared == []
 
 
+def test_a_stored_job_that_no_model_can_draw_fails_alone_with_a_sentence(worker: Worker) -> None:
+    """An earlier version took it while no worker had announced the model, and so its steps."""
+    fields = {"prompt": "a cat", "seed": 1, "upscale": 2, "upscale_strength": 0}
+    job = Job.parse(fields, is_new=False).opened()
+    worker.submit(job)
+    assert worker.handle(job) is None
+    record = worker.records.get(job.id)
+    assert (record.state, record.attempts, record.job) == (State.FAILED, 1, job)
+    with pytest.raises(
+        InvalidJobError, match=r"^upscale_strength is 0, which leaves none of 4 steps: use at"
+    ):
+        record.raise_for_state()
+    assert worker.handle(job_of(6), "m2") is None
+    assert worker.runner.prepared == [6]
+
+
 def test_a_newer_message_goes_back_untouched(worker: Worker, client: Redis) -> None:
     newer = {"version": FORMAT_VERSION + 1, "id": "?", "jobs": []}
     said = f"of version {FORMAT_VERSION + 1}, this worker reads up to {FORMAT_VERSION}: update it"

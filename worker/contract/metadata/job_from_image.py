@@ -54,7 +54,7 @@ def job_from_image(image: bytes | str | os.PathLike[str]) -> Job:
     order = {name: number for number, name in enumerate(_ORDER)}
     for text in sorted(texts, key=lambda each: order.get(each.name, len(order))):
         if (reading := _read(text)) is not None:
-            job = Job.parse(reading.fields)
+            job = reading.job
             if reading.warning:
                 warnings.warn(reading.warning, UserWarning, stacklevel=2)
                 # The warning is gone with this process; metadata goes with the job into its record.

@@ -10,6 +10,7 @@ from typing import Any
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
+from worker.contract.job import Job
 
 #: Names that are listed in one warning, at most; and in a job's metadata, which has a limit of its own.
 _SHOWN = 12
@@ -30,6 +31,11 @@ class Reading:
     left: tuple[str, ...] = ()
     #: Whether smallcat wrote it: then the fields say all.
     is_ours: bool = False
+
+    @property
+    def job(self) -> Job:
+        """The job: one that smallcat wrote is a stored one. Raises `InvalidJobError`."""
+        return Job.parse(self.fields, is_new=not self.is_ours)
 
     @property
     def left_out(self) -> list[str]:
