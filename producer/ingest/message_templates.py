@@ -224,7 +224,12 @@ class MessageTemplate:
 
 
 def _is_readable(prompt: str, fields: Mapping[str, Any]) -> bool:
-    """Whether a prompt can be read in AUTOMATIC1111's syntax, beside these other fields."""
+    """Whether a prompt can be read in AUTOMATIC1111's syntax, beside these other fields.
+
+    Not where there is a second pass, in whose steps it is another text: `Job` looks at both.
+    """
+    if "upscale" in fields:
+        return False
     try:
         a1111_syntax.check(prompt, fields["negative_prompt"], fields["steps"])
     except ValueError:

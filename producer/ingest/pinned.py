@@ -106,16 +106,11 @@ class _Pin:
         return cls(values, FileIndex.model_validate(values.get("files", {})))
 
     def resolve(self, job: Job) -> Job:
-        """`job` with all that is pinned."""
+        """`job` with all that is pinned. Raises `InvalidJobError`."""
         # A run that an earlier version began has no syntax pinned, and stays plain.
         job = job.in_syntax(PromptSyntax(self.values.get("prompt_syntax", PromptSyntax.PLAIN)))
-        filled = {
-            field: self.values[field]
-            for field in Defaults.model_fields
-            if field in self.values and getattr(job, field) is None
-        }
         place = {name: self.values[name] for name in ("model", "revision")}
-        job = job.model_copy(update={**filled, **place})
+        job = job.with_defaults(self.values).model_copy(update=place)
         # Nobody serves the model yet: the worker that does says which files are meant.
         if self.values.get("unserved"):
             return job

@@ -88,13 +88,28 @@ class Job(SecondPassParameters):
             raise InvalidJobError(f"tenant {error}.") from None
 
     def resolved(self, served: ServedModel) -> Self:
-        """This job for `served`: with the model's revision, and its defaults for what was left open."""
-        filled = {n: getattr(served.defaults, n) for n in Defaults.model_fields if getattr(self, n) is None}
+        """This job for `served`: with the model's revision, and its defaults for what was left open.
+
+        Raises `InvalidJobError`.
+        """
+        job = self.with_defaults(dict(served.defaults))
+        return job.model_copy(update={"model": served.name, "revision": served.revision})
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """This job with a model's `defaults` for what was left open.
+
+        Raises `InvalidJobError` where it is no job with these, such as one of which no step is left.
+        """
+        filled = {
+            name: defaults[name]
+            for name in Defaults.model_fields
+            if name in defaults and getattr(self, name) is None
+        }
         has_own_steps = self.schedule is NoiseSchedule.ALIGN_YOUR_STEPS
         asks_for_steps = has_own_steps or self.image or self.prompt_syntax is PromptSyntax.A1111
         if self.upscale > 1 or ("steps" in filled and asks_for_steps):
             self.parse(dict(self) | filled, is_new=False)
-        return self.model_copy(update={**filled, "model": served.name, "revision": served.revision})
+        return self.model_copy(update=filled)
 
     def opened(self) -> Self:
         """This job for a model that no worker has announced yet: any revision may render it.

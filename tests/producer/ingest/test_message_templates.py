@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_templated_jobs_are_those_that_job_parse_makes(lines: list[dict[str, Any
         assert templated.route[:2] == (queue_of(job), 9 - job.priority)
         values = job.model_dump(mode="json", exclude={"prompt", "seed", "metadata"})
         assert templated.shape == values
+
+
+def test_a_prompt_whose_texts_by_step_are_too_much_in_the_second_pass_is_refused() -> None:
+    """Of a shape that is known, too: its own steps are few enough for it."""
+    templates = JobTemplates(lambda job: job.resolved(SERVED))
+    fields = {"seed": 5, "prompt_syntax": "a1111", "steps": 1, "upscale": 2, "upscale_steps": 150}
+    fields |= {"upscale_strength": 1}
+    assert templates.fill(fields | {"prompt": "a cat"}).version == 4
+    fields["prompt"] = "[a|b][a|b|c][a|b|c|d|e][a|b|c|d|e|f|g]" + "x" * 1_900
+    complaint = complaint_about(fields)
+    assert complaint is not None
+    with pytest.raises(InvalidJobError, match=re.escape(complaint)):
+        templates.fill(fields)
 
 
 def test_prompts_that_name_files_are_resolved_one_by_one() -> None:

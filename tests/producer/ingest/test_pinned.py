@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,8 @@ from worker.state.groups import Meant
 SERVED = ServedModel(
     name="m", revision="r", defaults=Defaults(width=64, height=64, steps=4, guidance_scale=7.5)
 )
+LARGE = SERVED.model_copy(update={"defaults": Defaults(width=1024, height=1024, steps=4, guidance_scale=7)})
+IMAGE = f"sha256:{'ab' * 32}:640x480"
 
 
 class Notes:
@@ -77,6 +80,28 @@ def test_what_is_foreseen_is_what_a_run_would_pin_or_has_pinned() -> None:
     assert not notes
     assert foreseen == pinned(notes, PromptSyntax.A1111).resolve(job)
     assert pinned(notes, PromptSyntax.PLAIN).foreseen(job) == foreseen
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"upscale": 2, "upscale_strength": 0.2}, "upscale_strength is 0.2, which leaves none of 4 steps"),
+        ({"upscale": 4, "width": 1024}, "upscale is 4, which makes 4096 px of 1024"),
+        ({"upscale": 4, "width": None}, "upscale is 4, which makes 4096x4096 px of 1024x1024"),
+        ({"image": IMAGE, "strength": 0.2}, "strength is 0.2, which leaves none of 4 steps"),
+        ({"scheduler": "dpmpp_2m", "schedule": "align_your_steps"}, "steps is 4"),
+    ],
+)
+def test_a_run_refuses_what_its_model_cannot_draw_as_whoever_submits_it_does(
+    fields: dict[str, Any], sentence: str
+) -> None:
+    """No worker would read its message."""
+    with pytest.raises(InvalidJobError) as caught:
+        job = Job.parse({"prompt": "a cat", "seed": 1} | fields)
+        pinned({}, PromptSyntax.PLAIN, served=LARGE).resolve(job)
+    assert sentence in str(caught.value)
+    with pytest.raises(InvalidJobError, match=re.escape(str(caught.value))):
+        Job.parse({"prompt": "a cat", "seed": 1} | fields).resolved(LARGE)
 
 
 def test_a_run_keeps_the_files_that_it_began_with() -> None:
