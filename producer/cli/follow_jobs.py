@@ -242,8 +242,10 @@ def _show_runs(found: list[RunInfo], *, as_json: bool, alone: bool = False) -> N
     for info in found:
         of = f"{info.ended:,} of {info.total:,}" if info.total is not None else f"{info.sent:,} sent"
         parts = [of, f"{info.done:,} done"]
-        counted = ((info.failed, "failed"), (info.cancelled, "cancelled"), (info.rejected, "rejected"))
-        parts += [f"{count:,} {what}" for count, what in counted if count]
+        counts = {"failed": info.failed, "cancelled": info.cancelled, "rejected": info.rejected}
+        parts += [f"{count:,} {what}" for what, count in counts.items() if count]
+        if info.waiting:
+            parts.append(counted(info.waiting, "waits for another's picture", "wait for others' pictures"))
         files = ", ".join(info.files) or "-"
         say(f"{info.run}  {info.state:9}  {_age(info.created)}  {', '.join(parts)}  {files}")
         if info.feeder:

@@ -43,6 +43,7 @@ _RUN: Final = {
         "created": {"type": ["integer", "null"]},
         "files": {"type": "array", "items": {"type": "string"}},
         **{name: {"type": "integer"} for name in ("sent", "done", "failed", "cancelled", "rejected")},
+        "waiting": {"type": "integer", "description": "Jobs that wait for the pictures of others."},
         "total": {"type": ["integer", "null"]},
         "error": {"type": "string", "description": "Why it cannot go on."},
         "notices": {"type": "array", "items": {"type": "string"}},
@@ -203,7 +204,7 @@ def look(backend: Backend, run: str) -> dict[str, Any]:
     except UnknownJobError:
         if not store.knows(run):
             raise _unknown(run) from None
-        info = RunInfo(run, "waiting", 0, (), 0, None, 0, 0, 0, 0, None, None)
+        info = RunInfo(run, "waiting", 0, (), 0, None, 0, 0, 0, 0, 0, None, None)
     error = store.error(run)
     state = info.state
     if error:
@@ -220,6 +221,7 @@ def look(backend: Backend, run: str) -> dict[str, Any]:
         "done": info.done,
         "failed": info.failed,
         "cancelled": info.cancelled,
+        "waiting": info.waiting,
         "rejected": info.rejected,
         "error": error,
         "notices": store.notices(run),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from producer.ingest.run_state import feeder_of
 from worker.broker.transport import UNACKED
@@ -21,6 +21,10 @@ from worker.state.shared_scripts import SharedScript
 
 if TYPE_CHECKING:
     from redis.client import Redis
+
+
+#: What is read of a run's hash.
+_FIELDS: Final = ("created", "files", "fed", "ended", "total", "waiting", "rejected", "cancelled", "manifest")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class RunInfo:
     done: int
     failed: int
     cancelled: int
+    #: Jobs sent that wait for the pictures of other jobs: no queue has them yet.
+    waiting: int
     #: Lines rejected.
     rejected: int
     #: The process that feeds it, such as `Process 17 on host`; None where none does.
@@ -110,7 +116,7 @@ def _read(redis: Redis, names: list[str]) -> dict[str, RunInfo]:
     with redis.pipeline(transaction=False) as pipe:
         for name in names:
             key = run_key(name)
-            pipe.hmget(key, "created", "files", "fed", "ended", "total", "rejected", "cancelled", "manifest")
+            pipe.hmget(key, *_FIELDS)
             pipe.bitcount(f"{key}:done")
             pipe.bitcount(f"{key}:failed")
             pipe.bitcount(f"{key}:cancelled")
@@ -135,7 +141,7 @@ def _info(
     `bits`: how many jobs have the bit of each bitmap: done, failed, cancelled.
     """
     done, failed, given_up = bits
-    created, files, fed, ended, total, rejected, cancelled, manifest = fields
+    created, files, fed, ended, total, waiting, rejected, cancelled, manifest = fields
     if fed is None:
         return None
     is_over = total is not None and int(ended or 0) >= int(total)
@@ -149,6 +155,7 @@ def _info(
         done=done,
         failed=failed - given_up,
         cancelled=given_up,
+        waiting=int(waiting or 0),
         rejected=int(rejected or 0),
         feeder=None if feeder is None else feeder_of(feeder),
         manifest=manifest.rsplit(" ", 2)[0] if manifest else None,

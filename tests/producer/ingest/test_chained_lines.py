@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from producer.cli.ingest_display import QuietDisplay
+from producer.cli.main import cli
 from producer.ingest.feeder import Ingest
 from producer.ingest.pictures import Pictures
 from producer.ingest.run_state import Run
@@ -108,8 +110,14 @@ def test_a_line_waits_for_the_picture_that_it_begins_with(drain: Drain) -> None:
         held = [str(each) for each in drain.client.hkeys(WAITING)]
         assert {drain.records.get(each).state for each in held} == {State.WAITING}
         assert drain.records.get(held[0]).waits_for == (parent.id,)
+        assert find_run(drain.client, run.run.id).waiting == 2
+        for command in (["runs"], ["status", "--run", run.run.id]):
+            shown = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
+            assert ", 1 done, 2 wait for others' pictures  p.csv\n" in shown
         parent.finish()
         until(drain, run, ended=3, waiting=0)
+    assert find_run(drain.client, run.run.id).waiting == 0
+    assert "picture" not in CliRunner().invoke(cli, ["runs"], catch_exceptions=False).stdout
     assert (outcomes[0].state, outcomes[0].done, outcomes[0].total) == ("finished", 3, 3)
     lines = manifest("p.csv.manifest.jsonl")
     assert [line["state"] for line in lines] == ["done"] * 3
