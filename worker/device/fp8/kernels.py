@@ -1,7 +1,7 @@
 """Quantising on a GPU, in Triton: one kernel that reads its input once. Imported where there is a GPU.
 
-A program has all channels of some tokens. Sides of blocks are powers of two: what is beyond the channels is
-masked, which costs no memory traffic.
+A program has all channels of some tokens. Sides of blocks are powers of two, and widths of UNets are not: so
+the channels are in two blocks, the largest that fits and the rest.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 
 from worker.device.fp8.e4m3 import E4M3, LEAST_SCALE, MOST
-
-#: Numbers of an input that a program has, at least.
-_NUMBERS = 4096
+from worker.device.gelu import gelu
 
 _MOST, _LEAST_SCALE = tl.constexpr(MOST), tl.constexpr(LEAST_SCALE)
 
@@ -26,7 +24,7 @@ def _gated(y, bias, token, place, width, mask):  # type: ignore[no-untyped-def]
     gate = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(bias + place, mask=mask, other=0.0).to(tl.float32)
     gate += tl.load(bias + width + place, mask=mask, other=0.0).to(tl.float32)
-    return value * (gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)))
+    return value * gelu(gate, True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -41,27 +39,35 @@ def _exact(x, bias, token, place, width, mask, IS_GATE: tl.constexpr):  # type: 
 def quantise_kernel(  # type: ignore[no-untyped-def]
     x, bias, outliers, values, scales, tokens, width,
     IS_GATE: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_REST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`values`, (tokens, width + 2 COUNT), and `scales`, (tokens,), see `worker.device.fp8.quantising`.
 
-    `outliers`: (COUNT,) int64.
+    `outliers`: (COUNT,) int64. `BLOCK_REST`: 0, or for the channels from `BLOCK_C` on.
     """
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    place = tl.arange(0, BLOCK_C)[None, :]
     seen = token < tokens
-    mask = seen & (place < width)
-    exact = _exact(x, bias, token, place, width, mask, IS_GATE)
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(exact), axis=1, keep_dims=True), _MOST), _LEAST_SCALE)
+    place = tl.arange(0, BLOCK_C)[None, :]
+    exact = _exact(x, bias, token, place, width, seen, IS_GATE)
+    most = tl.max(tl.abs(exact), axis=1, keep_dims=True)
+    if BLOCK_REST > 0:
+        other = BLOCK_C + tl.arange(0, BLOCK_REST)[None, :]
+        inside = seen & (other < width)
+        rest = _exact(x, bias, token, other, width, inside, IS_GATE)
+        most = tl.maximum(most, tl.max(tl.abs(rest), axis=1, keep_dims=True))
+    scale = tl.maximum(tl.div_rn(most, _MOST), _LEAST_SCALE)
+    inverse = tl.div_rn(1.0, scale)
     row = values + token.to(tl.int64) * (width + 2 * COUNT)
     dtype = values.dtype.element_ty
-    tl.store(row + place, tl.div_rn(exact, scale).to(dtype), mask=mask)
+    tl.store(row + place, (exact * inverse).to(dtype), mask=seen)
+    if BLOCK_REST > 0:
+        tl.store(row + other, (rest * inverse).to(dtype), mask=inside)
     tl.store(scales + token, scale, mask=seen)
     if COUNT > 0:
         index = tl.arange(0, BLOCK_K)[None, :]
         mask = seen & (index < COUNT)
         chosen = tl.load(outliers + index, mask=index < COUNT, other=0)
-        kept = tl.div_rn(_exact(x, bias, token, chosen, width, mask, IS_GATE), scale)
+        kept = _exact(x, bias, token, chosen, width, mask, IS_GATE) * inverse
         rounded = kept.to(dtype).to(tl.float32)
         tl.store(row + width + index, (kept - rounded).to(dtype), mask=mask)
         tl.store(row + width + COUNT + index, rounded.to(dtype), mask=mask)
@@ -77,18 +83,27 @@ def gated(y: torch.Tensor, bias: torch.Tensor, outliers: torch.Tensor) -> tuple[
     return _run(y, bias, outliers, y.shape[-1] // 2, is_gate=True)
 
 
+def shape_of(block: int, *, is_gate: bool) -> dict[str, int]:
+    """Tokens and warps of a program whose larger block has so many channels.
+
+    A warp has a whole token where it can: the other ones would compute its outliers once more.
+    """
+    return {"BLOCK_M": 1, "num_warps": min(max(block // (512 if is_gate else 1024), 1), 8)}
+
+
 def _run(
     x: torch.Tensor, bias: torch.Tensor, outliers: torch.Tensor, width: int, *, is_gate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     count = len(outliers)
     values = torch.empty((*x.shape[:-1], width + 2 * count), dtype=E4M3, device=x.device)
     scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    tokens = scales.numel()
-    block = triton.next_power_of_2(width)
-    block_m = max(1, _NUMBERS // block)
-    quantise_kernel[(triton.cdiv(tokens, block_m),)](
-        x, bias, outliers, values, scales, tokens, width,
-        IS_GATE=is_gate, COUNT=count, BLOCK_M=block_m, BLOCK_C=block,
-        BLOCK_K=triton.next_power_of_2(max(count, 1)), num_warps=8 if is_gate or block > _NUMBERS else 4,
+    block = 1 << (width.bit_length() - 1)
+    rest = width - block
+    shape = shape_of(block, is_gate=is_gate)
+    quantise_kernel[(triton.cdiv(scales.numel(), shape["BLOCK_M"]),)](
+        x, bias, outliers, values, scales, scales.numel(), width,
+        IS_GATE=is_gate, COUNT=count, BLOCK_C=block,
+        BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
+        BLOCK_K=triton.next_power_of_2(max(count, 1)), **shape,
     )  # fmt: skip
     return values, scales

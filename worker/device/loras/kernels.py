@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from worker.device.gelu import gelu
+
 #: Numbers of a layer in the table: see `worker.device.loras.job_set`.
 FIELDS = tl.constexpr(5)
 #: Ranks that one program of a first product computes, and one turn of a second product's loop.
@@ -258,17 +260,6 @@ def both_kernel(  # type: ignore[no-untyped-def]
             _add_product(y_2, sum_2.to(dtype), other, position, seen, ranks, out_width, BLOCK_N)
 
 
-@triton.jit
-def _erf(x):  # type: ignore[no-untyped-def]
-    """The error function to 1.5e-7: Abramowitz and Stegun, 7.1.26. Half the work of the library's."""
-    size = tl.abs(x)
-    t = 1.0 / (1.0 + 0.3275911 * size)
-    sum_ = -1.453152027 + t * 1.061405429
-    sum_ = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * sum_))
-    result = 1.0 - t * sum_ * tl.exp(-size * size)
-    return tl.where(x < 0, -result, result)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def gate_kernel(  # type: ignore[no-untyped-def]
     y, out, bias, low, table, job_of_row, tokens, width, layers, layer, most_rank,
@@ -323,8 +314,6 @@ def gate_kernel(  # type: ignore[no-untyped-def]
             gate = _scaled(gate, other_total, entry, place + width, inside)
         value += tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(bias + width + place, mask=inside, other=0.0).to(tl.float32)[None, :]
-        halved = gate * 0.7071067811865476
-        error = _erf(halved) if FAST_ERF else tl.erf(halved)
-        gate = gate * 0.5 * (1.0 + error)
+        gate = gelu(gate, FAST_ERF)
         to = out + position[:, None] * width + place[None, :]
         tl.store(to, (value * gate).to(out.dtype.element_ty), mask=mask)
