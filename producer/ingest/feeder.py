@@ -21,7 +21,7 @@ from producer.ingest.check import refuse_bad_lines
 from producer.ingest.journal import Journal, journal_path
 from producer.ingest.manifest import write_manifest
 from producer.ingest.messages import Messages, tag_of_process
-from producer.ingest.pinned import Pinned
+from producer.ingest.pinned import Pinned, has_new_limits, pin_limits
 from producer.ingest.plan import Cursor, Plan, Planned, Rejected
 from producer.ingest.rejects import OwnFiles, Rejects
 from producer.ingest.results import Results
@@ -116,6 +116,7 @@ class Ingest:
                     pictures.of(self.run)
             if self.run.noted("cursor") is None:
                 self.run.note(NAMES, "2")
+                pin_limits(self.run)
             if self._downloads:
                 self._downloads.as_first = self.run.noted(NAMES) is None
             if pictures:
@@ -158,16 +159,17 @@ class Ingest:
         return Run(self._session.redis, self._options.run or digest[:16], digest, ttl_s)
 
     def _go_on_as_begun(self) -> None:
-        """Take the plan of the version that the run was begun with."""
+        """Take the plan and the limits of the version that the run was begun with."""
         plan = self._plan.as_begun(self._is_begun)
         if plan is not self._plan:
-            self._plan, self.run = plan, self._run_of(plan.digest)
-            self._pinned = Pinned(self.run, self._session.fleet, self._gate)
-            self._results = Results(self.run, self._session, plan.tenant)
+            self.run = self._run_of(plan.digest)
             self._display.notice(
                 f"An earlier version began the run {self.run.id}: its files are read as they were then. "
                 "With another --run they are read anew; pictures in the bucket are kept."
             )
+        self._plan = replace(plan, is_new=has_new_limits(self.run))
+        self._pinned = Pinned(self.run, self._session.fleet, self._gate, is_new=self._plan.is_new)
+        self._results = Results(self.run, self._session, plan.tenant)
 
     def _is_begun(self, digest: str) -> bool:
         """Whether a run of the plan with that digest has sent something and was not cancelled.

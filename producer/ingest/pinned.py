@@ -1,11 +1,11 @@
-"""All jobs of a run that name the same model are rendered by the same revision of it."""
+"""What a run keeps from its beginning: a revision of each model that its jobs name, and its limits."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from producer.ingest.message_templates import Resolver
 from producer.ingest.run_state import Run
@@ -15,17 +15,33 @@ from worker.contract.file_index import FileIndex
 from worker.contract.job import OPEN_REVISION, Job
 from worker.contract.job_files import with_files
 from worker.contract.served_model import Defaults
+from worker.contract.stored_jobs import LIMITS
 
 if TYPE_CHECKING:
     from worker.state.fleet import Fleet
 
 
+#: The run's field of the limits that its lines are taken by. Earlier versions noted none.
+_LIMITS: Final = "limits"
+
+
+def pin_limits(run: Run) -> None:
+    """Note that lines of the run, which begins now, are taken by the limits of this version."""
+    run.note(_LIMITS, str(LIMITS))
+
+
+def has_new_limits(run: Run) -> bool:
+    """Whether the run has the limits of this version: it began with them, or is yet to begin."""
+    begins = run.noted("cursor") is None or run.noted("cancelled") is not None
+    return begins or run.noted(_LIMITS) == str(LIMITS)
+
+
 class Pinned:
     """Resolves jobs as `Fleet.resolve` does, but each model once in a run. Redis keeps the answer."""
 
-    def __init__(self, run: Run, fleet: Fleet, gate: Gate | None = None) -> None:
-        """`gate` says which resolved jobs the run may not have."""
-        self._run, self._fleet, self._gate = run, fleet, gate or Gate()
+    def __init__(self, run: Run, fleet: Fleet, gate: Gate | None = None, *, is_new: bool = True) -> None:
+        """`gate` says which resolved jobs the run may not have; `is_new` as in `Plan`."""
+        self._run, self._fleet, self._gate, self._is_new = run, fleet, gate or Gate(), is_new
         self._known: dict[tuple[str, str], _Pin] = {}
         self._foreseen: dict[tuple[str, str], _Pin] = {}
 
@@ -65,7 +81,7 @@ class Pinned:
         return self._foreseen[name]
 
     def _checked(self, pin: _Pin, job: Job) -> Job:
-        resolved = pin.resolve(job)
+        resolved = pin.resolve(job, is_new=self._is_new)
         self._gate.check(resolved)
         if pin.values.get("unserved"):
             self._gate.check_unserved(resolved)
@@ -105,12 +121,18 @@ class _Pin:
         """The pin that lies in Redis as `values`. A run that an earlier version began has no files."""
         return cls(values, FileIndex.model_validate(values.get("files", {})))
 
-    def resolve(self, job: Job) -> Job:
-        """`job` with all that is pinned. Raises `InvalidJobError`."""
+    def resolve(self, job: Job, *, is_new: bool) -> Job:
+        """`job` with all that is pinned. Raises `InvalidJobError`.
+
+        Earlier versions did not look whether it is a job with the model's defaults.
+        """
         # A run that an earlier version began has no syntax pinned, and stays plain.
         job = job.in_syntax(PromptSyntax(self.values.get("prompt_syntax", PromptSyntax.PLAIN)))
         place = {name: self.values[name] for name in ("model", "revision")}
-        job = job.with_defaults(self.values).model_copy(update=place)
+        filled = (
+            job.with_defaults(self.values) if is_new else job.model_copy(update=job.left_open(self.values))
+        )
+        job = filled.model_copy(update=place)
         # Nobody serves the model yet: the worker that does says which files are meant.
         if self.values.get("unserved"):
             return job

@@ -98,6 +98,9 @@ class Plan:
     first_variants: Variants | None = None
     #: Whether the prompts of files with AUTOMATIC1111's options are in its syntax: not in earlier versions.
     knows_a1111: bool = True
+    #: Whether lines are taken by the limits of this version: not in a run that an earlier one began, so that
+    #: what was a job there stays one.
+    is_new: bool = True
     #: Whose jobs they are; empty: nobody's.
     tenant: str = ""
     #: Reads the pictures that lines name; None: lines name none but those that are stored, by reference.
@@ -158,7 +161,8 @@ class Plan:
         `warn` is called with one sentence for each name and, unless `warn_of_words` is False, for each syntax
         in a prompt that has no meaning here.
         """
-        templates = JobTemplates(resolve, fields_v1.job_of if self.reading == 1 else Job.parse)
+        job_of = functools.partial(Job.parse, is_new=self.is_new)
+        templates = JobTemplates(resolve, fields_v1.job_of if self.reading == 1 else job_of)
         words = _Words(warn) if warn and warn_of_words else None
         for file in range(start.file, len(self.sources)):
             skip = start.entry if file == start.file else 0

@@ -100,16 +100,17 @@ class Job(SecondPassParameters):
 
         Raises `InvalidJobError` where it is no job with these, such as one of which no step is left.
         """
-        filled = {
-            name: defaults[name]
-            for name in Defaults.model_fields
-            if name in defaults and getattr(self, name) is None
-        }
+        filled = self.left_open(defaults)
         has_own_steps = self.schedule is NoiseSchedule.ALIGN_YOUR_STEPS
         asks_for_steps = has_own_steps or self.image or self.prompt_syntax is PromptSyntax.A1111
         if self.upscale > 1 or ("steps" in filled and asks_for_steps):
             self.parse(dict(self) | filled, is_new=False)
         return self.model_copy(update=filled)
+
+    def left_open(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a model's `defaults` that this job leaves open."""
+        names = [name for name in Defaults.model_fields if name in defaults]
+        return {name: defaults[name] for name in names if getattr(self, name) is None}
 
     def opened(self) -> Self:
         """This job for a model that no worker has announced yet: any revision may render it.

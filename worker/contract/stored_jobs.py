@@ -17,6 +17,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
+#: The limits of new jobs, which runs of prompt files keep: another number whenever one becomes narrower.
+LIMITS: Final = 1
 #: pydantic's context where a job is new.
 NEW: Final = {"is_new": True}
 #: For each kind of limit: its attribute, what a value must be to it, pydantic's finding, JSON Schema's name.

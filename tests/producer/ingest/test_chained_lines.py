@@ -84,9 +84,10 @@ def going(run: Ingest) -> Iterator[list[Outcome]]:
         run.stop()
 
 
-def until(drain: Drain, run: Ingest, **fields: int) -> None:
-    """Wait until the run's fields are so."""
-    key, wanted = run_key(run.run.id), {name: str(value) for name, value in fields.items()}
+def until(drain: Drain, run: Ingest, **fields: int | None) -> None:
+    """Wait until the run's fields are so; None: it does not have the field."""
+    key = run_key(run.run.id)
+    wanted = {name: None if value is None else str(value) for name, value in fields.items()}
     event = threading.Event()
     for _ in range(6_000):
         drain.all()
@@ -201,7 +202,8 @@ def test_a_run_that_begins_anew_before_a_worker_has_looked_waits_again(drain: Dr
     cancel_run(drain.client, drain.records, run.run.id)
     run = ingest()
     with going(run) as outcomes:
-        until(drain, run, fed=1, waiting=1)
+        # The run of before was cancelled, and waits as well.
+        until(drain, run, fed=1, waiting=1, cancelled=None)
         look(drain)
         parent.finish()
         until(drain, run, ended=1)
