@@ -22,7 +22,7 @@ from worker.state.hashes import record_of
 
 #: Jobs that several commits took which read messages up to version 4, with the ids that they gave them:
 #: random ones, so that each field has several values, beside others.
-OF_VERSION_4 = Path(__file__).parent / "messages/jobs_of_version_4.jsonl"
+OF_VERSION_4 = Path(__file__).with_name("jobs_of_version_4.jsonl")
 IMAGE = f"sha256:{'ab' * 32}:640x480"
 #: What is refused now -> a job that an earlier version took, its id there, and what is said of it now.
 NARROWED: dict[str, tuple[dict[str, Any], str, str]] = {
