@@ -14,8 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.virtualized import V
 
+from worker.device.compiling.choices import Choices
 from worker.device.compiling.compiler import CALLS_BEFORE_COMPILING, SWITCH_S, CompiledLanes, keep_kernels_in
 
 Lanes = CompiledLanes[Callable[[torch.Tensor], torch.Tensor]]
@@ -145,3 +149,19 @@ assert b"early" not in written
 assert pickle.loads(written) is torch.channels_last
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
+
+
+@pytest.mark.parametrize(
+    ("hint", "numbers", "is_kept"),
+    [
+        (ReductionHint.INNER, 640, True),
+        (ReductionHint.INNER, 1280, True),
+        (ReductionHint.INNER, 2049, False),
+        (ReductionHint.OUTER, 1280, False),
+    ],
+)
+def test_a_kernel_keeps_the_row_that_it_reduces(hint: ReductionHint, numbers: int, is_kept: bool) -> None:
+    features = SimpleNamespace(get_reduction_hint=lambda: hint, reduction_numel=sympy.Integer(numbers))
+    sizes = SimpleNamespace(statically_known_leq=lambda one, other: one <= other)
+    with V.set_graph_handler(SimpleNamespace(sizevars=sizes)):
+        assert Choices.should_use_persistent_reduction(features, False) == is_kept

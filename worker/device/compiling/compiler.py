@@ -288,13 +288,18 @@ class CompiledLanes(Generic[F]):
 
     @torch.no_grad()
     def _traced(self, argument: Any, dynamic: Sequence[torch.Tensor], recorder: Recorder | None = None) -> F:
+        # Not at the top, like all that belongs to the compiler.
+        from torch._inductor.virtualized import V
+
+        from worker.device.compiling.choices import Choices
+
         for tensor in dynamic:
             torch._dynamo.mark_dynamic(tensor, 0)
         options: dict[str, Any] = {} if recorder is None else {"backend": recorder}
         # All other sizes are fixed, and each lane is compiled for its own: kernels are faster so.
         function = traced.bound(self._function)
         compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, **options)
-        with self._compiler.device_sync_lock, _beside_others():
+        with self._compiler.device_sync_lock, _beside_others(), V.set_choices_handler(Choices()):
             result = compiled(argument)
             torch.cuda.synchronize()
         if recorder is not None:

@@ -84,11 +84,12 @@ def gated(y: torch.Tensor, bias: torch.Tensor, outliers: torch.Tensor) -> tuple[
 
 
 def shape_of(block: int, *, is_gate: bool) -> dict[str, int]:
-    """Tokens and warps of a program whose larger block has so many channels.
+    """Tokens and warps of a program whose larger block has so many channels: docs/performance.md, "FP8".
 
-    A warp has a whole token where it can: the other ones would compute its outliers once more.
+    A warp has whole tokens where it can: the other ones would compute their outliers once more.
     """
-    return {"BLOCK_M": 1, "num_warps": min(max(block // (512 if is_gate else 1024), 1), 8)}
+    a_warp = 512 if is_gate else 1024
+    return {"BLOCK_M": max(a_warp // block, 1), "num_warps": min(max(block // a_warp, 1), 4)}
 
 
 def _run(
