@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from producer.client.job_result import JobResult
 from producer.http.a1111_img2img import read_img2img
-from producer.http.a1111_request import HARMLESS_SETTINGS, Asked, read_request
+from producer.http.a1111_request import HARMLESS_SETTINGS, Asked, read_request, switch
 from producer.http.auth import Reader, Shared, Submitter
 from producer.http.backend import Backend
 from producer.http.caller import Caller
@@ -77,7 +77,7 @@ async def img2img(request: Request, caller: Submitter, backend: Shared) -> Respo
     body = await read_json(request, any_type=True)
     async with backend.unpacking:
         asked = await backend.run(read_img2img, body)
-    if not body.get("include_init_images"):
+    if not switch(body, "include_init_images"):
         body = body | {"init_images": None, "mask": None}
     return await _render(request, caller, backend, body, asked)
 

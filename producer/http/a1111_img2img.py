@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from producer.http.a1111_request import HARMLESS, Asked, Harmless, is_exactly_one, is_off, read_request
+from producer.http.a1111_request import (
+    HARMLESS,
+    Asked,
+    Harmless,
+    is_exactly_one,
+    is_off,
+    read_request,
+    switch,
+)
 from producer.http.foreign_masks import a1111_mask, filled
 from producer.http.pictures import of_base64
 from producer.http.problems import RefusedError
@@ -72,11 +80,11 @@ def read_img2img(body: Any) -> Asked:
 def _inpainting(body: Mapping[str, Any], image: bytes) -> dict[str, Any]:
     mask = a1111_mask(
         of_base64("mask", body["mask"]),
-        inverted=bool(_number(body, "inpainting_mask_invert", "steps", 0)),
-        rounded=body.get("mask_round", True) is not False,
+        inverted=switch(body, "inpainting_mask_invert"),
+        rounded=switch(body, "mask_round", default=True),
     )
     found: dict[str, Any] = {"mask": mask, "mask_blur": _blur(body)}
-    if body.get("inpaint_full_res", True):
+    if switch(body, "inpaint_full_res", default=True):
         found["padding"] = _number(body, "inpaint_full_res_padding", "padding", 0)
     match _number(body, "inpainting_fill", "steps", 0):
         case 0:

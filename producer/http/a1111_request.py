@@ -19,6 +19,7 @@ from worker.contract.choices import ETA, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS
+from worker.contract.job_fields import truth_of
 from worker.contract.scheduler_names import Pair, pair_of
 
 #: Pictures of one request, at most.
@@ -40,6 +41,17 @@ _NAMES: Final = {
 def is_off(value: Any) -> bool:
     """Whether a value means that something is not used."""
     return value in (None, False, 0, "", "0", "None", "none")
+
+
+def switch(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    """Whether a switch of a request is on: AUTOMATIC1111 reads words, too. Raises `InvalidJobError`."""
+    value = body.get(name)
+    if value in (None, ""):
+        return default
+    truth = truth_of(value) if isinstance(value, str) else bool(value) if value in (0, 1) else None
+    if truth is None:
+        raise InvalidJobError(f"{name} is {short(value)}: it must be true or false.")
+    return truth
 
 
 def _is_empty(value: Any) -> bool:
@@ -160,7 +172,7 @@ def read_request(body: Any, harmless: Harmless = HARMLESS, known: Container[str]
     fields |= {} if eta is None else {"eta": eta}
     # Its clients write its syntax.
     fields.setdefault("prompt_syntax", PromptSyntax.A1111)
-    if not is_off(body.get("enable_hr")):
+    if switch(body, "enable_hr"):
         fields |= second_pass_of(body, fields)
     batch_size, n_iter = (_count(body, name) for name in ("batch_size", "n_iter"))
     if batch_size * n_iter > MAX_IMAGES:
@@ -172,7 +184,7 @@ def read_request(body: Any, harmless: Harmless = HARMLESS, known: Container[str]
         None if model in (None, "") else str(model),
         batch_size,
         n_iter,
-        body.get("send_images", True) is not False,
+        switch(body, "send_images", default=True),
     )
 
 

@@ -107,9 +107,12 @@ async def take(
     #: Several jobs of one request may begin with the same.
     known: dict[tuple[Any, Any], Given] = {}
     for number, item in enumerate(items):
-        if not isinstance(item, Mapping) or not (item.get("image") or item.get("mask")):
+        if not isinstance(item, Mapping):
             continue
-        pictures = {name: item[name] for name in ("image", "mask") if item.get(name)}
+        # An empty file is one that was sent.
+        pictures = {name: item[name] for name in ("image", "mask") if item.get(name) not in (None, "")}
+        if not pictures:
+            continue
         try:
             for name, value in pictures.items():
                 if not isinstance(value, str | bytes):

@@ -6,6 +6,7 @@ all of them at their defaults, or it is refused: what would have no effect is no
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Final
 
 from annotated_types import Gt
@@ -131,6 +132,12 @@ def leaves_steps(strength: float, steps: int) -> bool:
     return int(steps * strength) >= 1
 
 
+def least_strength(steps: int) -> str:
+    """The least strength that leaves a job of so many steps one, rounded up to two digits."""
+    digits = 2 - math.ceil(math.log10(1 / steps) + 1e-9)
+    return f"{math.ceil(10**digits / steps) / 10**digits:g}"
+
+
 def _strength(value: float | None, info: ValidationInfo) -> float | None:
     """Refuse a strength without an image, or that leaves no step."""
     if "image" not in info.data or value is None:
@@ -140,7 +147,8 @@ def _strength(value: float | None, info: ValidationInfo) -> float | None:
     steps = info.data.get("steps")
     if steps is not None and not leaves_steps(value, steps):
         raise ValueError(
-            f"is {value:g}, which leaves none of {steps} steps: use at least {1 / steps:.2g}, or more steps"
+            f"is {value:g}, which leaves none of {steps} steps: use at least {least_strength(steps)}, or "
+            "more steps"
         )
     return value
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from worker.contract import a1111_syntax
 from worker.contract.choices import ALIGN_YOUR_STEPS, UPSCALERS, NoiseSchedule, PromptSyntax, Upscaler
 from worker.contract.explain import short
-from worker.contract.input_parameters import InputParameters, leaves_steps
+from worker.contract.input_parameters import InputParameters, least_strength, leaves_steps
 from worker.contract.input_reference import InputReference
 from worker.contract.job_checks import spelled_as
 from worker.contract.job_fields import JobField
@@ -117,8 +117,8 @@ def _strength(value: float, info: ValidationInfo) -> float:
         return value
     if not leaves_steps(value, steps):
         raise ValueError(
-            f"is {value:g}, which leaves none of {steps} steps: use at least {1 / steps:.2g}, or more "
-            "upscale_steps"
+            f"is {value:g}, which leaves none of {steps} steps: use at least {least_strength(steps)}, or "
+            "more upscale_steps"
         )
     if int(steps * value) > MAX_STEPS:
         raise ValueError(

@@ -523,9 +523,35 @@ def test_only_the_masked_part_is_drawn_unless_it_is_said_otherwise(api: Api) -> 
     assert picture.getpixel((5, 30))[0] == 9
 
 
+def test_switches_are_read_also_as_words_as_automatic1111_does(api: Api) -> None:
+    """A mask is not inverted, nor its part drawn alone, because `"false"` is a text with letters."""
+    path, masked = "/sdapi/v1/img2img", {"init_images": [base64_of(photo())], "mask": base64_of(mask())}
+    names = ("inpainting_mask_invert", "inpaint_full_res", "mask_round")
+    jobs = []
+    for word in (False, 0, "false", "No", "0", True, 1, "true", "on", "1"):
+        body = {"prompt": "a cat", "seed": 3, "steps": 4, **masked, **dict.fromkeys(names, word)}
+        answer = api.call("POST", path, body)
+        assert answer.status == 200, answer.body
+        jobs.append(read(json.loads(answer.json["info"])["infotexts"][0]))
+    assert [each.padding for each in jobs] == [None] * 5 + [0] * 5
+    assert len({each.mask for each in jobs[:5]}) == len({each.mask for each in jobs[5:]}) == 1
+    assert jobs[0].mask != jobs[5].mask
+    for name in names:
+        answer = api.call("POST", path, {"prompt": "a cat", **masked, name: "perhaps"})
+        assert (answer.status, answer.json["detail"]) == (
+            422,
+            f"{name} is 'perhaps': it must be true or false.",
+        )
+    text = {"prompt": "a cat", "seed": 3, "steps": 4, "enable_hr": "false", "send_images": "false"}
+    answer = api.call("POST", "/sdapi/v1/txt2img", text)
+    assert (answer.status, answer.json["images"]) == (200, [])
+    assert read(json.loads(answer.json["info"])["infotexts"][0]).upscale == 1
+
+
 @pytest.mark.parametrize(
     ("given", "part"),
     [
+        ({"init_images": [""]}, "image is empty: give a PNG, JPEG or WebP."),
         ({"init_images": []}, "init_images is 0 pictures: send a list of one picture in base64."),
         ({"init_images": ["?"]}, "init_images is '?', which is no base64: encode the file so."),
         ({"init_images": ["R0lGODlh"]}, "image is a GIF: give a PNG, JPEG or WebP."),

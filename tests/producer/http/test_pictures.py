@@ -125,6 +125,8 @@ def test_a_tenant_has_no_picture_of_anothers(api: Api) -> None:
     ("parts", "sentence"),
     [
         ({"prompt": "a cat", "image": b"GIF89a"}, "image is a GIF: give a PNG, JPEG or WebP."),
+        ({"prompt": "a cat", "image": b""}, "image is empty: give a PNG, JPEG or WebP."),
+        ({"prompt": "a cat", "image": DATA, "mask": b""}, "mask is empty: give a PNG, JPEG or WebP."),
         ({"prompt": b"a cat"}, "The form has 'prompt' as a file: send it as a text."),
         ({"prompt": "a cat", "stepps": "5"}, 'There is no job field "stepps": did you mean "steps"?'),
         ({"prompt": "a cat", "steps": "many"}, "steps is 'many': it must be a valid integer, 1 to 150."),

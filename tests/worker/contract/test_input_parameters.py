@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from worker.contract.errors import InvalidJobError
 from worker.contract.input_parameters import size_for
 from worker.contract.input_reference import InputReference, jobs_of
 from worker.contract.job import Job
+from worker.contract.job_parameters import MAX_STEPS
 from worker.contract.served_model import Defaults, ServedModel
 
 FILE, PARENT = "sha256:" + "ab" * 32, "job:" + "cd" * 16
@@ -176,6 +178,17 @@ def test_a_strength_that_leaves_no_step_is_refused_also_where_the_model_says_the
     with pytest.raises(InvalidJobError, match=r"leaves none of 10 steps: use at least 0\.1,"):
         job.resolved(SERVED)
     assert parsed(image=IMAGE, strength=0.1).resolved(SERVED).steps == 10
+
+
+@pytest.mark.parametrize("name", ["strength", "upscale_strength"])
+def test_the_least_strength_that_a_refusal_names_leaves_a_step(name: str) -> None:
+    pass_of = {"image": IMAGE} if name == "strength" else {"upscale": 1.5}
+    for steps in range(2, MAX_STEPS + 1):
+        fields = {**pass_of, "steps": steps}
+        found = re.search(r"use at least ([\d.]+),", refusal(**fields, **{name: 0.001}))
+        assert found, steps
+        assert parsed(**fields, **{name: float(found[1])}), steps
+        assert float(found[1]) <= 1.1 / steps
 
 
 def test_a_job_that_begins_with_noise_says_nothing_of_pictures() -> None:
