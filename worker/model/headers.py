@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import struct
@@ -45,14 +46,14 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
-    """The header of a .safetensors file. Reads no weights.
+def read_header(path: Path, data: bytes | None = None) -> Header:
+    """The header of a .safetensors file. Reads no weights. `data`: its bytes, where they were read.
 
     The format is 8 bytes of length, JSON, then the data (huggingface/safetensors). Raises `SettingsError` if
     the file is truncated or of another format.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = path.stat().st_size if data is None else len(data)
+    with path.open("rb") if data is None else io.BytesIO(data) as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         # torch.save writes a zip archive; the other bytes start a plain pickle of protocol 2 to 5. A header's
@@ -74,12 +75,14 @@ def read_header(path: Path) -> Header:
     try:
         entries: dict[str, Any] = json.loads(text)
         metadata = dict(entries.pop("__metadata__", None) or {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("The format's metadata are texts.")
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
         tensors = {
             name: Tensor(str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
             for name, entry in entries.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError):
         raise SettingsError(f"{path} is not a safetensors file: download it again.") from None
     if 8 + length + end != size:
         raise SettingsError(f"{path} has {size:,} of {8 + length + end:,} bytes: download it again.")

@@ -127,12 +127,14 @@ def load(path: Path, name: str, sha256: str, targets: Targets) -> LoraFile:
         if path.stat().st_size > lora_header.MAX_BYTES:
             raise ValueError(lora_header.too_large(path))
         data = path.read_bytes()
-        if _with_config(hashlib.sha256(data).hexdigest(), path) != sha256:
+        of_file = hashlib.sha256(data).hexdigest()
+        if _with_config(of_file, path) != sha256:
             raise replaced
-        header = lora_header.read(path)
+        header = lora_header.read(path, data)
+        # Its config was read again.
+        if _with_config(of_file, path) != sha256:
+            raise replaced
         tensors = safetensors.torch.load(data)
-        if tensors.keys() != header.header.tensors.keys():
-            raise replaced
         return _fitted(header, tensors, targets)
     except OSError as error:
         raise RenderError(f'The LoRA "{name}" cannot be read: {error}.') from error

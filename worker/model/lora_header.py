@@ -21,6 +21,7 @@ from worker.model.lora_scales import Settings
 #: Bytes of a file, and its rank, at most. SDXL with all its convolutions at rank 256 has 3.2 GB in fp16.
 MAX_BYTES, MAX_RANK = 4 << 30, 256
 _DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_ALPHA_DTYPES = (*_DTYPES, "I64", "I32", "I16", "I8", "U8")
 #: What a file fits, by how wide the text is that its UNet takes.
 _BY_TEXT = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL's refiner"}
 #: The same by what trainers write into the metadata, where shapes do not say it.
@@ -89,11 +90,14 @@ def architecture_of(width: object) -> str:
     return architecture(only) if isinstance(only, int) and not others else ""
 
 
-def read(path: Path) -> LoraHeader:
-    """What a file holds. Raises `ValueError`, `SettingsError` where it cannot be used, `OSError`."""
-    if path.stat().st_size > MAX_BYTES:
+def read(path: Path, data: bytes | None = None) -> LoraHeader:
+    """What a file holds. `data`: its bytes, where they were read.
+
+    Raises `ValueError`, `SettingsError` where it cannot be used, `OSError`.
+    """
+    if data is None and path.stat().st_size > MAX_BYTES:
         raise ValueError(too_large(path))
-    header = read_header(path)
+    header = read_header(path, data)
     if problem := refusal(header.tensors):
         raise ValueError(problem)
     modules = _modules(header.tensors)
@@ -142,7 +146,7 @@ def _check_shapes(module: str, tensors: Mapping[Role, Tensor]) -> None:
     for role, tensor in tensors.items():
         if min(tensor.shape, default=1) < 1:
             raise ValueError(f"it has no numbers at {module}: download it again")
-        if tensor.dtype not in _DTYPES and role is not Role.ALPHA:
+        if tensor.dtype not in (_ALPHA_DTYPES if role is Role.ALPHA else _DTYPES):
             raise ValueError(f"{module} is stored as {tensor.dtype}: use a LoRA in fp32, fp16 or bf16")
     down, up, mid = tensors[Role.DOWN].shape, tensors[Role.UP].shape, tensors.get(Role.MID)
     rank = down[0] if down else 0

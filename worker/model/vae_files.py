@@ -61,9 +61,12 @@ def sha256_of(path: Path) -> str:
 
     Raises `OSError`, and `ValueError` for a config that cannot be read.
     """
-    config = _config_text(path)
     with path.open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
+        return _with_config(hashlib.file_digest(file, "sha256").hexdigest(), path)
+
+
+def _with_config(weights: str, path: Path) -> str:
+    config = _config_text(path)
     return weights if config is None else hashlib.sha256(json.dumps([weights, config]).encode()).hexdigest()
 
 
@@ -123,18 +126,26 @@ def load(path: Path, name: str, sha256: str, own: Any) -> Any:
     Raises `InvalidJobError` for a file that cannot be used or does not fit the model, `RenderError` where it
     is gone or another one.
     """
-    from safetensors.torch import load_file
+    import safetensors.torch
 
+    replaced = RenderError(f'The VAE "{name}" was replaced while a job asked for it.')
     try:
-        if sha256_of(path) != sha256:
-            raise RenderError(f'The VAE "{name}" was replaced while a job asked for it.')
-        config, header = config_of(path), read_header(path).tensors
+        if path.stat().st_size > MAX_BYTES:
+            raise replaced
+        data = path.read_bytes()
+        of_file = hashlib.sha256(data).hexdigest()
+        if _with_config(of_file, path) != sha256:
+            raise replaced
+        config, header = config_of(path), read_header(path, data).tensors
+        # Its config was read again.
+        if _with_config(of_file, path) != sha256:
+            raise replaced
         is_tiny = tiny_vae.is_tiny(header)
         if config is not None and is_tiny != (config["_class_name"] == tiny_vae.CLASS):
             raise ValueError(f"its {CONFIG} is that of an {config['_class_name']}, its weights are not")
         if config is None:
             config = tiny_vae.config_for(header) if is_tiny else dict(own)
-        stored = load_file(path)
+        stored = safetensors.torch.load(data)
         if not is_tiny:
             stored = {key: stored[stored_name] for key, stored_name in _part(header, path).names.items()}
     except OSError as error:

@@ -20,6 +20,7 @@ from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.settings import WorkerSettings
 from worker.device.model_runner import ModelRunner
+from worker.model import vae_files
 from worker.model.file_store import FileStore
 
 
@@ -185,3 +186,20 @@ def test_a_vae_that_was_replaced_is_not_used_for_a_job_that_asked_for_the_old_on
     save_file(original_layout.vae(a_vae(2)), tmp_path / "x.safetensors")
     with pytest.raises(RenderError, match="was replaced while a job asked for it"):
         runner.prepare(job)
+
+
+def test_a_vae_that_is_replaced_while_it_is_read_gives_nothing_of_the_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    first, other = (original_layout.vae(a_vae(seed)) for seed in (1, 2))
+    save_file(first, path)
+    sha256, read = vae_files.sha256_of(path), vae_files.read_header
+
+    def replaced_first(*given: Any) -> Any:
+        save_file(other, path)
+        return read(*given)
+
+    monkeypatch.setattr(vae_files, "read_header", replaced_first)
+    loaded = vae_files.load(path, "x", sha256, a_vae(1).config)
+    assert torch.equal(loaded.decoder.conv_in.weight, a_vae(1).decoder.conv_in.weight)

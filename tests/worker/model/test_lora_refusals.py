@@ -13,7 +13,9 @@ from safetensors.torch import save, save_file
 
 from worker.contract.errors import InvalidJobError, RenderError
 from worker.model import headers, lora_files, lora_header
+from worker.model.lora_names import UNET as UNET_PART
 from worker.model.lora_names import Targets
+from worker.model.lora_scales import METADATA
 
 #: A model with a linear module and two convolutions; and two text encoders.
 UNET = {
@@ -167,6 +169,59 @@ def test_a_file_that_is_replaced_or_gone(tmp_path: Path) -> None:
     save_file(pair(alpha=1.0), path)
     with pytest.raises(RenderError, match='The LoRA "x" was replaced while a job asked for it'):
         lora_files.load(path, "x", sha256, TARGETS)
+
+
+@pytest.mark.parametrize("what", ["file", "config"])
+def test_a_file_that_is_replaced_while_it_is_read_gives_nothing_of_the_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Its metadata say by what its factors are multiplied."""
+    path = tmp_path / "adapter_model.safetensors"
+    config = path.with_name("adapter_config.json")
+
+    def write(alpha: float) -> None:
+        settings = {f"{UNET_PART}.lora_alpha": alpha}
+        metadata = {METADATA: json.dumps(settings)} if what == "file" else None
+        save_file(pair(), path, metadata)
+        if what == "config":
+            config.write_text(json.dumps({"peft_type": "LORA", "lora_alpha": alpha}))
+
+    write(2.0)
+    sha256, read = lora_files.sha256_of(path), lora_header.read
+
+    def replaced_first(*given: Any) -> Any:
+        write(8.0)
+        return read(*given)
+
+    monkeypatch.setattr(lora_header, "read", replaced_first)
+    if what == "config":
+        with pytest.raises(RenderError, match='The LoRA "x" was replaced while a job asked for it'):
+            lora_files.load(path, "x", sha256, TARGETS)
+    else:
+        (factors,) = lora_files.load(path, "x", sha256, TARGETS).unet.values()
+        assert factors.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ('{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,0]}}', "is not a safetensors file"),
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,1e999]}}', "is not a safetensors file"),
+        ('{"__metadata__":{"lora_adapter_metadata":5}}', "is not a safetensors file"),
+        (
+            (
+                f'{{"{TO_K}.lora_down.weight":{{"dtype":"F32","shape":[1,16],"data_offsets":[0,0]}},'
+                f'"{TO_K}.lora_up.weight":{{"dtype":"F32","shape":[8,1],"data_offsets":[0,0]}},'
+                f'"{TO_K}.alpha":{{"dtype":"C64","shape":[],"data_offsets":[0,0]}}}}'
+            ),
+            "is stored as C64: use a LoRA in fp32, fp16 or bf16",
+        ),
+    ],
+)
+def test_a_header_of_what_no_tool_writes_is_a_sentence(tmp_path: Path, header: str, problem: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    assert problem in lora_files.describe(path)[1]
 
 
 def refused(path: Path, tensors: dict[str, torch.Tensor], targets: Targets = TARGETS) -> str:
