@@ -190,6 +190,8 @@ def test_the_refusal_of_a_chain_says_what_is_in_the_way(
         (bytes(MAX_INPUT_BYTES + 1), "image is 50.0 MB, the limit is 50 MB: make it smaller."),
         (np.zeros((8, 8, 3)), "image is an array of float64 and the shape (8, 8, 3): give uint8, 0 to 255"),
         (np.zeros((2, 8, 8, 3), np.uint8), "image is an array of uint8 and the shape (2, 8, 8, 3): give"),
+        (np.zeros((0, 8, 3), np.uint8), "image is 8x0, which is no pixel: give at least 1x1."),
+        (Image.new("RGB", (0, 5)), "image is 0x5, which is no pixel: give at least 1x1."),
         (Image.new("CMYK", (8, 8)), "image has the mode CMYK: convert it to RGB or RGBA."),
         (io.StringIO("x"), "image is a file of text: open it with mode 'rb'."),
         (f"sha256:{'ab' * 32}:99999x99999", "image is 99999x99999, the limits are 64 megapixels"),

@@ -223,6 +223,9 @@ def _png(name: str, value: Any) -> bytes:
     """A Pillow image, or an array of (height, width) or (height, width, 3 or 4), as a PNG."""
     if not isinstance(value, Image.Image):
         value = _of_array(name, value)
+    if not all(value.size):
+        width, height = value.size
+        raise InvalidJobError(f"{name} is {width}x{height}, which is no pixel: give at least 1x1.")
     if value.mode not in _PNG_MODES:
         raise InvalidJobError(f"{name} has the mode {value.mode}: convert it to RGB or RGBA.")
     file = io.BytesIO()

@@ -57,6 +57,8 @@ MODELS = {
     "sd1 with a tiny VAE": tiny_models.tiny_sd1,
     "sdxl with a tiny VAE": tiny_models.tiny_sdxl,
 }
+#: Those that take a scheduler of their own alone.
+WITH_ONE_SCHEDULER = {"lcm": tiny_models.tiny_lcm}
 PIPELINES: dict[tuple[bool, bool], Any] = {
     (False, False): diffusers.StableDiffusionImg2ImgPipeline,
     (False, True): diffusers.StableDiffusionInpaintPipeline,
@@ -92,7 +94,7 @@ class Model:
     """A tiny model behind a runner, and diffusers' pipelines for images with the same modules."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        path = MODELS[name](folder / name)
+        path = (MODELS | WITH_ONE_SCHEDULER)[name](folder / name)
         self.own: Any = diffusers.DiffusionPipeline.from_pretrained(path)
         settings = WorkerSettings(model=str(path))
         if name.endswith("with a tiny VAE"):
@@ -180,6 +182,13 @@ def of_mask(**fields: Any) -> Job:
 def test_equal_to_diffusers_beside_jobs_of_text(models: Any, name: str) -> None:
     masked = [] if name == "sd2" else [of_mask(seed=8), of_mask(strength=1.0)]
     models(name).check(of_image(), a_job(seed=9, steps=3), *masked)
+
+
+def test_a_latent_consistency_model_is_equal_to_the_pipelines_of_other_models(models: Any) -> None:
+    """diffusers has one of its own for images, which runs all steps at any strength."""
+    models("lcm").check(
+        of_image(strength=0.5), a_job(seed=9, steps=3), of_mask(seed=8), of_mask(strength=1.0)
+    )
 
 
 def test_equal_to_diffusers_with_a_few_schedulers(models: Any) -> None:
