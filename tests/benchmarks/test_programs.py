@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from click.testing import CliRunner
 
 from producer.ingest.feeder import Ingest
 from producer.ingest.run_state import Run
+from tests.benchmarks import held
 from tests.benchmarks.emulated_gpu import EmulatedRunner
 from tests.worker.engine.fake_runner import SOON_S
 from worker import tasks
@@ -52,6 +56,33 @@ def test_the_names_that_programs_replace_are_there() -> None:
     assert callable(handler.encode)
     assert callable(Run.feed)
     assert callable(Ingest._feed_until_over)
+
+
+def test_programs_that_are_held_measure_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(held.Load, "begin", lambda load, jobs: None)
+    monkeypatch.setattr(held.warm_up, "measure_steps", lambda: not is_free())
+    path = tmp_path / "turn"
+
+    def is_free() -> bool:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    held.hold(held.Turn(path))
+    measure: Any = held.warm_up.measure_steps
+    assert measure()
+    assert is_free()
+    begin: Any = held.Load.begin
+    begin(None, 1)
+    begin(None, 1)
+    assert not is_free()
+    assert measure()
+    assert not is_free()
 
 
 def test_the_engine_renders_on_the_emulated_gpu() -> None:

@@ -8,7 +8,7 @@ of one sentence.
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,13 +203,13 @@ def _to_device(pipeline: Any, device: torch.device, plan: MemoryPlan, *, compile
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     vae = pipeline.vae
-    is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
     texts = [each for each in map(pipeline.components.get, ("text_encoder", "text_encoder_2")) if each]
-    if plan.texts is Texts.GPU:
-        pipeline.to(device)
-    else:
+    # The VAE is tried while the UNet is still being copied: it saves half a second of a start.
+    with ThreadPoolExecutor(1) as thread:
+        halves = thread.submit(_vae_to, pipeline, device)
         for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module) and component not in texts:
+            is_text = component in texts and plan.texts is not Texts.GPU
+            if isinstance(component, torch.nn.Module) and component is not vae and not is_text:
                 component.to(device)
     if plan.texts is Texts.MOVED:
         MovedWeights(texts, device)
@@ -219,7 +219,7 @@ def _to_device(pipeline: Any, device: torch.device, plan: MemoryPlan, *, compile
         # The thread of the steps keeps a core.
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     pipeline.set_progress_bar_config(disable=True)
-    choices = [Choice(*half) for half in _half_vae(vae)] if is_xl and vae.dtype == torch.float16 else []
+    choices = [Choice(*half) for half in halves.result()]
     if device.type == "cuda" and not compiled:
         why = "channels_last is faster on a GPU only if the UNet is compiled"
         return [*choices, Choice("memory layout", "contiguous", why)]
@@ -231,8 +231,11 @@ def _to_device(pipeline: Any, device: torch.device, plan: MemoryPlan, *, compile
     return [*choices, Choice("memory layout", "channels_last", why)]
 
 
-def _half_vae(vae: Any) -> list[half_vae.Half]:
-    """Bring SDXL's VAE to fp16 so that it works there. Returns what was done with which part."""
+def _vae_to(pipeline: Any, device: torch.device) -> list[half_vae.Half]:
+    """Move the VAE to the device, and bring SDXL's to fp16 so that it works there. Returns what was done."""
+    vae = pipeline.vae.to(device)
+    if not isinstance(pipeline, diffusers.StableDiffusionXLPipeline) or vae.dtype != torch.float16:
+        return []
     if vae.config.force_upcast:
         # diffusers converts such a VAE to fp32 for each call.
         return half_vae.to_half(vae)
