@@ -296,8 +296,8 @@ class WorkerSettings(Settings):
     gpu_memory: Annotated[str, AfterValidator(_gpu_share)] = ""
     #: Arithmetic: auto is fp16 on a GPU, fp32 on a CPU.
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    #: Precision of the UNet's linear layers: fp8, on GPUs that have it, takes half the memory for them, but
-    #: no less time yet, and is part of the model's revision. fp16 is as SMALLCAT_DTYPE says.
+    #: Precision of the UNet's linear layers: fp8, on GPUs that have it, takes half the memory for them and
+    #: less time, and is part of the model's revision. fp16 is as SMALLCAT_DTYPE says.
     precision: Literal["fp16", "fp8"] = "fp16"
     #: Attention backend. One asked for by name that does not work stops the start.
     attention: Literal["auto", "xformers", "sdpa", "naive"] = "auto"
