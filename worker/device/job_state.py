@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -200,6 +200,15 @@ class JobState:
         except JobError as error:
             return error
         return None
+
+    def as_now(self) -> Callable[[], None]:
+        """What undoes an `advance`: called, it makes the job as it is now."""
+        kept = self._state, self._noise, self._sampler, self._check, self.step
+
+        def undo() -> None:
+            self._state, self._noise, self._sampler, self._check, self.step = kept
+
+        return undo
 
     def failure(self) -> NotFiniteError | None:
         """The error, if the latents are not finite. Waits until they are computed."""

@@ -10,7 +10,7 @@ What differs between kinds of models is behind `worker.device.family`.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -276,18 +276,24 @@ class ModelRunner:
         """
         self._set_device()
         outcomes: list[SmallcatError | None] = []
+        undo: list[Callable[[], None]] = []
         try:
             with mapped("denoise"):
                 groups = self._groups(states)
                 steps = self._times.run(self._run, groups)
+                undo = [state.as_now() for state in states]
                 for group, step in zip(groups, steps, strict=True):
                     check = FiniteCheck(step.finite)
                     outcomes += [
                         state.advance(check, index, step.states[index], step.predictions[index])
                         for index, state in enumerate(group)
                     ]
-        except OutOfMemoryError:
-            self._loras.lower()
+        except Exception as error:
+            # A scheduler that is not linear works on each job by itself, and may fail at a later one.
+            for each in undo:
+                each()
+            if isinstance(error, OutOfMemoryError):
+                self._loras.lower()
             raise
         return outcomes
 

@@ -18,10 +18,11 @@ from tests import tiny_models
 from tests.worker.device.beside_diffusers import assert_drawn
 from tests.worker.device.noise_schedules import IN_DIFFUSERS
 from worker.contract.choices import NoiseSchedule, Scheduler
-from worker.contract.errors import InvalidJobError, RenderError, SmallcatError
+from worker.contract.errors import InvalidJobError, OutOfMemoryError, RenderError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device.beginnings import NOT_SEEN, drawn_pixels
+from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
 from worker.device.schedulers.noise_schedules import is_offered
 from worker.device.schedulers.samplers import CLASSES, class_of
@@ -57,8 +58,22 @@ MODELS = {
     "sd1 with a tiny VAE": tiny_models.tiny_sd1,
     "sdxl with a tiny VAE": tiny_models.tiny_sdxl,
 }
-#: Those that take a scheduler of their own alone.
-WITH_ONE_SCHEDULER = {"lcm": tiny_models.tiny_lcm}
+
+
+def tiny_thresholds(folder: Path) -> Path:
+    """One whose scheduler is not linear: each job is stepped by a scheduler of its own."""
+    path = tiny_models.tiny_sd1(folder)
+    config = path / "scheduler" / "scheduler_config.json"
+    more = {"thresholding": True, "sample_max_value": 1.5}
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    index = path / "model_index.json"
+    scheduler = {"scheduler": ["diffusers", "DDIMScheduler"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | scheduler))
+    return path
+
+
+#: Those of which few schedulers are tried.
+OTHERS = {"lcm": tiny_models.tiny_lcm, "thresholds": tiny_thresholds}
 PIPELINES: dict[tuple[bool, bool], Any] = {
     (False, False): diffusers.StableDiffusionImg2ImgPipeline,
     (False, True): diffusers.StableDiffusionInpaintPipeline,
@@ -94,7 +109,7 @@ class Model:
     """A tiny model behind a runner, and diffusers' pipelines for images with the same modules."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        path = (MODELS | WITH_ONE_SCHEDULER)[name](folder / name)
+        path = (MODELS | OTHERS)[name](folder / name)
         self.own: Any = diffusers.DiffusionPipeline.from_pretrained(path)
         settings = WorkerSettings(model=str(path))
         if name.endswith("with a tiny VAE"):
@@ -189,6 +204,32 @@ def test_a_latent_consistency_model_is_equal_to_the_pipelines_of_other_models(mo
     models("lcm").check(
         of_image(strength=0.5), a_job(seed=9, steps=3), of_mask(seed=8), of_mask(strength=1.0)
     )
+
+
+def test_a_step_that_fails_at_one_job_leaves_all_as_they_were(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may run out while the scheduler of a job of its own works: those before it are tried again."""
+    runner, jobs = models("thresholds").runner, [of_mask(), of_image(seed=8)]
+    states = [runner.prepare(job, inputs_of(job)) for job in jobs]
+    step, fails = JobState._sampler_step, True
+
+    def out_of_memory_once(state: JobState, *given: Any) -> Any:
+        nonlocal fails
+        if state is states[1] and state.step + 1 == state.steps and fails:
+            fails = False
+            raise MemoryError
+        return step(state, *given)
+
+    monkeypatch.setattr(JobState, "_sampler_step", out_of_memory_once)
+    while states[0].step + 1 < states[0].steps:
+        runner.step(states)
+    with pytest.raises(OutOfMemoryError):
+        runner.step(states)
+    assert [state.steps - state.step for state in states] == [1, 1]
+    assert [runner.step([state]) for state in states] == [[None], [None]]
+    for job, picture in zip(jobs, runner.decode(states), strict=True):
+        assert_drawn(picture, models("thresholds").expected(job), job)
 
 
 def test_equal_to_diffusers_with_a_few_schedulers(models: Any) -> None:
