@@ -22,7 +22,7 @@ from tests.benchmarks.power import line
 from worker.device import attention
 from worker.device.fp8 import unet as fp8
 from worker.device.fp8.layers import Fp8Linear
-from worker.device.fp8.quantising import gated, quantise
+from worker.device.fp8.quantising import gated, normed, quantise
 
 #: Rows, tokens, width, heads.
 BLOCKS = {"1280": (16, 1024, 1280, 20), "640": (16, 4096, 640, 10)}
@@ -46,6 +46,9 @@ def products(name: str, tokens: int, into: int, out: int) -> None:
         given = quantise(x, ours.outliers)
         took[f"{outliers} outliers"] = lambda ours=ours, given=given: ours.product(given)
         took[f"quantise {outliers}"] = lambda ours=ours: quantise(x, ours.outliers)
+        took[f"norm and quantise {outliers}"] = lambda ours=ours: normed(
+            x, norm.weight, norm.bias, norm.eps, ours.outliers
+        )
         took[f"gate and quantise {outliers}"] = lambda ours=ours: gated(halves, bias, ours.outliers)
     took["norm"] = functools.partial(torch.compile(norm, dynamic=False), x)
     took["gate"] = functools.partial(torch.compile(_gate, dynamic=False), halves, bias)

@@ -16,7 +16,7 @@ from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
 from worker.device.fp8 import unet as fp8
 from worker.device.fp8.layers import Fp8Linear
-from worker.device.fp8.quantising import gated, quantise, scaled_product
+from worker.device.fp8.quantising import gated, normed, quantise, scaled_product
 from worker.device.model_runner import ModelRunner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
@@ -119,6 +119,20 @@ def test_the_kernel_quantises_as_the_reference_does(width: int, count: int) -> N
     # A number between two of e4m3's may round the other way.
     assert (one == other).float().mean() > 0.999
     assert torch.allclose(one, other, rtol=0.13, atol=0.02)
+
+
+@pytest.mark.parametrize("width", [64, 80, 640, 1280])
+def test_the_norms_kernel_is_near_to_the_reference(width: int) -> None:
+    torch.manual_seed(1)
+    x = (torch.randn(3, 77, width, device="cuda") * 3 + 1).half()
+    weight, bias = torch.randn(2, width, device="cuda").half()
+    outliers = torch.randperm(width, device="cuda")[:16].sort().values
+    found = normed(x, weight, bias, 1e-5, outliers)
+    exact = (x.cpu().float(), weight.cpu().float(), bias.cpu().float())
+    expected = normed(*exact, 1e-5, outliers.cpu())
+    assert torch.allclose(found.scales.cpu(), expected.scales, rtol=1e-3)
+    wanted, own = (each.values.float().cpu() * each.scales.cpu() for each in (expected, found))
+    assert -20 * math.log10(float((wanted - own)[..., :width].norm() / wanted[..., :width].norm())) > 40
 
 
 @pytest.mark.parametrize("width", [64, 2560, 5120])

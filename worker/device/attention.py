@@ -25,8 +25,8 @@ from torch import library
 
 from worker.contract.errors import SettingsError, first_line
 from worker.device.attention_timing import TIMED_ROWS, Kernel, Shape, Timings, time_kernel
-from worker.device.fp8.layers import Fp8Linear
-from worker.device.fp8.quantising import quantise
+from worker.device.fp8.layers import Fp8Linear, given_to
+from worker.device.fp8.quantising import Quantised, rows_of
 from worker.model.placement import Choice
 
 Backend = Literal["auto", "xformers", "sdpa", "naive"]
@@ -130,7 +130,7 @@ class Processor:
     def __call__(
         self,
         attn: Any,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | Quantised,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
@@ -140,6 +140,7 @@ class Processor:
     ) -> torch.Tensor:
         """Attention of `hidden_states`, (batch, tokens, width) or (batch, width, height, width).
 
+        Those of a transformer block may be quantised for layers in FP8.
         Keys and values come from `encoder_hidden_states` where given. Masks are not supported: no pipeline
         that is served uses one, and another one raises `ValueError`.
 
@@ -150,22 +151,42 @@ class Processor:
         if attention_mask is not None:
             raise ValueError("This attention takes no mask.")
         if self._once_a_job and prompted is not None:
-            return self._attend(attn, hidden_states[prompted], encoder_hidden_states, None)[job_of_row]
+            once = rows_of(hidden_states, prompted)
+            return self._attend(attn, once, encoder_hidden_states, None)[job_of_row]
         bias = None if encoder_hidden_states is None else text_bias
         return self._attend(attn, hidden_states, encoder_hidden_states, bias)
 
     def _attend(
         self,
         attn: Any,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | Quantised,
         encoder_hidden_states: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
+        if isinstance(hidden_states, Quantised):
+            return self._of_tokens(attn, hidden_states, encoder_hidden_states, bias)
         residual, shape = hidden_states, hidden_states.shape
         if hidden_states.ndim == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        result = self._of_tokens(attn, hidden_states, encoder_hidden_states, bias)
+        if residual.ndim == 4:
+            result = result.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            result = result + residual
+        if attn.rescale_output_factor != 1.0:
+            result = result / attn.rescale_output_factor
+        return result
+
+    def _of_tokens(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor | Quantised,
+        encoder_hidden_states: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of (batch, tokens, width) without what is around it."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = self._projected(attn, hidden_states, context)
         heads = (query.shape[0], -1, attn.heads, query.shape[-1] // attn.heads)
@@ -178,22 +199,13 @@ class Processor:
             result = naive(query.float(), key.float(), value.float(), attn.scale).to(query.dtype)
         else:
             result = self._kernel(query, key, value, attn.scale)
-        hidden_states = self._output(attn, result.flatten(2))
-        if residual.ndim == 4:
-            hidden_states = hidden_states.transpose(1, 2).reshape(shape)
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        if attn.rescale_output_factor != 1.0:
-            hidden_states = hidden_states / attn.rescale_output_factor
-        return hidden_states
+        return self._output(attn, result.flatten(2))
 
-    def _projected(
-        self, attn: Any, hidden_states: torch.Tensor, context: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """Queries, keys and values."""
+    def _projected(self, attn: Any, hidden_states: Any, context: Any) -> Sequence[torch.Tensor]:
+        """Queries, keys and values. What they are of may be quantised."""
         if not isinstance(attn.to_q, Fp8Linear):
             return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query = quantise(hidden_states, attn.to_q.outliers)
+        query = given_to(attn.to_q, hidden_states)
         if context is not hidden_states:
             return attn.to_q.of(query), attn.to_k(context), attn.to_v(context)
         return attn.to_q.of(query), attn.to_k.of(query), attn.to_v.of(query)

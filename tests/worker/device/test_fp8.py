@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 from tests import tiny_models
 from tests.benchmarks.mates import psnr
@@ -18,8 +19,9 @@ from worker.contract.errors import SettingsError
 from worker.contract.job import Job
 from worker.contract.queues import queue_of
 from worker.contract.settings import WorkerSettings
+from worker.device import attention
 from worker.device.fp8 import unet as fp8
-from worker.device.fp8.layers import Fp8Gate, Fp8Linear, products
+from worker.device.fp8.layers import Fp8Gate, Fp8Linear, Fp8Norm, products
 from worker.device.fp8.quantising import quantise
 from worker.device.model_runner import ModelRunner
 from worker.model import loader, placement
@@ -123,6 +125,45 @@ def test_a_gate_between_two_layers_gives_its_output_quantised_for_the_second(sdx
     alone = copy.deepcopy(plain)
     fp8.install(alone, CPU, ["feed-forward: first"])
     assert not any(isinstance(each, Fp8Gate) for each in alone.modules())
+
+
+def test_norms_that_only_layers_in_fp8_read_give_their_output_quantised() -> None:
+    torch.manual_seed(3)
+    block: Any = BasicTransformerBlock(64, 2, 32, cross_attention_dim=48).requires_grad_(False)
+    for module in (block.attn1, block.attn2):
+        module.set_processor(attention.Processor(attention.sdpa))
+    for norm in (block.norm1, block.norm2, block.norm3):
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    unet = torch.nn.ModuleDict({"block": copy.deepcopy(block)})
+    fp8.install(unet, CPU)
+    own: Any = unet["block"]
+    assert all(isinstance(each, Fp8Norm) for each in (own.norm1, own.norm2, own.norm3))
+    x, text = torch.randn(2, 6, 64), torch.randn(2, 5, 48)
+    normed = own.norm1(x)
+    assert torch.equal(normed.values, quantise(block.norm1(x), own.attn1.to_q.outliers).values)
+    assert torch.equal(own.norm1.plain()(x), block.norm1(x))
+    found = own(x, encoder_hidden_states=text)
+    assert snr(block(x, encoder_hidden_states=text) - x, found - x) > 25
+    once = attention.Processor(attention.sdpa, once_a_job=True)
+    own.attn1.set_processor(once)
+    rows = {"prompted": torch.tensor([1]), "job_of_row": torch.tensor([0, 0])}
+    assert torch.equal(own.attn1(normed, **rows)[0], own.attn1(own.norm1(x[1:]))[0])
+    own.attn1.set_processor(attention.Processor(attention.sdpa))
+    # In one piece, as a step is compiled.
+    compiled = torch.compile(own, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, encoder_hidden_states=text), found)
+
+
+def test_norms_that_others_read_stay_as_they_are() -> None:
+    block = BasicTransformerBlock(64, 2, 32, cross_attention_dim=48)
+    unet: Any = torch.nn.ModuleDict({"block": block})
+    fp8.install(unet, CPU, ["cross attention: queries", "feed-forward: first"])
+    assert [isinstance(each, Fp8Norm) for each in (block.norm1, block.norm2, block.norm3)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 # --- a model ------------------------------------------------------------------------------------------------

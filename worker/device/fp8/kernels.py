@@ -14,6 +14,8 @@ from worker.device.fp8.e4m3 import E4M3, LEAST_SCALE, MOST
 from worker.device.gelu import gelu
 
 _MOST, _LEAST_SCALE = tl.constexpr(MOST), tl.constexpr(LEAST_SCALE)
+#: What is quantised: an input, its layer norm, or its gate.
+PLAIN, NORM, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -28,32 +30,63 @@ def _gated(y, bias, token, place, width, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _exact(x, bias, token, place, width, mask, IS_GATE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Some channels of what is quantised, float32: of x, (tokens, width), or of its gate."""
-    if IS_GATE:
+def _read(x, bias, token, place, width, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some channels of x, (tokens, width), or of its gate, float32."""
+    if KIND == GATE:
         return _gated(x, bias, token, place, width, mask)
     return tl.load(x + token.to(tl.int64) * width + place, mask=mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _normed(exact, mean, factor, weight, bias, place, mask):  # type: ignore[no-untyped-def]
+    """Some channels of a layer norm: zeros where `mask` is false."""
+    own = tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
+    return (exact - mean) * factor * own + tl.load(bias + place, mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def quantise_kernel(  # type: ignore[no-untyped-def]
-    x, bias, outliers, values, scales, tokens, width,
-    IS_GATE: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, weight, bias, outliers, values, scales, tokens, width, eps,
+    KIND: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`values`, (tokens, width + 2 COUNT), and `scales`, (tokens,), see `worker.device.fp8.quantising`.
 
-    `outliers`: (COUNT,) int64. `BLOCK_REST`: 0, or for the channels from `BLOCK_C` on.
+    They are of x, of its gate with `bias`, or of its layer norm with `weight`, `bias` and `eps`. `outliers`:
+    (COUNT,) int64. `BLOCK_REST`: 0, or for the channels from `BLOCK_C` on.
     """
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     seen = token < tokens
     place = tl.arange(0, BLOCK_C)[None, :]
-    exact = _exact(x, bias, token, place, width, seen, IS_GATE)
-    most = tl.max(tl.abs(exact), axis=1, keep_dims=True)
+    exact = _read(x, bias, token, place, width, seen, KIND)
     if BLOCK_REST > 0:
         other = BLOCK_C + tl.arange(0, BLOCK_REST)[None, :]
         inside = seen & (other < width)
-        rest = _exact(x, bias, token, other, width, inside, IS_GATE)
+        rest = _read(x, bias, token, other, width, inside, KIND)
+    if COUNT > 0:
+        # Read early: what follows waits for all of a token.
+        index = tl.arange(0, BLOCK_K)[None, :]
+        kept_mask = seen & (index < COUNT)
+        chosen = tl.load(outliers + index, mask=index < COUNT, other=0)
+        kept = _read(x, bias, token, chosen, width, kept_mask, KIND)
+    if KIND == NORM:
+        total = tl.sum(exact, axis=1, keep_dims=True)
+        if BLOCK_REST > 0:
+            total += tl.sum(rest, axis=1, keep_dims=True)
+        mean = total / width
+        away = exact - mean
+        squares = tl.sum(away * away, axis=1, keep_dims=True)
+        if BLOCK_REST > 0:
+            away_rest = tl.where(inside, rest - mean, 0.0)
+            squares += tl.sum(away_rest * away_rest, axis=1, keep_dims=True)
+        factor = tl.rsqrt(squares / width + eps)
+        exact = _normed(exact, mean, factor, weight, bias, place, place < width)
+        if BLOCK_REST > 0:
+            rest = tl.where(inside, _normed(rest, mean, factor, weight, bias, other, other < width), 0.0)
+        if COUNT > 0:
+            kept = _normed(kept, mean, factor, weight, bias, chosen, chosen < width)
+    most = tl.max(tl.abs(exact), axis=1, keep_dims=True)
+    if BLOCK_REST > 0:
         most = tl.maximum(most, tl.max(tl.abs(rest), axis=1, keep_dims=True))
     scale = tl.maximum(tl.div_rn(most, _MOST), _LEAST_SCALE)
     inverse = tl.div_rn(1.0, scale)
@@ -64,46 +97,56 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
         tl.store(row + other, (rest * inverse).to(dtype), mask=inside)
     tl.store(scales + token, scale, mask=seen)
     if COUNT > 0:
-        index = tl.arange(0, BLOCK_K)[None, :]
-        mask = seen & (index < COUNT)
-        chosen = tl.load(outliers + index, mask=index < COUNT, other=0)
-        kept = _exact(x, bias, token, chosen, width, mask, IS_GATE) * inverse
+        kept = kept * inverse
         rounded = kept.to(dtype).to(tl.float32)
-        tl.store(row + width + index, (kept - rounded).to(dtype), mask=mask)
-        tl.store(row + width + COUNT + index, rounded.to(dtype), mask=mask)
+        tl.store(row + width + index, (kept - rounded).to(dtype), mask=kept_mask)
+        tl.store(row + width + COUNT + index, rounded.to(dtype), mask=kept_mask)
 
 
 def quantise(x: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and scales of x, (..., channels), contiguous."""
-    return _run(x, x, outliers, x.shape[-1], is_gate=False)
+    return _run(x, x, x, outliers, x.shape[-1], PLAIN)
+
+
+def normed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, outliers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of the layer norm of x, (..., channels), contiguous."""
+    return _run(x, weight, bias, outliers, x.shape[-1], NORM, eps)
 
 
 def gated(y: torch.Tensor, bias: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Those of GEGLU's output: y: (..., 2 channels), contiguous; bias: (2 channels,)."""
-    return _run(y, bias, outliers, y.shape[-1] // 2, is_gate=True)
+    return _run(y, bias, bias, outliers, y.shape[-1] // 2, GATE)
 
 
-def shape_of(block: int, *, is_gate: bool) -> dict[str, int]:
+def shape_of(block: int, kind: int) -> dict[str, int]:
     """Tokens and warps of a program whose larger block has so many channels: docs/performance.md, "FP8".
 
     A warp has whole tokens where it can: the other ones would compute their outliers once more.
     """
-    a_warp = 512 if is_gate else 1024
+    a_warp = 512 if kind == GATE.value else 1024
     return {"BLOCK_M": max(a_warp // block, 1), "num_warps": min(max(block // a_warp, 1), 4)}
 
 
 def _run(
-    x: torch.Tensor, bias: torch.Tensor, outliers: torch.Tensor, width: int, *, is_gate: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    outliers: torch.Tensor,
+    width: int,
+    kind: tl.constexpr,
+    eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     count = len(outliers)
     values = torch.empty((*x.shape[:-1], width + 2 * count), dtype=E4M3, device=x.device)
     scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     block = 1 << (width.bit_length() - 1)
     rest = width - block
-    shape = shape_of(block, is_gate=is_gate)
+    shape = shape_of(block, kind.value)
     quantise_kernel[(triton.cdiv(scales.numel(), shape["BLOCK_M"]),)](
-        x, bias, outliers, values, scales, scales.numel(), width,
-        IS_GATE=is_gate, COUNT=count, BLOCK_C=block,
+        x, weight, bias, outliers, values, scales, scales.numel(), width, eps,
+        KIND=kind.value, COUNT=count, BLOCK_C=block,
         BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
         BLOCK_K=triton.next_power_of_2(max(count, 1)), **shape,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.activations import GEGLU
 
 from worker.device.fp8.e4m3 import E4M3
-from worker.device.fp8.quantising import Quantised, gated, quantise, scaled, scaled_product
+from worker.device.fp8.quantising import Quantised, gated, normed, quantise, scaled, scaled_product
 
 
 class Fp8Linear(torch.nn.Linear):
@@ -67,7 +67,7 @@ class Fp8Linear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
         """As the original's, up to rounding. x: it may be quantised already."""
-        return self.of(x if isinstance(x, Quantised) else quantise(x, self.outliers))
+        return self.of(given_to(self, x))
 
     def of(self, given: Quantised) -> torch.Tensor:
         """The output for a quantised input."""
@@ -81,6 +81,30 @@ class Fp8Linear(torch.nn.Linear):
         )
 
 
+class Fp8Norm(torch.nn.LayerNorm):
+    """A layer norm whose output is quantised for layers in FP8, which alone take it."""
+
+    #: (k,) int64: of these layers.
+    outliers: torch.Tensor
+
+    def __init__(self, norm: torch.nn.LayerNorm, outliers: torch.Tensor) -> None:
+        torch.nn.Module.__init__(self)
+        self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
+        self.elementwise_affine = True
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("outliers", outliers, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> Quantised:  # type: ignore[override]
+        """As the original's, quantised."""
+        return normed(x, self.weight, self.bias, self.eps, self.outliers)
+
+    def plain(self) -> torch.nn.LayerNorm:
+        """The original, with the same weights."""
+        norm = torch.nn.LayerNorm(self.normalized_shape, self.eps, device="meta")
+        norm.weight, norm.bias = self.weight, self.bias
+        return norm
+
+
 class Fp8Gate(GEGLU):  # type: ignore[misc]
     """GEGLU between two layers in FP8: its output is quantised for the second one."""
 
@@ -92,10 +116,15 @@ class Fp8Gate(GEGLU):  # type: ignore[misc]
         self.proj = proj
         self.register_buffer("outliers", second.outliers, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> Quantised:
-        """As the original's, quantised."""
-        product = self.proj.product(quantise(x, self.proj.outliers))
+    def forward(self, x: torch.Tensor | Quantised) -> Quantised:
+        """As the original's, quantised. x: it may be so already."""
+        product = self.proj.product(given_to(self.proj, x))
         return gated(product, self.proj.bias, self.outliers)
+
+
+def given_to(layer: Fp8Linear, x: torch.Tensor | Quantised) -> Quantised:
+    """x as a layer takes it."""
+    return x if isinstance(x, Quantised) else quantise(x, layer.outliers)
 
 
 def products(x: torch.Tensor, layers: Sequence[torch.nn.Linear]) -> list[torch.Tensor]:

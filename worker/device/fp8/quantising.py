@@ -33,6 +33,11 @@ class Quantised(NamedTuple):
     scales: torch.Tensor
 
 
+def rows_of(x: torch.Tensor | Quantised, rows: torch.Tensor) -> torch.Tensor | Quantised:
+    """Some rows of an input."""
+    return Quantised(x.values[rows], x.scales[rows]) if isinstance(x, Quantised) else x[rows]
+
+
 def scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x / scale, within e4m3's range, and the scales, (..., 1): float32 both."""
     exact = x.float()
@@ -49,6 +54,15 @@ def quantise(x: torch.Tensor, outliers: torch.Tensor) -> Quantised:
     kept = exact[..., outliers]
     rounded = kept.to(E4M3).float()
     return Quantised(torch.cat([exact, kept - rounded, rounded], -1).to(E4M3), scales)
+
+
+def normed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, outliers: torch.Tensor
+) -> Quantised:
+    """The layer norm of x, (..., channels), quantised."""
+    if x.is_cuda and HAS_TRITON:
+        return Quantised(*torch.ops.smallcat.fp8_norm(x, weight, bias, eps, outliers))
+    return quantise(torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps), outliers)
 
 
 def gated(y: torch.Tensor, bias: torch.Tensor | None, outliers: torch.Tensor) -> Quantised:
@@ -108,6 +122,25 @@ def _quantise(x: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, to
 
 @_quantise.register_fake
 def _(x: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty(x, x.shape[-1], outliers)
+
+
+@library.custom_op(
+    "smallcat::fp8_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor bias, float eps, Tensor outliers) -> (Tensor, Tensor)",
+)
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, outliers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    result: tuple[torch.Tensor, torch.Tensor] = _kernels().normed(x.contiguous(), weight, bias, eps, outliers)
+    return result
+
+
+@_norm.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, outliers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty(x, x.shape[-1], outliers)
 
 

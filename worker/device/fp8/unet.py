@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 
 from worker.contract.errors import SettingsError, first_line
 from worker.device.fp8.e4m3 import E4M3
-from worker.device.fp8.layers import Fp8Gate, Fp8Linear
+from worker.device.fp8.layers import Fp8Gate, Fp8Linear, Fp8Norm
 from worker.device.fp8.quantising import scaled_product
 
 #: Channels of an input that are kept more precisely. Sides of a product are multiples of 16.
@@ -57,7 +58,27 @@ def install(
         if (net := getattr(module, "net", None)) is not None and _is_gate_between(net):
             # Nothing is dropped where nothing is trained; what is quantised does not go through it.
             net[0], net[1] = Fp8Gate(net[0].proj, net[2]), torch.nn.Identity()
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock) and block.norm_type == "layer_norm":
+            _quantise_norms(block)
     return made
+
+
+def _quantise_norms(block: Any) -> None:
+    """Put FP8 in the place of those of a block's norms that only layers in FP8 read."""
+    if block.pos_embed is not None or block.only_cross_attention:
+        return
+    own, text, gate = block.attn1, block.attn2, block.ff.net[0]
+    readers = {
+        "norm1": [own.to_q, own.to_k, own.to_v],
+        "norm2": [text.to_q] if text is not None else [],
+        "norm3": [gate.proj] if isinstance(gate, Fp8Gate) else [],
+    }
+    for name, layers in readers.items():
+        norm = getattr(block, name)
+        is_plain = type(norm) is torch.nn.LayerNorm and norm.bias is not None
+        if layers and is_plain and all(isinstance(each, Fp8Linear) for each in layers):
+            setattr(block, name, Fp8Norm(norm, layers[0].outliers))
 
 
 def _is_gate_between(net: Any) -> bool:

@@ -78,6 +78,9 @@ class LoraUNet:
             elif isinstance(child, unet_patches.Upsample2D):
                 new = _Upsampler(child, self._site(f"{child_path}.conv", child_once))
                 self._replace(child.original, f"{child_path}.original", once=child_once)
+            elif isinstance(child, fp8.Fp8Norm):
+                # LoRAs take what is not quantised.
+                new = child.plain()
             elif isinstance(child, torch.nn.Linear):
                 new = _Linear(child, self._site(child_path, child_once))
             elif isinstance(child, torch.nn.Conv2d):
