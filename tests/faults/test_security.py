@@ -311,7 +311,7 @@ def test_a_job_whose_only_message_cannot_be_read_fails_with_the_reason(calm: Gro
         push(calm, sent)
         record = records.wait(job.id, 20)
         assert (record.state, record.error_type) == ("failed", "InvalidJobError")
-        assert "No worker could read the job's message, because" in str(record.error)
+        assert "No worker could read the job's message: " in str(record.error)
         client.delete(f"smallcat:job:{job.id}")
 
 

@@ -149,7 +149,7 @@ class Records:
             error = PoisonJobError(f"The job's message is set aside: {reason}. See the workers' logs.")
         else:
             error = InvalidJobError(
-                f"No worker could read the job's message, because {reason}. Submit it again."
+                f"No worker could read the job's message: {reason.rstrip('.')}. Submit it again."
             )
         args: list[str | int] = [*holder_of(f"{found.id}/{found.tag}"), fingerprint(raw), job_id, self._ttl_s]
         args += [type(error).__name__, str(error), found.run]

@@ -37,6 +37,8 @@ _ON_WHITE = "The image is transparent in places, and lies on white: mask=alpha d
 PUT_BACK = (
     "The image's own pixels are put back where the mask is black: preserve_unmasked=no leaves that out."
 )
+#: What is said besides, in a format that keeps none to the bit.
+_LOSSY = " JPEG changes them a little: png and webp do not."
 
 
 class Files(Protocol):
@@ -102,6 +104,7 @@ def read_pixels(bucket: Files, job: Job) -> InputPixels:
     warnings = [_ON_WHITE] if image.cut_out is not None and job.mask != ALPHA else []
     if mask is None:
         return InputPixels(size, _resized(image.rgb, size).tobytes(), None, tuple(warnings))
+    keeps_a_part = mask.getextrema()[0] != 255
     part, at_size = None, functools.partial(_resized, size=size)
     if job.padding is not None:
         region = region_around(mask, size, job.padding)
@@ -109,14 +112,13 @@ def read_pixels(bucket: Files, job: Job) -> InputPixels:
             raise InputError("mask is white in too few pixels: make its white part larger.")
         part, at_size = Part(region, files), functools.partial(cut, region=region, size=size)
         warnings.append(_said_of(region, size, image.size))
-    elif job.preserve_unmasked:
-        warnings.append(PUT_BACK)
+    elif job.preserve_unmasked and keeps_a_part:
+        warnings.append(PUT_BACK + (_LOSSY if job.format == "jpeg" else ""))
     if job.mask == ALPHA and image.cut_out is not None:
         cut_out = at_size(image.cut_out)
         rgb, drawn = on_white(cut_out), ImageChops.invert(cut_out.getchannel("A"))
     else:
         rgb, drawn = at_size(image.rgb), at_size(mask)
-    keeps_a_part = mask.getextrema()[0] != 255
     return InputPixels(size, rgb.tobytes(), drawn.tobytes(), tuple(warnings), keeps_a_part, part)
 
 

@@ -14,7 +14,7 @@ from worker.contract.errors import InputError
 from worker.contract.job import Job
 from worker.engine.runner import Picture
 from worker.jobs.put_back import put_back
-from worker.storage.input_pixels import InputPixels, read_pixels
+from worker.storage.input_pixels import PUT_BACK, InputPixels, read_pixels
 
 SIDE = 64
 Pixels = NDArray[np.uint8]
@@ -53,6 +53,16 @@ def test_a_kept_pixel_is_the_images_own() -> None:
     black = np.asarray(mask) == 0
     assert np.array_equal(pixels[black], np.asarray(image)[black])
     assert not np.array_equal(pixels[~black], np.asarray(image)[~black])
+
+
+def test_a_note_says_that_pixels_are_kept_where_some_are_and_that_jpeg_changes_them() -> None:
+    image = photo((SIDE, SIDE))
+    part, all_ = masked(image.size, (16, 8, 64, 48)), masked(image.size, (0, 0, SIDE, SIDE))
+    assert begun(image, part)[1].warnings == (PUT_BACK,)
+    assert begun(image, part, preserve_unmasked=False)[1].warnings == ()
+    assert begun(image, all_)[1].warnings == ()
+    [note] = begun(image, part, format="jpeg")[1].warnings
+    assert note == f"{PUT_BACK} JPEG changes them a little: png and webp do not."
 
 
 @pytest.mark.parametrize("padding", [None, 0, 8])
