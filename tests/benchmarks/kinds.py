@@ -52,6 +52,8 @@ from worker.jobs.input_arrays import arrays_of
 from worker.jobs.put_back import put_back
 from worker.storage.input_pixels import InputPixels, read_pixels
 
+#: Milliseconds that nothing which belongs to an image may hold a step up.
+MOST_MS = 5
 #: Sides in pixels of the image and of the mask.
 IMAGE = 2048, 2048
 
@@ -134,6 +136,7 @@ class Launches:
         return {
             "waited ms, most": 1e3 * waits[-1],
             "waited ms, p99": 1e3 * waits[int(0.99 * len(waits))],
+            f"waited more than {MOST_MS} ms": sum(wait > MOST_MS / 1e3 for wait in waits),
             "usual rows": usual,
             "such a step ms, median": 1e3 * statistics.median(took),
             "such a step ms, most": 1e3 * took[-1],
