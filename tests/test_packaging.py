@@ -39,30 +39,29 @@ PINS = {
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """The built wheel. Built from a copy, so that nothing is left in the checkout."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is installed, so that nothing is left in the checkout. It is called as a clone is."""
     if find_spec("setuptools") is None:
         pytest.skip("needs setuptools, which comes with torch")
-    source = tmp_path_factory.mktemp("source")
+    source = tmp_path_factory.mktemp("source") / "smallcat"
+    source.mkdir()
     for name in ("worker", "producer", "deploy", "smallcat.py", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
+    return source
+
+
+def pip(command: str, *arguments: str | Path) -> None:
+    """Run pip without a network: what builds is installed."""
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The built wheel."""
     built = tmp_path_factory.mktemp("built")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            built,
-            source,
-        ],
-        check=True,
-    )
+    pip("wheel", "-w", built, source)
     with zipfile.ZipFile(next(built.glob("smallcat-*.whl"))) as wheel:
         yield wheel
 
@@ -100,6 +99,21 @@ def test_the_wheel_holds_all_of_its_packages_and_its_module_and_nothing_else(
         "deploy",
         "smallcat.py",
     }
+
+
+def test_an_editable_install_is_imported_beside_its_own_checkout(source: Path, tmp_path: Path) -> None:
+    # As from a script in the folder where the project was cloned: Python looks there first, and finds a folder
+    # of that name.
+    pip("install", "--target", tmp_path, "--editable", source)
+    program = "import site, sys; site.addsitedir(sys.argv[1]); import smallcat; print(smallcat.submit_job)"
+    ran = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        cwd=source.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout.startswith("<function submit_job")) == (0, True), ran.stderr
 
 
 def test_the_wheel_holds_the_bundled_model(wheel: zipfile.ZipFile) -> None:
