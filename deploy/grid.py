@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from worker.contract.loras import shown_loras
+
 #: Pixels: a cell's side, the gap between two, the column of names, and the two lines over the cells.
 CELL, GAP, NAMES, HEAD = 80, 4, 150, 40
 #: Colours of the palette: few enough for a page of documents, enough for what the bundled model draws.
@@ -25,9 +27,14 @@ def draw(manifest: Path, output: Path) -> tuple[int, int]:
     Raises `ValueError` for a manifest without a grid or without saved pictures.
     """
     lines = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    done = [line for line in lines if line.get("grid") and line.get("path")]
+    if not all(line.get("grid") for line in lines):
+        raise ValueError(f"{manifest} is of a run without a grid: smallcat ingest --grid makes one.")
+    done = [line for line in lines if line.get("path")]
     if not done or len(done) < len(lines):
-        raise ValueError(f"{manifest}: {len(lines) - len(done)} of {len(lines)} lines have no saved picture.")
+        raise ValueError(
+            f"{manifest}: {len(lines) - len(done)} of {len(lines)} lines have no saved picture: "
+            "run smallcat ingest again, with --download."
+        )
     rows = list(dict.fromkeys(_row(line) for line in done))
     columns = list(dict.fromkeys((line["prompt"], _column(line)) for line in done))
     size = (NAMES + len(columns) * (CELL + GAP), HEAD + len(rows) * (CELL + GAP))
@@ -50,22 +57,24 @@ def draw(manifest: Path, output: Path) -> tuple[int, int]:
 
 
 def _row(line: dict[str, Any]) -> str:
-    return _shown(next(iter(line["grid"].values())))
+    return _shown(*next(iter(line["grid"].items())))
 
 
 def _column(line: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_shown(value)}" for name, value in list(line["grid"].items())[1:])
+    return ", ".join(f"{name} {_shown(name, value)}" for name, value in list(line["grid"].items())[1:])
 
 
-def _shown(value: Any) -> str:
-    """A field's value; of LoRAs their names."""
-    if not isinstance(value, list):
+def _shown(name: str, value: Any) -> str:
+    """A field's value, each other one as another text: it names its row or column."""
+    if name != "loras" or isinstance(value, str):
         return str(value)
-    return ", ".join(each["name"] for each in value) or "none"
+    return shown_loras(value) or "none"
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("Use python -m deploy.grid MANIFEST OUTPUT.")
     try:
-        print("{} rows, {} columns".format(*draw(*map(Path, sys.argv[1:3]))))
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"{error}\nUse python -m deploy.grid MANIFEST OUTPUT.")
+        print("{} rows, {} columns".format(*draw(*map(Path, sys.argv[1:]))))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))

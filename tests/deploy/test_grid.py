@@ -44,17 +44,25 @@ def test_each_picture_is_in_its_row_and_column(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_of_loras_have_their_names(tmp_path: Path) -> None:
+def test_each_value_of_loras_has_a_row_of_its_own(tmp_path: Path) -> None:
     path = manifest_in(tmp_path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line, loras in zip(lines, ([], [{"name": "pixel", "weight": 1.0}], [], []), strict=True):
+    half = [{"name": "pixel", "weight": 0.5}]
+    for line, loras in zip(
+        lines, ([], [{"name": "pixel", "weight": 1.0}], half, {"pixel": 0.5}), strict=True
+    ):
         line["grid"] = {"loras": loras}
     path.write_text("\n".join(map(json.dumps, lines)))
-    assert draw(path, tmp_path / "grid.png") == (2, 1)
+    assert draw(path, tmp_path / "grid.png") == (3, 1)
 
 
-def test_a_job_without_a_picture_is_said(tmp_path: Path) -> None:
+def test_a_job_without_a_picture_and_a_run_without_a_grid_are_said(tmp_path: Path) -> None:
     path = manifest_in(tmp_path)
-    path.write_text(path.read_text() + "\n" + json.dumps({"prompt": "a cat", "state": "failed"}))
-    with pytest.raises(ValueError, match="1 of 5"):
+    done = path.read_text()
+    failed = {"prompt": "a cat", "state": "failed", "grid": {"scheduler": "lms", "steps": 5}}
+    path.write_text(f"{done}\n{json.dumps(failed)}")
+    with pytest.raises(ValueError, match="1 of 5 lines have no saved picture"):
+        draw(path, tmp_path / "grid.png")
+    path.write_text(f"{done}\n{json.dumps(failed | {'grid': {}})}")
+    with pytest.raises(ValueError, match="is of a run without a grid"):
         draw(path, tmp_path / "grid.png")
