@@ -102,8 +102,8 @@ def test_the_wheel_holds_all_of_its_packages_and_its_module_and_nothing_else(
 
 
 def test_an_editable_install_is_imported_beside_its_own_checkout(source: Path, tmp_path: Path) -> None:
-    # As from a script in the folder where the project was cloned: Python looks there first, and finds a folder
-    # of that name.
+    # As from a script in the folder where the project was cloned: Python looks there first, and finds a
+    # folder of that name.
     pip("install", "--target", tmp_path, "--editable", source)
     program = "import site, sys; site.addsitedir(sys.argv[1]); import smallcat; print(smallcat.submit_job)"
     ran = subprocess.run(

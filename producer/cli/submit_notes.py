@@ -18,6 +18,7 @@ from worker.contract.prompt_syntax import (
     only_words_in,
     only_words_warning,
 )
+from worker.contract.record import State
 
 #: Characters of a model's name that are compared with others.
 _LONGEST = 200
@@ -51,10 +52,12 @@ def of_prompts(handle: JobHandle, prompt: str, negative: str | None) -> frozense
 def of_workers(handle: JobHandle, *, waits: bool) -> None:
     """Say at once that no worker serves the job, and what the live workers serve.
 
-    Where somebody `waits`, the display says the first.
+    Where somebody `waits`, the display says the first. Of a job that waits for another nothing is said: who
+    serves it is looked at when it is queued.
     """
-    note = handle.progress().note
-    if not note:
+    progress = handle.progress()
+    note = progress.note
+    if not note or progress.state is State.WAITING:
         return
     now = session()
     with now.queue_errors():

@@ -37,6 +37,10 @@ _ON_WHITE = "The image is transparent in places, and lies on white: mask=alpha d
 PUT_BACK = (
     "The image's own pixels are put back where the mask is black: preserve_unmasked=no leaves that out."
 )
+#: Likewise, where its alpha channel is the mask.
+PUT_BACK_BY_ALPHA = (
+    "The image lies on what was drawn, as its alpha says: preserve_unmasked=no leaves that out."
+)
 #: What is said besides, in a format that keeps none to the bit.
 _LOSSY = " JPEG changes them a little: png and webp do not."
 
@@ -113,7 +117,8 @@ def read_pixels(bucket: Files, job: Job) -> InputPixels:
         part, at_size = Part(region, files), functools.partial(cut, region=region, size=size)
         warnings.append(_said_of(region, size, image.size))
     elif job.preserve_unmasked and keeps_a_part:
-        warnings.append(PUT_BACK + (_LOSSY if job.format == "jpeg" else ""))
+        said = PUT_BACK_BY_ALPHA if job.mask == ALPHA else PUT_BACK
+        warnings.append(said + (_LOSSY if job.format == "jpeg" else ""))
     if job.mask == ALPHA and image.cut_out is not None:
         cut_out = at_size(image.cut_out)
         rgb, drawn = on_white(cut_out), ImageChops.invert(cut_out.getchannel("A"))

@@ -399,7 +399,11 @@ def test_submitting_says_at_once_that_no_worker_serves_the_model_and_what_is_ser
     assert f"The live workers serve {SERVED.name}.\n" in ran.err
     ran = smallcat("submit", "x", "--model", f"{SERVED.name}x")
     assert f"Did you mean --model {SERVED.name}?" in ran.err
-    assert smallcat("submit", "x").err == ""
+    first = smallcat("submit", "x")
+    assert first.err == ""
+    # One that waits for another waits for no worker.
+    second = smallcat("submit", "x", "--image", f"job:{first.out.strip()}")
+    assert (second.code, second.err) == (0, "")
 
 
 def test_output_can_be_a_file_of_the_picture_s_format(

@@ -18,7 +18,7 @@ from worker.contract.job_parameters import MAX_SIZE
 from worker.contract.metadata.job_from_image import read_infotext
 from worker.contract.record import JobRecord, State
 from worker.storage.bucket import Bucket
-from worker.storage.input_pixels import PUT_BACK
+from worker.storage.input_pixels import PUT_BACK_BY_ALPHA
 from worker.storage.inputs import Inputs
 
 __all__ = ["client", "storage", "worker"]
@@ -69,7 +69,7 @@ def test_the_runner_gets_the_pixels_at_the_jobs_size(worker: Worker, storage: Fl
 
 def test_the_alpha_channel_may_be_the_mask(worker: Worker, storage: FlakyBucket) -> None:
     record = record_of(worker, job(put(storage, CUT_OUT), mask="alpha", width=128))
-    assert (record.state, record.warnings) == (State.DONE, (PUT_BACK,))
+    assert (record.state, record.warnings) == (State.DONE, (PUT_BACK_BY_ALPHA,))
     inputs = worker.runner.inputs[5]
     assert inputs is not None
     assert inputs.mask is not None
