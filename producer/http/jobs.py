@@ -90,7 +90,8 @@ async def submit_jobs(
     ] = None,
 ) -> Response:
     """Enqueue jobs and return at once. Of a list with a wrong job nothing is sent: `errors` names each."""
-    body = fields_of(await read_form(request)) if is_form(request) else await read_json(request)
+    is_in_form = is_form(request)
+    body = fields_of(await read_form(request)) if is_in_form else await read_json(request, or_form=True)
     once = None if idempotency_key is None else Once.of(caller, idempotency_key, await request.body())
     if once is None:
         return _accepted(await _submit(backend, caller, body, None))

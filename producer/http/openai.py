@@ -119,7 +119,7 @@ def _edit_fields(parts: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             found[name] = int(value)
         elif name == "stream" and value in ("true", "false"):
             found[name] = value == "true"
-        elif name in _OURS or name in found:
+        elif name in _OURS or name in found or "[" in name:
             found |= fields_of([(name, value)])
         else:
             found[name] = value

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 MAX_FILES, MAX_TEXTS = 20, 100
 #: Bytes of a text in a form, at most.
 MAX_TEXT: Final = 1_000_000
+#: What to send instead of a path or an address.
+_INSTEAD: Final = (
+    "send the file in a form (multipart/form-data), or as data:image/png;base64,..., or name it by what a "
+    "record has (sha256:...) or by a job's id"
+)
 #: A picture as base64, with or without what names it.
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]{1,30};base64,")
 
@@ -72,8 +77,15 @@ def fields_of(parts: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in parts:
         if name in found:
             raise InvalidJobError(f"The form has {short(name)} twice: send it once.")
+        if "[" in name and (whole := name.partition("[")[0]) in WRITTEN_FIELDS:
+            # So OpenAI's client sends what its `extra_body` has nested; their types are lost by then.
+            raise InvalidJobError(
+                f"The form has {short(name)}, a part of {whole}: send {whole} as one text, which may be JSON."
+            )
         if isinstance(value, bytes) and name not in ("image", "mask"):
-            raise InvalidJobError(f"The form has {short(name)} as a file: send it as a text.")
+            raise InvalidJobError(
+                f"The form has {short(name)} as a file: files are image and mask, send the others as texts."
+            )
         if name in WRITTEN_FIELDS and isinstance(value, str):
             try:
                 value = value_in_call(WRITTEN_FIELDS[name], value)
@@ -138,7 +150,8 @@ def _given(backend: Backend, caller: Caller, pictures: dict[str, Any]) -> Given:
     for name, value in pictures.items():
         if isinstance(value, str) and _DATA_URL.match(value):
             pictures[name] = of_base64(name, value)
-    found = read_given(pictures, Reach(job=lambda *which: _picture_of(backend, caller, *which)))
+    reach = Reach(job=lambda *which: _picture_of(backend, caller, *which), instead=_INSTEAD)
+    found = read_given(pictures, reach)
     if found.named:
         # Now, so that the error of a list says which job it is.
         backend.session.store(replace(found, files=()), caller.owner)

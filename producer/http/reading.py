@@ -11,17 +11,18 @@ from producer.http.problems import RefusedError
 from worker.contract.explain import short
 
 
-async def read_json(request: Request, *, any_type: bool = False) -> Any:
+async def read_json(request: Request, *, any_type: bool = False, or_form: bool = False) -> Any:
     """The JSON of a request's body. Raises `RefusedError` (400, 415).
 
     `any_type` takes it whatever Content-Type says. Elsewhere the type is needed: a page of another site
-    cannot send it unasked.
+    cannot send it unasked. `or_form`: the caller reads forms with files, which the refusal then names.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not any_type and kind != "application/json" and not kind.endswith("+json"):
         shown = short(kind) if kind else "missing"
+        form = ", or a form as multipart/form-data" if or_form else ""
         raise RefusedError(
-            415, f"The Content-Type is {shown}: send JSON with `Content-Type: application/json`."
+            415, f"The Content-Type is {shown}: send JSON with `Content-Type: application/json`{form}."
         )
     body = await request.body()
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from producer.http.caller import tenant_mark
 from producer.ingest.pictures import Pictures
@@ -17,6 +17,9 @@ from worker.state.submissions import Submissions
 
 if TYPE_CHECKING:
     from worker.contract.given_picture import Given
+
+#: What a line may have instead of a path or an address.
+_INSTEAD: Final = "give what a record has (sha256:...), or a job's id"
 
 
 class UploadedPictures(Pictures):
@@ -30,7 +33,7 @@ class UploadedPictures(Pictures):
     def _given(self, named: dict[str, Any], folder: Path | None) -> Given | None:
         from worker.contract.given_picture import Reach, read_given
 
-        return read_given(named, Reach(job=self._picture_of))
+        return read_given(named, Reach(job=self._picture_of, instead=_INSTEAD))
 
     def _known_picture(self, job_id: str, name: str) -> tuple[InputReference, bool]:
         if self._shares:

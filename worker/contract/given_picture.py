@@ -30,7 +30,7 @@ from worker.contract.input_image import BadInputError, mask_of_alpha, read_input
 from worker.contract.input_reference import ALPHA, MAX_INPUT_BYTES, REFERENCE, InputReference
 
 _JOB: Final = re.compile(r"(?:job:)?([0-9a-f]{32})")
-_ADDRESS: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_ADDRESS: Final = re.compile(r"([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)
 #: Modes of Pillow that a PNG holds as they are.
 _PNG_MODES: Final = frozenset(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
 
@@ -65,6 +65,8 @@ class Reach:
     job: Callable[[str, str], InputReference] | None = None
     #: The folder that paths are below; None: paths are refused; empty: they may lead anywhere.
     folder: Path | None = None
+    #: What to do instead of what is refused here: the end of a sentence.
+    instead: str = "give its path, or its bytes"
 
 
 def read_given(fields: Mapping[str, Any], reach: Reach) -> Given:
@@ -144,10 +146,10 @@ def _bytes(name: str, value: Any, reach: Reach) -> bytes:
         text = os.fspath(value)
         if isinstance(text, str) and text.startswith("s3://"):
             if reach.fetch is None:
-                raise InvalidJobError(f"{name} is an s3:// address, which is not read here: send a picture.")
+                raise InvalidJobError(f"{name} is an s3:// address, which is not read here: {reach.instead}.")
             return _limited(name, reach.fetch(text, name))
         if isinstance(text, str):
-            _check_words(name, text.strip())
+            _check_words(name, text.strip(), reach)
         return _of_path(name, Path(os.fsdecode(text)), reach)
     if callable(read := getattr(value, "read", None)):
         data = read(MAX_INPUT_BYTES + 1)
@@ -157,15 +159,15 @@ def _bytes(name: str, value: Any, reach: Reach) -> bytes:
     return _limited(name, _png(name, value))
 
 
-def _check_words(name: str, text: str) -> None:
+def _check_words(name: str, text: str, reach: Reach) -> None:
     """Refuse what is neither a reference nor meant as a path."""
     shown = f"{name} is {short(text)}"
     if address := _ADDRESS.match(text):
-        if address[1].lower() in ("http", "https"):
+        if (address[1] or "").lower() in ("http", "https"):
             raise InvalidJobError(
                 f"{shown}. Web addresses are not read: download the picture first, and give that."
             )
-        raise InvalidJobError(f"{shown}. Such addresses are not read: give the picture.")
+        raise InvalidJobError(f"{shown}. Such addresses are not read here: {reach.instead}.")
     if text.startswith("job:"):
         raise InvalidJobError(f"{shown}: after job: give the job's id, 32 digits of 0-9 and a-f.")
     if text.startswith("sha256:"):
@@ -181,9 +183,7 @@ def _of_path(name: str, path: Path, reach: Reach) -> bytes:
     if reach.folder is None:
         if is_near_alpha:
             raise InvalidJobError(did_you_mean)
-        raise InvalidJobError(
-            f"{name} is {short(str(path))}, a path, which is not read here: send the picture, or a reference."
-        )
+        raise InvalidJobError(f"{name} is {short(str(path))}, and paths are not read here: {reach.instead}.")
     whole = at_home(path)
     if reach.folder != Path():
         whole = (reach.folder / path).resolve()

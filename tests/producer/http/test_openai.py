@@ -180,6 +180,12 @@ def test_without_a_mask_a_transparent_image_is_its_own(client: openai.OpenAI, ap
         ({"input_fidelity": "high"}, "input_fidelity is 'high', which is not offered"),
         ({"n": 11}, "n is 11: it must be 1 to 10."),
         ({"size": "63x64"}, "width is 63"),
+        (
+            {"extra_body": {"loras": {"pixel": 1}}},
+            "The form has 'loras[pixel]', a part of loras: send loras as",
+        ),
+        ({"extra_body": {"loras": [{"name": "pixel"}]}}, "The form has 'loras[][name]', a part of loras"),
+        ({"extra_body": {"metadata": {"order": 17}}}, "The form has 'metadata[order]', a part of metadata"),
     ],
 )
 def test_an_edit_that_is_not_offered_is_refused_by_name(client: openai.OpenAI, given: Any, part: str) -> None:

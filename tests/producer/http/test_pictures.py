@@ -83,10 +83,12 @@ def test_a_job_waits_for_the_picture_of_one_that_is_not_done(api: Api) -> None:
 @pytest.mark.parametrize(
     ("image", "sentence"),
     [
-        ("/etc/hostname", "image is '/etc/hostname', a path, which is not read here: send the picture"),
+        ("/etc/hostname", "image is '/etc/hostname', and paths are not read here: send the file in a form"),
+        ("iVBORw0KGgo=", "image is 'iVBORw0KGgo=', and paths are not read here: send the file in a form"),
+        ("data:text/html,x", "image is 'data:text/html,x'. Such addresses are not read here: send the file"),
         ("https://example.com/a.png", "image is 'https://example.com/a.png'. Web addresses are not read:"),
         ("job:abc", "image is 'job:abc': after job: give the job's id, 32 digits of 0-9 and a-f."),
-        ("s3://pictures/secret.png", "image is an s3:// address, which is not read here: send a picture."),
+        ("s3://pictures/secret.png", "image is an s3:// address, which is not read here: send the file"),
         (f"sha256:{'0' * 64}:64x64", "There is no file 000000000000... among the bucket's inputs"),
         ("0" * 32, f"image is the picture of job {'0' * 32}, which is not known: check the id."),
         ("data:image/png;base64,!", "image is 'data:image/png;base64,!', which is no base64"),
@@ -127,7 +129,11 @@ def test_a_tenant_has_no_picture_of_anothers(api: Api) -> None:
         ({"prompt": "a cat", "image": b"GIF89a"}, "image is a GIF: give a PNG, JPEG or WebP."),
         ({"prompt": "a cat", "image": b""}, "image is empty: give a PNG, JPEG or WebP."),
         ({"prompt": "a cat", "image": DATA, "mask": b""}, "mask is empty: give a PNG, JPEG or WebP."),
-        ({"prompt": b"a cat"}, "The form has 'prompt' as a file: send it as a text."),
+        ({"prompt": b"a cat"}, "The form has 'prompt' as a file: files are image and mask, send the others"),
+        (
+            {"prompt": "a cat", "loras[pixel]": "1"},
+            "The form has 'loras[pixel]', a part of loras: send loras as one text, which may be JSON.",
+        ),
         ({"prompt": "a cat", "stepps": "5"}, 'There is no job field "stepps": did you mean "steps"?'),
         ({"prompt": "a cat", "steps": "many"}, "steps is 'many': it must be a valid integer, 1 to 150."),
         ({"prompt": "a cat", "image": DATA, "steps": "0"}, "steps is 0: it must be 1 to 150."),

@@ -113,7 +113,7 @@ def test_lines_begin_with_the_pictures_of_jobs_and_with_no_file_of_the_servers(a
     reasons = [line["reason"] for line in lines_of(api.call("GET", run["links"]["rejected"]))]
     assert [each.partition(": ")[0] for each in reasons] == [
         f"image is the picture of job {'0' * 32}, which is not known",
-        "image is '/etc/hostname', a path, which is not read here",
+        "image is '/etc/hostname', and paths are not read here",
         "image is an s3:// address, which is not read here",
         "image is ['a']",
     ]
