@@ -39,7 +39,7 @@ PUT_BACK = (
 )
 #: Likewise, where its alpha channel is the mask.
 PUT_BACK_BY_ALPHA = (
-    "The image lies on what was drawn, as its alpha says: preserve_unmasked=no leaves that out."
+    "The image's own pixels lie on what was drawn, as its alpha says: preserve_unmasked=no leaves that out."
 )
 #: What is said besides, in a format that keeps none to the bit.
 _LOSSY = " JPEG changes them a little: png and webp do not."
