@@ -46,9 +46,9 @@ def job_from_image(image: bytes | str | os.PathLike[str]) -> Job:
 
     `image` is the path or the bytes of a PNG, JPEG or WebP file of smallcat, AUTOMATIC1111, Forge, Civitai,
     Fooocus, SwarmUI, InvokeAI or ComfyUI. Another tool's noise and model are its own: the job has its
-    parameters. What else made the picture, such as hires fix, is named in a `UserWarning`, and in the job's
-    metadata under `left_out`, which goes with it into its record. Raises `InvalidJobError` where there is
-    nothing to read, or it cannot be read, or it is no text to image.
+    parameters. What else made the picture, such as another upscaler, is named in a `UserWarning`, and in the
+    job's metadata under `left_out`, which goes with it into its record. Raises `InvalidJobError` where there
+    is nothing to read, or it cannot be read, or another tool's picture began with an image.
     """
     texts = texts_of(_bytes(image))
     order = {name: number for number, name in enumerate(_ORDER)}
