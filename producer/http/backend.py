@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar, cast
 
 from starlette.requests import Request
 
+from producer.http import run_folder
 from producer.http.activity import Watching
 from producer.http.key_store import KeyStore
 from producer.http.limits import Limits
@@ -50,7 +51,7 @@ class Backend:
         self.tenants = TenantStore(self.session.redis)
         self.limits = Limits(TenantLimits(self.session.redis, settings.record_ttl_s), self.run, self._length)
         self.waiting = Waiting()
-        self.runs = RunStore(settings.http_data_dir, settings.record_ttl_s)
+        self.runs = RunStore(run_folder.chosen(settings), settings.record_ttl_s)
         self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)
         self.watching = Watching(self.session, self.run)
         self.streams = Streams(settings.http_max_connections)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -19,9 +20,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from worker.contract.errors import SettingsError
 from worker.contract.explain import short
+from worker.contract.settings import ServerSettings
 
 #: The file that says that a folder is ours.
 MARKER: Final = ".smallcat-http"
@@ -31,6 +34,32 @@ UPLOAD: Final = ".upload-"
 #: What file systems put into a volume's root.
 _OF_VOLUMES: Final = frozenset(("lost+found",))
 _REMEDY: Final = "set SMALLCAT_HTTP_DATA_DIR to a folder for runs alone, empty or not there yet"
+
+
+def chosen(settings: ServerSettings) -> Path:
+    """The folder that the settings name.
+
+    Where they name none, one for each queue among the system's temporary files: the server of another queue
+    would feed its runs there.
+    """
+    if settings.http_data_dir:
+        return Path(settings.http_data_dir)
+    place = urlsplit(settings.redis_url)
+    name = f"{place.netloc.rpartition('@')[2]}{place.path}"
+    return _unnamed(f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
+
+
+def left_by_earlier_versions() -> Path | None:
+    """Their folder where none was named, one for all queues, if runs lie there that are not over."""
+    folder = _unnamed("")
+    with contextlib.suppress(OSError):
+        if any(is_run(each) and not is_over(each) for each in folder.iterdir()):
+            return folder
+    return None
+
+
+def _unnamed(suffix: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"smallcat-http-{os.getuid()}{suffix}"
 
 
 def claim(folder: Path) -> None:
@@ -57,6 +86,16 @@ def is_run(folder: Path) -> bool:
         and not folder.is_symlink()
         and (folder / "run.json").is_file()
     )
+
+
+def manifest_of(folder: Path) -> Path | None:
+    """The manifest of a run; None until it is written."""
+    return next((path for path in folder.glob("manifest.*") if path.suffix in (".jsonl", ".csv")), None)
+
+
+def is_over(folder: Path) -> bool:
+    """Whether a run has ended, well or with an error that is kept."""
+    return manifest_of(folder) is not None or (folder / "error.txt").exists()
 
 
 def _is_known(path: Path) -> bool:

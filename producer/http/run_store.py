@@ -17,7 +17,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 import traceback
@@ -100,10 +99,9 @@ class _Display(SilentDisplay):
 class RunStore:
     """The folder of a server's runs. Thread-safe."""
 
-    def __init__(self, folder: str, ttl_s: float) -> None:
+    def __init__(self, folder: Path, ttl_s: float) -> None:
         """Raises `SettingsError` where the folder is not ours alone."""
-        own = Path(tempfile.gettempdir()) / f"smallcat-http-{os.getuid()}"
-        self._folder = Path(folder) if folder else own
+        self._folder = folder
         self._ttl_s = ttl_s
         self._feeding: dict[str, tuple[Ingest, _Display]] = {}
         self._ending = threading.Event()
@@ -125,7 +123,7 @@ class RunStore:
             with contextlib.suppress(FileNotFoundError):  # Another process deleted it first.
                 if time.time() - folder.stat().st_mtime > self._ttl_s:
                     run_folder.delete_unlocked(folder, folder / "lock")
-                elif not self._is_over(folder):
+                elif not run_folder.is_over(folder):
                     self._start(folder.name)
 
     def delete_forgotten(self) -> None:
@@ -182,7 +180,7 @@ class RunStore:
                 self._begin_again(folder, file, kept)
             elif upload.hook:
                 self._tell_also(run, upload)
-        if not self._is_over(kept):
+        if not run_folder.is_over(kept):
             self._start(run)
         return run
 
@@ -233,10 +231,7 @@ class RunStore:
 
     def manifest(self, run: str) -> Path | None:
         """The manifest; None until it is written."""
-        for path in (self._folder / run).glob("manifest.*"):
-            if path.suffix in (".jsonl", ".csv"):
-                return path
-        return None
+        return run_folder.manifest_of(self._folder / run)
 
     def listed(self, run: str) -> Path | None:
         """The manifest, or the journal of a run that is not over; None while no job has ended."""
@@ -245,9 +240,6 @@ class RunStore:
     def rejected(self, run: str) -> Path | None:
         """The file of rejected lines; None where there is none."""
         return next(iter((self._folder / run).glob("*.rejected.jsonl")), None)
-
-    def _is_over(self, folder: Path) -> bool:
-        return self.manifest(folder.name) is not None or (folder / "error.txt").exists()
 
     def _start(self, run: str) -> None:
         with self._starting:
@@ -261,7 +253,7 @@ class RunStore:
         folder = self._folder / run
         has_ended = False
         try:
-            while not (has_ended or self._ending.is_set() or self._is_over(folder)) and self.knows(run):
+            while not (has_ended or self._ending.is_set() or run_folder.is_over(folder)) and self.knows(run):
                 with run_folder.locked(folder / "lock") as is_mine:
                     has_ended = is_mine and self._try(run, folder)
                 if not has_ended:

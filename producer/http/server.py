@@ -17,9 +17,9 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from producer.http import run_folder
 from producer.http.app import make_app
 from producer.http.guard import Guard
-from producer.http.run_store import RunStore
 from producer.http.tracing import Traced
 from worker.contract.errors import CallerError
 from worker.contract.plain_log import set_up_log
@@ -176,7 +176,7 @@ def serve(
         **options,
     )
     # Here, where an error is a sentence.
-    RunStore(settings.http_data_dir, settings.record_ttl_s)
+    _claim_folder(settings)
     try:
         _Server(config, app, health).run()
     except SystemExit:
@@ -184,6 +184,17 @@ def serve(
         raise CallerError(
             f"The server cannot listen on {where}; its log says why: name another --host or --port."
         ) from None
+
+
+def _claim_folder(settings: ServerSettings) -> None:
+    """Make the folder of runs ours. Raises `SettingsError`, `OSError`."""
+    run_folder.claim(run_folder.chosen(settings))
+    if not settings.http_data_dir and (left := run_folder.left_by_earlier_versions()):
+        logger.warning(
+            "Runs that an earlier version did not end lie in %s: set SMALLCAT_HTTP_DATA_DIR to it to go on "
+            "with them, or delete it.",
+            left,
+        )
 
 
 def url_of(host: str, port: int) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from producer.http.run_slots import Slot
 from producer.http.run_store import RunStore, Upload
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import PromptFileError, SettingsError
+from worker.contract.settings import ServerSettings
 from worker.state.keys import HTTP_FORGOTTEN
 from worker.state.redis_client import connect
 
@@ -90,7 +92,7 @@ def test_a_folder_with_files_of_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     before = tree(tmp_path)
     with pytest.raises(SettingsError, match="such as 'thesis': set SMALLCAT_HTTP_DATA_DIR"):
-        RunStore(str(tmp_path), DAY_S)
+        RunStore(tmp_path, DAY_S)
     assert tree(tmp_path) == before
 
 
@@ -101,7 +103,7 @@ def test_a_symbolic_link_is_refused(tmp_path: Path, is_there: bool) -> None:
         target.mkdir()
     link.symlink_to(target)
     with pytest.raises((SettingsError, FileExistsError), match=r"symbolic link|File exists"):
-        RunStore(str(link), DAY_S)
+        RunStore(link, DAY_S)
     assert not is_there or not list(target.iterdir())
 
 
@@ -109,7 +111,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
     other = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: other)
     with pytest.raises(SettingsError, match="another user's: set SMALLCAT_HTTP_DATA_DIR"):
-        RunStore(str(tmp_path), DAY_S)
+        RunStore(tmp_path, DAY_S)
 
 
 def test_a_folder_of_an_earlier_version_is_taken(tmp_path: Path) -> None:
@@ -118,15 +120,47 @@ def test_a_folder_of_an_earlier_version_is_taken(tmp_path: Path) -> None:
     for name, file in (("0" * 32, "run.json"), (".a_b1c2d3", "prompts.txt.gz")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
-    RunStore(str(tmp_path), DAY_S)
+    RunStore(tmp_path, DAY_S)
     assert (tmp_path / run_folder.MARKER).is_file()
+
+
+def test_each_queue_has_a_folder_of_its_own_where_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def chosen(url: str, folder: str = "") -> Path:
+        return run_folder.chosen(ServerSettings(redis_url=url, http_data_dir=folder))
+
+    own, again, other = map(
+        chosen, ("redis://:old@queue:6379/0", "redis://:new@queue:6379/0", "redis://queue:6379/1")
+    )
+    assert own == again
+    assert own.parent == other.parent == tmp_path
+    assert own != other
+    assert chosen("redis://queue:6379/0", str(tmp_path / "named")) == tmp_path / "named"
+
+
+def test_runs_that_earlier_versions_left_where_none_was_named_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_folder.left_by_earlier_versions() is None
+    earlier = tmp_path / f"smallcat-http-{os.getuid()}"
+    for name in ("0" * 32, "1" * 32):
+        (earlier / name).mkdir(parents=True)
+        (earlier / name / "run.json").write_text("{}")
+    (earlier / ("0" * 32) / "manifest.jsonl").write_text("")
+    assert run_folder.left_by_earlier_versions() == earlier
+    (earlier / ("1" * 32) / "error.txt").write_text("x")
+    assert run_folder.left_by_earlier_versions() is None
 
 
 # What is deleted
 
 
 def test_only_uploads_and_runs_are_deleted(tmp_path: Path, feeds: Any) -> None:
-    RunStore(str(tmp_path), DAY_S)
+    RunStore(tmp_path, DAY_S)
     stay = ("thesis", ".git", ".abcdefgh", "lost+found", "0" * 31, "g" * 32, "1" * 32)
     for name in (*stay, ".upload-x", "0" * 32):
         (tmp_path / name).mkdir()
@@ -137,7 +171,7 @@ def test_only_uploads_and_runs_are_deleted(tmp_path: Path, feeds: Any) -> None:
     (tmp_path / ".upload-link").symlink_to(tmp_path / "thesis")
     for each in tmp_path.iterdir():
         os.utime(each, (0, 0), follow_symlinks=False)
-    RunStore(str(tmp_path), DAY_S).resume()
+    RunStore(tmp_path, DAY_S).resume()
     left = {each.name for each in tmp_path.iterdir()}
     assert left == {*stay, run_folder.MARKER, ".upload-file", ".upload-link"}
     assert (tmp_path / "thesis" / "file").exists()
@@ -153,7 +187,7 @@ def test_a_second_server_leaves_what_the_first_receives_and_feeds(tmp_path: Path
         (folder / "manifest.jsonl").write_text("done")
 
     feeds(feed)
-    first, second = RunStore(str(tmp_path), DAY_S), RunStore(str(tmp_path), 0.0)
+    first, second = RunStore(tmp_path, DAY_S), RunStore(tmp_path, 0.0)
     run = send(first)
     assert begun.wait(10)
     with first.uploading() as folder:
@@ -169,7 +203,7 @@ def test_a_second_server_leaves_what_the_first_receives_and_feeds(tmp_path: Path
 
 
 def test_a_run_goes_on_at_the_second_server_when_the_first_has_ended(tmp_path: Path, feeds: Any) -> None:
-    first, second = RunStore(str(tmp_path), DAY_S), RunStore(str(tmp_path), DAY_S)
+    first, second = RunStore(tmp_path, DAY_S), RunStore(tmp_path, DAY_S)
     with first.uploading() as folder:
         file = folder / "prompts.txt"
         file.write_text("a cat\n")
@@ -182,7 +216,7 @@ def test_a_run_goes_on_at_the_second_server_when_the_first_has_ended(tmp_path: P
 
 
 def test_an_upload_that_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
-    store = RunStore(str(tmp_path), DAY_S)
+    store = RunStore(tmp_path, DAY_S)
     with store.uploading() as folder:
         (folder / "prompts.txt").write_text("a cat")
     assert {each.name for each in tmp_path.iterdir()} == {run_folder.MARKER}
@@ -198,7 +232,7 @@ def test_a_run_that_failed_is_begun_again_by_the_same_upload(tmp_path: Path, fee
         raise PromptFileError(f"{folder}/prompts.txt is away.")
 
     feeds(fail)
-    store = RunStore(str(tmp_path), DAY_S)
+    store = RunStore(tmp_path, DAY_S)
     run = send(store)
     until(lambda: store.error(run))
     assert store.error(run) == "prompts.txt is away."
@@ -211,7 +245,7 @@ def test_a_run_that_failed_is_begun_again_by_the_same_upload(tmp_path: Path, fee
 @pytest.mark.parametrize("text", ["", '{"name": "pro', "[]", "{}", "null", '{"file": "prompts.txt"}', "\x00"])
 def test_a_broken_description_of_a_run_is_an_error_of_that_run(tmp_path: Path, text: str) -> None:
     run = "0" * 32
-    store = RunStore(str(tmp_path), DAY_S)
+    store = RunStore(tmp_path, DAY_S)
     (tmp_path / run).mkdir()
     (tmp_path / run / "run.json").write_text(text)
     store.resume()
@@ -227,7 +261,7 @@ def test_a_fault_ends_the_run_and_is_logged_without_prompts(
         raise ZeroDivisionError(SECRET)
 
     feeds(fail)
-    store = RunStore(str(tmp_path), DAY_S)
+    store = RunStore(tmp_path, DAY_S)
     with caplog.at_level(logging.ERROR, logger="smallcat.http"):
         run = send(store)
         until(lambda: store.error(run) and not store._begun)
@@ -239,7 +273,7 @@ def test_a_fault_ends_the_run_and_is_logged_without_prompts(
 
 def test_a_broken_description_is_replaced_by_the_next_upload(tmp_path: Path, feeds: Any) -> None:
     fed = RunStore._feed_once
-    store = RunStore(str(tmp_path), DAY_S)
+    store = RunStore(tmp_path, DAY_S)
     run = send(store)
     until(lambda: store.manifest(run) and not store._begun)
     (tmp_path / run / "manifest.jsonl").unlink()
@@ -263,7 +297,7 @@ def test_a_strict_run_is_looked_at_in_the_fleets_syntax(
     fleet = SimpleNamespace(snapshot=lambda: snapshot)
     stand_in = SimpleNamespace(queue_errors=contextlib.nullcontext, fleet=fleet)
     monkeypatch.setattr(run_store, "session", lambda: stand_in)
-    store = RunStore(str(tmp_path / "runs"), DAY_S)
+    store = RunStore(tmp_path / "runs", DAY_S)
     text = "a (cat:1.3)\na <hypernet:foo:1> dog\n"
     with store.uploading() as folder:
         file = folder / "prompts.txt"
@@ -278,7 +312,7 @@ def test_runs_that_were_forgotten_are_deleted_and_do_not_go_on(
     tmp_path: Path, valkey: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REDIS_URL", valkey.url)
-    store = RunStore(str(tmp_path), DAY_S)
+    store = RunStore(tmp_path, DAY_S)
     folders: dict[str, Path] = {}
     for number, (name, owner, tenant) in enumerate(
         (
