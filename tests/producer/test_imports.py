@@ -13,8 +13,8 @@ import pytest
 
 from worker.contract import errors
 
-#: Seconds that `import producer` may take.
-LIMIT_S = 0.5
+#: Seconds that `import producer` may take; on a slow machine as much as so many imports of pydantic.
+LIMIT_S, LIMIT_PYDANTICS = 0.5, 7
 HEAVY = ["torch", "diffusers", "transformers", "numpy", "PIL", "boto3", "botocore", "redis", "celery"]
 
 
@@ -27,9 +27,13 @@ def fresh(code: str, *flags: str) -> str:
 @pytest.mark.parametrize("names", ["producer", "smallcat", "producer.client, producer.ingest.submit_file"])
 def test_importing_the_producer_takes_no_time(names: str) -> None:
     """In processor time of the import alone, so that a busy machine does not fail it."""
+    assert import_s(names) < max(LIMIT_S, LIMIT_PYDANTICS * import_s("pydantic.main, pydantic.fields"))
+
+
+def import_s(names: str) -> float:
     code = f"import time; t = time.process_time(); import {names}; print(time.process_time() - t)"
     fresh(code)  # Compiles what was not compiled yet.
-    assert statistics.median(float(fresh(code)) for _ in range(3)) < LIMIT_S
+    return statistics.median(float(fresh(code)) for _ in range(3))
 
 
 @pytest.mark.parametrize("module", ["producer", "smallcat", "smallcat, producer.cli.main"])

@@ -68,7 +68,7 @@ def test_a_run_that_waits_for_its_limit_gives_its_slot_back_and_takes_it_again(s
 
 
 def test_the_runs_of_one_tenant_do_not_fill_the_server(tmp_path: Path) -> None:
-    store = RunStore(str(tmp_path), 60)
+    store = RunStore(tmp_path, 60)
     store._begun |= {run_of(1, number) for number in range(MAX_RUNS_OF_ONE)}
     assert store.is_full(f"{1:012x}")
     assert not store.is_full(f"{2:012x}")

@@ -80,6 +80,22 @@ def until(condition: Callable[[], Any]) -> None:
     raise AssertionError
 
 
+@pytest.fixture(autouse=True)
+def _ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No thread of a store asks Redis after its test."""
+    made: list[RunStore] = []
+
+    def resume(store: RunStore) -> None:
+        made.append(store)
+        resume_it(store)
+
+    resume_it = RunStore.resume
+    monkeypatch.setattr(RunStore, "resume", resume)
+    yield
+    for store in made:
+        store.close()
+
+
 def tree(folder: Path) -> set[str]:
     return {str(each.relative_to(folder)) for each in folder.rglob("*")}
 
