@@ -203,12 +203,11 @@ class Processor:
 
     def _projected(self, attn: Any, hidden_states: Any, context: Any) -> Sequence[torch.Tensor]:
         """Queries, keys and values. What they are of may be quantised."""
-        if not isinstance(attn.to_q, Fp8Linear):
-            return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query = given_to(attn.to_q, hidden_states)
-        if context is not hidden_states:
-            return attn.to_q.of(query), attn.to_k(context), attn.to_v(context)
-        return attn.to_q.of(query), attn.to_k.of(query), attn.to_v.of(query)
+        if isinstance(attn.to_q, Fp8Linear):
+            # Once for all that take it.
+            given = given_to(attn.to_q, hidden_states)
+            hidden_states, context = given, given if context is hidden_states else context
+        return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
 
     def _output(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """The product behind the attention."""
