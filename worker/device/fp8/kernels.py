@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from worker.device.fp8.e4m3 import E4M3, LEAST_SCALE, MOST
+from worker.device.fp8.e4m3 import LEAST_SCALE, MOST
 from worker.device.gelu import gelu
 
 _MOST, _LEAST_SCALE = tl.constexpr(MOST), tl.constexpr(LEAST_SCALE)
@@ -103,21 +103,25 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
         tl.store(row + width + COUNT + index, rounded.to(dtype), mask=kept_mask)
 
 
-def quantise(x: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and scales of x, (..., channels), contiguous."""
-    return _run(x, x, x, outliers, x.shape[-1], PLAIN)
+#: What a kernel writes: values, and scales.
+Made = tuple[torch.Tensor, torch.Tensor]
+
+
+def quantise(x: torch.Tensor, outliers: torch.Tensor, made: Made) -> None:
+    """Those of x, (..., channels), contiguous."""
+    _run(x, x, x, outliers, made, PLAIN)
 
 
 def normed(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, outliers: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, outliers: torch.Tensor, made: Made
+) -> None:
     """Those of the layer norm of x, (..., channels), contiguous."""
-    return _run(x, weight, bias, outliers, x.shape[-1], NORM, eps)
+    _run(x, weight, bias, outliers, made, NORM, eps)
 
 
-def gated(y: torch.Tensor, bias: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gated(y: torch.Tensor, bias: torch.Tensor, outliers: torch.Tensor, made: Made) -> None:
     """Those of GEGLU's output: y: (..., 2 channels), contiguous; bias: (2 channels,)."""
-    return _run(y, bias, bias, outliers, y.shape[-1] // 2, GATE)
+    _run(y, bias, bias, outliers, made, GATE)
 
 
 def shape_of(block: int, kind: int) -> dict[str, int]:
@@ -134,13 +138,12 @@ def _run(
     weight: torch.Tensor,
     bias: torch.Tensor,
     outliers: torch.Tensor,
-    width: int,
+    made: Made,
     kind: tl.constexpr,
     eps: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    count = len(outliers)
-    values = torch.empty((*x.shape[:-1], width + 2 * count), dtype=E4M3, device=x.device)
-    scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+) -> None:
+    (values, scales), count = made, len(outliers)
+    width = values.shape[-1] - 2 * count
     block = 1 << (width.bit_length() - 1)
     rest = width - block
     shape = shape_of(block, kind.value)
@@ -150,4 +153,3 @@ def _run(
         BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
         BLOCK_K=triton.next_power_of_2(max(count, 1)), **shape,
     )  # fmt: skip
-    return values, scales

@@ -116,8 +116,9 @@ def _kernels() -> ModuleType:
     "smallcat::fp8_quantise", mutates_args=(), schema="(Tensor x, Tensor outliers) -> (Tensor, Tensor)"
 )
 def _quantise(x: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    result: tuple[torch.Tensor, torch.Tensor] = _kernels().quantise(x.contiguous(), outliers)
-    return result
+    made = _empty(x, x.shape[-1], outliers)
+    _kernels().quantise(x.contiguous(), outliers, made)
+    return made
 
 
 @_quantise.register_fake
@@ -133,8 +134,9 @@ def _(x: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def _norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, outliers: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    result: tuple[torch.Tensor, torch.Tensor] = _kernels().normed(x.contiguous(), weight, bias, eps, outliers)
-    return result
+    made = _empty(x, x.shape[-1], outliers)
+    _kernels().normed(x.contiguous(), weight, bias, eps, outliers, made)
+    return made
 
 
 @_norm.register_fake
@@ -150,8 +152,9 @@ def _(
     schema="(Tensor y, Tensor bias, Tensor outliers) -> (Tensor, Tensor)",
 )
 def _gate(y: torch.Tensor, bias: torch.Tensor, outliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    result: tuple[torch.Tensor, torch.Tensor] = _kernels().gated(y.contiguous(), bias, outliers)
-    return result
+    made = _empty(y, y.shape[-1] // 2, outliers)
+    _kernels().gated(y.contiguous(), bias, outliers, made)
+    return made
 
 
 @_gate.register_fake
