@@ -8,7 +8,6 @@ nothing is left out in silence. The author of a file is not trusted: all of it i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from worker.model.headers import Shape
 from worker.model.lora_header import LoraHeader, Names
 from worker.model.lora_names import ANY_TEXT, TEXT, TEXT_2, UNET, Role, Targets
 from worker.model.lora_scales import Settings
+from worker.model.side_config import sha256_with
 
 if TYPE_CHECKING:
     import torch
@@ -109,9 +109,7 @@ def _with_config(of_file: str, path: Path) -> str:
         config = lora_scales.config_of(path)
     except ValueError:
         config = ""  # What is wrong with it is said when the file is described.
-    if config is None:
-        return of_file
-    return hashlib.sha256(json.dumps([of_file, config]).encode()).hexdigest()
+    return sha256_with(of_file, config)
 
 
 def load(path: Path, name: str, sha256: str, targets: Targets) -> LoraFile:

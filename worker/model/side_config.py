@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ def text_beside(path: Path, name: str, most: int) -> str | None:
         return place.read_text("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"its {name} is no UTF-8: download it again") from None
+
+
+def sha256_with(weights: str, config: str | None) -> str:
+    """The SHA-256 of a file and the config beside it: that of the weights alone where there is none."""
+    return weights if config is None else hashlib.sha256(json.dumps([weights, config]).encode()).hexdigest()
 
 
 def json_object(text: str, what: str, remedy: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ file has none: it is read with the model's own config, as AUTOMATIC1111 reads it
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -19,7 +18,7 @@ from worker.contract.errors import InvalidJobError, RenderError, SettingsError, 
 from worker.model import tiny_vae
 from worker.model.checkpoint import Part, identify_vae
 from worker.model.headers import Tensor, read_header
-from worker.model.side_config import json_object, text_beside
+from worker.model.side_config import json_object, sha256_with, text_beside
 
 #: Bytes of a file, at most: in fp32 the VAE of SDXL has 335 MB.
 MAX_BYTES = 2 << 30
@@ -66,8 +65,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _with_config(weights: str, path: Path) -> str:
-    config = _config_text(path)
-    return weights if config is None else hashlib.sha256(json.dumps([weights, config]).encode()).hexdigest()
+    return sha256_with(weights, _config_text(path))
 
 
 def config_of(path: Path) -> dict[str, Any] | None:
