@@ -34,7 +34,6 @@ PROMPTS = (
 
 
 def test_what_is_drawn_as_words_is_said_in_the_sentence_of_the_record(page: Chromium) -> None:
-    page.wait("document.getElementById('field-prompt')")
     for field in ("prompt", "negative_prompt"):
         press(page, "#clear")
         for prompt in PROMPTS:
@@ -52,7 +51,6 @@ def test_what_is_drawn_as_words_is_said_in_the_sentence_of_the_record(page: Chro
 
 
 def test_only_the_schedules_of_the_chosen_scheduler_are_offered(page: Chromium) -> None:
-    page.wait("document.getElementById('schedule-note')")
     everything = set(Job(prompt="x", seed=1).model_json_schema()["$defs"]["NoiseSchedule"]["enum"])
     for scheduler in Scheduler:
         value = "" if scheduler is Scheduler.DEFAULT else str(scheduler)
@@ -123,7 +121,6 @@ def test_a_wrong_number_is_told_in_the_page_s_own_words(
 
 
 def test_its_texts_are_for_a_page(page: Chromium) -> None:
-    page.wait("document.getElementById('field-vae')")
     assert "`" not in page.run("document.body.innerText + document.getElementById('more').textContent")
     assert page.run("[...document.querySelectorAll('[title]')].every((each) => !each.title.includes('`'))")
     assert page.run("document.querySelectorAll('#more-fields small code').length > 3")

@@ -27,11 +27,13 @@ HOSTILE = "<script>window.pwned = 1</script> <img src=x onerror='window.pwned = 
 
 @pytest.fixture
 def page(api: Api, browser: Chromium) -> Chromium:
-    """The page, signed in with the key that may do everything."""
+    """The page, signed in with the key that may do everything, with its workers and its form."""
     open_page(browser, api)
     if browser.run("document.getElementById('all').hidden"):
         sign_in(browser, api.key)
     browser.wait("document.querySelector('#workers .worker')")
+    # The form comes with an answer of its own, and its lists of names with the workers' news after it.
+    browser.wait("document.getElementById('vae-names')")
     return browser
 
 
@@ -63,7 +65,6 @@ def text(browser: Chromium, selector: str) -> str:
 
 
 def fill(browser: Chromium, **fields: str) -> None:
-    browser.wait("document.getElementById('field-prompt')")
     for name, value in fields.items():
         browser.run(
             f"document.getElementById('more').open = true; document.getElementById('field-{name}').focus()"
@@ -152,7 +153,6 @@ def test_a_session_ends_with_its_key(api: Api) -> None:
 
 def test_the_form_has_every_field_of_a_job(page: Chromium, api: Api) -> None:
     """Of those that a caller may say: the OpenAPI document has them from the table of job fields."""
-    page.wait("document.getElementById('field-prompt')")
     names = page.run("[...document.querySelectorAll('#draw [name]')].map((each) => each.name)")
     document = api.call("GET", "/openapi.json", key="").json
     # The server fills in the hashes of files.
