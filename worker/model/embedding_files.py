@@ -7,12 +7,12 @@ a file is not trusted: all of it is bounded before it is read.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.contract.errors import InvalidJobError, RenderError, SettingsError
+from worker.contract.errors import InvalidJobError, SettingsError
+from worker.model import file_content
 from worker.model.headers import Tensor, read_header
 
 if TYPE_CHECKING:
@@ -30,9 +30,8 @@ _ARCHITECTURES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL"}
 def describe(path: Path) -> tuple[str, str]:
     """What an embedding fits, and why it cannot be used; empty where it can. Reads no vectors."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            return "", f"it has {size:,} bytes, the limit is {MAX_BYTES:,}: it is no embedding"
+        if problem := file_content.size_problem(path, MAX_BYTES):
+            return "", f"{problem}: it is no embedding"
         tensors = read_header(path).tensors
         names, problem = _names(tensors)
     except (SettingsError, OSError) as error:
@@ -84,20 +83,16 @@ def load(path: Path, name: str, sha256: str) -> tuple[torch.Tensor, ...]:
     # Here, so that who only looks at files loads no torch.
     import safetensors.torch
 
-    _, problem = describe(path)
-    if problem and path.exists():
-        raise InvalidJobError(f'The embedding "{name}" cannot be used: {problem}.')
+    what = f'The embedding "{name}"'
+    content = file_content.read(path, what, sha256, most=MAX_BYTES)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RenderError(f'The embedding "{name}" cannot be read: {error}.') from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise RenderError(f'The embedding "{name}" was replaced while a job asked for it.')
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:
-        raise InvalidJobError(f'The embedding "{name}" cannot be read: {error}.') from error
-    found = tuple(tensors[each].float().reshape(-1, tensors[each].shape[-1]) for each in _in_order(tensors))
-    if not all(bool(each.isfinite().all()) for each in found):
-        raise InvalidJobError(f'The embedding "{name}" cannot be used: it holds NaN or infinity.')
+        names, problem = _names(read_header(path, content.weights).tensors)
+        if problem:
+            raise ValueError(problem)
+        tensors = safetensors.torch.load(content.weights)
+        found = tuple(tensors[each].float().reshape(-1, tensors[each].shape[-1]) for each in names)
+        if not all(bool(each.isfinite().all()) for each in found):
+            raise ValueError("it holds NaN or infinity")
+    except (SettingsError, ValueError, safetensors.SafetensorError) as error:
+        raise InvalidJobError(f"{what} cannot be used: {str(error).rstrip('.')}.") from error
     return found

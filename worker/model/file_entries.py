@@ -5,7 +5,6 @@ Reading a file for its hash takes long, so what is known is remembered in the ca
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import secrets
@@ -16,7 +15,7 @@ from types import MappingProxyType
 from worker.contract.errors import ServiceError, SmallcatError
 from worker.contract.file_index import MAX_FILES, FileEntry, Kind, composed_name, name_problem
 from worker.contract.plain_text import plain
-from worker.model import embedding_files, lora_files, vae_files
+from worker.model import embedding_files, file_content, lora_files, vae_files
 from worker.model.file_places import Found
 from worker.model.index import PICKLE_REASON
 
@@ -33,14 +32,9 @@ _DESCRIBE: Mapping[Kind, Callable[[Path], tuple[str, str]]] = MappingProxyType(
 )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 #: The SHA-256 of a file's content, by its kind.
 _SHA256: Mapping[Kind, Callable[[Path], str]] = MappingProxyType(
-    {Kind.EMBEDDING: _sha256, Kind.VAE: vae_files.sha256_of, Kind.LORA: lora_files.sha256_of}
+    {Kind.EMBEDDING: file_content.sha256_of, Kind.VAE: vae_files.sha256_of, Kind.LORA: lora_files.sha256_of}
 )
 
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.contract.errors import InvalidJobError, RenderError, SettingsError
-from worker.model import lora_header, lora_scales
+from worker.contract.errors import InvalidJobError, SettingsError
+from worker.model import file_content, lora_header, lora_scales
 from worker.model.headers import Shape
 from worker.model.lora_header import LoraHeader, Names
 from worker.model.lora_names import ANY_TEXT, TEXT, TEXT_2, UNET, Role, Targets
 from worker.model.lora_scales import Settings
-from worker.model.side_config import sha256_with
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +86,7 @@ def describe(path: Path) -> tuple[str, str]:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a LoRA: of its file, or of that and PEFT's config where it has one beside it."""
-    with path.open("rb") as file:
-        return _with_config(hashlib.file_digest(file, "sha256").hexdigest(), path)
+    return file_content.sha256_of(path, _config_text)
 
 
 def auto_v3(path: Path) -> str:
@@ -104,12 +102,11 @@ def auto_v3(path: Path) -> str:
         return ""
 
 
-def _with_config(of_file: str, path: Path) -> str:
+def _config_text(path: Path) -> str | None:
     try:
-        config = lora_scales.config_of(path)
+        return lora_scales.config_of(path)
     except ValueError:
-        config = ""  # What is wrong with it is said when the file is described.
-    return sha256_with(of_file, config)
+        return ""  # What is wrong with it is said when the file is described.
 
 
 def load(path: Path, name: str, sha256: str, targets: Targets) -> LoraFile:
@@ -120,24 +117,13 @@ def load(path: Path, name: str, sha256: str, targets: Targets) -> LoraFile:
     # Here, so that who only looks at files loads no torch.
     import safetensors.torch
 
-    replaced = RenderError(f'The LoRA "{name}" was replaced while a job asked for it.')
+    what = f'The LoRA "{name}"'
+    content = file_content.read(path, what, sha256, most=lora_header.MAX_BYTES, config_of=_config_text)
     try:
-        if path.stat().st_size > lora_header.MAX_BYTES:
-            raise ValueError(lora_header.too_large(path))
-        data = path.read_bytes()
-        of_file = hashlib.sha256(data).hexdigest()
-        if _with_config(of_file, path) != sha256:
-            raise replaced
-        header = lora_header.read(path, data)
-        # Its config was read again.
-        if _with_config(of_file, path) != sha256:
-            raise replaced
-        tensors = safetensors.torch.load(data)
-        return _fitted(header, tensors, targets)
-    except OSError as error:
-        raise RenderError(f'The LoRA "{name}" cannot be read: {error}.') from error
+        header = lora_header.read(path, content)
+        return _fitted(header, safetensors.torch.load(content.weights), targets)
     except (SettingsError, ValueError, safetensors.SafetensorError) as error:
-        raise InvalidJobError(f'The LoRA "{name}" cannot be used: {str(error).rstrip(".")}.') from error
+        raise InvalidJobError(f"{what} cannot be used: {str(error).rstrip('.')}.") from error
 
 
 def _fitted(file: LoraHeader, tensors: Mapping[str, torch.Tensor], targets: Targets) -> LoraFile:

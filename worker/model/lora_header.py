@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from worker.model import lora_scales
+from worker.model.file_content import Content, size_problem
 from worker.model.headers import Header, Shape, Tensor, read_header
 from worker.model.lora_kinds import refusal
 from worker.model.lora_names import TEXT, TEXT_2, UNET, Role, parse
@@ -90,30 +91,26 @@ def architecture_of(width: object) -> str:
     return architecture(only) if isinstance(only, int) and not others else ""
 
 
-def read(path: Path, data: bytes | None = None) -> LoraHeader:
-    """What a file holds. `data`: its bytes, where they were read.
+def read(path: Path, content: Content | None = None) -> LoraHeader:
+    """What a file holds. `content`: what was read of it; None: its header and its config are read now.
 
     Raises `ValueError`, `SettingsError` where it cannot be used, `OSError`.
     """
-    if data is None and path.stat().st_size > MAX_BYTES:
-        raise ValueError(too_large(path))
-    header = read_header(path, data)
+    if content is None and (problem := size_problem(path, MAX_BYTES)):
+        raise ValueError(problem)
+    header = read_header(path, content.weights if content is not None else None)
     if problem := refusal(header.tensors):
         raise ValueError(problem)
     modules = _modules(header.tensors)
     for (_, module), names in modules.items():
         _check_shapes(module, {role: header.tensors[name] for role, name in names.items()})
-    settings = lora_scales.settings_of(path, header.metadata, list(header.tensors))
+    config = content.config if content is not None else lora_scales.config_of(path)
+    settings = lora_scales.settings_of(path, config, header.metadata, list(header.tensors))
     for (part, module), names in modules.items():
         found = settings.get(part) or settings.get("")
         if found is not None and found.dora and Role.MAGNITUDE not in names:
             raise ValueError(f"PEFT's setting use_dora is on, and {module} has no magnitude: save it again")
     return LoraHeader(header, modules, settings)
-
-
-def too_large(path: Path) -> str:
-    """Why a file that is too large cannot be used."""
-    return f"it has {path.stat().st_size:,} bytes, the limit is {MAX_BYTES:,}"
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> Mapping[Module, Names]:

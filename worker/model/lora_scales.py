@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from worker.model.file_content import json_object, text_beside
 from worker.model.lora_names import PEFT, TEXT, TEXT_2, UNET
-from worker.model.side_config import json_object, text_beside
 
 #: Where diffusers writes them, in the file; and PEFT, beside it; bytes of that file, at most.
 METADATA, CONFIG, MAX_CONFIG = "lora_adapter_metadata", "adapter_config.json", 1 << 20
@@ -68,9 +68,12 @@ class Settings:
         return self.alpha / (math.sqrt(rank) if self.root else rank)
 
 
-def settings_of(path: Path, metadata: Mapping[str, str], names: list[str]) -> Mapping[str, Settings]:
+def settings_of(
+    path: PurePath, config: str | None, metadata: Mapping[str, str], names: list[str]
+) -> Mapping[str, Settings]:
     """PEFT's settings by part of the model, under "" where they are of all; empty: alpha is in the file.
 
+    `config`: the text of the config beside it, see `config_of`. `names`: those of its tensors.
     Raises `ValueError` for those that are not read.
     """
     if text := metadata.get(METADATA):
@@ -80,8 +83,8 @@ def settings_of(path: Path, metadata: Mapping[str, str], names: list[str]) -> Ma
             part, _, name = key.partition(".")
             parts.setdefault(part, {})[name] = value
         return {part: _settings(found) for part, found in parts.items() if part in (UNET, TEXT, TEXT_2)}
-    if (text := config_of(path)) is not None:
-        return {"": _settings(json_object(text, f"its {CONFIG}", _REMEDY))}
+    if config is not None:
+        return {"": _settings(json_object(config, f"its {CONFIG}", _REMEDY))}
     is_peft = path.stem == PEFT_STEM or any(PEFT in name for name in names)
     if is_peft and not any(name.endswith(".alpha") for name in names):
         raise ValueError(

@@ -8,17 +8,16 @@ file has none: it is read with the model's own config, as AUTOMATIC1111 reads it
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from worker.contract.errors import InvalidJobError, RenderError, SettingsError, first_line
-from worker.model import tiny_vae
+from worker.contract.errors import InvalidJobError, SettingsError, first_line
+from worker.model import file_content, tiny_vae
 from worker.model.checkpoint import Part, identify_vae
+from worker.model.file_content import json_object, text_beside
 from worker.model.headers import Tensor, read_header
-from worker.model.side_config import json_object, sha256_with, text_beside
 
 #: Bytes of a file, at most: in fp32 the VAE of SDXL has 335 MB.
 MAX_BYTES = 2 << 30
@@ -35,11 +34,10 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def describe(path: Path) -> tuple[str, str]:
     """What a VAE fits, and why it cannot be used; empty where it can. Reads no weights."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            return "", f"it has {size:,} bytes, the limit is {MAX_BYTES:,}: it is no VAE"
+        if problem := file_content.size_problem(path, MAX_BYTES):
+            return "", f"{problem}: it is no VAE"
         tensors = read_header(path).tensors
-        config_of(path)
+        _config_in(_config_text(path))
         if tiny_vae.is_tiny(tensors):
             return _fits(tiny_vae.channels_of(tensors)), ""
         part = _part(tensors, path)
@@ -60,17 +58,12 @@ def sha256_of(path: Path) -> str:
 
     Raises `OSError`, and `ValueError` for a config that cannot be read.
     """
-    with path.open("rb") as file:
-        return _with_config(hashlib.file_digest(file, "sha256").hexdigest(), path)
+    return file_content.sha256_of(path, _config_text)
 
 
-def _with_config(weights: str, path: Path) -> str:
-    return sha256_with(weights, _config_text(path))
-
-
-def config_of(path: Path) -> dict[str, Any] | None:
-    """The config beside a file in diffusers' format; None where there is none. Raises `ValueError`."""
-    if (text := _config_text(path)) is None:
+def _config_in(text: str | None) -> dict[str, Any] | None:
+    """The config that `text` is, of a file in diffusers' format; None: of none. Raises `ValueError`."""
+    if text is None:
         return None
     config = json_object(text, f"its {CONFIG}", "download it again")
     if (kind := config.get("_class_name")) not in ("AutoencoderKL", tiny_vae.CLASS):
@@ -126,30 +119,20 @@ def load(path: Path, name: str, sha256: str, own: Any) -> Any:
     """
     import safetensors.torch
 
-    replaced = RenderError(f'The VAE "{name}" was replaced while a job asked for it.')
+    what = f'The VAE "{name}"'
+    content = file_content.read(path, what, sha256, most=MAX_BYTES, config_of=_config_text)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise replaced
-        data = path.read_bytes()
-        of_file = hashlib.sha256(data).hexdigest()
-        if _with_config(of_file, path) != sha256:
-            raise replaced
-        config, header = config_of(path), read_header(path, data).tensors
-        # Its config was read again.
-        if _with_config(of_file, path) != sha256:
-            raise replaced
+        config, header = _config_in(content.config), read_header(path, content.weights).tensors
         is_tiny = tiny_vae.is_tiny(header)
         if config is not None and is_tiny != (config["_class_name"] == tiny_vae.CLASS):
             raise ValueError(f"its {CONFIG} is that of an {config['_class_name']}, its weights are not")
         if config is None:
             config = tiny_vae.config_for(header) if is_tiny else dict(own)
-        stored = safetensors.torch.load(data)
+        stored = safetensors.torch.load(content.weights)
         if not is_tiny:
             stored = {key: stored[stored_name] for key, stored_name in _part(header, path).names.items()}
-    except OSError as error:
-        raise RenderError(f'The VAE "{name}" cannot be read: {error}.') from error
-    except (SettingsError, ValueError) as error:
-        raise InvalidJobError(f'The VAE "{name}" cannot be used: {str(error).rstrip(".")}.') from error
+    except (SettingsError, ValueError, safetensors.SafetensorError) as error:
+        raise InvalidJobError(f"{what} cannot be used: {str(error).rstrip('.')}.") from error
     vae = _built(config, stored, name, is_tiny=is_tiny)
     _check(vae.config, name, own, is_tiny=is_tiny)
     return vae.eval().requires_grad_(False)
