@@ -112,6 +112,10 @@ def imports_of(name: str, path: Path) -> Iterator[Import]:
                 # `from worker.jobs import metrics` is of a module; `from ... import Job` is of a name.
                 whole = f"{node.module}.{alias.name}"
                 yield Import(name, whole if whole in MODULES else str(node.module), node.lineno, lazy, typing)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            for given in node.args[:1]:
+                if isinstance(given, ast.Constant):
+                    yield Import(name, str(given.value), node.lineno, lazy, typing)
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             for child in node.body:
                 yield from walk(child, lazy, True)
@@ -301,8 +305,12 @@ def test_no_file_and_no_function_is_too_long() -> None:
 
 def test_the_table_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     """An import against the arrows is one, wherever it hides."""
-    source = "def f():\n    if x:\n        from worker import tasks\n    import torch.nn\n"
+    source = (
+        "def f():\n    if x:\n        from worker import tasks\n    import torch.nn\n"
+        "    return importlib.import_module('worker.celery')\n"
+    )
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: source)
     found = list(imports_of("worker.contract.job", Path("job.py")))
-    assert [(each.imported, each.lazy) for each in found] == [("worker.tasks", True), ("torch.nn", True)]
+    named = [(each.imported, each.lazy) for each in found]
+    assert named == [("worker.tasks", True), ("torch.nn", True), ("worker.celery", True)]
     assert arrows(found[:1]) - DRAWN == {("worker.contract", "worker.tasks")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from worker.contract.job import Job
 from worker.contract.served_model import ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.device import attention, gpu, warm_up
+from worker.device.compiling import server
 from worker.device.compiling.claims import Store
 from worker.device.compiling.compiler import CompiledLanes, Compiler, Piece
 from worker.device.compiling.kernel_cache import setup_name
@@ -236,7 +238,8 @@ class ModelRunner:
     def _compiler(self, settings: WorkerSettings, alone: bool, shared: Store | None) -> Compiler | None:
         if not self._on_gpu or not settings.compile or not self._plan.compile:
             return None
-        return compiler_of(settings, self._device, self.setup, alone=alone, shared=shared)
+        serve = None if alone else serve_compiling
+        return compiler_of(settings, self._device, self.setup, serve=serve, shared=shared)
 
     def setup(self) -> str:
         """What compiled code of this runner depends on, as a name."""
@@ -358,3 +361,12 @@ class ModelRunner:
             Step(*denoise(self._family.forward, batch)) if step is None else step
             for step, batch in zip(replayed, batches, strict=True)
         ]
+
+
+def serve_compiling(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
+    """Compile for the worker with these settings on the GPU of this number: the whole of another process."""
+
+    def load() -> ModelRunner:
+        return ModelRunner(settings, loader.load(settings, gpu=gpu), compiles_alone=True)
+
+    server.serve(connection, load)

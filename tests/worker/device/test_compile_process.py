@@ -206,21 +206,16 @@ def test_it_answers_each_question_and_ends_when_nobody_asks(monkeypatch: pytest.
     """A function that does not compile is an answer, and the next one is compiled."""
 
     class Runner:
-        def __init__(self, *arguments: Any, compiles_alone: bool) -> None:
-            assert compiles_alone
-
-        def compile_like(self, what: str, lane: str, argument: Any, dynamic: Any) -> str:
+        def compile_like(self, what: str, lane: str, argument: Any, dynamic: Any) -> Any:
             if what == "broken":
                 raise RuntimeError("no such kernel\nand more")
             return f"{what} for {lane}"
 
-    monkeypatch.setattr(server, "ModelRunner", Runner)
-    monkeypatch.setattr(server.loader, "load", lambda settings, gpu: None)
     monkeypatch.setattr(server, "carried", lambda recorder: (b"kernels", recorder))
     monkeypatch.setattr(server, "end_with_parent", lambda: None)
     monkeypatch.setattr(server.os, "nice", lambda number: number)
     ours, theirs = multiprocessing.Pipe()
-    serving = threading.Thread(target=server.serve, args=(theirs, worker_settings({}), 0))
+    serving = threading.Thread(target=server.serve, args=(theirs, Runner))
     serving.start()
     answers = []
     for what in ("broken", "step"):

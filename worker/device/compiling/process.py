@@ -7,7 +7,6 @@ folder of kernels is found there by the same compilation in this process, which 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import multiprocessing
 import os
@@ -38,21 +37,28 @@ STARTS = 2
 #: Seconds that it may take for one function, between two looks at whether it has answered, and to end.
 MOST_S, TICK_S, END_S = 1_800.0, 1.0, 5.0
 
+#: What the other process runs, which finds it by its name: its end of the connection, the worker's settings,
+#: and the number of its GPU.
+Serve = Callable[[Connection, WorkerSettings, int], None]
+
 
 def compiler_of(
     settings: WorkerSettings,
     device: torch.device,
     setup: Callable[[], str],
     *,
-    alone: bool,
+    serve: Serve | None,
     shared: Store | None = None,
 ) -> Compiler:
-    """The compiler of a runner. `setup`: what its code depends on, as a name. `alone`: it has no help.
+    """The compiler of a runner. `setup`: what its code depends on, as a name.
 
-    `shared`: where the fleet keeps its code; None: nowhere.
+    `serve`: what another process runs that helps it; None: it has no help. `shared`: where the fleet keeps
+    its code; None: nowhere.
     """
     keep_kernels_in(settings.cache_folder / "kernels")
-    elsewhere = None if alone else CompileProcess(settings, device, cache_of(settings, setup, shared))
+    elsewhere = None
+    if serve is not None:
+        elsewhere = CompileProcess(settings, device, cache_of(settings, setup, shared), serve)
     return Compiler(device, exact=settings.exact, elsewhere=elsewhere)
 
 
@@ -79,15 +85,15 @@ class CompileProcess:
         settings: WorkerSettings,
         device: torch.device,
         cache: KernelCache,
-        serve: Callable[[Connection, WorkerSettings, int], None] | None = None,
+        serve: Serve,
     ) -> None:
         """`settings`: those of this process. `device`: its GPU. `cache`: what was compiled before.
 
-        `serve`: what the other process runs; None: `worker.device.compiling.server`.
+        `serve`: what the other process runs.
         """
         # What compiles signs nothing.
         self._settings = settings.model_copy(update={"kernel_cache": "", "kernel_cache_key": ""})
-        self._device, self._cache, self._target = device, cache, serve or _serve
+        self._device, self._cache, self._serve = device, cache, serve
         self._process: Any = None
         self._connection: Connection | None = None
 
@@ -191,7 +197,7 @@ class CompileProcess:
             size = free - int(SPARE_SHARE * gpu_memory.all_of(self._device))
             settings = settings.model_copy(update={"gpu_memory": f"{size}B"})
         arguments = (theirs, settings, self._device.index or 0)
-        self._process = context.Process(target=self._target, args=arguments, name="compile", daemon=True)
+        self._process = context.Process(target=self._serve, args=arguments, name="compile", daemon=True)
         self._process.start()
         theirs.close()
         return ""
@@ -205,8 +211,3 @@ class CompileProcess:
 
 class _DiedError(Exception):
     """Raised when the process is gone, or says what nobody understands."""
-
-
-def _serve(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
-    # By name: it imports the runner, which imports this module.
-    importlib.import_module("worker.device.compiling.server").serve(connection, settings, gpu)

@@ -5,25 +5,36 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
 
 from worker.contract.child_process import end_with_parent
 from worker.contract.errors import first_line
-from worker.contract.settings import WorkerSettings
-from worker.device.compiling.traced import carried
-from worker.device.model_runner import ModelRunner
-from worker.model import loader
+from worker.device.compiling.traced import Recorder, carried
 
 #: The process gives way to its worker where both want a core.
 NICENESS = 10
 
 
-def serve(connection: Connection, settings: WorkerSettings, gpu: int) -> None:
-    """Compile what is asked for, until nobody asks. The whole of the other process."""
+class Compiles(Protocol):
+    """A `worker.device.model_runner.ModelRunner`, as this process needs it."""
+
+    def compile_like(self, what: str, lane: str, argument: Any, dynamic: Sequence[torch.Tensor]) -> Recorder:
+        """Compile the function that is called `what` for a call with `argument`."""
+
+
+def serve(connection: Connection, load: Callable[[], Compiles]) -> None:
+    """Compile what is asked for, until nobody asks. The whole of the other process.
+
+    `load`: gives what compiles. It is called when the process is sure to end with its worker.
+    """
     end_with_parent()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
-    runner = ModelRunner(settings, loader.load(settings, gpu=gpu), compiles_alone=True)
+    runner = load()
     with contextlib.suppress(EOFError, OSError):
         while True:
             what, lane, argument, dynamic = pickle.loads(connection.recv_bytes())  # noqa: S301 - of our own
