@@ -80,7 +80,7 @@ def make_app(
         backend = Backend(settings)
         app.state.backend = backend
         app.state.authentication = Authentication(backend, is_open=is_open)
-        await asyncio.to_thread(backend.runs.resume)
+        await backend.find_runs()
         if beside is not None:
             beside.__enter__()
         yield

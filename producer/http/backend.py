@@ -7,14 +7,16 @@ another way (`sending`), and so do streams of events (`worker.state.following`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar, cast
 
 from starlette.requests import Request
 
-from producer.http import run_folder
+from producer.http import run_folder, run_queue
 from producer.http.activity import Watching
 from producer.http.key_store import KeyStore
 from producer.http.limits import Limits
@@ -27,9 +29,12 @@ from producer.http.tenant_store import TenantStore
 from producer.http.thumbnails import Thumbnails
 from producer.http.waiting import Waiting
 from producer.session import session
+from worker.contract.errors import QueueError
 from worker.contract.settings import ServerSettings
 from worker.state.following import Following
 from worker.state.tenant_limits import TenantLimits
+
+logger = logging.getLogger("smallcat.http")
 
 T = TypeVar("T")
 
@@ -51,7 +56,8 @@ class Backend:
         self.tenants = TenantStore(self.session.redis)
         self.limits = Limits(TenantLimits(self.session.redis, settings.record_ttl_s), self.run, self._length)
         self.waiting = Waiting()
-        self.runs = RunStore(run_folder.chosen(settings), settings.record_ttl_s)
+        self._runs: RunStore | None = None
+        self._finding: asyncio.Task[None] | None = None
         self.following = Following(self.session.settings.redis_url, REDIS_RETRY_S)
         self.watching = Watching(self.session, self.run)
         self.streams = Streams(settings.http_max_connections)
@@ -85,13 +91,49 @@ class Backend:
         finally:
             self._waiting -= 1
 
+    @property
+    def runs(self) -> RunStore:
+        """This queue's runs. Raises `QueueError` until Redis has said which queue it is."""
+        if self._runs is None:
+            raise QueueError("Redis has been out of reach since the server started: try again later.")
+        return self._runs
+
+    async def find_runs(self) -> None:
+        """Go on with this queue's runs, as soon as Redis is there. Raises `SettingsError`, `OSError`."""
+        try:
+            await self.run(self._open_runs)
+        except QueueError as error:
+            logger.warning("The runs of prompt files wait: %s", error)
+            self._finding = asyncio.create_task(self._find_runs_later(), name="smallcat runs")
+
+    async def _find_runs_later(self) -> None:
+        while self._runs is None:
+            await asyncio.sleep(REDIS_RETRY_S)
+            with contextlib.suppress(QueueError, RefusedError):
+                await self.run(self._open_runs)
+
+    def _open_runs(self) -> None:
+        redis, data, ttl_s = self.session.redis, run_folder.chosen(self.settings), self.settings.record_ttl_s
+        folder = run_queue.folder_of(data, run_queue.name_of(redis))
+
+        def knows(run: str) -> bool:
+            with self.session.queue_errors():
+                return run_queue.knows(redis, run)
+
+        runs = RunStore(folder, ttl_s, run_queue.EarlierRuns(data, folder, ttl_s, knows).take_over)
+        runs.resume()
+        self._runs = runs
+
     def _length(self, queue: str, tenant: str) -> int:
         return self.session.fleet.length(queue, tenant=tenant)
 
     async def close(self) -> None:
         """End all parts. What was sent is in Redis."""
         self.draining.set()
-        self.runs.close()
+        if self._finding is not None:
+            self._finding.cancel()
+        if self._runs is not None:
+            self._runs.close()
         await self.following.close()
         await self.watching.close()
         await asyncio.to_thread(self.sender.close)

@@ -1,6 +1,7 @@
 """The folder of a server's runs: whose it is, and what in it may be deleted.
 
     DATA/.smallcat-http    says that the folder is ours
+    DATA/queue-*           likewise such a folder, of one queue: see `run_queue`
     DATA/.upload-*         an upload that arrives; locked by the process that receives it
     DATA/RUN               a run: see `run_store`
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from worker.contract.errors import SettingsError
 from worker.contract.explain import short
@@ -31,35 +30,16 @@ MARKER: Final = ".smallcat-http"
 _MARKER_TEXT: Final = "The runs of `smallcat serve`, which deletes those that have expired.\n"
 #: Begins the names of folders of uploads.
 UPLOAD: Final = ".upload-"
+#: Begins the names of folders of queues.
+QUEUE: Final = "queue-"
 #: What file systems put into a volume's root.
 _OF_VOLUMES: Final = frozenset(("lost+found",))
 _REMEDY: Final = "set SMALLCAT_HTTP_DATA_DIR to a folder for runs alone, empty or not there yet"
 
 
 def chosen(settings: ServerSettings) -> Path:
-    """The folder that the settings name.
-
-    Where they name none, one for each queue among the system's temporary files: the server of another queue
-    would feed its runs there.
-    """
-    if settings.http_data_dir:
-        return Path(settings.http_data_dir)
-    place = urlsplit(settings.redis_url)
-    name = f"{place.netloc.rpartition('@')[2]}{place.path}"
-    return _unnamed(f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
-
-
-def left_by_earlier_versions() -> Path | None:
-    """Their folder where none was named, one for all queues, if runs lie there that are not over."""
-    folder = _unnamed("")
-    with contextlib.suppress(OSError):
-        if any(is_run(each) and not is_over(each) for each in folder.iterdir()):
-            return folder
-    return None
-
-
-def _unnamed(suffix: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"smallcat-http-{os.getuid()}{suffix}"
+    """The folder that the settings name; where they name none, one among the system's temporary files."""
+    return Path(settings.http_data_dir or Path(tempfile.gettempdir()) / f"smallcat-http-{os.getuid()}")
 
 
 def claim(folder: Path) -> None:
@@ -88,6 +68,12 @@ def is_run(folder: Path) -> bool:
     )
 
 
+def is_queue(folder: Path) -> bool:
+    """Whether this is the folder of a queue, by its name."""
+    name = re.fullmatch(f"{QUEUE}[0-9a-f]{{16}}", folder.name)
+    return name is not None and not folder.is_symlink() and folder.is_dir()
+
+
 def manifest_of(folder: Path) -> Path | None:
     """The manifest of a run; None until it is written."""
     return next((path for path in folder.glob("manifest.*") if path.suffix in (".jsonl", ".csv")), None)
@@ -98,8 +84,15 @@ def is_over(folder: Path) -> bool:
     return manifest_of(folder) is not None or (folder / "error.txt").exists()
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether jobs of a run may have been sent: then it has a manifest, or the journal of one."""
+    return next(folder.glob("manifest.*"), None) is not None
+
+
 def _is_known(path: Path) -> bool:
-    if path.name in _OF_VOLUMES or path.name == MARKER or path.name.startswith(UPLOAD) or is_run(path):
+    if path.name in _OF_VOLUMES or path.name == MARKER or path.name.startswith(UPLOAD):
+        return True
+    if is_run(path) or is_queue(path):
         return True
     # Earlier versions had neither marker nor prefix: an upload that broke off is known by its files.
     return (

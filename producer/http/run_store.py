@@ -1,10 +1,10 @@
-"""The runs that one server feeds: each is a folder with the uploaded file and how it is to be read.
+"""The runs that one server feeds, of one queue: each is a folder with the uploaded file and how to read it.
 
-    DATA/RUN/run.json         the file's name and the options, for a server that goes on with the run
-    DATA/RUN/prompts.csv      the file as it was uploaded
-    DATA/RUN/manifest.jsonl   what became of each job, when the run is over; and the other files of a run
-    DATA/RUN/error.txt        why it cannot go on
-    DATA/RUN/lock             held by the process that feeds it
+    RUN/run.json         the file's name and the options, for a server that goes on with the run
+    RUN/prompts.csv      the file as it was uploaded
+    RUN/manifest.jsonl   what became of each job, when the run is over; and the other files of a run
+    RUN/error.txt        why it cannot go on
+    RUN/lock             held by the process that feeds it
 
 A thread feeds each run. A server that was killed goes on with its runs when it starts again: what is left to
 do is in Redis, as for `smallcat ingest`.
@@ -20,7 +20,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ logger = logging.getLogger("smallcat.http")
 
 #: Seconds until a run is gone on with that Redis or the bucket has stopped.
 _AGAIN_S: Final = 5.0
-#: Seconds between two looks for runs that were forgotten.
+#: Seconds between two looks for runs that were forgotten, or that a server of an earlier version has left.
 _LOOK_EVERY_S: Final = 30.0
 #: Characters of a run's name, at most.
 MAX_NAME: Final = 40
@@ -99,10 +99,14 @@ class _Display(SilentDisplay):
 class RunStore:
     """The folder of a server's runs. Thread-safe."""
 
-    def __init__(self, folder: Path, ttl_s: float) -> None:
-        """Raises `SettingsError` where the folder is not ours alone."""
+    def __init__(self, folder: Path, ttl_s: float, take_earlier: Callable[[], Sequence[str]] = tuple) -> None:
+        """`take_earlier` moves the queue's runs of earlier versions into its folder, and returns their names.
+
+        Raises `SettingsError` where the folder is not ours alone.
+        """
         self._folder = folder
         self._ttl_s = ttl_s
+        self._take_earlier = take_earlier
         self._feeding: dict[str, tuple[Ingest, _Display]] = {}
         self._ending = threading.Event()
         self._slots = RunSlots(self._ending)
@@ -116,9 +120,11 @@ class RunStore:
         """Go on with the runs that an earlier process began; delete those that have expired.
 
         What another process receives or feeds stays, and so does what is neither an upload nor a run.
+        Raises `QueueError`.
         """
+        self._take_earlier()
         run_folder.delete_broken_uploads(self._folder)
-        threading.Thread(target=self._look_for_forgotten, name="forgotten runs", daemon=True).start()
+        threading.Thread(target=self._look_around, name="look for runs", daemon=True).start()
         for folder in filter(run_folder.is_run, self._folder.iterdir()):
             with contextlib.suppress(FileNotFoundError):  # Another process deleted it first.
                 if time.time() - folder.stat().st_mtime > self._ttl_s:
@@ -136,9 +142,11 @@ class RunStore:
                 if _is_among(forgotten, folder):
                     run_folder.delete_unlocked(folder, folder / "lock")
 
-    def _look_for_forgotten(self) -> None:
+    def _look_around(self) -> None:
         while not self._ending.wait(_LOOK_EVERY_S):
             with contextlib.suppress(QueueError, OSError):
+                for run in self._take_earlier():
+                    self._start(run)
                 self.delete_forgotten()
 
     def close(self) -> None:

@@ -176,7 +176,7 @@ def serve(
         **options,
     )
     # Here, where an error is a sentence.
-    _claim_folder(settings)
+    run_folder.claim(run_folder.chosen(settings))
     try:
         _Server(config, app, health).run()
     except SystemExit:
@@ -184,17 +184,6 @@ def serve(
         raise CallerError(
             f"The server cannot listen on {where}; its log says why: name another --host or --port."
         ) from None
-
-
-def _claim_folder(settings: ServerSettings) -> None:
-    """Make the folder of runs ours. Raises `SettingsError`, `OSError`."""
-    run_folder.claim(run_folder.chosen(settings))
-    if not settings.http_data_dir and (left := run_folder.left_by_earlier_versions()):
-        logger.warning(
-            "Runs that an earlier version did not end lie in %s: set SMALLCAT_HTTP_DATA_DIR to it to go on "
-            "with them, or delete it.",
-            left,
-        )
 
 
 def url_of(host: str, port: int) -> str:

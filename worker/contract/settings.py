@@ -232,8 +232,8 @@ class ServerSettings(ProducerSettings):
     http_max_upload_mb: int = Field(default=512, ge=1, le=100_000)
     #: Connections at once, >= 1; more are answered by 503.
     http_max_connections: int = Field(default=4_000, ge=1)
-    #: Folder for uploaded prompt files and their manifests. Not set: one for each queue, among the system's
-    #: temporary files.
+    #: Folder for uploaded prompt files and their manifests; each queue has one of its own in it. Not set: one
+    #: among the system's temporary files.
     http_data_dir: str = ""
     #: Whether prompts may stand in the server's log.
     http_log_prompts: bool = False

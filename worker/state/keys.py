@@ -25,6 +25,8 @@
       ...:prints             hash     the first eight bytes of the fingerprint of each message of the run: of
                                       512 in a field, and "=<number>" of those that were sent again
       ...:news               list     how each job ended, until the run's feeder has read it
+    smallcat:run::queue      string   the name of this queue in the folders of HTTP servers
+                                      (`producer.http.run_queue`); no run has that name
     smallcat:worker:<name>   string   a worker's announcement as JSON (`worker.state.fleet`)
     smallcat:workers         set      names of the workers that announced themselves
     smallcat:worker::served  string   the digest of the live workers: which models are served, by how many; no
@@ -127,6 +129,8 @@ HTTP_KEYS: Final = "smallcat:http:keys"
 HTTP_KEYS_USED: Final = "smallcat:http:keys:used"
 #: The tenants of the HTTP API.
 HTTP_TENANTS: Final = "smallcat:http:tenants"
+#: The name of the queue in the folders of HTTP servers. It begins as runs' keys do, which they may write.
+HTTP_QUEUE: Final = "smallcat:run::queue"
 #: The tenants and times whose runs' files the HTTP servers are to delete (`worker.state.forgetting`).
 HTTP_FORGOTTEN: Final = "smallcat:http:forgotten"
 #: Begins the keys of what a tenant has used of its limits; its name follows.

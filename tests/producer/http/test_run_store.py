@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from producer.http.run_slots import Slot
 from producer.http.run_store import RunStore, Upload
 from worker.contract.choices import PromptSyntax
 from worker.contract.errors import PromptFileError, SettingsError
-from worker.contract.settings import ServerSettings
 from worker.state.keys import HTTP_FORGOTTEN
 from worker.state.redis_client import connect
 
@@ -138,38 +136,6 @@ def test_a_folder_of_an_earlier_version_is_taken(tmp_path: Path) -> None:
         (tmp_path / name / file).write_text("{}")
     RunStore(tmp_path, DAY_S)
     assert (tmp_path / run_folder.MARKER).is_file()
-
-
-def test_each_queue_has_a_folder_of_its_own_where_none_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-    def chosen(url: str, folder: str = "") -> Path:
-        return run_folder.chosen(ServerSettings(redis_url=url, http_data_dir=folder))
-
-    own, again, other = map(
-        chosen, ("redis://:old@queue:6379/0", "redis://:new@queue:6379/0", "redis://queue:6379/1")
-    )
-    assert own == again
-    assert own.parent == other.parent == tmp_path
-    assert own != other
-    assert chosen("redis://queue:6379/0", str(tmp_path / "named")) == tmp_path / "named"
-
-
-def test_runs_that_earlier_versions_left_where_none_was_named_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert run_folder.left_by_earlier_versions() is None
-    earlier = tmp_path / f"smallcat-http-{os.getuid()}"
-    for name in ("0" * 32, "1" * 32):
-        (earlier / name).mkdir(parents=True)
-        (earlier / name / "run.json").write_text("{}")
-    (earlier / ("0" * 32) / "manifest.jsonl").write_text("")
-    assert run_folder.left_by_earlier_versions() == earlier
-    (earlier / ("1" * 32) / "error.txt").write_text("x")
-    assert run_folder.left_by_earlier_versions() is None
 
 
 # What is deleted

@@ -236,9 +236,9 @@ def test_hanging_up_during_an_upload_is_no_fault(
     )
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
         connection.sendall(head.encode() + b"a cat")
-        while not list(tmp_path.glob(".upload-*/prompts.txt")):
+        while not list(tmp_path.glob("queue-*/.upload-*/prompts.txt")):
             time.sleep(0.01)
-    while list(tmp_path.glob(".upload-*")):
+    while list(tmp_path.glob("queue-*/.upload-*")):
         time.sleep(0.01)
     process.terminate()
     assert process.stderr is not None
