@@ -12,6 +12,7 @@ Algo-Details; Liu et al., 2024), and shares nothing with the code that is tested
     layers       diffusers 0.17 to 0.24
     comfyui      ComfyUI's node that saves a LoRA
     peft         PEFT's `save_pretrained`
+    lycoris      LyCORIS' `create_lycoris`, as SimpleTuner saves it
 """
 
 from __future__ import annotations
@@ -179,6 +180,11 @@ def kohya_xl(changes: Changes, unet: Any) -> Tensors:
             f"lora_unet_{original[module]}" if part == "unet" else f"{prefixes[part]}_{_long(module)}"
         ).replace(".", "_"),
     )
+
+
+def lycoris(changes: Mapping[str, Change]) -> Tensors:
+    """Of one model that it wraps."""
+    return _kohya({"unet": changes}, lambda _, module: f"lycoris_{module}".replace(".", "_"))
 
 
 def onetrainer(changes: Changes, unet: Any) -> Tensors:

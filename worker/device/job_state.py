@@ -263,9 +263,11 @@ class JobState:
             ) from error
 
     def _not_finite(self) -> NotFiniteError:
+        loras = ", ".join(f'"{each.name}"' for each in self.job.loras)
+        less = f"less weight of the LoRAs ({loras}), " if loras else ""
         return NotFiniteError(
             f"The latents are no longer finite at step {self.step + 1} of {self.steps}: "
-            "try another scheduler, less guidance, or a worker with SMALLCAT_DTYPE=fp32."
+            f"try {less}another scheduler, less guidance, or a worker with SMALLCAT_DTYPE=fp32."
         )
 
     def _input_scale(self) -> float:

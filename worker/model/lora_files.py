@@ -207,7 +207,7 @@ def _factors(
             raise ValueError(f"it holds NaN or infinity, in {names[role]}: download it again")
     down, up = found[Role.DOWN], found[Role.UP].flatten(1)
     if (alpha := found.get(Role.ALPHA)) is not None:
-        scale = float(alpha) / down.shape[0]
+        scale = lora_scales.checked_alpha(alpha.item()) / down.shape[0]
     else:
         scale = settings.scale(module, down.shape[0]) if settings is not None else 1.0
     if (mid := found.get(Role.MID)) is not None:

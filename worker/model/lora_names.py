@@ -68,8 +68,8 @@ _PREFIXES = {
     "unet": UNET,
 }
 _PREFIX = re.compile(f"({'|'.join(map(re.escape, _PREFIXES))})[._]")
-#: What PEFT writes before a module's name.
-PEFT = "base_model.model."
+#: What PEFT writes before a module's name, and LyCORIS where it wraps one model, whichever it is.
+PEFT, _LYCORIS = "base_model.model.", "lycoris_"
 #: How modules begin whose part is not said.
 _OF_UNET = re.compile(
     r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|conv_in|conv_out|time_embed|"
@@ -107,7 +107,7 @@ def parse(key: str) -> Name | None:
     """What the name of a tensor says; None for one that is not read."""
     if (end := _ROLE.search(key)) is None:
         return None
-    rest, part = key[: end.start()].removeprefix(PEFT), ""
+    rest, part = key[: end.start()].removeprefix(PEFT).removeprefix(_LYCORIS), ""
     if (start := _PREFIX.match(rest)) is not None:
         part, rest = _PREFIXES[start[1]], rest[start.end() :].removeprefix(PEFT)
     module = rest.replace(".", "_").replace("_processor_", "_")

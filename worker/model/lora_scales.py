@@ -1,7 +1,8 @@
 """By what a LoRA's products are multiplied: alpha, where a file has it elsewhere than beside its factors.
 
-diffusers (0.34 and later) writes the settings of PEFT into the file's metadata, by part of the model. PEFT
-itself writes them into `adapter_config.json` beside the file. No torch here.
+diffusers (0.34 and later) writes the settings of PEFT into the file's metadata: a pipeline by part of the
+model, a model alone (`unet.save_lora_adapter`) without one. PEFT itself writes them into
+`adapter_config.json` beside the file. No torch here.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _MUST_BE_OFF = (
 #: How PEFT may have started a training. Others take something out of the model's own weights.
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 #: The largest alpha; published ones are a few hundred at most.
-_MOST = 1_000_000
+MAX_ALPHA = 1_000_000
 #: What to do about settings that cannot be read.
 _REMEDY = "save the LoRA again"
 _PATTERN = re.compile(r"\^?[\w.]+")
@@ -80,9 +81,9 @@ def settings_of(
         entries = json_object(text, f"its {METADATA}", _REMEDY)
         parts: dict[str, dict[str, Any]] = {}
         for key, value in entries.items():
-            part, _, name = key.partition(".")
+            part, _, name = key.rpartition(".")
             parts.setdefault(part, {})[name] = value
-        return {part: _settings(found) for part, found in parts.items() if part in (UNET, TEXT, TEXT_2)}
+        return {part: _settings(found) for part, found in parts.items() if part in ("", UNET, TEXT, TEXT_2)}
     if config is not None:
         return {"": _settings(json_object(config, f"its {CONFIG}", _REMEDY))}
     is_peft = path.stem == PEFT_STEM or any(PEFT in name for name in names)
@@ -126,8 +127,8 @@ def _settings(config: Mapping[str, Any]) -> Settings:
     if odd := next((each for each in patterns if not _PATTERN.fullmatch(each)), None):
         raise ValueError(f'PEFT\'s alpha_pattern has "{odd[:60]}", and only names of modules are read')
     return Settings(
-        _number(config.get("lora_alpha", 8)),
-        {name: _number(value) for name, value in patterns.items()},
+        checked_alpha(config.get("lora_alpha", 8)),
+        {name: checked_alpha(value) for name, value in patterns.items()},
         _switch(config, "use_rslora"),
         _switch(config, "use_dora"),
     )
@@ -146,9 +147,10 @@ def _switch(config: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST:
+def checked_alpha(value: object) -> float:
+    """An alpha of a file or of its settings. Raises `ValueError` for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
         raise ValueError(
-            f"its alpha is {value!r:.40}, a number of at most {_MOST:,} is needed: save the LoRA again"
+            f"its alpha is {value!r:.40}, a number of at most {MAX_ALPHA:,} is needed: save the LoRA again"
         )
     return float(value)

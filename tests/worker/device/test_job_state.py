@@ -9,6 +9,7 @@ import torch
 
 from worker.contract.errors import NotFiniteError
 from worker.contract.job import Job
+from worker.contract.loras import Lora
 from worker.device.beginnings import Beginning
 from worker.device.job_state import FiniteCheck, JobState
 from worker.device.schedulers.schedule import SLOTS, Schedule
@@ -59,11 +60,19 @@ def test_inputs_are_those_of_the_present_step_and_the_same_when_asked_again(shap
 def test_a_step_that_is_not_finite_leaves_the_job_as_it_was() -> None:
     state = a_state((4, 2, 3))
     before = state.next_inputs()
-    assert isinstance(advance(state, finite=False), NotFiniteError)
+    failure = advance(state, finite=False)
+    assert isinstance(failure, NotFiniteError)
+    assert "LoRA" not in str(failure)
     assert state.step == 0
     after = state.next_inputs()
     assert after.state is before.state
     assert after.noise is before.noise
+
+
+def test_a_step_that_is_not_finite_names_the_loras_that_may_have_done_it() -> None:
+    state = a_state((4, 2, 3))
+    state.job = state.job.model_copy(update={"loras": [Lora(name="pixel", weight=4.0)]})
+    assert 'try less weight of the LoRAs ("pixel"), another scheduler' in str(advance(state, finite=False))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

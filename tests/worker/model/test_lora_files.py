@@ -161,6 +161,13 @@ def test_onetrainers_files(models: dict[str, Model], tmp_path: Path, name: str) 
     check(model, tmp_path / "x.safetensors", made.kohya(changes) if name != "sdxl" else tensors, changes)
 
 
+def test_files_of_lycoris_that_wrapped_one_model(models: dict[str, Model], tmp_path: Path) -> None:
+    model = models["sdxl"]
+    for part in ("unet", "text_encoder_2"):
+        changes = {part: made.made_up(model.shapes[part], ranks=(2, 5), alphas=(1.0, 8.0), seed=3)}
+        check(model, tmp_path / "x.safetensors", made.lycoris(changes[part]), changes)
+
+
 @pytest.mark.parametrize(
     "options", [{"tucker": True}, {"dora": "out"}, {"dora": "in"}, {"dora": "out", "tucker": True}]
 )
@@ -218,6 +225,22 @@ def test_what_diffusers_saves_with_pefts_settings(
     )
     file = load(tmp_path / "pytorch_lora_weights.safetensors", model.targets)
     same(model.read(file), {part: fused(each) for part, each in zip(PARTS, adapters, strict=True)})
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_diffusers_saves_of_a_unet_alone(
+    models: dict[str, Model], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """`save_lora_adapter` writes PEFT's settings, too, and no part of the model before them."""
+    model = models["sd1"]
+    unet = copy.deepcopy(model.parts["unet"])
+    config = peft.LoraConfig(target_modules=["to_q", "to_k", "conv2"], init_lora_weights=False, **options)
+    unet.add_adapter(config, "x")
+    unet.save_lora_adapter(tmp_path, adapter_name="x")
+    unet.fuse_lora(adapter_names=["x"])
+    fused = {name.replace(".base_layer", ""): each for name, each in unet.state_dict().items()}
+    file = load(tmp_path / "pytorch_lora_weights.safetensors", model.targets)
+    same(model.read(file), model.merged({}) | {"unet": fused})
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -251,6 +251,13 @@ def test_an_alpha_that_is_none(tmp_path: Path) -> None:
     assert "NaN or infinity" in refused(tmp_path / "x.safetensors", pair(alpha=float("nan")))
 
 
+@pytest.mark.parametrize("alpha", [torch.tensor(1e300, dtype=torch.float64), -2e6, 1 << 40])
+def test_an_alpha_is_a_number_of_at_most_a_million_wherever_it_stands(tmp_path: Path, alpha: Any) -> None:
+    assert "a number of at most 1,000,000 is needed: save the LoRA again" in refused(
+        tmp_path / "x.safetensors", pair(alpha=alpha)
+    )
+
+
 def test_a_model_without_room_for_it(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     assert "have the shapes (9, 2) and (2, 16), the weight has (8, 16)" in refused(path, pair(out=9))

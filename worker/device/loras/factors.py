@@ -60,9 +60,10 @@ class StoredFile:
             parts.append(part)
         buffer = _in_one(pieces, size).to(dtype)
         if size and not bool(torch.stack([buffer.amax(), buffer.amin()]).isfinite().all()):
+            remedy = "" if dtype is torch.float32 else "a worker with SMALLCAT_DTYPE=fp32, or "
             raise InvalidJobError(
                 f'The LoRA "{name}" has numbers that are too large for {str(dtype).removeprefix("torch.")}: '
-                "use a worker with SMALLCAT_DTYPE=fp32, or another LoRA."
+                f"use {remedy}another LoRA."
             )
         return cls(buffer, tuple(parts))
 
