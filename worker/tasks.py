@@ -50,7 +50,7 @@ from worker.jobs.previews import PreviewMaker
 from worker.jobs.rates import Rates
 from worker.jobs.services import not_ready, wait_for, wait_for_both
 from worker.jobs.waiting_jobs import WaitingJobs
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 from worker.state.chains import Chains
 from worker.state.fleet import Fleet, WorkerInfo
 from worker.state.keys import holder_of

@@ -27,7 +27,7 @@ from worker.contract.job_files import with_files
 from worker.contract.settings import worker_settings
 from worker.device.model_runner import ModelRunner
 from worker.engine.engine import Engine
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 
 BUNDLED = Path(__file__).parents[2] / "worker/demo"
 LORAS = ("pixel", "sketch", "neon")

@@ -38,8 +38,8 @@ from worker.device.model_runner import ModelRunner
 from worker.engine.capacity import JOBS_PER_ROW
 from worker.engine.engine import Engine
 from worker.engine.ticket import Rendered
-from worker.model import lora_files
-from worker.model.file_store import FileStore
+from worker.model.beside import lora_files
+from worker.model.beside.file_store import FileStore
 
 #: Layers that the files change: those of attention, as most files that are shared do.
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")

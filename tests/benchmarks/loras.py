@@ -32,7 +32,7 @@ from worker.contract.job_files import with_files
 from worker.contract.settings import WorkerSettings, worker_settings
 from worker.device.model_runner import ModelRunner
 from worker.device.step import batch_of, denoise
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 
 #: Seconds of work before the first measurement, since a GPU is slower when it is warm; and of each.
 WARM_S, MEASURE_S = 5.0, 4.0

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import worker.jobs.handler as handler
-import worker.model.file_store as file_store
+import worker.model.beside.file_store as file_store
 import worker.state.scripts as scripts
 import worker.tasks as tasks
 from tests.faults.app_names import DIED, MARKS
@@ -48,8 +48,8 @@ from worker.contract.settings import WorkerSettings, worker_settings
 from worker.engine.runner import Picture
 from worker.jobs.handler import Handled, JobHandler
 from worker.jobs.put_back import put_back
-from worker.model.bucket_files import BucketFiles
-from worker.model.file_store import FileStore
+from worker.model.beside.bucket_files import BucketFiles
+from worker.model.beside.file_store import FileStore
 from worker.state.records import Records
 from worker.storage.bucket import Bucket
 from worker.storage.bucket_process import BucketProcess

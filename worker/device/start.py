@@ -30,7 +30,7 @@ from worker.contract.settings import WorkerSettings
 if TYPE_CHECKING:
     from worker.device.compiling.claims import Store
     from worker.device.model_runner import ModelRunner
-    from worker.model.file_store import FileStore
+    from worker.model.beside.file_store import FileStore
 
 logger = logging.getLogger("smallcat.engine")
 

@@ -31,9 +31,9 @@ from worker.device.text.clip import ClipTexts, Encoded, encoders_of
 from worker.device.text.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.text.encoder import cut_warning, unknown_words_warning
 from worker.device.text.job_text import TEXT_BIAS, Row
-from worker.model import vae_files
+from worker.model.beside import vae_files
+from worker.model.beside.lora_names import Targets
 from worker.model.checkpoint import inpainting_channels
-from worker.model.lora_names import Targets
 
 #: The name of the text embeddings among a row's conditions: (rows, tokens, width).
 TEXT = "encoder_hidden_states"

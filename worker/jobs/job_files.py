@@ -11,7 +11,7 @@ from worker.contract.job_files import files_of, lacks_hashes, with_files
 
 
 class Files(Protocol):
-    """The files of a worker: `worker.model.file_store.FileStore`."""
+    """The files of a worker: `worker.model.beside.file_store.FileStore`."""
 
     @property
     def index(self) -> FileIndex:

@@ -30,7 +30,8 @@ from worker.contract.job_parameters import (
 from worker.contract.served_model import Defaults, ServedModel
 from worker.contract.settings import WorkerSettings
 from worker.model import files as model_files
-from worker.model import half_vae, lora_header, own_vae, single_file_loader
+from worker.model import half_vae, own_vae, single_file_loader
+from worker.model.beside import lora_header
 from worker.model.checkpoint import inpainting_channels
 from worker.model.memory_plan import UNPLANNED, MemoryPlan, Texts
 from worker.model.moved_weights import MovedWeights

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from worker.contract.errors import SettingsError, SmallcatError
 from worker.contract.given_file import at_home
-from worker.model import vae_files
+from worker.model.beside import vae_files
 from worker.model.placement import Choice
 
 #: Digits of its hash in a revision, and letters of its name.

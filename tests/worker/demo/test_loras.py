@@ -24,7 +24,7 @@ from worker.demo.training.styles import CELL, LEVELS, STYLES
 from worker.demo.training.subjects import scored_words
 from worker.device.model_runner import ModelRunner
 from worker.engine.engine import Engine
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 
 
 def _no_bucket(name: str) -> None:

@@ -15,7 +15,7 @@ from worker.contract.job_files import with_files
 from worker.contract.settings import WorkerSettings
 from worker.device.model_runner import ModelRunner
 from worker.engine.runner import Picture
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 
 
 def assert_drawn(picture: object, expected: Any, job: Job) -> None:

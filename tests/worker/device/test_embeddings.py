@@ -33,7 +33,7 @@ from worker.device.model_runner import ModelRunner
 from worker.device.text.clip import ClipTexts, encoders_of
 from worker.device.text.embeddings import Embedding, TextOptions
 from worker.engine.runner import Picture
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 
 CLIP = Path(__file__).parents[3] / "worker" / "model" / "configs" / "clip"
 #: Vectors of each embedding.

@@ -20,7 +20,7 @@ from worker.contract.settings import WorkerSettings
 from worker.device.loras import cache, factors
 from worker.device.loras.cache import Loras
 from worker.device.model_runner import ModelRunner
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 
 CPU = torch.device("cpu")
 

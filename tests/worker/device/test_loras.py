@@ -23,7 +23,7 @@ from tests.lora_files import Changes, made_up, modules
 from tests.worker.device.beside_diffusers import BesideDiffusers
 from worker.contract.file_index import Kind
 from worker.contract.job import Job
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd1": tiny_models.tiny_sd1,

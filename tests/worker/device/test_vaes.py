@@ -20,8 +20,8 @@ from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.settings import WorkerSettings
 from worker.device.model_runner import ModelRunner
-from worker.model import vae_files
-from worker.model.file_store import FileStore
+from worker.model.beside import vae_files
+from worker.model.beside.file_store import FileStore
 
 
 def a_vae(seed: int, **more: Any) -> diffusers.AutoencoderKL:

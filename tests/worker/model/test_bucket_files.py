@@ -16,9 +16,9 @@ from typing import IO
 import pytest
 
 from worker.contract.file_index import Kind
-from worker.model.bucket_files import STALE_S, BucketFiles
-from worker.model.file_entries import sha256_of
-from worker.model.file_places import Found
+from worker.model.beside.bucket_files import STALE_S, BucketFiles
+from worker.model.beside.file_entries import sha256_of
+from worker.model.beside.file_places import Found
 from worker.storage.bucket import StoredObject
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from worker.contract.errors import InvalidJobError, RenderError
-from worker.model import file_content
-from worker.model.file_content import Content
+from worker.model.beside import file_content
+from worker.model.beside.file_content import Content
 
 MOST = 20
 

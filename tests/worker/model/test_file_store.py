@@ -30,9 +30,9 @@ from worker.contract.file_index import FileEntry, Kind
 from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.served_model import Defaults, ServedModel
-from worker.model import bucket_files, embedding_files, file_store, lora_header
-from worker.model.file_store import FileStore
-from worker.model.lora_scales import Settings
+from worker.model.beside import bucket_files, embedding_files, file_store, lora_header
+from worker.model.beside.file_store import FileStore
+from worker.model.beside.lora_scales import Settings
 from worker.storage.bucket import StoredObject
 
 SERVED = ServedModel(

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from tests import lora_files as made
 from tests import tiny_models
 from tests.lora_files import Change, Changes, Tensors
-from worker.model import lora_files
-from worker.model.lora_files import LoraFile
-from worker.model.lora_names import Targets, parse
+from worker.model.beside import lora_files
+from worker.model.beside.lora_files import LoraFile
+from worker.model.beside.lora_names import Targets, parse
 from worker.model.single_file import CONFIGS
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")

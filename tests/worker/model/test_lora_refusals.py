@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save, save_file
 
 from worker.contract.errors import InvalidJobError, RenderError
-from worker.model import headers, lora_files, lora_header
-from worker.model.lora_names import UNET as UNET_PART
-from worker.model.lora_names import Targets
-from worker.model.lora_scales import METADATA
+from worker.model import headers
+from worker.model.beside import lora_files, lora_header
+from worker.model.beside.lora_names import UNET as UNET_PART
+from worker.model.beside.lora_names import Targets
+from worker.model.beside.lora_scales import METADATA
 
 #: A model with a linear module and two convolutions; and two text encoders.
 UNET = {

@@ -24,7 +24,7 @@ from worker.contract.settings import WorkerSettings
 from worker.device.model_runner import ModelRunner
 from worker.model import __main__ as download
 from worker.model import own_vae
-from worker.model.file_store import FileStore
+from worker.model.beside.file_store import FileStore
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from safetensors.torch import save
 from deploy.embedded.servers import ValkeyProcess
 from worker.contract.errors import StorageError
 from worker.contract.file_index import FileEntry, Kind
-from worker.model import file_knowledge
-from worker.model.file_store import FileStore
+from worker.model.beside import file_knowledge
+from worker.model.beside.file_store import FileStore
 from worker.state import known_files
 from worker.state.keys import KNOWN_FILES, READ_FILE
 from worker.state.known_files import KnownFiles

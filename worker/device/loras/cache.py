@@ -26,7 +26,8 @@ from worker.device.loras.factors import StoredFile, joined
 from worker.device.loras.job_set import Adaptable, LayerFactors, LoraSet
 from worker.device.loras.text import TextLoras
 from worker.device.text.embeddings import Files
-from worker.model import gpu_memory, lora_files
+from worker.model import gpu_memory
+from worker.model.beside import lora_files
 from worker.model.placement import Choice
 
 logger = logging.getLogger("smallcat.engine")

@@ -9,7 +9,7 @@ import torch
 
 from worker.contract.errors import InvalidJobError
 from worker.device.loras.job_set import LayerFactors
-from worker.model.lora_files import LoraFile
+from worker.model.beside.lora_files import LoraFile
 
 #: Numbers between the starts of two tensors in a buffer are multiples of it: kernels read 16 bytes at once.
 _ALIGNED = 128

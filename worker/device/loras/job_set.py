@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from worker.model.lora_names import Targets
+from worker.model.beside.lora_names import Targets
 
 #: Numbers of a layer in a table, int64: the addresses of `down` and `up`, the rank, the bits of the scale in
 #: float32, and the address of `after`. All are 0 where a job's LoRAs leave the layer as it is.

@@ -19,7 +19,7 @@ from worker.contract.file_index import Kind
 from worker.contract.job import Job
 from worker.contract.job_files import embeddings_of
 from worker.device.loras.text import TextLoras
-from worker.model import embedding_files
+from worker.model.beside import embedding_files
 
 #: Bytes of vectors that are kept, at most.
 KEPT = 64 << 20
@@ -28,7 +28,7 @@ FIRST_VECTOR = 1 << 24
 
 
 class Files(Protocol):
-    """Where the files are: `worker.model.file_store.FileStore`."""
+    """Where the files are: `worker.model.beside.file_store.FileStore`."""
 
     def path(self, kind: Kind, sha256: str) -> Path | None:
         """Where the file with this content is; None where it is gone."""

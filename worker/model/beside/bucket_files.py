@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 from worker.contract.errors import EngineStoppedError, SettingsError
 from worker.contract.file_index import Kind
-from worker.model import embedding_files, lora_header, lora_scales, vae_files
-from worker.model.file_entries import sha256_of
-from worker.model.file_places import REMOTE, SUFFIX, Found, Remote
+from worker.model.beside import embedding_files, lora_header, lora_scales, vae_files
+from worker.model.beside.file_entries import sha256_of
+from worker.model.beside.file_places import REMOTE, SUFFIX, Found, Remote
 
 logger = logging.getLogger("smallcat.files")
 

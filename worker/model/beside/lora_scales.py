@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from worker.model.file_content import json_object, text_beside
-from worker.model.lora_names import PEFT, TEXT, TEXT_2, UNET
+from worker.model.beside.file_content import json_object, text_beside
+from worker.model.beside.lora_names import PEFT, TEXT, TEXT_2, UNET
 
 #: Where diffusers writes them, in the file; and PEFT, beside it; bytes of that file, at most.
 METADATA, CONFIG, MAX_CONFIG = "lora_adapter_metadata", "adapter_config.json", 1 << 20

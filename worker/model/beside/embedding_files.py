@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.contract.errors import InvalidJobError, SettingsError
-from worker.model import file_content
+from worker.model.beside import file_content
 from worker.model.headers import Tensor, read_header
 
 if TYPE_CHECKING:

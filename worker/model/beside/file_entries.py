@@ -15,8 +15,8 @@ from types import MappingProxyType
 from worker.contract.errors import ServiceError, SmallcatError
 from worker.contract.file_index import MAX_FILES, FileEntry, Kind, composed_name, name_problem
 from worker.contract.plain_text import plain
-from worker.model import embedding_files, file_content, lora_files, vae_files
-from worker.model.file_places import Found
+from worker.model.beside import embedding_files, file_content, lora_files, vae_files
+from worker.model.beside.file_places import Found
 from worker.model.index import PICKLE_REASON
 
 logger = logging.getLogger("smallcat.files")

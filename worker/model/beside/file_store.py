@@ -26,16 +26,16 @@ from worker.contract.file_index import MAX_FILES, NO_FILES, FileEntry, FileIndex
 from worker.contract.job import Job
 from worker.contract.job_files import lacking, lacks_hashes, with_files
 from worker.contract.settings import WorkerSettings
-from worker.model.bucket_files import BucketFiles
-from worker.model.file_knowledge import FileKnowledge, Shared
-from worker.model.file_places import Found, Remote, in_bucket, on_disk, place_of
+from worker.model.beside.bucket_files import BucketFiles
+from worker.model.beside.file_knowledge import FileKnowledge, Shared
+from worker.model.beside.file_places import Found, Remote, in_bucket, on_disk, place_of
 
 logger = logging.getLogger("smallcat.files")
 
 #: Seconds between two looks at folders and at buckets; and between two that jobs ask for.
 LOOK_EVERY_S, LOOK_AT_BUCKET_EVERY_S, ASKED_EVERY_S = 10.0, 60.0, 5.0
 #: The LoRAs that come with the bundled model: those of a user take the places of their names.
-BUNDLED_LORAS = Path(__file__).parents[1] / "demo" / "loras"
+BUNDLED_LORAS = Path(__file__).parents[2] / "demo" / "loras"
 
 
 class FileStore:

@@ -14,9 +14,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from worker.contract.errors import InvalidJobError, SettingsError, first_line
-from worker.model import file_content, tiny_vae
+from worker.model.beside import file_content, tiny_vae
+from worker.model.beside.file_content import json_object, text_beside
 from worker.model.checkpoint import Part, identify_vae
-from worker.model.file_content import json_object, text_beside
 from worker.model.headers import Tensor, read_header
 
 #: Bytes of a file, at most: in fp32 the VAE of SDXL has 335 MB.

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.contract.errors import InvalidJobError, SettingsError
-from worker.model import file_content, lora_header, lora_scales
+from worker.model.beside import file_content, lora_header, lora_scales
+from worker.model.beside.lora_header import LoraHeader, Names
+from worker.model.beside.lora_names import ANY_TEXT, TEXT, TEXT_2, UNET, Role, Targets
+from worker.model.beside.lora_scales import Settings
 from worker.model.headers import Shape
-from worker.model.lora_header import LoraHeader, Names
-from worker.model.lora_names import ANY_TEXT, TEXT, TEXT_2, UNET, Role, Targets
-from worker.model.lora_scales import Settings
 
 if TYPE_CHECKING:
     import torch

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from worker.model import lora_scales
-from worker.model.file_content import Content, size_problem
+from worker.model.beside import lora_scales
+from worker.model.beside.file_content import Content, size_problem
+from worker.model.beside.lora_kinds import refusal
+from worker.model.beside.lora_names import TEXT, TEXT_2, UNET, Role, parse
+from worker.model.beside.lora_scales import Settings
 from worker.model.headers import Header, Shape, Tensor, read_header
-from worker.model.lora_kinds import refusal
-from worker.model.lora_names import TEXT, TEXT_2, UNET, Role, parse
-from worker.model.lora_scales import Settings
 
 #: Bytes of a file, and its rank, at most. SDXL with all its convolutions at rank 256 has 3.2 GB in fp16.
 MAX_BYTES, MAX_RANK = 4 << 30, 256

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from worker.contract.errors import SettingsError, first_line
-from worker.model import lora_scales
+from worker.model.beside import lora_scales
 
 #: A place on the hub.
 PLACE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(/(?P<file>[\w./ -]+\.safetensors))?")

@@ -16,7 +16,7 @@ from typing import IO, NamedTuple, Protocol, TypeVar
 from worker.contract.errors import SettingsError
 from worker.contract.file_index import Kind
 from worker.contract.given_file import at_home
-from worker.model import lora_hub, lora_scales, vae_files
+from worker.model.beside import lora_hub, lora_scales, vae_files
 from worker.model.index import PICKLED
 
 SUFFIX, REMOTE = ".safetensors", "s3://"

@@ -3,7 +3,7 @@
     remembered by this machine  ─►  of one in a bucket: known to another worker  ─►  read
 
 A fleet reads each file in a bucket once: a worker claims it, and the others take what it found. What was read
-is not kept: a job that needs the file has it fetched (`worker.model.bucket_files`).
+is not kept: a job that needs the file has it fetched (`worker.model.beside.bucket_files`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Protocol
 
 from worker.contract.errors import MachineError, SettingsError, SmallcatError
 from worker.contract.file_index import FileEntry
-from worker.model.bucket_files import BucketFiles
-from worker.model.file_entries import (
+from worker.model.beside.bucket_files import BucketFiles
+from worker.model.beside.file_entries import (
     DESCRIBED,
     entry_by_content,
     entry_by_name,
@@ -27,7 +27,7 @@ from worker.model.file_entries import (
     remembered,
     with_error,
 )
-from worker.model.file_places import Found
+from worker.model.beside.file_places import Found
 
 logger = logging.getLogger("smallcat.files")
 
