@@ -23,6 +23,7 @@ from producer.http import (
     activity_events,
     events,
     fleet,
+    inputs,
     jobs,
     openai,
     page,
@@ -99,7 +100,7 @@ def make_app(
         swagger_ui_oauth2_redirect_url=None,
     )
     for router in (
-        *(jobs.router, events.router, small_images.router),
+        *(jobs.router, events.router, small_images.router, inputs.router),
         *(runs.router, run_gallery.router, fleet.router, usage.router),
     ):
         app.include_router(router, dependencies=[Depends(_refuse_unknown_parameters)])

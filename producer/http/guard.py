@@ -25,6 +25,8 @@ PIECE_S, WHOLE_S, BYTES_S = 20.0, 60.0, 64 * 1024
 READ_S: Final = 60.0
 #: Paths of uploads, which may be larger than other bodies.
 UPLOADS: Final = frozenset(("/v1/runs",))
+#: Path of pictures, each of which is a body.
+INPUTS: Final = "/v1/inputs"
 #: Names of this machine.
 _LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "::1"))
 
@@ -45,7 +47,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         limit = self._max_upload if scope["path"] in UPLOADS else self._max_body
-        body, reply = _Body(receive, limit), _Answer(send)
+        body, reply = _Body(receive, limit, scope["path"]), _Answer(send)
         notation = in_json.set(True)
         try:
             if (refused := self._refused(scope, limit)) is not None:
@@ -67,7 +69,7 @@ class Guard:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
-            return too_large(limit)
+            return too_large(limit, scope["path"])
         if self._is_open:
             host = _host(f"//{headers.get(b'host', b'').decode('latin-1')}")
             origin = headers.get(b"origin", b"").decode("latin-1")
@@ -87,11 +89,17 @@ class Guard:
         logger.error("The server has a fault, %s:\n%s", type(error).__name__, frames)
 
 
-def too_large(limit: int) -> RefusedError:
-    """The refusal of a body of more than `limit` bytes."""
+def too_large(limit: int, path: str) -> RefusedError:
+    """The refusal of a body of more than `limit` bytes for a path."""
+    if path in UPLOADS:
+        remedy = "compress the prompt file, split it, or raise SMALLCAT_HTTP_MAX_UPLOAD_MB at the server"
+    elif path == INPUTS:
+        remedy = "make the picture smaller, or raise SMALLCAT_HTTP_MAX_BODY_MB at the server"
+    else:
+        remedy = f"send less at once, pictures to {INPUTS}, or a prompt file to /v1/runs"
     return RefusedError(
         413,
-        f"The body has more than {limit // 1_000_000:,} MB: send less at once, or a prompt file to /v1/runs.",
+        f"The body has more than {limit // 1_000_000:,} MB: {remedy}.",
         headers={"Connection": "close"},
     )
 
@@ -99,8 +107,8 @@ def too_large(limit: int) -> RefusedError:
 class _Body:
     """Receives a request's body, counted and in time."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive, self._limit = receive, limit
+    def __init__(self, receive: Receive, limit: int, path: str) -> None:
+        self._receive, self._limit, self._path = receive, limit, path
         self._size, self._is_whole = 0, False
         self._began_s = asyncio.get_running_loop().time()
 
@@ -120,7 +128,7 @@ class _Body:
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             if self._size > self._limit:
-                raise too_large(self._limit)
+                raise too_large(self._limit, self._path)
             self._is_whole = not message.get("more_body", False)
         return message
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from producer.http.caller import tenant_mark
+from producer.http.guard import INPUTS
 from producer.ingest.pictures import Pictures
 from producer.session import session, unknown_picture
 from worker.contract.input_reference import InputReference
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from worker.contract.given_picture import Given
 
 #: What a line may have instead of a path or an address.
-_INSTEAD: Final = "give what a record has (sha256:...), or a job's id"
+_INSTEAD: Final = (
+    f"send the file to {INPUTS} first, and give the reference that it answers (sha256:...), or a job's id"
+)
 
 
 class UploadedPictures(Pictures):
