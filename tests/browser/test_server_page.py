@@ -16,6 +16,7 @@ from tests.browser.chromium import Chromium
 from tests.fast_worker import SERVED
 from tests.producer.http.conftest import NOBODYS, Api, api
 from worker.contract.job import JOB_FIELDS
+from worker.state.chains import Chains
 from worker.state.previews import Preview, Previews
 from worker.state.records import Records
 from worker.state.redis_client import connect
@@ -270,6 +271,31 @@ def test_a_run_has_its_gallery_and_its_pictures_are_among_the_latest(page: Chrom
     page.open(api.url + run["links"]["gallery"])
     page.wait("document.querySelector('.tile img')?.naturalWidth")
     assert text(page, "h1") == "cats.txt"
+    assert page.errors == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"), [(1, "1 waits for another job's picture"), (2, "2 wait for other jobs' pictures")]
+)
+def test_a_run_says_how_many_of_its_jobs_wait_for_other_jobs_pictures(
+    page: Chromium, api: Api, lines: int, sentence: str
+) -> None:
+    asked = {"prompt": "a first one", "seed": lines, "width": 64, "height": 64, "steps": 2, "model": NOBODYS}
+    first = api.call("POST", "/v1/jobs", asked).json
+    line = json.dumps({"prompt": "a second one", "image": first["id"], "steps": 2, "model": NOBODYS})
+    headers = {"Content-Type": "application/octet-stream"}
+    data = f"{line}\n".encode() * lines
+    run = api.call("POST", f"/v1/runs?name={lines}-chained.jsonl", raw=data, headers=headers).json
+    found = "[...document.querySelectorAll('#runs .run')].map((each) => each.textContent)"
+    of_run = f"{found}.find((each) => each.includes('{lines}-chained'))"
+    while api.call("GET", run["links"]["self"]).json["waiting"] < lines:
+        time.sleep(0.05)
+    page.run("document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait(f"{of_run}?.includes({json.dumps(sentence)})")
+    api.call("DELETE", first["links"]["self"])
+    with connect(api.stack.valkey.url, 2) as client:
+        Chains(client).look(lambda job_id, tenant: False)  # As each worker does every few seconds.
+    page.wait(f"((said) => said.includes('{lines} failed') && !said.includes('wait'))({of_run})", 30)
     assert page.errors == []
 
 

@@ -99,6 +99,8 @@ function fillRun(item, run) {
   const all = run.total ?? run.sent, ended = run.done + run.failed + run.cancelled;
   item.querySelector(".prompt").textContent = run.files.join(", ") || run.run;
   const counts = [run.state, `${format.format(run.done)} of ${format.format(all)} done`];
+  if (run.waiting) counts.push(`${format.format(run.waiting)} ${run.waiting === 1 ? "waits for another job's picture"
+    : "wait for other jobs' pictures"}`);
   if (run.failed) counts.push(`${format.format(run.failed)} failed`);
   if (run.cancelled) counts.push(`${format.format(run.cancelled)} cancelled`);
   if (run.rejected) counts.push(`${many(run.rejected, "line")} rejected`);
