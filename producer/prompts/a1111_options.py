@@ -6,7 +6,8 @@
 The options are split into words as by a shell. The two prompts take all words up to the next option.
 
 An option is two dashes and a letter at the start of a word, outside quotes. Where a word processor made one
-dash of the two, it is an option if its name is one, or nearly. Other dashes are text.
+dash of the two, it is an option if its name is one, or nearly. Other dashes are text. Words are parted by
+whatever looks like a blank, as pasted text has it, or by one that has no width; and quotes may be curly.
 """
 
 from __future__ import annotations
@@ -27,11 +28,18 @@ from worker.contract.job import JOB_FIELDS
 MAX_OPTIONS = 64_000
 #: What typing two dashes becomes: hyphens, dashes and minus signs of Unicode.
 _DASHES = "\u2010-\u2015\u2212\u2e3a\u2e3b\ufe58\uff0d"
-_MAYBE = re.compile(rf"(?<!\S)(?:--|[{_DASHES}])")
-_OPTION = re.compile(rf"(?<!\S)(--|-?[{_DASHES}][-{_DASHES}]?)([A-Za-z][^\s=]*)")
-#: A text in quotes, or an option. A quote that is not closed goes to the end, which takes no second try.
-_QUOTED_OR_OPTION = re.compile(rf""""(?:\\.|[^"\\])*+(?:"|\\?$)|'[^']*+(?:'|$)|{_OPTION.pattern}""")
+#: Blanks without width, which part words as all of Unicode's do.
+_NO_WIDTH = "\u200b\u2060\ufeff"
+_BLANKS = rf"\s{_NO_WIDTH}"
+_ALL_BLANKS = _NO_WIDTH + "".join(each for each in map(chr, range(0x3001)) if each.isspace())
+_MAYBE = re.compile(rf"(?<![^{_BLANKS}])(?:--|[{_DASHES}])")
+_OPTION = re.compile(rf"(?<![^{_BLANKS}])(--|-?[{_DASHES}][-{_DASHES}]?)([A-Za-z][^{_BLANKS}=]*)")
+#: A text in quotes, an option, or a blank. A quote that is not closed goes to the end, which takes no second
+#: try.
+_PART = re.compile(rf""""(?:\\.|[^"\\])*+(?:"|\\?$)|'[^']*+(?:'|$)|{_OPTION.pattern}|[{_BLANKS}]""")
 _CURLY = str.maketrans(dict.fromkeys("“”„", '"'))
+#: A text in curly single quotes. One of them within a word is an apostrophe.
+_CURLY_SINGLE = re.compile(rf"(?<![^{_BLANKS}=])[‘‚]([^‘‚'\"]*?)[’‘](?![^{_BLANKS}])")
 #: Before a text in quotes: it is no option, whatever it begins with.
 _TEXT = "\0"
 
@@ -82,7 +90,7 @@ def options_of(line: str, *, extra: bool = False) -> list[tuple[str, str]]:
     except ValueError as error:
         raise _bad(f"{error}: put quotes around texts.") from None
     pairs: list[tuple[str, str]] = []
-    if prompt := line[:start].strip():
+    if prompt := line[:start].strip(_ALL_BLANKS):
         pairs.append(("prompt", prompt))
     at = 0
     while at < len(words):
@@ -142,15 +150,15 @@ def _words(options: str) -> list[str]:
     if _TEXT in options:
         raise ValueError("there is the control character U+0000")
     if '"' not in options:
-        options = options.translate(_CURLY)
+        options = _CURLY_SINGLE.sub(r'"\1"', options.translate(_CURLY))
 
     def normal(match: re.Match[str]) -> str:
         dashes, name = match.groups()
-        if dashes is None:
-            return match[0][0] + _TEXT + match[0][1:]
-        return f"--{name}" if _is_option(dashes, name) else match[0]
+        if dashes is not None:
+            return f"--{name}" if _is_option(dashes, name) else match[0]
+        return match[0][0] + _TEXT + match[0][1:] if match[0][0] in "\"'" else " "
 
-    return shlex.split(_QUOTED_OR_OPTION.sub(normal, options))
+    return shlex.split(_PART.sub(normal, options))
 
 
 def _bad(reason: str) -> LineError:

@@ -6,7 +6,10 @@ them are values. The command line reads its options' values here too. Whatever t
 - a name is a job field's or one of its aliases, in any case, with or without blanks, dashes and underscores
 - None, NaN, an empty text and the words null, none and nan mean that the field is not given; a NaN for a
   number is refused in options and requests, which have no empty cells (`value_in_call`)
-- `20.0` and `"20"` are integers; `7,5` is a number where semicolons part the cells
+- `20.0` and `"20"` are integers; a number that has lost digits, as 64 bits with a fraction do past 2 to the
+  power of 53, is none
+- `7,5` is a number where semicolons part the cells; there `1.000` and `1,000` are no integers, since one of
+  the two is a thousand
 - LoRAs are a text such as `detail=0.8; pixel=1`, or as JSON has them; the word none is a list without any
 - `true`, `yes`, `on` and 1 are yes; `false`, `no`, `off` and 0 are no
 - a seed of -1 is one that is to be drawn
@@ -62,6 +65,9 @@ _CHOICES = {
 _MISSING = frozenset(("nan", "<na>"))
 _NULLS = frozenset(("null", "none", *_MISSING))
 _INTEGER = re.compile(r"[+-]?\d{1,30}(\.0*)?")
+_PERHAPS_THOUSANDS = re.compile(r"[+-]?\d{1,3}[.,]000")
+#: From here on a number with a fraction may stand for the integer beside it.
+_INEXACT = 2.0**53
 _NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,40})?|\.\d{1,40})(e[+-]?\d{1,3})?", re.IGNORECASE)
 #: A comma in a weight, where it is the mark in numbers: `detail=0,8`.
 _COMMA_IN_NUMBER = re.compile(r"(=[ ]?[+-]?\d{0,30}),(?=\d)")
@@ -174,7 +180,8 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
         if field.kind is bool and raw in (0, 1):
             return bool(raw)
         if field.kind is int:
-            return int(raw) if isinstance(raw, float) and raw.is_integer() else raw
+            is_exact = isinstance(raw, float) and raw.is_integer() and abs(raw) < _INEXACT
+            return int(raw) if is_exact else raw
         if field.kind is str:
             return short(raw) if isinstance(raw, int) and abs(raw) > 10**50 else str(raw)
     return raw
@@ -203,6 +210,8 @@ def _of_text(field: FieldEntry, text: str, decimal_comma: bool) -> Any:
         return text if (truth := truth_of(text)) is None else truth
     if field.kind in (int, float):
         plain = text.replace(",", ".", 1) if decimal_comma else text
+        if decimal_comma and field.kind is int and _PERHAPS_THOUSANDS.fullmatch(text):
+            return text
         if field.kind is int and _INTEGER.fullmatch(plain):
             return int(plain.partition(".")[0])
         if field.kind is float and _NUMBER.fullmatch(plain):
@@ -348,13 +357,18 @@ def _take_choice(choice: dict[str, Any], name: str, value: Any) -> None:
 def _take_again(
     field: FieldEntry, names: tuple[str, str], value: Any, fields: dict[str, Any], metadata: dict[str, Any]
 ) -> None:
-    """Take a second value of a field. A file may have texts beside its prompts; all else must be the same."""
+    """Take a second value of a field. A file may have texts beside its prompts, and several LoRAs by one name
+    (`--lora a --lora b`); all else must be the same.
+    """
     first, second = names
     if field.is_prompt and _plain(first) != _plain(second):
         if _plain(second) == _plain(field.name):
             first, second = second, first
             value, fields[field.name] = fields[field.name], value
         metadata[second.strip()] = value
+    elif field.kind is list and _plain(first) == _plain(second):
+        known = fields[field.name]
+        fields[field.name] = [*(known if isinstance(known, list) else [known]), value]
     elif field.is_prompt or fields[field.name] != value:
         raise _two_values(field, names, fields[field.name], value)
 

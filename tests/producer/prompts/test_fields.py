@@ -185,11 +185,40 @@ def test_loras_are_read_in_every_format(tmp_path: Path, form: str, name: str) ->
         assert found("detail=0,8; pixel=1") == [LORAS[0], {"name": "pixel", "weight": 1.0}]
 
 
+def test_loras_of_several_options_add_up_as_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat --lora detail=0.8 --lora pixel=1:te=0.5")
+    found = outcome(tmp_path / "p.txt")
+    assert isinstance(found, dict)
+    assert Job.parse(found).model_dump()["loras"] == LORAS
+    (tmp_path / "p.txt").write_text("a cat --lora detail=0.8 --lora detail=0.5")
+    assert "has 'detail' twice" in str(outcome(tmp_path / "p.txt"))
+
+
 def test_the_word_none_in_a_line_is_none_of_the_loras_that_are_given_for_all(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,loras\na cat,none\na dog,\na cow,pixel\n")
     entries = [each for each in read(source(str(tmp_path / "p.csv"))) if isinstance(each, Entry)]
     jobs = [Job.parse({"loras": ["detail=0.5"], "seed": 1} | each.fields) for each in entries]
     assert [[each.name for each in job.loras] for job in jobs] == [[], ["detail"], ["pixel"]]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_seed_that_has_lost_digits_is_refused(tmp_path: Path, form: str) -> None:
+    """Where a column of integers has a gap, pandas makes numbers with a fraction of them."""
+
+    def found(seed: float) -> Any:
+        return outcome(write(tmp_path, form, {"prompt": "a cat", "seed": seed}))
+
+    for seed in (1234567890123456789.0, 9007199254740993.0):
+        assert f"seed is {seed!r}: it must be a valid integer" in found(seed)
+    assert found(2.0**53 - 1) == {"prompt": "a cat", "seed": 2**53 - 1}
+
+
+@pytest.mark.parametrize("seed", ["1.000", "1,000"])
+def test_what_may_be_a_thousand_is_no_integer_where_a_comma_is_a_decimal_point(
+    tmp_path: Path, seed: str
+) -> None:
+    path = write(tmp_path, "semicolons.csv", {"prompt": "a cat", "seed": seed})
+    assert f"seed is '{seed}': it must be a valid integer" in str(outcome(path))
 
 
 def test_a_comma_is_a_decimal_point_where_semicolons_part_cells_alone(tmp_path: Path) -> None:

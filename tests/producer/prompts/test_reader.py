@@ -211,6 +211,13 @@ def test_a_table_without_a_prompt_column_is_refused_with_a_remedy(
         ("it's red --steps=10 --cfg 3", {"prompt": "it's red", "steps": 10, "guidance_scale": 3}),
         ("\u2014prompt \u201ca cat\u201d \u2013steps 5", {"prompt": "a cat", "steps": 5}),
         ("a cat \u2014steps 5", {"prompt": "a cat", "steps": 5}),
+        # As text is that was pasted: blanks that do not break, wide ones and those without width.
+        ("--prompt \u201ca cat\u201d\u00a0--steps\u00a05", {"prompt": "a cat", "steps": 5}),
+        ("a cat\u3000--steps\u30005\u200b--seed\u200b7", {"prompt": "a cat", "steps": 5, "seed": 7}),
+        ("a cat \u200b--steps 5", {"prompt": "a cat", "steps": 5}),
+        ('--prompt "a\u00a0cat" --steps 5', {"prompt": "a\u00a0cat", "steps": 5}),
+        ("--prompt \u2018a cat\u2019s hat\u2019 --steps 5", {"prompt": "a cat\u2019s hat", "steps": 5}),
+        ("--prompt a cat\u2019s hat --steps 5", {"prompt": "a cat\u2019s hat", "steps": 5}),
         ('--prompt "a sign: --steps 9" --steps 5', {"prompt": "a sign: --steps 9", "steps": 5}),
         ('--prompt "--steps" --steps 5', {"prompt": "--steps", "steps": 5}),
         ("\u2014Alice, a cat \u2014the best\u2014 and well--known --", {}),
