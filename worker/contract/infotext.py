@@ -202,15 +202,30 @@ def _networks(prompt: str, pairs: dict[str, str]) -> tuple[str, list[Lora], Sequ
     """
     said = (each.partition(":") for each in pairs.get(_LORA_HASHES, "").split(","))
     hashes = {composed_name(name.strip()): digits.strip() for name, _, digits in said}
+    known = _hashes_of_civitai(pairs, Kind.LORA) | hashes
     try:
         rest, found = taken(prompt)
-        names = {each.name: with_hash(each.name, hashes.get(each.name, "")) for each in found}
+        names = {each.name: with_hash(each.name, known.get(each.name, "")) for each in found}
         loras = read_loras([each.model_copy(update={"name": names[each.name]}) for each in found])
         if hashes.keys() <= names.keys():
             pairs.pop(_LORA_HASHES, None)
     except ValueError:
         rest, loras = prompt, []
     return a1111_syntax.without_networks(rest), loras, a1111_syntax.networks(rest)
+
+
+def _hashes_of_civitai(pairs: Mapping[str, str], kind: Kind) -> dict[str, str]:
+    """By name the hashes of a kind in the key that many tools write for Civitai."""
+    try:
+        said = json.loads(pairs.get(_HASHES, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    of_kind = f"{kind}:"
+    return {
+        composed_name(key[len(of_kind) :].strip()): digits
+        for key, digits in (said.items() if isinstance(said, dict) else ())
+        if key.lower().startswith(of_kind) and isinstance(digits, str)
+    }
 
 
 def _refuse_other_start(pairs: Mapping[str, str]) -> None:

@@ -479,6 +479,16 @@ def test_the_loras_of_a_prompt_are_those_of_the_job_by_name_and_by_hash() -> Non
         {"name": "y@0123456789ab", "weight": 0.5, "text_encoder_weight": 1.0},
         {"name": "z", "weight": 1.0},
     ]
+    # Other tools write the hashes for Civitai alone.
+    hashes_for_civitai = 'Hashes: {"LORA:x": "7c6bad76eb", "lora:y": "0123456789", "model": "1111111111"}'
+    text = f'a cat <lora:x> <lora:y>\n{PAIRS}, {hashes_for_civitai}, Lora hashes: "y: 0123456789ab"'
+    assert [each.name for each in job_from_image(png({"parameters": text})).loras] == [
+        "x@7c6bad76eb",
+        "y@0123456789ab",
+    ]
+    for broken in ("[", '{"lora:x": 5}', "5", '{"lora:x": "?"}'):
+        text = f"a cat <lora:x>\n{PAIRS}, Hashes: {broken}"
+        assert [each.name for each in job_from_image(png({"parameters": text})).loras] == ["x"]
     # That of a network which the prompt has not is named.
     with pytest.warns(UserWarning, match="Lora hashes: x: 7c6bad76eb54, y"):
         assert len(job_from_image(png({"parameters": f"a cat <lora:x:1>\n{PAIRS}, {hashes}"})).loras) == 1
