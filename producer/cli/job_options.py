@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from producer.prompts.fields import COUNT, NOT_GIVEN, meaning_of, value_in_call, value_of
+from producer.prompts.fields import COUNT, meaning_of
+from producer.prompts.values import NOT_GIVEN, value_in_call, value_of
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import NESTED, FieldEntry, help_lines

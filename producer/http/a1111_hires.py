@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from producer.http.problems import RefusedError
-from producer.prompts.fields import NOT_GIVEN, value_in_call
+from producer.prompts.values import NOT_GIVEN, value_in_call
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS

@@ -22,7 +22,7 @@ from producer.http.a1111_request import (
 from producer.http.foreign_masks import a1111_mask, filled
 from producer.http.pictures import of_base64
 from producer.http.problems import RefusedError
-from producer.prompts.fields import NOT_GIVEN, value_in_call
+from producer.prompts.values import NOT_GIVEN, value_in_call
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.input_parameters import MASK_BLUR

@@ -14,7 +14,8 @@ from typing import Any, Final, TypeAlias
 from producer.http.a1111_hires import second_pass_of
 from producer.http.problems import RefusedError
 from producer.prompts.entries import LineError
-from producer.prompts.fields import NOT_GIVEN, near_miss, value_in_call
+from producer.prompts.fields import near_miss
+from producer.prompts.values import NOT_GIVEN, value_in_call
 from worker.contract.choices import ETA, PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short

@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from producer.http.problems import InvalidJobsError, RefusedError
 from producer.prompts.entries import LineError
-from producer.prompts.fields import NOT_GIVEN, value_in_call
+from producer.prompts.values import NOT_GIVEN, value_in_call
 from producer.session import unknown_picture
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short

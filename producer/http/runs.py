@@ -23,8 +23,9 @@ from producer.http.run_store import Upload
 from producer.ingest.runs import RunInfo, cancel_run, find_run
 from producer.ingest.types import FILE_PRIORITY
 from producer.prompts.entries import LineError
-from producer.prompts.fields import NOT_GIVEN, near_miss, value_in_call
+from producer.prompts.fields import near_miss
 from producer.prompts.sources import FORMATS
+from producer.prompts.values import NOT_GIVEN, value_in_call
 from worker.contract.errors import InvalidJobError, PromptFileError, UnknownJobError
 from worker.contract.explain import short
 from worker.contract.job import WRITTEN_FIELDS

@@ -15,8 +15,9 @@ from producer.ingest.plan import Plan
 from producer.ingest.types import FILE_PRIORITY, MAX_QUEUED, Display, Gate, Options, Outcome, SilentDisplay
 from producer.ingest.writing import writing
 from producer.prompts import fields_v1
-from producer.prompts.fields import NOT_GIVEN, meaning_of, value_of
+from producer.prompts.fields import meaning_of
 from producer.prompts.sources import FORMATS, source
+from producer.prompts.values import NOT_GIVEN, value_of
 from producer.prompts.variants import Variants
 from producer.prompts.wildcards import Wildcards
 from producer.session import FEEDER_RETRY_S, session
