@@ -142,7 +142,11 @@ def test_a_retry_is_one_line(ground: Ground) -> None:
     worker = ground.worker()
     [job_id] = ground.submit(1, "raise:Exception@step")
     wait_until("failed", lambda: ground.states([job_id]) == {"failed": 1}, 60)
-    lines = [line for line in worker.output().splitlines() if job_id in line]
-    # The beginning and the end of three attempts: two retries and the failure.
-    assert ["begins" in line for line in lines] == [True, False] * 3, lines
+
+    def lines() -> list[str]:
+        return [line for line in worker.output().splitlines() if job_id in line]
+
+    # The beginning and the end of three attempts; the last line comes after the record.
+    wait_until("said", lambda: len(lines()) >= 6)
+    assert ["begins" in line for line in lines()] == [True, False] * 3, lines()
     assert "Traceback" not in worker.output()
