@@ -50,10 +50,10 @@ def words_of(line: str) -> list[str]:
         return []
 
 
-def anchors(document: Path) -> set[str]:
-    """The anchors of a document's headings, as GitHub makes them."""
-    found = re.findall(r"^#+ (.+)$", prose(document.read_text("utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+def anchors(document: Path, level: str = "#+") -> list[str]:
+    """The anchors of a document's headings, of one `level` or of all, as GitHub makes them."""
+    found = re.findall(rf"^{level} (.+)$", prose(document.read_text("utf-8")), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found]
 
 
 # What is made from the code
@@ -111,6 +111,12 @@ def test_links_and_anchors_lead_somewhere(document: Path) -> None:
         assert page.exists(), f"{document.name} links to {target}"
         if anchor:
             assert anchor in anchors(page), f"{document.name} links to {target}"
+
+
+@documents
+def test_a_page_s_contents_are_its_sections_in_order(document: Path) -> None:
+    if contents := re.search(r"^Contents: (.+)$", document.read_text("utf-8"), re.MULTILINE):
+        assert re.findall(r"\]\(#([^)]+)\)", contents[1]) == anchors(document, "##")
 
 
 @documents
@@ -261,10 +267,12 @@ def test_the_checks_would_notice(tmp_path: Path) -> None:
         "`smallcat ingset`, `smallcat submit --stpes 3`, `make tset`, `worker/nothing.py`, `--nothing`,\n"
         "`SMALLCAT_MODLE`, `python -m worker.nothing`, `NoSuchError`,\n"
         '`worker.contract.nothing`, `submit_job("x", stpes=3)`, [a](nothing.md), [b](#nothing)\n\n'
+        "Contents: [what](#what).\n\n## What\n\n## More\n\n"
         "```python\nfrom producer import nothing\n```\n"
     )
     checks = (
         test_links_and_anchors_lead_somewhere,
+        test_a_page_s_contents_are_its_sections_in_order,
         test_files_that_are_named_are_there,
         test_make_targets_that_are_named_are_there,
         test_commands_and_options_that_are_named_are_there,

@@ -85,7 +85,7 @@ ALERTS = (
         "`smallcat metrics` is not scraped: nobody sees the queues.",
         (
             "Jobs go on. But a fleet that is scaled by these figures is not scaled, and the alerts "
-            "on queues are blind."
+            "on queues see nothing."
         ),
         (
             "Look whether the exporter (`smallcat metrics --port 9090`) runs, and at its log.",

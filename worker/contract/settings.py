@@ -311,7 +311,7 @@ class WorkerSettings(Settings):
     compile_first: bool = False
     #: Whether a job's picture is the same to the bit, whatever else is in the batch, on one kind of GPU.
     exact: bool = False
-    #: Folder for compiled kernels and for measured choices.
+    #: Folder for compiled kernels, measured choices, and files that were fetched from buckets.
     cache_dir: str = "~/.cache/smallcat"
     #: Folder or s3://BUCKET/PREFIX of compiled code that workers share, with the key below. Not set: each
     #: compiles for itself.
