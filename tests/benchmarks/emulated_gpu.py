@@ -24,7 +24,7 @@ from worker.engine.runner import JobInputs, Picture
 #: Diffusion 1.x shapes at 512x512 px, compiled (docs/performance.md).
 STEP_MS = {1: 6.6, 2: 6.6, 4: 10.0, 8: 17.2, 16: 33.1, 32: 65.0}
 DECODE_MS = {1: 9.0, 2: 15.4, 4: 29.6, 8: 58.0}
-#: Pictures in a chunk of the VAE decoder, as in `worker.device.vae_decoder` at 512x512 px.
+#: Pictures in a chunk of the VAE decoder, as in `worker.device.vae.decoder` at 512x512 px.
 CHUNK = max(DECODE_MS)
 #: Shapes of a job's latents and text, small because they are on the CPU.
 LATENTS, TEXT = (4, 8, 8), (77, 8)

@@ -43,7 +43,7 @@ from worker.contract.input_reference import InputReference
 from worker.contract.job import Job
 from worker.contract.settings import worker_settings
 from worker.device.model_runner import ModelRunner
-from worker.device.vae_encoder import CALLS_BEFORE_COMPILING
+from worker.device.vae.encoder import CALLS_BEFORE_COMPILING
 from worker.engine.capacity import JOBS_PER_ROW
 from worker.engine.engine import Engine
 from worker.engine.ticket import Rendered

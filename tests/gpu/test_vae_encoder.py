@@ -14,7 +14,7 @@ import torch
 from tests import tiny_models
 from worker.contract.settings import WorkerSettings
 from worker.device.model_runner import ModelRunner
-from worker.device.vae_encoder import CALLS_BEFORE_COMPILING
+from worker.device.vae.encoder import CALLS_BEFORE_COMPILING
 from worker.model import half_vae
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.worker.device.test_vae_tiles import LEAST_DB, decibels, noise
-from worker.device import vae_tiles
+from worker.device.vae import tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 
@@ -43,9 +43,9 @@ def test_tiles_are_near_to_the_whole_in_half_of_its_memory(dtype: torch.dtype) -
     for whole, in_tiles in (
         (
             lambda: vae.encode(pixels).latent_dist.parameters,
-            lambda: vae_tiles.encode(vae, pixels).latent_dist.parameters,
+            lambda: tiles.encode(vae, pixels).latent_dist.parameters,
         ),
-        (lambda: vae.decode(latents).sample, lambda: vae_tiles.decode(vae, latents)),
+        (lambda: vae.decode(latents).sample, lambda: tiles.decode(vae, latents)),
     ):
         (expected, most), (found, least) = measured(whole), measured(in_tiles)
         assert decibels(found, expected) >= LEAST_DB

@@ -26,7 +26,7 @@ from worker.contract.job import Job
 from worker.contract.job_parameters import SIZE_STEP
 from worker.device.family import Lane, ModelFamily
 from worker.device.schedulers.schedule import Sampler, Schedule
-from worker.device.vae_encoder import VaeEncoder
+from worker.device.vae.encoder import VaeEncoder
 from worker.engine.runner import FirstPass, JobInputs, Picture
 
 #: What is said where a model made for inpainting draws anew all of an image.

@@ -19,7 +19,7 @@ from worker.device.schedulers.schedule import SLOTS, Sampler, Schedule
 from worker.device.schedulers.step_noise import StepNoise
 from worker.device.step import CLEAN, Kept, StepInputs, blended
 from worker.device.text.job_text import JobText
-from worker.device.vae_decoder import VaeDecoder
+from worker.device.vae.decoder import VaeDecoder
 from worker.engine.runner import FirstPass, Outcome, Picture
 
 

@@ -42,8 +42,8 @@ from worker.device.previews import Previews
 from worker.device.step import Step, batch_of, denoise
 from worker.device.step_times import StepTimes
 from worker.device.text.embeddings import Files
-from worker.device.vae_decoder import VaeDecoder
-from worker.device.vaes import Vae
+from worker.device.vae.decoder import VaeDecoder
+from worker.device.vae.vaes import Vae
 from worker.engine.runner import FirstPass, JobInputs, Outcome, Picture
 from worker.model import loader
 from worker.model.memory_plan import EXACT_AT_ONCE

@@ -19,8 +19,8 @@ from worker.device.schedulers.samplers import Samplers
 from worker.device.schedulers.schedule import Sampler, Schedule
 from worker.device.text.embeddings import Files
 from worker.device.text.encoder import TextEncoder
-from worker.device.vae_encoder import VaeEncoder
-from worker.device.vaes import Vae, Vaes
+from worker.device.vae.encoder import VaeEncoder
+from worker.device.vae.vaes import Vae, Vaes
 from worker.engine.runner import FirstPass, JobInputs
 
 

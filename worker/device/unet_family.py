@@ -21,7 +21,7 @@ from worker.contract.a1111_syntax import Piece
 from worker.contract.choices import PromptSyntax, Scheduler
 from worker.contract.errors import InvalidJobError
 from worker.contract.job import Job
-from worker.device import latent_rgb, unet_patches, vae_tiles
+from worker.device import latent_rgb, unet_patches
 from worker.device.attention import Layer, shape_of
 from worker.device.family import Lane, Schedulers, Text
 from worker.device.loras.job_set import Adaptable, RowLoras
@@ -31,6 +31,7 @@ from worker.device.text.clip import ClipTexts, Encoded, encoders_of
 from worker.device.text.embeddings import NO_OPTIONS, EmbeddingRoom, TextOptions
 from worker.device.text.encoder import cut_warning, unknown_words_warning
 from worker.device.text.job_text import TEXT_BIAS, Row
+from worker.device.vae import tiles
 from worker.model.beside import vae_files
 from worker.model.beside.lora_names import Targets
 from worker.model.checkpoint import inpainting_channels
@@ -289,7 +290,7 @@ class UNetFamily:
     def encode_picture(self, pixels: torch.Tensor, *, in_tiles: bool = False) -> torch.Tensor:
         """Mean and logarithm of the variance, (1, 2 * channels, ...); of a tiny VAE its latents."""
         vae = self._vae
-        found: Any = (vae_tiles.encode(vae, pixels) if in_tiles else vae.encode(pixels, return_dict=False))[0]
+        found: Any = (tiles.encode(vae, pixels) if in_tiles else vae.encode(pixels, return_dict=False))[0]
         encoded: torch.Tensor = found.parameters if self.draws_to_encode else found
         return encoded
 
@@ -357,12 +358,12 @@ class UNetFamily:
 
     @property
     def has_tiles(self) -> bool:
-        """Whether the VAE is built as `vae_tiles` knows it."""
-        return vae_tiles.is_known(self._vae)
+        """Whether the VAE is built as `worker.device.vae.tiles` knows it."""
+        return tiles.is_known(self._vae)
 
     def decode_in_tiles(self, latents: torch.Tensor) -> torch.Tensor:
         """As the whole, but for rounding."""
-        return vae_tiles.decode(self._vae, latents)
+        return tiles.decode(self._vae, latents)
 
     def to_rgb(self, lane: Lane, latents: torch.Tensor) -> torch.Tensor | None:
         """By the factors of its VAE (`latent_rgb`)."""

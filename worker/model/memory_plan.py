@@ -21,7 +21,7 @@ BASE: Final = GIB // 2
 MOVED: Final = GIB // 4
 #: Most pixels that are decoded at once, where memory allows: 8 pictures of 512 x 512.
 CHUNK_PIXELS: Final = 8 * 512 * 512
-#: What tiles take (`worker.device.vae_tiles`), in pixels that would be decoded whole: those of one tile, of
+#: What tiles take (`worker.device.vae.tiles`), in pixels that would be decoded whole: those of one tile, of
 #: 256 px with its margin; and of each picture a share, 1 in so many, for what is kept whole between levels.
 TILE_PIXELS, KEPT_SHARE = 320 * 320, 8
 #: Rows of a step: of the one guided job that must fit; of two, which share a step, so that batching is of

@@ -19,13 +19,13 @@ from tests.toy_flow import ToyFlow, loaded_toy
 from worker.contract.errors import InvalidJobError, SettingsError, SmallcatError
 from worker.contract.job import Job
 from worker.contract.settings import WorkerSettings
-from worker.device import vae_decoder
 from worker.device.compiling import compiler
 from worker.device.families import family_of
 from worker.device.family import ModelFamily
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
 from worker.device.step import batch_of, denoise
+from worker.device.vae import decoder
 
 CPU = torch.device("cpu")
 
@@ -54,8 +54,8 @@ class NeverFree(nullcontext[None]):
 
 
 @pytest.fixture
-def padded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runners compile and pad as on a GPU, though nothing is captured."""
+def padded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPoolExecutor]:
+    """Runners compile, on this thread, and pad as on a GPU, though nothing is captured."""
     with ThreadPoolExecutor(1) as thread:
         fake = SimpleNamespace(
             submit=thread.submit,
@@ -68,12 +68,12 @@ def padded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         # On a CPU, convolutions have another way from 16 pictures on.
-        monkeypatch.setattr(vae_decoder, "CPU_PIXELS", 8 * 64 * 64)
-        yield
+        monkeypatch.setattr(decoder, "CPU_PIXELS", 8 * 64 * 64)
+        yield thread
 
 
 @pytest.fixture
-def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch, padded_on_cpu: None) -> Iterator[None]:
+def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch, padded_on_cpu: ThreadPoolExecutor) -> Iterator[None]:
     """The same, and Dynamo traces."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
@@ -99,9 +99,8 @@ def test_batches_that_are_padded_for_compiled_steps_give_the_same_pictures(toy: 
     toy_flow_jobs.check(runner, pictures, toy)
 
 
-@pytest.mark.usefixtures("padded_on_cpu")
 def test_jobs_that_change_over_to_compiled_steps_give_the_same_pictures(
-    monkeypatch: pytest.MonkeyPatch, toy: ToyFlow
+    monkeypatch: pytest.MonkeyPatch, padded_on_cpu: ThreadPoolExecutor, toy: ToyFlow
 ) -> None:
     """Between two of their steps: what is compiled beside them takes over, with the padding of its graphs."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -115,6 +114,8 @@ def test_jobs_that_change_over_to_compiled_steps_give_the_same_pictures(
         outcomes = step(states)
         for state in states:
             steps.setdefault(state.job.seed, []).append(runner.is_compiled)
+        # What the step has begun to compile takes over at the next one, however long it takes.
+        padded_on_cpu.submit(lambda: None).result()
         return outcomes
 
     monkeypatch.setattr(runner, "step", noted)

@@ -17,7 +17,7 @@ from worker.device import warm_up
 from worker.device.loras.job_set import LayerFactors
 from worker.device.loras.text import TextLoras
 from worker.device.model_runner import ModelRunner
-from worker.device.vae_decoder import IN_TILES, VaeDecoder
+from worker.device.vae.decoder import IN_TILES, VaeDecoder
 from worker.model import loader
 from worker.model.memory_plan import UNPLANNED, Decoding, MemoryPlan, Texts
 from worker.model.moved_weights import MovedWeights

@@ -32,11 +32,11 @@ from worker.contract.errors import (
 from worker.contract.job import Job
 from worker.contract.scheduler_names import OFFERED
 from worker.contract.settings import WorkerSettings
-from worker.device import vae_tiles
 from worker.device.job_state import JobState
 from worker.device.model_runner import ModelRunner
 from worker.device.schedulers.samplers import CLASSES, class_of
 from worker.device.unet_family import UNetFamily
+from worker.device.vae import tiles
 from worker.engine.runner import Picture
 from worker.model import loader
 
@@ -683,7 +683,7 @@ def test_decoding_fails_for_one_job_alone(sd1: Model, monkeypatch: pytest.Monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sd1.loaded.pipeline.vae, "decode", fail)
-    monkeypatch.setattr(vae_tiles, "decode", fail)
+    monkeypatch.setattr(tiles, "decode", fail)
     (too_large,) = sd1.runner.decode(in_flight[:1])
     assert isinstance(too_large, JobTooLargeError)
     assert "64 x 64" in str(too_large)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from worker.device.vae_encoder import CALLS_BEFORE_COMPILING, VaeEncoder
+from worker.device.vae.encoder import CALLS_BEFORE_COMPILING, VaeEncoder
 from worker.model.memory_plan import CHUNK_PIXELS, Decoding
 
 SIDE = 8

@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 from tests import tiny_models
 from tests.worker.device.test_second_pass import REFERENCE, Model, a_job, upscaled
 from worker.contract.errors import JobTooLargeError, OutOfMemoryError
-from worker.device import vae_encoder, vae_tiles
 from worker.device.model_runner import ModelRunner
-from worker.device.vae_decoder import IN_TILES, NOT_WHOLE
-from worker.device.vae_encoder import VaeEncoder
+from worker.device.vae import tiles
+from worker.device.vae.decoder import IN_TILES, NOT_WHOLE
+from worker.device.vae.encoder import NOT_WHOLE as NOT_ENCODED_WHOLE
+from worker.device.vae.encoder import VaeEncoder
 from worker.model.memory_plan import Decoding
 
 ROOT = Path(__file__).parents[3]
@@ -65,8 +66,8 @@ def noise(*shape: int) -> torch.Tensor:
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """And attention of few queries at a time."""
-    monkeypatch.setattr(vae_tiles, "SIDE", 32)
-    monkeypatch.setattr(vae_tiles, "PAIRS", 500)
+    monkeypatch.setattr(tiles, "SIDE", 32)
+    monkeypatch.setattr(tiles, "PAIRS", 500)
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -78,16 +79,16 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiles_are_the_whole_but_for_rounding(name: str, dtype: torch.dtype) -> None:
     vae = a_vae(**VAES[name]).to(dtype)
     weights = {key: value.clone() for key, value in vae.state_dict().items()}
-    assert vae_tiles.is_known(vae)
+    assert tiles.is_known(vae)
     least = 100.0 if dtype == torch.float32 else LEAST_DB
     for height, width in ((40, 72), (8, 64)):
         pixels = noise(1, 3, height, width).to(dtype)
         whole = vae.encode(pixels).latent_dist
-        tiled = vae_tiles.encode(vae, pixels).latent_dist
+        tiled = tiles.encode(vae, pixels).latent_dist
         assert decibels(tiled.mean, whole.mean) >= least
         assert decibels(tiled.std, whole.std) >= least
         latents = noise(*whole.mean.shape).to(dtype)
-        assert decibels(vae_tiles.decode(vae, latents), vae.decode(latents).sample) >= least
+        assert decibels(tiles.decode(vae, latents), vae.decode(latents).sample) >= least
     assert all(torch.equal(value, weights[key]) for key, value in vae.state_dict().items())
 
 
@@ -97,7 +98,7 @@ def test_they_are_nearer_to_the_whole_than_diffusers_own() -> None:
     vae = a_vae()
     pixels, latents = noise(1, 3, 128, 128), noise(1, 4, 16, 16)
     whole = vae.encode(pixels).latent_dist.parameters, vae.decode(latents).sample
-    ours = vae_tiles.encode(vae, pixels).latent_dist.parameters, vae_tiles.decode(vae, latents)
+    ours = tiles.encode(vae, pixels).latent_dist.parameters, tiles.decode(vae, latents)
     vae.enable_tiling()
     theirs = vae.encode(pixels).latent_dist.parameters, vae.decode(latents).sample
     for found, other, expected in zip(ours, theirs, whole, strict=True):
@@ -120,14 +121,14 @@ class Largest(TorchDispatchMode):
 
 @torch.no_grad()
 def test_no_tensor_is_as_large_as_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae_tiles, "SIDE", 32)
-    monkeypatch.setattr(vae_tiles, "PAIRS", 1 << 10)
+    monkeypatch.setattr(tiles, "SIDE", 32)
+    monkeypatch.setattr(tiles, "PAIRS", 1 << 10)
     vae = a_vae()
     pixels, latents = noise(1, 3, 128, 128), noise(1, 4, 16, 16)
     most = []
     for run in (
         lambda: (vae.encode(pixels), vae.decode(latents)),
-        lambda: (vae_tiles.encode(vae, pixels), vae_tiles.decode(vae, latents)),
+        lambda: (tiles.encode(vae, pixels), tiles.decode(vae, latents)),
     ):
         with Largest() as largest:
             run()
@@ -137,7 +138,7 @@ def test_no_tensor_is_as_large_as_those_of_the_whole(monkeypatch: pytest.MonkeyP
 
 
 def test_vaes_of_other_kinds_have_no_tiles() -> None:
-    assert not vae_tiles.is_known(diffusers.AutoencoderTiny())
+    assert not tiles.is_known(diffusers.AutoencoderTiny())
     blocks = ("AttnUpDecoderBlock2D",) * 2
     model = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
@@ -145,7 +146,7 @@ def test_vaes_of_other_kinds_have_no_tiles() -> None:
         up_block_types=blocks,
         norm_num_groups=4,
     )
-    assert not vae_tiles.is_known(model)
+    assert not tiles.is_known(model)
 
 
 # --- when pictures are encoded in tiles ---------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_where_the_whole_does_not_fit_there_are_tiles_with_the_same_draws_and_fr
     assert all(torch.equal(each, whole) for each in tiled)
     encoded(encoder, 16)
     assert family.asked == [False, False, True, True, False]
-    assert caplog.messages == [vae_encoder.NOT_WHOLE % (8, 8)]
+    assert caplog.messages == [NOT_ENCODED_WHOLE % (8, 8)]
 
 
 def test_where_tiles_do_not_fit_either_it_is_said_and_tried_again() -> None:
@@ -247,7 +248,7 @@ def test_what_does_not_fit_is_drawn_as_diffusers_draws_the_whole(
         upscaled(image=REFERENCE, strength=0.5, upscaler="lanczos", seed=8),
     )
     size, small = (96, 96), (64, 64)
-    expected = {each % of for of in (size, small) for each in (NOT_WHOLE, vae_encoder.NOT_WHOLE)}
+    expected = {each % of for of in (size, small) for each in (NOT_WHOLE, NOT_ENCODED_WHOLE)}
     assert {each for each in caplog.messages if "tiles" in each} == expected
 
 
@@ -283,6 +284,6 @@ def test_tiles_of_the_bundled_model_are_the_whole() -> None:
     with Image.open(ROOT / "docs" / "contact-sheet.png") as sheet:
         crop = np.asarray(sheet.convert("RGB").crop((0, 0, 512, 384)), dtype=np.float32)
     pixels = torch.from_numpy(crop).movedim(-1, 0)[None] / 127.5 - 1.0
-    whole, tiled = (found.latent_dist.mean for found in (vae.encode(pixels), vae_tiles.encode(vae, pixels)))
+    whole, tiled = (found.latent_dist.mean for found in (vae.encode(pixels), tiles.encode(vae, pixels)))
     assert decibels(tiled, whole) >= 100
-    assert decibels(vae_tiles.decode(vae, whole), vae.decode(whole).sample) >= 100
+    assert decibels(tiles.decode(vae, whole), vae.decode(whole).sample) >= 100

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from tests import tiny_models
 from worker.contract.settings import WorkerSettings
 from worker.device.families import family_of
-from worker.device.vae_encoder import VaeEncoder
+from worker.device.vae.encoder import VaeEncoder
 from worker.model import half_vae, loader
 
 

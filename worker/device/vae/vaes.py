@@ -16,8 +16,8 @@ from worker.contract.job_files import vae_of
 from worker.device.compiling.compiler import Compiler
 from worker.device.family import ModelFamily
 from worker.device.text.embeddings import Files
-from worker.device.vae_decoder import VaeDecoder
-from worker.device.vae_encoder import VaeEncoder
+from worker.device.vae.decoder import VaeDecoder
+from worker.device.vae.encoder import VaeEncoder
 from worker.model.memory_plan import Decoding
 
 #: VAEs that are kept on the device, at most: one of SDXL in fp32 has 335 MB. Jobs in flight keep theirs.
