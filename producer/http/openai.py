@@ -241,7 +241,7 @@ def answer(error: Exception) -> Response:
     kind, code = _KINDS.get(status, ("server_error" if status >= 500 else "invalid_request_error", None))
     if isinstance(error, RefusedError) and status == 404:
         code = error.code or None
-    param = re.match(r"(\w+) is ", sentence_of(error))
+    param = re.match(r'(?:There is no job field ")?([a-z]\w*)(?:"| (?:is|has|holds) )', sentence_of(error))
     body = {
         "message": sentence_of(error),
         "type": kind,

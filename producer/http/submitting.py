@@ -13,6 +13,7 @@ from producer.http.limits import with_priority
 from producer.http.problems import InvalidJobsError, RefusedError
 from producer.http.sending import Ready
 from producer.ingest.message_templates import JobTemplates, TemplatedJob
+from producer.prompts.values import INEXACT
 from worker.contract.errors import InvalidJobError
 from worker.contract.explain import short
 from worker.contract.job import JOB_FIELDS
@@ -116,8 +117,8 @@ def _own(fields: dict[str, Any], caller: Caller) -> dict[str, Any]:
 
 
 def _whole(name: str, value: Any) -> Any:
-    """JSON has one kind of numbers: 20.0 is an integer."""
-    is_whole = type(value) is float and value.is_integer() and abs(value) < 2**63
+    """JSON has one kind of numbers: 20.0 is an integer, and a large one that has lost digits is none."""
+    is_whole = type(value) is float and value.is_integer() and abs(value) < INEXACT
     return int(value) if is_whole and name in _INTEGERS else value
 
 

@@ -36,7 +36,7 @@ _NULLS = frozenset(("null", "none", *_MISSING))
 _INTEGER = re.compile(r"[+-]?\d{1,30}(\.0*)?")
 _PERHAPS_THOUSANDS = re.compile(r"[+-]?\d{1,3}[.,]000")
 #: From here on a number with a fraction may stand for the integer beside it.
-_INEXACT = 2.0**53
+INEXACT: Final = 2.0**53
 _NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,40})?|\.\d{1,40})(e[+-]?\d{1,3})?", re.IGNORECASE)
 #: A comma in a weight, where it is the mark in numbers: `detail=0,8`.
 _COMMA_IN_NUMBER = re.compile(r"(=[ ]?[+-]?\d{0,30}),(?=\d)")
@@ -78,7 +78,7 @@ def value_of(field: FieldEntry, raw: Any, *, decimal_comma: bool = False) -> Any
         if field.kind is bool and raw in (0, 1):
             return bool(raw)
         if field.kind is int:
-            is_exact = isinstance(raw, float) and raw.is_integer() and abs(raw) < _INEXACT
+            is_exact = isinstance(raw, float) and raw.is_integer() and abs(raw) < INEXACT
             return int(raw) if is_exact else raw
         if field.kind is str:
             return short(raw) if isinstance(raw, int) and abs(raw) > 10**50 else str(raw)

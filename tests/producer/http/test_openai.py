@@ -95,6 +95,25 @@ def test_what_cannot_be_done_is_refused_in_openais_form(
     assert caught.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"size": "big"}, "size"),
+        ({"prompt": "a\0cat"}, "prompt"),
+        ({"extra_body": {"stpes": 3}}, "stpes"),
+        ({"extra_body": {"loras": {"pixel": 9}}}, "loras"),
+        # A number with a fraction, which has lost digits.
+        ({"extra_body": {"seed": 9007199254740993.0}}, "seed"),
+    ],
+)
+def test_a_refusal_says_which_parameter_it_is_about(
+    client: openai.OpenAI, given: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(**({"prompt": "a cat"} | given))
+    assert caught.value.param == param
+
+
 def test_a_model_that_nobody_serves_is_refused_at_once(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.images.generate(prompt="a cat", model="dall-e-3")
