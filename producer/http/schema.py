@@ -82,6 +82,10 @@ def schemas() -> Mapping[str, Any]:
     job["properties"] = {name: job["properties"][name] for name in WRITTEN_FIELDS}
     for name, field in WRITTEN_FIELDS.items():
         job["properties"][name].setdefault("title", field.label)
+    for name in ("image", "mask"):
+        # They may be null, which is read as not given; `Job` keeps a text.
+        text = {"type": job["properties"][name].pop("type")}
+        job["properties"][name]["anyOf"] = [text, {"type": "null"}]
     job["properties"]["webhook"] = dict(WEBHOOK)
     record = _of(JobRecord, "serialization", found)
     record.pop("description", None)

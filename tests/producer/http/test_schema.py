@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.producer.http.conftest import Api
+from worker.contract.errors import InvalidJobError
 from worker.contract.job import WRITTEN_FIELDS, Job
 from worker.contract.job_fields import help_lines
 from worker.contract.webhook import MAX_WEBHOOK
@@ -32,6 +33,18 @@ def test_the_schema_of_a_job_is_made_from_the_table(document: Any) -> None:
     assert {name: each["description"] for name, each in schema["properties"].items()} == texts
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["prompt"]
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN_FIELDS if name != "prompt"])
+def test_null_is_in_the_schema_where_it_means_not_given(document: Any, name: str) -> None:
+    field = document["components"]["schemas"]["Job"]["properties"][name]
+    is_said = {"type": "null"} in field.get("anyOf", [])
+    try:
+        Job.parse({"prompt": "a cat", name: None})
+    except InvalidJobError:
+        assert not is_said, field
+    else:
+        assert is_said, field
 
 
 def test_every_path_says_what_it_answers(document: Any) -> None:
