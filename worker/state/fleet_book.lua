@@ -7,7 +7,7 @@
 --            :served   hash  group -> what it serves and reads, and whether it pauses, as members of a JSON object
 --            :version  string, changed with each change of the digest; :seen the one that was last noted
 --            :of:<group>  zset  names of a group, by when they started
--- digest   the key of the digest: JSON, see `worker.state.fleet.Digest`
+-- digest   the key of the digest: JSON, see `worker.state.fleet`
 -- names    the key of the set of all names, where workers of earlier versions are, too
 -- include ../contract/clock.lua
 local time = tonumber(now())

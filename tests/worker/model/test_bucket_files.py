@@ -17,7 +17,7 @@ import pytest
 
 from worker.contract.file_index import Kind
 from worker.model.beside.bucket_files import STALE_S, BucketFiles
-from worker.model.beside.file_entries import sha256_of
+from worker.model.beside.file_kinds import KINDS
 from worker.model.beside.file_places import Found
 from worker.storage.bucket import StoredObject
 
@@ -103,7 +103,7 @@ def test_a_file_with_a_config_comes_and_goes_with_it(tmp_path: Path) -> None:
     files = BucketFiles(tmp_path / "files", lambda _: bucket, limit=1 << 20)
     adapter = found("cat/adapter_model.safetensors", "cat/adapter_config.json")
     with files.copied(adapter) as path:
-        sha256 = sha256_of(Kind.LORA, path)
+        sha256 = KINDS[Kind.LORA].sha256_of(path)
     for _ in range(2):
         kept = files.fetch(adapter, sha256)
         assert kept == tmp_path / "files" / sha256 / "adapter_model.safetensors"

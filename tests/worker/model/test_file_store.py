@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -31,6 +32,7 @@ from worker.contract.job import Job
 from worker.contract.job_files import with_files
 from worker.contract.served_model import Defaults, ServedModel
 from worker.model.beside import bucket_files, embedding_files, file_store, lora_header
+from worker.model.beside.file_kinds import KINDS
 from worker.model.beside.file_store import FileStore
 from worker.model.beside.lora_scales import Settings
 from worker.storage.bucket import StoredObject
@@ -367,7 +369,8 @@ def test_a_worker_that_stops_does_not_wait_for_a_file(tmp_path: Path) -> None:
 
 
 def test_an_object_that_is_too_large_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket_files, "_MOST", {Kind.EMBEDDING: 100})
+    small = dataclasses.replace(KINDS[Kind.EMBEDDING], most=100)
+    monkeypatch.setattr(bucket_files, "KINDS", {Kind.EMBEDDING: small})
     bucket = FakeBucket({"s3://b/e/x.safetensors": embedding()})
     files = store("s3://b/e", tmp_path, remote_of=lambda _: bucket)
     assert "more than 100 bytes" in by_name(files)["x"].problem

@@ -18,30 +18,17 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import NamedTuple
 
 from worker.contract.errors import EngineStoppedError, SettingsError
-from worker.contract.file_index import Kind
-from worker.model.beside import embedding_files, lora_header, lora_scales, vae_files
-from worker.model.beside.file_entries import sha256_of
+from worker.model.beside.file_kinds import KINDS
 from worker.model.beside.file_places import REMOTE, SUFFIX, Found, Remote
 
 logger = logging.getLogger("smallcat.files")
 
-#: Bytes of a file that is copied from a bucket, at most, by its kind.
-_MOST: Mapping[Kind, int] = MappingProxyType(
-    {
-        Kind.EMBEDDING: embedding_files.MAX_BYTES,
-        Kind.VAE: vae_files.MAX_BYTES,
-        Kind.LORA: lora_header.MAX_BYTES,
-    }
-)
-#: Bytes of a config, at most. Whoever reads one has a limit of its kind, and names it.
-_MOST_CONFIG = max(lora_scales.MAX_CONFIG, vae_files.MAX_CONFIG) + 1
 #: Bytes that are copied at a time.
 _PIECE = 1 << 20
 #: Seconds after which a file that is on its way, and grows no longer, is what a worker left that was killed.
@@ -112,7 +99,7 @@ class BucketFiles:
             self._make_room(found.size)
             begun_s = time.monotonic()
             with self.copied(found) as path:
-                if sha256_of(found.kind, path) != sha256:
+                if KINDS[found.kind].sha256_of(path) != sha256:
                     return None
                 kept = self._keep(path, sha256)
             taken_s = time.monotonic() - begun_s
@@ -126,14 +113,15 @@ class BucketFiles:
         `on_piece` is called while it is copied. Raises `StorageError`, `OSError`, `SettingsError` for one
         that is too large, `EngineStoppedError` after `stop`.
         """
-        folder = self._folder / f".{secrets.token_hex(8)}.part"
+        kind, folder = KINDS[found.kind], self._folder / f".{secrets.token_hex(8)}.part"
         folder.mkdir(parents=True)
         try:
             path = folder / f"{PurePosixPath(found.where).stem}{SUFFIX}"
             if found.config:
                 beside = path.with_name(PurePosixPath(found.config).name)
-                self._copy(found.config, beside, _MOST_CONFIG, on_piece)
-            self._copy(found.where, path, _MOST[found.kind], on_piece)
+                # One byte more than whoever reads it takes, who then names it and its limit.
+                self._copy(found.config, beside, kind.most_config + 1, on_piece)
+            self._copy(found.where, path, kind.most, on_piece)
             yield path
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from worker.contract.errors import ServiceError, SmallcatError
 from worker.contract.file_index import MAX_FILES, FileEntry, Kind, composed_name, name_problem
 from worker.contract.plain_text import plain
-from worker.model.beside import embedding_files, file_content, lora_files, vae_files
+from worker.model.beside import lora_files
+from worker.model.beside.file_kinds import KINDS
 from worker.model.beside.file_places import Found
 from worker.model.index import PICKLE_REASON
 
@@ -26,21 +26,6 @@ _UNREADABLE = (OSError, SmallcatError, ValueError, TypeError, ArithmeticError, R
 
 #: Where what is known of files is kept, in the cache; and the version of how they are described.
 REMEMBERED, DESCRIBED = "known.json", 1
-#: What a file fits, and why it cannot be used, by its kind.
-_DESCRIBE: Mapping[Kind, Callable[[Path], tuple[str, str]]] = MappingProxyType(
-    {Kind.EMBEDDING: embedding_files.describe, Kind.VAE: vae_files.describe, Kind.LORA: lora_files.describe}
-)
-
-
-#: The SHA-256 of a file's content, by its kind.
-_SHA256: Mapping[Kind, Callable[[Path], str]] = MappingProxyType(
-    {Kind.EMBEDDING: file_content.sha256_of, Kind.VAE: vae_files.sha256_of, Kind.LORA: lora_files.sha256_of}
-)
-
-
-def sha256_of(kind: Kind, path: Path) -> str:
-    """The SHA-256 of a file's content: of the file, or of that and its config. Raises `OSError`."""
-    return _SHA256[kind](path)
 
 
 def entry_by_name(found: Found) -> FileEntry:
@@ -54,10 +39,10 @@ def entry_by_name(found: Found) -> FileEntry:
 
 def entry_by_content(found: Found, path: Path) -> FileEntry:
     """What is to be known of a file, which is at `path` on this machine. Raises `ServiceError`."""
-    named = entry_by_name(found)
+    named, kind = entry_by_name(found), KINDS[found.kind]
     try:
-        size, sha256 = path.stat().st_size, sha256_of(found.kind, path)
-        fits, problem = _DESCRIBE[found.kind](path)
+        size, sha256 = path.stat().st_size, kind.sha256_of(path)
+        fits, problem = kind.describe(path)
     except _UNREADABLE as error:
         return with_error(named, error)
     known = {

@@ -6,26 +6,22 @@ name. A file of some kinds has a config beside it that is part of its content.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
-from types import MappingProxyType
 from typing import IO, NamedTuple, Protocol, TypeVar
 
 from worker.contract.errors import SettingsError
 from worker.contract.file_index import Kind
 from worker.contract.given_file import at_home
-from worker.model.beside import lora_hub, lora_scales, vae_files
+from worker.model.beside import lora_hub, vae_files
+from worker.model.beside.file_kinds import KINDS
 from worker.model.index import PICKLED
 
 SUFFIX, REMOTE = ".safetensors", "s3://"
 #: Names of files that say nothing: their folder's name counts.
 _GENERAL = ("learned_embeds", "diffusion_pytorch_model", "model", *lora_hub.GENERAL)
-#: The name of the config beside a file of a kind, by that of the file; empty: it has none.
-_CONFIGS: Mapping[Kind, Callable[[PurePath], str]] = MappingProxyType(
-    {Kind.VAE: vae_files.config_name, Kind.LORA: lora_scales.config_name}
-)
 
 _Path = TypeVar("_Path", bound=PurePath)
 
@@ -118,7 +114,7 @@ def on_disk(place: Place) -> Iterator[Found]:
         raise SettingsError(f"{root} is no longer there.")
     paths = [root] if root.is_file() else sorted(each for each in root.rglob("*") if each.is_file())
     for path in _chosen(paths):
-        config = _config_name(place.kind, path)
+        config = KINDS[place.kind].config_name(path)
         beside = [path.with_name(config)] if config else []
         stats = [each.stat() for each in (path, *beside) if each.is_file()]
         # The last one changes with every write, also where `cp -p` sets the time of another file.
@@ -135,7 +131,7 @@ def in_bucket(place: Place, remote: Remote) -> Iterator[Found]:
     listed = {each.uri: each for each in remote.listed(root)}
     paths = {PurePosixPath(uri.removeprefix(REMOTE)): uri for uri in listed}
     for path in _chosen(paths):
-        uri, config = paths[path], _config_name(place.kind, path)
+        uri, config = paths[path], KINDS[place.kind].config_name(path)
         if is_one and uri != place.where:
             continue
         beside = paths.get(path.with_name(config), "") if config else ""
@@ -152,10 +148,6 @@ def _chosen(paths: Iterable[_Path]) -> Iterator[_Path]:
         is_other = path.suffix.lower() in PICKLED or path.stem.endswith(".fp16")
         if not is_other or f"{plain.as_posix()}{SUFFIX}".lower() not in known:
             yield path
-
-
-def _config_name(kind: Kind, path: PurePath) -> str:
-    return _CONFIGS[kind](path) if kind in _CONFIGS else ""
 
 
 def _name(path: PurePath, folder: str) -> str:
