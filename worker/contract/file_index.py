@@ -18,6 +18,8 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict
 
 from worker.contract.embedding_names import EmbeddingNames
+from worker.contract.job_checks import NO_VAE
+from worker.contract.loras import SUFFIX
 from worker.contract.spelling import Names
 
 #: Characters of a file's name, at most, and what it may not have: marks of prompts and of infotexts.
@@ -184,6 +186,11 @@ def name_problem(name: str, kind: str = Kind.EMBEDDING) -> str:
     marks = LORA_MARKS if kind == Kind.LORA else MARKS
     if not name.strip() or len(name) > MAX_NAME:
         return f"its name has {len(name)} characters: rename it, to 1 to {MAX_NAME}"
+    # In a job's fields these are left out, and the words say that it asks for no VAE.
+    if kind == Kind.VAE and name.lower() in NO_VAE:
+        return "its name says that there is none: rename it"
+    if name != name.strip() or name.endswith(SUFFIX):
+        return f'its name begins or ends with a blank, or has "{SUFFIX}" twice: rename it'
     if not name.isprintable() or (found := next((each for each in name if each in marks), "")):
         shown = f'"{found}"' if name.isprintable() else "an unprintable character"
         return f"its name has {shown}, which means something else in a prompt: rename it"

@@ -231,12 +231,16 @@ def _depth(value: object, most: int) -> int:
     return deepest
 
 
+#: AUTOMATIC1111's words for the model's own VAE, in lower case.
+NO_VAE = ("automatic", "none")
+
+
 def named_vae(value: object) -> object:
-    """AUTOMATIC1111's words for the model's own VAE as none, and its names without a suffix."""
+    """The words for the model's own VAE as none, and AUTOMATIC1111's names of others without a suffix."""
     if not isinstance(value, str):
         return value
     name = value.strip()
-    return "" if name.lower() in ("automatic", "none") else name.removesuffix(".safetensors")
+    return "" if name.lower() in NO_VAE else name.removesuffix(".safetensors")
 
 
 #: Files that a job may use beside its model, at most.

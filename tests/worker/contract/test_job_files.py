@@ -159,6 +159,21 @@ def test_names_that_mean_something_else_in_a_prompt_are_no_names(name: str) -> N
     assert name_problem(name).endswith(("rename it", f"rename it, to 1 to {MAX_NAME}"))
 
 
+@pytest.mark.parametrize("name", ["x ", "\u3000x", "x.safetensors"])
+@pytest.mark.parametrize("kind", [Kind.LORA, Kind.VAE])
+def test_a_name_that_no_job_can_ask_for_is_none(name: str, kind: Kind) -> None:
+    """Fields of jobs are read without blanks around a name, and without a file's suffix."""
+    field = {"loras": {name: 1}} if kind == Kind.LORA else {"vae": name}
+    job = Job.parse({"prompt": "a", **field})
+    assert [*(each.name for each in job.loras), job.vae][0] == "x"
+    assert name_problem(name, kind).endswith("twice: rename it")
+
+
+def test_a_vae_cannot_be_called_what_means_none() -> None:
+    assert name_problem("None", Kind.VAE) == "its name says that there is none: rename it"
+    assert not name_problem("none", Kind.LORA)
+
+
 def test_brackets_are_letters_in_the_name_of_a_lora() -> None:
     assert not name_problem("add_detail (v2) [final]", Kind.LORA)
     assert name_problem("a:b", Kind.LORA).endswith("rename it")
