@@ -144,9 +144,9 @@ class _Gate(torch.nn.Module):
         """As the original's."""
         found = self._site.here()
         if found is not None and found[0].by_kernel and self.proj.bias is not None:
-            current, owners = found
+            current, job_of_row = found
             loras = current.loras
-            rows = loras.table, owners, loras.room, self._site.index
+            rows = loras.table, job_of_row, loras.room, self._site.index
             gated: torch.Tensor
             if isinstance(self.proj, fp8.Fp8Linear):
                 given = fp8.arguments(x, [self.proj])
@@ -172,14 +172,14 @@ class _Conv(torch.nn.Module):
         if found is None:
             result: torch.Tensor = conv(x)
             return result
-        current, owners = found
+        current, job_of_row = found
         loras, weight = current.loras, conv.weight
         if not current.by_kernel:
-            output = each_job(x, weight, self._site.names[0], loras, owners, self._convolved, self._low)
+            output = each_job(x, weight, self._site.names[0], loras, job_of_row, self._convolved, self._low)
         elif conv.kernel_size == (1, 1) and conv.stride == (1, 1):
             flat = x.permute(0, 2, 3, 1)
             (product,) = torch.ops.smallcat.lora_linears(
-                flat.flatten(1, 2), [weight.flatten(1)], loras.table, owners, loras.room, self._site.index
+                flat.flatten(1, 2), [weight.flatten(1)], loras.table, job_of_row, loras.room, self._site.index
             )
             output = product.unflatten(1, flat.shape[1:3]).permute(0, 3, 1, 2)
         else:
@@ -187,7 +187,7 @@ class _Conv(torch.nn.Module):
                 x,
                 weight,
                 loras.table,
-                owners,
+                job_of_row,
                 loras.room,
                 self._site.index,
                 conv.stride[0],
@@ -220,17 +220,17 @@ class _Upsampler(torch.nn.Module):
         if found is None or output_size is not None:
             result: torch.Tensor = self.patched(x, output_size)
             return result
-        current, owners = found
+        current, job_of_row = found
         loras = current.loras
         bias = self.patched.bias[: len(self.patched.bias) // 4, None, None]
         if current.by_kernel:
             output: torch.Tensor = torch.ops.smallcat.lora_upsampler(
-                self.patched(x) - bias, x, loras.table, owners, loras.room, self._site.index
+                self.patched(x) - bias, x, loras.table, job_of_row, loras.room, self._site.index
             )
             return output + bias
         weight = self.patched.original.conv.original.weight
         larger = functional.interpolate(x, scale_factor=2.0)
-        return each_job(larger, weight, self._site.names[0], loras, owners, _padded, _padded_low) + bias
+        return each_job(larger, weight, self._site.names[0], loras, job_of_row, _padded, _padded_low) + bias
 
 
 def _padded(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Layers with LoRAs as operators of torch, which the compiler does not trace into.
 
-Each takes the addresses of the jobs' factors, `table`, and the job of each of its rows, `owners`; see
+Each takes the addresses of the jobs' factors, `table`, and the job of each of its rows, `job_of_row`; see
 `worker.device.loras.job_set`. `room` has the length of the largest rank. Outputs are without the layer's
 bias, unless said. The kernels are launched by `worker.device.loras.products`.
 """
@@ -15,7 +15,7 @@ from torch import library
 from worker.device.fp8.quantising import scaled_product
 from worker.device.gpu import HAS_TRITON
 
-_ROWS = "Tensor table, Tensor owners, Tensor room, int layer"
+_ROWS = "Tensor table, Tensor job_of_row, Tensor room, int layer"
 #: A quantised input and the layers that take it: see `worker.device.fp8.layers.arguments`.
 _FP8 = "Tensor values, Tensor scales, Tensor[] weights, Tensor[] weight_scales, ScalarType out_dtype"
 
@@ -39,14 +39,14 @@ def linears(
     x: torch.Tensor,
     weights: list[torch.Tensor],
     table: torch.Tensor,
-    owners: torch.Tensor,
+    job_of_row: torch.Tensor,
     room: torch.Tensor,
     layer: int,
 ) -> list[torch.Tensor]:
     """Up to three linear layers of one input, (rows, tokens, width), the first one `layer` in the table."""
     x = x.contiguous()
     outputs = [torch.nn.functional.linear(x, weight) for weight in weights]
-    _products().add(x, outputs, table, owners, layer, len(room))
+    _products().add(x, outputs, table, job_of_row, layer, len(room))
     return outputs
 
 
@@ -54,10 +54,7 @@ def linears(
 def _(
     x: torch.Tensor,
     weights: list[torch.Tensor],
-    table: torch.Tensor,
-    owners: torch.Tensor,
-    room: torch.Tensor,
-    layer: int,
+    *_: object,
 ) -> list[torch.Tensor]:
     return [x.new_empty((*x.shape[:-1], len(weight))) for weight in weights]
 
@@ -72,14 +69,14 @@ def gate(
     weight: torch.Tensor,
     bias: torch.Tensor,
     table: torch.Tensor,
-    owners: torch.Tensor,
+    job_of_row: torch.Tensor,
     room: torch.Tensor,
     layer: int,
 ) -> torch.Tensor:
     """GEGLU: a linear layer with its bias, and one half of its output times the GELU of the other."""
     x = x.contiguous()
     output = torch.nn.functional.linear(x, weight)
-    gated: torch.Tensor = _products().gated(x, output, bias, table, owners, layer, len(room))
+    gated: torch.Tensor = _products().gated(x, output, bias, table, job_of_row, layer, len(room))
     return gated
 
 
@@ -87,11 +84,7 @@ def gate(
 def _(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
-    table: torch.Tensor,
-    owners: torch.Tensor,
-    room: torch.Tensor,
-    layer: int,
+    *_: object,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], len(weight) // 2))
 
@@ -107,7 +100,7 @@ def fp8_linears(
     weight_scales: list[torch.Tensor],
     out_dtype: torch.dtype,
     table: torch.Tensor,
-    owners: torch.Tensor,
+    job_of_row: torch.Tensor,
     room: torch.Tensor,
     layer: int,
 ) -> list[torch.Tensor]:
@@ -117,7 +110,7 @@ def fp8_linears(
         scaled_product(values, scales, *each, out_dtype).to(x.dtype)
         for each in zip(weights, weight_scales, strict=True)
     ]
-    _products().add(x, outputs, table, owners, layer, len(room))
+    _products().add(x, outputs, table, job_of_row, layer, len(room))
     return outputs
 
 
@@ -127,12 +120,7 @@ def _(
     values: torch.Tensor,
     scales: torch.Tensor,
     weights: list[torch.Tensor],
-    weight_scales: list[torch.Tensor],
-    out_dtype: torch.dtype,
-    table: torch.Tensor,
-    owners: torch.Tensor,
-    room: torch.Tensor,
-    layer: int,
+    *_: object,
 ) -> list[torch.Tensor]:
     return [x.new_empty((*x.shape[:-1], len(weight))) for weight in weights]
 
@@ -149,14 +137,14 @@ def fp8_gate(
     out_dtype: torch.dtype,
     bias: torch.Tensor,
     table: torch.Tensor,
-    owners: torch.Tensor,
+    job_of_row: torch.Tensor,
     room: torch.Tensor,
     layer: int,
 ) -> torch.Tensor:
     """`gate`, of one layer in FP8. x: its input, from which `values` and `scales` are."""
     x = x.contiguous()
     output = scaled_product(values, scales, weights[0], weight_scales[0], out_dtype).to(x.dtype)
-    gated: torch.Tensor = _products().gated(x, output, bias, table, owners, layer, len(room))
+    gated: torch.Tensor = _products().gated(x, output, bias, table, job_of_row, layer, len(room))
     return gated
 
 
@@ -166,13 +154,7 @@ def _(
     values: torch.Tensor,
     scales: torch.Tensor,
     weights: list[torch.Tensor],
-    weight_scales: list[torch.Tensor],
-    out_dtype: torch.dtype,
-    bias: torch.Tensor,
-    table: torch.Tensor,
-    owners: torch.Tensor,
-    room: torch.Tensor,
-    layer: int,
+    *_: object,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], len(weights[0]) // 2))
 
@@ -186,7 +168,7 @@ def conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     table: torch.Tensor,
-    owners: torch.Tensor,
+    job_of_row: torch.Tensor,
     room: torch.Tensor,
     layer: int,
     stride: int,
@@ -198,7 +180,7 @@ def conv(
     output = output.contiguous(memory_format=torch.channels_last)
     size = weight.shape[2], weight.shape[3]
     _products().add_convolved(
-        x, output, table, owners, layer, len(room), kernel=size, stride=stride, padding=padding, scale=1
+        x, output, table, job_of_row, layer, len(room), kernel=size, stride=stride, padding=padding, scale=1
     )
     return output
 
@@ -208,7 +190,7 @@ def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     table: torch.Tensor,
-    owners: torch.Tensor,
+    job_of_row: torch.Tensor,
     room: torch.Tensor,
     layer: int,
     stride: int,
@@ -225,7 +207,7 @@ def upsampler(
     y: torch.Tensor,
     x: torch.Tensor,
     table: torch.Tensor,
-    owners: torch.Tensor,
+    job_of_row: torch.Tensor,
     room: torch.Tensor,
     layer: int,
 ) -> torch.Tensor:
@@ -233,7 +215,7 @@ def upsampler(
     output = y.clone(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     _products().add_convolved(
-        x, output, table, owners, layer, len(room), kernel=(3, 3), stride=1, padding=1, scale=2
+        x, output, table, job_of_row, layer, len(room), kernel=(3, 3), stride=1, padding=1, scale=2
     )
     return output
 
@@ -241,10 +223,6 @@ def upsampler(
 @upsampler.register_fake
 def _(
     y: torch.Tensor,
-    x: torch.Tensor,
-    table: torch.Tensor,
-    owners: torch.Tensor,
-    room: torch.Tensor,
-    layer: int,
+    *_: object,
 ) -> torch.Tensor:
     return torch.empty_like(y, memory_format=torch.channels_last)

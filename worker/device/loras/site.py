@@ -84,14 +84,14 @@ class Site:
         found = self.here()
         if found is None:
             return fp8.products(x, layers)
-        current, owners = found
+        current, job_of_row = found
         loras, named = current.loras, zip(self.names[first:], layers, strict=False)
         if not current.by_kernel:
             return [
-                each_job(x, _values(layer), name, loras, owners, _product(layer), _linear)
+                each_job(x, _values(layer), name, loras, job_of_row, _product(layer), _linear)
                 for name, layer in named
             ]
-        rows = loras.table, owners, loras.room, self.index + first
+        rows = loras.table, job_of_row, loras.room, self.index + first
         outputs: list[torch.Tensor]
         if isinstance(layers[0], fp8.Fp8Linear):
             outputs = torch.ops.smallcat.lora_fp8_linears(x, *fp8.arguments(x, layers), *rows)
@@ -105,7 +105,7 @@ def each_job(
     weight: torch.Tensor,
     name: str,
     loras: RowLoras,
-    owners: torch.Tensor,
+    job_of_row: torch.Tensor,
     layer: Any,
     factor: Any = None,
 ) -> torch.Tensor:
@@ -118,7 +118,7 @@ def each_job(
     for job, lora_set in enumerate(loras.sets):
         factors = lora_set.layers.get(name) if lora_set is not None else None
         if factors is not None:
-            rows = (owners == job).nonzero().flatten()
+            rows = (job_of_row == job).nonzero().flatten()
             output[rows] = with_factors(output[rows], x[rows], weight, factors, layer, factor or layer)
     return output
 
