@@ -59,7 +59,10 @@ def check(prompt: str, negative: str, steps: int | None, done: int = 0) -> None:
     """
     if asked := networks(prompt):
         shown = ", ".join(dict.fromkeys(each if len(each) <= 60 else f"{each[:57]}..." for each in asked[:3]))
-        raise ValueError(f"is a1111, and the prompt asks for {shown}: not offered, take it out")
+        # LoRAs are out of the prompt by now, but for those whose kind is written otherwise.
+        is_lora = all(each[1:6].lower() in ("lora:", "lyco:") for each in asked)
+        remedy = "write <lora:...> in small letters" if is_lora else "not offered, take it out"
+        raise ValueError(f"is a1111, and the prompt asks for {shown}: {remedy}")
     composed = parts(prompt)
     if len(composed) > MAX_PARTS:
         raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from worker.contract.choices import PromptSyntax
 from worker.contract.explain import short
-from worker.contract.loras import SUFFIX, Lora, Misread, lora_of, number_text, read_loras
+from worker.contract.loras import SUFFIX, Lora, Misread, lora_of, number_text, read_loras, weight_of
 
 #: A comment, or an extra network: a comment in one is no part of it.
 _FOUND: Final = re.compile(r"#[^\n]*+|<(\w+):((?:[^>#]++|#[^\n]*+)++)>")
@@ -106,12 +106,7 @@ def _lora(tag: str, arguments: str) -> Lora:
 
 
 def _number(tag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(
-            f"has {short(tag)} in the prompt, and {short(text)} is no weight: write a number, -4 to 4"
-        ) from None
+    return weight_of(text, f"{short(tag)} in the prompt")
 
 
 def tags_of(loras: Iterable[Lora]) -> str:

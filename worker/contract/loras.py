@@ -181,17 +181,24 @@ def _of_text(text: str) -> Iterator[Lora]:
                 f"has {short(part.strip())}: write name, name=0.8, or name=0.8:te=0.5 for another weight "
                 "in the text encoders"
             )
-        text_weight = _number(part, text_weights[0].removeprefix(_TEXT_WEIGHT)) if text_weights else None
-        yield lora_of(name, _number(part, weight), text_weight) if equals else lora_of(head, 1.0, text_weight)
+        where = short(part.strip())
+        text_weight = weight_of(text_weights[0].removeprefix(_TEXT_WEIGHT), where) if text_weights else None
+        yield (
+            lora_of(name, weight_of(weight, where), text_weight)
+            if equals
+            else lora_of(head, 1.0, text_weight)
+        )
 
 
-def _number(part: str, text: str) -> float:
+def weight_of(text: str, where: str) -> float:
+    """A weight that is written as text. Raises `ValueError`, with `where` it stands, as `read_loras` does."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(
-            f"has {short(part.strip())}, and {short(text.strip())} is no weight: write a number, -4 to 4"
-        ) from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"has {where}, and {short(text.strip())} is no weight: write a number, -4 to 4")
+    return value
 
 
 def shown_loras(value: object) -> str:

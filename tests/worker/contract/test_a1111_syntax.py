@@ -134,6 +134,10 @@ def test_what_is_behind_a_number_sign_is_a_comment() -> None:
             "prompt_syntax is a1111, and the prompt asks for <hypernet:pixel:0.8>: not offered, take it out.",
         ),
         (
+            {"prompt": "a cat <LORA:pixel:0.8>"},
+            "prompt_syntax is a1111, and the prompt asks for <LORA:pixel:0.8>: write <lora:...> in small",
+        ),
+        (
             {"prompt": " AND ".join("x" * (MAX_PARTS + 1))},
             "prompt_syntax is a1111, and AND parts the prompt into 17, the limit is 16: take fewer.",
         ),

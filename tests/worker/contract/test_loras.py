@@ -102,6 +102,8 @@ def test_their_order_does_not_count() -> None:
         ({"detail": float("nan")}, "loras has the weight nan for 'detail': it must be -4 to 4."),
         ({"detail": "x"}, "loras has the weight 'x' for 'detail': it must be a number, -4 to 4."),
         ({"detail": True}, "loras has the weight True for 'detail': it must be a number, -4 to 4."),
+        ("detail=1e400", "loras has 'detail=1e400', and '1e400' is no weight: write a number, -4 to 4."),
+        ("detail=1:te=nan", "loras has 'detail=1:te=nan', and 'nan' is no weight: write a number, -4 to 4."),
         ("detail=much", "loras has 'detail=much', and 'much' is no weight: write a number, -4 to 4."),
         ("a=1; a=2", "loras has 'a' twice: name it once, with one weight."),
         ("a; a=0", "loras has 'a' twice: name it once, with one weight."),
