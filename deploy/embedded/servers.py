@@ -198,12 +198,11 @@ class HttpProcess(_Server):
         self,
         home: Home,
         environment: Callable[[], Mapping[str, str]],
-        name: str = "http",
         *,
         webhooks: bool = False,
     ) -> None:
         """`webhooks`: it tells webhooks, too; those of this machine are permitted."""
-        super().__init__(home, name)
+        super().__init__(home, "http")
         self.key = self._kept["key"]
         self._variables = environment
         #: The variables of whoever submits jobs with a webhook, and of a receiver; empty without `webhooks`.

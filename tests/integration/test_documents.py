@@ -147,7 +147,7 @@ def test_the_pictures_that_begin_with_pictures(exports: str, tmp_path: Path) -> 
 
     for folder in (tmp_path, ROOT / "docs" / "pictures-in"):
         cat, dog, blue = (Image.open(folder / f"{name}.png") for name in ("cat", "dog", "blue"))
-        assert (recognise(cat), recognise(dog)) == (["cat"], ["dog"])
+        assert (recognise(cat), recognise(dog)) == ("cat", "dog")
         cut_out = np.asarray(Image.open(ROOT / "docs" / "cut-outs" / "sneaker.png"))
         opaque, clear = cut_out[..., 3] == 255, cut_out[..., 3] == 0
         pixels = np.asarray(blue, np.int16)

@@ -129,11 +129,10 @@ _shipped = functools.cache(load_classifier)
 
 
 @torch.no_grad()
-def recognise(image: Image.Image, k: int = 1) -> list[str]:
-    """The `k` most likely names of what the image shows, most likely first: "cat", "house", ..."""
+def recognise(image: Image.Image) -> str:
+    """The most likely name of what the image shows: "cat", "house", ..."""
     model, names = _shipped()
-    scores = model(as_input(image)[None])[0]
-    return [names[index] for index in scores.topk(k).indices.tolist()]
+    return names[int(model(as_input(image)[None])[0].argmax())]
 
 
 def as_input(image: Image.Image) -> torch.Tensor:
