@@ -38,6 +38,13 @@ WEBHOOK: Final = {
     "title": "Webhook",
     "description": "Address of https that is told how it ended: see docs/webhooks.md.",
 }
+#: What fields may be given as, beside the form in which `Job` keeps them.
+_ALSO_TAKEN: Final[Mapping[str, list[dict[str, Any]]]] = {
+    # Read as not given.
+    **dict.fromkeys(("image", "mask"), [{"type": "null"}]),
+    # As a text, as weights by name, and as a list with texts.
+    "loras": [{"type": "string"}, {"type": "object"}, {"type": "array", "contains": {"type": "string"}}],
+}
 _ID: Final = {"type": "string", "pattern": f"^{JOB_ID}$", "description": "The job's id: equal jobs have one."}
 _SUBMISSION: Final = {
     "type": "string",
@@ -82,10 +89,11 @@ def schemas() -> Mapping[str, Any]:
     job["properties"] = {name: job["properties"][name] for name in WRITTEN_FIELDS}
     for name, field in WRITTEN_FIELDS.items():
         job["properties"][name].setdefault("title", field.label)
-    for name in ("image", "mask"):
-        # They may be null, which is read as not given; `Job` keeps a text.
-        text = {"type": job["properties"][name].pop("type")}
-        job["properties"][name]["anyOf"] = [text, {"type": "null"}]
+    for name, others in _ALSO_TAKEN.items():
+        field = job["properties"][name]
+        kept = {word: field.pop(word) for word in ("type", "items", "maxItems") if word in field}
+        # Last, which is how the page asks for it.
+        field["anyOf"] = [*others, kept]
     job["properties"]["webhook"] = dict(WEBHOOK)
     record = _of(JobRecord, "serialization", found)
     record.pop("description", None)
