@@ -41,7 +41,8 @@ WEBHOOK: Final = {
 #: What fields may be given as, beside the form in which `Job` keeps them.
 _ALSO_TAKEN: Final[Mapping[str, list[dict[str, Any]]]] = {
     # Read as not given.
-    **dict.fromkeys(("image", "mask"), [{"type": "null"}]),
+    "image": [{"type": "null"}],
+    "mask": [{"type": "null"}],
     # As a text, as weights by name, and as a list with texts.
     "loras": [{"type": "string"}, {"type": "object"}, {"type": "array", "contains": {"type": "string"}}],
 }
