@@ -165,3 +165,10 @@ def test_a_name_that_cannot_stand_in_a_tag_is_in_our_own_key_alone() -> None:
     text = write(job)
     assert text.partition("\nNegative prompt: ")[0] == "a small cat"
     assert read(text) == job
+
+
+def test_of_a_key_that_stands_twice_the_value_counts_that_counts_there() -> None:
+    text = "a cat\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Seed: 2, CFG scale: 5"
+    there = as_automatic1111_reads(text)
+    assert (there["Seed"], there["CFG scale"]) == ("2", "5")
+    assert (read(text).seed, read(text).guidance_scale) == (2, 5)

@@ -53,14 +53,11 @@ def split(text: str) -> tuple[str, str, dict[str, str]] | None:
 
 
 def pairs_of(text: str) -> dict[str, str]:
-    """The pairs `name: value, ...` up to the end of the line; the first value of each name.
+    """The pairs `name: value, ...` up to the end of the line.
 
-    A value is quoted as JSON where it has a comma, colon or line end. What is neither is left out.
+    Of a name that stands twice the last value counts, as there. A value is quoted as JSON where it has a comma, colon or line end. What is neither is left out.
     """
-    pairs: dict[str, str] = {}
-    for name, value in _pairs(text):
-        pairs.setdefault(name, value)
-    return pairs
+    return dict(_pairs(text))
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
