@@ -55,7 +55,8 @@ def split(text: str) -> tuple[str, str, dict[str, str]] | None:
 def pairs_of(text: str) -> dict[str, str]:
     """The pairs `name: value, ...` up to the end of the line.
 
-    Of a name that stands twice the last value counts, as there. A value is quoted as JSON where it has a comma, colon or line end. What is neither is left out.
+    A value is quoted as JSON where it has a comma, colon or line end. What is neither is left out. Of a name
+    that stands twice the last value counts, as it does in AUTOMATIC1111's own reader.
     """
     return dict(_pairs(text))
 
