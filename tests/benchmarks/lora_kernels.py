@@ -140,7 +140,7 @@ class Case:
     def timed(self, what: str) -> tuple[float, str]:
         """Microseconds in a step of SDXL, and what to print. Infinite where it is wrong."""
         kept = [y.clone() for y in self.ys]
-        if what == "NARROW_GATE":
+        if what == "GATE":
             error, took = _far(self.gate(), self.gated), microseconds(self.gate)
             sum_us, text = took, f"{took:.0f} us"
         else:
@@ -165,7 +165,7 @@ class Case:
 
 def tune(rank: int = 32) -> dict[str, dict[str, Any]]:
     """What is fastest over a step of SDXL: by the names in `products`."""
-    ways = {"NARROW_GATE": GATES, "BOTH": BOTH}
+    ways = {"GATE": GATES, "BOTH": BOTH}
     own = {what: dict(getattr(products, what)) for what in ways}
     sums = {what: [0.0] * len(variants) for what, variants in ways.items()}
     for name in ("SDXL 1280", "SDXL 640"):

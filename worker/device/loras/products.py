@@ -23,8 +23,8 @@ MANY_TOKENS = 256
 MOST_TOKENS = 2048
 #: Bytes of shared memory of a multiprocessor that those blocks need.
 SHARED_BYTES = 128 << 10
-#: How the gate's kernel is launched for small ranks.
-NARROW_GATE: dict[str, Any] = {"TILES": 1, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+#: How the gate's kernel is launched.
+GATE: dict[str, Any] = {"TILES": 1, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 #: And both products' at once.
 BOTH: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
 
@@ -92,16 +92,11 @@ def gated(
     rows, tokens, width = y.shape[0], y.shape[1], y.shape[2] // 2
     out = y.new_empty((rows, tokens, width))
     low = low_of(x, table, job_of_row, layer, 1, most_rank)
-    is_narrow = most_rank <= BLOCK_RANK
-    chosen: dict[str, Any] = {"TILES": 1, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    if is_narrow:
-        chosen |= NARROW_GATE
-    if tokens < MANY_TOKENS:
-        chosen["BLOCK_M"] = 16
+    chosen = GATE | ({"BLOCK_M": 16} if tokens < MANY_TOKENS else {})
     columns = triton.cdiv(width, chosen["BLOCK_N"] * chosen["TILES"])
     kernels.gate_kernel[(rows * triton.cdiv(tokens, chosen["BLOCK_M"]), columns)](
         y, out, bias, low, table, job_of_row, tokens, width, table.shape[1], layer, most_rank,
-        IS_NARROW=is_narrow, FAST_ERF=y.element_size() == 2, BLOCK_R=BLOCK_RANK, **chosen,
+        IS_NARROW=most_rank <= BLOCK_RANK, FAST_ERF=y.element_size() == 2, BLOCK_R=BLOCK_RANK, **chosen,
     )  # fmt: skip
     return out
 
