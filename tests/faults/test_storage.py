@@ -15,6 +15,7 @@ from producer.cli.doctor import Finding, examine
 from tests.faults import oracle
 from tests.faults.harness import FaultWorker, Ground, wait_until
 from tests.faults.s3_proxy import Mode, S3Proxy
+from tests.growing_file import complete_lines
 
 #: Seconds, with room for the start of several workers on a busy machine.
 pytestmark = pytest.mark.timeout(150)
@@ -82,7 +83,7 @@ def test_the_process_that_asks_the_bucket_is_killed_and_no_picture_is_lost(
 
 
 def log_of(worker: FaultWorker) -> list[str]:
-    return worker.log.read_text().splitlines()
+    return complete_lines(worker.log)
 
 
 @pytest.mark.parametrize("mode", ["denied", "expired"])

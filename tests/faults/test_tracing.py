@@ -16,6 +16,7 @@ from deploy.embedded.servers import _free_port
 from producer.webhooks.secrets import new_secret
 from tests.deploy.processes import here, running
 from tests.faults.harness import ROOT, FaultWorker, Ground, wait_until
+from tests.growing_file import complete_lines
 from tests.otlp import Collector, Span, collecting
 from tests.producer.webhooks.receiver import receiving
 
@@ -126,7 +127,7 @@ def test_a_job_is_one_trace_and_its_mates_are_links(ground: Ground, collector: C
     spans = of_job(collector, untraced)
     assert {span.parent for span in spans if span.name == "process"} == {""}
 
-    lines = [json.loads(line) for line in worker.output().splitlines()]
+    lines = [json.loads(line) for line in complete_lines(worker.log)]
     assert {line["trace"] for line in lines if line.get("job") == first} == {sent.trace}
 
 
@@ -190,7 +191,7 @@ def test_a_request_its_jobs_and_its_webhooks_are_one_trace_and_so_is_each_job_of
     assert {span.attributes["smallcat.job.id"] for span in spans if "smallcat.job.id" in span.attributes} == {
         job_id
     }
-    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    logged = [json.loads(line) for line in complete_lines(log)]
     of_job = [line for line in logged if line.get("job") == job_id]
     assert len(of_job) == 3
     assert {line["trace"] for line in of_job} == {caller}

@@ -23,6 +23,7 @@ from producer import submit_job
 from producer.cli.main import cli
 from tests.drain import Drain
 from tests.fast_worker import SERVED, announce
+from tests.growing_file import complete_lines
 from tests.integration.transport_harness import ROOT, wait_until
 from worker.contract.errors import CallerError, PromptFileError
 from worker.contract.queues import queues_of
@@ -60,7 +61,7 @@ class FastWorker:
         self._popen = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self._log, stderr=self._log)
 
     def lines(self) -> list[list[str]]:
-        return [line.split(" ", 3) for line in self.journal.read_text().splitlines()]
+        return [line.split(" ", 3) for line in complete_lines(self.journal)]
 
     def stop(self) -> None:
         self._popen.terminate()

