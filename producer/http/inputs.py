@@ -32,21 +32,13 @@ _INPUT: Final = {
         "height": _SIDE,
     },
 }
-_PICTURE: Final = {"schema": {"type": "string", "format": "binary"}}
-_BODY: Final = {
-    "requestBody": {
-        "required": True,
-        "description": "The picture's file as it is: PNG, JPEG or WebP.",
-        "content": {"application/octet-stream": _PICTURE},
-    }
-}
 
 
 @router.post(
     INPUTS,
     status_code=201,
     summary="Store a picture that jobs are to begin with",
-    openapi_extra=_BODY,
+    openapi_extra=schema.file_body("The picture's file as it is: PNG, JPEG or WebP."),
     responses=schema.answers(201, _INPUT, 413, 415, 422),
 )
 async def store_input(

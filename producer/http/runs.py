@@ -56,20 +56,15 @@ _OWN: Final = (
     *("name", "format", "images", "seed_start", "grid", "sample", "literal", "extra", "strict", "manifest"),
     *("webhook", "webhook_jobs"),
 )
-_BODY: Final = {
-    "requestBody": {
-        "required": True,
-        "description": "The file as it is: txt, csv, tsv, jsonl or parquet; plain, gzip or zstd.",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
-}
 
 
 @router.post(
     "/v1/runs",
     status_code=202,
     summary="Upload a prompt file",
-    openapi_extra=_BODY,
+    openapi_extra=schema.file_body(
+        "The file as it is: txt, csv, tsv, jsonl or parquet; plain, gzip or zstd."
+    ),
     responses=schema.answers(202, _RUN, 400, 413, 422),
 )
 async def upload_file(

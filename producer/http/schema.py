@@ -157,6 +157,12 @@ def with_form(extra: Mapping[str, Any]) -> dict[str, Any]:
     return {**extra, "requestBody": {**body, "content": content}}
 
 
+def file_body(description: str) -> dict[str, Any]:
+    """A route's `openapi_extra` where the body is a file as it is."""
+    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
 def answers(
     status: int, schema: Mapping[str, Any] | None, *refusals: int, media: str = "application/json"
 ) -> dict[int | str, dict[str, Any]]:
