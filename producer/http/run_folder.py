@@ -17,6 +17,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -123,6 +124,16 @@ def delete_broken_uploads(folder: Path) -> None:
     for each in folder.iterdir():
         if each.name.startswith(UPLOAD) and not each.is_symlink() and each.is_dir():
             delete_unlocked(each, each)
+
+
+def lasting(folder: Path, ttl_s: float) -> Iterator[Path]:
+    """The runs in a folder that have not expired; the others are deleted."""
+    for run in sorted(filter(is_run, folder.iterdir())):
+        with contextlib.suppress(FileNotFoundError):  # Another process took it first.
+            if time.time() - run.stat().st_mtime > ttl_s:
+                delete_unlocked(run, run / "lock")
+            else:
+                yield run
 
 
 def delete_unlocked(folder: Path, lock: Path) -> None:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +62,7 @@ class EarlierRuns:
         """
         taken, left = list[str](), list[str]()
         run_folder.delete_broken_uploads(self._data)
-        for run in self._lasting():
+        for run in run_folder.lasting(self._data, self._ttl_s):
             if run_folder.has_begun(run) and not self._knows(run.name):
                 left.append(run.name)
                 continue
@@ -82,15 +81,6 @@ class EarlierRuns:
                 *(len(left), self._data, left[0], self._folder.name),
             )
         return taken
-
-    def _lasting(self) -> Iterator[Path]:
-        """The runs that have not expired; the others are deleted."""
-        for run in sorted(filter(run_folder.is_run, self._data.iterdir())):
-            with contextlib.suppress(FileNotFoundError):  # Another process took it first.
-                if time.time() - run.stat().st_mtime > self._ttl_s:
-                    run_folder.delete_unlocked(run, run / "lock")
-                else:
-                    yield run
 
 
 def knows(redis: Redis, run: str) -> bool:

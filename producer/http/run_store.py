@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -125,11 +124,9 @@ class RunStore:
         self._take_earlier()
         run_folder.delete_broken_uploads(self._folder)
         threading.Thread(target=self._look_around, name="look for runs", daemon=True).start()
-        for folder in filter(run_folder.is_run, self._folder.iterdir()):
+        for folder in run_folder.lasting(self._folder, self._ttl_s):
             with contextlib.suppress(FileNotFoundError):  # Another process deleted it first.
-                if time.time() - folder.stat().st_mtime > self._ttl_s:
-                    run_folder.delete_unlocked(folder, folder / "lock")
-                elif not run_folder.is_over(folder):
+                if not run_folder.is_over(folder):
                     self._start(folder.name)
 
     def delete_forgotten(self) -> None:
